@@ -1,0 +1,194 @@
+"""The configuration: one YAML file, one typed tree. Unknown keys are errors that name the key and its neighbours.
+
+The tree lives in agl-core so that it can be read and checked without torch; each part says which command reads it.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from agl.errors import ConfigError
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Reference = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+"""`module:function`, importable from the folder where the command runs."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class RoleConfig(_Section):
+    """One role: its own LoRA adapter on the shared base model."""
+
+    lora_r: Count = 16
+    lora_alpha: Count = 32
+
+
+class AgentRoles(_Section):
+    """The roles to train, each a key of its own beside `gamma`."""
+
+    gamma: Fraction = 0.85
+    """Factor on a reward for each hand-off between roles that lies between a call and the reward."""
+    roles: dict[str, RoleConfig] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_roles(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "roles" in data:
+            return data
+        gamma = {"gamma": data["gamma"]} if "gamma" in data else {}
+        return gamma | {"roles": {name: role or {} for name, role in data.items() if name != "gamma"}}
+
+
+class GatewayConfig(_Section):
+    """The OpenAI-compatible proxy in front of the engine (`agl serve`, `agl train`)."""
+
+    upstream: str = "local"
+    """`local` for the in-process engine, else the base URL of an OpenAI-compatible server (ending in `/v1`)."""
+    extra_body: dict[str, Any] = Field(default_factory=lambda: {"return_token_ids": True})
+    """Fields put into every request that the client did not set itself."""
+    timeout_s: Positive = 120.0
+
+
+class EngineConfig(_Section):
+    """The in-process engine."""
+
+    max_batch: Count = 64
+    """Sequences decoded together."""
+    max_model_len: Count = 2048
+    """Longest prompt plus answer, in tokens."""
+
+
+class SftConfig(_Section):
+    """Supervised fine-tuning on examples (`agl sft`)."""
+
+    examples: Reference
+    """Function without arguments that returns a list of `{"role", "messages", "completion"}`."""
+    epochs: Count = 3
+    batch_size: Count = 8
+    learning_rate: Positive = 1e-3
+
+
+class TrainConfig(_Section):
+    """What to train and how (`agl train`, `agl eval`)."""
+
+    algorithm: Literal["grpo"] = "grpo"
+    model: str
+    """`smollm2`, `tiny`, or a folder with a model that transformers loads."""
+    agent: Reference
+    """Agent function; it receives the task and returns its answer. Sync or async."""
+    tasks: Reference
+    """Function without arguments that returns the training tasks: a list of JSON values."""
+    eval_tasks: Reference | None = None
+    """The same for held-out tasks."""
+    reward: Reference | None = None
+    """Function of (task, answer) that returns a number or `{dimension: number}`; None: the agent emits rewards itself."""
+    instrument: list[str] = Field(default_factory=list)
+    """Instrumentors to switch on around the agent, by entry point: `agl_langchain`, `agl_autogen`."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    groups_per_step: Count = 8
+    steps: Count = 20
+    learning_rate: Positive = 2e-4
+    epsilon: Positive = 0.2
+    """Clip range of the probability ratio (PPO, arXiv 1707.06347, eq. 7)."""
+    temperature: Positive = 1.0
+    """Sampling temperature put into training requests; evaluation is greedy."""
+    max_tokens: Count = 256
+    """Longest answer, where the client did not say."""
+    max_grad_norm: Positive = 1.0
+    pack_tokens: Count = 4096
+    """Most distinct tokens computed in one forward pass of a training step."""
+    concurrency: Count = 32
+    """Agents that run at once."""
+    timeout_s: Positive = 120.0
+    """An agent that has not answered by then is marked failed."""
+    seed: int = 0
+    deterministic: bool = False
+    """One agent and one sequence at a time, so that the same seed gives bitwise the same adapters."""
+    output_dir: str = "runs/default"
+    """Checkpoints, adapters and metrics."""
+
+
+class Config(_Section):
+    """The whole file."""
+
+    store_uri: str = Field(
+        default="sqlite:///agl.db", validation_alias=AliasChoices("store_uri", "lightning_store_uri")
+    )
+    rewards: dict[str, float] = Field(default_factory=dict)
+    """Weight of each reward dimension in the scalar reward."""
+    agent_roles: AgentRoles = Field(default_factory=AgentRoles)
+    gateway: GatewayConfig = Field(default_factory=GatewayConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    train: TrainConfig | None = None
+    sft: SftConfig | None = None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a YAML file. Raises ConfigError that names the file and every wrong key or value."""
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path} holds {type(data).__name__}, expected a mapping of sections")
+        return cls.parse(data, source=str(path))
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], source: str = "configuration") -> Self:
+        """Check `data`. Raises ConfigError that names `source` and every wrong key or value."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError("\n".join(f"{source}: {_say(item)}" for item in error.errors())) from error
+
+    def require_train(self) -> TrainConfig:
+        """The `train` section. Raises ConfigError where the file has none."""
+        if self.train is None:
+            raise ConfigError(
+                "the configuration has no `train` section; this command needs train.model and train.agent"
+            )
+        return self.train
+
+    def to_yaml(self) -> str:
+        """The resolved tree as YAML that `load` reads back."""
+        data = self.model_dump(mode="json", exclude_none=True)
+        roles = data["agent_roles"].pop("roles")
+        data["agent_roles"].update(roles)
+        return yaml.safe_dump(data, sort_keys=False)
+
+
+def _say(item: Any) -> str:
+    """One pydantic error as a sentence with the path of the key."""
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] != "extra_forbidden":
+        return f"{path}: {item['msg']} (got {item['input']!r})"
+    known = _keys_beside(item["loc"])
+    close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+    return f"{path}: unknown key; {hint}"
+
+
+def _keys_beside(loc: tuple[str | int, ...]) -> list[str]:
+    """Keys that the section holding `loc` knows."""
+    section: type[BaseModel] = Config
+    for part in loc[:-1]:
+        section = _SECTIONS.get(str(part), RoleConfig)
+    return sorted(section.model_fields)
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "agent_roles": AgentRoles,
+    "gateway": GatewayConfig,
+    "engine": EngineConfig,
+    "train": TrainConfig,
+    "sft": SftConfig,
+}

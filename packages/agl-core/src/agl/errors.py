@@ -1,0 +1,33 @@
+"""The error model: one root, one class for each boundary that can refuse something.
+
+A message says what was got, what was expected, for which rollout, role or row, and what to do next. The CLI prints
+the message alone and exits with 2; a traceback is for our own defects only.
+"""
+
+
+class AglError(Exception):
+    """Root of every error raised on purpose."""
+
+
+class ConfigError(AglError):
+    """The configuration names an unknown key, a wrong value, or something that cannot be loaded."""
+
+
+class StoreError(AglError):
+    """The store cannot be opened, or refuses a verb (an unknown id, a transition that the state table forbids)."""
+
+
+class OtlpError(AglError):
+    """An OTLP body could not be decoded; nothing of it was stored."""
+
+
+class GatewayError(AglError):
+    """The gateway cannot answer: no engine, an engine that fails, a request it cannot read."""
+
+
+class AgentError(AglError):
+    """An agent function failed or did not answer in time. It is data: the rollout is marked failed with it."""
+
+
+class TrainingError(AglError):
+    """A batch, a loss or a checkpoint that cannot be right; the message names the rollout, role or file."""
