@@ -13,6 +13,10 @@ class ConfigError(AglError):
     """The configuration names an unknown key, a wrong value, or something that cannot be loaded."""
 
 
+class TelemetryError(AglError):
+    """A rollout, role, reward or other value that a span cannot carry; raised before anything was recorded."""
+
+
 class StoreError(AglError):
     """The store cannot be opened, or refuses a verb (an unknown id, a transition that the state table forbids)."""
 

@@ -1,0 +1,209 @@
+"""Which rollout and which role is running: OpenTelemetry baggage, stamped on every span started under it.
+
+Baggage follows `contextvars`: asyncio tasks inherit it, and so do threads started with a copied context (LangChain,
+`asyncio.to_thread`). It travels to other services in the W3C `baggage` header.
+"""
+
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Generic, Literal, TypeVar, get_args
+
+from opentelemetry import baggage, trace
+from opentelemetry.baggage.propagation import W3CBaggagePropagator
+from opentelemetry.context import Context, attach, detach, get_current
+from opentelemetry.sdk.trace import Span, SpanProcessor
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.types import AttributeValue
+
+from agl import semconv
+from agl.boundary import never_raises
+from agl.errors import TelemetryError
+
+Mode = Literal["train", "eval", "prod"]
+Value = TypeVar("Value", covariant=True)
+
+TRACER = trace.get_tracer("agl")
+"""Tracer of our own spans; follows the global provider once there is one."""
+
+_KEYS = (semconv.ROLLOUT_ID, semconv.ATTEMPT_ID, semconv.GROUP_ID, semconv.MODE, semconv.ROLE)
+
+
+@dataclass(frozen=True, slots=True)
+class ActiveRollout:
+    """The rollout in force: what its spans are stamped with."""
+
+    rollout_id: str
+    attempt_id: str
+    group_id: str | None
+    mode: str
+
+
+class Scope(AbstractContextManager[Value], AbstractAsyncContextManager[Value], Generic[Value]):
+    """A `with` block that may also be written `async with`: nothing in it waits. For one use."""
+
+    def __init__(self, scope: AbstractContextManager[Value]) -> None:
+        self._scope = scope
+
+    def __enter__(self) -> Value:
+        return self._scope.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return self._scope.__exit__(kind, error, trace)
+
+    async def __aenter__(self) -> Value:
+        return self.__enter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return self.__exit__(kind, error, trace)
+
+
+def rollout(
+    rollout_id: str | None = None,
+    *,
+    group_id: str | None = None,
+    attempt_id: str | None = None,
+    mode: Mode = "train",
+) -> Scope[ActiveRollout]:
+    """Run the block as one rollout: every span started in it carries the ids. `with` or `async with`.
+
+    Missing ids are made: a random rollout id, and `<rollout_id>-a1` as the attempt. The block gets a trace of its own,
+    linked to the span it was started under, so that two rollouts never share a trace. An exception marks the
+    rollout's span as an error and goes on unchanged. Raises TelemetryError for an empty id or an unknown mode.
+    """
+    if mode not in get_args(Mode):
+        raise TelemetryError(f"rollout mode is {mode!r}, expected one of {', '.join(get_args(Mode))}")
+    rollout_id = _text("rollout_id", uuid.uuid4().hex if rollout_id is None else rollout_id)
+    attempt_id = _text("attempt_id", f"{rollout_id}-a1" if attempt_id is None else attempt_id)
+    if group_id is not None:
+        _text("group_id", group_id)
+    return Scope(_run_rollout(ActiveRollout(rollout_id, attempt_id, group_id, mode)))
+
+
+def role(name: str) -> Scope[str]:
+    """Name the role that acts in the block: every span started in it carries it. `with` or `async with`.
+
+    Raises TelemetryError for a name that is not a non-empty string.
+    """
+    return Scope(_carry({semconv.ROLE: _text("role", name)}, name))
+
+
+def current_rollout() -> ActiveRollout | None:
+    """The rollout in force, here or in the caller whose baggage came with the request; None outside of one."""
+    carried = carried_attributes()
+    rollout_id = carried.get(semconv.ROLLOUT_ID)
+    if rollout_id is None:
+        return None
+    attempt_id = carried.get(semconv.ATTEMPT_ID, f"{rollout_id}-a1")
+    return ActiveRollout(rollout_id, attempt_id, carried.get(semconv.GROUP_ID), carried.get(semconv.MODE, "train"))
+
+
+def current_role() -> str | None:
+    """The role in force, or None."""
+    return carried_attributes().get(semconv.ROLE)
+
+
+def headers() -> dict[str, str]:
+    """W3C `traceparent` and `baggage` of the current context, to put on an outgoing request.
+
+    Only our own baggage entries are sent: a request often goes to a third party.
+    """
+    carrier: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(carrier)
+    W3CBaggagePropagator().inject(carrier, context=_with_baggage(carried_attributes(), Context()))
+    return carrier
+
+
+def carried_attributes(context: Context | None = None) -> dict[str, str]:
+    """Span attributes that the baggage of `context` (default: the current one) asks for."""
+    carried = baggage.get_all(context)
+    return {key: value for key in _KEYS if isinstance(value := carried.get(key), str) and value}
+
+
+class RolloutProcessor(SpanProcessor):
+    """Stamps rollout, attempt, group, mode and role on every span at its start, whoever starts it.
+
+    An attribute that the span already has stays as it is.
+    """
+
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        own = span.attributes or {}
+        span.set_attributes({key: value for key, value in carried_attributes(parent_context).items() if key not in own})
+
+
+@contextmanager
+def open_span(
+    name: str,
+    attributes: Mapping[str, AttributeValue] | None = None,
+    *,
+    context: Context | None = None,
+    links: Sequence[trace.Link] = (),
+) -> Iterator[trace.Span]:
+    """A span around the block, current in it. An exception of the block marks it and goes on unchanged."""
+    with TRACER.start_as_current_span(
+        name, context, attributes=attributes, links=links, record_exception=False, set_status_on_exception=False
+    ) as span:
+        try:
+            yield span
+        except GeneratorExit:  # a generator closed by its reader ends early, it does not fail
+            raise
+        except BaseException as error:
+            mark_error(span, error)
+            raise
+
+
+def mark_error(span: trace.Span, error: BaseException) -> None:
+    """Give `span` the status error, `error.type` and the exception as an event."""
+    with never_raises("an exception was not recorded"):
+        span.set_attribute(semconv.ERROR_TYPE, type(error).__qualname__)
+        span.set_status(trace.Status(trace.StatusCode.ERROR, f"{type(error).__name__}: {error}"))
+        span.record_exception(error)
+
+
+@contextmanager
+def _run_rollout(active: ActiveRollout) -> Iterator[ActiveRollout]:
+    carried = {
+        semconv.ROLLOUT_ID: active.rollout_id,
+        semconv.ATTEMPT_ID: active.attempt_id,
+        semconv.GROUP_ID: active.group_id,
+        semconv.MODE: active.mode,
+    }
+    outer = trace.get_current_span().get_span_context()
+    with (
+        _carry(carried, active),
+        open_span(
+            semconv.SPAN_ROLLOUT,
+            {semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_INVOKE_WORKFLOW},
+            context=trace.set_span_in_context(trace.INVALID_SPAN),
+            links=[trace.Link(outer)] if outer.is_valid else [],
+        ),
+    ):
+        yield active
+
+
+@contextmanager
+def _carry(entries: Mapping[str, str | None], value: Value) -> Iterator[Value]:
+    """Baggage `entries` in force in the block, which receives `value`. An entry of None is taken out."""
+    token = attach(_with_baggage(entries, get_current()))
+    try:
+        yield value
+    finally:
+        detach(token)
+
+
+def _with_baggage(entries: Mapping[str, str | None], context: Context) -> Context:
+    for key, entry in entries.items():
+        context = baggage.remove_baggage(key, context) if entry is None else baggage.set_baggage(key, entry, context)
+    return context
+
+
+def _text(name: str, value: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise TelemetryError(f"{name} is {value!r}, expected a non-empty string")
+    return value
