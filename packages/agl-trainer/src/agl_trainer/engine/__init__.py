@@ -1,0 +1,1 @@
+"""The in-process engine: sampling on the weights being trained, behind an OpenAI-compatible endpoint."""
