@@ -72,8 +72,11 @@ class Store(Protocol):
         """Queue `rollouts`; an id that is already known is left as it is, so a caller may repeat itself."""
         ...
 
-    def lease_rollout(self, worker_id: str) -> tuple[Rollout, Attempt] | None:
-        """The oldest queued rollout with a new attempt, now running; None when the queue is empty. Never blocks."""
+    def lease_rollout(self, worker_id: str, rollout_id: str | None = None) -> tuple[Rollout, Attempt] | None:
+        """The oldest queued rollout with a new attempt, now running; None when the queue is empty. Never blocks.
+
+        With `rollout_id` that one alone: a runner takes its own and leaves what others queued.
+        """
         ...
 
     def heartbeat(self, attempt_id: str) -> None: ...
