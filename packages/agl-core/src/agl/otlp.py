@@ -1,0 +1,213 @@
+"""Spans on the wire: OTLP trace requests, protobuf and JSON, to and from `agl.span.Span`.
+
+Serialised requests may be concatenated: the bytes of two requests one after the other decode to the spans of both.
+Stores use that, keeping each span as the request that would carry it alone.
+"""
+
+import base64
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from google.protobuf import json_format
+from google.protobuf.message import DecodeError
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue, ArrayValue, InstrumentationScope, KeyValue
+from opentelemetry.proto.resource.v1.resource_pb2 import Resource
+from opentelemetry.proto.trace.v1 import trace_pb2
+
+from agl.errors import OtlpError
+from agl.span import AttributeValue, Span, SpanEvent, Status
+
+_STATUS_OF_CODE: dict[int, Status] = {0: "unset", 1: "ok", 2: "error"}
+_CODE_OF_STATUS = {status: code for code, status in _STATUS_OF_CODE.items()}
+_ID_FIELDS = ("traceId", "spanId", "parentSpanId")
+_LAST_NS = 2**63 - 1
+
+
+def decode(body: bytes) -> list[Span]:
+    """Spans of a protobuf ExportTraceServiceRequest. Raises OtlpError; then nothing of the body counts."""
+    try:
+        return _read_request(ExportTraceServiceRequest.FromString(body))
+    except DecodeError as error:
+        raise OtlpError(f"{len(body)} bytes are not a protobuf ExportTraceServiceRequest: {error}") from error
+
+
+def decode_json(body: bytes | str) -> list[Span]:
+    """Spans of an OTLP/JSON request (hex ids, base64 bytes, 64-bit integers as strings). Raises OtlpError."""
+    request = ExportTraceServiceRequest()
+    try:
+        data = json.loads(body)
+        _convert_ids(data, lambda text: base64.b64encode(bytes.fromhex(text)).decode())
+        json_format.ParseDict(data, request, ignore_unknown_fields=True)
+    # A wrong type somewhere inside surfaces as any of these, depending on where it stands.
+    except (ValueError, TypeError, AttributeError, RecursionError, json_format.ParseError) as error:
+        raise OtlpError(f"the body is not an OTLP/JSON trace request: {error}") from error
+    return _read_request(request)
+
+
+def encode(spans: Iterable[Span]) -> bytes:
+    """Protobuf ExportTraceServiceRequest with `spans`. Raises OtlpError on a value that OTLP cannot carry."""
+    return _write_request(spans).SerializeToString()
+
+
+def encode_json(spans: Iterable[Span]) -> str:
+    """OTLP/JSON request with `spans`, on one line. Raises OtlpError on a value that OTLP cannot carry."""
+    data = json_format.MessageToDict(_write_request(spans), use_integers_for_enums=True)
+    _convert_ids(data, lambda text: base64.b64decode(text).hex())
+    return json.dumps(data, separators=(",", ":"))
+
+
+def _convert_ids(data: Any, convert: Callable[[str], str]) -> None:
+    """Rewrite the ids of every span in place: OTLP/JSON writes hex where protobuf's own JSON writes base64."""
+    for resource_spans in data.get("resourceSpans") or ():
+        for scope_spans in resource_spans.get("scopeSpans") or ():
+            for span in scope_spans.get("spans") or ():
+                for holder in (span, *(span.get("links") or ())):
+                    holder.update({name: convert(holder[name]) for name in _ID_FIELDS if holder.get(name)})
+
+
+def _read_request(request: ExportTraceServiceRequest) -> list[Span]:
+    spans: list[Span] = []
+    for resource_spans in request.resource_spans:
+        resource = _read_attributes(resource_spans.resource.attributes)
+        for scope_spans in resource_spans.scope_spans:
+            scope = scope_spans.scope.name
+            spans.extend(_read_span(span, resource, scope) for span in scope_spans.spans)
+    return spans
+
+
+def _read_span(span: trace_pb2.Span, resource: dict[str, AttributeValue], scope: str) -> Span:
+    return Span(
+        trace_id=_read_id(span.trace_id, 16, "trace id", span.name),
+        span_id=_read_id(span.span_id, 8, "span id", span.name),
+        parent_id=_read_id(span.parent_span_id, 8, "parent id", span.name) if any(span.parent_span_id) else None,
+        name=span.name,
+        start_ns=_read_time(span.start_time_unix_nano, span.name),
+        end_ns=_read_time(span.end_time_unix_nano, span.name),
+        attributes=_read_attributes(span.attributes),
+        status=_STATUS_OF_CODE.get(span.status.code, "unset"),
+        status_message=span.status.message,
+        kind=span.kind,
+        events=tuple(_read_event(event) for event in span.events),
+        resource=resource,
+        scope=scope,
+    )
+
+
+def _read_event(event: trace_pb2.Span.Event) -> SpanEvent:
+    return SpanEvent(event.name, _read_time(event.time_unix_nano, event.name), _read_attributes(event.attributes))
+
+
+def _read_id(value: bytes, size: int, what: str, name: str) -> str:
+    if len(value) != size or not any(value):
+        raise OtlpError(f"span {name!r} has the {what} {value.hex()!r}, expected {size} bytes that are not all zero")
+    return value.hex()
+
+
+def _read_time(value: int, name: str) -> int:
+    if value > _LAST_NS:
+        raise OtlpError(f"{name!r} has the time {value} ns, expected at most {_LAST_NS} (year 2262)")
+    return value
+
+
+def _read_attributes(pairs: Iterable[KeyValue]) -> dict[str, AttributeValue]:
+    values = ((pair.key, _read_value(pair.value)) for pair in pairs)
+    return {key: value for key, value in values if value is not None}
+
+
+def _read_value(value: AnyValue) -> AttributeValue | None:
+    """A plain value; what an attribute cannot hold (maps, mixed or nested arrays) becomes its JSON text."""
+    kind = value.WhichOneof("value")
+    if kind is None:
+        return None
+    if kind == "array_value":
+        return _read_array(value.array_value.values)
+    if kind == "kvlist_value":
+        return json.dumps(_to_json(value))
+    return getattr(value, kind)
+
+
+def _read_array(values: Sequence[AnyValue]) -> AttributeValue:
+    items: list[Any] = [_to_json(value) for value in values]
+    kinds = {value.WhichOneof("value") for value in values}
+    if kinds == {"int_value", "double_value"}:
+        return [float(item) for item in items]
+    if len(kinds) <= 1 and kinds <= {"string_value", "bool_value", "int_value", "double_value"}:
+        return items
+    return json.dumps(items)
+
+
+def _to_json(value: AnyValue) -> Any:
+    """`value` as the JSON value nearest to it: bytes become base64."""
+    kind = value.WhichOneof("value")
+    if kind is None:
+        return None
+    if kind == "array_value":
+        return [_to_json(item) for item in value.array_value.values]
+    if kind == "kvlist_value":
+        return {pair.key: _to_json(pair.value) for pair in value.kvlist_value.values}
+    plain = getattr(value, kind)
+    return base64.b64encode(plain).decode() if kind == "bytes_value" else plain
+
+
+def _write_request(spans: Iterable[Span]) -> ExportTraceServiceRequest:
+    request = ExportTraceServiceRequest()
+    previous: Span | None = None
+    for span in spans:
+        try:
+            _add_span(request, span, previous)
+        except (TypeError, ValueError) as error:
+            raise OtlpError(f"span {span.name!r} ({span.span_id}) cannot be written as OTLP: {error}") from error
+        previous = span
+    return request
+
+
+def _add_span(request: ExportTraceServiceRequest, span: Span, previous: Span | None) -> None:
+    """Add `span`, under the heading of `previous` if resource and scope are the same."""
+    if previous is None or span.resource != previous.resource or span.scope != previous.scope:
+        resource = Resource(attributes=_write_attributes(span.resource))
+        request.resource_spans.add(resource=resource).scope_spans.add(scope=InstrumentationScope(name=span.scope))
+    request.resource_spans[-1].scope_spans[-1].spans.append(_write_span(span))
+
+
+def _write_span(span: Span) -> trace_pb2.Span:
+    return trace_pb2.Span(
+        trace_id=bytes.fromhex(span.trace_id),
+        span_id=bytes.fromhex(span.span_id),
+        parent_span_id=bytes.fromhex(span.parent_id or ""),
+        name=span.name,
+        kind=trace_pb2.Span.SpanKind.ValueType(span.kind),
+        start_time_unix_nano=span.start_ns,
+        end_time_unix_nano=span.end_ns,
+        attributes=_write_attributes(span.attributes),
+        events=[_write_event(event) for event in span.events],
+        status=trace_pb2.Status(
+            code=trace_pb2.Status.StatusCode.ValueType(_CODE_OF_STATUS[span.status]), message=span.status_message
+        ),
+    )
+
+
+def _write_event(event: SpanEvent) -> trace_pb2.Span.Event:
+    attributes = _write_attributes(event.attributes)
+    return trace_pb2.Span.Event(name=event.name, time_unix_nano=event.time_ns, attributes=attributes)
+
+
+def _write_attributes(attributes: Mapping[str, AttributeValue]) -> list[KeyValue]:
+    return [KeyValue(key=key, value=_write_value(value)) for key, value in attributes.items()]
+
+
+def _write_value(value: AttributeValue) -> AnyValue:
+    match value:
+        case str():
+            return AnyValue(string_value=value)
+        case bool():
+            return AnyValue(bool_value=value)
+        case int():
+            return AnyValue(int_value=value)
+        case float():
+            return AnyValue(double_value=value)
+        case bytes():
+            return AnyValue(bytes_value=value)
+        case _:
+            return AnyValue(array_value=ArrayValue(values=[_write_value(item) for item in value]))
