@@ -160,6 +160,16 @@ def test_rollouts_are_leased_in_order_and_carry_what_was_queued(store: Store) ->
     assert store.lease_rollout("worker-1") is None
 
 
+def test_a_named_rollout_is_leased_past_the_others_while_it_is_queued(store: Store) -> None:
+    store.enqueue_rollouts([Rollout("theirs", 1), Rollout("ours", 2)])
+    leased = store.lease_rollout("worker", "ours")
+    assert leased is not None and leased[1].attempt_id == "ours-a1"
+    assert store.lease_rollout("worker", "ours") is None
+    assert store.lease_rollout("worker", "unknown") is None
+    theirs = store.get_rollout("theirs")
+    assert theirs is not None and theirs.state is RolloutState.QUEUED
+
+
 def test_enqueueing_again_changes_nothing(store: Store) -> None:
     store.enqueue_rollouts([Rollout("r1", "first", group_id="g")])
     store.lease_rollout("worker")

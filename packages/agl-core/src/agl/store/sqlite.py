@@ -266,6 +266,13 @@ def _set_rollout_state(db: sqlite3.Connection, rollout: Rollout, target: Rollout
     return replace(rollout, state=state)
 
 
+def _first_queued(db: sqlite3.Connection) -> Rollout | None:
+    row = db.execute(
+        f"SELECT {_ROLLOUT_COLUMNS} FROM rollouts WHERE state = ? ORDER BY place LIMIT 1", (RolloutState.QUEUED,)
+    ).fetchone()
+    return _to_rollout(row) if row else None
+
+
 def _lease(db: sqlite3.Connection, worker_id: str, rollout_id: str | None) -> tuple[Rollout, Attempt] | None:
     row = db.execute(
         f"""SELECT {_ROLLOUT_COLUMNS} FROM rollouts
