@@ -209,5 +209,9 @@ def _write_value(value: AttributeValue) -> AnyValue:
             return AnyValue(double_value=value)
         case bytes():
             return AnyValue(bytes_value=value)
-        case _:
+        case list() | tuple():
             return AnyValue(array_value=ArrayValue(values=[_write_value(item) for item in value]))
+        case _:
+            raise TypeError(
+                f"an attribute value is {type(value).__name__}, expected str, bool, int, float, bytes or list"
+            )
