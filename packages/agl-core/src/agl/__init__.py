@@ -1,5 +1,31 @@
 """Train the agent you already have: its runs as OpenTelemetry spans with rollouts, roles and rewards."""
 
 from agl.context import current_role, current_rollout, headers, role, rollout
+from agl.emit import (
+    emit_annotation,
+    emit_exception,
+    emit_message,
+    emit_object,
+    emit_observation,
+    emit_reward,
+    operation,
+)
+from agl.tracing import flush, init, shutdown
 
-__all__ = ["current_role", "current_rollout", "headers", "role", "rollout"]
+__all__ = [
+    "current_role",
+    "current_rollout",
+    "emit_annotation",
+    "emit_exception",
+    "emit_message",
+    "emit_object",
+    "emit_observation",
+    "emit_reward",
+    "flush",
+    "headers",
+    "init",
+    "operation",
+    "role",
+    "rollout",
+    "shutdown",
+]

@@ -79,10 +79,10 @@ def rollout(
     """
     if mode not in get_args(Mode):
         raise TelemetryError(f"rollout mode is {mode!r}, expected one of {', '.join(get_args(Mode))}")
-    rollout_id = _text("rollout_id", uuid.uuid4().hex if rollout_id is None else rollout_id)
-    attempt_id = _text("attempt_id", f"{rollout_id}-a1" if attempt_id is None else attempt_id)
+    rollout_id = non_empty("rollout_id", uuid.uuid4().hex if rollout_id is None else rollout_id)
+    attempt_id = non_empty("attempt_id", f"{rollout_id}-a1" if attempt_id is None else attempt_id)
     if group_id is not None:
-        _text("group_id", group_id)
+        non_empty("group_id", group_id)
     return Scope(_run_rollout(ActiveRollout(rollout_id, attempt_id, group_id, mode)))
 
 
@@ -91,7 +91,7 @@ def role(name: str) -> Scope[str]:
 
     Raises TelemetryError for a name that is not a non-empty string.
     """
-    return Scope(_carry({semconv.ROLE: _text("role", name)}, name))
+    return Scope(_carry({semconv.ROLE: non_empty("role", name)}, name))
 
 
 def current_rollout() -> ActiveRollout | None:
@@ -126,6 +126,13 @@ def carried_attributes(context: Context | None = None) -> dict[str, str]:
     return {key: value for key in _KEYS if isinstance(value := carried.get(key), str) and value}
 
 
+def non_empty(name: str, value: str) -> str:
+    """`value`, if it is text. Raises TelemetryError that calls it `name`."""
+    if not isinstance(value, str) or not value.strip():
+        raise TelemetryError(f"{name} is {value!r}, expected a non-empty string")
+    return value
+
+
 class RolloutProcessor(SpanProcessor):
     """Stamps rollout, attempt, group, mode and role on every span at its start, whoever starts it.
 
@@ -146,16 +153,23 @@ def open_span(
     links: Sequence[trace.Link] = (),
 ) -> Iterator[trace.Span]:
     """A span around the block, current in it. An exception of the block marks it and goes on unchanged."""
-    with TRACER.start_as_current_span(
-        name, context, attributes=attributes, links=links, record_exception=False, set_status_on_exception=False
-    ) as span:
-        try:
-            yield span
-        except GeneratorExit:  # a generator closed by its reader ends early, it does not fail
-            raise
-        except BaseException as error:
-            mark_error(span, error)
-            raise
+    span = TRACER.start_span(name, context, attributes=attributes, links=links)
+    with ending(span), trace.use_span(span, record_exception=False, set_status_on_exception=False):
+        yield span
+
+
+@contextmanager
+def ending(span: trace.Span) -> Iterator[trace.Span]:
+    """End `span` with the block; an exception of the block marks it and goes on unchanged."""
+    try:
+        yield span
+    except GeneratorExit:  # a generator closed by its reader ends early, it does not fail
+        raise
+    except BaseException as error:
+        mark_error(span, error)
+        raise
+    finally:
+        span.end()
 
 
 def mark_error(span: trace.Span, error: BaseException) -> None:
@@ -201,9 +215,3 @@ def _with_baggage(entries: Mapping[str, str | None], context: Context) -> Contex
     for key, entry in entries.items():
         context = baggage.remove_baggage(key, context) if entry is None else baggage.set_baggage(key, entry, context)
     return context
-
-
-def _text(name: str, value: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise TelemetryError(f"{name} is {value!r}, expected a non-empty string")
-    return value

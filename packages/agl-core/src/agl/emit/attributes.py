@@ -1,0 +1,80 @@
+"""What a span attribute can hold, checked before it is set: the SDK would turn the rest into text or drop it."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from agl import semconv
+from agl.context import non_empty
+from agl.errors import TelemetryError
+from agl.span import AttributeValue
+
+_SCALARS = (bool, int, float, str, bytes)
+_EXPECTED = "expected str, bytes, bool, int, float, a list of one type of them (not bytes), or a mapping"
+
+
+def flat_attributes(values: Mapping[str, Any], prefix: str = "") -> dict[str, AttributeValue]:
+    """`values` with nested mappings joined by dots. Raises TelemetryError naming the key that cannot be carried."""
+    if not isinstance(values, Mapping):
+        raise TelemetryError(f"attributes are {type(values).__name__}, expected a mapping")
+    flat: dict[str, AttributeValue] = {}
+    for name, value in values.items():
+        if not isinstance(name, str) or not name:
+            raise TelemetryError(f"attribute name {prefix}{name!r} is not a non-empty string")
+        key = prefix + name
+        if isinstance(value, Mapping):
+            flat |= flat_attributes(value, prefix=f"{key}.")
+        else:
+            flat[key] = _value(key, value)
+    return flat
+
+
+def role_attribute(role: str | None) -> dict[str, str]:
+    """`agl.role`, or nothing for None: the role in force is stamped. Raises TelemetryError for an empty name."""
+    return {} if role is None else {semconv.ROLE: non_empty("role", role)}
+
+
+def json_text(name: str, value: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """`value` as JSON; `default` stands in for objects that JSON does not know. Raises TelemetryError naming `name`."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=default)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TelemetryError(f"{name} ({type(value).__name__}) cannot be written as JSON: {error}") from error
+    return text if _is_unicode(text) else json.dumps(value, default=default)
+
+
+def _value(key: str, value: Any) -> AttributeValue:
+    if isinstance(value, list | tuple):
+        return _array(key, value)
+    return _scalar(key, value)
+
+
+def _scalar(key: str, value: Any) -> str | bool | int | float | bytes:
+    if isinstance(value, str) and not _is_unicode(value):
+        raise TelemetryError(f"attribute {key} holds half of a surrogate pair, which UTF-8 cannot carry")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise TelemetryError(f"attribute {key} is {value}, which does not fit into 64 bits")
+    if not isinstance(value, _SCALARS):
+        raise TelemetryError(
+            f"attribute {key} is {type(value).__name__}, {_EXPECTED}; emit_object keeps any JSON value"
+        )
+    return value
+
+
+def _array(key: str, values: Sequence[Any]) -> list[str] | list[bool] | list[int] | list[float]:
+    """`values` as an array of one type; ints beside floats become floats."""
+    items: list[Any] = [_scalar(f"{key}[{index}]", value) for index, value in enumerate(values)]
+    kinds = {next(kind for kind in _SCALARS if isinstance(item, kind)) for item in items}
+    if kinds == {int, float}:
+        return [float(item) for item in items]
+    if len(kinds) > 1 or bytes in kinds:
+        raise TelemetryError(f"attribute {key} mixes {', '.join(sorted(kind.__name__ for kind in kinds))}, {_EXPECTED}")
+    return items
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,91 @@
+"""Generators in a span: it is current while the generator's body runs, and not while the reader holds an item."""
+
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+from opentelemetry import trace
+from opentelemetry.context import attach, detach, get_current
+
+MAX_ITEMS = 1000
+"""Items that are kept for the output of the span; a generator may have no end."""
+
+
+class Body:
+    """The OpenTelemetry context of a generator's body: entered for each step, left with the item.
+
+    Left attached between the steps, it would become the context of whoever reads the generator.
+    """
+
+    def __init__(self, span: trace.Span) -> None:
+        self.items: list[Any] = []
+        self._context = trace.set_span_in_context(span)
+
+    def __enter__(self) -> None:
+        self._token = attach(self._context)
+
+    def __exit__(self, *_: object) -> None:
+        # The body may itself have entered a role or a span that lasts beyond this step.
+        self._context = get_current()
+        detach(self._token)
+
+    def keep(self, item: Any) -> None:
+        if len(self.items) < MAX_ITEMS:
+            self.items.append(item)
+
+
+Generating = Callable[[tuple[Any, ...], dict[str, Any]], AbstractContextManager[Body]]
+"""Opens the span of one call from its positional and keyword arguments."""
+
+
+def wrap_generator(function: Callable[..., Any], generating: Generating) -> Callable[..., Any]:
+    """A generator function like `function`; what is sent, thrown and returned passes through."""
+
+    def generate(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+        with generating(args, kwargs) as body:
+            generator = function(*args, **kwargs)
+            resume = partial(generator.send, None)
+            while True:
+                try:
+                    with body:
+                        item = resume()
+                except StopIteration as stop:
+                    return stop.value
+                body.keep(item)
+                try:
+                    resume = partial(generator.send, (yield item))
+                except GeneratorExit:
+                    with body:
+                        generator.close()
+                    raise
+                except BaseException as error:  # noqa: BLE001 - it goes on into the generator
+                    resume = partial(generator.throw, error)
+
+    return generate
+
+
+def wrap_async_generator(function: Callable[..., Any], generating: Generating) -> Callable[..., Any]:
+    """The same for an asynchronous generator function."""
+
+    async def generate(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
+        with generating(args, kwargs) as body:
+            generator = function(*args, **kwargs)
+            resume = partial(generator.asend, None)
+            while True:
+                try:
+                    with body:
+                        item = await resume()
+                except StopAsyncIteration:
+                    return
+                body.keep(item)
+                try:
+                    resume = partial(generator.asend, (yield item))
+                except GeneratorExit:
+                    with body:
+                        await generator.aclose()
+                    raise
+                except BaseException as error:  # noqa: BLE001 - it goes on into the generator
+                    resume = partial(generator.athrow, error)
+
+    return generate

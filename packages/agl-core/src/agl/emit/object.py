@@ -1,0 +1,20 @@
+"""A JSON value or bytes worth keeping with the rollout."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from agl import semconv
+from agl.emit.attributes import json_text
+from agl.emit.record import record
+
+
+def emit_object(value: Any, *, attributes: Mapping[str, Any] | None = None) -> str | None:
+    """Record any JSON value, or bytes."""
+    return record(semconv.SPAN_OBJECT, lambda: object_attributes(value), attributes)
+
+
+def object_attributes(value: Any) -> dict[str, str | bytes]:
+    """Attributes of the span. Raises TelemetryError where `value` is neither bytes nor JSON (NaN is not JSON)."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return {semconv.OBJECT_TYPE: "bytes", semconv.OBJECT_BYTES: bytes(value)}
+    return {semconv.OBJECT_TYPE: "json", semconv.OBJECT_JSON: json_text("object", value)}

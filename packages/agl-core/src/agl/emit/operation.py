@@ -1,0 +1,173 @@
+"""A step of the agent as a span with its input and output: a decorator, and a `with` block."""
+
+import functools
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar, overload
+
+from opentelemetry import trace
+
+from agl import semconv
+from agl.boundary import never_raises
+from agl.context import TRACER, Scope, ending, open_span
+from agl.emit.attributes import flat_attributes, json_text
+from agl.emit.generators import Body, wrap_async_generator, wrap_generator
+from agl.errors import TelemetryError
+from agl.span import AttributeValue
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class ActiveOperation:
+    """The operation whose block is running. Values are kept as JSON, objects that JSON does not know as `repr`."""
+
+    def __init__(self, span: trace.Span) -> None:
+        self.span = span
+
+    def set_input(self, value: Any) -> None:
+        self._set(semconv.OPERATION_INPUT, value)
+
+    def set_output(self, value: Any) -> None:
+        self._set(semconv.OPERATION_OUTPUT, value)
+
+    def _set(self, name: str, value: Any) -> None:
+        if self.span.is_recording():
+            with never_raises(f"{name} was not recorded"):
+                self.span.set_attribute(name, _lenient_json(name, value))
+
+
+class Operation(Scope[ActiveOperation]):
+    """What `agl.operation(name)` returns: a `with` or `async with` block, or a decorator."""
+
+    def __init__(self, name: str | None, attributes: Mapping[str, Any] | None) -> None:
+        self._name = name
+        self._attributes = attributes
+        super().__init__(_run_block(name or "operation", attributes))
+
+    def __call__(self, function: Function) -> Function:
+        return _decorate(function, self._name, self._attributes)
+
+
+@overload
+def operation(name: str | None = None, /, *, attributes: Mapping[str, Any] | None = None) -> Operation: ...
+
+
+@overload
+def operation(name: Function, /) -> Function: ...
+
+
+def operation(name: Any = None, /, *, attributes: Mapping[str, Any] | None = None) -> Any:
+    """A span around a step: `@agl.operation`, `@agl.operation("name")`, or `with agl.operation("name") as step:`.
+
+    Decorates functions, coroutine functions and generators of both kinds, and keeps arguments and result; of a
+    generator, its first items (at most `generators.MAX_ITEMS`). The step's own exceptions go on unchanged.
+    """
+    return _decorate(name, None, attributes) if callable(name) else Operation(name, attributes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A decorated function: what its spans start with."""
+
+    attributes: Mapping[str, AttributeValue]
+    signature: inspect.Signature | None
+
+    @contextmanager
+    def running(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[ActiveOperation]:
+        """A call in a span that is current until it returns."""
+        with open_span(semconv.SPAN_OPERATION, self.attributes) as span:
+            yield self._begin(span, args, kwargs)
+
+    @contextmanager
+    def generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Body]:
+        """A generator in a span that is current only inside the body."""
+        with ending(TRACER.start_span(semconv.SPAN_OPERATION, attributes=self.attributes)) as span:
+            active = self._begin(span, args, kwargs)
+            body = Body(span)
+            try:
+                yield body
+            finally:
+                active.set_output(body.items)
+
+    def _begin(self, span: trace.Span, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ActiveOperation:
+        active = ActiveOperation(span)
+        active.set_input(self._named(args, kwargs))
+        return active
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments by the names of their parameters, without the object that a method belongs to."""
+        try:
+            if self.signature is None:
+                raise TypeError
+            named = self.signature.bind(*args, **kwargs).arguments
+        except TypeError:  # no signature to be had, or a wrong call: the call itself will say so
+            return {"args": args, "kwargs": kwargs}
+        return {name: value for name, value in named.items() if name not in ("self", "cls")}
+
+
+def _decorate(function: Callable[..., Any], name: str | None, attributes: Mapping[str, Any] | None) -> Any:
+    """`function` in a span, as the same kind of function, since frameworks look at the kind."""
+    step = _Step(_first_attributes(name or _name_of(function), attributes), _signature(function))
+    if inspect.isasyncgenfunction(function):
+        wrapped = wrap_async_generator(function, step.generating)
+    elif inspect.isgeneratorfunction(function):
+        wrapped = wrap_generator(function, step.generating)
+    elif inspect.iscoroutinefunction(function):
+        wrapped = _wrap_coroutine(function, step)
+    else:
+        wrapped = _wrap_function(function, step)
+    return functools.wraps(function)(wrapped)
+
+
+def _wrap_function(function: Callable[..., Any], step: _Step) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with step.running(args, kwargs) as active:
+            result = function(*args, **kwargs)
+            active.set_output(result)
+            return result
+
+    return call
+
+
+def _wrap_coroutine(function: Callable[..., Any], step: _Step) -> Callable[..., Any]:
+    async def call(*args: Any, **kwargs: Any) -> Any:
+        with step.running(args, kwargs) as active:
+            result = await function(*args, **kwargs)
+            active.set_output(result)
+            return result
+
+    return call
+
+
+@contextmanager
+def _run_block(name: str, attributes: Mapping[str, Any] | None) -> Iterator[ActiveOperation]:
+    with open_span(semconv.SPAN_OPERATION, _first_attributes(name, attributes)) as span:
+        yield ActiveOperation(span)
+
+
+def _first_attributes(name: str, attributes: Mapping[str, Any] | None) -> dict[str, AttributeValue]:
+    first: dict[str, AttributeValue] = {}
+    with never_raises(f"attributes of operation {name} were not recorded"):
+        first |= flat_attributes(attributes or {})
+    return first | {semconv.OPERATION_NAME: name}
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except ValueError:  # some builtins have none
+        return None
+
+
+def _lenient_json(name: str, value: Any) -> str:
+    try:
+        return json_text(name, value, default=repr)
+    except TelemetryError:  # keys that are not text, a cycle, NaN
+        return json.dumps(repr(value))
