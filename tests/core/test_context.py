@@ -1,0 +1,243 @@
+"""Rollout and role context: what is stamped on spans, in threads and tasks, and what travels in headers."""
+
+import asyncio
+import contextvars
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+from opentelemetry import baggage, propagate, trace
+from opentelemetry.context import attach, detach
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+import agl
+from agl.context import ActiveRollout
+from agl.errors import TelemetryError
+
+FOREIGN = trace.get_tracer("some.other.instrumentation")
+
+
+def foreign_span(name: str, **attributes: Any) -> None:
+    """A span that somebody else starts and that knows nothing of us."""
+    FOREIGN.start_span(name, attributes=attributes).end()
+
+
+def attributes_of(spans: InMemorySpanExporter, name: str) -> dict[str, Any]:
+    (span,) = [span for span in spans.get_finished_spans() if span.name == name]
+    return dict(span.attributes or {})
+
+
+def only(spans: InMemorySpanExporter, name: str) -> ReadableSpan:
+    (span,) = [span for span in spans.get_finished_spans() if span.name == name]
+    return span
+
+
+def test_rollout_span_and_foreign_spans_carry_the_ids(spans: InMemorySpanExporter) -> None:
+    with agl.rollout("r1", group_id="task-17", attempt_id="r1-a3", mode="eval") as active:
+        foreign_span("inner", **{"gen_ai.operation.name": "chat"})
+    ids = {"agl.rollout.id": "r1", "agl.attempt.id": "r1-a3", "agl.group.id": "task-17", "agl.mode": "eval"}
+    assert active == ActiveRollout("r1", "r1-a3", "task-17", "eval")
+    assert attributes_of(spans, "inner") == {"gen_ai.operation.name": "chat"} | ids
+    assert attributes_of(spans, "agl.rollout") == {"gen_ai.operation.name": "invoke_workflow"} | ids
+    inner, root = only(spans, "inner"), only(spans, "agl.rollout")
+    assert inner.parent is not None and root.context is not None
+    assert inner.parent.span_id == root.context.span_id
+    assert root.status.is_unset
+
+
+def test_missing_ids_are_made(spans: InMemorySpanExporter) -> None:
+    with agl.rollout() as first, agl.rollout() as second:
+        pass
+    assert len(first.rollout_id) == 32 and int(first.rollout_id, 16) >= 0
+    assert first.rollout_id != second.rollout_id
+    assert first.attempt_id == f"{first.rollout_id}-a1"
+    assert (first.group_id, first.mode) == (None, "train")
+    assert all("agl.group.id" not in (span.attributes or {}) for span in spans.get_finished_spans())
+
+
+def test_handle_is_frozen() -> None:
+    with agl.rollout("r1") as active, pytest.raises(FrozenInstanceError):
+        active.rollout_id = "r2"  # type: ignore[misc]  # the point of the test
+
+
+def test_a_rollout_is_a_trace_of_its_own_linked_to_what_was_around_it(spans: InMemorySpanExporter) -> None:
+    with FOREIGN.start_as_current_span("request") as request:
+        with agl.rollout("r1"):
+            pass
+        assert trace.get_current_span() is request
+    root = only(spans, "agl.rollout")
+    assert root.parent is None and root.context is not None
+    assert root.context.trace_id != request.get_span_context().trace_id
+    assert [link.context.span_id for link in root.links] == [request.get_span_context().span_id]
+
+
+def test_inner_rollout_replaces_all_ids_of_the_outer(spans: InMemorySpanExporter) -> None:
+    with agl.rollout("outer", group_id="g", mode="eval"):
+        with agl.rollout("inner"):
+            foreign_span("deep")
+        foreign_span("shallow")
+    assert attributes_of(spans, "deep") == {
+        "agl.rollout.id": "inner",
+        "agl.attempt.id": "inner-a1",
+        "agl.mode": "train",
+    }
+    assert attributes_of(spans, "shallow")["agl.rollout.id"] == "outer"
+    assert attributes_of(spans, "shallow")["agl.group.id"] == "g"
+
+
+def test_nested_roles(spans: InMemorySpanExporter) -> None:
+    with agl.role("planner"):
+        foreign_span("plan")
+        with agl.role("executor") as name:
+            assert (name, agl.current_role()) == ("executor", "executor")
+            foreign_span("execute")
+        foreign_span("plan again")
+    foreign_span("after")
+    assert attributes_of(spans, "plan") == {"agl.role": "planner"}
+    assert attributes_of(spans, "execute") == {"agl.role": "executor"}
+    assert attributes_of(spans, "plan again") == {"agl.role": "planner"}
+    assert attributes_of(spans, "after") == {}
+    assert agl.current_role() is None
+
+
+def test_readers() -> None:
+    assert agl.current_rollout() is None
+    with agl.rollout("r1", group_id="g") as active:
+        assert agl.current_rollout() == active
+    assert agl.current_rollout() is None
+
+
+def test_an_attribute_that_the_span_has_is_kept(spans: InMemorySpanExporter) -> None:
+    with agl.rollout("r1"), agl.role("planner"):
+        foreign_span("own", **{"agl.role": "critic", "agl.rollout.id": "other"})
+    assert attributes_of(spans, "own")["agl.role"] == "critic"
+    assert attributes_of(spans, "own")["agl.rollout.id"] == "other"
+    assert attributes_of(spans, "own")["agl.mode"] == "train"
+
+
+def test_only_our_baggage_is_copied_and_sent(spans: InMemorySpanExporter) -> None:
+    token = attach(baggage.set_baggage("customer", "secret"))
+    try:
+        with agl.rollout("r1"):
+            foreign_span("inner")
+            sent = agl.headers()
+    finally:
+        detach(token)
+    assert "customer" not in attributes_of(spans, "inner")
+    assert "secret" not in sent["baggage"]
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), asyncio.CancelledError(), StopIteration(1)])
+def test_an_exception_marks_the_span_and_goes_on_unchanged(spans: InMemorySpanExporter, error: BaseException) -> None:
+    with pytest.raises(type(error)) as caught, agl.rollout("r1"), agl.role("planner"):
+        raise error
+    assert caught.value is error and error.__cause__ is None
+    root = only(spans, "agl.rollout")
+    assert root.status.status_code is trace.StatusCode.ERROR
+    assert root.attributes and root.attributes["error.type"] == type(error).__name__
+    (event,) = root.events
+    assert event.attributes and event.attributes["exception.message"] == str(error)
+    assert agl.current_rollout() is None and agl.current_role() is None
+
+
+def test_an_exception_that_cannot_be_printed_goes_on_too(spans: InMemorySpanExporter) -> None:
+    class Unprintable(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    with pytest.raises(Unprintable), agl.rollout("r1"):
+        raise Unprintable
+    assert attributes_of(spans, "agl.rollout")["error.type"].endswith("Unprintable")
+
+
+async def test_async_with(spans: InMemorySpanExporter) -> None:
+    async with agl.rollout("r1") as active, agl.role("planner"):
+        await asyncio.sleep(0)
+        foreign_span("inner")
+    assert active.rollout_id == "r1"
+    assert attributes_of(spans, "inner")["agl.role"] == "planner"
+    with pytest.raises(ValueError, match="no"):
+        async with agl.rollout("r2"):
+            raise ValueError("no")
+    assert agl.current_rollout() is None
+
+
+async def test_200_concurrent_rollouts_keep_their_ids_apart(
+    spans: InMemorySpanExporter, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def call(rollout_id: str, role: str) -> None:
+        async with agl.role(role):
+            await asyncio.sleep(0)
+            with FOREIGN.start_as_current_span(f"{rollout_id}/{role}"):
+                await asyncio.sleep(0)
+                await asyncio.to_thread(foreign_span, f"{rollout_id}/{role}/thread")
+
+    async def agent(number: int) -> None:
+        async with agl.rollout(f"r{number}", group_id=f"g{number % 8}"):
+            await asyncio.gather(call(f"r{number}", "planner"), call(f"r{number}", "executor"))
+
+    await asyncio.gather(*(agent(number) for number in range(200)))
+    inner = [span for span in spans.get_finished_spans() if span.name != "agl.rollout"]
+    assert len(inner) == 200 * 2 * 2
+    for span in inner:
+        assert span.attributes
+        rollout_id, role, *_ = span.name.split("/")
+        assert span.attributes["agl.rollout.id"] == rollout_id
+        assert span.attributes["agl.role"] == role
+        assert span.attributes["agl.group.id"] == f"g{int(rollout_id[1:]) % 8}"
+    traces = {(span.attributes or {})["agl.rollout.id"]: span.context.trace_id for span in inner if span.context}
+    assert len(set(traces.values())) == 200
+    assert not caplog.records
+
+
+def test_threads_with_a_copied_context(spans: InMemorySpanExporter) -> None:
+    with agl.rollout("r1"), ThreadPoolExecutor(2) as pool:
+        pool.submit(contextvars.copy_context().run, foreign_span, "copied").result()
+    bare = threading.Thread(target=foreign_span, args=("bare",))
+    bare.start()
+    bare.join()
+    assert attributes_of(spans, "copied")["agl.rollout.id"] == "r1"
+    assert attributes_of(spans, "bare") == {}
+
+
+def test_headers_carry_ids_and_parent_to_another_service(spans: InMemorySpanExporter) -> None:
+    with agl.rollout("r/1", group_id="täsk; a=1, b", mode="prod") as active, agl.role("planner"):
+        sent = agl.headers()
+        span_id = trace.get_current_span().get_span_context().span_id
+    assert sorted(sent) == ["baggage", "traceparent"]
+    token = attach(propagate.extract(sent))
+    try:
+        assert agl.current_rollout() == active
+        assert agl.current_role() == "planner"
+        foreign_span("remote")
+    finally:
+        detach(token)
+    remote = only(spans, "remote")
+    assert remote.parent is not None and remote.parent.span_id == span_id
+    assert attributes_of(spans, "remote")["agl.group.id"] == "täsk; a=1, b"
+
+
+def test_headers_outside_of_everything_are_empty() -> None:
+    assert agl.headers() == {}
+
+
+def test_baggage_of_another_tool_that_knows_only_the_rollout() -> None:
+    token = attach(baggage.set_baggage("agl.rollout.id", "r1"))
+    try:
+        assert agl.current_rollout() == ActiveRollout("r1", "r1-a1", None, "train")
+    finally:
+        detach(token)
+
+
+def test_wrong_arguments_are_refused_at_the_call() -> None:
+    with pytest.raises(TelemetryError, match="mode is 'training', expected one of train, eval, prod"):
+        agl.rollout(mode="training")  # type: ignore[arg-type]  # the point of the test
+    with pytest.raises(TelemetryError, match="rollout_id is '', expected a non-empty string"):
+        agl.rollout("")
+    with pytest.raises(TelemetryError, match="group_id is 17"):
+        agl.rollout(group_id=17)  # type: ignore[arg-type]  # the point of the test
+    with pytest.raises(TelemetryError, match="role is ' '"):
+        agl.role(" ")
