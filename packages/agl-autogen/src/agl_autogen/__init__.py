@@ -1,1 +1,5 @@
-"""Placeholder docstring, see owner."""
+"""AutoGen teams as OpenTelemetry spans with roles: runs, turns, model calls, tools and hand-offs."""
+
+from agl_autogen.instrumentor import AutoGenInstrumentor
+
+__all__ = ["AutoGenInstrumentor"]

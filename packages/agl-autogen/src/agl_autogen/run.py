@@ -1,0 +1,88 @@
+"""A team's run: the one span that makes it one trace, and the hand-offs in it."""
+
+import functools
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+from autogen_agentchat.messages import HandoffMessage
+from opentelemetry.context import Context, attach, detach
+from opentelemetry.instrumentation.utils import is_instrumentation_enabled
+from opentelemetry.trace import SpanKind, Tracer, get_current_span, set_span_in_context
+
+from agl import semconv
+from agl.boundary import never_raises
+from agl_autogen.span import open_span
+from agl_autogen.stream import IsolatedStream
+from agl_autogen.turn import RoleOf
+
+RunStream = Callable[..., AsyncGenerator[Any, None]]
+OnMessage = Callable[..., Awaitable[Any]]
+
+_RUNNING: dict[str, Context] = {}
+"""OpenTelemetry context of every run under way, by the team's id: the key of all its agents in a runtime."""
+
+
+def traced_run(original: RunStream, tracer: Tracer, role_of: RoleOf) -> RunStream:
+    """`BaseGroupChat.run_stream` (which `run` reads too) under a span of its own, with its hand-offs as spans."""
+
+    async def under_span(team: Any, *args: Any, **options: Any) -> AsyncGenerator[Any, None]:
+        attributes = {
+            semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_INVOKE_WORKFLOW,
+            semconv.GEN_AI_WORKFLOW_NAME: team.name,
+        }
+        name = f"{semconv.OPERATION_INVOKE_WORKFLOW} {team.name}"
+        with open_span(tracer, name, SpanKind.INTERNAL, attributes) as span:
+            context = _RUNNING[team._team_id] = set_span_in_context(span)
+            try:
+                async with aclosing(IsolatedStream(original(team, *args, **options), context)) as messages:
+                    async for message in messages:
+                        if isinstance(message, HandoffMessage):
+                            _record_handoff(tracer, context, team, message, role_of)
+                        yield message
+            finally:
+                _RUNNING.pop(team._team_id, None)
+
+    @functools.wraps(original)
+    def run_stream(team: Any, *args: Any, **options: Any) -> AsyncGenerator[Any, None]:
+        return (under_span if is_instrumentation_enabled() else original)(team, *args, **options)
+
+    return run_stream
+
+
+def in_run(original: OnMessage) -> OnMessage:
+    """`on_message_impl` of a team's agents and manager, in the context of their team's run.
+
+    A runtime of the user's own, started before the run, handles messages in the context of its start: in no rollout,
+    or in that of another run.
+    """
+
+    @functools.wraps(original)
+    async def on_message_impl(agent: Any, *args: Any, **options: Any) -> Any:
+        context = _RUNNING.get(agent.id.key)
+        if context is None or _trace_id(context) == _trace_id(None):
+            return await original(agent, *args, **options)
+        token = attach(context)
+        try:
+            return await original(agent, *args, **options)
+        finally:
+            detach(token)
+
+    return on_message_impl
+
+
+def _trace_id(context: Context | None) -> int:
+    return get_current_span(context).get_span_context().trace_id
+
+
+def _record_handoff(tracer: Tracer, context: Context, team: Any, message: HandoffMessage, role_of: RoleOf) -> None:
+    """One span at the moment of the hand-off. An inner team's message passes the outer team too and counts once."""
+    with never_raises(f"the hand-off from {message.source!r} to {message.target!r} was not recorded"):
+        if message.source not in team._participant_names:
+            return
+        moment = int(message.created_at.timestamp() * 1e9)
+        attributes = {
+            semconv.HANDOFF_SOURCE: role_of(message.source),
+            semconv.HANDOFF_TARGET: role_of(message.target),
+        }
+        tracer.start_span(semconv.SPAN_HANDOFF, context, attributes=attributes, start_time=moment).end(moment)

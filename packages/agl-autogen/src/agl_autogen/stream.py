@@ -1,0 +1,63 @@
+"""Async generators that run in a context of their own.
+
+A generator body runs in the context of whoever asks for the next item, so a span that it makes current stays current
+in the caller between two items, and for good when the caller breaks off. Here every step runs in one private copy.
+"""
+
+import contextvars
+import functools
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
+from contextlib import aclosing
+from types import coroutine
+from typing import Any, TypeVar
+
+from opentelemetry.context import Context, attach
+
+Item = TypeVar("Item")
+
+
+class IsolatedStream(AsyncIterator[Item]):
+    """The items of `stream`; the caller's context variables are copied once and its own are never touched.
+
+    `context`, where given, is the OpenTelemetry context in force inside. Close it with `aclosing`.
+    """
+
+    def __init__(self, stream: AsyncGenerator[Item, None], context: Context | None = None) -> None:
+        self._stream = stream
+        self._variables = contextvars.copy_context()
+        if context is not None:
+            self._variables.run(attach, context)
+
+    async def __anext__(self) -> Item:
+        return await _await_in(self._variables, anext(self._stream))
+
+    async def aclose(self) -> None:
+        await _await_in(self._variables, self._stream.aclose())
+
+
+def isolated(original: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncGenerator[Any, None]]:
+    """The async generator function `original`, isolated from its caller's context."""
+
+    @functools.wraps(original)
+    async def stream(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        async with aclosing(IsolatedStream(original(*args, **kwargs))) as items:
+            async for item in items:
+                yield item
+
+    return stream
+
+
+@coroutine
+def _await_in(variables: contextvars.Context, awaitable: Awaitable[Item]) -> Generator[Any, Any, Item]:
+    """Await with every step run in `variables`, yet in the same task: time-outs and cancellation work as ever."""
+    steps: Any = awaitable.__await__()
+    resume = functools.partial(steps.send, None)
+    while True:
+        try:
+            pending = variables.run(resume)
+        except StopIteration as done:
+            return done.value
+        try:
+            resume = functools.partial(steps.send, (yield pending))
+        except BaseException as error:  # noqa: BLE001 - not handled here: thrown into the awaitable, as `await` does
+            resume = functools.partial(steps.throw, error)

@@ -1,0 +1,98 @@
+"""Switching on and off."""
+
+from importlib.metadata import entry_points
+from typing import Any
+
+import pytest
+from autogen_agentchat.agents import _base_chat_agent
+from autogen_agentchat.teams import BaseGroupChat
+from autogen_agentchat.teams._group_chat import _chat_agent_container
+from autogen_agentchat.teams._group_chat._sequential_routed_agent import SequentialRoutedAgent
+from autogen_core.logging import LLMCallEvent
+from autogen_core.models import ChatCompletionClient
+from autogen_ext.models.openai import BaseOpenAIChatCompletionClient
+from autogen_ext.models.replay import ReplayChatCompletionClient
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from agl.errors import TelemetryError
+from agl_autogen import AutoGenInstrumentor
+from tests.autogen.conftest import MODEL_INFO
+
+OWNERS: list[Any] = [
+    BaseGroupChat,
+    SequentialRoutedAgent,
+    _base_chat_agent,
+    _base_chat_agent.BaseChatAgent,
+    _chat_agent_container,
+    ChatCompletionClient,
+    BaseOpenAIChatCompletionClient,
+    ReplayChatCompletionClient,
+    LLMCallEvent,
+]
+
+
+def snapshot() -> list[dict[str, Any]]:
+    return [dict(vars(owner)) for owner in OWNERS]
+
+
+def test_uninstrument_puts_back_the_very_objects():
+    before = snapshot()
+    AutoGenInstrumentor().instrument()
+    replaced = [
+        (owner, name)
+        for owner, old in zip(OWNERS, before, strict=True)
+        for name, value in vars(owner).items()
+        if old.get(name) is not value
+    ]
+    AutoGenInstrumentor().uninstrument()
+
+    assert len(replaced) == 14
+    for old, new in zip(before, snapshot(), strict=True):
+        assert old.keys() == new.keys()
+        assert all(old[name] is new[name] for name in old)
+
+
+def test_a_client_class_defined_between_is_put_back_too():
+    AutoGenInstrumentor().instrument()
+
+    class Mine(ReplayChatCompletionClient):
+        async def create(self, *args: Any, **options: Any) -> Any:
+            return await super().create(*args, **options)
+
+    wrapped = vars(Mine)["create"]
+    AutoGenInstrumentor().uninstrument()
+    assert vars(Mine)["create"] is wrapped.__wrapped__
+
+
+def test_switching_on_twice_wraps_once(caplog):
+    AutoGenInstrumentor().instrument()
+    wrapped = BaseGroupChat.run_stream
+    AutoGenInstrumentor().instrument()
+    assert BaseGroupChat.run_stream is wrapped
+    AutoGenInstrumentor().uninstrument()
+
+
+def test_opentelemetry_instrument_finds_it():
+    (entry,) = entry_points(group="opentelemetry_instrumentor", name="agl_autogen")
+    assert entry.load() is AutoGenInstrumentor
+
+
+def test_a_wrong_role_is_refused_and_nothing_is_replaced():
+    before = vars(BaseGroupChat)["run_stream"]
+    with pytest.raises(TelemetryError, match="agent 'planner'"):
+        AutoGenInstrumentor().instrument(roles={"planner": ""})
+    assert vars(BaseGroupChat)["run_stream"] is before
+
+
+async def test_spans_of_ours_go_to_the_given_provider():
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    AutoGenInstrumentor().instrument(tracer_provider=provider)
+    try:
+        await ReplayChatCompletionClient(["yes"], model_info=MODEL_INFO).create([])
+    finally:
+        AutoGenInstrumentor().uninstrument()
+    assert [span.name for span in exporter.get_finished_spans()] == ["chat"]
