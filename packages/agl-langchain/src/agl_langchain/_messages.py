@@ -1,0 +1,142 @@
+"""LangChain messages as the JSON of the OpenTelemetry GenAI conventions: `{role, parts: [{type, ...}]}`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from langchain_core.documents import Document
+from langchain_core.messages import (
+    AIMessage,
+    BaseMessage,
+    ChatMessage,
+    FunctionMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+)
+from langchain_core.outputs import ChatGeneration, Generation
+from pydantic import BaseModel
+
+Part = dict[str, Any]
+Message = dict[str, Any]
+
+_ROLES: dict[type[BaseMessage], str] = {
+    AIMessage: "assistant",
+    HumanMessage: "user",
+    SystemMessage: "system",
+    ToolMessage: "tool",
+    FunctionMessage: "tool",
+}
+_TOOL_CALL_BLOCKS = {"tool_call", "tool_use", "tool_call_chunk", "invalid_tool_call", "function_call"}
+"""Content blocks that repeat what stands in `message.tool_calls`."""
+
+
+def input_messages(messages: Sequence[BaseMessage]) -> list[Message]:
+    """The messages of a request, in order."""
+    return [{"role": _role(message), "parts": _parts(message)} for message in messages]
+
+
+def prompt_messages(prompt: str) -> list[Message]:
+    """The prompt of a completion model, as the one message of a user."""
+    return [{"role": "user", "parts": [_text(prompt)]}]
+
+
+def output_messages(generations: Sequence[Generation]) -> list[Message]:
+    """The choices of an answer, each with its finish reason."""
+    return [
+        {"role": "assistant", "parts": _answer_parts(generation), "finish_reason": finish_reason(generation)}
+        for generation in generations
+    ]
+
+
+def finish_reason(generation: Generation) -> str:
+    """Why the model stopped; empty where neither the choice nor its message says."""
+    reason = (generation.generation_info or {}).get("finish_reason")
+    if reason is None and isinstance(generation, ChatGeneration):
+        metadata = generation.message.response_metadata
+        reason = metadata.get("finish_reason") or metadata.get("stop_reason")
+    return str(reason or "")
+
+
+def retrieved(documents: Sequence[Document]) -> list[dict[str, Any]]:
+    """What a retriever found, best first."""
+    return [{"id": item.id, "content": item.page_content, "metadata": item.metadata} for item in documents]
+
+
+def tool_result(output: Any) -> Any:
+    """What a tool gave back: the content where it wrapped it into a message."""
+    return output.content if isinstance(output, ToolMessage) else output
+
+
+def to_json(value: Any) -> str:
+    """JSON; what JSON does not know is written as its fields (models) or its text."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_plain)
+
+
+def _role(message: BaseMessage) -> str:
+    return message.role if isinstance(message, ChatMessage) else _role_of(type(message))
+
+
+@cache
+def _role_of(kind: type[BaseMessage]) -> str:
+    return next((role for base, role in _ROLES.items() if issubclass(kind, base)), "user")
+
+
+def _parts(message: BaseMessage) -> list[Part]:
+    if isinstance(message, ToolMessage):
+        return [{"type": "tool_call_response", "id": message.tool_call_id, "response": message.content}]
+    parts = _content_parts(message.content)
+    if isinstance(message, AIMessage):
+        parts += [_tool_call(call) for call in message.tool_calls]
+        parts += [_tool_call(call) for call in message.invalid_tool_calls]
+    return parts
+
+
+def _answer_parts(generation: Generation) -> list[Part]:
+    if isinstance(generation, ChatGeneration):
+        return _parts(generation.message)
+    return [_text(generation.text)]
+
+
+def _tool_call(call: Mapping[str, Any]) -> Part:
+    """Arguments are an object, or the text the model wrote where that is no JSON (an invalid tool call)."""
+    return {"type": "tool_call", "id": call["id"], "name": call["name"], "arguments": call["args"]}
+
+
+def _content_parts(content: str | list[str | dict[str, Any]]) -> list[Part]:
+    if isinstance(content, str):
+        return [_text(content)] if content else []
+    return [_block_part(block) for block in content if _is_content(block)]
+
+
+def _is_content(block: str | dict[str, Any]) -> bool:
+    return isinstance(block, str) or block.get("type") not in _TOOL_CALL_BLOCKS
+
+
+def _block_part(block: str | dict[str, Any]) -> Part:
+    """A content block as a part; a kind that the conventions do not name stays as it is."""
+    if isinstance(block, str):
+        return _text(block)
+    kind = block.get("type")
+    if kind == "text":
+        return _text(block.get("text", ""))
+    if kind in ("reasoning", "thinking"):
+        return {"type": "reasoning", "content": block.get("reasoning") or block.get("thinking") or ""}
+    if kind == "image_url":
+        return _image(block["image_url"])
+    return block
+
+
+def _image(image: str | dict[str, Any]) -> Part:
+    return {"type": "uri", "modality": "image", "uri": image if isinstance(image, str) else image.get("url", "")}
+
+
+def _text(content: str) -> Part:
+    return {"type": "text", "content": content}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseMessage):
+        return {"role": _role(value), "parts": _parts(value)}
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else str(value)

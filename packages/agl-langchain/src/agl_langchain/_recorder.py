@@ -1,0 +1,184 @@
+"""From the start and the end of a run to its span."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+from uuid import UUID
+
+from langchain_core.outputs import LLMResult
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.instrumentation.utils import is_instrumentation_enabled
+from opentelemetry.trace import SpanKind, TracerProvider
+
+from agl import semconv
+from agl.context import carried_attributes, mark_error
+from agl_langchain._call import (
+    Attributes,
+    request_attributes,
+    response_attributes,
+    response_messages,
+    tool_definitions,
+)
+from agl_langchain._open_runs import OPEN_RUNS
+from agl_langchain._role import Actor, RoleMap, stated_role
+from agl_langchain._run import Run, child_context, settled_context
+
+Describe = Callable[[], Attributes]
+
+_HIDDEN_TAG = "langsmith:hidden"
+"""Tag of runs that are LangGraph's own plumbing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a start event says of its run."""
+
+    run_id: UUID
+    name: str
+    parent: Run | None
+    is_root: bool
+    tags: Sequence[str]
+    metadata: Mapping[str, Any]
+    parameters: Mapping[str, Any]
+    """Of a model call: what its client is given."""
+    batch_size: int
+    """Of a model call: how many runs were started by the same `generate`."""
+
+    @classmethod
+    def of(cls, serialized: Mapping[str, Any] | None, event: Mapping[str, Any]) -> "Start":
+        return cls(
+            run_id=event["run_id"],
+            name=_name(serialized or {}, event),
+            parent=OPEN_RUNS.get(event.get("parent_run_id")),
+            is_root=event.get("parent_run_id") is None,
+            tags=event.get("tags") or (),
+            metadata=event.get("metadata") or {},
+            parameters=event.get("invocation_params") or {},
+            batch_size=event.get("batch_size") or 1,
+        )
+
+
+class Recorder:
+    """Opens and closes the spans of one handler."""
+
+    def __init__(self, roles: RoleMap, captures_content: bool, provider: TracerProvider | None) -> None:
+        self._roles = roles
+        self._captures_content = captures_content
+        self._tracer = trace.get_tracer("agl_langchain", version("agl-langchain"), provider)
+
+    def open_chain(self, start: Start) -> None:
+        """A chain, graph or node: `invoke_agent` for a node or named agent, `invoke_workflow` for the outermost run."""
+        if _HIDDEN_TAG in start.tags:
+            if start.parent is not None:
+                OPEN_RUNS.add(start.run_id, start.parent)
+            return
+        above = start.parent.actor if start.parent else None
+        actor = Actor.of_chain(start.name, start.tags, start.metadata, above, self._roles)
+        if actor.starts_here:
+            name, attributes = _named(semconv.OPERATION_INVOKE_AGENT, semconv.GEN_AI_AGENT_NAME, start.name)
+        elif start.is_root:
+            name, attributes = _named(semconv.OPERATION_INVOKE_WORKFLOW, semconv.GEN_AI_WORKFLOW_NAME, start.name)
+        else:
+            name, attributes = start.name, {}
+        self._open(start, name, attributes, actor=actor, is_chain=True, has_role=actor.starts_here)
+
+    def open_call(self, operation: str, start: Start, messages: Describe) -> None:
+        """A model call. Runs of one `generate` share a context: where they are several, none can be the current one."""
+        attributes = request_attributes(start.parameters, start.metadata)
+        model = attributes.get(semconv.GEN_AI_REQUEST_MODEL)
+        self._open(
+            start,
+            f"{operation} {model}" if model else operation,
+            {semconv.GEN_AI_OPERATION_NAME: operation, **attributes},
+            kind=SpanKind.CLIENT,
+            as_current=start.batch_size == 1,
+            content=lambda: {**messages(), **tool_definitions(start.parameters)},
+        )
+
+    def open_tool(self, start: Start, call_id: str | None, arguments: Describe) -> None:
+        name, attributes = _named(semconv.OPERATION_EXECUTE_TOOL, semconv.GEN_AI_TOOL_NAME, start.name)
+        if call_id:
+            attributes[semconv.GEN_AI_TOOL_CALL_ID] = call_id
+        self._open(start, name, attributes, content=arguments)
+
+    def open_retrieval(self, start: Start, query: Describe) -> None:
+        attributes: Attributes = {semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_RETRIEVAL}
+        name = f"{semconv.OPERATION_RETRIEVAL} {start.name}"
+        self._open(start, name, attributes, kind=SpanKind.CLIENT, has_role=False, content=query)
+
+    def close(
+        self, run_id: UUID, error: BaseException | None = None, *, facts: Describe = dict, content: Describe = dict
+    ) -> None:
+        """End the run's span, whatever becomes of its description."""
+        run = OPEN_RUNS.pop(run_id)
+        if run is None:
+            return
+        try:
+            if error is not None and not _steers_a_graph(error):
+                mark_error(run.span, error)
+            self._describe(run.span, facts, content)
+        finally:
+            run.end()
+
+    def close_call(self, run_id: UUID, result: LLMResult, error: BaseException | None = None) -> None:
+        facts, content = lambda: response_attributes(result), lambda: response_messages(result)
+        self.close(run_id, error, facts=facts, content=content)
+
+    def _open(
+        self,
+        start: Start,
+        name: str,
+        attributes: Attributes,
+        *,
+        kind: SpanKind = SpanKind.INTERNAL,
+        actor: Actor | None = None,
+        is_chain: bool = False,
+        has_role: bool = True,
+        as_current: bool = True,
+        content: Describe = dict,
+    ) -> None:
+        if start.run_id in OPEN_RUNS or not is_instrumentation_enabled():
+            return
+        actor = actor or (start.parent.actor if start.parent else Actor.of_metadata(start.metadata, self._roles))
+        before = settled_context()
+        context = child_context(start.parent, before)
+        role = _role(start, actor, context) if has_role else None
+        if role:
+            attributes[semconv.ROLE] = role
+        span = self._tracer.start_span(name, context, kind, attributes)
+        run = Run(start.run_id, span, actor, role, is_chain, before, context)
+        OPEN_RUNS.add(start.run_id, run)
+        run.enter(as_current=as_current)
+        self._describe(span, content=content)
+
+    def _describe(self, span: trace.Span, facts: Describe = dict, content: Describe = dict) -> None:
+        if not span.is_recording():
+            return
+        span.set_attributes(facts())
+        if self._captures_content:
+            span.set_attributes(content())
+
+
+def _named(operation: str, key: str, name: str) -> tuple[str, Attributes]:
+    """Name and first attributes of a span whose operation has an object: an agent, a workflow, a tool."""
+    return f"{operation} {name}", {semconv.GEN_AI_OPERATION_NAME: operation, key: name}
+
+
+def _role(start: Start, actor: Actor, context: Context) -> str | None:
+    """`agl.role(...)` in force, else metadata or tag, else the handler's mapping, else the agent's name."""
+    in_force = carried_attributes(context).get(semconv.ROLE)
+    return in_force or stated_role(start.tags, start.metadata) or actor.mapped_role or actor.agent
+
+
+def _name(serialized: Mapping[str, Any], event: Mapping[str, Any]) -> str:
+    """The run's name, else that of the class that runs."""
+    return str(event.get("name") or serialized.get("name") or (serialized.get("id") or ["chain"])[-1])
+
+
+def _steers_a_graph(error: BaseException) -> bool:
+    """Whether LangGraph raised it to steer: an interrupt, or a command to the graph above. No failure."""
+    errors = sys.modules.get("langgraph.errors")
+    return errors is not None and isinstance(error, errors.GraphBubbleUp)

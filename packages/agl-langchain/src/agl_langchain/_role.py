@@ -1,0 +1,89 @@
+"""The role of the agent that makes a call."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from agl.errors import ConfigError
+
+ROLE_METADATA = "agl_role"
+"""Key of LangChain metadata that states a role: `config={"metadata": {"agl_role": "planner"}}`."""
+ROLE_TAG = "role:"
+"""Prefix of a LangChain tag that states a role: `config={"tags": ["role:planner"]}`."""
+
+_NODE_TAG = "graph:step:"
+"""Prefix of the tag that LangGraph gives to the run of a node, and to no run inside it."""
+
+
+class RoleMap:
+    """Roles by the name of a graph node, agent or chain: `{"writer": "write_query|rewrite.*"}`.
+
+    A pattern must match the whole name; the first role that matches is taken. Raises ConfigError for a pattern that is
+    no regular expression.
+    """
+
+    def __init__(self, roles: Mapping[str, str] | None) -> None:
+        self._patterns = [(role, _compile(role, pattern)) for role, pattern in (roles or {}).items()]
+        self.match = cache(self._match)
+
+    def _match(self, name: str) -> str | None:
+        return next((role for role, pattern in self._patterns if pattern.fullmatch(name)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """Who acts in a run, as far as names tell. The runs below it inherit it."""
+
+    agent: str | None = None
+    """Name of the nearest agent or graph node."""
+    mapped_role: str | None = None
+    """Role of the nearest name that the handler's mapping knows."""
+    starts_here: bool = False
+    """Whether this run is the agent itself."""
+    has_steps: bool = False
+    """Whether the run is the graph of one agent (`create_agent`): its nodes are that agent's steps, not agents."""
+
+    @classmethod
+    def of_chain(
+        cls, name: str, tags: Sequence[str], metadata: Mapping[str, Any], above: "Actor | None", roles: RoleMap
+    ) -> "Actor":
+        """The actor of a chain, graph or node called `name`, below `above`."""
+        outer = above or cls.of_metadata(metadata, roles)
+        is_node = any(tag.startswith(_NODE_TAG) for tag in tags)
+        is_agent = metadata.get("lc_agent_name") == name
+        is_prebuilt = metadata.get("ls_integration") == "langchain_create_agent"
+        starts_here = is_agent or (is_node and not (outer.has_steps and outer.agent))
+        return cls(
+            agent=name if starts_here else outer.agent,
+            mapped_role=roles.match(name) or outer.mapped_role,
+            starts_here=starts_here,
+            has_steps=is_agent or (is_prebuilt and not is_node),
+        )
+
+    @classmethod
+    def of_metadata(cls, metadata: Mapping[str, Any], roles: RoleMap) -> "Actor":
+        """The actor that LangGraph's metadata names, for a run above which no run is known."""
+        node, agent = metadata.get("langgraph_node"), metadata.get("lc_agent_name")
+        mapped = [role for name in (node, agent) if name and (role := roles.match(name))]
+        return cls(agent=agent or node, mapped_role=mapped[0] if mapped else None)
+
+
+def stated_role(tags: Sequence[str], metadata: Mapping[str, Any]) -> str | None:
+    """The role that metadata or a tag states. LangChain puts the tags nearest to the call last."""
+    role = metadata.get(ROLE_METADATA)
+    if isinstance(role, str) and role:
+        return role
+    return next((tag.removeprefix(ROLE_TAG) for tag in reversed(tags) if _states_role(tag)), None)
+
+
+def _states_role(tag: str) -> bool:
+    return tag.startswith(ROLE_TAG) and len(tag) > len(ROLE_TAG)
+
+
+def _compile(role: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"roles[{role!r}] is {pattern!r}, expected a regular expression: {error}") from error
