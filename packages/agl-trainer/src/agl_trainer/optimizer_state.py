@@ -1,0 +1,41 @@
+"""A torch optimizer's state as named tensors and JSON text, so that nothing of a checkpoint is pickled."""
+
+import json
+from typing import Any
+
+import torch
+
+from agl.errors import TrainingError
+
+
+def flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], str]:
+    """`optimizer.state_dict()` as tensors named `<parameter index>.<name>` and JSON for everything else.
+
+    Raises TrainingError for a value that JSON cannot hold.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    values: dict[str, Any] = {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            (tensors if isinstance(value, torch.Tensor) else values)[f"{index}.{name}"] = value
+    try:
+        return tensors, json.dumps({"values": values, "param_groups": state["param_groups"]})
+    except TypeError as error:
+        raise TrainingError(f"the optimizer holds something a checkpoint cannot keep: {error}") from error
+
+
+def unflatten(tensors: dict[str, torch.Tensor], text: str) -> dict[str, Any]:
+    """What `flatten` took apart, ready for `optimizer.load_state_dict`."""
+    rest = json.loads(text)
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in (tensors | rest["values"]).items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": [_group(group) for group in rest["param_groups"]]}
+
+
+def _group(group: dict[str, Any]) -> dict[str, Any]:
+    """`group` with the tuples that JSON made lists; only `params` was a list."""
+    return {
+        name: tuple(value) if isinstance(value, list) and name != "params" else value for name, value in group.items()
+    }
