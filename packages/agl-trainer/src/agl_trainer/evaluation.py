@@ -1,0 +1,144 @@
+"""Results of an evaluation and what may be said about them: means and paired differences with their intervals.
+
+Intervals are percentile bootstrap intervals over tasks (Efron and Tibshirani, An Introduction to the Bootstrap, 13.3),
+drawn from a fixed seed: the same results always print the same table.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from agl.errors import TrainingError
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean over `count` tasks, and where it lies with the asked confidence."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @property
+    def half_width(self) -> float:
+        return (self.high - self.low) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class TaskScore:
+    """Reward of one task and its parts; the mean of its rollouts where there were several."""
+
+    reward: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """How one policy (`base`, `sft`, `grpo`) did on the held-out tasks, by task id."""
+
+    label: str
+    tasks: Mapping[str, TaskScore]
+
+    @property
+    def parts(self) -> list[str]:
+        """Reward parts in the order in which they were first given."""
+        return list(dict.fromkeys(part for score in self.tasks.values() for part in score.parts))
+
+    def scores(self, part: str | None = None) -> dict[str, float]:
+        """Task id to its reward, or to one part of it for the tasks that have this part."""
+        if part is None:
+            return {task: score.reward for task, score in self.tasks.items()}
+        return {task: score.parts[part] for task, score in self.tasks.items() if part in score.parts}
+
+    def save(self, path: Path) -> None:
+        """Write JSON that `load` reads."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.draft")
+        draft.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        os.replace(draft, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "EvalResult":
+        """Read what `save` wrote. Raises TrainingError for a file that is not there or is no such result."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            return cls(data["label"], {task: TaskScore(**score) for task, score in data["tasks"].items()})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TrainingError(f"{path} is not an evaluation result of ours: {error!r}") from error
+
+
+def mean_interval(values: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> Interval:
+    """Mean of `values` with its bootstrap interval. One value alone has an infinite one: it says nothing of the spread.
+
+    Raises TrainingError for no values or one that is not finite.
+    """
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.size == 0 or not np.isfinite(sample).all():
+        raise TrainingError(f"an interval needs finite values, got {list(values)[:8]} ({sample.size} in all)")
+    mean = float(sample.mean())
+    if sample.size == 1:
+        return Interval(mean, -float("inf"), float("inf"), 1)
+    drawn = np.random.default_rng(seed).integers(sample.size, size=(RESAMPLES, sample.size))
+    low, high = np.quantile(sample[drawn].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(mean, float(low), float(high), sample.size)
+
+
+def paired_difference(before: Mapping[str, float], after: Mapping[str, float], *, seed: int = 0) -> Interval:
+    """Mean of `after - before` over the tasks that both have, resampled by task.
+
+    Raises TrainingError where they share no task.
+    """
+    shared = [task for task in before if task in after]
+    if not shared:
+        raise TrainingError(
+            f"nothing to compare: {len(before)} tasks before and {len(after)} after, none of them the same"
+        )
+    return mean_interval([after[task] - before[task] for task in shared], seed=seed)
+
+
+def comparison_table(results: Sequence[EvalResult]) -> str:
+    """Aligned text: a row for the reward and for each part, a column for each result and for each step between two.
+
+    A cell over fewer tasks than the largest says over how many.
+    """
+    total = max(len(result.tasks) for result in results)
+    parts = list(dict.fromkeys(part for result in results for part in result.parts))
+    header = ["", *(result.label for result in results), *(f"{b.label} - {a.label}" for a, b in pairwise(results))]
+    rows = [[part or "reward", *_cells(results, part, total)] for part in (None, *parts)]
+    return f"{_align([header, *rows])}\nmean over {total} tasks, 95 % bootstrap intervals; differences paired by task"
+
+
+def _cells(results: Sequence[EvalResult], part: str | None, total: int) -> list[str]:
+    scores = [result.scores(part) for result in results]
+    means = [_mean_cell(mean_interval(list(score.values())), total) if score else "-" for score in scores]
+    differences = [
+        _difference_cell(paired_difference(a, b), total) if a.keys() & b.keys() else "-" for a, b in pairwise(scores)
+    ]
+    return means + differences
+
+
+def _mean_cell(interval: Interval, total: int) -> str:
+    return f"{interval.mean:.3f} ± {interval.half_width:.3f}{_over(interval, total)}"
+
+
+def _difference_cell(interval: Interval, total: int) -> str:
+    return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]{_over(interval, total)}"
+
+
+def _over(interval: Interval, total: int) -> str:
+    return f" (n={interval.count})" if interval.count != total else ""
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
