@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -11,7 +11,6 @@ from typing import Any
 from aiohttp import web
 
 USAGE = {"prompt_tokens": 11, "completion_tokens": 3, "total_tokens": 14}
-WORDS = ["Seven", " mugs", " TERMINATE"]
 PROMPT_IDS = [1, 2, 70000]
 TOKEN_IDS = [301, 302, 303]
 LOGPROBS = [-0.5, -0.25, -0.125]
@@ -28,9 +27,11 @@ class Seen:
 
 @dataclass
 class VllmServer:
-    """`base_url` to talk to; `seen` in order of arrival."""
+    """`base_url` to talk to; `seen` in order of arrival. It answers with `words`, a tool call with `arguments`."""
 
     base_url: str = ""
+    words: Sequence[str] = ("Seven", " mugs", " TERMINATE")
+    arguments: str = '{"item": "mug"}'
     seen: list[Seen] = field(default_factory=list)
     _numbers: Any = field(default_factory=count)
 
@@ -42,7 +43,8 @@ class VllmServer:
         if "FAIL" in body["messages"][-1]["content"]:
             return web.json_response({"error": {"message": "boom", "code": 400}}, status=400)
         await asyncio.sleep(0.3 if "SLOW" in body["messages"][-1]["content"] else 0.001)  # requests interleave
-        return await (_stream(request, seen) if body.get("stream") else _whole(seen))
+        answer = Answer(seen, self.words, _tool_call(body, self.arguments))
+        return await _stream(request, answer.chunks()) if body.get("stream") else web.json_response(answer.whole())
 
 
 @asynccontextmanager
@@ -50,6 +52,7 @@ async def running_server() -> AsyncIterator[VllmServer]:
     server = VllmServer()
     app = web.Application()
     app.router.add_post("/v1/chat/completions", server.chat)
+    app.router.add_post("/v1/completions", server.complete)
     runner = web.AppRunner(app)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -59,64 +62,83 @@ async def running_server() -> AsyncIterator[VllmServer]:
     await runner.cleanup()
 
 
-def _tool_call(body: dict[str, Any]) -> dict[str, Any] | None:
+@dataclass
+class Answer:
+    """What the server says to one request, whole or in chunks; three words, three tokens."""
+
+    seen: Seen
+    words: Sequence[str]
+    call: dict[str, Any] | None
+
+    @property
+    def _finish_reason(self) -> str:
+        return "tool_calls" if self.call else "stop"
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.seen.response_id, "object": kind, "created": 1, "model": self.seen.body["model"]}
+
+    def _tokens(self, first: int, last: int) -> dict[str, Any]:
+        """The choice's fields about the tokens from `first` to before `last`, where they were asked for."""
+        fields: dict[str, Any] = {}
+        if self.seen.body.get("logprobs"):
+            pairs = zip(self.words[first:last], LOGPROBS[first:last], strict=True)
+            fields["logprobs"] = {"content": [_logprob(*pair) for pair in pairs]}
+        if self.seen.body.get("return_token_ids"):
+            fields["token_ids"] = TOKEN_IDS[first:last]
+        return fields
+
+    def _prompt(self) -> dict[str, Any]:
+        return {"prompt_token_ids": PROMPT_IDS} if self.seen.body.get("return_token_ids") else {}
+
+    def whole(self) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": None if self.call else "".join(self.words)}
+        if self.call:
+            message["tool_calls"] = [self.call]
+        choice = {"index": 0, "message": message, "finish_reason": self._finish_reason, **self._tokens(0, 3)}
+        return {**self._head("chat.completion"), "choices": [choice], "usage": USAGE, **self._prompt()}
+
+    def _delta(self, index: int, word: str) -> dict[str, Any]:
+        if self.call is None:
+            return {"content": word}
+        return {"tool_calls": [{"index": 0, **self.call}]} if index == 0 else {}
+
+    def chunks(self) -> list[dict[str, Any]]:
+        """vLLM's order: the prompt's ids with an empty first chunk, then token by token, then the usage."""
+        head = self._head("chat.completion.chunk")
+        opening = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+        chunks = [{**head, "choices": [opening], **self._prompt()}]
+        for index, word in enumerate(self.words):
+            delta = (
+                {"tool_calls": [{"index": 0, **self.call}] if index == 0 else []} if self.call else {"content": word}
+            )
+            reason = self._finish_reason if index == len(self.words) - 1 else None
+            choice = {"index": 0, "delta": delta, "finish_reason": reason, **self._tokens(index, index + 1)}
+            chunks.append({**head, "choices": [choice]})
+        if (self.seen.body.get("stream_options") or {}).get("include_usage"):
+            chunks.append({**head, "choices": [], "usage": USAGE})
+        return chunks
+
+
+def _tool_call(body: dict[str, Any], arguments: str) -> dict[str, Any] | None:
     """A hand-off where one is offered; else the first tool, once."""
     names = [tool["function"]["name"] for tool in body.get("tools") or []]
     handoffs = [name for name in names if name.startswith("transfer_to_")]
     used = any(message["role"] == "tool" for message in body["messages"])
     if not names or (used and not handoffs):
         return None
-    name = (handoffs or names)[0]
-    arguments = "{}" if handoffs else '{"item": "mug"}'
-    return {"id": "call_1", "type": "function", "function": {"name": name, "arguments": arguments}}
+    function = {"name": (handoffs or names)[0], "arguments": "{}" if handoffs else arguments}
+    return {"id": "call_1", "type": "function", "function": function}
 
 
 def _logprob(word: str, value: float) -> dict[str, Any]:
     return {"token": word, "logprob": value, "bytes": list(word.encode()), "top_logprobs": []}
 
 
-async def _whole(seen: Seen) -> web.Response:
-    body, call = seen.body, _tool_call(seen.body)
-    message: dict[str, Any] = {"role": "assistant", "content": None if call else "".join(WORDS)}
-    choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": "tool_calls" if call else "stop"}
-    answer = {"id": seen.response_id, "object": "chat.completion", "created": 1, "model": body["model"]}
-    answer |= {"choices": [choice], "usage": USAGE}
-    if call:
-        message["tool_calls"] = [call]
-    if body.get("logprobs"):
-        choice["logprobs"] = {"content": [_logprob(*pair) for pair in zip(WORDS, LOGPROBS, strict=True)]}
-    if body.get("return_token_ids"):
-        answer["prompt_token_ids"] = PROMPT_IDS
-        choice["token_ids"] = TOKEN_IDS
-    return web.json_response(answer)
-
-
-async def _stream(request: web.Request, seen: Seen) -> web.StreamResponse:
+async def _stream(request: web.Request, chunks: Sequence[dict[str, Any]]) -> web.StreamResponse:
     response = web.StreamResponse(headers={"content-type": "text/event-stream"})
     await response.prepare(request)
-    for chunk in _chunks(seen):
+    for chunk in chunks:
         await response.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
         await asyncio.sleep(0.002)
     await response.write(b"data: [DONE]\n\n")
     return response
-
-
-def _chunks(seen: Seen) -> list[dict[str, Any]]:
-    """vLLM's order: the prompt's ids with an empty first chunk, then token by token, then the usage."""
-    body, call = seen.body, _tool_call(seen.body)
-    head = {"id": seen.response_id, "object": "chat.completion.chunk", "created": 1, "model": body["model"]}
-    with_ids = body.get("return_token_ids")
-    first = {**head, "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
-    chunks = [{**first, "prompt_token_ids": PROMPT_IDS} if with_ids else first]
-    for index, word in enumerate(WORDS):
-        delta = {"tool_calls": [{"index": 0, **call}] if index == 0 else []} if call else {"content": word}
-        reason = ("tool_calls" if call else "stop") if index == len(WORDS) - 1 else None
-        choice = {"index": 0, "delta": delta, "finish_reason": reason}
-        if body.get("logprobs"):
-            choice["logprobs"] = {"content": [_logprob(word, LOGPROBS[index])]}
-        if with_ids:
-            choice["token_ids"] = [TOKEN_IDS[index]]
-        chunks.append({**head, "choices": [choice]})
-    if (body.get("stream_options") or {}).get("include_usage"):
-        chunks.append({**head, "choices": [], "usage": USAGE})
-    return chunks
