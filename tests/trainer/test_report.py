@@ -33,8 +33,8 @@ def test_a_rising_curve_rises_in_the_terminal() -> None:
 
 
 def test_a_steep_curve_has_no_gaps() -> None:
-    lines = terminal_curve([(1, 0.0), (2, 1.0)], width=2, height=4).splitlines()
-    assert sum(dots(line) for line in lines) == 16  # each of the 16 dot rows once
+    lines = terminal_curve([(1, 0.0), (2, 1.0)], width=8, height=8).splitlines()
+    assert sum(dots(line) for line in lines) == 32  # each of the 32 dot rows once, in 16 columns
 
 
 @pytest.mark.parametrize("points", [[(5, 0.5)], [(1, 0.0), (2, 0.0)]])
