@@ -46,6 +46,15 @@ class VllmServer:
         answer = Answer(seen, self.words, _tool_call(body, self.arguments))
         return await _stream(request, answer.chunks()) if body.get("stream") else web.json_response(answer.whole())
 
+    async def complete(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        seen = Seen(headers, body, f"cmpl-{next(self._numbers)}")
+        self.seen.append(seen)
+        choice = {"index": 0, "text": "".join(self.words), "finish_reason": "stop", "logprobs": None}
+        answer = {"id": seen.response_id, "object": "text_completion", "created": 1, "model": body["model"]}
+        return web.json_response({**answer, "choices": [choice], "usage": USAGE})
+
 
 @asynccontextmanager
 async def running_server() -> AsyncIterator[VllmServer]:
