@@ -507,24 +507,24 @@ def test_generator_passes_on_what_is_sent_thrown_and_returned(spans: InMemorySpa
     assert only(spans).status.is_unset
 
 
-def test_generator_left_early_is_closed_and_ended_without_error(spans: InMemorySpanExporter) -> None:
-    closed = []
-
+def test_generator_left_early_is_closed_in_its_span_and_ended_without_error(spans: InMemorySpanExporter) -> None:
     @agl.operation
     def forever() -> Iterator[int]:
         try:
             while True:
-                yield len(closed)
+                yield 7
         finally:
-            closed.append(True)
+            agl.emit_message("closing")
 
     stream = forever()
     next(stream)
     assert not spans.get_finished_spans()
     del stream
-    assert closed == [True]
-    assert only(spans).status.is_unset
-    assert attributes(spans)["agl.operation.output"] == (str, "[0]")
+    closing, outer = spans.get_finished_spans()
+    assert closing.parent is not None and outer.context is not None
+    assert closing.parent.span_id == outer.context.span_id
+    assert outer.status.is_unset
+    assert outer.attributes and outer.attributes["agl.operation.output"] == "[7]"
 
 
 def test_a_long_generator_keeps_its_first_items(spans: InMemorySpanExporter) -> None:

@@ -51,17 +51,17 @@ class Scope(AbstractContextManager[Value], AbstractAsyncContextManager[Value], G
         return self._scope.__enter__()
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
-        return self._scope.__exit__(kind, error, trace)
+        return self._scope.__exit__(kind, error, traceback)
 
     async def __aenter__(self) -> Value:
         return self.__enter__()
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
-        return self.__exit__(kind, error, trace)
+        return self.__exit__(kind, error, traceback)
 
 
 def rollout(
