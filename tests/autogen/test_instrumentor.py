@@ -12,13 +12,14 @@ from autogen_core.logging import LLMCallEvent
 from autogen_core.models import ChatCompletionClient
 from autogen_ext.models.openai import BaseOpenAIChatCompletionClient
 from autogen_ext.models.replay import ReplayChatCompletionClient
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from agl.errors import TelemetryError
+from agl.errors import ConfigError
 from agl_autogen import AutoGenInstrumentor
 from tests.autogen.conftest import MODEL_INFO
+from tests.autogen.span_tree import attributes, only
 
 OWNERS: list[Any] = [
     BaseGroupChat,
@@ -79,20 +80,33 @@ def test_opentelemetry_instrument_finds_it():
     assert entry.load() is AutoGenInstrumentor
 
 
-def test_a_wrong_role_is_refused_and_nothing_is_replaced():
+def test_a_wrong_pattern_is_refused_and_nothing_is_replaced():
     before = vars(BaseGroupChat)["run_stream"]
-    with pytest.raises(TelemetryError, match="agent 'planner'"):
-        AutoGenInstrumentor().instrument(roles={"planner": ""})
+    with pytest.raises(ConfigError, match=r"roles\['planner'\]"):
+        AutoGenInstrumentor().instrument(roles={"planner": "["})
     assert vars(BaseGroupChat)["run_stream"] is before
 
 
-async def test_spans_of_ours_go_to_the_given_provider():
-    exporter = InMemorySpanExporter()
-    provider = TracerProvider()
+async def chat_with(**options: Any) -> ReadableSpan:
+    """The span of one call, made with the instrumentation switched on with `options`."""
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    AutoGenInstrumentor().instrument(tracer_provider=provider)
+    AutoGenInstrumentor().instrument(tracer_provider=provider, **options)
     try:
         await ReplayChatCompletionClient(["yes"], model_info=MODEL_INFO).create([])
     finally:
         AutoGenInstrumentor().uninstrument()
-    assert [span.name for span in exporter.get_finished_spans()] == ["chat"]
+    return only(exporter.get_finished_spans(), "chat")
+
+
+@pytest.mark.parametrize(
+    ("switch", "variable", "captured"),
+    [(None, None, True), (None, "false", False), (False, "true", False), (True, "false", True)],
+)
+async def test_content_is_captured_unless_switched_off(monkeypatch, switch, variable, captured):
+    if variable is not None:
+        monkeypatch.setenv("OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT", variable)
+    found = attributes(await chat_with(capture_content=switch))
+    assert ("gen_ai.input.messages" in found) is captured
+    assert ("gen_ai.output.messages" in found) is captured
+    assert found["gen_ai.response.finish_reasons"] == ("stop",)

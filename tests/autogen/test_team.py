@@ -217,7 +217,7 @@ async def test_roles_may_be_mapped(spans, client):
     from agl_autogen import AutoGenInstrumentor
 
     AutoGenInstrumentor().uninstrument()
-    AutoGenInstrumentor().instrument(roles={"planner": "thinker"})
+    AutoGenInstrumentor().instrument(roles={"thinker": "plan.*|critic"})
     team = swarm(client)
     spans.clear()
 

@@ -15,10 +15,10 @@ from opentelemetry.trace import TracerProvider
 from agl import semconv
 from agl.boundary import never_raises
 from agl.content import content_is_captured
+from agl.role_map import RoleMap
 from agl_langchain._messages import input_messages, prompt_messages, retrieved, to_json, tool_result
 from agl_langchain._open_runs import OPEN_RUNS
 from agl_langchain._recorder import Recorder, Start
-from agl_langchain._role import RoleMap
 
 Arguments = ParamSpec("Arguments")
 Event = Callable[Concatenate["AglCallbackHandler", Arguments], None]

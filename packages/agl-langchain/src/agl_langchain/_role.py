@@ -1,12 +1,10 @@
 """The role of the agent that makes a call."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-from agl.errors import ConfigError
+from agl.role_map import RoleMap
 
 ROLE_METADATA = "agl_role"
 """Key of LangChain metadata that states a role: `config={"metadata": {"agl_role": "planner"}}`."""
@@ -15,21 +13,6 @@ ROLE_TAG = "role:"
 
 _NODE_TAG = "graph:step:"
 """Prefix of the tag that LangGraph gives to the run of a node, and to no run inside it."""
-
-
-class RoleMap:
-    """Roles by the name of a graph node, agent or chain: `{"writer": "write_query|rewrite.*"}`.
-
-    A pattern must match the whole name; the first role that matches is taken. Raises ConfigError for a pattern that is
-    no regular expression.
-    """
-
-    def __init__(self, roles: Mapping[str, str] | None) -> None:
-        self._patterns = [(role, _compile(role, pattern)) for role, pattern in (roles or {}).items()]
-        self.match = cache(self._match)
-
-    def _match(self, name: str) -> str | None:
-        return next((role for role, pattern in self._patterns if pattern.fullmatch(name)), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +63,3 @@ def stated_role(tags: Sequence[str], metadata: Mapping[str, Any]) -> str | None:
 
 def _states_role(tag: str) -> bool:
     return tag.startswith(ROLE_TAG) and len(tag) > len(ROLE_TAG)
-
-
-def _compile(role: str, pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"roles[{role!r}] is {pattern!r}, expected a regular expression: {error}") from error

@@ -8,13 +8,13 @@ from typing import Any
 from autogen_agentchat.messages import HandoffMessage
 from opentelemetry.context import Context, attach, detach
 from opentelemetry.instrumentation.utils import is_instrumentation_enabled
-from opentelemetry.trace import SpanKind, Tracer, get_current_span, set_span_in_context
+from opentelemetry.trace import SpanKind, get_current_span, set_span_in_context
 
 from agl import semconv
 from agl.boundary import never_raises
-from agl_autogen.span import open_span
-from agl_autogen.stream import IsolatedStream
-from agl_autogen.turn import RoleOf
+from agl_autogen._settings import Settings
+from agl_autogen._span import open_span
+from agl_autogen._stream import IsolatedStream
 
 RunStream = Callable[..., AsyncGenerator[Any, None]]
 OnMessage = Callable[..., Awaitable[Any]]
@@ -23,7 +23,7 @@ _RUNNING: dict[str, Context] = {}
 """OpenTelemetry context of every run under way, by the team's id: the key of all its agents in a runtime."""
 
 
-def traced_run(original: RunStream, tracer: Tracer, role_of: RoleOf) -> RunStream:
+def traced_run(original: RunStream, settings: Settings) -> RunStream:
     """`BaseGroupChat.run_stream` (which `run` reads too) under a span of its own, with its hand-offs as spans."""
 
     async def under_span(team: Any, *args: Any, **options: Any) -> AsyncGenerator[Any, None]:
@@ -32,13 +32,13 @@ def traced_run(original: RunStream, tracer: Tracer, role_of: RoleOf) -> RunStrea
             semconv.GEN_AI_WORKFLOW_NAME: team.name,
         }
         name = f"{semconv.OPERATION_INVOKE_WORKFLOW} {team.name}"
-        with open_span(tracer, name, SpanKind.INTERNAL, attributes) as span:
+        with open_span(settings.tracer, name, SpanKind.INTERNAL, attributes) as span:
             context = _RUNNING[team._team_id] = set_span_in_context(span)
             try:
                 async with aclosing(IsolatedStream(original(team, *args, **options), context)) as messages:
                     async for message in messages:
                         if isinstance(message, HandoffMessage):
-                            _record_handoff(tracer, context, team, message, role_of)
+                            _record_handoff(settings, context, team, message)
                         yield message
             finally:
                 _RUNNING.pop(team._team_id, None)
@@ -75,14 +75,15 @@ def _trace_id(context: Context | None) -> int:
     return get_current_span(context).get_span_context().trace_id
 
 
-def _record_handoff(tracer: Tracer, context: Context, team: Any, message: HandoffMessage, role_of: RoleOf) -> None:
+def _record_handoff(settings: Settings, context: Context, team: Any, message: HandoffMessage) -> None:
     """One span at the moment of the hand-off. An inner team's message passes the outer team too and counts once."""
     with never_raises(f"the hand-off from {message.source!r} to {message.target!r} was not recorded"):
         if message.source not in team._participant_names:
             return
         moment = int(message.created_at.timestamp() * 1e9)
         attributes = {
-            semconv.HANDOFF_SOURCE: role_of(message.source),
-            semconv.HANDOFF_TARGET: role_of(message.target),
+            semconv.HANDOFF_SOURCE: settings.role_of(message.source),
+            semconv.HANDOFF_TARGET: settings.role_of(message.target),
         }
-        tracer.start_span(semconv.SPAN_HANDOFF, context, attributes=attributes, start_time=moment).end(moment)
+        span = settings.tracer.start_span(semconv.SPAN_HANDOFF, context, attributes=attributes, start_time=moment)
+        span.end(moment)

@@ -10,11 +10,9 @@ from opentelemetry.trace import Span
 
 import agl
 from agl.boundary import never_raises
+from agl_autogen._settings import Settings
 
 _AGENT = create_key("agl-autogen-agent")
-
-RoleOf = Callable[[str], str]
-"""The role of an agent's name."""
 
 
 def current_agent() -> str | None:
@@ -24,7 +22,7 @@ def current_agent() -> str | None:
 
 
 def in_role(
-    original: Callable[..., AbstractContextManager[Span]], role_of: RoleOf
+    original: Callable[..., AbstractContextManager[Span]], settings: Settings
 ) -> Callable[..., AbstractContextManager[Span]]:
     """AutoGen's `trace_invoke_agent_span`, entered with the agent's role in force.
 
@@ -36,7 +34,7 @@ def in_role(
     def trace_invoke_agent_span(agent_name: str, **options: Any) -> Iterator[Span]:
         with ExitStack() as turn:
             with never_raises(f"the role of agent {agent_name!r} is not on its spans"):
-                turn.enter_context(agl.role(role_of(agent_name)))
+                turn.enter_context(agl.role(settings.role_of(agent_name)))
                 turn.callback(detach, attach(set_value(_AGENT, agent_name)))
             with original(agent_name, **options) as span:
                 yield span

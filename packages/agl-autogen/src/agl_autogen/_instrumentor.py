@@ -1,6 +1,6 @@
 """`AutoGenInstrumentor`: switches the spans on, and off again without a trace."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -8,15 +8,20 @@ from typing import Any
 from opentelemetry import trace
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor
 
-from agl.errors import TelemetryError
-from agl_autogen.patch import Patches
+from agl.content import content_is_captured
+from agl.role_map import RoleMap
+from agl_autogen._patch import Patches
+from agl_autogen._settings import Settings
 
 
 class AutoGenInstrumentor(BaseInstrumentor):
-    """Spans of AutoGen 0.7 teams and agents, with roles.
+    """`instrument()` traces every AutoGen team, agent and model call; `uninstrument()` leaves the framework as it was.
 
-    `instrument(roles={"Writer_1": "writer"})` names the role of agents that are not to be called by their own name;
-    `tracer_provider` takes the place of the global one for our spans. Both are optional.
+    `instrument` takes, all optional:
+    `roles`: maps a role to a regular expression over agent names; any other agent's role is its name.
+    `capture_content`: whether messages and tool definitions go on the spans; None leaves it to
+    `OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT`, and without that they do.
+    `tracer_provider`: for our spans in place of the global one.
 
     AutoGen makes `invoke_agent` and `execute_tool` spans itself; what is added is one `invoke_workflow` span around
     a team's run, a `chat` span for every model call, hand-offs, and the role on all of them. AutoGen's spans of its
@@ -28,59 +33,55 @@ class AutoGenInstrumentor(BaseInstrumentor):
     def instrumentation_dependencies(self) -> Collection[str]:
         return ("autogen-agentchat >= 0.7, < 0.8",)
 
-    def _instrument(self, **options: Any) -> None:
-        roles = _checked_roles(options.get("roles") or {})
-        tracer = trace.get_tracer("agl_autogen", version("agl-autogen"), options.get("tracer_provider"))
+    def _instrument(self, **kwargs: Any) -> None:
+        settings = Settings(
+            tracer=trace.get_tracer("agl_autogen", version("agl-autogen"), kwargs.get("tracer_provider")),
+            roles=RoleMap(kwargs.get("roles")),
+            captures_content=content_is_captured(kwargs.get("capture_content")),
+        )
         try:
-            _patch_agentchat(self._patches, tracer, lambda agent: roles.get(agent, agent))
-            _patch_clients(self._patches, tracer)
+            _patch_agentchat(self._patches, settings)
+            _patch_clients(self._patches, settings)
             _patch_openai(self._patches)
         except BaseException:
             self._patches.restore()
             raise
 
-    def _uninstrument(self, **options: Any) -> None:
+    def _uninstrument(self, **kwargs: Any) -> None:
         self._patches.restore()
 
 
-def _checked_roles(roles: Mapping[str, str]) -> Mapping[str, str]:
-    for agent, role in roles.items():
-        if not isinstance(role, str) or not role.strip():
-            raise TelemetryError(f"the role of agent {agent!r} is {role!r}, expected a non-empty string")
-    return dict(roles)
-
-
-def _patch_agentchat(patches: Patches, tracer: trace.Tracer, role_of: Callable[[str], str]) -> None:
+def _patch_agentchat(patches: Patches, settings: Settings) -> None:
     """Runs of teams, turns of agents."""
     from autogen_agentchat.agents import _base_chat_agent
     from autogen_agentchat.teams import BaseGroupChat
     from autogen_agentchat.teams._group_chat import _chat_agent_container
     from autogen_agentchat.teams._group_chat._sequential_routed_agent import SequentialRoutedAgent
 
-    from agl_autogen.run import in_run, traced_run
-    from agl_autogen.stream import isolated
-    from agl_autogen.turn import in_role
+    from agl_autogen._run import in_run, traced_run
+    from agl_autogen._stream import isolated
+    from agl_autogen._turn import in_role
 
-    patches.replace(BaseGroupChat, "run_stream", partial(traced_run, tracer=tracer, role_of=role_of))
+    patches.replace(BaseGroupChat, "run_stream", partial(traced_run, settings=settings))
     patches.replace(SequentialRoutedAgent, "on_message_impl", in_run)
     patches.replace(_base_chat_agent.BaseChatAgent, "run_stream", isolated)
     for module in (_base_chat_agent, _chat_agent_container):
-        patches.replace(module, "trace_invoke_agent_span", partial(in_role, role_of=role_of))
+        patches.replace(module, "trace_invoke_agent_span", partial(in_role, settings=settings))
 
 
-def _patch_clients(patches: Patches, tracer: trace.Tracer) -> None:
+def _patch_clients(patches: Patches, settings: Settings) -> None:
     """`create` and `create_stream` of every model client class, also of those defined later."""
     from autogen_core.logging import LLMCallEvent
     from autogen_core.models import ChatCompletionClient
 
-    from agl_autogen.chat import noting_event, traced_create, traced_create_stream
+    from agl_autogen._chat import noting_event, traced_create, traced_create_stream
 
     wrappers = {"create": traced_create, "create_stream": traced_create_stream}
 
     def wrap_class(client_class: type) -> None:
         for name, wrapper in wrappers.items():
             if name in vars(client_class):
-                patches.replace(client_class, name, partial(wrapper, tracer=tracer))
+                patches.replace(client_class, name, partial(wrapper, settings=settings))
 
     def wrap_later_classes(original: Callable[..., None]) -> Any:
         def init_subclass(cls: type[ChatCompletionClient], **options: Any) -> None:
@@ -102,7 +103,7 @@ def _patch_openai(patches: Patches) -> None:
     except ImportError:
         return
 
-    from agl_autogen.chat import noting_chunks, with_headers
+    from agl_autogen._chat import noting_chunks, with_headers
 
     patches.replace(BaseOpenAIChatCompletionClient, "_process_create_args", with_headers)
     for name in ("_create_stream_chunks", "_create_stream_chunks_beta_client"):

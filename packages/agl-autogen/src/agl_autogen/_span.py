@@ -34,5 +34,5 @@ def open_span(
 
 def _mark_abandoned(span: trace.Span) -> None:
     with never_raises("an abandoned stream was not marked"):
-        span.set_attribute(semconv.ERROR_TYPE, GeneratorExit.__name__)
-        span.set_status(trace.StatusCode.ERROR, "abandoned: the caller closed the stream before its end")
+        span.set_attribute(semconv.ERROR_TYPE, "abandoned")
+        span.set_status(trace.StatusCode.ERROR, "the caller closed the stream before its end")

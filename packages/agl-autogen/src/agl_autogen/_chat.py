@@ -8,17 +8,23 @@ from typing import Any
 from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage
 from opentelemetry.context import Context, attach, create_key, detach, get_value, set_value
 from opentelemetry.instrumentation.utils import is_instrumentation_enabled
-from opentelemetry.trace import Span, SpanKind, Tracer, set_span_in_context
-from opentelemetry.util.types import AttributeValue
+from opentelemetry.trace import Span, SpanKind, set_span_in_context
 
 import agl
 from agl import semconv
 from agl.boundary import never_raises
-from agl_autogen.answer import Answer
-from agl_autogen.messages import finish_reason, input_messages, output_messages, tool_definitions
-from agl_autogen.span import open_span
-from agl_autogen.stream import IsolatedStream
-from agl_autogen.turn import current_agent
+from agl_autogen._answer import Answer
+from agl_autogen._attributes import (
+    Attributes,
+    request_attributes,
+    request_content,
+    result_attributes,
+    result_content,
+)
+from agl_autogen._settings import Settings
+from agl_autogen._span import open_span
+from agl_autogen._stream import IsolatedStream
+from agl_autogen._turn import current_agent
 
 Create = Callable[..., Awaitable[CreateResult]]
 CreateStream = Callable[..., AsyncGenerator[str | CreateResult, None]]
@@ -29,30 +35,34 @@ _CALL = create_key("agl-autogen-call")
 class Call:
     """A model call under way: its span, and what is known of the answer."""
 
-    def __init__(self, span: Span) -> None:
+    def __init__(self, span: Span, captures_content: bool) -> None:
         self.answer = Answer()
         self.result: CreateResult | None = None
         self._span = span
+        self._captures_content = captures_content
 
     @property
     def context(self) -> Context:
         """The OpenTelemetry context to make the request in."""
         return set_value(_CALL, self, set_span_in_context(self._span))
 
-    def describe_request(
-        self, client: ChatCompletionClient, messages: Sequence[LLMMessage], options: Mapping[str, Any]
-    ) -> None:
+    def describe_request(self, messages: Sequence[LLMMessage], options: Mapping[str, Any]) -> None:
         with never_raises("a model request is not on its span"):
-            if self._span.is_recording():
-                self._span.set_attributes(_request_attributes(client, messages, options))
+            if self._captures_content and self._span.is_recording():
+                self._span.set_attributes(request_content(messages, options))
 
     def describe_answer(self) -> None:
         with never_raises("a model answer is not on its span"):
-            if self._span.is_recording():
-                self._span.set_attributes(self.answer.attributes() | _result_attributes(self.result))
+            if not self._span.is_recording():
+                return
+            self._span.set_attributes(self.answer.attributes())
+            if self.result is not None:
+                self._span.set_attributes(result_attributes(self.result))
+                if self._captures_content:
+                    self._span.set_attributes(result_content(self.result))
 
 
-def traced_create(original: Create, tracer: Tracer) -> Create:
+def traced_create(original: Create, settings: Settings) -> Create:
     """`create` of a model client under a `chat` span."""
 
     @functools.wraps(original)
@@ -61,7 +71,7 @@ def traced_create(original: Create, tracer: Tracer) -> Create:
     ) -> CreateResult:
         if not _starts_a_call():
             return await original(client, messages, *args, **options)
-        with _open_call(tracer, client, messages, options) as call:
+        with _open_call(settings, client, messages, options) as call:
             token = attach(call.context)
             try:
                 call.result = await original(client, messages, *args, **options)
@@ -72,13 +82,13 @@ def traced_create(original: Create, tracer: Tracer) -> Create:
     return create
 
 
-def traced_create_stream(original: CreateStream, tracer: Tracer) -> CreateStream:
+def traced_create_stream(original: CreateStream, settings: Settings) -> CreateStream:
     """`create_stream` of a model client under a `chat` span, which ends with the stream however that ends."""
 
     async def under_span(
         client: ChatCompletionClient, messages: Sequence[LLMMessage], *args: Any, **options: Any
     ) -> AsyncGenerator[str | CreateResult, None]:
-        with _open_call(tracer, client, messages, options) as call:
+        with _open_call(settings, client, messages, options) as call:
             stream = original(client, messages, *args, **options)
             async with aclosing(IsolatedStream(stream, call.context)) as items:
                 async for item in items:
@@ -154,65 +164,17 @@ def _starts_a_call() -> bool:
 
 @contextmanager
 def _open_call(
-    tracer: Tracer, client: ChatCompletionClient, messages: Sequence[LLMMessage], options: Mapping[str, Any]
+    settings: Settings, client: ChatCompletionClient, messages: Sequence[LLMMessage], options: Mapping[str, Any]
 ) -> Iterator[Call]:
-    attributes = _head_attributes(client, options)
+    attributes: Attributes = {}
+    with never_raises("a model call is not described on its span"):
+        attributes = request_attributes(client, options, current_agent())
     model = attributes.get(semconv.GEN_AI_REQUEST_MODEL)
     name = f"{semconv.OPERATION_CHAT} {model}" if model else semconv.OPERATION_CHAT
-    with open_span(tracer, name, SpanKind.CLIENT, attributes) as span:
-        call = Call(span)
-        call.describe_request(client, messages, options)
+    with open_span(settings.tracer, name, SpanKind.CLIENT, attributes) as span:
+        call = Call(span, settings.captures_content)
+        call.describe_request(messages, options)
         try:
             yield call
         finally:
             call.describe_answer()
-
-
-def _head_attributes(client: ChatCompletionClient, options: Mapping[str, Any]) -> dict[str, AttributeValue]:
-    """What a sampler may want to see when the span starts."""
-    found: dict[str, AttributeValue | None] = {semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_CHAT}
-    with never_raises("model and agent are not on the span of a model call"):
-        found |= {
-            semconv.GEN_AI_PROVIDER_NAME: _provider(client),
-            semconv.GEN_AI_REQUEST_MODEL: _parameters(client, options).get("model"),
-            semconv.GEN_AI_AGENT_NAME: current_agent(),
-        }
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _request_attributes(
-    client: ChatCompletionClient, messages: Sequence[LLMMessage], options: Mapping[str, Any]
-) -> dict[str, AttributeValue]:
-    parameters = _parameters(client, options)
-    found: dict[str, AttributeValue] = {semconv.GEN_AI_INPUT_MESSAGES: input_messages(messages)}
-    if tools := options.get("tools"):
-        found[semconv.GEN_AI_TOOL_DEFINITIONS] = tool_definitions(tools)
-    if parameters.get("temperature") is not None:
-        found[semconv.GEN_AI_REQUEST_TEMPERATURE] = float(parameters["temperature"])
-    if parameters.get("max_tokens") is not None:
-        found[semconv.GEN_AI_REQUEST_MAX_TOKENS] = int(parameters["max_tokens"])
-    return found
-
-
-def _result_attributes(result: CreateResult | None) -> dict[str, AttributeValue]:
-    if result is None:
-        return {}
-    found: dict[str, AttributeValue] = {
-        semconv.GEN_AI_OUTPUT_MESSAGES: output_messages(result),
-        semconv.GEN_AI_RESPONSE_FINISH_REASONS: [finish_reason(result)],
-    }
-    if result.usage.prompt_tokens or result.usage.completion_tokens:  # a stream without usage says 0 and 0
-        found[semconv.GEN_AI_USAGE_INPUT_TOKENS] = result.usage.prompt_tokens
-        found[semconv.GEN_AI_USAGE_OUTPUT_TOKENS] = result.usage.completion_tokens
-    return found
-
-
-def _parameters(client: ChatCompletionClient, options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Request parameters: every client of autogen-ext that has some keeps them in `_create_args`."""
-    return {**getattr(client, "_create_args", {}), **options.get("extra_create_args", {})}
-
-
-def _provider(client: ChatCompletionClient) -> str | None:
-    """`openai` of `autogen_ext.models.openai`, for its subclasses too."""
-    modules = (cls.__module__.split(".") for cls in type(client).__mro__)
-    return next((parts[2] for parts in modules if parts[:2] == ["autogen_ext", "models"]), None)

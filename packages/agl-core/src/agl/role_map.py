@@ -1,0 +1,29 @@
+"""Roles by the name of an agent, for agents that are not to be called by their own name."""
+
+import re
+from collections.abc import Mapping
+from functools import cache
+
+from agl.errors import ConfigError
+
+
+class RoleMap:
+    """Roles by the name of a graph node, agent or chain: `{"writer": "write_query|rewrite.*"}`.
+
+    A pattern must match the whole name; the first role that matches is taken. Raises ConfigError for a pattern that is
+    no regular expression.
+    """
+
+    def __init__(self, roles: Mapping[str, str] | None) -> None:
+        self._patterns = [(role, _compile(role, pattern)) for role, pattern in (roles or {}).items()]
+        self.match = cache(self._match)
+
+    def _match(self, name: str) -> str | None:
+        return next((role for role, pattern in self._patterns if pattern.fullmatch(name)), None)
+
+
+def _compile(role: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"roles[{role!r}] is {pattern!r}, expected a regular expression: {error}") from error
