@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 from autogen_agentchat.agents import AssistantAgent
+from autogen_agentchat.base import TaskResult
 from autogen_agentchat.messages import ModelClientStreamingChunkEvent
 from autogen_agentchat.teams import RoundRobinGroupChat
-from autogen_core.models import UserMessage
+from autogen_core.models import CreateResult, UserMessage
 from opentelemetry import trace
 
 from tests.autogen.span_tree import attributes, only, tree
@@ -78,6 +79,20 @@ async def test_a_stream_closed_by_its_reader_ends_at_once(spans, client, caplog)
     await stream.aclose()
     assert_nothing_left(caplog)
     assert only(spans.get_finished_spans(), "chat planner").status.status_code.name == "ERROR"
+
+
+async def test_a_reader_who_has_the_result_has_abandoned_nothing(spans, client, caplog):
+    team = RoundRobinGroupChat([AssistantAgent("solo", client("solo"), model_client_stream=True)], max_turns=1)
+    spans.clear()
+    async for item in client("planner").create_stream(ASK):
+        if isinstance(item, CreateResult):
+            break
+    async for item in team.run_stream(task="How many mugs?"):
+        if isinstance(item, TaskResult):
+            break
+    await all_ended(spans, 4)
+    assert_nothing_left(caplog)
+    assert [span.name for span in spans.get_finished_spans() if not span.status.is_unset] == []
 
 
 async def test_a_time_out_around_a_stream_still_works(spans, client):

@@ -22,7 +22,7 @@ from agl_autogen._attributes import (
     result_content,
 )
 from agl_autogen._settings import Settings
-from agl_autogen._span import open_span
+from agl_autogen._span import mark_abandoned, open_span
 from agl_autogen._stream import IsolatedStream
 from agl_autogen._turn import current_agent
 
@@ -176,5 +176,9 @@ def _open_call(
         call.describe_request(messages, options)
         try:
             yield call
+        except GeneratorExit:
+            if call.result is None:
+                mark_abandoned(span)
+            raise
         finally:
             call.describe_answer()

@@ -1,10 +1,11 @@
 """A team's run: the one span that makes it one trace, and the hand-offs in it."""
 
 import functools
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
+from autogen_agentchat.base import TaskResult
 from autogen_agentchat.messages import HandoffMessage
 from opentelemetry.context import Context, attach, detach
 from opentelemetry.instrumentation.utils import is_instrumentation_enabled
@@ -13,7 +14,7 @@ from opentelemetry.trace import SpanKind, get_current_span, set_span_in_context
 from agl import semconv
 from agl.boundary import never_raises
 from agl_autogen._settings import Settings
-from agl_autogen._span import open_span
+from agl_autogen._span import mark_abandoned, open_span
 from agl_autogen._stream import IsolatedStream
 
 RunStream = Callable[..., AsyncGenerator[Any, None]]
@@ -33,15 +34,20 @@ def traced_run(original: RunStream, settings: Settings) -> RunStream:
         }
         name = f"{semconv.OPERATION_INVOKE_WORKFLOW} {team.name}"
         with open_span(settings.tracer, name, SpanKind.INTERNAL, attributes) as span:
-            context = _RUNNING[team._team_id] = set_span_in_context(span)
+            context, finished = set_span_in_context(span), False
             try:
-                async with aclosing(IsolatedStream(original(team, *args, **options), context)) as messages:
-                    async for message in messages:
-                        if isinstance(message, HandoffMessage):
-                            _record_handoff(settings, context, team, message)
-                        yield message
-            finally:
-                _RUNNING.pop(team._team_id, None)
+                stream = IsolatedStream(original(team, *args, **options), context)
+                with _registered(team._team_id, context):
+                    async with aclosing(stream) as messages:
+                        async for message in messages:
+                            finished = isinstance(message, TaskResult)
+                            if isinstance(message, HandoffMessage):
+                                _record_handoff(settings, context, team, message)
+                            yield message
+            except GeneratorExit:
+                if not finished:
+                    mark_abandoned(span)
+                raise
 
     @functools.wraps(original)
     def run_stream(team: Any, *args: Any, **options: Any) -> AsyncGenerator[Any, None]:
@@ -69,6 +75,17 @@ def in_run(original: OnMessage) -> OnMessage:
             detach(token)
 
     return on_message_impl
+
+
+@contextmanager
+def _registered(team_id: str, context: Context) -> Iterator[None]:
+    """A second run of a team that still runs is refused by AutoGen; it must not take the first one's place."""
+    _RUNNING.setdefault(team_id, context)
+    try:
+        yield
+    finally:
+        if _RUNNING.get(team_id) is context:
+            del _RUNNING[team_id]
 
 
 def _trace_id(context: Context | None) -> int:

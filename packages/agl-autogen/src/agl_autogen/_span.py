@@ -21,8 +21,7 @@ def open_span(
         span = tracer.start_span(name, kind=kind, attributes=dict(attributes))
     try:
         yield span
-    except GeneratorExit:
-        _mark_abandoned(span)
+    except GeneratorExit:  # whether a reader who closes a generator misses anything, only the block knows
         raise
     except BaseException as error:
         mark_error(span, error)
@@ -32,7 +31,8 @@ def open_span(
             span.end()
 
 
-def _mark_abandoned(span: trace.Span) -> None:
+def mark_abandoned(span: trace.Span) -> None:
+    """Give `span` the status error: the reader of a stream went away before its end."""
     with never_raises("an abandoned stream was not marked"):
         span.set_attribute(semconv.ERROR_TYPE, "abandoned")
         span.set_status(trace.StatusCode.ERROR, "the caller closed the stream before its end")
