@@ -25,6 +25,14 @@ class OtlpError(AglError):
     """An OTLP body could not be decoded; nothing of it was stored."""
 
 
+class TrajectoryError(AglError):
+    """Spans that cannot be read as one rollout."""
+
+
+class CommandError(AglError):
+    """A command was asked for something that is not there, or names a file, port or plug-in it cannot use."""
+
+
 class GatewayError(AglError):
     """The gateway cannot answer: no engine, an engine that fails, a request it cannot read."""
 

@@ -1,0 +1,25 @@
+"""Trajectories: what the spans of a rollout say that a policy can learn from."""
+
+from agl.trajectory.call import Call
+from agl.trajectory.drop import Drop, DropReason
+from agl.trajectory.reward import Reward
+from agl.trajectory.row import Drift, Row, Turn
+from agl.trajectory.trained import Trained, collect_trained, trained_span
+from agl.trajectory.trajectory import Trajectory, build_trajectory
+from agl.trajectory.tree import SpanTree
+
+__all__ = [
+    "Call",
+    "Drift",
+    "Drop",
+    "DropReason",
+    "Reward",
+    "Row",
+    "SpanTree",
+    "Trained",
+    "Trajectory",
+    "Turn",
+    "build_trajectory",
+    "collect_trained",
+    "trained_span",
+]

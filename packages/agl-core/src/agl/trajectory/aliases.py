@@ -1,0 +1,77 @@
+"""Attributes under our names, read in every spelling and encoding that other tools write."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+from agl import semconv
+from agl.span import AttributeValue, Span
+from agl.tokens import unpack_ids, unpack_logprobs
+
+ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
+    semconv.ATTEMPT_ID: ("agentlightning.attempt_id",),
+    semconv.GEN_AI_AGENT_NAME: ("agent.name",),
+    semconv.GEN_AI_REQUEST_MODEL: ("llm.model_name",),
+    semconv.PROMPT_TOKEN_IDS: ("prompt_token_ids",),
+    semconv.RESPONSE_TOKEN_IDS: ("response_token_ids",),
+    semconv.RESPONSE_LOGPROBS: ("response_logprobs", "logprobs.content"),
+    semconv.REWARD_VALUE: ("agentlightning.reward.0.value",),
+}
+"""Our name to the other spellings of it; ours is looked at first."""
+
+_LARGEST_ID = 2**31 - 1
+
+
+def read(span: Span, name: str) -> AttributeValue | None:
+    """Attribute `name` of `span` in the first spelling that is there."""
+    spellings = (name, *ALIASES.get(name, ()))
+    return next((span.attributes[spelling] for spelling in spellings if spelling in span.attributes), None)
+
+
+def read_text(span: Span, name: str) -> str | None:
+    """Attribute `name` if it is a non-empty string."""
+    value = read(span, name)
+    return value if isinstance(value, str) and value else None
+
+
+def read_number(span: Span, name: str) -> float | None:
+    """Attribute `name` if it is a finite number (not a bool)."""
+    value = read(span, name)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def read_ids(span: Span, name: str) -> list[int] | None:
+    """Token ids from packed bytes, an array of numbers or a JSON array. Raises ValueError where they are broken."""
+    value = _decoded(span, name)
+    if value is None:
+        return None
+    ids = unpack_ids(value)
+    if any(not 0 <= token <= _LARGEST_ID for token in ids):
+        raise ValueError(f"{name} holds {min(ids)} to {max(ids)}, expected ids from 0 to {_LARGEST_ID}")
+    return ids
+
+
+def read_logprobs(span: Span, name: str) -> list[float] | None:
+    """Logprobs from packed bytes, an array, or OpenAI's JSON (`[{"logprob": ...}]`). Raises ValueError."""
+    value = _decoded(span, name)
+    if value is None:
+        return None
+    if isinstance(value, list) and all(isinstance(item, dict) and "logprob" in item for item in value):
+        value = [item["logprob"] for item in value]
+    logprobs = unpack_logprobs(value)
+    if not all(math.isfinite(logprob) for logprob in logprobs):
+        raise ValueError(f"{name} holds a value that is not finite")
+    return logprobs
+
+
+def _decoded(span: Span, name: str) -> Any:
+    """Bytes or a list; a string is taken for JSON."""
+    value = read(span, name)
+    if isinstance(value, str):
+        value = json.loads(value)
+    if value is not None and not isinstance(value, bytes | list | tuple):
+        raise ValueError(f"{name} is {type(value).__name__}, expected packed bytes or an array of numbers")
+    return value

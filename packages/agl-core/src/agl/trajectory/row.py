@@ -1,0 +1,135 @@
+"""Rows: the calls of a rollout as training sequences.
+
+The calls of a rollout form a graph: a call continues another when its prompt starts, token for token, with the
+other's prompt and answer. A chain of such calls of one role and one policy version is a row, in which every answer is
+trained on in its place. What cannot continue (an edited history, a second answer to the same prompt, another policy)
+starts a row of its own, so every sampled token stands with mask 1 in exactly one row.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from agl.tokens import pack_ids
+from agl.trajectory.call import Call
+from agl.trajectory.reward import Reward, last_reward
+
+
+class Drift(StrEnum):
+    """How a call hangs on the call before it in the conversation."""
+
+    CLEAN = "clean"
+    """Its prompt starts with everything so far: same row."""
+    RETOKENIZED = "retokenized"
+    """The history holds the earlier prompt, but other tokens than were sampled for the answer: a new row."""
+    FORK = "fork"
+    """The history is exact but already went on otherwise, under another policy, or to another answer: a new row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The place of a call in a row: its answer is `token_ids[start:end]`."""
+
+    call: Call
+    start: int
+    end: int
+    drift: Drift | None
+    """How it hangs on its predecessor; None for the first call of a conversation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One training sequence. `loss_mask` is 1 and `logprobs` as sampled on answers; both are 0 on the prompt parts."""
+
+    rollout_id: str
+    role: str
+    version: str | None
+    """Policy version that sampled every answer in it."""
+    token_ids: list[int]
+    loss_mask: list[int]
+    logprobs: list[float]
+    turns: tuple[Turn, ...]
+    reward: float | None
+    """The last reward on its role, else the rollout's. Rewards on single calls stand on `turns[i].call.rewards`."""
+
+    @property
+    def call_ids(self) -> list[str]:
+        """Span ids of the calls, in order."""
+        return [turn.call.span_id for turn in self.turns]
+
+
+def build_rows(calls: Sequence[Call], rewards: Sequence[Reward]) -> list[Row]:
+    """Rows of calls that all have ids and logprobs, in the order of their first calls, with the rollout's `rewards`.
+
+    Calls are taken by length of prompt: what continues a call has a longer prompt than it, whatever the clocks say.
+    """
+    place = {id(call): index for index, call in enumerate(calls)}
+    rows: list[_OpenRow] = []
+    nodes: list[_Node] = []
+    for node in sorted((_Node(call) for call in calls), key=lambda node: len(node.prompt)):
+        row = _row_to_continue(rows, node)
+        if row is None:
+            rows.append(_OpenRow(node, _drift(nodes, node)))
+        else:
+            row.append(node, Drift.CLEAN)
+        nodes.append(node)
+    rows.sort(key=lambda row: place[id(row.turns[0].call)])
+    return [row.close(rewards) for row in rows]
+
+
+class _Node:
+    """A call in the graph. Its tokens are bytes: to compare prefixes is then to compare memory."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.ids = [*(call.prompt_ids or ()), *(call.response_ids or ())]
+        self.prompt_length = len(call.prompt_ids or ())
+        self.context = pack_ids(self.ids)
+        self.prompt = self.context[: len(pack_ids(call.prompt_ids or ()))]
+
+    @property
+    def policy(self) -> tuple[str, str | None]:
+        return self.call.role, self.call.policy_version
+
+    def drift_from(self, earlier: "_Node") -> tuple[int, bool, Drift] | None:
+        """Drift from `earlier`, after what it ranks by: the length of the history shared, and whether it is exact."""
+        if self.prompt.startswith(earlier.context):
+            return len(earlier.context), True, Drift.FORK
+        if not self.prompt.startswith(earlier.prompt):
+            return None
+        is_exact = earlier.context.startswith(self.prompt)
+        return len(earlier.prompt), is_exact, Drift.FORK if is_exact else Drift.RETOKENIZED
+
+
+class _OpenRow:
+    """A row that calls may still continue. All of it is the prompt and the answer of its last call."""
+
+    def __init__(self, node: _Node, drift: Drift | None) -> None:
+        self.turns: list[Turn] = []
+        self.append(node, drift)
+
+    def append(self, node: _Node, drift: Drift | None) -> None:
+        self.last = node
+        self.turns.append(Turn(node.call, node.prompt_length, len(node.ids), drift))
+
+    def close(self, rewards: Sequence[Reward]) -> Row:
+        ids, call = self.last.ids, self.last.call
+        mask, logprobs = [0] * len(ids), [0.0] * len(ids)
+        for turn in self.turns:
+            mask[turn.start : turn.end] = [1] * (turn.end - turn.start)
+            logprobs[turn.start : turn.end] = turn.call.logprobs or ()
+        of_role = last_reward(rewards, call.role)
+        reward = last_reward(rewards, None) if of_role is None else of_role
+        return Row(call.rollout_id, call.role, call.policy_version, ids, mask, logprobs, tuple(self.turns), reward)
+
+
+def _row_to_continue(rows: Iterable[_OpenRow], node: _Node) -> _OpenRow | None:
+    """The row of the same policy whose whole context starts the prompt; the longest of several."""
+    fitting = [row for row in rows if row.last.policy == node.policy and node.prompt.startswith(row.last.context)]
+    return max(fitting, key=lambda row: len(row.last.context), default=None)
+
+
+def _drift(earlier: Iterable[_Node], node: _Node) -> Drift | None:
+    """How the first call of a row hangs on the call of its role with which it shares the longest history."""
+    found = [drift for other in earlier if other.call.role == node.call.role and (drift := node.drift_from(other))]
+    return max(found)[-1] if found else None

@@ -1,0 +1,54 @@
+"""What a training step did with a call, as a span beside it."""
+
+import hashlib
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from agl import semconv
+from agl.span import AttributeValue, Span
+from agl.trajectory.aliases import read_number
+from agl.trajectory.call import Call
+from agl.trajectory.drop import DropReason
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A step's word on a call: the advantage it trained with, or the reason why it did not."""
+
+    step: int
+    advantage: float | None
+    reason: str | None
+
+
+def trained_span(call: Call, step: int, advantage: float | None, reason: DropReason | None = None) -> Span:
+    """A span that records what training `step` did with `call`: its `advantage`, or the `reason` why it did not train.
+
+    The same call and step give the same span id, so a resumed run that repeats its step records nothing twice.
+    """
+    attributes: dict[str, AttributeValue] = {
+        semconv.ROLLOUT_ID: call.rollout_id,
+        semconv.ROLE: call.role,
+        semconv.TRAINED_CALL: call.span_id,
+        semconv.TRAINED_STEP: step,
+    }
+    if call.attempt_id is not None:
+        attributes[semconv.ATTEMPT_ID] = call.attempt_id
+    if advantage is not None:
+        attributes[semconv.TRAINED_ADVANTAGE] = advantage
+    if reason is not None:
+        attributes[semconv.TRAINED_REASON] = reason.value
+    now = time.time_ns()
+    span_id = hashlib.sha256(f"{call.trace_id}{call.span_id}{step}".encode()).hexdigest()[:16]
+    return Span(call.trace_id, span_id, call.span_id, semconv.SPAN_TRAINED, now, now, attributes)
+
+
+def collect_trained(spans: Iterable[Span]) -> dict[str, list[Trained]]:
+    """What steps did with each call, by the call's span id, in the order of the steps."""
+    found: dict[str, list[Trained]] = {}
+    for span in spans:
+        call_id, step = span.text(semconv.TRAINED_CALL), read_number(span, semconv.TRAINED_STEP)
+        if span.name == semconv.SPAN_TRAINED and call_id and step is not None:
+            advantage = read_number(span, semconv.TRAINED_ADVANTAGE)
+            found.setdefault(call_id, []).append(Trained(int(step), advantage, span.text(semconv.TRAINED_REASON)))
+    return {call_id: sorted(steps, key=lambda trained: trained.step) for call_id, steps in found.items()}
