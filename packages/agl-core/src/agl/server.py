@@ -1,16 +1,25 @@
-"""Serving our ASGI apps from a background thread."""
+"""Serving our ASGI apps from a background thread: gateway and API on one port, the OTLP receiver on another."""
 
 import asyncio
 import socket
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from agl.collector import Collector
+from agl.config import GatewayConfig
 from agl.errors import AglError
+from agl.gateway import Gateway
+from agl.store import Store
 
 _POLL_S = 0.005
 _GRACE_S = 3
@@ -23,30 +32,28 @@ class AppThread:
     seconds, then cancels them.
     """
 
-    def __init__(self, host: str = "127.0.0.1") -> None:
-        self._host = host
+    def __init__(self) -> None:
         self._servers: list[tuple[uvicorn.Server, socket.socket]] = []
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="agl-server", daemon=True)
 
-    def add(self, app: ASGIApp, port: int = 0, *, name: str = "app") -> str:
+    def add(self, app: ASGIApp, *, host: str = "127.0.0.1", port: int = 0, name: str = "app") -> str:
         """Bind `app` to `port` (0: a free one); returns its base URL, without a slash at the end.
 
         Raises AglError naming the port when it cannot be had.
         """
-        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            listener = socket.create_server((self._host, port), family=family, backlog=2048)
+            listener = socket.create_server((host, port), family=family, backlog=2048)
         except OSError as error:
             raise AglError(
-                f"the {name} cannot listen on {self._host}:{port}: {error.strerror}; choose another port or host"
+                f"the {name} cannot listen on {host}:{port}: {error.strerror}; choose another host or port"
             ) from error
         config = uvicorn.Config(
             app, log_config=None, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=_GRACE_S
         )
         self._servers.append((uvicorn.Server(config), listener))
-        host = f"[{self._host}]" if family is socket.AF_INET6 else self._host
-        return f"http://{host}:{listener.getsockname()[1]}"
+        return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
     def start(self) -> None:
         """Serve; returns when every app answers. Raises AglError when one does not start."""
@@ -54,6 +61,7 @@ class AppThread:
         try:
             self._started.result()
         except BaseException as error:
+            self.stop()
             raise AglError(f"the server did not start: {error}") from error
 
     def stop(self) -> None:
@@ -89,3 +97,46 @@ class AppThread:
         if not serving.done():
             self._started.set_result(None)
         await serving
+
+
+class ServerThread(AppThread):
+    """What `agl serve` serves: the gateway with `/api/health` at `base_url`, the OTLP/HTTP receiver at `otlp_url`.
+
+    `upstream` is the engine: its base URL ending in `/v1`, or an ASGI app, which is then served too, on a free port;
+    None: calls are refused until there is one. Port 0 takes a free port. Raises AglError naming a port in use.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8400,
+        otlp_http_port: int = 4318,
+        upstream: str | ASGIApp | None = None,
+        gateway: GatewayConfig | None = None,
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        super().__init__()
+        try:
+            engine = upstream if upstream is None or isinstance(upstream, str) else self._add_engine(upstream)
+            proxy = Gateway(store, upstream=engine, config=gateway, overrides=overrides)
+            api = proxy.app([_health_route(store, proxy)])
+            collector = Starlette(routes=Collector(store).routes())
+            self.base_url = self.add(api, host=host, port=port, name="gateway")
+            self.otlp_url = self.add(collector, host=host, port=otlp_http_port, name="OTLP/HTTP receiver")
+        except AglError:
+            self.stop()
+            raise
+
+    def _add_engine(self, engine: ASGIApp) -> str:
+        # On loopback whatever `host` is: only the gateway talks to it.
+        return self.add(engine, name="engine") + "/v1"
+
+
+def _health_route(store: Store, gateway: Gateway) -> Route:
+    async def health(_: Request) -> JSONResponse:
+        spans, answers = await asyncio.gather(asyncio.to_thread(store.count_spans), gateway.engine_answers())
+        return JSONResponse({"spans": spans, "engine": {"upstream": gateway.upstream, "answers": answers}})
+
+    return Route("/api/health", health)

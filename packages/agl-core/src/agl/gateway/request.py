@@ -1,0 +1,72 @@
+"""What the gateway sends to the engine: the client's request, what capture needs, and what the mode forces."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from agl import semconv
+
+Json = dict[str, Any]
+
+_ALIASES = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+"""Two names of the OpenAI API for one setting."""
+_ATTEMPTS_REMEMBERED = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Which of the captured fields the client asked for itself; the others are taken out of its answer."""
+
+    token_ids: bool
+    logprobs: bool
+
+    @classmethod
+    def read(cls, body: Json, operation: str) -> Self:
+        logprobs = body.get("logprobs")
+        # In /v1/completions it is a number of alternatives, and 0 asks for the sampled token's own.
+        wants_logprobs = bool(logprobs) or (operation == semconv.OPERATION_TEXT_COMPLETION and logprobs is not None)
+        return cls(token_ids=bool(body.get("return_token_ids")), logprobs=wants_logprobs)
+
+
+def prepare(
+    body: Json, operation: str, *, extra_body: Mapping[str, Any], forced: Mapping[str, Any], seed: int | None
+) -> Json:
+    """The request for the engine.
+
+    `extra_body` is added where the client set nothing; a None in it leaves a field out that capture would add, for
+    engines that refuse the field. `forced` is set whatever the client said. `seed` is used where nobody names one.
+    """
+    asked = Asked.read(body, operation)
+    capture = {"return_token_ids": True, "logprobs": True if operation == semconv.OPERATION_CHAT else 1}
+    asked_for = {"return_token_ids": asked.token_ids, "logprobs": asked.logprobs}
+    sent = dict(body)
+    for name, value in (capture | {"seed": seed} | dict(extra_body)).items():
+        if value is not None and not asked_for.get(name, _sets(body, name)):
+            sent[name] = value
+    for name, value in forced.items():
+        sent.pop(_ALIASES.get(name, name), None)
+        sent[name] = value
+    return sent
+
+
+def _sets(body: Json, name: str) -> bool:
+    return body.get(name) is not None or body.get(_ALIASES.get(name, name)) is not None
+
+
+class Seeds:
+    """Seeds of the calls of each attempt: the same attempt, run again, gets the same seeds in the same order."""
+
+    def __init__(self) -> None:
+        self._calls: OrderedDict[tuple[str, str], int] = OrderedDict()
+
+    def next(self, rollout_id: str, attempt_id: str) -> int:
+        """Seed of the attempt's next call: 31 bits of a hash of rollout, attempt and the call's index."""
+        key = (rollout_id, attempt_id)
+        index = self._calls.pop(key, 0)
+        self._calls[key] = index + 1
+        if len(self._calls) > _ATTEMPTS_REMEMBERED:
+            self._calls.popitem(last=False)
+        digest = hashlib.blake2b(f"{rollout_id}\0{attempt_id}\0{index}".encode(), digest_size=4).digest()
+        return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,552 @@
+"""The gateway over loopback: real clients in front, an engine in vLLM's shape behind, the real store beside."""
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import format_span_id
+
+import agl
+from agl import semconv
+from agl.config import GatewayConfig
+from agl.errors import StoreError
+from agl.gateway.request import Asked, Seeds, prepare
+from agl.gateway.wire import Capture, split_events
+from agl.server import ServerThread
+from agl.span import Span
+from agl.store import Rollout
+from agl.store.sqlite import SqliteStore
+from agl.tokens import unpack_ids, unpack_logprobs
+from tests.core.fake_engine import PROMPT_IDS, WORDS, FakeEngine, logprob, token_id
+
+IDS = [token_id(0, position) for position in range(3)]
+LOGPROBS = [logprob(0, position) for position in range(3)]
+
+
+class Store(SqliteStore):
+    """The real store in memory; it can be told to be slow or to refuse, and remembers what was appended."""
+
+    def __init__(self) -> None:
+        super().__init__(":memory:", uri="memory://")
+        self.delay_s = 0.0
+        self.refusing = False
+        self.appended: list[Span] = []
+
+    def append_spans(self, spans: Sequence[Span]) -> int:
+        time.sleep(self.delay_s)
+        if self.refusing:
+            raise StoreError("the disk is full")
+        new = super().append_spans(spans)
+        self.appended += spans
+        return new
+
+
+@dataclass
+class Setup:
+    """A gateway before a fake engine, both served."""
+
+    store: Store
+    engine: FakeEngine
+    url: str
+
+    def client(self, path: str = "/v1", **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.url + path, api_key="none", max_retries=0, **options)
+
+    def post(self, body: Any, path: str = "/v1/chat/completions", **headers: str) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, headers=headers)
+
+    def span(self) -> Span:
+        (span,) = self.store.appended
+        return span
+
+    def wait_for_span(self) -> Span:
+        deadline = time.monotonic() + 5
+        while not self.store.appended and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.span()
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Setup]:
+    store, engine = Store(), FakeEngine()
+    config = GatewayConfig(extra_body={"return_token_ids": True, "top_k": 50, "max_tokens": 77})
+    overrides = {"train": {"temperature": 1.0}, "eval": {"temperature": 0.0}}
+    with ServerThread(
+        store, port=0, otlp_http_port=0, upstream=engine.app, gateway=config, overrides=overrides
+    ) as server:
+        yield Setup(store, engine, server.base_url)
+    store.close()
+
+
+@pytest.fixture
+def setup(served: Setup) -> Setup:
+    served.store.delay_s, served.store.refusing = 0.0, False
+    served.store.appended.clear()
+    served.engine.seen.clear()
+    served.engine.headers.clear()
+    served.engine.streams_cut = 0
+    return served
+
+
+def chat_body(content: str = "hi", **more: Any) -> dict[str, Any]:
+    return {"model": "writer@3", "messages": [{"role": "user", "content": content}]} | more
+
+
+def ids(span: Span, name: str) -> list[int]:
+    value = span.attributes[name]
+    assert isinstance(value, bytes)
+    return unpack_ids(value)
+
+
+def logprobs(span: Span) -> list[float]:
+    value = span.attributes[semconv.RESPONSE_LOGPROBS]
+    assert isinstance(value, bytes)
+    return unpack_logprobs(value)
+
+
+def assert_tokens(span: Span, choice: int = 0) -> None:
+    assert ids(span, semconv.PROMPT_TOKEN_IDS) == PROMPT_IDS
+    assert ids(span, semconv.RESPONSE_TOKEN_IDS) == [token_id(choice, position) for position in range(3)]
+    assert logprobs(span) == [logprob(choice, position) for position in range(3)]
+
+
+def output(span: Span) -> Any:
+    (message,) = json.loads(span.text(semconv.GEN_AI_OUTPUT_MESSAGES) or "")
+    return message
+
+
+# --- What is recorded ------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_call_is_recorded_with_exact_tokens(setup: Setup) -> None:
+    before = time.time_ns()
+    answer = setup.client().chat.completions.create(
+        model="writer@3", messages=[{"role": "user", "content": "hi"}], temperature=0.5, max_completion_tokens=9
+    )
+    assert answer.choices[0].message.content == "".join(WORDS)
+    span = setup.span()
+    assert (span.name, span.kind, span.status, span.parent_id) == ("agl.gateway.call", 3, "ok", None)
+    assert before <= span.start_ns <= span.end_ns <= time.time_ns()
+    assert_tokens(span)
+    assert json.loads(span.text(semconv.GATEWAY_REQUEST) or "")["messages"] == [{"role": "user", "content": "hi"}]
+    named = {name: value for name, value in span.attributes.items() if not isinstance(value, bytes)}
+    first_token_ns = named.pop(semconv.GATEWAY_FIRST_TOKEN_NS)
+    assert isinstance(first_token_ns, int) and 0 < first_token_ns <= span.end_ns - span.start_ns
+    del named[semconv.GATEWAY_REQUEST], named[semconv.GATEWAY_UPSTREAM]
+    assert named == {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.request.model": "writer@3",
+        "gen_ai.request.temperature": 0.5,
+        "gen_ai.request.max_tokens": 9,
+        "gen_ai.response.id": answer.id,
+        "gen_ai.response.model": "writer@3",
+        "gen_ai.response.finish_reasons": ["stop"],
+        "gen_ai.output.messages": json.dumps(
+            [{"role": "assistant", "parts": [{"type": "text", "content": "Hello there!"}], "finish_reason": "stop"}]
+        ),
+        "gen_ai.usage.input_tokens": 3,
+        "gen_ai.usage.output_tokens": 3,
+        "agl.policy.version": "writer@3",
+        "agl.mode": "prod",
+        "agl.gateway.choice": 0,
+        "http.response.status_code": 200,
+    }
+
+
+def test_a_streamed_chat_is_recorded_alike(setup: Setup) -> None:
+    stream = setup.client().chat.completions.create(
+        model="writer@3", messages=[{"role": "user", "content": "hi"}], stream=True
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "".join(WORDS)
+    span = setup.span()
+    assert_tokens(span)
+    assert output(span)["parts"] == [{"type": "text", "content": "Hello there!"}]
+    assert span.attributes[semconv.GEN_AI_RESPONSE_FINISH_REASONS] == ["stop"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_completion_is_recorded(setup: Setup, stream: bool) -> None:
+    answer = setup.post({"model": "base", "prompt": "p", "stream": stream}, "/v1/completions")
+    assert answer.status_code == 200
+    span = setup.span()
+    assert_tokens(span)
+    assert span.text(semconv.GEN_AI_OPERATION_NAME) == "text_completion"
+    assert span.text(semconv.POLICY_VERSION) == "base@0"
+    assert output(span)["parts"] == [{"type": "text", "content": "Hello there!"}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_each_of_several_choices_is_a_span(setup: Setup, stream: bool) -> None:
+    setup.post(chat_body(n=2, stream=stream))
+    first, second = setup.store.appended
+    for number, span in enumerate((first, second)):
+        assert span.attributes[semconv.GATEWAY_CHOICE] == number
+        assert_tokens(span, number)
+        assert span.attributes[semconv.GEN_AI_USAGE_OUTPUT_TOKENS] == 3
+    assert first.trace_id == second.trace_id and first.span_id != second.span_id
+    assert first.text(semconv.GEN_AI_RESPONSE_ID) == second.text(semconv.GEN_AI_RESPONSE_ID)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tool_calls_are_recorded(setup: Setup, stream: bool) -> None:
+    setup.post(chat_body("TOOL", stream=stream))
+    span = setup.span()
+    assert_tokens(span)
+    assert output(span) == {
+        "role": "assistant",
+        "parts": [{"type": "tool_call", "id": "call_1", "name": "search", "arguments": '{"x": 1}'}],
+        "finish_reason": "tool_calls",
+    }
+
+
+def test_the_same_request_twice_is_two_calls_each_kept_once(setup: Setup) -> None:
+    before = setup.store.count_spans()
+    for _ in range(2):
+        setup.post(chat_body(), **{"x-request-id": "same"})
+    assert setup.store.count_spans() == before + 2
+    assert len({span.span_id for span in setup.store.appended}) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_call_is_stored_before_the_client_sees_the_end(setup: Setup, stream: bool) -> None:
+    setup.store.delay_s = 0.2
+    with httpx.stream("POST", f"{setup.url}/v1/chat/completions", json=chat_body(stream=stream)) as answer:
+        seen = b""
+        for piece in answer.iter_raw():
+            if b"[DONE]" in (seen := seen + piece) or not stream:
+                assert len(setup.store.appended) == 1
+    assert b"there" in seen
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_cannot_be_recorded_is_an_error(setup: Setup, stream: bool) -> None:
+    setup.store.refusing = True
+    with pytest.raises(openai.APIError, match=r"could not be recorded.*the disk is full") as caught:
+        answer: Any = setup.client().chat.completions.create(**chat_body(stream=stream))
+        list(answer)
+    assert caught.value.code == "not_recorded"
+    assert stream or isinstance(caught.value, openai.InternalServerError)
+
+
+# --- What the client gets --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"n": 2},
+        {"return_token_ids": True},
+        {"logprobs": 1},
+        {"logprobs": 1, "return_token_ids": True},
+        {"return_token_ids": False},
+        {"stream_options": {"include_usage": True}},
+        {"content": "TOOL"},
+        {"content": "TOOL", "return_token_ids": True},
+    ],
+)
+def test_the_client_gets_what_the_engine_would_say(
+    setup: Setup, path: str, stream: bool, asked: Mapping[str, Any]
+) -> None:
+    content, more = asked.get("content", "hi"), {name: value for name, value in asked.items() if name != "content"}
+    body = {"model": "writer@3", "stream": stream} | more
+    body |= {"messages": [{"role": "user", "content": content}]} if "chat" in path else {"prompt": content}
+    through = setup.post(body, path, **{"x-request-id": "x"})
+    engine_url = setup.store.appended[0].text(semconv.GATEWAY_UPSTREAM) or ""
+    direct = httpx.post(engine_url.removesuffix("/v1") + path, json=body, headers={"x-request-id": "x"})
+    assert through.status_code == direct.status_code == 200
+    assert through.headers["content-type"] == direct.headers["content-type"]
+    assert parsed(through, stream) == parsed(direct, stream)
+    assert through.headers.get("x-engine") == direct.headers.get("x-engine")
+
+
+def parsed(answer: httpx.Response, stream: bool) -> Any:
+    if not stream:
+        return answer.json()
+    *events, done, rest = answer.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def test_models_are_passed_on(setup: Setup) -> None:
+    assert [model.id for model in setup.client().models.list()] == ["writer@3", "base"]
+    assert [model.id for model in setup.client("/rollout/r/attempt/a/v1").models.list()] == ["writer@3", "base"]
+    assert setup.store.appended == []
+
+
+# --- What the engine gets --------------------------------------------------------------------------------------------
+
+
+def test_the_engine_gets_the_request_with_what_capture_needs(setup: Setup) -> None:
+    setup.post(chat_body(top_p=0.5), **{"x-request-id": "abc", "authorization": "Bearer key"})
+    added = {"return_token_ids": True, "logprobs": True, "top_k": 50, "max_tokens": 77}
+    assert setup.engine.seen == [chat_body(top_p=0.5) | added]
+    headers = setup.engine.headers[0]
+    assert (headers["x-request-id"], headers["authorization"]) == ("abc", "Bearer key")
+    assert "key" not in json.dumps({name: str(value) for name, value in setup.span().attributes.items()})
+
+
+def test_what_the_client_set_itself_stays(setup: Setup) -> None:
+    setup.post(chat_body(top_k=3, max_completion_tokens=5, logprobs=False))
+    (sent,) = setup.engine.seen
+    assert (sent["top_k"], sent["max_completion_tokens"], sent["logprobs"]) == (3, 5, True)
+    assert "max_tokens" not in sent
+
+
+def test_fields_can_be_forced_left_out_or_left_alone() -> None:
+    body = {"max_completion_tokens": 5, "temperature": 0.2, "seed": 1}
+    sent = prepare(body, "chat", extra_body={"logprobs": None, "seed": 3}, forced={"max_tokens": 9}, seed=2)
+    assert sent == {"temperature": 0.2, "seed": 1, "return_token_ids": True, "max_tokens": 9}
+    assert body == {"max_completion_tokens": 5, "temperature": 0.2, "seed": 1}
+    assert prepare({"logprobs": 0}, "text_completion", extra_body={}, forced={}, seed=None)["logprobs"] == 0
+    assert prepare({}, "text_completion", extra_body={}, forced={}, seed=None)["logprobs"] == 1
+    assert Asked.read({"logprobs": 0}, "text_completion").logprobs
+    assert not Asked.read({"logprobs": False}, "chat").logprobs
+
+
+# --- Whose call it is ------------------------------------------------------------------------------------------------
+
+
+def test_headers_join_the_call_with_the_span_and_rollout_that_made_it(
+    setup: Setup, spans: InMemorySpanExporter
+) -> None:
+    with agl.rollout("r1", group_id="g1", attempt_id="r1-a2", mode="eval"), agl.role("planner"):
+        headers = agl.headers()
+    setup.post(chat_body(temperature=0.9), **headers)
+    span = setup.span()
+    _, trace_id, parent_id, _ = headers["traceparent"].split("-")
+    (rollout_span,) = spans.get_finished_spans()
+    assert rollout_span.context is not None and parent_id == format_span_id(rollout_span.context.span_id)
+    assert (span.trace_id, span.parent_id) == (trace_id, parent_id)
+    assert {name: span.text(name) for name in span.attributes if name in CALLER} == {
+        "agl.rollout.id": "r1",
+        "agl.attempt.id": "r1-a2",
+        "agl.group.id": "g1",
+        "agl.mode": "eval",
+        "agl.role": "planner",
+    }
+    assert setup.engine.seen[0]["temperature"] == 0.0
+    assert "seed" not in setup.engine.seen[0]
+
+
+CALLER = (semconv.ROLLOUT_ID, semconv.ATTEMPT_ID, semconv.GROUP_ID, semconv.MODE, semconv.ROLE)
+
+
+def test_a_url_names_the_rollout_and_the_store_its_mode_and_group(setup: Setup) -> None:
+    setup.store.enqueue_rollouts([Rollout("r 2", "task", group_id="g2", mode="train")])
+    setup.client("/rollout/r%202/attempt/a1/v1").chat.completions.create(**chat_body(temperature=0.1))
+    span = setup.span()
+    assert [span.text(name) for name in CALLER] == ["r 2", "a1", "g2", "train", None]
+    assert span.rollout_id == "r 2" and span.parent_id is None
+    assert setup.store.query_spans("r 2") == [span]
+    assert setup.engine.seen[0]["temperature"] == 1.0
+
+
+def test_a_url_of_a_rollout_nobody_queued_is_production(setup: Setup) -> None:
+    setup.post(chat_body(temperature=0.1), "/rollout/stray/attempt/a1/v1/chat/completions")
+    assert [setup.span().text(name) for name in CALLER] == ["stray", "a1", None, "prod", None]
+    assert setup.engine.seen[0]["temperature"] == 0.1
+
+
+def test_the_url_counts_more_than_the_baggage(setup: Setup) -> None:
+    path = "/rollout/from-url/attempt/a1/v1/chat/completions"
+    setup.post(chat_body(), path, baggage="agl.rollout.id=from-baggage,agl.mode=eval,other=x")
+    assert [setup.span().text(name) for name in CALLER] == ["from-url", "a1", None, "eval", None]
+
+
+@pytest.mark.parametrize("traceparent", ["", "junk", "00-" + "0" * 32 + "-" + "1" * 16 + "-01"])
+def test_a_call_without_a_valid_traceparent_starts_a_trace(setup: Setup, traceparent: str) -> None:
+    setup.post(chat_body(), traceparent=traceparent)
+    span = setup.span()
+    assert span.parent_id is None and len(span.trace_id) == 32 and int(span.trace_id, 16) > 0
+
+
+def test_training_calls_get_seeds_that_repeat_with_the_attempt(setup: Setup) -> None:
+    def call(rollout: str, **more: Any) -> int:
+        setup.post(chat_body(**more), baggage=f"agl.rollout.id={rollout},agl.attempt.id=a1,agl.mode=train")
+        return setup.engine.seen[-1]["seed"]
+
+    seeds = [call("s1"), call("s1"), call("s2")]
+    assert len(set(seeds)) == 3
+    assert call("s1", seed=7) == 7
+    again = Seeds()
+    assert [again.next("s1", "a1"), again.next("s1", "a1"), again.next("s2", "a1")] == seeds
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert setup.store.appended[0].attributes[semconv.GEN_AI_REQUEST_SEED] == seeds[0]
+
+
+# --- What goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_model_gets_the_engines_own_error(setup: Setup) -> None:
+    with pytest.raises(openai.NotFoundError, match="The model `nobody` does not exist") as caught:
+        setup.client().chat.completions.create(**chat_body(model="nobody"))
+    assert caught.value.type == "NotFoundError"
+    span = setup.span()
+    assert (span.status, span.status_message) == ("error", "The model `nobody` does not exist.")
+    assert span.text(semconv.ERROR_TYPE) == "404"
+    assert span.attributes[semconv.HTTP_RESPONSE_STATUS_CODE] == 404
+
+
+@pytest.mark.parametrize("body", [b"{", b"", b"[1]", b"\xff", b"[" * 100_000, '{"a":1}'.encode("utf-16")])
+def test_malformed_json_is_a_400(setup: Setup, body: bytes) -> None:
+    answer = httpx.post(f"{setup.url}/v1/chat/completions", content=body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_json")
+    assert "request body is" in error["message"]
+    assert setup.engine.seen == setup.store.appended == []
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405)])
+def test_unknown_paths_and_methods_get_an_openai_error(setup: Setup, method: str, path: str, status: int) -> None:
+    answer = httpx.request(method, setup.url + path)
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"] == f"the gateway does not serve {method} {path}"
+
+
+def test_odd_values_of_a_client_reach_the_engine_and_do_not_stop_the_record(setup: Setup) -> None:
+    answer = setup.post(chat_body(temperature="hot", max_tokens=[1], seed={}))
+    assert answer.status_code == 200
+    assert setup.engine.seen[0]["temperature"] == "hot"
+    assert semconv.GEN_AI_REQUEST_TEMPERATURE not in setup.span().attributes
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/rollout/r/attempt/a/v1/completions"])
+def test_no_engine_is_a_503(path: str) -> None:
+    store = Store()
+    with ServerThread(store, port=0, otlp_http_port=0, upstream=None) as server:
+        answer = httpx.post(server.base_url + path, json=chat_body())
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "no_engine"
+        assert httpx.get(f"{server.base_url}/v1/models").status_code == 503
+    store.close()
+
+
+def test_an_engine_that_is_down_is_a_503_and_recorded() -> None:
+    store = Store()
+    with ServerThread(store, port=0, otlp_http_port=0, upstream="http://127.0.0.1:9/v1") as server:
+        client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0)
+        with pytest.raises(
+            openai.InternalServerError, match=r"no engine answers at http://127\.0\.0\.1:9/v1"
+        ) as caught:
+            client.chat.completions.create(**chat_body())
+    assert (caught.value.status_code, caught.value.code) == (503, "engine_unreachable")
+    (span,) = store.appended
+    assert (span.status, span.text(semconv.ERROR_TYPE)) == ("error", "engine_unreachable")
+    assert span.attributes[semconv.HTTP_RESPONSE_STATUS_CODE] == 503
+    store.close()
+
+
+def test_a_silent_engine_is_a_504() -> None:
+    store, engine = Store(), FakeEngine()
+    config = GatewayConfig(timeout_s=0.1)
+    with ServerThread(store, port=0, otlp_http_port=0, upstream=engine.app, gateway=config) as server:
+        answer = httpx.post(f"{server.base_url}/v1/chat/completions", json=chat_body("SLOW"))
+        assert answer.status_code == 504
+    assert store.appended[0].text(semconv.ERROR_TYPE) == "engine_timeout"
+    store.close()
+
+
+def test_an_answer_that_is_not_json_is_a_502(setup: Setup) -> None:
+    answer = setup.post(chat_body("GARBAGE"))
+    assert answer.status_code == 502
+    assert "not an OpenAI answer" in answer.json()["error"]["message"]
+    assert setup.span().status == "error"
+
+
+def test_an_engine_that_breaks_off_ends_the_stream_with_an_error(
+    setup: Setup, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(openai.APIError, match="broke off"):
+        list(setup.client().chat.completions.create(**chat_body("BREAK", stream=True)))
+    span = setup.span()
+    assert (span.status, span.text(semconv.ERROR_TYPE)) == ("error", "engine_error")
+    assert ids(span, semconv.RESPONSE_TOKEN_IDS) == IDS[:1]
+
+
+def test_a_client_that_leaves_a_stream_cancels_it_and_what_was_sampled_is_recorded(setup: Setup) -> None:
+    stream = setup.client().chat.completions.create(**chat_body("SLOW", stream=True))
+    for chunk in stream:
+        if chunk.choices[0].delta.content == " there":
+            break
+    stream.close()
+    span = setup.wait_for_span()
+    assert (span.status, span.text(semconv.ERROR_TYPE)) == ("error", "cancelled")
+    sampled = ids(span, semconv.RESPONSE_TOKEN_IDS)
+    assert sampled[:2] == IDS[:2] and len(sampled) < 100
+    assert len(logprobs(span)) == len(sampled)
+    wait_until(lambda: setup.engine.streams_cut == 1)
+
+
+def test_a_client_that_leaves_before_the_answer_cancels_the_call(setup: Setup) -> None:
+    with pytest.raises(openai.APITimeoutError):
+        setup.client(timeout=0.2).chat.completions.create(**chat_body("SLOW"))
+    span = setup.wait_for_span()
+    assert span.text(semconv.ERROR_TYPE) == "cancelled"
+    assert semconv.RESPONSE_TOKEN_IDS not in span.attributes
+    wait_until(lambda: setup.engine.streams_cut == 1)
+
+
+async def test_many_streams_at_once_keep_their_tokens_apart(setup: Setup) -> None:
+    client = openai.AsyncOpenAI(base_url=f"{setup.url}/v1", api_key="none", max_retries=0)
+
+    async def call(number: int) -> str:
+        stream = await client.chat.completions.create(
+            **chat_body(f"question {number}", stream=True), extra_headers={"x-request-id": str(number)}
+        )
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    assert await asyncio.gather(*map(call, range(50))) == ["".join(WORDS)] * 50
+    await client.close()
+    assert len(setup.store.appended) == 50
+    for span in setup.store.appended:
+        assert_tokens(span)
+        number = (span.text(semconv.GEN_AI_RESPONSE_ID) or "").removeprefix("chatcmpl-")
+        assert f'"question {number}"' in (span.text(semconv.GATEWAY_REQUEST) or "")
+
+
+def wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + 5
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
+
+
+# --- The wire, as pure functions -------------------------------------------------------------------------------------
+
+
+def test_events_are_cut_wherever_the_network_cuts() -> None:
+    stream = b": ping\r\n\r\ndata: 1\n\ndata: 2\r\n\r\nda"
+    assert split_events(stream) == ([b": ping", b"data: 1", b"data: 2"], b"da")
+    for cut in range(len(stream)):
+        events, rest = split_events(stream[:cut])
+        more, rest = split_events(rest + stream[cut:])
+        assert (events + more, rest) == split_events(stream)
+
+
+def test_tool_calls_are_put_together_from_their_pieces() -> None:
+    capture = Capture()
+    for function in ({"name": "search", "arguments": ""}, {"arguments": '{"x"'}, {"arguments": ": 1}"}):
+        calls = [{"index": 0, "id": "c1" if "name" in function else None, "function": function}]
+        capture.add({"choices": [{"index": 0, "delta": {"tool_calls": calls}}]})
+    capture.add({"choices": [{"index": 0, "delta": {"tool_calls": [{"index": 1, "id": "c2"}]}}]})
+    first, second = capture.choices()[0].tool_calls
+    assert (first.id, first.name, first.arguments) == ("c1", "search", '{"x": 1}')
+    assert second.id == "c2"
+
+
+def test_logprobs_of_an_engine_may_be_infinite() -> None:
+    capture = Capture()
+    capture.add({"choices": [{"logprobs": {"token_logprobs": [-math.inf, -1.0]}, "text": "x"}]})
+    assert capture.choices()[0].logprobs == [-math.inf, -1.0]
