@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from agl.errors import TrainingError
 from agl_trainer import rng
-from agl_trainer.checkpoint import TrainingState, load_latest, prune, save_checkpoint
+from agl_trainer.checkpoint import TrainingState, load_checkpoint, load_latest, prune, save_checkpoint
 
 ROLES = ("writer", "fixer")
 
@@ -244,6 +244,8 @@ def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path: Path)
             os.kill(child, signal.SIGKILL)
             steps = list(iter(process.stdout.readline, "killed\n"))
             said = int(steps[-1]) if steps else said
+            for folder in tmp_path.glob("step-*"):
+                load_checkpoint(folder)  # raises where one is not whole
             state = load(tmp_path)
             assert state.step in (said, said + 1)
             assert torch.equal(state.adapters["writer"]["a"], torch.full((64, 64), float(state.step)))
