@@ -1,0 +1,36 @@
+"""Instrumentors switched on around a training, by the name of their OpenTelemetry entry point."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from agl.errors import ConfigError
+
+_GROUP = "opentelemetry_instrumentor"
+
+
+@contextmanager
+def instrumented(names: Sequence[str]) -> Iterator[None]:
+    """Instrument the frameworks of `names` (`agl_langchain`, ...) in the block; one that already was stays so after it.
+
+    Raises ConfigError for a name that no installed package offers, or whose framework is not there.
+    """
+    known = {entry.name: entry for entry in entry_points(group=_GROUP)}
+    with ExitStack() as stack:
+        for name in names:
+            if name not in known:
+                offered = ", ".join(sorted(known)) or "none"
+                raise ConfigError(f"train.instrument: no package offers {name!r}; installed are {offered}")
+            instrumentor = _load(known[name])
+            if not instrumentor.is_instrumented_by_opentelemetry:
+                instrumentor.instrument(raise_exception_on_conflict=True)
+                stack.callback(instrumentor.uninstrument)
+        yield
+
+
+def _load(entry: EntryPoint) -> Any:
+    try:
+        return entry.load()()
+    except ImportError as error:
+        raise ConfigError(f"train.instrument: {entry.name} cannot be loaded: {error}") from error
