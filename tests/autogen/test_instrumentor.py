@@ -1,5 +1,7 @@
 """Switching on and off."""
 
+import subprocess
+import sys
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -78,6 +80,11 @@ def test_switching_on_twice_wraps_once(caplog):
 def test_opentelemetry_instrument_finds_it():
     (entry,) = entry_points(group="opentelemetry_instrumentor", name="agl_autogen")
     assert entry.load() is AutoGenInstrumentor
+
+
+def test_importing_the_package_does_not_load_autogen():
+    code = "import sys, agl_autogen; sys.exit(any(name.startswith('autogen') for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_wrong_pattern_is_refused_and_nothing_is_replaced():

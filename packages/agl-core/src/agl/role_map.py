@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from functools import cache
+from functools import lru_cache
 
 from agl.errors import ConfigError
 
@@ -16,7 +16,7 @@ class RoleMap:
 
     def __init__(self, roles: Mapping[str, str] | None) -> None:
         self._patterns = [(role, _compile(role, pattern)) for role, pattern in (roles or {}).items()]
-        self.match = cache(self._match)
+        self.match = lru_cache(maxsize=1024)(self._match)  # bounded: some agents are named anew for each run
 
     def _match(self, name: str) -> str | None:
         return next((role for role, pattern in self._patterns if pattern.fullmatch(name)), None)
