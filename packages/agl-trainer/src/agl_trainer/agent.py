@@ -16,7 +16,7 @@ from agl.errors import AgentError
 from agl.store import Attempt, Rollout
 from agl_trainer.agent_loop import AgentLoop
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
@@ -79,7 +79,7 @@ class Agent:
     def renew_blocked_loop(self) -> None:
         """Give later runs a new event loop where an async agent blocks the present one."""
         if self._loop.is_blocked():
-            log.warning("an async agent blocks its event loop (a call without await); starting another loop")
+            logger.warning("an async agent blocks its event loop (a call without await); starting another loop")
             self._loop = AgentLoop()
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ from safetensors.torch import save
 from agl.errors import TrainingError
 from agl_trainer import optimizer_state, rng
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d+)(\.old)?")
 _SUMS = "SHA256SUMS"
@@ -90,7 +90,7 @@ def load_latest(folder: Path) -> TrainingState | None:
         try:
             return load_checkpoint(path)
         except TrainingError as error:
-            log.warning("%s; trying the checkpoint before it", error)
+            logger.warning("%s; trying the checkpoint before it", error)
     if found:
         raise TrainingError(f"all {len(found)} checkpoints in {folder} are damaged; remove the folder to start again")
     return None

@@ -14,7 +14,7 @@ from agl.store import Store
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -74,7 +74,7 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, dict]]:
         try:
             line = json.loads(text)
         except ValueError:
-            log.warning("%s: left out a line that was cut short: %.60s", path, text)
+            logger.warning("%s: left out a line that was cut short: %.60s", path, text)
         else:
             yield text, line
 
@@ -83,7 +83,7 @@ def _open_board(folder: Path, first_step: int) -> "SummaryWriter | None":
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        log.info("tensorboard is not installed; metrics go to the store and to metrics.jsonl")
+        logger.info("tensorboard is not installed; metrics go to the store and to metrics.jsonl")
         return None
     # purge_step hides what an earlier process logged for this and later steps.
     return SummaryWriter(str(folder), purge_step=first_step)

@@ -19,7 +19,7 @@ from agl.errors import StoreError, TrainingError
 from agl.store import AttemptState, Rollout, RolloutState, Store
 from agl_trainer.agent import Agent, AgentRun
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _HEARTBEAT_S = 10.0
 _FLUSH_AT_STOP_S = 5.0
@@ -179,7 +179,7 @@ class _Batch:
             self._runner.agent.renew_blocked_loop()
 
     def _fail(self, run: AgentRun, state: AttemptState, error: str) -> None:
-        log.warning("attempt %s: %s: %s", run.attempt.attempt_id, state, error)
+        logger.warning("attempt %s: %s: %s", run.attempt.attempt_id, state, error)
         rollout = self._store.finish_attempt(run.attempt.attempt_id, state, error)
         del self._running[run.attempt.attempt_id]
         if rollout.state is RolloutState.QUEUED:
