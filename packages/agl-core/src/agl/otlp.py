@@ -7,6 +7,7 @@ Stores use that, keeping each span as the request that would carry it alone.
 import base64
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from google.protobuf import json_format
@@ -22,6 +23,9 @@ from agl.span import AttributeValue, Span, SpanEvent, Status
 _STATUS_OF_CODE: dict[int, Status] = {0: "unset", 1: "ok", 2: "error"}
 _CODE_OF_STATUS = {status: code for code, status in _STATUS_OF_CODE.items()}
 _ID_FIELDS = ("traceId", "spanId", "parentSpanId")
+_SCALARS: dict[str | None, Callable[[AnyValue], Any]] = {
+    kind: attrgetter(kind) for kind in ("string_value", "bool_value", "int_value", "double_value")
+}
 _LAST_NS = 2**63 - 1
 
 
@@ -129,13 +133,11 @@ def _read_value(value: AnyValue) -> AttributeValue | None:
 
 
 def _read_array(values: Sequence[AnyValue]) -> AttributeValue:
-    items: list[Any] = [_to_json(value) for value in values]
     kinds = {value.WhichOneof("value") for value in values}
-    if kinds == {"int_value", "double_value"}:
-        return [float(item) for item in items]
-    if len(kinds) <= 1 and kinds <= {"string_value", "bool_value", "int_value", "double_value"}:
-        return items
-    return json.dumps(items)
+    if len(kinds) <= 1 and kinds <= _SCALARS.keys():
+        return [_SCALARS[kind](value) for kind in kinds for value in values]
+    items = [_to_json(value) for value in values]
+    return [float(item) for item in items] if kinds == {"int_value", "double_value"} else json.dumps(items)
 
 
 def _to_json(value: AnyValue) -> Any:

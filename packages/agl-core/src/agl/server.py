@@ -23,6 +23,7 @@ from agl.store import Store
 
 _POLL_S = 0.005
 _GRACE_S = 3
+_BACKLOG = 2048
 
 
 class AppThread:
@@ -42,9 +43,8 @@ class AppThread:
 
         Raises AglError naming the port when it cannot be had.
         """
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            listener = socket.create_server((host, port), family=family, backlog=2048)
+            listener = _listen(host, port)
         except OSError as error:
             raise AglError(
                 f"the {name} cannot listen on {host}:{port}: {error.strerror}; choose another host or port"
@@ -97,6 +97,20 @@ class AppThread:
         if not serving.done():
             self._started.set_result(None)
         await serving
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio turns Nagle's algorithm off only where the protocol is named; with it each answer waits for a delayed ACK.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 class ServerThread(AppThread):
