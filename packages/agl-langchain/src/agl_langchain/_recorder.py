@@ -15,6 +15,7 @@ from opentelemetry.trace import SpanKind, TracerProvider
 
 from agl import semconv
 from agl.context import carried_attributes, mark_error
+from agl.role_map import RoleMap
 from agl_langchain._call import (
     Attributes,
     request_attributes,
@@ -23,8 +24,8 @@ from agl_langchain._call import (
     tool_definitions,
 )
 from agl_langchain._open_runs import OPEN_RUNS
-from agl_langchain._role import Actor, RoleMap, stated_role
-from agl_langchain._run import Run, child_context, settled_context
+from agl_langchain._role import Actor, stated_role
+from agl_langchain._run import Run, child_context, run_in_force, settled_context
 
 Describe = Callable[[], Attributes]
 
@@ -75,8 +76,7 @@ class Recorder:
             if start.parent is not None:
                 OPEN_RUNS.add(start.run_id, start.parent)
             return
-        above = start.parent.actor if start.parent else None
-        actor = Actor.of_chain(start.name, start.tags, start.metadata, above, self._roles)
+        actor = Actor.of_chain(start.name, start.tags, start.metadata, _actor_above(start), self._roles)
         if actor.starts_here:
             name, attributes = _named(semconv.OPERATION_INVOKE_AGENT, semconv.GEN_AI_AGENT_NAME, start.name)
         elif start.is_root:
@@ -142,7 +142,7 @@ class Recorder:
     ) -> None:
         if start.run_id in OPEN_RUNS or not is_instrumentation_enabled():
             return
-        actor = actor or (start.parent.actor if start.parent else Actor.of_metadata(start.metadata, self._roles))
+        actor = actor or _actor_above(start) or Actor.of_metadata(start.metadata, self._roles)
         before = settled_context()
         context = child_context(start.parent, before)
         role = _role(start, actor, context) if has_role else None
@@ -152,6 +152,8 @@ class Recorder:
         run = Run(start.run_id, span, actor, role, is_chain, before, context)
         OPEN_RUNS.add(start.run_id, run)
         run.enter(as_current=as_current)
+        if not is_chain:
+            run.watch_task()
         self._describe(span, content=content)
 
     def _describe(self, span: trace.Span, facts: Describe = dict, content: Describe = dict) -> None:
@@ -165,6 +167,12 @@ class Recorder:
 def _named(operation: str, key: str, name: str) -> tuple[str, Attributes]:
     """Name and first attributes of a span whose operation has an object: an agent, a workflow, a tool."""
     return f"{operation} {name}", {semconv.GEN_AI_OPERATION_NAME: operation, key: name}
+
+
+def _actor_above(start: Start) -> Actor | None:
+    """Of the parent; of the run around it where LangChain names none, as for a call that takes no config."""
+    above = start.parent or run_in_force()
+    return above.actor if above else None
 
 
 def _role(start: Start, actor: Actor, context: Context) -> str | None:

@@ -60,6 +60,9 @@ def _add_headers(payload: Payload) -> Payload:
 
 
 def _headers() -> dict[str, str]:
+    """Of the call in force. Its request has a task of its own, which can be cancelled while the caller goes on."""
     run = run_in_force()
+    if run is not None and not run.is_chain:
+        run.watch_task()
     with agl.role(run.role) if run and run.role else nullcontext():
         return agl.headers()

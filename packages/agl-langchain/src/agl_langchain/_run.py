@@ -6,6 +6,7 @@ is attached is not the span but a `CurrentSpan`: it answers for the run's span w
 span beneath it otherwise. Nothing has to be detached in time, and nothing is ever detached in the wrong place.
 """
 
+import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from opentelemetry.context import Context, attach, create_key, get_current, set_
 from opentelemetry.util.types import AttributeValue
 
 from agl import semconv
+from agl.context import mark_error
 from agl_langchain._open_runs import OPEN_RUNS
 from agl_langchain._role import Actor
 
@@ -40,6 +42,7 @@ class Run:
     over: bool = False
     """Whether the span has ceased to be current: the run has ended, or its model has begun to answer."""
     started: float = field(default_factory=time.monotonic)
+    _tasks: list[asyncio.Task[Any]] = field(default_factory=list)
 
     def enter(self, *, as_current: bool = True) -> None:
         """Make the run's context the current one, with its span as the current span of it where `as_current`."""
@@ -57,8 +60,30 @@ class Run:
             attach(settled)
 
     def end(self) -> None:
+        for task in self._tasks:
+            task.remove_done_callback(self._task_done)
         self.leave()
         self.span.end()
+
+    def watch_task(self) -> None:
+        """End with the task that runs here, should it end first.
+
+        Of a model, tool or retriever whose task is cancelled, LangChain does not report the end.
+        """
+        try:
+            task = asyncio.current_task()
+        except RuntimeError:  # no event loop in this thread, so nothing to be cancelled
+            return
+        if task is not None:
+            task.add_done_callback(self._task_done)
+            self._tasks.append(task)
+
+    def _task_done(self, task: asyncio.Task[Any]) -> None:
+        """The task that started the run outlives it; one that makes its request, for it, need not."""
+        outlived = task is self._tasks[0] and not self.over
+        if (outlived or task.cancelled()) and OPEN_RUNS.pop(self.run_id) is self:
+            mark_error(self.span, asyncio.CancelledError())
+            self.end()
 
     def give_up(self) -> None:
         """End the span of a run whose end nobody reports."""

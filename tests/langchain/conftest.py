@@ -1,0 +1,82 @@
+"""Real LangChain and ChatOpenAI against a real loopback server in a thread of its own; finished spans in memory."""
+
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import pytest
+from anyio.from_thread import start_blocking_portal
+from langchain_openai import ChatOpenAI
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from agl.context import RolloutProcessor
+from agl_langchain import LangChainInstrumentor
+from agl_langchain._open_runs import OPEN_RUNS
+from tests.autogen.vllm_server import VllmServer, running_server
+
+MakeModel = Callable[..., ChatOpenAI]
+
+
+@pytest.fixture(scope="session")
+def memory() -> InMemorySpanExporter:
+    """On the global provider, which a process sets once."""
+    if not isinstance(trace.get_tracer_provider(), TracerProvider):
+        trace.set_tracer_provider(TracerProvider())
+    provider = trace.get_tracer_provider()
+    assert isinstance(provider, TracerProvider)
+    exporter = InMemorySpanExporter()
+    provider.add_span_processor(RolloutProcessor())
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    return exporter
+
+
+@pytest.fixture
+def spans(memory: InMemorySpanExporter, caplog: pytest.LogCaptureFixture) -> Iterator[InMemorySpanExporter]:
+    """The spans of this test. Whatever it does: no run stays open, none stays current, and nothing complains."""
+    memory.clear()
+    yield memory
+    memory.clear()
+    assert len(OPEN_RUNS) == 0
+    assert not trace.get_current_span().get_span_context().is_valid
+    assert complaints(caplog) == []
+
+
+def complaints(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Warnings and errors of all but the server, whose clients may hang up."""
+    records = [record for record in caplog.get_records("call") if not record.name.startswith("aiohttp")]
+    return [record.getMessage() for record in records if record.levelno >= logging.WARNING]
+
+
+@pytest.fixture
+def instrumented(spans: InMemorySpanExporter) -> Iterator[InMemorySpanExporter]:
+    """`spans`, with every run traced."""
+    instrumentor = LangChainInstrumentor()
+    instrumentor.instrument()
+    yield spans
+    instrumentor.uninstrument()
+
+
+@pytest.fixture
+def server() -> Iterator[VllmServer]:
+    """In a thread: an agent that is not async would stand in the way of a server in its own loop."""
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(running_server()) as server:
+        yield server
+
+
+@pytest.fixture
+async def make_model(server: VllmServer) -> AsyncIterator[MakeModel]:
+    """Makes chat models of the server, closed after the test: `make_model("tiny", temperature=0.5)`."""
+    made: list[ChatOpenAI] = []
+
+    def make(model: str = "tiny", **options: Any) -> ChatOpenAI:
+        options = {"base_url": server.base_url, "api_key": "none", "max_retries": 0} | options
+        made.append(ChatOpenAI(model=model, **options))
+        return made[-1]
+
+    yield make
+    for model in made:
+        model.root_client.close()
+        await model.root_async_client.close()

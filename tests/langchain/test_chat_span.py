@@ -1,0 +1,171 @@
+"""Attributes of a model call's span, by exact name, type and value, in every mode."""
+
+import json
+
+import pytest
+from langchain_core.language_models import FakeListChatModel, FakeListLLM
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.tools import tool
+from langchain_openai import OpenAI
+from openai import BadRequestError
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
+
+from agl_langchain import AglCallbackHandler
+from tests.autogen.span_tree import attributes, only
+from tests.autogen.vllm_server import VllmServer
+from tests.langchain.conftest import MakeModel
+from tests.langchain.modes import MODES, STREAMS, Mode
+
+QUESTION = [SystemMessage("Be brief."), HumanMessage("How many mugs?")]
+ANSWER = [
+    {"role": "assistant", "parts": [{"type": "text", "content": "Seven mugs TERMINATE"}], "finish_reason": "stop"}
+]
+
+
+@tool
+def stock(item: str) -> int:
+    """Count an item in stock."""
+    return 7
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_call_says_everything_the_conventions_name(
+    mode: Mode, spans: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+) -> None:
+    model = make_model(temperature=0.5, max_tokens=64, stream_usage=True)
+
+    await mode(model, QUESTION, {"callbacks": [AglCallbackHandler()]})
+
+    span = only(spans.get_finished_spans(), "chat tiny")
+    found = attributes(span)
+    streamed = mode in STREAMS
+    assert found.pop("gen_ai.response.id", None) == (None if streamed else server.seen[0].response_id)
+    assert json.loads(str(found.pop("gen_ai.input.messages"))) == [
+        {"role": "system", "parts": [{"type": "text", "content": "Be brief."}]},
+        {"role": "user", "parts": [{"type": "text", "content": "How many mugs?"}]},
+    ]
+    assert json.loads(str(found.pop("gen_ai.output.messages"))) == ANSWER
+    assert found == {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "openai",
+        "gen_ai.request.model": "tiny",
+        "gen_ai.request.temperature": 0.5,
+        "gen_ai.request.max_tokens": 64,
+        "gen_ai.response.model": "tiny",
+        "gen_ai.response.finish_reasons": ("stop",),
+        "gen_ai.usage.input_tokens": 11,
+        "gen_ai.usage.output_tokens": 3,
+    }
+    assert span.kind is SpanKind.CLIENT and span.status.is_unset
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_tool_call_is_a_part_and_the_tools_are_defined(
+    mode: Mode, spans: InMemorySpanExporter, make_model: MakeModel
+) -> None:
+    await mode(make_model().bind_tools([stock]), QUESTION, {"callbacks": [AglCallbackHandler()]})
+
+    found = attributes(only(spans.get_finished_spans(), "chat tiny"))
+    part = {"type": "tool_call", "id": "call_1", "name": "stock", "arguments": {"item": "mug"}}
+    assert json.loads(str(found["gen_ai.output.messages"])) == [
+        {"role": "assistant", "parts": [part], "finish_reason": "tool_calls"}
+    ]
+    (definition,) = json.loads(str(found["gen_ai.tool.definitions"]))
+    assert (definition["type"], definition["function"]["name"]) == ("function", "stock")
+
+
+async def test_a_conversation_keeps_calls_results_reasoning_and_images(spans: InMemorySpanExporter) -> None:
+    call = {"name": "stock", "args": {"item": "mug"}, "id": "c1", "type": "tool_call"}
+    image = {"type": "image_url", "image_url": {"url": "https://shop/mug.png"}}
+    conversation = [
+        HumanMessage([{"type": "text", "text": "This one?"}, image]),
+        AIMessage([{"type": "reasoning", "reasoning": "Look it up."}], tool_calls=[call]),
+        ToolMessage("7", tool_call_id="c1"),
+    ]
+
+    FakeListChatModel(responses=["Seven."]).invoke(conversation, {"callbacks": [AglCallbackHandler()]})
+
+    found = attributes(only(spans.get_finished_spans(), "chat"))
+    user, assistant, result = json.loads(str(found["gen_ai.input.messages"]))
+    assert user["parts"] == [
+        {"type": "text", "content": "This one?"},
+        {"type": "uri", "modality": "image", "uri": "https://shop/mug.png"},
+    ]
+    assert assistant["parts"] == [
+        {"type": "reasoning", "content": "Look it up."},
+        {"type": "tool_call", "id": "c1", "name": "stock", "arguments": {"item": "mug"}},
+    ]
+    assert result == {"role": "tool", "parts": [{"type": "tool_call_response", "id": "c1", "response": "7"}]}
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_model_that_is_not_openai_has_its_span(mode: Mode, spans: InMemorySpanExporter) -> None:
+    await mode(FakeListChatModel(responses=["Seven."]), QUESTION, {"callbacks": [AglCallbackHandler()]})
+
+    found = attributes(only(spans.get_finished_spans(), "chat"))
+    assert found["gen_ai.provider.name"] == "fakelistchatmodel"
+    (message,) = json.loads(str(found["gen_ai.output.messages"]))
+    assert message["parts"] == [{"type": "text", "content": "Seven."}]
+
+
+async def test_a_completion_model_has_a_text_completion_span(spans: InMemorySpanExporter, server: VllmServer) -> None:
+    model = OpenAI(model="tiny", base_url=server.base_url, api_key="none", max_retries=0)  # type: ignore[arg-type]
+
+    model.invoke("How many mugs?", {"callbacks": [AglCallbackHandler()]})
+
+    found = attributes(only(spans.get_finished_spans(), "text_completion tiny"))
+    assert found["gen_ai.operation.name"] == "text_completion"
+    assert json.loads(str(found["gen_ai.input.messages"]))[0]["parts"][0]["content"] == "How many mugs?"
+    assert json.loads(str(found["gen_ai.output.messages"])) == ANSWER
+    assert (found["gen_ai.usage.input_tokens"], found["gen_ai.usage.output_tokens"]) == (11, 3)
+
+
+async def test_a_completion_model_that_is_not_openai_has_its_span(spans: InMemorySpanExporter) -> None:
+    FakeListLLM(responses=["Seven."]).invoke("How many?", {"callbacks": [AglCallbackHandler()]})
+
+    assert "gen_ai.output.messages" in attributes(only(spans.get_finished_spans(), "text_completion"))
+
+
+async def test_conversations_of_one_generate_keep_their_own_answers(spans: InMemorySpanExporter) -> None:
+    """`generate` with two conversations is two runs; neither may take the other's answer."""
+    FakeListChatModel(responses=["one", "two"]).generate(
+        [[HumanMessage("a")], [HumanMessage("b")]], callbacks=[AglCallbackHandler()]
+    )
+
+    said = [json.loads(str(attributes(span)["gen_ai.output.messages"])) for span in spans.get_finished_spans()]
+    assert [messages[0]["parts"][0]["content"] for messages in said] == ["one", "two"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_model_error_ends_the_span_with_its_type(
+    mode: Mode, spans: InMemorySpanExporter, make_model: MakeModel
+) -> None:
+    with pytest.raises(BadRequestError, match="boom") as raised:
+        await mode(make_model(), "FAIL", {"callbacks": [AglCallbackHandler()]})
+
+    span = only(spans.get_finished_spans(), "chat tiny")
+    assert attributes(span)["error.type"] == type(raised.value).__qualname__
+    assert span.status.status_code is StatusCode.ERROR
+    assert [event.name for event in span.events] == ["exception"]
+
+
+def test_content_stays_off_the_span_by_switch_or_environment(
+    spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = FakeListChatModel(responses=["Seven."])
+    content = {"gen_ai.input.messages", "gen_ai.output.messages"}
+
+    def captured(switch: bool | None) -> set[str]:
+        spans.clear()
+        model.invoke(QUESTION, {"callbacks": [AglCallbackHandler(capture_content=switch)]})
+        return content & set(attributes(only(spans.get_finished_spans(), "chat")))
+
+    assert captured(None) == content  # training needs it: on unless said otherwise
+    assert captured(False) == set()
+    for off in ("false", "NO_CONTENT", "EVENT_ONLY"):
+        monkeypatch.setenv("OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT", off)
+        assert captured(None) == set()
+        assert captured(True) == content
+    monkeypatch.setenv("OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT", "SPAN_ONLY")
+    assert captured(None) == content

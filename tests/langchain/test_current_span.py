@@ -1,0 +1,198 @@
+"""Where a run's span is the current one: inside the run, and nowhere else."""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from langchain_core.language_models import FakeListChatModel
+from langchain_core.runnables import RunnableConfig, RunnableGenerator, RunnableLambda
+from opentelemetry import trace
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+import agl
+from agl_langchain import AglCallbackHandler
+from agl_langchain._open_runs import OPEN_RUNS
+from tests.autogen.span_tree import attributes, named, only, tree
+from tests.langchain.agents import TRACER, two_roles
+from tests.langchain.conftest import MakeModel
+from tests.langchain.modes import MODES, Mode
+
+QUESTION = {"messages": [("user", "How many mugs?")]}
+
+
+def current() -> trace.SpanContext:
+    return trace.get_current_span().get_span_context()
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_runs_one_after_the_other_in_one_task_are_traces_of_their_own(
+    mode: Mode, instrumented: InMemorySpanExporter, make_model: MakeModel
+) -> None:
+    model = make_model()
+    for question in ("one", "two", "three"):
+        await mode(model, question, {})
+        assert not current().is_valid
+
+    roots = named(instrumented.get_finished_spans(), "chat tiny")
+    assert [span.parent for span in roots] == [None, None, None]
+    assert len({span.context.trace_id for span in roots}) == 3
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_span_around_the_run_is_its_parent_and_current_again_after_it(
+    mode: Mode, instrumented: InMemorySpanExporter, make_model: MakeModel
+) -> None:
+    with TRACER.start_as_current_span("around") as around:
+        await mode(two_roles(make_model()), QUESTION, {})
+        assert current() == around.get_span_context()
+        with TRACER.start_as_current_span("after"):
+            pass
+
+    lines = tree(instrumented.get_finished_spans()).splitlines()
+    assert (lines[0], lines[1], lines[-1]) == ("around", "  invoke_workflow LangGraph", "  after")
+
+
+async def test_a_role_in_force_during_a_stream_stays_in_force_after_it(
+    instrumented: InMemorySpanExporter, make_model: MakeModel
+) -> None:
+    """What a stream attached must not be given back over what the reader attached since."""
+    model = make_model()
+    with agl.role("first"):
+        items = model.stream("hello")
+        next(items)
+    with agl.role("second"):
+        list(items)
+        assert agl.current_role() == "second"
+    assert agl.current_role() is None
+
+
+def test_the_reader_of_a_stream_is_not_inside_it(instrumented: InMemorySpanExporter, make_model: MakeModel) -> None:
+    for _ in two_roles(make_model()).stream(QUESTION):
+        assert not current().is_valid
+    for _ in make_model().stream("hello"):
+        assert not current().is_valid
+
+
+def test_streams_read_in_turn_are_traces_of_their_own(
+    instrumented: InMemorySpanExporter, make_model: MakeModel
+) -> None:
+    agent, model = two_roles(make_model()), make_model()
+
+    for _ in zip(agent.stream(QUESTION), agent.stream(QUESTION), strict=True):
+        pass
+    for _ in zip(model.stream("a"), model.stream("b"), strict=True):
+        pass
+
+    spans = instrumented.get_finished_spans()
+    graphs = named(spans, "invoke_workflow LangGraph")
+    assert len(graphs) == 2 and [span.parent for span in graphs] == [None, None]
+    assert len([span for span in named(spans, "chat tiny") if span.parent is None]) == 2
+
+
+async def test_a_stream_broken_off_ends_its_spans_and_leaves_nothing_current(
+    instrumented: InMemorySpanExporter, make_model: MakeModel
+) -> None:
+    model = make_model()
+
+    async for _ in model.astream("hello"):
+        break
+    assert not current().is_valid
+    for chunk in model.stream("hello"):
+        if chunk.content:
+            break
+    assert not current().is_valid
+    stream = two_roles(model).astream(QUESTION, stream_mode="messages")
+    await anext(stream)
+    await stream.aclose()
+    await asyncio.sleep(0.05)  # the event loop closes the first stream
+
+    spans = instrumented.get_finished_spans()
+    broken = named(spans, "chat tiny")
+    assert [attributes(span).get("error.type") for span in broken[:2]] == ["GeneratorExit", "GeneratorExit"]
+    assert all(span.status.status_code is trace.StatusCode.ERROR for span in broken[:2])
+    assert '"parts":[{"type":"text","content":"Seven"}]' in str(attributes(broken[1])["gen_ai.output.messages"])
+    assert attributes(only(spans, "invoke_workflow LangGraph"))["error.type"] in ("GeneratorExit", "CancelledError")
+
+
+async def test_a_timeout_in_the_callers_own_task_leaves_nothing_open_or_current(
+    instrumented: InMemorySpanExporter, make_model: MakeModel
+) -> None:
+    """LangChain reports no end of a model call that is cancelled: neither that of the call nor that of its task."""
+    model = make_model()
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await model.ainvoke("SLOW")
+
+    assert len(OPEN_RUNS) == 0 and not current().is_valid
+    assert attributes(only(instrumented.get_finished_spans(), "chat tiny"))["error.type"] == "CancelledError"
+
+
+def test_a_generator_inside_a_chain_sees_the_chain(instrumented: InMemorySpanExporter) -> None:
+    def shout(words: Iterator[str]) -> Iterator[str]:
+        for word in words:
+            with TRACER.start_as_current_span("shout"):
+                yield word.upper()
+
+    assert list(RunnableGenerator(shout).with_config(run_name="shouter").stream("mug")) == ["MUG"]
+
+    assert tree(instrumented.get_finished_spans()) == "invoke_workflow shouter\n  shout"
+
+
+def test_a_thread_without_a_context_still_knows_its_rollout(
+    instrumented: InMemorySpanExporter, make_model: MakeModel
+) -> None:
+    model = make_model()
+
+    def fan_out(_: Any, config: RunnableConfig) -> None:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda question: model.invoke(question, config), ["one", "two"]))
+
+    with agl.rollout("r1"):
+        RunnableLambda(fan_out).with_config(run_name="fan out").invoke(None)
+
+    spans = instrumented.get_finished_spans()
+    assert tree(spans) == "agl.rollout\n  invoke_workflow fan out\n    chat tiny\n    chat tiny"
+    assert {attributes(span)["agl.rollout.id"] for span in spans} == {"r1"}
+
+
+def test_a_run_with_callbacks_of_its_own_hangs_under_the_tool_it_runs_in(spans: InMemorySpanExporter) -> None:
+    model = FakeListChatModel(responses=["Seven."])
+    handler = AglCallbackHandler()
+
+    def ask(_: Any) -> Any:
+        return model.invoke("How many?", {"callbacks": [handler]})
+
+    RunnableLambda(ask).with_config(run_name="asker").invoke(None, {"callbacks": [handler]})
+
+    assert tree(spans.get_finished_spans()) == "invoke_workflow asker\n  chat"
+
+
+def test_code_in_a_run_may_read_and_write_the_current_span(instrumented: InMemorySpanExporter) -> None:
+    def note(_: Any) -> None:
+        span = trace.get_current_span()
+        span.set_attribute("shop", "mugs")
+        span.add_event("opened")
+        span.end()  # not the user's to end
+        assert span.is_recording()
+        assert span.attributes["shop"] == "mugs"  # type: ignore[attr-defined]
+
+    RunnableLambda(note).invoke(None)
+
+    span = only(instrumented.get_finished_spans(), "invoke_workflow note")
+    assert attributes(span)["shop"] == "mugs" and [event.name for event in span.events] == ["opened"]
+
+
+async def test_nothing_fails_to_detach(
+    instrumented: InMemorySpanExporter, make_model: MakeModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="opentelemetry")
+    model = make_model()
+    for mode in MODES:
+        await mode(model, "hello", {})
+        await mode(two_roles(model), QUESTION, {})
+
+    assert "Failed to detach context" not in caplog.text

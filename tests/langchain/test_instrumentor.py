@@ -1,0 +1,85 @@
+"""The instrumentor comes and goes without a trace, and each run has one span however many handlers hear of it."""
+
+from importlib.metadata import entry_points
+
+from langchain_core.language_models import FakeListChatModel
+from langchain_core.runnables import RunnableLambda
+from langchain_core.tracers import context
+from langchain_openai.chat_models.base import BaseChatOpenAI
+from langchain_openai.llms.base import BaseOpenAI
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from agl_langchain import AglCallbackHandler, LangChainInstrumentor
+from tests.autogen.span_tree import attributes, only, tree
+from tests.langchain.agents import two_roles
+from tests.langchain.conftest import MakeModel
+from tests.langchain.test_tree import GOLDEN, QUESTION
+
+
+def test_uninstrument_leaves_the_framework_exactly_as_it_was(spans: InMemorySpanExporter) -> None:
+    before = (
+        list(context._configure_hooks),
+        dict(vars(BaseChatOpenAI)),
+        dict(vars(BaseOpenAI)),
+    )
+    instrumentor = LangChainInstrumentor()
+
+    for _ in range(2):
+        instrumentor.instrument()
+        assert vars(BaseChatOpenAI)["_get_request_payload"] is not before[1]["_get_request_payload"]
+        instrumentor.uninstrument()
+        after = (list(context._configure_hooks), dict(vars(BaseChatOpenAI)), dict(vars(BaseOpenAI)))
+        assert after == before
+
+    FakeListChatModel(responses=["Seven."]).invoke("hello")
+    assert spans.get_finished_spans() == ()
+
+
+def test_explicit_handlers_beside_the_instrumentor_make_no_span_twice(
+    instrumented: InMemorySpanExporter, make_model: MakeModel
+) -> None:
+    model = make_model(callbacks=[AglCallbackHandler()])
+
+    two_roles(model).invoke(QUESTION, {"callbacks": [AglCallbackHandler(), AglCallbackHandler()]})
+
+    assert tree(instrumented.get_finished_spans()) == GOLDEN
+
+
+def test_a_run_under_way_ends_its_spans_after_uninstrument(spans: InMemorySpanExporter) -> None:
+    instrumentor = LangChainInstrumentor()
+    instrumentor.instrument()
+
+    RunnableLambda(lambda _: instrumentor.uninstrument(), name="last").invoke(None)
+
+    assert tree(spans.get_finished_spans()) == "invoke_workflow last"
+
+
+def test_instrument_takes_the_handlers_arguments(spans: InMemorySpanExporter) -> None:
+    private = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(private))
+    instrumentor = LangChainInstrumentor()
+    instrumentor.instrument(tracer_provider=provider, roles={"writer": "write"}, capture_content=False)
+    model = FakeListChatModel(responses=["Seven."])
+
+    RunnableLambda(lambda _: model.invoke("hello"), name="write").invoke(None)
+    instrumentor.uninstrument()
+
+    found = attributes(only(private.get_finished_spans(), "chat"))
+    assert found["agl.role"] == "writer" and "gen_ai.input.messages" not in found
+    assert spans.get_finished_spans() == ()
+
+
+def test_opentelemetry_instrument_finds_it() -> None:
+    (point,) = entry_points(group="opentelemetry_instrumentor", name="agl_langchain")
+
+    assert point.load() is LangChainInstrumentor
+
+
+def test_the_tracer_is_named_after_the_package(instrumented: InMemorySpanExporter) -> None:
+    FakeListChatModel(responses=["Seven."]).invoke("hello")
+
+    scope = only(instrumented.get_finished_spans(), "chat").instrumentation_scope
+    assert scope is not None and (scope.name, scope.version) == ("agl_langchain", "0.1.0")

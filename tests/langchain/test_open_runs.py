@@ -1,0 +1,87 @@
+"""The runs held open are bounded, and telemetry that fails does not reach the agent."""
+
+import logging
+from uuid import uuid4
+
+import pytest
+from langchain_core.language_models import FakeListChatModel
+from langchain_core.messages import AIMessage, HumanMessage
+from opentelemetry import trace
+from opentelemetry.context import get_current
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from agl_langchain import AglCallbackHandler
+from agl_langchain._open_runs import OPEN_RUNS, OpenRuns
+from agl_langchain._role import Actor
+from agl_langchain._run import Run
+from tests.autogen.span_tree import attributes, only
+
+
+def start(runs: OpenRuns, name: str) -> Run:
+    span = trace.get_tracer("test").start_span(name)
+    run = Run(uuid4(), span, Actor(), None, True, get_current(), get_current())
+    runs.add(run.run_id, run)
+    return run
+
+
+def test_beyond_the_limit_the_oldest_run_is_given_up(spans: InMemorySpanExporter) -> None:
+    runs = OpenRuns(max_open=2)
+    first, second, third = (start(runs, name) for name in ("first", "second", "third"))
+
+    assert len(runs) == 2 and runs.pop(first.run_id) is None
+    assert runs.pop(second.run_id) is second and runs.pop(third.run_id) is third
+    given_up = only(spans.get_finished_spans(), "first")
+    assert attributes(given_up) == {"error.type": "abandoned"}
+    assert given_up.status.status_code is trace.StatusCode.ERROR
+
+
+def test_a_run_open_for_too_long_is_given_up_when_the_next_one_starts(spans: InMemorySpanExporter) -> None:
+    runs = OpenRuns(max_seconds=60)
+    old = start(runs, "old")
+    old.started -= 61
+
+    young = start(runs, "young")
+
+    assert old.run_id not in runs and young.run_id in runs
+    assert attributes(only(spans.get_finished_spans(), "old"))["error.type"] == "abandoned"
+
+
+def test_a_stand_in_that_is_given_up_ends_nothing(spans: InMemorySpanExporter) -> None:
+    runs = OpenRuns(max_open=2)
+    run = start(runs, "node")
+    hidden = uuid4()
+    runs.add(hidden, run)
+    assert runs.get(hidden) is run and runs.pop(hidden) is None
+
+    assert run.span.is_recording() and runs.pop(run.run_id) is run
+
+
+def test_what_cannot_be_described_is_logged_and_the_span_still_ends(
+    spans: InMemorySpanExporter, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(FakeListChatModel):
+        """Answers with a message whose content breaks every reader."""
+
+        def _call(self, *args: object, **kwargs: object) -> str:
+            return "Seven."
+
+    broken = AIMessage("x")
+    object.__setattr__(broken, "content", 7)
+
+    answer = Broken(responses=["x"]).invoke([HumanMessage("hello"), broken], {"callbacks": [AglCallbackHandler()]})
+
+    assert answer.content == "Seven."
+    assert len(OPEN_RUNS) == 0
+    assert [record.message for record in caplog.records] == ["LangChain's on_chat_model_start was not recorded"]
+    assert "gen_ai.output.messages" in attributes(only(spans.get_finished_spans(), "chat"))
+    caplog.clear()
+
+
+def test_an_end_without_a_start_is_no_matter(spans: InMemorySpanExporter, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    handler = AglCallbackHandler()
+
+    handler.on_chain_end({}, run_id=uuid4())
+    handler.on_llm_new_token("x", run_id=uuid4())
+
+    assert caplog.records == [] and spans.get_finished_spans() == ()

@@ -1,0 +1,203 @@
+"""Headers on the requests: which call, which rollout, which role."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from langchain_core.messages import HumanMessage
+from langchain_core.runnables import RunnableConfig, RunnableLambda
+from langchain_openai import OpenAI
+from opentelemetry import baggage
+from opentelemetry.context import attach, detach
+from opentelemetry.instrumentation.utils import suppress_instrumentation
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+import agl
+from agl_langchain import AglCallbackHandler
+from tests.autogen.span_tree import attributes, named, only
+from tests.autogen.vllm_server import Seen, VllmServer
+from tests.langchain.agents import two_async_roles, two_roles
+from tests.langchain.conftest import MakeModel
+from tests.langchain.modes import MODES, Mode
+
+
+def parent_of(seen: Seen) -> str:
+    """The span id in `traceparent`."""
+    return seen.headers["traceparent"].split("-")[2]
+
+
+def carried(seen: Seen) -> dict[str, str]:
+    entries = (entry.split("=", 1) for entry in seen.headers["baggage"].split(","))
+    return {name: unquote(value) for name, value in entries}
+
+
+def span_id(span: ReadableSpan) -> str:
+    return format(span.context.span_id, "016x")
+
+
+def asked(seen: Seen) -> str:
+    return str(seen.body["messages"][0]["content"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_request_names_its_call_rollout_and_role(
+    mode: Mode, instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+) -> None:
+    async with agl.rollout("r1", group_id="g1", mode="eval"):
+        await mode(two_roles(make_model()), {"messages": [("user", "How many mugs?")]}, {})
+
+    calls = named(instrumented.get_finished_spans(), "chat tiny")
+    assert [parent_of(seen) for seen in server.seen] == [span_id(span) for span in calls]
+    rollout = {"agl.rollout.id": "r1", "agl.attempt.id": "r1-a1", "agl.group.id": "g1", "agl.mode": "eval"}
+    assert [carried(seen) for seen in server.seen] == [
+        rollout | {"agl.role": "planner"},
+        rollout | {"agl.role": "executor"},
+    ]
+
+
+def check_apart(spans: tuple[ReadableSpan, ...], seen: list[Seen], runs: int) -> None:
+    """Every request carries the rollout that asked it, its role, and the span of its own call."""
+    calls = {span_id(span): attributes(span) for span in spans if span.name == "chat tiny"}
+    assert len(seen) == len(calls) == 2 * runs
+    for request in seen:
+        sent, call = carried(request), calls[parent_of(request)]
+        assert sent["agl.rollout.id"] == call["agl.rollout.id"] == asked(request)
+        assert sent["agl.role"] == call["agl.role"] == ("executor" if "tools" in request.body else "planner")
+    assert len({parent_of(request) for request in seen}) == 2 * runs
+
+
+async def test_agents_at_once_in_tasks_do_not_mix(
+    instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+) -> None:
+    agent = two_async_roles(make_model())
+
+    async def run(number: int) -> None:
+        async with agl.rollout(f"r{number}"):
+            value = {"messages": [("user", f"r{number}")]}
+            if number % 2:
+                await agent.ainvoke(value)
+            else:
+                [_ async for _ in agent.astream(value, stream_mode="messages")]
+
+    await asyncio.gather(*(run(number) for number in range(64)))
+
+    check_apart(instrumented.get_finished_spans(), server.seen, 64)
+
+
+def test_agents_at_once_in_threads_do_not_mix(
+    instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+) -> None:
+    agent = two_roles(make_model())
+
+    def run(number: int) -> None:
+        with agl.rollout(f"r{number}"):
+            value = {"messages": [("user", f"r{number}")]}
+            if number % 3 == 0:
+                agent.invoke(value)
+            elif number % 3 == 1:
+                agent.batch([value, value])
+            else:
+                list(agent.stream(value))
+
+    with ThreadPoolExecutor(64) as pool:
+        list(pool.map(run, range(64)))
+
+    check_apart(instrumented.get_finished_spans(), server.seen, 64 + len(range(1, 64, 3)))
+
+
+def test_a_batch_in_threads_of_its_own_joins_each_request(
+    instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+) -> None:
+    with agl.rollout("r1"):
+        make_model().batch([f"question {number}" for number in range(16)])
+
+    calls = {span_id(span): attributes(span) for span in named(instrumented.get_finished_spans(), "chat tiny")}
+    assert len(calls) == 16
+    for seen in server.seen:
+        assert asked(seen) in str(calls[parent_of(seen)]["gen_ai.input.messages"])
+        assert carried(seen)["agl.rollout.id"] == "r1"
+
+
+async def test_requests_of_one_generate_are_not_joined_with_each_others_calls(
+    instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+) -> None:
+    """Their runs share a context, so the header cannot say which is meant: it names the run around them."""
+    model = make_model()
+    conversations: list[Any] = [[HumanMessage("one")], [HumanMessage("two")]]
+
+    async def ask(_: Any, config: RunnableConfig) -> None:
+        await model.agenerate(conversations, callbacks=config["callbacks"])
+
+    async with agl.rollout("r1"):
+        await RunnableLambda(ask).with_config(run_name="both").ainvoke(None, {"tags": ["role:asker"]})
+
+    spans = instrumented.get_finished_spans()
+    assert {parent_of(seen) for seen in server.seen} == {span_id(only(spans, "invoke_workflow both"))}
+    assert {carried(seen)["agl.role"] for seen in server.seen} == {"asker"}
+    ids = {attributes(span)["gen_ai.response.id"] for span in named(spans, "chat tiny")}
+    assert ids == {seen.response_id for seen in server.seen}
+
+
+async def test_structured_output_carries_the_headers_too(
+    instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+) -> None:
+    schema = {
+        "title": "Count",
+        "description": "A count.",
+        "type": "object",
+        "properties": {"count": {"type": "integer"}},
+    }
+    structured = make_model().with_structured_output(schema, method="json_schema", include_raw=True)
+
+    await structured.ainvoke("How many?")
+    structured.invoke("How many?")
+
+    calls = named(instrumented.get_finished_spans(), "chat tiny")
+    assert [parent_of(seen) for seen in server.seen] == [span_id(span) for span in calls]
+
+
+def test_a_completion_request_carries_them(instrumented: InMemorySpanExporter, server: VllmServer) -> None:
+    model = OpenAI(model="tiny", base_url=server.base_url, api_key="none")  # type: ignore[arg-type]
+
+    with agl.rollout("r1"), agl.role("writer"):
+        model.invoke("How many mugs?")
+
+    (seen,) = server.seen
+    assert parent_of(seen) == span_id(only(instrumented.get_finished_spans(), "text_completion tiny"))
+    assert (carried(seen)["agl.rollout.id"], carried(seen)["agl.role"]) == ("r1", "writer")
+
+
+def test_the_users_headers_stay_and_his_baggage_stays_at_home(
+    instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+) -> None:
+    token = attach(baggage.set_baggage("customer", "secret"))
+    with agl.rollout("r1"):
+        make_model().bind(extra_headers={"X-Shop": "mugs"}).invoke("hello")
+    detach(token)
+
+    (seen,) = server.seen
+    assert seen.headers["x-shop"] == "mugs"
+    assert "secret" not in seen.headers["baggage"]
+
+
+def test_no_headers_without_the_instrumentor_or_when_suppressed(
+    instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+) -> None:
+    with agl.rollout("r1"), suppress_instrumentation():
+        make_model().invoke("hello")
+
+    assert "traceparent" not in server.seen[0].headers and "baggage" not in server.seen[0].headers
+    assert named(instrumented.get_finished_spans(), "chat tiny") == []
+
+
+def test_the_handler_alone_leaves_requests_alone_and_joins_by_response_id(
+    spans: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+) -> None:
+    make_model().invoke("hello", {"callbacks": [AglCallbackHandler()]})
+
+    (seen,) = server.seen
+    assert "traceparent" not in seen.headers
+    assert attributes(only(spans.get_finished_spans(), "chat tiny"))["gen_ai.response.id"] == seen.response_id

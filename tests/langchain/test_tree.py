@@ -1,0 +1,177 @@
+"""The tree of spans: the golden one of a two-role graph, and that of a thousand spans at once."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from langchain_core.language_models import FakeListChatModel
+from langchain_core.runnables import RunnableLambda
+from langgraph.errors import GraphInterrupt
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind
+
+import agl
+from agl_langchain import AglCallbackHandler
+from tests.autogen.span_tree import attributes, only, tree
+from tests.langchain.agents import STOCK, two_async_roles, two_roles
+from tests.langchain.conftest import MakeModel
+from tests.langchain.modes import ASYNC_MODES, MODES, Mode
+
+QUESTION = {"messages": [("user", "How many mugs?")]}
+
+GOLDEN = """\
+invoke_workflow LangGraph
+  invoke_agent planner [planner]
+    chat tiny [planner]
+  invoke_agent executor [executor]
+    think
+      chat tiny [executor]
+    execute_tool stock [executor]
+      look into the database"""
+
+
+@pytest.mark.parametrize(
+    ("make_agent", "mode"),
+    [*((two_roles, mode) for mode in MODES), *((two_async_roles, mode) for mode in ASYNC_MODES)],
+)
+async def test_a_graph_of_two_roles_and_a_tool(
+    make_agent: Callable[[Any], Any], mode: Mode, instrumented: InMemorySpanExporter, make_model: MakeModel
+) -> None:
+    await mode(make_agent(make_model()), QUESTION, {})
+
+    spans = instrumented.get_finished_spans()
+    assert tree(spans) == GOLDEN
+    assert attributes(only(spans, "invoke_workflow LangGraph")) == {
+        "gen_ai.operation.name": "invoke_workflow",
+        "gen_ai.workflow.name": "LangGraph",
+    }
+    assert attributes(only(spans, "invoke_agent planner")) == {
+        "gen_ai.operation.name": "invoke_agent",
+        "gen_ai.agent.name": "planner",
+        "agl.role": "planner",
+    }
+    assert attributes(only(spans, "execute_tool stock")) == {
+        "gen_ai.operation.name": "execute_tool",
+        "gen_ai.tool.name": "stock",
+        "gen_ai.tool.call.id": "call_1",
+        "gen_ai.tool.call.arguments": '{"item":"mug"}',
+        "gen_ai.tool.call.result": '"7"',
+        "agl.role": "executor",
+    }
+    assert {span.kind for span in spans if not span.name.startswith("chat")} == {SpanKind.INTERNAL}
+
+
+async def test_a_hundred_agents_at_once_keep_their_spans_apart(
+    instrumented: InMemorySpanExporter, make_model: MakeModel
+) -> None:
+    agent = two_async_roles(make_model())
+
+    async def run(number: int) -> None:
+        async with agl.rollout(f"r{number}", group_id="g"):
+            await agent.ainvoke({"messages": [("user", f"Question {number}")]})
+
+    await asyncio.gather(*(run(number) for number in range(100)))
+
+    rollouts: dict[object, list[ReadableSpan]] = {}
+    for span in instrumented.get_finished_spans():
+        rollouts.setdefault(attributes(span)["agl.rollout.id"], []).append(span)
+    indented = "\n".join("  " + line for line in GOLDEN.splitlines())
+    assert len(rollouts) == 100
+    for number in range(100):
+        spans = rollouts[f"r{number}"]
+        assert tree(spans) == f"agl.rollout\n{indented}"
+        assert len({span.context.trace_id for span in spans}) == 1
+        asked = [json.loads(str(attributes(span)["gen_ai.input.messages"]))[0] for span in spans if "chat" in span.name]
+        assert {message["parts"][0]["content"] for message in asked} == {f"Question {number}"}
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_tool_error_marks_the_tool_and_all_that_fail_with_it(
+    mode: Mode, instrumented: InMemorySpanExporter
+) -> None:
+    def use(_: Any) -> Any:
+        return STOCK.invoke({"item": "car"})
+
+    async def ause(_: Any) -> Any:
+        return await STOCK.ainvoke({"item": "car"})
+
+    with pytest.raises(LookupError):
+        await mode(RunnableLambda(use, ause, name="shop"), None, {})
+
+    spans = instrumented.get_finished_spans()
+    assert tree(spans) == ("invoke_workflow shop ERROR\n  execute_tool stock ERROR\n    look into the database ERROR")
+    tool = only(spans, "execute_tool stock")
+    assert attributes(tool)["error.type"] == "LookupError"
+    assert attributes(only(spans, "invoke_workflow shop"))["error.type"] == "LookupError"
+
+
+async def test_a_cancelled_run_ends_with_its_type(instrumented: InMemorySpanExporter, make_model: MakeModel) -> None:
+    task = asyncio.create_task(two_async_roles(make_model()).ainvoke({"messages": [("user", "SLOW")]}))
+    await asyncio.sleep(0.15)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.sleep(0.05)  # LangChain reports the end in a task of its own
+
+    spans = instrumented.get_finished_spans()
+    assert tree(spans) == (
+        "invoke_workflow LangGraph ERROR\n  invoke_agent planner [planner] ERROR\n    chat tiny [planner] ERROR"
+    )
+    assert {attributes(span)["error.type"] for span in spans} == {"CancelledError"}
+
+
+def test_an_interrupt_is_no_failure(instrumented: InMemorySpanExporter) -> None:
+    def ask(_: Any) -> Any:
+        raise GraphInterrupt()
+
+    with pytest.raises(GraphInterrupt):
+        RunnableLambda(ask, name="ask").invoke(None)
+
+    span = only(instrumented.get_finished_spans(), "invoke_workflow ask")
+    assert span.status.is_unset and "error.type" not in attributes(span)
+
+
+def test_a_retriever_says_what_it_looked_for_and_found(instrumented: InMemorySpanExporter) -> None:
+    from langchain_core.documents import Document
+    from langchain_core.retrievers import BaseRetriever
+
+    class Shelf(BaseRetriever):
+        def _get_relevant_documents(self, query: str, *, run_manager: Any) -> list[Document]:
+            if query == "cars":
+                raise LookupError(query)
+            return [Document("A mug.", id="d1", metadata={"shelf": 3})]
+
+    Shelf().invoke("mugs")
+    with pytest.raises(LookupError):
+        Shelf().invoke("cars")
+
+    found, missed = instrumented.get_finished_spans()
+    assert (found.name, found.kind) == ("retrieval Shelf", SpanKind.CLIENT)
+    assert attributes(found) == {
+        "gen_ai.operation.name": "retrieval",
+        "gen_ai.retrieval.query.text": "mugs",
+        "gen_ai.retrieval.documents": '[{"id":"d1","content":"A mug.","metadata":{"shelf":3}}]',
+    }
+    assert attributes(missed)["error.type"] == "LookupError"
+
+
+def test_a_chain_of_steps_is_a_workflow_over_its_steps(instrumented: InMemorySpanExporter) -> None:
+    from langchain_core.output_parsers import StrOutputParser
+    from langchain_core.prompts import ChatPromptTemplate
+
+    chain = ChatPromptTemplate.from_template("{q}") | FakeListChatModel(responses=["Seven."]) | StrOutputParser()
+
+    assert chain.invoke({"q": "How many?"}) == "Seven."
+
+    assert tree(instrumented.get_finished_spans()) == (
+        "invoke_workflow RunnableSequence\n  ChatPromptTemplate\n  chat\n  StrOutputParser"
+    )
+
+
+def test_the_handler_alone_makes_the_same_tree(spans: InMemorySpanExporter, make_model: MakeModel) -> None:
+    two_roles(make_model()).invoke(QUESTION, {"callbacks": [AglCallbackHandler()]})
+
+    assert tree(spans.get_finished_spans()) == GOLDEN
