@@ -2,12 +2,14 @@
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from langchain_core.language_models import FakeListChatModel
+from langchain_core.messages import AIMessageChunk
+from langchain_core.outputs import ChatGenerationChunk
 from langchain_core.runnables import RunnableConfig, RunnableGenerator, RunnableLambda
 from opentelemetry import trace
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -19,8 +21,7 @@ from tests.autogen.span_tree import attributes, named, only, tree
 from tests.langchain.agents import TRACER, two_roles
 from tests.langchain.conftest import MakeModel
 from tests.langchain.modes import MODES, Mode
-
-QUESTION = {"messages": [("user", "How many mugs?")]}
+from tests.langchain.test_tree import GOLDEN, QUESTION
 
 
 def current() -> trace.SpanContext:
@@ -39,6 +40,33 @@ async def test_runs_one_after_the_other_in_one_task_are_traces_of_their_own(
     roots = named(instrumented.get_finished_spans(), "chat tiny")
     assert [span.parent for span in roots] == [None, None, None]
     assert len({span.context.trace_id for span in roots}) == 3
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_inside_the_model_its_span_is_current(mode: Mode, instrumented: InMemorySpanExporter) -> None:
+    """So a span of the HTTP client hangs under the call."""
+
+    class Client(FakeListChatModel):
+        def _call(self, *args: Any, **kwargs: Any) -> str:
+            with TRACER.start_as_current_span("POST"):
+                return "Seven."
+
+        def _stream(self, *args: Any, **kwargs: Any) -> Iterator[ChatGenerationChunk]:
+            yield ChatGenerationChunk(message=AIMessageChunk(self._call()))
+
+        async def _astream(self, *args: Any, **kwargs: Any) -> AsyncIterator[ChatGenerationChunk]:
+            yield ChatGenerationChunk(message=AIMessageChunk(self._call()))
+
+    await mode(Client(responses=[]), "hello", {})
+
+    assert tree(instrumented.get_finished_spans()) == "chat\n  POST"
+
+
+async def test_events_of_a_graph_make_the_same_tree(instrumented: InMemorySpanExporter, make_model: MakeModel) -> None:
+    async for _ in two_roles(make_model()).astream_events(QUESTION, version="v2"):
+        assert not current().is_valid
+
+    assert tree(instrumented.get_finished_spans()) == GOLDEN
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.runnables import RunnableLambda
+from langchain_core.tools import StructuredTool, ToolException
 from langgraph.errors import GraphInterrupt
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import SpanKind
+from opentelemetry.trace import SpanKind, StatusCode
 
 import agl
 from agl_langchain import AglCallbackHandler
@@ -106,6 +107,22 @@ async def test_a_tool_error_marks_the_tool_and_all_that_fail_with_it(
     tool = only(spans, "execute_tool stock")
     assert attributes(tool)["error.type"] == "LookupError"
     assert attributes(only(spans, "invoke_workflow shop"))["error.type"] == "LookupError"
+
+
+def test_a_tool_that_answers_with_its_error_is_marked(instrumented: InMemorySpanExporter) -> None:
+    def refuse(item: str) -> str:
+        """Refuse."""
+        raise ToolException(f"no {item}")
+
+    refusing = StructuredTool.from_function(refuse, name="refuse", handle_tool_error=True)
+    call = {"name": "refuse", "args": {"item": "mug"}, "id": "c1", "type": "tool_call"}
+
+    assert refusing.invoke(call, {"run_name": "renamed"}).content == "no mug"
+
+    span = only(instrumented.get_finished_spans(), "execute_tool refuse")
+    assert span.status.status_code is StatusCode.ERROR
+    assert attributes(span)["error.type"] == "ToolException"
+    assert attributes(span)["gen_ai.tool.call.result"] == '"no mug"'
 
 
 async def test_a_cancelled_run_ends_with_its_type(instrumented: InMemorySpanExporter, make_model: MakeModel) -> None:

@@ -17,7 +17,6 @@ from agl.boundary import never_raises
 from agl.content import content_is_captured
 from agl.role_map import RoleMap
 from agl_langchain._messages import input_messages, prompt_messages, retrieved, to_json, tool_result
-from agl_langchain._open_runs import OPEN_RUNS
 from agl_langchain._recorder import Recorder, Start
 
 Arguments = ParamSpec("Arguments")
@@ -91,10 +90,11 @@ class AglCallbackHandler(BaseCallbackHandler):
 
     @_event
     def on_llm_new_token(self, token: Any, *, run_id: UUID, **event: Any) -> None:
-        """The request is out: a stream that is not read to its end leaves nothing current."""
-        run = OPEN_RUNS.get(run_id)
-        if run is not None and not run.over:
-            run.leave()
+        self._recorder.answer_begins(run_id)
+
+    @_event
+    def on_stream_event(self, event: Any, *, run_id: UUID, **kwargs: Any) -> None:
+        self._recorder.answer_begins(run_id)
 
     @_event
     def on_llm_end(self, response: LLMResult, *, run_id: UUID, **event: Any) -> None:
@@ -110,7 +110,7 @@ class AglCallbackHandler(BaseCallbackHandler):
         inputs = event.get("inputs")
         arguments = input_str if inputs is None else inputs
         self._recorder.open_tool(
-            Start.of(serialized, event),
+            Start.of(serialized, event | {"name": None}),  # the tool's own name, not that of the run
             event.get("tool_call_id"),
             lambda: {semconv.GEN_AI_TOOL_CALL_ARGUMENTS: to_json(arguments)},
         )

@@ -98,6 +98,12 @@ class Recorder:
             content=lambda: {**messages(), **tool_definitions(start.parameters)},
         )
 
+    def answer_begins(self, run_id: UUID) -> None:
+        """The request is out: a stream that is never read to its end leaves nothing current."""
+        run = OPEN_RUNS.get(run_id)
+        if run is not None and not run.over:
+            run.leave()
+
     def open_tool(self, start: Start, call_id: str | None, arguments: Describe) -> None:
         name, attributes = _named(semconv.OPERATION_EXECUTE_TOOL, semconv.GEN_AI_TOOL_NAME, start.name)
         if call_id:
