@@ -49,7 +49,7 @@ def read_ids(span: Span, name: str) -> list[int] | None:
     if value is None:
         return None
     ids = unpack_ids(value)
-    if any(not 0 <= token <= _LARGEST_ID for token in ids):
+    if ids and not 0 <= min(ids) <= max(ids) <= _LARGEST_ID:
         raise ValueError(f"{name} holds {min(ids)} to {max(ids)}, expected ids from 0 to {_LARGEST_ID}")
     return ids
 

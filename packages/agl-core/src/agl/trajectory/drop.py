@@ -21,6 +21,8 @@ class DropReason(StrEnum):
 
     # What only the trainer can tell.
     NO_REWARD = "no_reward"
+    FAILED_ROLLOUT = "failed_rollout"
+    ROLE_NOT_TRAINED = "role_not_trained"
     ZERO_ADVANTAGE = "zero_advantage"
 
 

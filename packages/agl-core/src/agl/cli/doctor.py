@@ -1,0 +1,167 @@
+"""`agl doctor`: a line for everything that training needs, ok or a problem with what to do."""
+
+import argparse
+import json
+import os
+import platform
+import socket
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Any
+
+from agl.cli.command import add_command, add_json_option, print_json
+from agl.cli.serve import ENGINES, add_listen_options
+from agl.config import Config
+from agl.errors import AglError
+from agl.store import open_store
+from agl.table import align, counted, printable
+
+CHECKS = "agl.checks"
+"""Entry point group of further checks: name to `Config -> Iterator[Check]`."""
+
+_CORE = "agl-core"
+_OURS = ("agl-langchain", "agl-autogen", "agl-trainer")
+_THEIRS = ("opentelemetry-sdk", "langchain-core", "langgraph", "autogen-agentchat", "openai", "torch", "transformers")
+_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line: what was looked at, what was found, and, where it is a problem, what to do."""
+
+    name: str
+    found: str
+    todo: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.todo
+
+
+def register(subparsers: Any) -> None:
+    parser = add_command(
+        subparsers,
+        "doctor",
+        run,
+        "Look at versions, store, ports, engine and model: a line each, ok or a problem with what to do. Exit code 1 "
+        "where there is a problem.",
+        "agl doctor --config config.yaml",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file; without it every setting has its default")
+    parser.add_argument("--store", metavar="URI", help="the store (default: as configured, else sqlite:///agl.db)")
+    add_listen_options(parser)
+    add_json_option(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    config = Config.load(arguments.config) if arguments.config else Config()
+    checks = list(_checks(arguments, config))
+    if arguments.json:
+        print_json([asdict(check) | {"ok": check.ok} for check in checks])
+    else:
+        print("\n".join(align([_cells(check) for check in checks])))
+    return 0 if all(check.ok for check in checks) else 1
+
+
+def _cells(check: Check) -> tuple[str, ...]:
+    said = check.found if check.ok else f"{check.found}; {check.todo}"
+    return "ok" if check.ok else "problem", check.name, printable(said)
+
+
+def _checks(arguments: argparse.Namespace, config: Config) -> Iterator[Check]:
+    yield Check("python", platform.python_version())
+    yield from _check_packages()
+    yield _check_store(arguments.store or config.store_uri)
+    yield from _check_ports(arguments)
+    yield _check_engine(config)
+    for point in entry_points(group=CHECKS):
+        yield from _check_plugin(point.name, point.load, config)
+
+
+def _check_packages() -> Iterator[Check]:
+    core = version(_CORE)
+    yield Check(_CORE, core)
+    for name in _OURS:
+        found = _version(name)
+        todo = "" if found in (None, core) else f"it must be {core} as {_CORE} is: pip install {name}=={core}"
+        yield Check(name, found or "not installed", todo)
+    for name in _THEIRS:
+        if found := _version(name):
+            yield Check(name, found)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _check_store(uri: str) -> Check:
+    path = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not path.exists():
+        folder = path.absolute().parent
+        can_write = os.access(folder, os.W_OK)
+        return Check("store", f"{uri} will be made", "" if can_write else f"{folder} must be a folder you can write to")
+    try:
+        with closing(open_store(uri)) as store:
+            return Check("store", f"{uri} holds {counted(store.count_spans(), 'span')}")
+    except AglError as error:
+        return Check("store", f"{uri} does not open", str(error))
+
+
+def _check_ports(arguments: argparse.Namespace) -> Iterator[Check]:
+    ports = {"--port": arguments.port, "--otlp-http-port": arguments.otlp_http_port}
+    served = _answers_as_ours(arguments.host, arguments.port)
+    for option, port in ports.items():
+        if _is_free(arguments.host, port):
+            yield Check(f"port {port}", "free")
+        elif served:
+            yield Check(f"port {port}", "in use by a running `agl serve`")
+        else:
+            yield Check(f"port {port}", "in use by another program", f"stop it, or choose another port with {option}")
+
+
+def _is_free(host: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError:
+        return False
+    return True
+
+
+def _answers_as_ours(host: str, port: int) -> bool:
+    try:
+        return "spans" in _get_json(f"http://{f'[{host}]' if ':' in host else host}:{port}/api/health")
+    except (OSError, ValueError):
+        return False
+
+
+def _check_engine(config: Config) -> Check:
+    upstream = config.gateway.upstream
+    if upstream == "local":
+        found = entry_points(group=ENGINES, name=upstream)
+        todo = "" if found or config.train is None else "pip install agl-trainer, or set gateway.upstream to a URL"
+        return Check("engine", "local" if found else "local, not installed", todo)
+    try:
+        models = [str(model.get("id")) for model in _get_json(f"{upstream.rstrip('/')}/models")["data"]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return Check("engine", f"{upstream}/models does not answer", f"start it or change gateway.upstream ({error})")
+    return Check("engine", f"{upstream} serves {', '.join(models)}")
+
+
+def _get_json(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer:
+        return json.load(answer)
+
+
+def _check_plugin(name: str, load: Callable[[], Any], config: Config) -> Iterator[Check]:
+    try:
+        yield from load()(config)
+    except Exception as error:  # noqa: BLE001 - a plug-in that is broken is a finding, not the end of the others
+        yield Check(name, f"the check itself failed: {type(error).__name__}: {error}", "reinstall the package it is of")

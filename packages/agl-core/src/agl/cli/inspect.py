@@ -1,0 +1,42 @@
+"""`agl inspect`: one rollout to look at."""
+
+import argparse
+from typing import Any
+
+from agl.cli.command import (
+    add_command,
+    add_json_option,
+    add_store_option,
+    existing_store,
+    last_rollout_id,
+    print_json,
+    spans_of,
+)
+from agl.inspection import Inspection
+
+
+def register(subparsers: Any) -> None:
+    parser = add_command(
+        subparsers,
+        "inspect",
+        run,
+        "Print the tree of a rollout with roles, rewards, token counts and policy versions, and for each model call "
+        "whether it trained, and if not, why and what to do.",
+        "agl inspect --last --store sqlite:///agl.db",
+    )
+    chosen = parser.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("rollout", metavar="ROLLOUT", nargs="?", help="id of the rollout")
+    chosen.add_argument("--last", action="store_true", help="the rollout whose span arrived last")
+    add_store_option(parser)
+    add_json_option(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    with existing_store(arguments.store) as store:
+        rollout_id = last_rollout_id(store) if arguments.last else arguments.rollout
+        inspection = Inspection(spans_of(rollout_id, store))
+    if arguments.json:
+        print_json(inspection.to_json())
+    else:
+        print(inspection.text(), end="")
+    return 0

@@ -1,0 +1,86 @@
+"""`agl spans`: spans as OTLP JSON lines, one export request a line, as the OpenTelemetry collector writes them."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+from agl import otlp
+from agl.cli.command import (
+    add_command,
+    add_json_option,
+    add_rollout_options,
+    add_store_option,
+    existing_store,
+    print_json,
+    spans_of_rollouts,
+)
+from agl.errors import CommandError, OtlpError
+from agl.span import Span
+from agl.store import open_store
+from agl.table import counted
+
+_SPANS_PER_LINE = 100
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser("spans", description="Export and import spans as OTLP JSON lines.")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    export = add_command(
+        verbs, "export", run_export, "Print the spans of rollouts.", "agl spans export --last > spans.jsonl"
+    )
+    add_rollout_options(export)
+    add_store_option(export)
+    take = add_command(
+        verbs,
+        "import",
+        run_import,
+        "Keep the spans of files, each once however often it is imported.",
+        "agl spans import spans.jsonl --store sqlite:///agl.db",
+    )
+    take.add_argument("files", metavar="FILE", nargs="+", help="file with OTLP JSON lines; - for standard input")
+    add_store_option(take)
+    add_json_option(take)
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    with existing_store(arguments.store) as store:
+        for spans in spans_of_rollouts(arguments, store):
+            for start in range(0, len(spans), _SPANS_PER_LINE):
+                print(otlp.encode_json(spans[start : start + _SPANS_PER_LINE]))
+    return 0
+
+
+def run_import(arguments: argparse.Namespace) -> int:
+    read = kept = 0
+    with closing(open_store(arguments.store)) as store:
+        for file in arguments.files:
+            for spans in _read(file):
+                read += len(spans)
+                kept += store.append_spans(spans)
+    if arguments.json:
+        print_json({"read": read, "new": kept})
+    else:
+        print(f"{counted(read, 'span')} read, {kept} of them new in {arguments.store}")
+    return 0
+
+
+def _read(file: str) -> Iterator[list[Span]]:
+    """Spans of each line. Raises CommandError for a file that cannot be read, OtlpError naming a broken line."""
+    try:
+        with sys.stdin.buffer if file == "-" else open(file, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _decode(line, f"{file}:{number}")
+    except OSError as error:
+        raise CommandError(f"cannot read {file}: {error.strerror}") from error
+
+
+def _decode(line: bytes, place: str) -> list[Span]:
+    try:
+        return otlp.decode_json(line)
+    except OtlpError as error:
+        raise OtlpError(
+            f"{place}: {error}; the lines before are kept, import the file again once it is right"
+        ) from error

@@ -1,0 +1,116 @@
+"""`agl trajectories`: training rows of rollouts, and what is dropped."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from agl.cli.command import (
+    add_command,
+    add_json_option,
+    add_rollout_options,
+    add_store_option,
+    existing_store,
+    print_json,
+    spans_of_rollouts,
+)
+from agl.table import align, counted, printable
+from agl.trajectory import Drop, Row, Trajectory, build_trajectory
+
+_HEAD = ("rollout", "role", "policy", "tokens", "trained", "calls", "reward")
+
+
+def register(subparsers: Any) -> None:
+    parser = add_command(
+        subparsers,
+        "trajectories",
+        run,
+        "Print the training rows of rollouts, and every dropped call with its reason. With --json: token ids, loss "
+        "mask and logprobs of each row.",
+        "agl trajectories --group task-17 --json > rows.json",
+    )
+    add_rollout_options(parser)
+    add_store_option(parser)
+    add_json_option(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    with existing_store(arguments.store) as store:
+        trajectories = [build_trajectory(spans) for spans in spans_of_rollouts(arguments, store)]
+    if arguments.json:
+        print_json(_to_json(trajectories))
+    else:
+        print("\n".join(_lines(trajectories)))
+    return 0
+
+
+def _to_json(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+    return {
+        "rollouts": [_rollout_to_json(trajectory) for trajectory in trajectories],
+        "rows": [_row_to_json(row) for trajectory in trajectories for row in trajectory.rows],
+        "drops": [_drop_to_json(drop) for trajectory in trajectories for drop in trajectory.drops],
+    }
+
+
+def _rollout_to_json(trajectory: Trajectory) -> dict[str, Any]:
+    return {
+        "rollout_id": trajectory.rollout_id,
+        "attempt_id": trajectory.attempt_id,
+        "group_id": trajectory.group_id,
+        "mode": trajectory.mode,
+        "reward": trajectory.reward,
+        "error": trajectory.error,
+        "calls": len(trajectory.calls),
+    }
+
+
+def _row_to_json(row: Row) -> dict[str, Any]:
+    return {
+        "rollout_id": row.rollout_id,
+        "role": row.role,
+        "version": row.version,
+        "reward": row.reward,
+        "call_ids": row.call_ids,
+        "drift": [turn.drift for turn in row.turns],
+        "token_ids": row.token_ids,
+        "loss_mask": row.loss_mask,
+        "logprobs": row.logprobs,
+    }
+
+
+def _drop_to_json(drop: Drop) -> dict[str, Any]:
+    return {
+        "rollout_id": drop.call.rollout_id,
+        "role": drop.call.role,
+        "call_id": drop.call.span_id,
+        "reason": drop.reason,
+        "detail": drop.detail,
+    }
+
+
+def _lines(trajectories: Sequence[Trajectory]) -> list[str]:
+    rows = [row for trajectory in trajectories for row in trajectory.rows]
+    drops = [drop for trajectory in trajectories for drop in trajectory.drops]
+    counts = [
+        counted(len(found), noun) for found, noun in ((trajectories, "rollout"), (rows, "row"), (drops, "dropped call"))
+    ]
+    return [
+        *align([_HEAD, *map(_cells, rows)]),
+        "",
+        *(
+            printable(f"{drop.call.rollout_id} {drop.call.role} {drop.call.span_id}: {drop.reason}: {drop.detail}")
+            for drop in drops
+        ),
+        ", ".join(counts),
+    ]
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        printable(row.rollout_id),
+        printable(row.role),
+        printable(row.version or "?"),
+        str(len(row.token_ids)),
+        str(sum(row.loss_mask)),
+        str(len(row.turns)),
+        "none" if row.reward is None else f"{row.reward:.3g}",
+    )

@@ -1,0 +1,213 @@
+"""A rollout to look at: the tree of its spans, and what became of every model call."""
+
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from agl import semconv
+from agl.span import Span
+from agl.table import align, counted, duration, printable
+from agl.trajectory import Call, Drop, Reward, SpanTree, Trained, Trajectory, Turn, build_trajectory, collect_trained
+from agl.trajectory.aliases import read_text
+from agl.trajectory.call import say_error
+from agl.trajectory.reward import collect_rewards
+
+_HEAD = ("span", "role", "tokens", "policy", "time", "")
+_LONGEST_NAME = 60
+_LINE_WIDTH = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What became of a call: a place in a row or a drop, and what training steps did with it."""
+
+    call: Call
+    row: int | None
+    """Number of its row, from 1."""
+    turn: Turn | None
+    drop: Drop | None
+    trained: tuple[Trained, ...]
+
+    def say(self, mode: str) -> str:
+        """On one line, e.g. `row 1, trained in step 12, advantage +0.80`; `mode` is the rollout's."""
+        if self.drop is not None:
+            return f"dropped: {self.drop.reason}"
+        drift = f" ({self.turn.drift})" if self.turn and self.turn.drift else ""
+        untrained = "not trained yet" if mode == "train" else f"not trained on (mode {mode})"
+        return ", ".join(
+            [f"row {self.row}{drift}", *(map(_say_trained, self.trained) if self.trained else [untrained])]
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        call = self.call
+        return {
+            "span_id": call.span_id,
+            "chat_span_id": call.chat_span_id,
+            "response_id": call.response_id,
+            "choice": call.choice,
+            "attempt_id": call.attempt_id,
+            "role": call.role,
+            "policy_version": call.policy_version,
+            "prompt_tokens": call.input_tokens,
+            "response_tokens": call.output_tokens,
+            "finish_reason": call.finish_reason,
+            "error": call.error,
+            "rewards": [asdict(reward) for reward in call.rewards],
+            "row": self.row,
+            "drift": self.turn.drift if self.turn else None,
+            "drop": {"reason": self.drop.reason, "detail": self.drop.detail} if self.drop else None,
+            "trained": [asdict(trained) for trained in self.trained],
+        }
+
+
+class Inspection:
+    """The spans of one rollout, ready to be shown. Raises TrajectoryError where they are not of one rollout."""
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        self.trajectory = build_trajectory(spans)
+        self.accounts = _accounts(self.trajectory, collect_trained(spans))
+        self._account_of = {account.call.span_id: account for account in self.accounts}
+        # A gateway span that was joined by its response id stands in a trace of its own.
+        grafts = {call.span_id: call.chat_span_id for call in self.trajectory.calls if call.chat_span_id}
+        self._tree = SpanTree((span for span in spans if span.name != semconv.SPAN_TRAINED), grafts)
+
+    def text(self) -> str:
+        """A heading, the tree of spans, and for the dropped calls what to do."""
+        tree = align([_HEAD, *(self._cells(span, lasts) for span, lasts in self._tree.walk())])
+        return "\n\n".join("\n".join(lines) for lines in (self._heading(), tree, self._hints()) if lines) + "\n"
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON values, spans with parents first. Ids and logprobs are not in it, only their numbers."""
+        trajectory = self.trajectory
+        return {
+            "rollout_id": trajectory.rollout_id,
+            "attempt_id": trajectory.attempt_id,
+            "group_id": trajectory.group_id,
+            "mode": trajectory.mode,
+            "error": trajectory.error,
+            "reward": trajectory.reward,
+            "rewards": [asdict(reward) for reward in trajectory.rewards],
+            "calls": [account.to_json() for account in self.accounts],
+            "spans": [_span_to_json(span, len(lasts) - 1) for span, lasts in self._tree.walk()],
+        }
+
+    def _heading(self) -> list[str]:
+        trajectory = self.trajectory
+        names = {
+            "rollout": trajectory.rollout_id,
+            "attempt": trajectory.attempt_id,
+            "group": trajectory.group_id,
+            "mode": trajectory.mode,
+        }
+        lines = ["  ".join(f"{name} {printable(value)}" for name, value in names.items() if value)]
+        if trajectory.error:
+            lines.append(printable(f"failed: {trajectory.error}"))
+        return [*lines, self._say_reward(), self._say_counts()]
+
+    def _say_reward(self) -> str:
+        whole = [reward for reward in self.trajectory.rewards if reward.target is None and reward.role is None]
+        others = len(self.trajectory.rewards) - len(whole)
+        said = _say_reward(whole[-1]) if whole else "no reward on the rollout"
+        return said + (f"; {counted(others, 'reward')} on roles or calls" if others else "")
+
+    def _say_counts(self) -> str:
+        spans, calls = self._tree.spans, self.accounts
+        dropped = Counter(str(account.drop.reason) for account in calls if account.drop)
+        reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(dropped.items()))
+        return (
+            f"{counted(len(spans), 'span')} in {counted(len({span.trace_id for span in spans}), 'trace')}; "
+            f"{counted(len(calls), 'model call')}: {len(calls) - dropped.total()} in "
+            f"{counted(len(self.trajectory.rows), 'row')}, {dropped.total()} dropped"
+            + (f" ({reasons})" if reasons else "")
+        )
+
+    def _cells(self, span: Span, lasts: tuple[bool, ...]) -> tuple[str, ...]:
+        account = self._account_of.get(span.span_id)
+        call = account.call if account else None
+        return (
+            _branch(lasts) + printable(span.name, _LONGEST_NAME),
+            printable(call.role if call else span.role or read_text(span, semconv.GEN_AI_AGENT_NAME) or ""),
+            _say_tokens(call) if call else "",
+            printable(call.policy_version or "") if call else "",
+            duration(span.end_ns - span.start_ns),
+            printable("; ".join(_notes(span, account, self.trajectory.mode))),
+        )
+
+    def _hints(self) -> list[str]:
+        """What to do about each kind of drop, once."""
+        found = Counter((drop.reason, drop.detail) for drop in self.trajectory.drops)
+        return [
+            line
+            for (reason, detail), number in found.items()
+            for line in textwrap.wrap(
+                printable(f"{reason} ({counted(number, 'call')}): {detail}"), _LINE_WIDTH, subsequent_indent="  "
+            )
+        ]
+
+
+def _accounts(trajectory: Trajectory, trained: Mapping[str, Sequence[Trained]]) -> list[Account]:
+    places = {
+        id(turn.call): (number, turn) for number, row in enumerate(trajectory.rows, start=1) for turn in row.turns
+    }
+    drops = {id(drop.call): drop for drop in trajectory.drops}
+    return [
+        Account(call, *places.get(id(call), (None, None)), drops.get(id(call)), tuple(trained.get(call.span_id, ())))
+        for call in trajectory.calls
+    ]
+
+
+def _branch(lasts: tuple[bool, ...]) -> str:
+    """The lines of the tree before a span's name; roots have none."""
+    if len(lasts) == 1:
+        return ""
+    return "".join("   " if last else "│  " for last in lasts[1:-1]) + ("└─ " if lasts[-1] else "├─ ")
+
+
+def _notes(span: Span, account: Account | None, mode: str) -> Iterator[str]:
+    if account is not None:
+        yield account.say(mode)
+        yield from (_say_reward(reward) for reward in account.call.rewards)
+    if span.status == "error":
+        yield f"error: {say_error(span)}"
+    yield from (_say_reward(reward) for reward in collect_rewards([span]))
+    source, target = span.text(semconv.HANDOFF_SOURCE), span.text(semconv.HANDOFF_TARGET)
+    if source and target:
+        yield f"{source} → {target}"
+
+
+def _say_trained(trained: Trained) -> str:
+    if trained.advantage is None:
+        return f"not trained in step {trained.step}: {trained.reason or 'no reason given'}"
+    return f"trained in step {trained.step}, advantage {trained.advantage:+.2f}"
+
+
+def _say_tokens(call: Call) -> str:
+    if call.input_tokens is None and call.output_tokens is None:
+        return "?"
+    return f"{_or_unknown(call.input_tokens)}+{_or_unknown(call.output_tokens)}"
+
+
+def _or_unknown(number: int | None) -> str:
+    return "?" if number is None else str(number)
+
+
+def _say_reward(reward: Reward) -> str:
+    parts = ", ".join(f"{name} {value:.3g}" for name, value in reward.dimensions.items())
+    target = f" for {reward.target}" if reward.target else f" for role {reward.role}" if reward.role else ""
+    return f"reward {reward.value:.3g}" + (f" ({parts})" if parts else "") + target
+
+
+def _span_to_json(span: Span, depth: int) -> dict[str, Any]:
+    return {
+        "trace_id": span.trace_id,
+        "span_id": span.span_id,
+        "parent_id": span.parent_id,
+        "depth": depth,
+        "name": span.name,
+        "role": span.role or read_text(span, semconv.GEN_AI_AGENT_NAME),
+        "start_ns": span.start_ns,
+        "end_ns": span.end_ns,
+        "error": say_error(span) if span.status == "error" else None,
+    }
