@@ -392,9 +392,9 @@ def test_doctor_is_content_with_a_sound_installation(engine_url: str) -> None:
 
 
 def test_doctor_makes_no_store() -> None:
-    _, checks = doctor()
-    assert checks["store"]["found"] == "sqlite:///agl.db will be made"
-    assert not Path("agl.db").exists()
+    code, checks = doctor("--store", "sqlite:///runs/new/agl.db")
+    assert (code, checks["store"]["found"]) == (0, "sqlite:///runs/new/agl.db will be made")
+    assert not Path("runs").exists()
 
 
 def test_doctor_names_each_problem_with_what_to_do() -> None:

@@ -104,9 +104,11 @@ def _version(package: str) -> str | None:
 def _check_store(uri: str) -> Check:
     path = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not path.exists():
-        folder = path.absolute().parent
+        folder = next(above for above in path.absolute().parents if above.exists())
         can_write = os.access(folder, os.W_OK)
-        return Check("store", f"{uri} will be made", "" if can_write else f"{folder} must be a folder you can write to")
+        return Check(
+            "store", f"{uri} will be made", "" if can_write else f"{folder} is not yours to write: --store URI"
+        )
     try:
         with closing(open_store(uri)) as store:
             return Check("store", f"{uri} holds {counted(store.count_spans(), 'span')}")
