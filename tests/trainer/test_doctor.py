@@ -1,0 +1,36 @@
+"""What the trainer tells `agl doctor` of the model, through the entry point that `agl` finds it by."""
+
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from agl.cli.doctor import CHECKS, Check
+from agl.config import Config
+
+
+def model_checks(model: str) -> list[Check]:
+    (point,) = entry_points(group=CHECKS, name="model")
+    check: Callable[[Config], Iterator[Check]] = point.load()
+    train = {"model": model, "agent": "agents:run", "tasks": "agents:tasks"}
+    return list(check(Config.parse({"train": train})))
+
+
+def test_a_folder_with_a_model_is_found(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (check,) = model_checks(str(tmp_path))
+    assert (check.ok, check.found) == (True, f"{tmp_path} in {tmp_path}")
+
+
+def test_a_model_that_is_not_there_is_a_problem_that_names_the_folder(tmp_path: Path) -> None:
+    (check,) = model_checks(str(tmp_path / "nowhere"))
+    assert not check.ok
+    assert "nowhere has no config.json" in check.todo
+
+
+def test_the_tiny_model_is_always_there() -> None:
+    assert [check.ok for check in model_checks("tiny")] == [True]
+
+
+def test_without_a_model_there_is_nothing_to_check() -> None:
+    (point,) = entry_points(group=CHECKS, name="model")
+    assert list(point.load()(Config())) == []
