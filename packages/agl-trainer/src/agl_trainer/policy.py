@@ -1,0 +1,129 @@
+"""The policy: one frozen base model, one LoRA adapter per role, shared by the engine and the trainer.
+
+Nothing is copied: the engine samples from the same modules that the trainer updates. `lock` keeps the two apart.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+
+import torch
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from agl.config import RoleConfig
+from agl.errors import ConfigError
+from agl_trainer.attention import NAME, AttentionPlan
+
+BASE = "__base__"
+"""Adapter name of the base model alone (PEFT's own spelling)."""
+
+
+class Policy:
+    """Base model with an adapter for each role and the version of each adapter (0 before the first update)."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        roles: Mapping[str, RoleConfig],
+        *,
+        base_name: str,
+        seed: int,
+    ) -> None:
+        if not roles:
+            raise ConfigError("agent_roles names no role to train; add e.g. `agent_roles: {writer: {lora_r: 16}}`")
+        if base_name in roles:
+            raise ConfigError(f"agent_roles has a role named {base_name!r} like the base model; give it another name")
+        torch.manual_seed(seed)
+        model.set_attn_implementation(NAME)
+        self.tokenizer = tokenizer
+        self.base_name = base_name
+        self.versions = dict.fromkeys(roles, 0)
+        self.lock = threading.RLock()
+        self._peft = _with_adapters(model, roles)
+        self._tuner: LoraModel = self._peft.base_model  # type: ignore[assignment]  # typed Tensor | Module
+        self._active = ""
+        self._body = model.get_decoder()
+        self.output_weight: Tensor = model.get_output_embeddings().weight  # type: ignore[assignment]  # typed Module
+        self.config = model.config
+
+    @property
+    def roles(self) -> list[str]:
+        return list(self.versions)
+
+    @property
+    def device(self) -> torch.device:
+        return self.output_weight.device
+
+    def hidden_states(self, tokens: Tensor, positions: Tensor, adapters: Sequence[str], plan: AttentionPlan) -> Tensor:
+        """Final hidden states [N, H] for N tokens at `positions`; `adapters` names one for all, or one for each.
+
+        Mixed adapters are for sampling only: PEFT does not train through them.
+        """
+        mixed = len(set(adapters)) > 1
+        shape = (-1, 1) if mixed else (1, -1)
+        inputs = {"input_ids": tokens.view(shape), "position_ids": positions.view(shape)}
+        if mixed:
+            # PEFT's forward hooks route each batch row through its adapter; they sit on the whole PEFT model.
+            return self._through_peft(inputs, list(adapters), plan)
+        self._activate(adapters[0])
+        hidden = self._body(**inputs, use_cache=False, plan=plan).last_hidden_state
+        return hidden.flatten(0, 1)
+
+    def _through_peft(self, inputs: dict[str, Tensor], adapters: list[str], plan: AttentionPlan) -> Tensor:
+        with self._tuner._enable_peft_forward_hooks(adapter_names=adapters):
+            hidden = self._body(**inputs, use_cache=False, plan=plan).last_hidden_state
+        return hidden.flatten(0, 1)
+
+    def _activate(self, adapter: str) -> None:
+        if adapter == self._active:
+            return
+        if adapter == BASE:
+            self._tuner.disable_adapter_layers()
+        else:
+            if self._active == BASE:
+                self._tuner.enable_adapter_layers()
+            self._peft.set_adapter(adapter)
+        self._active = adapter
+
+    def parameters(self, role: str) -> list[torch.nn.Parameter]:
+        """The LoRA matrices of `role`, in a fixed order."""
+        marker = f".{role}."
+        return [
+            parameter for name, parameter in self._peft.named_parameters() if "lora_" in name and marker in f"{name}."
+        ]
+
+    def adapter(self, role: str) -> dict[str, Tensor]:
+        """The adapter of `role` as PEFT saves it: name without the role to tensor."""
+        state = get_peft_model_state_dict(self._peft, adapter_name=role)
+        return {name: tensor.detach().contiguous() for name, tensor in state.items()}
+
+    def adapter_config(self, role: str) -> dict[str, object]:
+        """Content of `adapter_config.json` for `role`."""
+        config = self._peft.peft_config[role].to_dict()
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+
+    def load_adapter(self, role: str, adapter: Mapping[str, Tensor], version: int) -> None:
+        """Take over saved weights for `role` as its `version`."""
+        set_peft_model_state_dict(self._peft, dict(adapter), adapter_name=role)
+        self.versions[role] = version
+
+    def version_name(self, adapter: str) -> str:
+        """`<role-or-model>@<n>`."""
+        return f"{self.base_name}@0" if adapter == BASE else f"{adapter}@{self.versions[adapter]}"
+
+
+def _with_adapters(model: PreTrainedModel, roles: Mapping[str, RoleConfig]) -> PeftModel:
+    configs = {
+        role: LoraConfig(
+            r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        for role, config in roles.items()
+    }
+    (first, config), *others = configs.items()
+    peft = get_peft_model(model, config, adapter_name=first)
+    for role, other in others:
+        peft.add_adapter(role, other)
+    return peft.eval()  # type: ignore[return-value]  # get_peft_model's annotation is wider than what it returns

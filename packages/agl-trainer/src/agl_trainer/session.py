@@ -1,0 +1,149 @@
+"""All that runs during a training: store, policy, engine, gateway, collector and the agents' runner."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starlette.types import ASGIApp
+
+import agl
+from agl.config import Config, TrainConfig
+from agl.errors import ConfigError
+from agl.server import ServerThread
+from agl.store import Store, open_store
+from agl_trainer.engine.api import engine_app
+from agl_trainer.engine.chat import ChatTemplate
+from agl_trainer.engine.scheduler import Scheduler
+from agl_trainer.instrumentors import instrumented
+from agl_trainer.models import load_model, model_folder
+from agl_trainer.policy import Policy
+from agl_trainer.reference import load_function
+from agl_trainer.runner import Runner
+from agl_trainer.tiny import build_tiny_model
+
+TINY = "tiny"
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """The parts of a training that runs."""
+
+    config: Config
+    train: TrainConfig
+    store: Store
+    policy: Policy
+    template: ChatTemplate
+    scheduler: Scheduler
+    runner: Runner
+    server: ServerThread
+
+
+@contextmanager
+def open_session(config: Config) -> Iterator[Session]:
+    """Start everything on free loopback ports; the agents find the gateway by `OPENAI_BASE_URL`.
+
+    Raises AglError for whatever cannot start: the store, the model, a function that the configuration names.
+    """
+    train = config.require_train()
+    if config.gateway.upstream != "local":
+        raise ConfigError(
+            f"gateway.upstream is {config.gateway.upstream!r}; training updates the in-process engine: set it to local"
+        )
+    agent = load_function(train.agent, "train.agent")
+    reward = load_function(train.reward, "train.reward") if train.reward else None
+    with ExitStack() as stack:
+        store = open_store(config.store_uri)
+        stack.callback(store.close)
+        policy, scheduler, app = stack.enter_context(open_engine(config))
+        server = stack.enter_context(_serve(config, store, app))
+        stack.enter_context(_environment(OPENAI_BASE_URL=f"{server.base_url}/v1", OPENAI_API_KEY="agl"))
+        agl.init(endpoint=server.otlp_url, reward_weights=config.rewards)
+        stack.callback(agl.shutdown)
+        stack.enter_context(instrumented(train.instrument))
+        runner = Runner(
+            store,
+            agent,
+            reward=reward,
+            reward_weights=config.rewards,
+            concurrency=1 if train.deterministic else train.concurrency,
+            timeout_s=train.timeout_s,
+        )
+        stack.enter_context(runner)
+        template = ChatTemplate(policy.tokenizer)
+        yield Session(config, train, store, policy, template, scheduler, runner, server)
+
+
+@contextmanager
+def open_engine(config: Config) -> Iterator[tuple[Policy, Scheduler, ASGIApp]]:
+    """The policy with fresh adapters, the scheduler that samples from it, and its OpenAI-compatible app."""
+    train = config.require_train()
+    model, tokenizer = load_model(_model_folder(config, train))
+    policy = Policy(model, tokenizer, config.agent_roles.roles, base_name=Path(train.model).name, seed=train.seed)
+    max_batch = 1 if train.deterministic else config.engine.max_batch
+    with Scheduler(policy, max_batch=max_batch, max_model_len=config.engine.max_model_len) as scheduler:
+        app = engine_app(
+            scheduler,
+            tokenizer,
+            served_name=policy.base_name,
+            max_model_len=config.engine.max_model_len,
+            default_max_tokens=train.max_tokens,
+        )
+        yield policy, scheduler, app
+
+
+def load_list(reference: str, key: str) -> list[Any]:
+    """The non-empty list that the function `reference` returns. Raises ConfigError naming `key` otherwise."""
+    function: Callable[[], Any] = load_function(reference, key)
+    items = function()
+    if not isinstance(items, list) or not items:
+        raise ConfigError(f"{key}: {reference} returned {type(items).__name__}, expected a non-empty list")
+    return items
+
+
+def _serve(config: Config, store: Store, app: ASGIApp) -> ServerThread:
+    train = config.require_train()
+    overrides = {"train": {"temperature": train.temperature}, "eval": {"temperature": 0.0}}
+    return ServerThread(store, port=0, otlp_http_port=0, upstream=app, gateway=config.gateway, overrides=overrides)
+
+
+def _model_folder(config: Config, train: TrainConfig) -> Path:
+    if train.model != TINY:
+        return model_folder(train.model)
+    folder = Path(train.output_dir) / "model"
+    if not folder.exists():
+        build_tiny_model(folder, _texts(config, train), train.seed)
+    return folder
+
+
+def _texts(config: Config, train: TrainConfig) -> Iterator[str]:
+    """Every string in tasks and examples: what a tokenizer of their own learns from."""
+    yield from _strings(load_list(train.tasks, "train.tasks"))
+    if config.sft is not None:
+        yield from _strings(load_list(config.sft.examples, "sft.examples"))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _strings(list(value.values()))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,333 @@
+"""The training of a configuration: supervised steps, GRPO steps, evaluations, and a checkpoint after every step."""
+
+import functools
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from agl.config import Config
+from agl.errors import ConfigError, TrainingError
+from agl.store import Resource, Rollout
+from agl.trajectory import Trajectory, build_trajectory, trained_span
+from agl_trainer import rng
+from agl_trainer.checkpoint import TrainingState, load_latest, prune, save_adapter, save_checkpoint
+from agl_trainer.evaluation import EvalResult, TaskScore
+from agl_trainer.grpo import GrpoBatch, grpo_batch, grpo_loss
+from agl_trainer.metrics import MetricsLog
+from agl_trainer.progress import Progress
+from agl_trainer.runner import Outcome
+from agl_trainer.session import Session, load_list, open_session
+from agl_trainer.sft import batches, check_examples, sft_loss, sft_rows
+from agl_trainer.update import Update, update_role
+
+SFT, GRPO = "sft", "grpo"
+_CHECKPOINTS_KEPT = 2
+
+
+@dataclass(slots=True)
+class _Standing:
+    """Where the training stands: what a checkpoint keeps beside weights."""
+
+    step: int = 0
+    phase: str = SFT
+    position: int = 0
+    optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
+
+
+class Trainer:
+    """Trains the roles of a configuration. Open it as a context manager, or call `fit` for the whole training.
+
+    What a killed or interrupted training has done is taken up again from its last checkpoint in `train.output_dir`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.train = config.require_train()
+        self.folder = Path(self.train.output_dir)
+        self.run = self.folder.name
+        self._standing = _Standing()
+        self._session: Session | None = None
+
+    @classmethod
+    def from_config(cls, path: str | Path) -> Self:
+        """Raises ConfigError as `Config.load`, also where it has no `train` section."""
+        return cls(Config.load(path))
+
+    @contextmanager
+    def open(self) -> Iterator[Self]:
+        """Start store, engine and gateway, and take up the last checkpoint."""
+        if self.train.deterministic:
+            torch.use_deterministic_algorithms(True)
+        with open_session(self.config) as session, Progress() as progress:
+            self._session, self._progress = session, progress
+            self._resume()
+            self._metrics = MetricsLog(session.store, self.run, self.folder, first_step=self._standing.step + 1)
+            try:
+                yield self
+            finally:
+                self._metrics.close()
+                self._session = None
+
+    @property
+    def session(self) -> Session:
+        if self._session is None:
+            raise TrainingError("the trainer is not open; use `with trainer.open():`")
+        return self._session
+
+    def fit(self) -> None:
+        """Open, run every GRPO step that is left, and close."""
+        with self.open():
+            self.grpo()
+
+    # --- supervised fine-tuning ---------------------------------------------------------------------------------
+
+    def sft(self) -> None:
+        """Every supervised step that is left; none once GRPO has begun."""
+        config = self.config.sft
+        if config is None:
+            raise ConfigError("the configuration has no `sft` section; `agl sft` needs sft.examples")
+        if self._standing.phase != SFT:
+            return
+        given = load_list(config.examples, "sft.examples")
+        examples = check_examples(given, self.session.policy.roles, config.examples)
+        plan = [
+            batch
+            for epoch in range(config.epochs)
+            for batch in batches(examples, config.batch_size, epoch, self.train.seed)
+        ]
+        self._enter(SFT, config.learning_rate)
+        self._progress.start(SFT, step=self._standing.position, steps=len(plan))
+        for batch in plan[self._standing.position :]:
+            role = batch[0]["role"]
+            started = time.monotonic()
+            with self._weights():
+                update = self._update(role, sft_rows(self.session.template, batch), sft_loss)
+                self._advance(1, {role})
+            took = time.monotonic() - started
+            self._log({f"sft/{role}/{name}": value for name, value in update.metrics.items()})
+            speed = update.distinct_tokens / took
+            self._progress.update(step=self._standing.position, tokens_per_s=speed)
+        self._publish()
+
+    # --- reinforcement learning ---------------------------------------------------------------------------------
+
+    def grpo(self) -> None:
+        """Every GRPO step that is left."""
+        tasks = load_list(self.train.tasks, "train.tasks")
+        self._enter(GRPO, self.train.learning_rate)
+        done = self._standing.position // self.train.groups_per_step
+        self._progress.start(GRPO, step=done, steps=self.train.steps)
+        for step in range(done, self.train.steps):
+            self._grpo_step(step, tasks)
+            self._progress.update(step=step + 1, waiting_for=None)
+        self._publish()
+
+    def _grpo_step(self, step: int, tasks: Sequence[Any]) -> None:
+        started = time.monotonic()
+        rollouts = self._training_rollouts(step, tasks)
+        outcomes = self._run(rollouts)
+        sampled = time.monotonic()
+        trajectories = self._trajectories(rollouts)
+        batch = grpo_batch(trajectories, self.session.policy.roles, self.config.agent_roles.gamma)
+        loss = functools.partial(grpo_loss, self.train.epsilon)
+        with self._weights():
+            updates = {role: self._update(role, rows, loss) for role, rows in batch.rows.items()}
+            self._advance(self.train.groups_per_step, set(updates))
+        self._record(batch)
+        times = {"time/rollouts_s": sampled - started, "time/update_s": time.monotonic() - sampled}
+        metrics = _reward_metrics(trajectories, outcomes) | _batch_metrics(batch, updates) | times
+        self._log(metrics)
+        self._progress.update(reward=metrics.get("reward/mean"))
+
+    def _training_rollouts(self, step: int, tasks: Sequence[Any]) -> list[Rollout]:
+        rollouts = []
+        for group in range(self.train.groups_per_step):
+            task = _task_at(tasks, step * self.train.groups_per_step + group, self.train.seed)
+            name = f"{self.run}-{step + 1:05d}-g{group}"
+            rollouts += [self._rollout(f"{name}-r{i}", task, name, "train") for i in range(self.train.group_size)]
+        return rollouts
+
+    def _record(self, batch: GrpoBatch) -> None:
+        step = self._standing.step
+        spans = [trained_span(verdict.call, step, verdict.advantage, verdict.reason) for verdict in batch.verdicts]
+        self.session.store.append_spans(spans)
+
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
+    def evaluate(self, label: str) -> EvalResult:
+        """One greedy rollout of each held-out task under the present adapters. A failed rollout counts 0."""
+        if self.train.eval_tasks is None:
+            raise ConfigError("train.eval_tasks is not set; name a function that returns the held-out tasks")
+        tasks = load_list(self.train.eval_tasks, "train.eval_tasks")
+        self._progress.start(f"evaluating {label}", steps=len(tasks))
+        name = f"{self.run}-eval-{label}"
+        rollouts = [self._rollout(f"{name}-{index:04d}", task, None, "eval") for index, task in enumerate(tasks)]
+        outcomes = self._run(rollouts, counts_steps=True)
+        parts = list(dict.fromkeys(part for outcome in outcomes for part in outcome.parts))
+        scores = {
+            _task_id(task, index): self._score(outcome, parts)
+            for index, (task, outcome) in enumerate(zip(tasks, outcomes, strict=True))
+        }
+        return EvalResult(label, scores)
+
+    def _score(self, outcome: Outcome, parts: Sequence[str]) -> TaskScore:
+        if outcome.error is not None:
+            return TaskScore(0.0, dict.fromkeys(parts, 0.0))
+        if outcome.reward is not None:
+            return TaskScore(outcome.reward, outcome.parts)
+        trajectory = build_trajectory(self.session.store.query_spans(outcome.rollout_id))
+        if trajectory.reward is None:
+            raise TrainingError(
+                f"rollout {outcome.rollout_id} ended without a reward; set train.reward or call agl.emit_reward"
+            )
+        return TaskScore(trajectory.reward)
+
+    # --- shared by the phases -----------------------------------------------------------------------------------
+
+    def _rollout(self, name: str, task: Any, group_id: str | None, mode: str) -> Rollout:
+        """A rollout whose id no earlier run has used.
+
+        `~n` marks the repetition of a step that was cut short; the gateway leaves it out of the seeds, so that the
+        repetition samples the same.
+        """
+        known = self.session.store.get_rollout
+        free = next(
+            candidate
+            for repetition in range(10_000)
+            if known(candidate := f"{name}~{repetition}" if repetition else name) is None
+        )
+        return Rollout(free, task, group_id=group_id, mode=mode)
+
+    def _run(self, rollouts: Sequence[Rollout], *, counts_steps: bool = False) -> list[Outcome]:
+        scheduler, started, left = self.session.scheduler, time.monotonic(), len(rollouts)
+        before = scheduler.tokens_sampled
+
+        def on_done(_: Outcome) -> None:
+            nonlocal left
+            left -= 1
+            speed = (scheduler.tokens_sampled - before) / (time.monotonic() - started)
+            done = {"step": len(rollouts) - left} if counts_steps else {}
+            self._progress.update(tokens_per_s=speed, waiting_for=f"{left} of {len(rollouts)} rollouts", **done)
+
+        return self.session.runner.run(rollouts, on_done=on_done)
+
+    def _trajectories(self, rollouts: Sequence[Rollout]) -> list[Trajectory]:
+        return [build_trajectory(self.session.store.query_spans(rollout.rollout_id)) for rollout in rollouts]
+
+    def _update(self, role: str, rows: Sequence[Any], loss: Any) -> Update:
+        return update_role(
+            self.session.policy,
+            role,
+            self._standing.optimizers[role],
+            rows,
+            loss,
+            pack_tokens=self.train.pack_tokens,
+            max_grad_norm=self.train.max_grad_norm,
+        )
+
+    @contextmanager
+    def _weights(self) -> Iterator[None]:
+        """The time in which weights may change: nothing samples."""
+        with self.session.scheduler.paused(), self.session.policy.lock:
+            yield
+
+    def _log(self, metrics: Mapping[str, float]) -> None:
+        self._metrics.append(self._standing.step, metrics)
+
+    def _enter(self, phase: str, learning_rate: float) -> None:
+        """Begin `phase` at its start, or go on in it."""
+        if self._standing.phase != phase:
+            self._standing.phase, self._standing.position = phase, 0
+            self._standing.optimizers = {}
+        for role in self.session.policy.roles:
+            if role not in self._standing.optimizers:
+                self._standing.optimizers[role] = self._optimizer(role, learning_rate)
+
+    def _optimizer(self, role: str, learning_rate: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.session.policy.parameters(role), lr=learning_rate, weight_decay=0.0)
+
+    def _advance(self, drawn: int, updated: set[str]) -> None:
+        """Count a step that updated the roles `updated`, and keep it."""
+        policy, standing = self.session.policy, self._standing
+        standing.step += 1
+        standing.position += drawn
+        for role in updated:
+            policy.versions[role] += 1
+        checkpoints = self.folder / "checkpoints"
+        state = TrainingState(
+            step=standing.step,
+            phase=standing.phase,
+            position=standing.position,
+            versions=dict(policy.versions),
+            adapters={role: policy.adapter(role) for role in policy.roles},
+            adapter_configs={role: policy.adapter_config(role) for role in policy.roles},
+            optimizers={role: optimizer.state_dict() for role, optimizer in standing.optimizers.items()},
+            config=self.config.to_yaml(),
+        )
+        save_checkpoint(checkpoints, state)
+        prune(checkpoints, keep=_CHECKPOINTS_KEPT)
+
+    def _publish(self) -> None:
+        """Write each role's adapter to `adapters/<role>@<n>` and tell the store: what `agl serve` serves."""
+        policy = self.session.policy
+        for role in policy.roles:
+            folder = self.folder / "adapters" / policy.version_name(role)
+            save_adapter(folder, policy.adapter(role), policy.adapter_config(role))
+            self.session.store.put_resource(Resource(role, policy.versions[role], str(folder.resolve())))
+
+    def _resume(self) -> None:
+        state = load_latest(self.folder / "checkpoints")
+        if state is None:
+            return
+        policy = self.session.policy
+        if set(state.adapters) != set(policy.roles):
+            raise TrainingError(
+                f"the checkpoint in {self.folder} has the roles {', '.join(state.adapters)}, agent_roles has "
+                f"{', '.join(policy.roles)}; choose another train.output_dir"
+            )
+        for role, adapter in state.adapters.items():
+            policy.load_adapter(role, adapter, state.versions[role])
+        self._standing = _Standing(state.step, state.phase, state.position)
+        for role, optimizer_state in state.optimizers.items():
+            optimizer = self._optimizer(role, 0.0)  # its learning rate is part of the state
+            optimizer.load_state_dict(optimizer_state)
+            self._standing.optimizers[role] = optimizer
+        rng.restore(state.rng)
+
+
+def _task_at(tasks: Sequence[Any], position: int, seed: int) -> Any:
+    """The task at `position` of an endless sequence in which every epoch is shuffled anew."""
+    epoch, place = divmod(position, len(tasks))
+    return tasks[random.Random(f"{seed}-{epoch}").sample(range(len(tasks)), len(tasks))[place]]
+
+
+def _task_id(task: Any, index: int) -> str:
+    return str(task["id"]) if isinstance(task, dict) and "id" in task else str(index)
+
+
+def _reward_metrics(trajectories: Sequence[Trajectory], outcomes: Sequence[Outcome]) -> dict[str, float]:
+    rewards = [trajectory.reward for trajectory in trajectories if trajectory.reward is not None]
+    parts: dict[str, list[float]] = {"mean": rewards} if rewards else {}
+    for outcome in outcomes:
+        for part, value in outcome.parts.items():
+            parts.setdefault(part, []).append(value)
+    failed = sum(outcome.error is not None for outcome in outcomes)
+    means = {f"reward/{part}": sum(values) / len(values) for part, values in parts.items()}
+    return means | {"rollouts": float(len(outcomes)), "rollouts/failed": float(failed)}
+
+
+def _batch_metrics(batch: GrpoBatch, updates: Mapping[str, Update]) -> dict[str, float]:
+    metrics = {"calls": float(len(batch.verdicts))}
+    metrics["calls/trained"] = float(sum(verdict.reason is None for verdict in batch.verdicts))
+    metrics |= {f"calls/dropped/{reason}": float(count) for reason, count in batch.dropped().items()}
+    for role, update in updates.items():
+        metrics |= {f"{role}/{name}": value for name, value in update.metrics.items()}
+    metrics["tokens/distinct"] = float(sum(update.distinct_tokens for update in updates.values()))
+    metrics["tokens/total"] = float(sum(update.total_tokens for update in updates.values()))
+    return metrics
