@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from anyio.from_thread import start_blocking_portal
 from langchain_openai import ChatOpenAI
+from openai import DefaultAsyncHttpxClient, DefaultHttpxClient
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -72,7 +73,9 @@ async def make_model(server: VllmServer) -> AsyncIterator[MakeModel]:
     made: list[ChatOpenAI] = []
 
     def make(model: str = "tiny", **options: Any) -> ChatOpenAI:
-        options = {"base_url": server.base_url, "api_key": "none", "max_retries": 0} | options
+        # clients of its own: LangChain shares one by base URL, and a later server may be given the same port
+        clients = {"http_client": DefaultHttpxClient(), "http_async_client": DefaultAsyncHttpxClient()}
+        options = {"base_url": server.base_url, "api_key": "none", "max_retries": 0} | clients | options
         made.append(ChatOpenAI(model=model, **options))
         return made[-1]
 

@@ -83,6 +83,16 @@ async def test_a_span_around_the_run_is_its_parent_and_current_again_after_it(
     assert (lines[0], lines[1], lines[-1]) == ("around", "  invoke_workflow LangGraph", "  after")
 
 
+async def test_a_task_that_makes_many_calls_does_not_pile_up_contexts(instrumented: InMemorySpanExporter) -> None:
+    model = FakeListChatModel(responses=["Seven."])
+
+    for _ in range(1200):  # one more level of indirection for each would be more than Python recurses
+        await model.ainvoke("hello")
+
+    assert not current().is_valid
+    assert all(span.parent is None for span in instrumented.get_finished_spans())
+
+
 async def test_a_role_in_force_during_a_stream_stays_in_force_after_it(
     instrumented: InMemorySpanExporter, make_model: MakeModel
 ) -> None:
