@@ -33,8 +33,10 @@ def _draw(logprobs: Tensor, params: Sequence[SamplingParams], sources: Sequence[
     # Inverse CDF: the first token whose cumulated weight exceeds u * total. One number a token keeps a seed's
     # sequence the same whatever else is in the batch.
     cumulated = weights.cumsum(-1)
-    drawn = torch.searchsorted(cumulated, uniform.to(cumulated)[:, None] * cumulated[:, -1:], right=True)[:, 0]
-    drawn = drawn.clamp_(max=logprobs.shape[1] - 1)
+    total = cumulated[:, -1:]
+    # As float32 the number may be 1; below the total, some token with weight exceeds it.
+    aim = torch.minimum(uniform.to(cumulated)[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    drawn = torch.searchsorted(cumulated, aim, right=True)[:, 0]
     return torch.where(torch.tensor(greedy, device=drawn.device), logprobs.argmax(-1), drawn)
 
 
