@@ -19,9 +19,9 @@ class RowLogprobs:
     """For each row given, the tokens with mask 1: a ragged batch padded to [B, T]."""
 
     logprobs: Tensor
-    """[B, T] float32, 0 where padded; carries the gradient."""
+    """[B, T] float32 (float64 for a float64 model), 0 where padded; carries the gradient."""
     entropies: Tensor
-    """[B, T] float32 in nats, of the whole distribution at each token; no gradient."""
+    """[B, T], in nats, of the whole distribution at each token; no gradient."""
     mask: Tensor
     """[B, T] bool."""
     distinct_tokens: int
@@ -35,7 +35,8 @@ def row_logprobs(
 
     Raises ValueError where the first token of a row is masked 1: nothing predicts it.
     """
-    if bad := next((index for index, mask in enumerate(masks) if mask[0]), None):
+    if any(mask[0] for mask in masks):
+        bad = next(index for index, mask in enumerate(masks) if mask[0])
         raise ValueError(f"row {bad}: its first token has mask 1, but no token before it can predict it")
     packed = pack_rows(rows)
     hidden = policy.hidden_states(packed.token_ids, packed.positions, [role], PackedPlan(packed.segments))
@@ -60,12 +61,13 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs = torch.empty(len(targets))
-        entropies = torch.empty(len(targets))
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs = hidden.new_empty(len(targets), dtype=dtype)
+        entropies = torch.empty_like(logprobs)
         slopes = torch.empty_like(hidden)
         for part in torch.arange(len(targets)).split(_CHUNK):
             chunk = slice(int(part[0]), int(part[-1]) + 1)
-            log_softmax = (hidden[chunk] @ weight.T).float().log_softmax(-1)
+            log_softmax = (hidden[chunk] @ weight.T).to(dtype).log_softmax(-1)
             logprobs[chunk] = log_softmax.gather(1, targets[chunk, None])[:, 0]
             softmax = log_softmax.exp()
             entropies[chunk] = -torch.linalg.vecdot(softmax, log_softmax)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence
 
 import torch
-from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,9 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from agl.config import RoleConfig
 from agl.errors import ConfigError
 from agl_trainer.attention import NAME, AttentionPlan
-
-BASE = "__base__"
-"""Adapter name of the base model alone (PEFT's own spelling)."""
+from agl_trainer.lora import BASE, Routing, route_layers
 
 
 class Policy:
@@ -43,8 +41,8 @@ class Policy:
         self.versions = dict.fromkeys(roles, 0)
         self.lock = threading.RLock()
         self._peft = _with_adapters(model, roles)
-        self._tuner: LoraModel = self._peft.base_model  # type: ignore[assignment]  # typed Tensor | Module
-        self._active = ""
+        self._routing = Routing()
+        route_layers(self._peft, self._routing)
         self._body = model.get_decoder()
         self.output_weight: Tensor = model.get_output_embeddings().weight  # type: ignore[assignment]  # typed Module
         self.config = model.config
@@ -58,35 +56,13 @@ class Policy:
         return self.output_weight.device
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, adapters: Sequence[str], plan: AttentionPlan) -> Tensor:
-        """Final hidden states [N, H] for N tokens at `positions`; `adapters` names one for all, or one for each.
+        """Final hidden states [N, H] for N tokens at `positions`.
 
-        Mixed adapters are for sampling only: PEFT does not train through them.
+        `adapters` names one adapter for all tokens, or one for each, those of one adapter side by side.
         """
-        mixed = len(set(adapters)) > 1
-        shape = (-1, 1) if mixed else (1, -1)
-        inputs = {"input_ids": tokens.view(shape), "position_ids": positions.view(shape)}
-        if mixed:
-            # PEFT's forward hooks route each batch row through its adapter; they sit on the whole PEFT model.
-            return self._through_peft(inputs, list(adapters), plan)
-        self._activate(adapters[0])
-        hidden = self._body(**inputs, use_cache=False, plan=plan).last_hidden_state
-        return hidden.flatten(0, 1)
-
-    def _through_peft(self, inputs: dict[str, Tensor], adapters: list[str], plan: AttentionPlan) -> Tensor:
-        with self._tuner._enable_peft_forward_hooks(adapter_names=adapters):
-            hidden = self._body(**inputs, use_cache=False, plan=plan).last_hidden_state
-        return hidden.flatten(0, 1)
-
-    def _activate(self, adapter: str) -> None:
-        if adapter == self._active:
-            return
-        if adapter == BASE:
-            self._tuner.disable_adapter_layers()
-        else:
-            if self._active == BASE:
-                self._tuner.enable_adapter_layers()
-            self._peft.set_adapter(adapter)
-        self._active = adapter
+        self._routing.set(adapters, len(tokens))
+        inputs = {"input_ids": tokens[None], "position_ids": positions[None]}
+        return self._body(**inputs, use_cache=False, plan=plan).last_hidden_state[0]
 
     def parameters(self, role: str) -> list[torch.nn.Parameter]:
         """The LoRA matrices of `role`, in a fixed order."""
@@ -126,4 +102,6 @@ def _with_adapters(model: PreTrainedModel, roles: Mapping[str, RoleConfig]) -> P
     peft = get_peft_model(model, config, adapter_name=first)
     for role, other in others:
         peft.add_adapter(role, other)
+    for name, parameter in peft.named_parameters():
+        parameter.requires_grad_("lora_" in name)
     return peft.eval()  # type: ignore[return-value]  # get_peft_model's annotation is wider than what it returns

@@ -105,11 +105,13 @@ class DecodePlan:
         return [Block(seen.start, seen.stop, *seen.node.kv[layer], causal=False) for seen in self._seen]
 
 
-def order(anchors: Sequence[PrefixNode]) -> list[int]:
-    """Indices of `anchors` so that those under a common node are neighbours."""
+def order(sequences: Sequence[tuple[str, PrefixNode]]) -> list[int]:
+    """Indices of `sequences` (adapter, anchor) so that one adapter's are neighbours, and those under a common node."""
     ranks: dict[PrefixNode, int] = {}
-    paths = [[ranks.setdefault(node, len(ranks)) for node in anchor.path()] for anchor in anchors]
-    return sorted(range(len(anchors)), key=lambda index: paths[index])
+    places = [
+        (adapter, [ranks.setdefault(node, len(ranks)) for node in anchor.path()]) for adapter, anchor in sequences
+    ]
+    return sorted(range(len(sequences)), key=lambda index: places[index])
 
 
 def _runs(paths: Sequence[Sequence[PrefixNode]]) -> list[_Seen]:

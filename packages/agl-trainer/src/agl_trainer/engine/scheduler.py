@@ -28,7 +28,8 @@ from agl_trainer.engine.request import (
     UnknownModelError,
 )
 from agl_trainer.engine.sampling import sample
-from agl_trainer.policy import BASE, Policy
+from agl_trainer.lora import BASE
+from agl_trainer.policy import Policy
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +244,7 @@ class Scheduler:
     def _decode(self) -> None:
         """One token for every running sequence."""
         if self._plan is None:
-            ranks = order([_held(sequence.anchor) for sequence in self._running])
+            ranks = order([(sequence.adapter, _held(sequence.anchor)) for sequence in self._running])
             self._running = [self._running[rank] for rank in ranks]
             anchors = [_held(sequence.anchor) for sequence in self._running]
             self._plan = DecodePlan(anchors, [sequence.slot for sequence in self._running], self._slab)
