@@ -45,15 +45,15 @@ def route_layers(model: PeftModel, routing: Routing) -> None:
             raise TrainingError(f"layer {name} is a {type(module).__name__}; only LoRA on linear layers is supported")
 
 
-def _forward(layer: Linear, routing: Routing, hidden: Tensor) -> Tensor:
-    """[1, N, out] for `hidden` [1, N, in]."""
-    out = layer.base_layer(hidden)
+def _forward(layer: Linear, routing: Routing, x: Tensor) -> Tensor:
+    """[1, N, out] for `x` [1, N, in]."""
+    out = layer.base_layer(x)
     if len(routing.runs) == 1:
-        return _add_delta(layer, routing.runs[0][0], hidden, out)
+        return _add_delta(layer, routing.runs[0][0], x, out)
     pieces, start = [], 0
     for adapter, count in routing.runs:
         rows = slice(start, start + count)
-        pieces.append(_add_delta(layer, adapter, hidden[:, rows], out[:, rows]))
+        pieces.append(_add_delta(layer, adapter, x[:, rows], out[:, rows]))
         start += count
     return torch.cat(pieces, dim=1)
 
