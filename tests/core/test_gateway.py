@@ -19,7 +19,7 @@ from agl import semconv
 from agl.config import GatewayConfig
 from agl.errors import StoreError
 from agl.gateway.request import Asked, Seeds, prepare
-from agl.gateway.wire import Capture, split_events
+from agl.gateway.wire import Capture, split_events, strip
 from agl.server import ServerThread
 from agl.span import Span
 from agl.store import Rollout
@@ -550,3 +550,18 @@ def test_logprobs_of_an_engine_may_be_infinite() -> None:
     capture = Capture()
     capture.add({"choices": [{"logprobs": {"token_logprobs": [-math.inf, -1.0]}, "text": "x"}]})
     assert capture.choices()[0].logprobs == [-math.inf, -1.0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered", "seen"),
+    [
+        ("writer", "writer@3", "writer"),
+        ("writer@3", "writer@3", "writer@3"),
+        ("writer", "writers@3", "writers@3"),
+        (None, "base@0", "base@0"),
+    ],
+)
+def test_the_client_sees_the_model_name_it_asked_for(asked: str | None, answered: str, seen: str) -> None:
+    answer = {"model": answered, "choices": []}
+    changed = strip(answer, Asked(token_ids=False, logprobs=False, model=asked))
+    assert (answer["model"], changed) == (seen, answered != seen)

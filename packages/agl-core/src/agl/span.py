@@ -21,7 +21,7 @@ class SpanEvent:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One finished span. Ids are lower-case hex: 32 digits for the trace, 16 for the span; times are Unix nanoseconds."""
+    """One finished span. Ids are lower-case hex (32 digits a trace, 16 a span), times Unix nanoseconds."""
 
     trace_id: str
     span_id: str

@@ -19,17 +19,19 @@ _ATTEMPTS_REMEMBERED = 65_536
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Which of the captured fields the client asked for itself; the others are taken out of its answer."""
+    """What the client asked for itself: the model's name, and which of the captured fields it wants to see."""
 
     token_ids: bool
     logprobs: bool
+    model: str | None = None
 
     @classmethod
     def read(cls, body: Json, operation: str) -> Self:
         logprobs = body.get("logprobs")
         # In /v1/completions it is a number of alternatives, and 0 asks for the sampled token's own.
         wants_logprobs = bool(logprobs) or (operation == semconv.OPERATION_TEXT_COMPLETION and logprobs is not None)
-        return cls(token_ids=bool(body.get("return_token_ids")), logprobs=wants_logprobs)
+        model = body.get("model")
+        return cls(bool(body.get("return_token_ids")), wants_logprobs, model if isinstance(model, str) else None)
 
 
 def prepare(

@@ -107,8 +107,11 @@ class Capture:
 
 
 def strip(answer: Json, asked: Asked) -> bool:
-    """Take out of a whole answer or a chunk, in place, what the client did not ask for. True: it has changed."""
-    changed = False
+    """Make of a whole answer or a chunk, in place, what the client asked for. True: it has changed."""
+    # Clients compare the name with the one they asked for; which version of it answered is the gateway's to keep.
+    changed = asked.model is not None and str(answer.get("model")).startswith(f"{asked.model}@")
+    if changed:
+        answer["model"] = asked.model
     for holder in (answer, *(answer.get("choices") or ())):
         for name in () if asked.token_ids else _ID_FIELDS:
             changed |= holder.pop(name, None) is not None
