@@ -88,12 +88,16 @@ class TrainConfig(_Section):
     eval_tasks: Reference | None = None
     """The same for held-out tasks."""
     reward: Reference | None = None
-    """Function of (task, answer) that returns a number or `{dimension: number}`; None: the agent emits rewards itself."""
+    """Function of (task, answer): a number or `{dimension: number}`. None: the agent emits its rewards itself."""
     instrument: list[str] = Field(default_factory=list)
     """Instrumentors to switch on around the agent, by entry point: `agl_langchain`, `agl_autogen`."""
     group_size: Annotated[int, Field(ge=2)] = 8
     groups_per_step: Count = 8
     steps: Count = 20
+    shuffle: bool = True
+    """Draw the tasks of each epoch in a new order; otherwise as they are listed."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What advantages are divided by: the standard deviation of their group, of the whole step, or nothing."""
     learning_rate: Positive = 2e-4
     epsilon: Positive = 0.2
     """Clip range of the probability ratio (PPO, arXiv 1707.06347, eq. 7)."""

@@ -1,6 +1,6 @@
 """GRPO over trajectories: advantages per role at rollout level, rows with a weight, and the account of every call.
 
-    A_c = (credit_c - mean_g) / (std_g + eps)     mean and std over the role's credits of the rollouts of group g
+    A_c = (credit_c - mean_g) / scale     mean over the role's credits of the rollouts of group g; see `advantages`
     loss = sum over rows and tokens of  -min(rho A, clip(rho) A) / (T_r N)
 
 T_r: trained tokens of the role in rollout r; N: rollouts of the step in which the role has credit. So a rollout with
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from agl.trajectory import Call, DropReason, Row, Trajectory
-from agl_trainer.advantages import advantage, group_statistics
+from agl_trainer.advantages import Scale, group_baselines
 from agl_trainer.batch import SampledRow
 from agl_trainer.credit import call_credits, role_credit
 from agl_trainer.logprobs import RowLogprobs
@@ -50,14 +50,14 @@ class GrpoBatch:
         return counts
 
 
-def grpo_batch(trajectories: Sequence[Trajectory], roles: Sequence[str], gamma: float) -> GrpoBatch:
+def grpo_batch(trajectories: Sequence[Trajectory], roles: Sequence[str], *, gamma: float, scale: Scale) -> GrpoBatch:
     """Training rows for `roles`. A failed rollout, or one without a reward, is left out of its group."""
     batch = GrpoBatch()
     for trajectory in trajectories:
         batch.verdicts.extend(Verdict(drop.call, None, drop.reason) for drop in trajectory.drops)
     members = [_Member(trajectory, call_credits(trajectory, gamma)) for trajectory in trajectories]
     for role in dict.fromkeys(row.role for trajectory in trajectories for row in trajectory.rows):
-        _add_role(batch, role, members, is_trained=role in roles)
+        _add_role(batch, role, members, scale if role in roles else None)
     return batch
 
 
@@ -86,34 +86,35 @@ class _Member:
         return role_credit([credit for credit in credits if credit is not None])
 
 
-def _add_role(batch: GrpoBatch, role: str, members: Sequence[_Member], *, is_trained: bool) -> None:
+def _add_role(batch: GrpoBatch, role: str, members: Sequence[_Member], scale: Scale | None) -> None:
+    """Add what `role` did; `scale` None: it is not trained."""
     present = [member for member in members if member.rows(role)]
     rewarded = [member for member in present if member.credit(role) is not None]
     for member in present:
-        if not is_trained:
+        if scale is None:
             _refuse(batch, member, role, DropReason.ROLE_NOT_TRAINED)
         elif member not in rewarded:
             failed = member.trajectory.error is not None
             _refuse(batch, member, role, DropReason.FAILED_ROLLOUT if failed else DropReason.NO_REWARD)
-    if is_trained and rewarded:
+    if scale is not None and rewarded:
         credits = torch.tensor([member.credit(role) for member in rewarded], dtype=torch.float64)
-        means, deviations = group_statistics(credits, [member.group_id for member in rewarded])
-        for member, mean, deviation in zip(rewarded, means.tolist(), deviations.tolist(), strict=True):
-            _add_member(batch, role, member, mean, deviation, len(rewarded))
+        means, divisors = group_baselines(credits, [member.group_id for member in rewarded], scale)
+        for member, mean, divisor in zip(rewarded, means.tolist(), divisors.tolist(), strict=True):
+            _add_member(batch, role, member, mean, divisor, len(rewarded))
 
 
 def _refuse(batch: GrpoBatch, member: _Member, role: str, reason: DropReason) -> None:
     batch.verdicts.extend(Verdict(call, None, reason) for call in member.calls(role))
 
 
-def _add_member(batch: GrpoBatch, role: str, member: _Member, mean: float, deviation: float, rollouts: int) -> None:
+def _add_member(batch: GrpoBatch, role: str, member: _Member, mean: float, divisor: float, rollouts: int) -> None:
     tokens = sum(sum(row.loss_mask) for row in member.rows(role))
     for row in member.rows(role):
         advantages = [0.0] * len(row.token_ids)
         for turn in row.turns:
             credit = member.credits[turn.call.span_id]
             assert credit is not None, "a rewarded member has credit on every call of the role"
-            earned = advantage(credit, mean, deviation)
+            earned = (credit - mean) / divisor
             if abs(earned) < _NOTHING:
                 batch.verdicts.append(Verdict(turn.call, None, DropReason.ZERO_ADVANTAGE))
                 continue

@@ -103,16 +103,17 @@ class Trainer:
         ]
         self._enter(SFT, config.learning_rate)
         self._progress.start(SFT, step=self._standing.position, steps=len(plan))
-        for batch in plan[self._standing.position :]:
-            role = batch[0]["role"]
+        for number, batch in enumerate(plan[self._standing.position :], start=self._standing.position + 1):
             started = time.monotonic()
+            role = batch[0]["role"]
             with self._weights():
                 update = self._update(role, sft_rows(self.session.template, batch), sft_loss)
-                self._advance(1, {role})
-            took = time.monotonic() - started
+            self._count(1, {role})
             self._log({f"sft/{role}/{name}": value for name, value in update.metrics.items()})
-            speed = update.distinct_tokens / took
-            self._progress.update(step=self._standing.position, tokens_per_s=speed)
+            # An epoch of examples is soon repeated, a checkpoint takes as long as a step.
+            if number % (len(plan) // config.epochs) == 0:
+                self._save()
+            self._progress.update(step=number, tokens_per_s=update.distinct_tokens / (time.monotonic() - started))
         self._publish()
 
     # --- reinforcement learning ---------------------------------------------------------------------------------
@@ -134,11 +135,17 @@ class Trainer:
         outcomes = self._run(rollouts)
         sampled = time.monotonic()
         trajectories = self._trajectories(rollouts)
-        batch = grpo_batch(trajectories, self.session.policy.roles, self.config.agent_roles.gamma)
+        batch = grpo_batch(
+            trajectories,
+            self.session.policy.roles,
+            gamma=self.config.agent_roles.gamma,
+            scale=self.train.scale_rewards,
+        )
         loss = functools.partial(grpo_loss, self.train.epsilon)
         with self._weights():
             updates = {role: self._update(role, rows, loss) for role, rows in batch.rows.items()}
-            self._advance(self.train.groups_per_step, set(updates))
+        self._count(self.train.groups_per_step, set(updates))
+        self._save()
         self._record(batch)
         times = {"time/rollouts_s": sampled - started, "time/update_s": time.monotonic() - sampled}
         metrics = _reward_metrics(trajectories, outcomes) | _batch_metrics(batch, updates) | times
@@ -148,10 +155,17 @@ class Trainer:
     def _training_rollouts(self, step: int, tasks: Sequence[Any]) -> list[Rollout]:
         rollouts = []
         for group in range(self.train.groups_per_step):
-            task = _task_at(tasks, step * self.train.groups_per_step + group, self.train.seed)
+            task = self._task_at(tasks, step * self.train.groups_per_step + group)
             name = f"{self.run}-{step + 1:05d}-g{group}"
             rollouts += [self._rollout(f"{name}-r{i}", task, name, "train") for i in range(self.train.group_size)]
         return rollouts
+
+    def _task_at(self, tasks: Sequence[Any], position: int) -> Any:
+        """The task at `position` of an endless sequence of epochs."""
+        epoch, place = divmod(position, len(tasks))
+        if self.train.shuffle:
+            place = random.Random(f"{self.train.seed}-{epoch}").sample(range(len(tasks)), len(tasks))[place]
+        return tasks[place]
 
     def _record(self, batch: GrpoBatch) -> None:
         step = self._standing.step
@@ -252,13 +266,16 @@ class Trainer:
     def _optimizer(self, role: str, learning_rate: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.session.policy.parameters(role), lr=learning_rate, weight_decay=0.0)
 
-    def _advance(self, drawn: int, updated: set[str]) -> None:
-        """Count a step that updated the roles `updated`, and keep it."""
-        policy, standing = self.session.policy, self._standing
-        standing.step += 1
-        standing.position += drawn
+    def _count(self, drawn: int, updated: set[str]) -> None:
+        """Count a step that drew `drawn` tasks or batches and updated the roles `updated`."""
+        self._standing.step += 1
+        self._standing.position += drawn
         for role in updated:
-            policy.versions[role] += 1
+            self.session.policy.versions[role] += 1
+
+    def _save(self) -> None:
+        """Keep the present state as a checkpoint."""
+        policy, standing = self.session.policy, self._standing
         checkpoints = self.folder / "checkpoints"
         state = TrainingState(
             step=standing.step,
@@ -299,12 +316,6 @@ class Trainer:
             optimizer.load_state_dict(optimizer_state)
             self._standing.optimizers[role] = optimizer
         rng.restore(state.rng)
-
-
-def _task_at(tasks: Sequence[Any], position: int, seed: int) -> Any:
-    """The task at `position` of an endless sequence in which every epoch is shuffled anew."""
-    epoch, place = divmod(position, len(tasks))
-    return tasks[random.Random(f"{seed}-{epoch}").sample(range(len(tasks)), len(tasks))[place]]
 
 
 def _task_id(task: Any, index: int) -> str:
