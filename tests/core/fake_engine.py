@@ -36,6 +36,7 @@ def logprob(choice: int, position: int) -> float:
 class FakeEngine:
     """`app` to serve; `seen` are the request bodies, `headers` theirs, `streams_cut` the streams a client left."""
 
+    models: tuple[str, ...] = MODELS
     seen: list[Json] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     streams_cut: int = 0
@@ -51,7 +52,7 @@ class FakeEngine:
         )
 
     async def _models(self, _: Request) -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [{"id": name, "object": "model"} for name in MODELS]})
+        return JSONResponse({"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]})
 
     async def _chat(self, request: Request) -> Response:
         body = await self._note(request)
@@ -67,7 +68,7 @@ class FakeEngine:
         return self.seen[-1]
 
     async def _answer(self, request: Request, answer: "Answer") -> Response:
-        if answer.body["model"] not in MODELS:
+        if answer.body["model"] not in self.models:
             error = {"message": f"The model `{answer.body['model']}` does not exist.", "type": "NotFoundError"}
             return JSONResponse({"error": error | {"param": "model", "code": 404}}, 404)
         if answer.steer == "GARBAGE":

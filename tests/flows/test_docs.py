@@ -1,0 +1,208 @@
+"""README and docs, done as a reader does them: their code runs, page by page, against real servers on loopback.
+
+Python blocks of a page are one script, except those that start with `# some/file.py`: they are that file, and so are
+YAML blocks that start so. Then the lines of the shell blocks run, in the folder of these files. What would take
+minutes, or not end, is only parsed; what is not `agl` is left to the other tests.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from openai import OpenAI
+from pydantic import BaseModel
+
+from agl.cli import _parser
+from agl.config import AgentRoles, Config, EngineConfig, GatewayConfig, RoleConfig, SftConfig, TrainConfig
+from agl.server import ServerThread
+from agl.store import open_store
+from agl.trajectory import DropReason
+from tests.core.fake_engine import FakeEngine
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("packages/*/README.md")),
+    *sorted(ROOT.glob("examples/*/README.md")),
+]
+LANGUAGES = {"python", "sh", "yaml", "json", "text"}
+ROLES = ("planner", "executor")
+
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FILE = re.compile(r"# (\S+\.(?:py|yaml))\n")
+_RUN = re.compile(r"opentelemetry-instrument |agl (config|inspect|spans|store|trajectories) |agl (sft|train) colours/")
+_LINK = re.compile(r"(?<!!)\[[^]]*\]\(([^)#:]*)(?:#([^)]*))?\)")
+_SOURCE = re.compile(r"`([\w/.-]+\.(?:py|yaml|toml|md|txt))`")
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A fenced block; `line` is the number of its first line."""
+
+    language: str
+    code: str
+    line: int
+
+    @property
+    def file(self) -> str | None:
+        """The file that it is."""
+        name = _FILE.match(self.code)
+        return name[1] if name else None
+
+
+def read_blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [Block(m[1], m[2], text.count("\n", 0, m.start(2)) + 1) for m in _BLOCK.finditer(text)]
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """Where a reader tries a page: a folder with the examples, and `agl serve` on ports of its own."""
+
+    folder: Path
+    server: ServerThread
+
+    def script(self, blocks: list[Block]) -> str:
+        """`blocks` on their lines of the page, which tracebacks then name, with the ports of this server."""
+        lines: list[str] = []
+        for block in blocks:
+            lines += [""] * (block.line - 1 - len(lines)) + block.code.splitlines()
+        source = "\n".join(lines)
+        for default, url in (("8400", self.server.base_url), ("4318", self.server.otlp_url)):
+            source = source.replace(f"http://localhost:{default}", url)
+        return source
+
+    def run(self, *command: str) -> str:
+        """What it prints on standard error, if it succeeds."""
+        done = subprocess.run(command, cwd=self.folder, env=self._environment(), capture_output=True, timeout=120)
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout.decode()}\n{done.stderr.decode()}"
+        return done.stderr.decode()
+
+    def _environment(self) -> dict[str, str]:
+        return os.environ | {
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "OPENAI_BASE_URL": f"{self.server.base_url}/v1",
+            "OPENAI_API_KEY": "none",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": self.server.otlp_url,
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        }
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    """With one rollout in the store, so that `--last` finds something."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    store = open_store(f"sqlite:///{tmp_path / 'agl.db'}")
+    with ServerThread(store, port=0, otlp_http_port=0, upstream=FakeEngine(models=ROLES).app) as server:
+        url = f"{server.base_url}/rollout/first/attempt/first-a1/v1"
+        with OpenAI(base_url=url, api_key="none") as client:
+            client.chat.completions.create(model=ROLES[0], messages=[{"role": "user", "content": "hello"}])
+        yield Desk(tmp_path, server)
+    store.close()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_tells_to_do_can_be_done(page: Path, desk: Desk) -> None:
+    blocks = read_blocks(page)
+    assert {block.language for block in blocks} <= LANGUAGES
+    for block in blocks:
+        if block.file:
+            _write(desk.folder / block.file, block.code)
+    script = [block for block in blocks if block.language == "python" and not block.file]
+    if script:
+        _write(desk.folder / page.name, desk.script(script))
+        assert desk.run(sys.executable, page.name) == ""
+    for block in blocks:
+        if block.language == "yaml":
+            Config.parse(yaml.safe_load(block.code))
+        elif block.language == "sh":
+            _follow(block.code, desk)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _follow(code: str, desk: Desk) -> None:
+    for line in code.splitlines():
+        words = shlex.split(line, comments=True)
+        if _RUN.match(line):
+            desk.run("bash", "-c", line)
+        elif words[:1] == ["agl"]:
+            _parser(words[1:]).parse_args(words[1:])
+            missing = [word for word in words if word.endswith(".yaml") and not (desk.folder / word).exists()]
+            assert not missing
+
+
+def test_links_lead_somewhere() -> None:
+    broken = {
+        f"{page.relative_to(ROOT)}: {path}#{anchor}"
+        for page in PAGES
+        for path, anchor in _LINK.findall(page.read_text(encoding="utf-8"))
+        if not _leads(page.parent / path if path else page, anchor)
+    }
+    assert not broken
+
+
+def _leads(target: Path, anchor: str) -> bool:
+    if not anchor:
+        return target.exists()
+    titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+    return anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+def test_files_that_are_named_exist() -> None:
+    folders = [ROOT / name for name in ("benchmarks", "docs", "examples", "packages", "tests")]
+    files = [*ROOT.glob("*.*"), *(file for folder in folders for file in folder.rglob("*.*"))]
+    missing = {
+        f"{page.relative_to(ROOT)}: {name}"
+        for page in PAGES
+        for name in _SOURCE.findall(page.read_text(encoding="utf-8"))
+        if not any(str(file).endswith(f"/{name.removeprefix('../')}") for file in files)
+    }
+    assert not missing
+
+
+def table(page: str, heading: str) -> list[list[str]]:
+    """Cells of the rows of the table whose first column is called `heading`."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    rows = re.search(rf"^\| {heading} \|.*\n\|[-|]*\n((?:\|.*\n)+)", text, re.MULTILINE)
+    assert rows
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[1].splitlines()]
+
+
+def test_the_configuration_table_has_every_key_with_its_default() -> None:
+    rows = [(key.strip("`"), default) for key, default, *_ in table("docs/05-train.md", "key")]
+    told = {key: default if default == "required" else yaml.safe_load(default.strip("`")) for key, default in rows}
+    sections: dict[str, type[BaseModel]] = {
+        "": Config,
+        "agent_roles.": AgentRoles,
+        "agent_roles.<role>.": RoleConfig,
+        "gateway.": GatewayConfig,
+        "engine.": EngineConfig,
+        "train.": TrainConfig,
+        "sft.": SftConfig,
+    }
+    known = {prefix + name: default for prefix, section in sections.items() for name, default in _defaults(section)}
+    groups = {"agent_roles.roles", *(prefix.rstrip(".") for prefix in sections)}
+    assert told == {key: default for key, default in known.items() if key not in groups}
+
+
+def _defaults(section: type[BaseModel]) -> Iterator[tuple[str, Any]]:
+    for name, field in section.model_fields.items():
+        yield name, "required" if field.is_required() else field.get_default(call_default_factory=True)
+
+
+def test_every_reason_why_a_call_does_not_train_is_explained() -> None:
+    told = [row[0].strip("`") for row in table("docs/07-troubleshooting.md", "reason")]
+    assert sorted(told) == sorted(DropReason)
