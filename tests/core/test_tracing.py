@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from opentelemetry import trace
@@ -155,6 +156,14 @@ def test_environment_names_collector_and_service_and_exit_flushes(sink: OtlpSink
     )
     assert (done.stdout, done.stderr) == ("", "")
     assert sink.services == {"named-outside"}
+
+
+def test_opentelemetry_instrument_exports_an_agent_that_does_not_know_us(sink: OtlpSink) -> None:
+    code = "from opentelemetry import trace; trace.get_tracer('theirs').start_span('step').end()"
+    launcher = Path(sys.executable).with_name("opentelemetry-instrument")
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": sink.url, "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS": "*"}
+    subprocess.run([launcher, sys.executable, "-c", code], env=environment, timeout=60, check=True)
+    assert [span.name for span in sink.spans] == ["step"]
     assert len(sink.spans) == 1
 
 
