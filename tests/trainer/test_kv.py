@@ -1,4 +1,4 @@
-"""What the engine keeps: prompts in a prefix tree that is split, shared and shrunk, and the slab of running sequences."""
+"""What the engine keeps: prompts in a tree that is split, shared and shrunk, and the slab of running sequences."""
 
 from dataclasses import dataclass, field
 

@@ -20,7 +20,7 @@ class _Seen:
 
 
 class PrefillPlan:
-    """The pending nodes of prefix trees, depth first; keeps their keys and values in the nodes."""
+    """The pending tokens of prefix trees, depth first; keeps their keys and values in the nodes."""
 
     def __init__(self, trees: Sequence[tuple[str, PrefixTree]]) -> None:
         self.tokens: list[int] = []
@@ -49,7 +49,7 @@ class PrefillPlan:
 
     def _visit(self, adapter: str, node: PrefixNode) -> None:
         """Lay out the pending tokens under `node`; as deep as the tree, which turns of a conversation deepen."""
-        start, slot = len(self.tokens), len(self._seen)
+        start = len(self.tokens)
         if node.pending:
             self.tokens.extend(node.tokens)
             self.positions.extend(range(node.depth, node.depth + len(node.tokens)))
@@ -57,7 +57,7 @@ class PrefillPlan:
         for child in node.children.values():
             self._visit(adapter, child)
         if len(self.tokens) > start:
-            self._seen.insert(slot, _Seen(node, start, len(self.tokens)))
+            self._seen.append(_Seen(node, start, len(self.tokens)))
 
 
 class DecodePlan:

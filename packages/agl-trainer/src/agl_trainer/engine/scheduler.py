@@ -170,8 +170,8 @@ class Scheduler:
     def _adapter(self, model: str) -> str:
         name, pinned, _ = model.partition("@")
         adapter = BASE if name == self._policy.base_name else name
-        known = adapter == BASE or adapter in self._policy.versions
-        if not known or (pinned and self._policy.version_name(adapter) != model):
+        known = (self._policy.base_name, *self._policy.roles)
+        if name not in known or (pinned and self._policy.version_name(adapter) != model):
             raise UnknownModelError(f"model {model!r} is not served here; known are {', '.join(self.models())}")
         return adapter
 
@@ -191,6 +191,7 @@ class Scheduler:
         with self._wake:
             while not self._stopped:
                 if self._running or (self._waiting and not self._paused):
+                    self._idle.clear()
                     return True
                 self._idle.set()
                 self._wake.wait()
@@ -281,6 +282,7 @@ class Scheduler:
             self._running, self._plan = [], None
             self._waiting.clear()
             self._trees.clear()
+            self._idle.set()
         _deliver([(sequence, error) for sequence in lost])
 
 
