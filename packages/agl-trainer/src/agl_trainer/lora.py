@@ -13,7 +13,7 @@ from itertools import groupby
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor
 
 from agl.errors import TrainingError
@@ -41,7 +41,7 @@ def route_layers(model: PeftModel, routing: Routing) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             module.forward = functools.partial(_forward, module, routing)
-        elif hasattr(module, "lora_A"):
+        elif isinstance(module, LoraLayer):
             raise TrainingError(f"layer {name} is a {type(module).__name__}; only LoRA on linear layers is supported")
 
 

@@ -3,6 +3,7 @@
 Nothing is copied: the engine samples from the same modules that the trainer updates. `lock` keeps the two apart.
 """
 
+import re
 import threading
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agl.config import RoleConfig
-from agl.errors import ConfigError
+from agl.errors import ConfigError, TrainingError
 from agl_trainer.attention import NAME, AttentionPlan
 from agl_trainer.lora import BASE, Routing, route_layers
 
@@ -30,10 +31,7 @@ class Policy:
         base_name: str,
         seed: int,
     ) -> None:
-        if not roles:
-            raise ConfigError("agent_roles names no role to train; add e.g. `agent_roles: {writer: {lora_r: 16}}`")
-        if base_name in roles:
-            raise ConfigError(f"agent_roles has a role named {base_name!r} like the base model; give it another name")
+        _check_names(roles, base_name)
         torch.manual_seed(seed)
         model.set_attn_implementation(NAME)
         self.tokenizer = tokenizer
@@ -66,10 +64,8 @@ class Policy:
 
     def parameters(self, role: str) -> list[torch.nn.Parameter]:
         """The LoRA matrices of `role`, in a fixed order."""
-        marker = f".{role}."
-        return [
-            parameter for name, parameter in self._peft.named_parameters() if "lora_" in name and marker in f"{name}."
-        ]
+        ends = (f".lora_A.{role}.weight", f".lora_B.{role}.weight")
+        return [parameter for name, parameter in self._peft.named_parameters() if name.endswith(ends)]
 
     def adapter(self, role: str) -> dict[str, Tensor]:
         """The adapter of `role` as PEFT saves it: name without the role to tensor."""
@@ -82,13 +78,35 @@ class Policy:
         return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
 
     def load_adapter(self, role: str, adapter: Mapping[str, Tensor], version: int) -> None:
-        """Take over saved weights for `role` as its `version`."""
+        """Take over saved weights for `role` as its `version`. Raises TrainingError for weights of another shape."""
+        got = {name: tuple(tensor.shape) for name, tensor in adapter.items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in self.adapter(role).items()}
+        if got != expected:
+            name = next(name for name in expected | got if got.get(name) != expected.get(name))
+            raise TrainingError(
+                f"the saved adapter of role {role!r} does not fit: {name} is {got.get(name, 'missing')}, expected "
+                f"{expected.get(name, 'no such tensor')}; was it trained with another lora_r or train.model?"
+            )
         set_peft_model_state_dict(self._peft, dict(adapter), adapter_name=role)
         self.versions[role] = version
 
     def version_name(self, adapter: str) -> str:
         """`<role-or-model>@<n>`."""
         return f"{self.base_name}@0" if adapter == BASE else f"{adapter}@{self.versions[adapter]}"
+
+
+def _check_names(roles: Mapping[str, RoleConfig], base_name: str) -> None:
+    if not roles:
+        raise ConfigError("agent_roles names no role to train; add e.g. `agent_roles: {writer: {lora_r: 16}}`")
+    if base_name in roles:
+        raise ConfigError(f"agent_roles has a role named {base_name!r} like the base model; give it another name")
+    for role in roles:
+        # A role is a folder, the part of a model's name before @, and a torch submodule, which no method may share.
+        if not re.fullmatch(r"[^\W_][\w-]*", role) or hasattr(torch.nn.ModuleDict, role):
+            raise ConfigError(
+                f"agent_roles has a role named {role!r}: expected a letter or digit, then letters, digits, _ and -, "
+                "and not a method of dict or torch.nn.Module"
+            )
 
 
 def _with_adapters(model: PreTrainedModel, roles: Mapping[str, RoleConfig]) -> PeftModel:
