@@ -172,6 +172,8 @@ def test_what_does_not_train_says_why() -> None:
     }
     # Neither the failed one nor the one without a reward is in the baseline of its group.
     assert [verdicts[name].advantage for name in ("r1", "r2")] == pytest.approx([0.7070, -0.7070], abs=1e-4)
+    # Five rollouts have a credit, and each of the two that train has two tokens.
+    assert [row.weight for row in batch.rows["writer"]] == [1 / 10, 1 / 10]
 
 
 def test_equal_rewards_whose_mean_is_rounded_train_nothing() -> None:

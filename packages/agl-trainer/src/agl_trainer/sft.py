@@ -10,6 +10,7 @@ from torch import Tensor
 from agl.errors import ConfigError
 from agl_trainer.batch import TrainingRow
 from agl_trainer.engine.chat import ChatTemplate
+from agl_trainer.engine.schema import ChatRequest, RequestError, parse_request
 from agl_trainer.logprobs import RowLogprobs
 
 Example = Mapping[str, Any]
@@ -18,7 +19,8 @@ Example = Mapping[str, Any]
 
 def example_row(template: ChatTemplate, example: Example) -> tuple[list[int], list[int]]:
     """Token ids and loss mask of an example, written as the engine writes prompts; it ends with the end of the turn."""
-    prompt = template.prompt_ids(example["messages"], example.get("tools", ()))
+    asked = _request(example)
+    prompt = template.prompt_ids([message.turn() for message in asked.messages], asked.offered_tools)
     end = [template.end_of_turn] if template.end_of_turn is not None else []
     answer = template.encode(example["completion"]) + end
     return prompt + answer, [0] * len(prompt) + [1] * len(answer)
@@ -33,7 +35,16 @@ def check_examples(examples: list[Example], roles: Sequence[str], source: str) -
         if example["role"] not in roles:
             known = ", ".join(roles)
             raise ConfigError(f"sft.examples: example {index} has role {example['role']!r}; agent_roles has {known}")
+        try:
+            _request(example)
+        except RequestError as error:
+            raise ConfigError(f"sft.examples: {source}: example {index}: {error}") from error
     return examples
+
+
+def _request(example: Example) -> ChatRequest:
+    """The request that the engine would have answered with the completion. Raises RequestError."""
+    return parse_request(ChatRequest, {"messages": example["messages"], "tools": example.get("tools")})
 
 
 def batches(examples: Sequence[Example], batch_size: int, epoch: int, seed: int) -> list[list[Example]]:
