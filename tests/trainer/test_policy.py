@@ -17,8 +17,8 @@ from tests.trainer.small_model import ROLES, plain_model, small_model, small_pol
 ROW = [5, 6, 7, 8, 9]
 
 
-def hidden(policy: Policy, adapters: list[str]) -> Tensor:
-    packed = pack_rows([ROW])
+def hidden(policy: Policy, adapters: list[str], *rows: list[int]) -> Tensor:
+    packed = pack_rows(rows or [ROW])
     with torch.no_grad():
         return policy.hidden_states(packed.token_ids, packed.positions, adapters, PackedPlan(packed.segments))
 
@@ -38,13 +38,13 @@ def test_each_adapter_has_its_say_and_the_base_model_stays() -> None:
 
 
 def test_one_pass_may_mix_adapters() -> None:
-    policy = small_policy()
-    rows = pack_rows([ROW, [1, *ROW]])
-    names = ["writer"] * 5 + [BASE] * 6
-    with torch.no_grad():
-        mixed = policy.hidden_states(rows.token_ids, rows.positions, names, PackedPlan(rows.segments))
+    policy, other = small_policy(), [1, *ROW]
+    mixed = hidden(policy, ["writer"] * 5 + ["fixer"] * 6, ROW, other)
     assert torch.allclose(mixed[:5], hidden(policy, ["writer"]), atol=1e-5)
-    assert not torch.allclose(mixed[5:10], hidden(policy, ["writer"]), atol=0.1)
+    assert torch.allclose(mixed[5:], hidden(policy, ["fixer"], other), atol=1e-5)
+    mixed = hidden(policy, [BASE] * 5 + ["writer"] * 6, ROW, other)
+    assert torch.allclose(mixed[:5], hidden(policy, [BASE]), atol=1e-5)
+    assert torch.allclose(mixed[5:], hidden(policy, ["writer"], other), atol=1e-5)
 
 
 def test_the_same_seed_gives_the_same_adapters() -> None:
