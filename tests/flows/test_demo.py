@@ -1,0 +1,89 @@
+"""The main job with the tiny model: the whole way, and it must learn."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from agl.store import open_store
+from agl.trajectory import build_trajectory
+from agl_trainer.evaluation import EvalResult, paired_difference
+
+ROOT = Path(__file__).parents[2]
+AGL = Path(sys.executable).with_name("agl")
+
+
+def agl(*arguments: str) -> str:
+    return subprocess.run([AGL, *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, float]:
+    """Folder, report and seconds of one run."""
+    folder = tmp_path_factory.mktemp("demo") / "tiny"
+    started = time.monotonic()
+    report = agl("demo", "--tiny", "--output", str(folder))
+    return folder, report, time.monotonic() - started
+
+
+def test_it_learns_by_examples_and_then_by_reward(demo: tuple[Path, str, float]) -> None:
+    folder, _, _ = demo
+    base, sft, grpo = (EvalResult.load(folder / "eval" / f"{label}.json").scores() for label in ("base", "sft", "grpo"))
+    assert len(base) >= 64
+    assert sum(sft.values()) > sum(base.values())
+    gain = paired_difference(sft, grpo)
+    assert gain.mean >= 0.2
+    assert gain.low > 0
+
+
+def test_it_takes_less_than_90_seconds(demo: tuple[Path, str, float]) -> None:
+    assert demo[2] < 90
+
+
+def test_the_report_says_where_everything_lies(demo: tuple[Path, str, float]) -> None:
+    folder, report, _ = demo
+    for named in (folder / "reward.png", folder / "adapters", folder / "agl.db"):
+        assert named.exists()
+        assert str(named) in report
+    assert "grpo - sft" in report
+    assert "agl inspect --last" in report
+
+
+def test_the_report_comes_again_without_training_again(demo: tuple[Path, str, float]) -> None:
+    folder, report, _ = demo
+    before = (folder / "metrics.jsonl").read_text()
+    assert agl("demo", "--tiny", "--output", str(folder)) == report
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_both_roles_have_adapters_of_their_own(demo: tuple[Path, str, float]) -> None:
+    adapters = {path.name.split("@")[0]: path for path in sorted((demo[0] / "adapters").iterdir())}
+    assert set(adapters) == {"writer", "fixer"}
+    writer, fixer = (load_file(path / "adapter_model.safetensors") for path in adapters.values())
+    assert writer.keys() == fixer.keys()
+    assert all(not bool((writer[name] == fixer[name]).all()) for name in writer)
+
+
+def test_every_call_of_a_training_rollout_is_accounted_for(demo: tuple[Path, str, float]) -> None:
+    uri = f"sqlite:///{demo[0] / 'agl.db'}"
+    store = open_store(uri)
+    trajectory = build_trajectory(store.query_spans("tiny-00001-g0-r0"))
+    store.close()
+    assert trajectory.calls
+    assert sum(len(row.turns) for row in trajectory.rows) + len(trajectory.drops) == len(trajectory.calls)
+    tree = agl("inspect", "tiny-00001-g0-r0", "--store", uri)
+    assert "invoke_agent writer" in tree
+    assert "writer@" in tree
+    assert "trained in step" in tree
+
+
+def test_the_metrics_name_each_step_once(demo: tuple[Path, str, float]) -> None:
+    lines = [json.loads(line) for line in (demo[0] / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    last = lines[-1]["metrics"]
+    dropped = sum(value for name, value in last.items() if name.startswith("calls/dropped/"))
+    assert last["calls/trained"] + dropped == last["calls"]
