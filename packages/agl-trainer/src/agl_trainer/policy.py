@@ -5,6 +5,7 @@ Nothing is copied: the engine samples from the same modules that the trainer upd
 
 import re
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -117,9 +118,12 @@ def _with_adapters(model: PreTrainedModel, roles: Mapping[str, RoleConfig]) -> P
         for role, config in roles.items()
     }
     (first, config), *others = configs.items()
-    peft = get_peft_model(model, config, adapter_name=first)
-    for role, other in others:
-        peft.add_adapter(role, other)
+    with warnings.catch_warnings():
+        # PEFT asks for an attribute that transformers has renamed; nothing that a user could mend.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        peft = get_peft_model(model, config, adapter_name=first)
+        for role, other in others:
+            peft.add_adapter(role, other)
     for name, parameter in peft.named_parameters():
         parameter.requires_grad_("lora_" in name)
     return peft.eval()  # type: ignore[return-value]  # get_peft_model's annotation is wider than what it returns
