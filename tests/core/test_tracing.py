@@ -172,6 +172,18 @@ def test_service_name_given_in_code(sink: OtlpSink) -> None:
     assert sink.services == {"my-agent"}
 
 
+def test_agents_that_seed_python_s_random_numbers_do_not_repeat_ids(sink: OtlpSink) -> None:
+    run_agent(
+        "import random, agl\n"
+        f"agl.init(endpoint='{sink.url}')\n"
+        "for _ in range(2):\n"
+        "    random.seed(0)\n"
+        "    with agl.rollout(): agl.emit_message('x')"
+    )
+    assert len({span.span_id for span in sink.spans}) == 4
+    assert len({span.trace_id for span in sink.spans}) == 2
+
+
 def test_a_provider_that_takes_no_processor_is_refused() -> None:
     done = run_agent(
         "import agl; from opentelemetry import trace\n"

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import threading
 from collections.abc import Mapping, Sequence
 from weakref import WeakKeyDictionary
@@ -11,6 +12,7 @@ from opentelemetry.sdk.environment_variables import OTEL_SERVICE_NAME
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.id_generator import IdGenerator
 
 from agl.context import RolloutProcessor
 from agl.emit.reward import use_weights
@@ -123,6 +125,19 @@ class CollectorProcessor(SpanProcessor):
             batch.shutdown()
 
 
+class _Ids(IdGenerator):
+    """Ids from the system's randomness: agents seed Python's own, and the same seed would give the same ids again."""
+
+    def generate_span_id(self) -> int:
+        return secrets.randbits(64) or self.generate_span_id()
+
+    def generate_trace_id(self) -> int:
+        return secrets.randbits(128) or self.generate_trace_id()
+
+    def is_trace_id_random(self) -> bool:
+        return True
+
+
 _lock = threading.Lock()
 _collectors: WeakKeyDictionary[trace.TracerProvider, CollectorProcessor] = WeakKeyDictionary()
 
@@ -139,7 +154,8 @@ def _sdk_provider(service_name: str | None) -> TracerProvider:
     """The global provider, made if there is none."""
     if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
         name = service_name or os.environ.get(OTEL_SERVICE_NAME, "agent")
-        trace.set_tracer_provider(TracerProvider(resource=Resource.create({SERVICE_NAME: name})))
+        resource = Resource.create({SERVICE_NAME: name})
+        trace.set_tracer_provider(TracerProvider(resource=resource, id_generator=_Ids()))
     provider = trace.get_tracer_provider()
     if not isinstance(provider, TracerProvider):
         raise ConfigError(

@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -108,7 +108,7 @@ class Trainer:
             role = batch[0]["role"]
             with self._weights():
                 update = self._update(role, sft_rows(self.session.template, batch), sft_loss)
-            self._count(1, {role})
+                self._count(1, {role})
             self._log({f"sft/{role}/{name}": value for name, value in update.metrics.items()})
             # An epoch of examples is soon repeated, a checkpoint takes as long as a step.
             if number % (len(plan) // config.epochs) == 0:
@@ -134,7 +134,7 @@ class Trainer:
         rollouts = self._training_rollouts(step, tasks)
         outcomes = self._run(rollouts)
         sampled = time.monotonic()
-        trajectories = self._trajectories(rollouts)
+        trajectories = self._trajectories(outcomes)
         batch = grpo_batch(
             trajectories,
             self.session.policy.roles,
@@ -144,12 +144,13 @@ class Trainer:
         loss = functools.partial(grpo_loss, self.train.epsilon)
         with self._weights():
             updates = {role: self._update(role, rows, loss) for role, rows in batch.rows.items()}
-        self._count(self.train.groups_per_step, set(updates))
-        self._save()
+            self._count(self.train.groups_per_step, set(updates))
         self._record(batch)
         times = {"time/rollouts_s": sampled - started, "time/update_s": time.monotonic() - sampled}
         metrics = _reward_metrics(trajectories, outcomes) | _batch_metrics(batch, updates) | times
         self._log(metrics)
+        # Last: a step that is killed before this is repeated, and says again what it did.
+        self._save()
         self._progress.update(reward=metrics.get("reward/mean"))
 
     def _training_rollouts(self, step: int, tasks: Sequence[Any]) -> list[Rollout]:
@@ -231,8 +232,14 @@ class Trainer:
 
         return self.session.runner.run(rollouts, on_done=on_done)
 
-    def _trajectories(self, rollouts: Sequence[Rollout]) -> list[Trajectory]:
-        return [build_trajectory(self.session.store.query_spans(rollout.rollout_id)) for rollout in rollouts]
+    def _trajectories(self, outcomes: Sequence[Outcome]) -> list[Trajectory]:
+        """Those of the rollouts that left any span: an agent that hangs may leave none, and no word of its failure."""
+        found = []
+        for outcome in outcomes:
+            if spans := self.session.store.query_spans(outcome.rollout_id):
+                trajectory = build_trajectory(spans)
+                found.append(replace(trajectory, error=trajectory.error or outcome.error))
+        return found
 
     def _update(self, role: str, rows: Sequence[Any], loss: Any) -> Update:
         return update_role(
@@ -256,12 +263,14 @@ class Trainer:
 
     def _enter(self, phase: str, learning_rate: float) -> None:
         """Begin `phase` at its start, or go on in it."""
-        if self._standing.phase != phase:
-            self._standing.phase, self._standing.position = phase, 0
-            self._standing.optimizers = {}
-        for role in self.session.policy.roles:
-            if role not in self._standing.optimizers:
-                self._standing.optimizers[role] = self._optimizer(role, learning_rate)
+        # The prompts of an evaluation are forgotten too: a resumed run, which does not repeat it, does not know them.
+        with self._weights():
+            if self._standing.phase != phase:
+                self._standing.phase, self._standing.position = phase, 0
+                self._standing.optimizers = {}
+            for role in self.session.policy.roles:
+                if role not in self._standing.optimizers:
+                    self._standing.optimizers[role] = self._optimizer(role, learning_rate)
 
     def _optimizer(self, role: str, learning_rate: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.session.policy.parameters(role), lr=learning_rate, weight_decay=0.0)

@@ -1,0 +1,312 @@
+"""Whole trainings of a tiny model through store, engine, gateway and agents: they learn, survive, and go on."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agl.config import Config
+from agl.errors import ConfigError, TrainingError
+from agl.store import RolloutState, Store, open_store
+from agl.trajectory import DropReason, Trajectory, build_trajectory, collect_trained
+from agl_trainer import Trainer
+from agl_trainer import trainer as trainer_module
+from tests.flows import toy_agent
+
+TOY = "tests.flows.toy_agent"
+TRAIN: dict[str, Any] = {
+    "model": "tiny",
+    "agent": f"{TOY}:answer",
+    "tasks": f"{TOY}:tasks",
+    "eval_tasks": f"{TOY}:tasks",
+    "reward": f"{TOY}:letters",
+    "group_size": 4,
+    "groups_per_step": 4,
+    "steps": 3,
+    "learning_rate": 3e-3,
+    "max_tokens": 8,
+    "timeout_s": 30,
+}
+SFT = {"examples": f"{TOY}:examples", "epochs": 2, "batch_size": 4, "learning_rate": 3e-3}
+
+
+def config_in(folder: Path, *, role: str = "solver", lora_r: int = 8, **train: Any) -> Config:
+    data = {
+        "store_uri": f"sqlite:///{folder / 'agl.db'}",
+        "agent_roles": {"gamma": 1.0, role: {"lora_r": lora_r}},
+        "engine": {"max_batch": 16, "max_model_len": 96},
+        "train": TRAIN | {"output_dir": str(folder / "run")} | train,
+        "sft": SFT,
+    }
+    return Config.parse(data)
+
+
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    """Metrics of each step, which is there once."""
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["metrics"] for line in lines]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """What the training in `tmp_path` has written. Open it after the training."""
+    store = open_store(f"sqlite:///{tmp_path / 'agl.db'}")
+    yield store
+    store.close()
+
+
+def rollout_names(steps: range, groups: int = 4, rollouts: int = 4) -> list[str]:
+    return [f"run-{step:05d}-g{g}-r{r}" for step in steps for g in range(groups) for r in range(rollouts)]
+
+
+def trajectory_of(store: Store, rollout_id: str) -> Trajectory:
+    return build_trajectory(store.query_spans(rollout_id))
+
+
+# --- learning -------------------------------------------------------------------------------------------------------
+
+
+def test_a_few_steps_raise_the_reward_and_every_call_is_accounted_for(tmp_path: Path, store: Store) -> None:
+    trainer = Trainer(config_in(tmp_path, group_size=8, steps=4))
+    with trainer.open():
+        before = trainer.evaluate("before")
+        trainer.grpo()
+        after = trainer.evaluate("after")
+    metrics = metrics_of(tmp_path)
+    assert [step["calls"] for step in metrics] == [32.0] * 4
+    assert metrics[-1]["reward/mean"] > metrics[0]["reward/mean"] + 0.3
+    assert sum(after.scores().values()) > sum(before.scores().values()) + 0.2 * 8
+    assert list(after.tasks) == toy_agent.WORDS
+    version = 0
+    for step, said in enumerate(metrics, start=1):
+        version = check_step(store, step, version, said)
+    adapter = store.get_resource("solver")
+    assert adapter is not None and adapter.version == version > 1
+    assert sorted(path.name for path in Path(adapter.uri).iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert [step for step, _ in store.query_metrics("run")["reward/mean"]] == [1, 2, 3, 4]
+
+
+def check_step(store: Store, step: int, version: int, metrics: dict[str, float]) -> int:
+    """Each call of the step was sampled by the version before it and has the step's word on it; returns its version."""
+    trained = 0
+    for name in rollout_names(range(step, step + 1), rollouts=8):
+        made = trajectory_of(store, name)
+        assert (made.mode, made.group_id) == ("train", name.rpartition("-")[0])
+        (call,) = made.calls
+        assert len(made.drops) + sum(len(row.turns) for row in made.rows) == 1
+        assert call.policy_version == f"solver@{version}"
+        (word,) = collect_trained(store.query_spans(name))[call.span_id]
+        assert word.step == step
+        assert (word.advantage is None) == (word.reason == DropReason.ZERO_ADVANTAGE)
+        trained += word.reason is None
+    assert trained == metrics["calls/trained"]
+    assert 32 - trained == metrics.get("calls/dropped/zero_advantage", 0)
+    return version + bool(trained)
+
+
+def test_examples_teach(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    assert config.sft is not None
+    trainer = Trainer(config.model_copy(update={"sft": config.sft.model_copy(update={"epochs": 8})}))
+    with trainer.open():
+        trainer.sft()
+        assert sum(trainer.evaluate("sft").scores().values()) > 0.8 * 8
+        trainer.sft()
+    losses = [step["sft/solver/loss"] for step in metrics_of(tmp_path)]
+    assert len(losses) == 16
+    assert losses[-1] < losses[0] / 2
+
+
+# --- agents that fail -----------------------------------------------------------------------------------------------
+
+
+def test_agents_that_raise_or_hang_do_not_stop_the_training(tmp_path: Path, store: Store) -> None:
+    toy_agent.release.clear()
+    moody = {"agent": f"{TOY}:moody_answer", "tasks": f"{TOY}:moody_tasks", "shuffle": False}
+    try:
+        Trainer(config_in(tmp_path, **moody, steps=2, timeout_s=2)).fit()
+    finally:
+        toy_agent.release.set()
+    for metrics in metrics_of(tmp_path):
+        assert (metrics["rollouts"], metrics["rollouts/failed"]) == (16, 12)
+        # The rollouts that hang at once have made no call.
+        assert metrics["calls"] == 12
+        assert metrics["calls/dropped/failed_rollout"] == 8
+        assert metrics["calls/trained"] == 4
+    rollouts = {name: store.get_rollout(name) for name in rollout_names(range(1, 3))}
+    states = {name: rollout.state for name, rollout in rollouts.items() if rollout}
+    assert {state for name, state in states.items() if "-g0-" in name} == {RolloutState.SUCCEEDED}
+    assert {state for name, state in states.items() if "-g0-" not in name} == {RolloutState.FAILED}
+    assert len(states) == 32
+    assert trajectory_of(store, "run-00002-g1-r0").error == "RuntimeError: no flame today"
+
+
+# --- stopping and going on ------------------------------------------------------------------------------------------
+
+
+def repeated(store: Store, steps: range) -> list[str]:
+    """Names of the rollouts that were run a second time."""
+    return [name for name in rollout_names(steps) if store.get_rollout(f"{name}~1") is not None]
+
+
+def test_ctrl_c_costs_the_step_under_way(tmp_path: Path, store: Store) -> None:
+    config = config_in(tmp_path, agent=f"{TOY}:interrupted_answer")
+    toy_agent.interrupt_after = [16 + 5]
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(config).fit()
+    assert len(metrics_of(tmp_path)) == 1
+    toy_agent.interrupt_after = []
+    Trainer(config).fit()
+    assert len(metrics_of(tmp_path)) == 3
+    assert repeated(store, range(1, 4)) == rollout_names(range(2, 3))
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["before", "after"])
+def test_a_stop_just_before_or_after_a_checkpoint_leaves_each_step_once(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, saved: bool
+) -> None:
+    save = trainer_module.save_checkpoint
+
+    def stop_at_two(folder: Path, state: Any) -> None:
+        if saved or state.step != 2:
+            save(folder, state)
+        if state.step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer_module, "save_checkpoint", stop_at_two)
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(config_in(tmp_path)).fit()
+    Trainer(config_in(tmp_path)).fit()
+    assert len(metrics_of(tmp_path)) == 3
+    assert repeated(store, range(1, 4)) == ([] if saved else rollout_names(range(2, 3)))
+    for name in rollout_names(range(1, 4)):
+        spans = store.query_spans(name)
+        assert set(collect_trained(spans)) == {call.span_id for call in build_trajectory(spans).calls}
+
+
+RUN_DEMOS = """
+import os, sys
+from pathlib import Path
+from agl.config import Config
+from agl_trainer.demo import Demo
+
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os.dup2(2, 1)
+        folder = Path(line.strip())
+        Demo(Config.load(folder / "config.yaml"), folder / "run").run()
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Demos:
+    """Runs demos in processes of their own, forked from one that has loaded everything."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        assert process.stdin is not None and process.stdout is not None
+        self._stdin, self._stdout = process.stdin, process.stdout
+
+    def run(self, folder: Path, kill_when: Callable[[], bool] | None = None) -> int:
+        """Exit code of a demo in `folder`; it gets SIGKILL a moment after `kill_when` is first true."""
+        self._stdin.write(f"{folder}\n")
+        self._stdin.flush()
+        child = int(self._stdout.readline())
+        if kill_when is not None:
+            deadline = time.monotonic() + 60
+            while not kill_when():
+                assert time.monotonic() < deadline, "the demo does not get to where it is to be killed"
+                time.sleep(0.005)
+            time.sleep(0.15)
+            subprocess.run(["kill", "-KILL", str(child)], check=True)
+        return int(self._stdout.readline())
+
+
+@pytest.fixture
+def demos(tmp_path: Path) -> Iterator[Demos]:
+    with (tmp_path / "errors.txt").open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", RUN_DEMOS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        with process:
+            yield Demos(process)
+
+
+def test_a_training_killed_again_and_again_ends_bitwise_as_one_that_was_not(tmp_path: Path, demos: Demos) -> None:
+    """SIGKILL in SFT, in the first GRPO step after an evaluation, and in a later one."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+        config = config_in(folder, deterministic=True, group_size=3, groups_per_step=3)
+        (folder / "config.yaml").write_text(config.to_yaml())
+    moments = ["checkpoints/step-000002", "eval/sft.json", "checkpoints/step-000005"]
+    codes = [demos.run(killed, lambda path=killed / "run" / name: path.exists()) for name in moments]
+    assert codes == [-9, -9, -9], (tmp_path / "errors.txt").read_text()
+    assert [demos.run(killed), demos.run(whole)] == [0, 0], (tmp_path / "errors.txt").read_text()
+
+    kept = ["adapters/solver@*/adapter_model.safetensors", "checkpoints/step-000007/*.safetensors", "eval/*.json"]
+    for pattern in kept:
+        files = sorted((whole / "run").glob(pattern))
+        assert files, pattern
+        for file in files:
+            other = killed / "run" / file.relative_to(whole / "run")
+            assert other.read_bytes() == file.read_bytes(), other
+    assert len(metrics_of(killed)) == len(metrics_of(whole)) == 4 + 3
+    for one, other in zip(metrics_of(whole), metrics_of(killed), strict=True):
+        timeless = [{k: v for k, v in metrics.items() if not k.startswith("time/")} for metrics in (one, other)]
+        assert timeless[0] == timeless[1]
+    store = open_store(f"sqlite:///{killed / 'agl.db'}")
+    again = [name for name in rollout_names(range(1, 4), 3, 3) if store.get_rollout(f"{name}~1") is not None]
+    store.close()
+    # The first and the second step were cut short; the third was not.
+    assert {name.split("-g")[0] for name in again} == {"run-00001", "run-00002"}
+
+
+# --- what cannot start ----------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+    missing = tmp_path / "no-model"
+    with pytest.raises(ConfigError, match=f"train.model '{missing}': expected `smollm2` or a folder"):
+        Trainer(config_in(tmp_path, model=str(missing))).fit()
+
+
+def test_a_checkpoint_of_other_roles_or_another_size_is_refused(tmp_path: Path) -> None:
+    Trainer(config_in(tmp_path, steps=1)).fit()
+    with pytest.raises(TrainingError, match="has the roles solver, agent_roles has judge; choose another"):
+        Trainer(config_in(tmp_path, role="judge")).fit()
+    with pytest.raises(TrainingError, match=r"adapter of role 'solver' does not fit: .* another lora_r"):
+        Trainer(config_in(tmp_path, lora_r=4)).fit()
+
+
+@pytest.mark.parametrize(
+    ("act", "said"),
+    [
+        (lambda trainer: trainer.sft(), "no `sft` section"),
+        (lambda trainer: trainer.evaluate("x"), "train.eval_tasks is not set"),
+    ],
+)
+def test_a_phase_that_is_not_configured_is_refused(tmp_path: Path, act: Callable[[Trainer], object], said: str) -> None:
+    trainer = Trainer(config_in(tmp_path, eval_tasks=None).model_copy(update={"sft": None}))
+    with trainer.open(), pytest.raises(ConfigError, match=said):
+        act(trainer)
+
+
+def test_a_trainer_works_only_while_it_is_open(tmp_path: Path) -> None:
+    trainer = Trainer(config_in(tmp_path))
+    with trainer.open():
+        pass
+    with pytest.raises(TrainingError, match="the trainer is not open"):
+        trainer.grpo()

@@ -1,0 +1,73 @@
+"""Agents that only know the OpenAI client, with tasks so simple that a random model learns them in seconds."""
+
+import os
+import signal
+import threading
+from typing import Any
+
+import openai
+
+import agl
+
+Task = dict[str, Any]
+
+WORDS = ["apple", "bread", "cloud", "dance", "eagle", "flame", "grape", "house"]
+
+
+def tasks() -> list[Task]:
+    return [{"id": word, "question": f"Say {word}."} for word in WORDS]
+
+
+def moody_tasks() -> list[Task]:
+    moods = ["", "raise", "hang at once", "hang later"] * 2
+    return [task | {"mood": mood} for task, mood in zip(tasks(), moods, strict=True)]
+
+
+def examples() -> list[dict[str, Any]]:
+    return [
+        {"role": "solver", "messages": messages(task), "completion": f"{task['id']} {task['id']}"} for task in tasks()
+    ]
+
+
+def messages(task: Task) -> list[dict[str, str]]:
+    return [{"role": "user", "content": task["question"]}]
+
+
+def answer(task: Task) -> str:
+    """One call. The headers say to which rollout it belongs; a framework's instrumentor would send them too."""
+    with openai.OpenAI(default_headers=agl.headers(), max_retries=0) as client:
+        reply = client.chat.completions.create(model="solver", messages=messages(task))
+    return reply.choices[0].message.content or ""
+
+
+release = threading.Event()
+"""Set at the end of a test, so that what hangs ends with it."""
+
+
+def moody_answer(task: Task) -> str:
+    if task["mood"] == "hang at once":
+        release.wait()
+    text = answer(task)
+    if task["mood"] == "hang later":
+        release.wait()
+    if task["mood"] == "raise":
+        raise RuntimeError(f"no {task['id']} today")
+    return text
+
+
+interrupt_after: list[int] = []
+"""How many more answers until the agent presses Ctrl-C; empty: never."""
+
+
+def interrupted_answer(task: Task) -> str:
+    text = answer(task)
+    if interrupt_after:
+        interrupt_after[0] -= 1
+        if interrupt_after[0] == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+    return text
+
+
+def letters(task: Task, text: str) -> float:
+    """The share of the answer that is plain letters: about a third by chance."""
+    return sum(character.isascii() and character.isalpha() for character in text) / max(len(text), 1)
