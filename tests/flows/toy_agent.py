@@ -18,6 +18,10 @@ def tasks() -> list[Task]:
     return [{"id": word, "question": f"Say {word}."} for word in WORDS]
 
 
+def few_tasks() -> list[Task]:
+    return tasks()[:3]
+
+
 def moody_tasks() -> list[Task]:
     moods = ["", "raise", "hang at once", "hang later"] * 2
     return [task | {"mood": mood} for task, mood in zip(tasks(), moods, strict=True)]
@@ -35,7 +39,8 @@ def messages(task: Task) -> list[dict[str, str]]:
 
 def answer(task: Task) -> str:
     """One call. The headers say to which rollout it belongs; a framework's instrumentor would send them too."""
-    with openai.OpenAI(default_headers=agl.headers(), max_retries=0) as client:
+    plain = openai.DefaultHttpxClient(verify=False)  # reading certificates takes as long as the call
+    with openai.OpenAI(default_headers=agl.headers(), max_retries=0, http_client=plain) as client:
         reply = client.chat.completions.create(model="solver", messages=messages(task))
     return reply.choices[0].message.content or ""
 
