@@ -130,14 +130,14 @@ def test_a_node_that_two_hold_is_kept_until_both_let_go() -> None:
     assert tree.size == 0
 
 
-def test_a_path_is_parted_at_the_last_long_node() -> None:
+def test_a_path_is_parted_at_the_last_shared_node() -> None:
     tree = PrefixTree(SHAPE)
     for prompt in ([1] * 8, [1] * 8 + [2, 2, 3], [1] * 8 + [2, 2, 4]):
         leaf = tree.insert(prompt)
-    anchor, tail = leaf.split_path(4)
+    anchor, tail = leaf.split_path(lambda node: len(node.tokens) >= 4)
     assert (anchor.tokens, [node.tokens for node in tail]) == ([1] * 8, [[2, 2], [4]])
-    assert leaf.split_path(1) == (leaf, [])
-    root, everything = leaf.split_path(9)
+    assert leaf.split_path(lambda node: True) == (leaf, [])
+    root, everything = leaf.split_path(lambda node: False)
     assert root is tree.root and everything == leaf.path()
 
 

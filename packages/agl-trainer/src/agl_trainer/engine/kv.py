@@ -1,7 +1,7 @@
 """Keys and values that the engine keeps: a prefix tree for prompts, a slab for the tokens being sampled."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,10 +36,10 @@ class PrefixNode:
     users: int = 0
     last_used: int = 0
 
-    def split_path(self, shortest: int) -> tuple["PrefixNode", list["PrefixNode"]]:
-        """The last node on the path with at least `shortest` tokens (else the root), and the nodes after it."""
+    def split_path(self, is_shared: Callable[["PrefixNode"], bool]) -> tuple["PrefixNode", list["PrefixNode"]]:
+        """The last node on the path that `is_shared` (else the root), and the nodes after it."""
         node, tail = self, []
-        while node.parent is not None and len(node.tokens) < shortest:
+        while node.parent is not None and not is_shared(node):
             tail.append(node)
             node = node.parent
         return node, tail[::-1]

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import random
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,7 +36,9 @@ logger = logging.getLogger(__name__)
 PREFIX_TOKENS = 65_536
 """Prompt tokens kept for all adapters together."""
 SHARED_RUN = 32
-"""A shorter run of prompt tokens is copied to each sequence: reading many short runs costs more than it saves."""
+SHARED_BY = 4
+"""A run of fewer prompt tokens, or of fewer running sequences, is copied to each of them: a decoding step reads the
+copies at once and the shared runs one by one."""
 
 
 @dataclass(slots=True, eq=False)
@@ -219,8 +221,11 @@ class Scheduler:
         if admitted:
             self._plan = None
             self._prefill()
+        readers = Counter(node for sequence in self._running for node in _held(sequence.leaf).path())
         for sequence in admitted:
-            sequence.anchor, tail = _held(sequence.leaf).split_path(SHARED_RUN)
+            sequence.anchor, tail = _held(sequence.leaf).split_path(
+                lambda node: len(node.tokens) >= SHARED_RUN and readers[node] >= SHARED_BY
+            )
             sequence.kept = self._slab.fill(sequence.slot, tail)
 
     def _may_start(self, sequence: _Sequence) -> bool:
