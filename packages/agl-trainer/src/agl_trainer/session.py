@@ -18,7 +18,7 @@ from agl_trainer.engine.api import engine_app
 from agl_trainer.engine.chat import ChatTemplate
 from agl_trainer.engine.scheduler import Scheduler
 from agl_trainer.instrumentors import instrumented
-from agl_trainer.models import load_model, model_folder
+from agl_trainer.models import check_supported, load_model, model_folder
 from agl_trainer.policy import Policy
 from agl_trainer.reference import load_function
 from agl_trainer.runner import Runner
@@ -81,6 +81,7 @@ def open_engine(config: Config) -> Iterator[tuple[Policy, Scheduler, ASGIApp]]:
     """The policy with fresh adapters, the scheduler that samples from it, and its OpenAI-compatible app."""
     train = config.require_train()
     model, tokenizer = load_model(_model_folder(config, train))
+    check_supported(model.config, config.engine.max_model_len)
     policy = Policy(model, tokenizer, config.agent_roles.roles, base_name=Path(train.model).name, seed=train.seed)
     max_batch = 1 if train.deterministic else config.engine.max_batch
     with Scheduler(policy, max_batch=max_batch, max_model_len=config.engine.max_model_len) as scheduler:

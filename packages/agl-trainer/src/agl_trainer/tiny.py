@@ -44,7 +44,7 @@ def build_tiny_model(folder: Path, texts: Iterable[str], seed: int) -> None:
     half = Path(tempfile.mkdtemp(dir=folder.parent))
     model = LlamaForCausalLM(config)
     # The embeddings, which are the output layer too, stay frozen: wider ones let a trained layer be sure of a token.
-    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.15)
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.15)
     model.save_pretrained(half)
     tokenizer.save_pretrained(half)
     shutil.rmtree(folder, ignore_errors=True)

@@ -141,6 +141,7 @@ class Trainer:
             gamma=self.config.agent_roles.gamma,
             scale=self.train.scale_rewards,
         )
+        self._check_calls(batch, outcomes)
         loss = functools.partial(grpo_loss, self.train.epsilon)
         with self._weights():
             updates = {role: self._update(role, rows, loss) for role, rows in batch.rows.items()}
@@ -167,6 +168,15 @@ class Trainer:
         if self.train.shuffle:
             place = random.Random(f"{self.train.seed}-{epoch}").sample(range(len(tasks)), len(tasks))[place]
         return tasks[place]
+
+    def _check_calls(self, batch: GrpoBatch, outcomes: Sequence[Outcome]) -> None:
+        """Raises TrainingError where agents answered, but no call of theirs is known: training would do nothing."""
+        answered = sum(outcome.error is None for outcome in outcomes)
+        if answered and not batch.verdicts:
+            raise TrainingError(
+                f"{answered} of {len(outcomes)} rollouts ended well, but no model call was joined to any of them; name "
+                "the framework in train.instrument, or send agl.headers() with each request to OPENAI_BASE_URL"
+            )
 
     def _record(self, batch: GrpoBatch) -> None:
         step = self._standing.step
