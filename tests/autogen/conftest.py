@@ -6,12 +6,8 @@ from typing import Any
 import pytest
 from autogen_core.models import ModelInfo
 from autogen_ext.models.openai import OpenAIChatCompletionClient
-from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from agl.context import RolloutProcessor
 from agl_autogen import AutoGenInstrumentor
 from tests.autogen.vllm_server import VllmServer, running_server
 
@@ -26,29 +22,16 @@ MODEL_INFO: ModelInfo = {
 MakeClient = Callable[..., OpenAIChatCompletionClient]
 
 
-@pytest.fixture(scope="session")
-def exporter() -> InMemorySpanExporter:
-    """AutoGen's own spans go to the global provider, which a process sets once."""
-    if not isinstance(trace.get_tracer_provider(), TracerProvider):
-        trace.set_tracer_provider(TracerProvider())
-    provider = trace.get_tracer_provider()
-    assert isinstance(provider, TracerProvider)
-    exporter = InMemorySpanExporter()
-    provider.add_span_processor(RolloutProcessor())
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    return exporter
-
-
 @pytest.fixture
-def spans(exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
+def spans(memory: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
     """AutoGen instrumented; its message bus silent."""
     monkeypatch.setenv("AUTOGEN_DISABLE_RUNTIME_TRACING", "true")
     instrumentor = AutoGenInstrumentor()
     instrumentor.instrument()
-    exporter.clear()
-    yield exporter
+    memory.clear()
+    yield memory
     instrumentor.uninstrument()
-    exporter.clear()
+    memory.clear()
 
 
 @pytest.fixture

@@ -9,29 +9,13 @@ from anyio.from_thread import start_blocking_portal
 from langchain_openai import ChatOpenAI
 from openai import DefaultAsyncHttpxClient, DefaultHttpxClient
 from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from agl.context import RolloutProcessor
 from agl_langchain import LangChainInstrumentor
 from agl_langchain._open_runs import OPEN_RUNS
 from tests.autogen.vllm_server import VllmServer, running_server
 
 MakeModel = Callable[..., ChatOpenAI]
-
-
-@pytest.fixture(scope="session")
-def memory() -> InMemorySpanExporter:
-    """On the global provider, which a process sets once."""
-    if not isinstance(trace.get_tracer_provider(), TracerProvider):
-        trace.set_tracer_provider(TracerProvider())
-    provider = trace.get_tracer_provider()
-    assert isinstance(provider, TracerProvider)
-    exporter = InMemorySpanExporter()
-    provider.add_span_processor(RolloutProcessor())
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    return exporter
 
 
 @pytest.fixture

@@ -37,7 +37,8 @@ def policy_loss(
     if weights is None:
         weights = rollout_weights(mask, rollout_ids or [str(row) for row in range(len(mask))])
     log_ratio = ((logprobs - old_logprobs) * mask).clamp(-_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
-    token_losses, clipped = _clipped_surrogate(log_ratio.exp(), advantages, epsilon, epsilon_high or epsilon)
+    high = epsilon if epsilon_high is None else epsilon_high
+    token_losses, clipped = _clipped_surrogate(log_ratio.exp(), advantages, epsilon, high)
     loss = (token_losses * weights * mask).sum()
     return loss, _statistics(log_ratio.detach(), clipped, mask)
 
