@@ -8,16 +8,26 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 REQUIREMENTS := $(wildcard packages/*/pyproject.toml) examples/requirements.txt Makefile
 
-.PHONY: demo test
+# Debian packages of the servers and clients that the tests run, each with a program of it.
+SERVERS := postgresql:initdb redis-server:redis-server nodejs:node npm:npm
+
+.PHONY: demo test servers
 
 demo: .venv/installed
 	$(BIN)/agl demo
 
-test: .venv/installed-dev
+test: .venv/installed-dev servers
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/pytest
+
+servers:
+	@PATH="$$PATH:/usr/sbin:$$(echo /usr/lib/postgresql/*/bin | tr ' ' ':')"; missing=; \
+	for server in $(SERVERS); do command -v $${server#*:} >/dev/null || missing="$$missing $${server%:*}"; done; \
+	test -z "$$missing" && exit; \
+	test "$$(id -u)" = 0 || { echo "The tests need servers. As root: apt-get install -y$$missing" >&2; exit 1; }; \
+	apt-get update -q && apt-get install -qy $$missing
 
 .venv/installed: $(REQUIREMENTS)
 	$(PYTHON) -m venv .venv

@@ -12,22 +12,23 @@ from itertools import zip_longest
 from typing import Any
 
 from examples.sql_agent.database import failure
-from examples.sql_agent.prompts import FIXER_SYSTEM, WRITER_SYSTEM, fixer_messages, writer_messages
+from examples.sql_agent.prompts import fixer_messages, writer_messages
 from examples.sql_agent.templates import FAMILIES, TINY_FAMILIES, Combination
 
 Task = dict[str, str]
 Example = dict[str, Any]
 
-HELD_OUT, TRAIN = 6, 28
-"""Tasks of each family; a small family trains on what it has."""
-WRITER_EXAMPLES, FIXER_EXAMPLES = 36, 12
-TINY_HELD_OUT, TINY_TRAIN = 16, 40
-TINY_WRITER_EXAMPLES, TINY_FIXER_EXAMPLES = 48, 16
+HELD_OUT, SHOWN, TRAIN = 8, 4, 24
+"""Tasks of each family: held out, shown with their answers, reinforced; a small family reinforces what it has left."""
+WRITER_EXAMPLES = 36
+"""Of the shown tasks, in their order; the others show the fixer's part."""
+TINY_HELD_OUT, TINY_SHOWN, TINY_TRAIN = 16, 12, 40
+TINY_WRITER_EXAMPLES = 36
 
 
 def train_tasks() -> list[Task]:
-    """A few hundred tasks, the families taking turns."""
-    return _take_turns([family[HELD_OUT : HELD_OUT + TRAIN] for family in _full()])
+    """The tasks to reinforce, the families taking turns. None is among the shown ones: their answers are known."""
+    return _take_turns([family[HELD_OUT + SHOWN :][:TRAIN] for family in _full()])
 
 
 def eval_tasks() -> list[Task]:
@@ -36,13 +37,13 @@ def eval_tasks() -> list[Task]:
 
 
 def gold_examples() -> list[Example]:
-    """Gold traces of both roles, made from training tasks."""
-    return _examples(train_tasks(), WRITER_EXAMPLES, FIXER_EXAMPLES)
+    """Gold traces of both roles, made from the shown tasks."""
+    return _examples(_take_turns([family[HELD_OUT:][:SHOWN] for family in _full()]), WRITER_EXAMPLES)
 
 
 def tiny_train_tasks() -> list[Task]:
-    """Training tasks in few words, for a model that starts from nothing."""
-    return _take_turns([family[TINY_HELD_OUT : TINY_HELD_OUT + TINY_TRAIN] for family in _tiny()])
+    """The tasks to reinforce in few words, for a model that starts from nothing."""
+    return _take_turns([family[TINY_HELD_OUT + TINY_SHOWN :][:TINY_TRAIN] for family in _tiny()])
 
 
 def tiny_eval_tasks() -> list[Task]:
@@ -52,14 +53,7 @@ def tiny_eval_tasks() -> list[Task]:
 
 def tiny_gold_examples() -> list[Example]:
     """Gold traces of both roles in few words."""
-    return _examples(tiny_train_tasks(), TINY_WRITER_EXAMPLES, TINY_FIXER_EXAMPLES)
-
-
-def tiny_corpus() -> list[str]:
-    """The texts that a tokenizer for the tiny model is made from: prompts and answers of training tasks only."""
-    tasks = tiny_train_tasks()
-    mends = [_fixer_example(task, turn)["messages"][-1]["content"] for turn, task in enumerate(tasks)]
-    return [WRITER_SYSTEM, FIXER_SYSTEM, *mends, *(task[key] for task in tasks for key in ("question", "gold"))]
+    return _examples(_take_turns([family[TINY_HELD_OUT:][:TINY_SHOWN] for family in _tiny()]), TINY_WRITER_EXAMPLES)
 
 
 def break_query(gold: str, turn: int) -> str:
@@ -103,10 +97,10 @@ def _take_turns(families: list[list[Task]]) -> list[Task]:
     return [task for turn in zip_longest(*families) for task in turn if task]
 
 
-def _examples(tasks: list[Task], writers: int, fixers: int) -> list[Example]:
-    """The first tasks for the writer, the next for the fixer."""
-    mended = tasks[writers : writers + fixers]
-    return [*map(_writer_example, tasks[:writers]), *(_fixer_example(task, turn) for turn, task in enumerate(mended))]
+def _examples(tasks: list[Task], writers: int) -> list[Example]:
+    """The first tasks for the writer, the others for the fixer."""
+    mended = (_fixer_example(task, turn) for turn, task in enumerate(tasks[writers:]))
+    return [*map(_writer_example, tasks[:writers]), *mended]
 
 
 def _writer_example(task: Task) -> Example:

@@ -9,7 +9,7 @@ from autogen_ext.models.openai import OpenAIChatCompletionClient
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from agl_autogen import AutoGenInstrumentor
-from tests.autogen.vllm_server import VllmServer, running_server
+from tests.vllm_server import VllmServer, running_server
 
 MODEL_INFO: ModelInfo = {
     "vision": False,
@@ -20,6 +20,7 @@ MODEL_INFO: ModelInfo = {
 }
 
 MakeClient = Callable[..., OpenAIChatCompletionClient]
+SwitchOn = Callable[..., None]
 
 
 @pytest.fixture
@@ -32,6 +33,17 @@ def spans(memory: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch) -> Iter
     yield memory
     instrumentor.uninstrument()
     memory.clear()
+
+
+@pytest.fixture
+def switch_on(spans: InMemorySpanExporter) -> SwitchOn:
+    """Switches the instrumentation on anew: `switch_on(roles={"writer": "w.*"})`."""
+
+    def switch(**options: Any) -> None:
+        AutoGenInstrumentor().uninstrument()
+        AutoGenInstrumentor().instrument(**options)
+
+    return switch
 
 
 @pytest.fixture

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.base import TaskResult
-from autogen_agentchat.messages import ModelClientStreamingChunkEvent
+from autogen_agentchat.messages import ModelClientStreamingChunkEvent, TextMessage
 from autogen_agentchat.teams import RoundRobinGroupChat
+from autogen_core import CancellationToken
 from autogen_core.models import CreateResult, UserMessage
 from opentelemetry import trace
 
+import agl
 from tests.autogen.span_tree import attributes, only, tree
 
 ASK = [UserMessage(content="How many mugs?", source="user")]
@@ -33,10 +35,11 @@ async def all_ended(spans: Any, count: int) -> None:
 
 def assert_nothing_left(caplog: pytest.LogCaptureFixture) -> None:
     assert trace.get_current_span() is trace.INVALID_SPAN
+    assert agl.current_role() is None
     assert "Failed to detach context" not in caplog.text
 
 
-async def test_a_model_stream(spans, client, caplog):
+async def test_a_model_stream_broken_off_ends_its_span(spans, client, caplog):
     await break_off(client("planner").create_stream(ASK))
     await all_ended(spans, 1)
     assert_nothing_left(caplog)
@@ -47,7 +50,7 @@ async def test_a_model_stream(spans, client, caplog):
     assert attributes(span)["gen_ai.response.id"] == "chatcmpl-0"
 
 
-async def test_an_agent_stream(spans, client, caplog):
+async def test_an_agent_stream_broken_off_logs_no_failed_detach_and_leaves_no_span_current(spans, client, caplog):
     agent = AssistantAgent("solo", client("solo"), model_client_stream=True)
     spans.clear()
     await break_off(agent.run_stream(task="How many mugs?"))
@@ -56,7 +59,16 @@ async def test_an_agent_stream(spans, client, caplog):
     assert tree(spans.get_finished_spans()).splitlines() == ["invoke_agent solo [solo]", "  chat solo [solo] ERROR"]
 
 
-async def test_a_team_stream(spans, client, caplog):
+async def test_a_stream_of_an_agent_asked_directly_broken_off_leaves_no_span_current(spans, client, caplog):
+    agent = AssistantAgent("solo", client("solo"), model_client_stream=True)
+    spans.clear()
+    await break_off(agent.on_messages_stream([TextMessage(content="How many?", source="user")], CancellationToken()))
+    await all_ended(spans, 2)
+    assert_nothing_left(caplog)
+    assert tree(spans.get_finished_spans()).splitlines() == ["invoke_agent solo [solo]", "  chat solo [solo] ERROR"]
+
+
+async def test_a_team_stream_broken_off_leaves_no_span_current_and_goes_on_in_its_trace(spans, client, caplog):
     """AutoGen itself plays a broken-off run to its end in the background; its spans stay in the run's trace."""
     agents = [AssistantAgent(name, client(name), model_client_stream=True) for name in ("planner", "executor")]
     team = RoundRobinGroupChat([*agents], max_turns=2)

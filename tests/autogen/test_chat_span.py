@@ -3,6 +3,7 @@
 import asyncio
 import json
 import struct
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -22,11 +23,12 @@ from autogen_ext.models.cache import ChatCompletionCache
 from autogen_ext.models.openai import BaseOpenAIChatCompletionClient
 from autogen_ext.models.replay import ReplayChatCompletionClient
 from openai import AsyncOpenAI, BadRequestError
+from opentelemetry import trace
 from opentelemetry.trace import SpanKind
 
 from tests.autogen.conftest import MODEL_INFO
-from tests.autogen.span_tree import attributes, only
-from tests.autogen.vllm_server import LOGPROBS, PROMPT_IDS, TOKEN_IDS
+from tests.autogen.span_tree import attributes, only, tree
+from tests.vllm_server import LOGPROBS, PROMPT_IDS, TOKEN_IDS
 
 ASK: list[LLMMessage] = [SystemMessage(content="Be brief."), UserMessage(content="How many mugs?", source="user")]
 TEXT = "Seven mugs TERMINATE"
@@ -149,11 +151,30 @@ async def test_a_whole_conversation_is_recorded_in_parts(spans):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_any_client_has_a_chat_span(spans, stream):
+async def test_a_client_that_is_not_openais_has_a_chat_span_too(spans, stream):
     await ask(ReplayChatCompletionClient(["yes"], model_info=MODEL_INFO), ASK, stream=stream)
     span = attributes(only(spans.get_finished_spans(), "chat"))
     assert span["gen_ai.provider.name"] == "replay"
     assert json.loads(str(span["gen_ai.output.messages"]))[0]["parts"] == [{"type": "text", "content": "yes"}]
+
+
+class Traced(ReplayChatCompletionClient):
+    """A client that makes a span of its own, as an instrumented HTTP library does."""
+
+    async def create(self, *args: Any, **options: Any) -> CreateResult:
+        with trace.get_tracer("user").start_as_current_span("POST"):
+            return await super().create(*args, **options)
+
+    async def create_stream(self, *args: Any, **options: Any) -> AsyncGenerator[str | CreateResult, None]:
+        with trace.get_tracer("user").start_as_current_span("POST"):
+            async for item in super().create_stream(*args, **options):
+                yield item
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_span_of_the_http_library_hangs_below_the_chat_span(spans, stream):
+    await ask(Traced(["yes"], model_info=MODEL_INFO), ASK, stream=stream)
+    assert tree(spans.get_finished_spans()).splitlines() == ["chat", "  POST"]
 
 
 async def test_a_client_class_defined_later_has_one_span_for_its_own_and_its_parents_create(spans):

@@ -12,7 +12,7 @@ from examples.autogen_team.inventory import PIECES
 from examples.autogen_team.reward import score
 from examples.autogen_team.tasks import eval_tasks, gold_examples, train_tasks
 from tests.autogen.span_tree import tree
-from tests.autogen.vllm_server import VllmServer
+from tests.vllm_server import VllmServer
 
 FOLDER = Path(agent.__file__).parent
 

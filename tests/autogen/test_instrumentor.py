@@ -6,13 +6,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 import pytest
-from autogen_agentchat.agents import _base_chat_agent
 from autogen_agentchat.teams import BaseGroupChat
-from autogen_agentchat.teams._group_chat import _chat_agent_container
-from autogen_agentchat.teams._group_chat._sequential_routed_agent import SequentialRoutedAgent
-from autogen_core.logging import LLMCallEvent
-from autogen_core.models import ChatCompletionClient
-from autogen_ext.models.openai import BaseOpenAIChatCompletionClient
 from autogen_ext.models.replay import ReplayChatCompletionClient
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -23,38 +17,56 @@ from agl_autogen import AutoGenInstrumentor
 from tests.autogen.conftest import MODEL_INFO
 from tests.autogen.span_tree import attributes, only
 
-OWNERS: list[Any] = [
-    BaseGroupChat,
-    SequentialRoutedAgent,
-    _base_chat_agent,
-    _base_chat_agent.BaseChatAgent,
-    _chat_agent_container,
-    ChatCompletionClient,
-    BaseOpenAIChatCompletionClient,
-    ReplayChatCompletionClient,
-    LLMCallEvent,
-]
+REPLACED = {
+    "BaseGroupChat.run_stream",
+    "SequentialRoutedAgent.on_message",
+    "BaseChatAgent.run_stream",
+    "BaseChatAgent.on_messages_stream",
+    "BaseChatAgent.__init_subclass__",
+    "AssistantAgent.on_messages",
+    "AssistantAgent.on_messages_stream",
+    "_base_chat_agent.trace_invoke_agent_span",
+    "_chat_agent_container.trace_invoke_agent_span",
+    "BaseAgent.on_message",
+    "_single_threaded_agent_runtime.get_telemetry_envelope_metadata",
+    "SingleThreadedAgentRuntime._process_send",
+    "SingleThreadedAgentRuntime._process_publish",
+    "_base.trace_tool_span",
+    "ChatCompletionClient.__init_subclass__",
+    "ReplayChatCompletionClient.create",
+    "ReplayChatCompletionClient.create_stream",
+    "LLMCallEvent.__init__",
+    "BaseOpenAIChatCompletionClient.create",
+    "BaseOpenAIChatCompletionClient.create_stream",
+    "BaseOpenAIChatCompletionClient._process_create_args",
+    "BaseOpenAIChatCompletionClient._create_stream_chunks",
+    "BaseOpenAIChatCompletionClient._create_stream_chunks_beta_client",
+}
 
 
-def snapshot() -> list[dict[str, Any]]:
-    return [dict(vars(owner)) for owner in OWNERS]
+def snapshot() -> dict[str, Any]:
+    """Every attribute of every module and class of AutoGen that is loaded, by `<module>.<class>.<attribute>`."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("autogen_")]
+    found = {f"{module.__name__}.{name}": value for module in modules for name, value in vars(module).items()}
+    classes = {cls for cls in found.values() if isinstance(cls, type) and cls.__module__.startswith("autogen_")}
+    for cls in classes:
+        found |= {f"{cls.__module__}.{cls.__name__}.{name}": value for name, value in vars(cls).items()}
+    return found
 
 
-def test_uninstrument_puts_back_the_very_objects():
-    before = snapshot()
-    AutoGenInstrumentor().instrument()
-    replaced = [
-        (owner, name)
-        for owner, old in zip(OWNERS, before, strict=True)
-        for name, value in vars(owner).items()
-        if old.get(name) is not value
-    ]
+@pytest.mark.parametrize("options", [{}, {"redact": str.upper, "capture_token_ids": True}])
+def test_uninstrument_puts_back_the_very_objects(options):
+    AutoGenInstrumentor().instrument()  # whatever this loads is there in both snapshots
     AutoGenInstrumentor().uninstrument()
+    before = snapshot()
+    AutoGenInstrumentor().instrument(**options)
+    replaced = {name for name, value in snapshot().items() if before.get(name) is not value}
+    AutoGenInstrumentor().uninstrument()
+    after = snapshot()
 
-    assert len(replaced) == 14
-    for old, new in zip(before, snapshot(), strict=True):
-        assert old.keys() == new.keys()
-        assert all(old[name] is new[name] for name in old)
+    assert {".".join(name.split(".")[-2:]) for name in replaced} >= REPLACED
+    assert before.keys() == after.keys()
+    assert [name for name in before if before[name] is not after[name]] == []
 
 
 def test_a_client_class_defined_between_is_put_back_too():

@@ -14,6 +14,8 @@ class OtlpSink:
         self.spans: list[Span] = []
         self.services: set[str] = set()
         self.paths: set[str] = set()
+        self.connections: dict[str, set[int]] = {}
+        """Ports that spans of each name came from: one for each connection."""
         self.status = 200
         self.hold = threading.Event()
         self.hold.set()
@@ -31,7 +33,7 @@ class OtlpSink:
         self._server.server_close()
         self._thread.join()
 
-    def take(self, path: str, body: bytes) -> None:
+    def take(self, path: str, body: bytes, port: int) -> None:
         self.hold.wait()
         self.paths.add(path)
         if self.status != 200:
@@ -39,7 +41,10 @@ class OtlpSink:
         for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
             named = {item.key: item.value.string_value for item in resource.resource.attributes}
             self.services.add(named["service.name"])
-            self.spans += [span for scope in resource.scope_spans for span in scope.spans]
+            spans = [span for scope in resource.scope_spans for span in scope.spans]
+            self.spans += spans
+            for span in spans:
+                self.connections.setdefault(span.name, set()).add(port)
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         sink = self
@@ -48,7 +53,7 @@ class OtlpSink:
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
-                sink.take(self.path, self.rfile.read(int(self.headers["Content-Length"])))
+                sink.take(self.path, self.rfile.read(int(self.headers["Content-Length"])), self.client_address[1])
                 self.send_response(sink.status)
                 self.send_header("Content-Length", "0")
                 self.end_headers()

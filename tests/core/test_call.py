@@ -173,6 +173,20 @@ def test_token_counts_come_from_the_usage_where_there_are_no_ids() -> None:
     assert (call.input_tokens, call.output_tokens, call.response_ids) == (40, 2, None)
 
 
+def test_counts_and_finish_reasons_are_read_in_other_spellings() -> None:
+    openinference = {"llm.token_count.prompt": 40, "llm.token_count.completion": 2, "llm.finish_reason": "stop"}
+    agentops = {"gen_ai.usage.prompt_tokens": 40, "gen_ai.usage.completion_tokens": 2}
+    for attributes in (openinference, agentops | {"gen_ai.response.finish_reasons": '["stop"]'}):
+        (call,) = calls_of(chat(attributes=attributes))
+        assert (call.input_tokens, call.output_tokens, call.finish_reason) == (40, 2, "stop")
+
+
+def test_the_version_is_the_answering_models_where_it_has_a_number() -> None:
+    for model, version in (("writer@3", "writer@3"), ("gpt-5", None)):
+        (call,) = calls_of(chat(attributes={semconv.GEN_AI_RESPONSE_MODEL: model}))
+        assert call.policy_version == version
+
+
 def test_an_error_of_either_span_is_the_calls() -> None:
     asked = chat(status="error", message="TimeoutError: no answer")
     (call,) = calls_of(asked, gateway_call(parent=asked))

@@ -12,13 +12,14 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 
 from agl import otlp, semconv
 from agl.server import AppThread
 from agl.span import Span
-from agl.store import Rollout, open_store
+from agl.store import AttemptState, Rollout, open_store
 from agl.trajectory import build_trajectory
 from tests.core.fake_engine import FakeEngine
 from tests.core.span_maker import chat, gateway_call, reward, span
@@ -31,6 +32,10 @@ COMMANDS = [
     ["spans", "export"],
     ["spans", "import"],
     ["store", "count"],
+    ["store", "gc"],
+    ["store", "backup"],
+    ["store", "check"],
+    ["store", "migrate"],
     ["config", "show"],
     ["doctor"],
 ]
@@ -262,6 +267,41 @@ def test_store_count_prints_the_number_and_nothing_else() -> None:
     assert said("store", "count", "--store", "sqlite:///agl.db") == "5\n"
 
 
+def test_store_gc_deletes_what_is_over_and_old() -> None:
+    for name in ("done", "running"):
+        with closing(open_store("sqlite:///agl.db")) as store:
+            store.enqueue_rollouts([Rollout(name, None)])
+            store.lease_rollout("worker", name)
+            store.append_spans([span("step", {semconv.ROLLOUT_ID: name})])
+    with closing(open_store("sqlite:///agl.db")) as store:
+        store.finish_attempt("done-a1", AttemptState.SUCCEEDED)
+    assert said("store", "gc", "--older-than", "1d", "--max-bytes", "2GB") == (
+        "deleted 0 rollouts with 0 spans; 2 spans left\n"
+    )
+    assert json.loads(said("store", "gc", "--older-than", "0s", "--json")) == {
+        "rollouts": 1,
+        "spans": 1,
+        "spans_left": 1,
+    }
+    assert "say what may go: --older-than" in refused("store", "gc")
+    assert "'soon' is not a time such as 7d" in refused("store", "gc", "--older-than", "soon")
+    assert "'2 lots' is not a size such as 2GB" in refused("store", "gc", "--max-bytes", "2 lots")
+
+
+def test_store_backup_check_and_migrate() -> None:
+    keep(*rollout_spans())
+    assert said("store", "backup", "copy.db") == "sqlite:///agl.db is copied to copy.db\n"
+    assert said("store", "count", "--store", "sqlite:///copy.db") == "5\n"
+    assert "copy.db is there already" in refused("store", "backup", "copy.db")
+    assert said("store", "check", "--store", "sqlite:///copy.db") == "sqlite:///copy.db is sound\n"
+    Path("copy.db").write_bytes(Path("copy.db").read_bytes()[:-20_000])
+    damaged = agl("store", "check", "--store", "sqlite:///copy.db")
+    assert damaged.returncode == 1 and "sqlite:///copy.db is damaged" in damaged.stdout
+    assert re.fullmatch(r"sqlite:///agl.db is up to date: schema version \d+\n", said("store", "migrate"))
+    assert "postgresql://x/y is not a SQLite store" in refused("store", "backup", "a", "--store", "postgresql://x/y")
+    assert "there is no store at" in refused("store", "check", "--store", "sqlite:///nowhere.db")
+
+
 # --- config ---------------------------------------------------------------------------------------------------------
 
 
@@ -288,7 +328,7 @@ def test_config_show_names_a_wrong_key_and_a_missing_file() -> None:
 def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     """`agl serve` on free ports: the process, the gateway's and the collector's base URL."""
     process = subprocess.Popen(
-        [AGL, "serve", "--port", "0", "--otlp-http-port", "0", *arguments],
+        [AGL, "serve", "--port", "0", "--otlp-http-port", "0", "--otlp-grpc-port", "0", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -298,8 +338,8 @@ def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]
     try:
         lines = [process.stdout.readline() for _ in range(3)]
         urls = re.findall(r"http://127\.0\.0\.1:\d+", lines[0] + lines[1])
-        assert len(urls) >= 2, process.stderr.read()
-        yield process, urls[1], urls[0]
+        assert len(urls) >= 3, process.stderr.read()
+        yield process, urls[2], urls[0]
     finally:
         process.kill()
         process.wait()
@@ -358,6 +398,19 @@ def test_serve_takes_the_upstream_and_the_store_of_the_file(engine_url: str) -> 
     assert Path("from_file.db").exists()
 
 
+def test_serve_takes_spans_over_grpc_from_those_who_have_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGL_TOKEN", "secret")
+    port = str(free_port())
+    with serving("--otlp-grpc-port", port), grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        export = channel.unary_unary("/opentelemetry.proto.collector.trace.v1.TraceService/Export")
+        with pytest.raises(grpc.RpcError, match="UNAUTHENTICATED"):
+            export(otlp.encode(rollout_spans()), timeout=10)
+        export(otlp.encode(rollout_spans()), metadata=[("authorization", "Bearer secret")], timeout=10)
+    monkeypatch.delenv("AGL_TOKEN")
+    assert said("store", "count") == "5\n"
+    assert "pass --token" in refused("serve", "--host", "0.0.0.0")
+
+
 def test_serve_names_a_port_in_use_and_a_wrong_upstream() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -375,7 +428,8 @@ def free_port() -> int:
 
 def doctor(*arguments: str, path: Path | None = None) -> tuple[int, dict[str, dict[str, Any]]]:
     """Exit code and checks by name; ports are free ones unless `arguments` say otherwise."""
-    ports = ("--port", str(free_port()), "--otlp-http-port", str(free_port()))
+    options = ("--port", "--otlp-http-port", "--otlp-grpc-port")
+    ports = [part for option in options for part in (option, str(free_port()))]
     done = agl("doctor", "--json", *ports, *arguments, path=path)
     assert done.stderr == ""
     return done.returncode, {check["name"]: check for check in json.loads(done.stdout)}
@@ -416,8 +470,10 @@ def test_doctor_knows_its_own_server() -> None:
         code, checks = doctor(*ports)
     assert code == 0
     assert [check["found"] for name, check in checks.items() if name.startswith("port")] == [
-        "in use by a running `agl serve`"
-    ] * 2
+        "in use by a running `agl serve`",
+        "in use by a running `agl serve`",
+        "free",
+    ]
 
 
 def test_doctor_runs_the_checks_of_plug_ins_and_survives_a_broken_one(tmp_path: Path) -> None:

@@ -1,189 +1,270 @@
-"""The OTLP/HTTP receiver over loopback: the SDK's own exporter, raw bodies, and every refusal."""
+"""The collector as the exporters of the OpenTelemetry SDK meet it, over both transports."""
 
-import gzip
-import json
-import socket
-import zlib
-from collections.abc import Iterator, Sequence
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import grpc
 import httpx
 import pytest
-from google.rpc.status_pb2 import Status
+import trustme
+from opentelemetry.exporter.otlp.proto.grpc._log_exporter import OTLPLogExporter as GrpcLogExporter
+from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcMetricExporter
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcSpanExporter
 from opentelemetry.exporter.otlp.proto.http import Compression
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from starlette.applications import Starlette
+from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter as HttpLogExporter
+from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpMetricExporter
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpSpanExporter
+from opentelemetry.sdk._logs.export import LogRecordExportResult
+from opentelemetry.sdk.metrics.export import MetricExportResult, MetricsData
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from agl import otlp
-from agl.collector import JSON, PROTOBUF, Collector
-from agl.errors import StoreError
-from agl.server import AppThread
-from agl.span import Span
+from agl.errors import AglError, ConfigError
+from agl.server import ServerThread
 from agl.store import open_store
-from agl.store.sqlite import SqliteStore
+from tests.core.collecting import RefusingStore, collecting
 
-TRACE = "5b8efff798038103d269b633813fc60c"
-LIMIT = 100_000
+Collecting = tuple[RefusingStore, ServerThread]
+Connect = Callable[..., SpanExporter]
 
 
-class Store(SqliteStore):
-    """The real store in memory, which can be told to refuse the next requests."""
+def over_http(server: ServerThread, **options: Any) -> SpanExporter:
+    return HttpSpanExporter(endpoint=f"{server.otlp_url}/v1/traces", **options)
 
-    refusals = 0
 
-    def append_spans(self, spans: Sequence[Span]) -> int:
-        if self.refusals:
-            self.refusals -= 1
-            raise StoreError("the disk is full")
-        return super().append_spans(spans)
+def over_grpc(server: ServerThread, **options: Any) -> SpanExporter:
+    return GrpcSpanExporter(endpoint=server.otlp_grpc_url, **options)
+
+
+BOTH = pytest.mark.parametrize("connect", [over_http, over_grpc])
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[tuple[Store, str]]:
-    store = Store(":memory:", uri="memory://")
-    thread = AppThread()
-    url = thread.add(Starlette(routes=Collector(store, max_body_bytes=LIMIT).routes()))
-    with thread:
-        yield store, url
-    store.close()
+def running() -> Iterator[Collecting]:
+    with collecting() as collector:
+        yield collector
 
 
-def make_spans(first: int, count: int = 1) -> list[Span]:
-    return [Span(TRACE, f"{number:016x}", None, "chat", 1, 2) for number in range(first, first + count)]
+def make_span(text: str = "hi") -> ReadableSpan:
+    span = TracerProvider().get_tracer("scope").start_span("chat", attributes={"ids": b"\x01\x00", "text": text})
+    span.end()
+    assert isinstance(span, ReadableSpan)
+    return span
 
 
-def post(url: str, body: bytes | str, content_type: str = PROTOBUF, **headers: str) -> httpx.Response:
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return httpx.post(f"{url}/v1/traces", content=body, headers={"content-type": content_type} | named)
+def export(exporter: SpanExporter, *spans: ReadableSpan) -> bool:
+    try:
+        return exporter.export(spans) is SpanExportResult.SUCCESS
+    finally:
+        exporter.shutdown()
 
 
-@pytest.mark.parametrize("compression", [Compression.NoCompression, Compression.Gzip, Compression.Deflate])
-def test_the_sdk_exporter_is_understood(server: tuple[Store, str], compression: Compression) -> None:
-    store, url = server
-    provider = TracerProvider()
-    exporter = OTLPSpanExporter(endpoint=f"{url}/v1/traces", compression=compression)
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    with provider.get_tracer("scope").start_as_current_span("run", attributes={"ids": b"\x01\x00"}) as span:
-        trace_id = f"{span.get_span_context().trace_id:032x}"
-    provider.shutdown()
-    (found,) = store.query_spans(trace_id)
-    assert (found.name, found.attributes, found.scope) == ("run", {"ids": b"\x01\x00"}, "scope")
-
-
-def test_success_means_stored_and_is_empty_in_the_encoding_of_the_request(server: tuple[Store, str]) -> None:
-    store, url = server
-    before = store.count_spans()
-    answer = post(url, otlp.encode(make_spans(100, 2)))
-    assert (answer.status_code, answer.content, answer.headers["content-type"]) == (200, b"", PROTOBUF)
-    assert store.count_spans() == before + 2
-    answer = post(url, otlp.encode_json(make_spans(101, 2)), "application/json; charset=utf-8")
-    assert (answer.status_code, answer.json(), answer.headers["content-type"]) == (200, {}, JSON)
-    assert store.count_spans() == before + 3
-
-
-def test_gzipped_json_is_understood(server: tuple[Store, str]) -> None:
-    store, url = server
-    before = store.count_spans()
-    answer = post(url, gzip.compress(otlp.encode_json(make_spans(200)).encode()), JSON, content_encoding="gzip")
-    assert answer.status_code == 200
-    assert store.count_spans() == before + 1
+def stored(store: RefusingStore, span: ReadableSpan) -> int:
+    assert span.context is not None
+    return len(store.query_spans(f"{span.context.trace_id:032x}"))
 
 
 @pytest.mark.parametrize(
-    ("body", "encoding", "status", "message"),
+    ("connect", "compression"),
     [
-        (b"\x0a\xff\xff", "identity", 400, "not a protobuf"),
-        (b"not gzip", "gzip", 400, "not valid gzip"),
-        (gzip.compress(otlp.encode(make_spans(300)))[:-4], "gzip", 400, "not one whole gzip stream"),
-        (gzip.compress(b"") + b"more", "gzip", 400, "not one whole gzip stream"),
-        (b"", "br", 415, "content encoding 'br'"),
-        (b"x" * (LIMIT + 1), "identity", 413, f"over {LIMIT} bytes"),
-        (gzip.compress(bytes(50_000_000)), "gzip", 413, f"over {LIMIT} bytes"),
-        (zlib.compress(bytes(50_000_000)), "deflate", 413, f"over {LIMIT} bytes"),
+        (over_http, Compression.NoCompression),
+        (over_http, Compression.Gzip),
+        (over_http, Compression.Deflate),
+        (over_grpc, grpc.Compression.NoCompression),
+        (over_grpc, grpc.Compression.Gzip),
+        (over_grpc, grpc.Compression.Deflate),
     ],
 )
-def test_a_bad_body_gets_a_status_in_protobuf(
-    server: tuple[Store, str], body: bytes, encoding: str, status: int, message: str
+def test_spans_of_the_sdk_are_in_the_store_once_they_are_exported(
+    running: Collecting, connect: Connect, compression: Any
 ) -> None:
-    store, url = server
+    store, server = running
+    span = make_span("long " * 1000)
+    assert export(connect(server, compression=compression), span)
+    assert span.context is not None
+    (found,) = store.query_spans(f"{span.context.trace_id:032x}")
+    assert (found.name, found.scope) == ("chat", "scope")
+    assert found.attributes == {"ids": b"\x01\x00", "text": "long " * 1000}
+
+
+@BOTH
+def test_the_sdk_sends_again_until_the_store_has_taken_it(
+    running: Collecting, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, server = running
+    span = make_span()
+    store.refusals = 2
+    begin = time.monotonic()
+    assert export(connect(server, timeout=20), span)
+    assert (store.refusals, stored(store, span)) == (0, 1)
+    assert time.monotonic() - begin > 1.5, "it came back sooner than the answers asked for"
+
+
+@BOTH
+def test_what_was_committed_and_is_sent_again_is_kept_once(running: Collecting, connect: Connect) -> None:
+    store, server = running
+    span = make_span()
+    assert export(connect(server), span)
+    assert export(connect(server), span)
+    assert stored(store, span) == 1
+
+
+def test_senders_that_are_too_many_at_once_are_asked_to_wait_and_all_arrive(caplog: pytest.LogCaptureFixture) -> None:
+    """Two bodies fit; the store is slow at first; twelve senders over both transports lose nothing."""
+    with collecting(max_body_bytes=50_000, max_pending_bytes=100_000) as (store, server):
+        store.open.clear()
+        spans = [make_span("x" * 40_000) for _ in range(12)]
+        done: list[bool] = []
+        senders = [
+            threading.Thread(
+                target=lambda span=span, connect=connect: done.append(export(connect(server, timeout=60), span))
+            )
+            for span, connect in zip(spans, [over_http, over_grpc] * 6, strict=True)
+        ]
+        for sender in senders:
+            sender.start()
+        time.sleep(1)
+        assert store.count_spans() == 0
+        store.open.set()
+        for sender in senders:
+            sender.join()
+        assert done == [True] * 12
+        assert store.count_spans() == 12
+    assert "Transient error" in caplog.text
+
+
+# --- other signals ----------------------------------------------------------------------------------------------------
+
+
+def test_metrics_and_logs_are_answered_with_success(running: Collecting) -> None:
+    _, server = running
+    metrics = [
+        HttpMetricExporter(endpoint=f"{server.otlp_url}/v1/metrics"),
+        GrpcMetricExporter(endpoint=server.otlp_grpc_url),
+    ]
+    logs = [HttpLogExporter(endpoint=f"{server.otlp_url}/v1/logs"), GrpcLogExporter(endpoint=server.otlp_grpc_url)]
+    assert {exporter.export(MetricsData([])) for exporter in metrics} == {MetricExportResult.SUCCESS}
+    assert {exporter.export([]) for exporter in logs} == {LogRecordExportResult.SUCCESS}
+    for exporter in (*metrics, *logs):
+        exporter.shutdown()
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[Collecting]:
+    with collecting("s3cret-one", "s3cret-two") as collector:
+        yield collector
+
+
+@BOTH
+def test_each_of_several_tokens_opens(guarded: Collecting, connect: Connect) -> None:
+    store, server = guarded
+    for token in ("s3cret-one", "s3cret-two"):
+        span = make_span()
+        assert export(connect(server, headers={"authorization": f"Bearer {token}"}), span)
+        assert stored(store, span) == 1
+
+
+@BOTH
+@pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer s3cret"}, {"authorization": "Basic s3cret-one"}])
+def test_other_senders_are_refused_for_good_and_no_token_is_logged(
+    guarded: Collecting, connect: Connect, headers: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    store, server = guarded
+    caplog.set_level(logging.DEBUG, "agl")
     before = store.count_spans()
-    answer = post(url, body, content_encoding=encoding)
-    assert (answer.status_code, answer.headers["content-type"]) == (status, PROTOBUF)
-    assert message in Status.FromString(answer.content).message
-    assert "retry-after" not in answer.headers
+    begin = time.monotonic()
+    assert not export(connect(server, headers=headers), make_span())
+    assert time.monotonic() - begin < 1, "it was sent again"
     assert store.count_spans() == before
+    assert "s3cret" not in "".join(record.getMessage() for record in caplog.records if record.name.startswith("agl"))
 
 
-def test_bad_json_gets_a_status_in_json(server: tuple[Store, str]) -> None:
-    _, url = server
-    answer = post(url, '{"resourceSpans": 7}', JSON)
-    assert (answer.status_code, answer.headers["content-type"]) == (400, JSON)
-    assert answer.json()["code"] == 3
-    assert "not an OTLP/JSON trace request" in answer.json()["message"]
+def test_the_gateway_takes_the_token_as_api_key_and_keeps_its_health_open(guarded: Collecting) -> None:
+    _, server = guarded
+    models = f"{server.base_url}/v1/models"
+    assert httpx.get(models).status_code == 401
+    assert httpx.get(models).json()["error"]["code"] == "invalid_api_key"
+    # 503: let in, and there is no engine.
+    assert httpx.get(models, headers={"authorization": "Bearer s3cret-one"}).status_code == 503
+    assert httpx.get(f"{server.base_url}/api/health").status_code == 200
 
 
-def test_other_content_types_are_named(server: tuple[Store, str]) -> None:
-    _, url = server
-    answer = post(url, b"x", "text/plain")
-    assert answer.status_code == 415
-    assert "content type 'text/plain'" in answer.json()["message"]
-
-
-def test_a_store_that_refuses_asks_the_sender_to_retry(server: tuple[Store, str]) -> None:
-    store, url = server
-    store.refusals = 1
-    answer = post(url, otlp.encode(make_spans(400)))
-    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-    status = Status.FromString(answer.content)
-    assert (status.code, status.message) == (14, "the disk is full")
-    assert post(url, otlp.encode(make_spans(400))).status_code == 200
-
-
-def test_the_sdk_exporter_delivers_after_a_refusal(server: tuple[Store, str]) -> None:
-    store, url = server
-    provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter(endpoint=f"{url}/v1/traces")))
-    store.refusals = 1
-    span = provider.get_tracer("scope").start_span("retried")
-    span.end()
-    provider.shutdown()
-    assert store.refusals == 0
-    assert len(store.query_spans(f"{span.get_span_context().trace_id:032x}")) == 1
-
-
-@pytest.mark.parametrize("signal", ["metrics", "logs"])
-def test_other_signals_are_answered_politely(server: tuple[Store, str], signal: str) -> None:
-    _, url = server
-    answer = httpx.post(f"{url}/v1/{signal}", content=b"\x0a\x00", headers={"content-type": PROTOBUF})
-    assert (answer.status_code, answer.content, answer.headers["content-type"]) == (200, b"", PROTOBUF)
-    answer = httpx.post(f"{url}/v1/{signal}", content=b"{}", headers={"content-type": JSON})
-    assert (answer.status_code, answer.json()) == (200, {})
-
-
-def test_a_sender_that_goes_away_half_way_leaves_nothing(
-    server: tuple[Store, str], caplog: pytest.LogCaptureFixture
-) -> None:
-    store, url = server
-    before = store.count_spans()
-    host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as connection:
-        head = f"POST /v1/traces HTTP/1.1\r\nHost: x\r\nContent-Type: {PROTOBUF}\r\nContent-Length: 1000\r\n\r\n"
-        connection.sendall(head.encode() + b"\x0a\x01")
-    assert post(url, otlp.encode(make_spans(600))).status_code == 200
-    assert store.count_spans() == before + 1
-    assert "Traceback" not in caplog.text
-
-
-def test_acknowledged_spans_are_in_the_file(tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path}/agl.db"
-    store = open_store(uri)
-    thread = AppThread()
-    url = thread.add(Starlette(routes=Collector(store).routes()))
-    with thread:
-        assert post(url, json.dumps(json.loads(otlp.encode_json(make_spans(1, 3)))), JSON).status_code == 200
-        reader = open_store(uri)
-        assert reader.count_spans() == 3
-        reader.close()
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
+def test_nobody_listens_to_others_without_a_token(host: str) -> None:
+    store = open_store("memory://")
+    with pytest.raises(ConfigError, match="pass --token"):
+        ServerThread(store, host=host, port=0, otlp_http_port=0, otlp_grpc_port=0)
     store.close()
+
+
+# --- TLS --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an authority, a certificate for this machine and one for a sender."""
+    folder, authority = tmp_path_factory.mktemp("tls"), trustme.CA()
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    for name, issued in {
+        "server": authority.issue_cert("127.0.0.1"),
+        "sender": authority.issue_cert("me@x.org"),
+    }.items():
+        issued.cert_chain_pems[0].write_to_path(folder / f"{name}.pem")
+        issued.private_key_pem.write_to_path(folder / f"{name}.key")
+    return folder
+
+
+@pytest.fixture
+def no_other_authorities(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests prefers these variables to the file that an exporter names."""
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def trusting(connect: Connect, pem: Path, sender: str | None = None) -> dict[str, Any]:
+    """Options of an exporter that trusts our authority, and shows the certificate of `sender`."""
+    files = {"ca": pem / "ca.pem"} | ({"cert": pem / f"{sender}.pem", "key": pem / f"{sender}.key"} if sender else {})
+    if connect is over_http:
+        shown = {"client_certificate_file": str(files["cert"]), "client_key_file": str(files["key"])} if sender else {}
+        return {"certificate_file": str(files["ca"]), **shown}
+    read = {name: path.read_bytes() for name, path in files.items()}
+    return {"credentials": grpc.ssl_channel_credentials(read["ca"], read.get("key"), read.get("cert"))}
+
+
+@BOTH
+@pytest.mark.usefixtures("no_other_authorities")
+def test_spans_travel_encrypted(pem: Path, connect: Connect) -> None:
+    with collecting(tls={"certificate": pem / "server.pem", "key": pem / "server.key"}) as (store, server):
+        span = make_span()
+        assert export(connect(server, **trusting(connect, pem)), span)
+        assert stored(store, span) == 1
+        assert not export(connect(server, timeout=0.5), make_span()), "an authority that nobody trusts"
+
+
+@BOTH
+@pytest.mark.usefixtures("no_other_authorities")
+def test_senders_may_be_asked_for_a_certificate(pem: Path, connect: Connect) -> None:
+    tls = {"certificate": pem / "server.pem", "key": pem / "server.key", "client_ca": pem / "ca.pem"}
+    with collecting(tls=tls) as (store, server):
+        assert not export(connect(server, timeout=0.5, **trusting(connect, pem)), make_span())
+        assert export(connect(server, **trusting(connect, pem, "sender")), make_span())
+        assert store.count_spans() == 1
+
+
+@pytest.mark.parametrize(
+    ("certificate", "key"), [("server.pem", "sender.key"), ("server.pem", "nowhere.key"), ("ca.txt", "server.key")]
+)
+def test_files_that_do_not_fit_are_named(pem: Path, certificate: str, key: str) -> None:
+    (pem / "ca.txt").write_text("no certificate")
+    with (
+        pytest.raises(AglError, match=rf"collector\.tls: .*{certificate}.*{key} cannot be used"),
+        collecting(tls={"certificate": pem / certificate, "key": pem / key}),
+    ):
+        pass

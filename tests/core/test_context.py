@@ -2,27 +2,39 @@
 
 import asyncio
 import contextvars
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from opentelemetry import baggage, propagate, trace
 from opentelemetry.context import attach, detach
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 import agl
+import agl.context
 from agl.context import ActiveRollout
 from agl.errors import TelemetryError
+from agl.server import AppThread
+from tests.core.otlp_sink import OtlpSink, attributes
 
 FOREIGN = trace.get_tracer("some.other.instrumentation")
 
 
-def foreign_span(name: str, **attributes: Any) -> None:
+def foreign_span(name: str, **said: Any) -> None:
     """A span that somebody else starts and that knows nothing of us."""
-    FOREIGN.start_span(name, attributes=attributes).end()
+    FOREIGN.start_span(name, attributes=said).end()
 
 
 def attributes_of(spans: InMemorySpanExporter, name: str) -> dict[str, Any]:
@@ -218,6 +230,102 @@ def test_headers_carry_ids_and_parent_to_another_service(spans: InMemorySpanExpo
     remote = only(spans, "remote")
     assert remote.parent is not None and remote.parent.span_id == span_id
     assert attributes_of(spans, "remote")["agl.group.id"] == "täsk; a=1, b"
+
+
+def test_a_threads_work_is_carried_there(spans: InMemorySpanExporter) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        for name in ("r1", "r2"):
+            with agl.rollout(name), agl.role("planner"):
+                work = agl.carry(foreign_span)
+            pool.submit(work, name).result()
+        pool.submit(foreign_span, "after").result()
+    assert [attributes_of(spans, name)["agl.rollout.id"] for name in ("r1", "r2")] == ["r1", "r2"]
+    assert attributes_of(spans, "r2")["agl.role"] == "planner"
+    assert attributes_of(spans, "after") == {}
+
+
+POOLS = Path(__file__).with_name("pools.py")
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("executor", "fork"),
+        ("executor", "spawn"),
+        ("executor", "forkserver"),
+        ("pool", "fork"),
+        ("pool", "spawn"),
+        ("process", "fork"),
+        ("process", "spawn"),
+        ("bare", "fork"),
+        ("program", "spawn"),
+    ],
+)
+def test_other_processes(sink: OtlpSink, kind: str, method: str) -> None:
+    """Whatever starts them and however they end, their spans arrive, in their rollout and under its span."""
+    command = [sys.executable, str(POOLS), kind, method, sink.url]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sink.services == {"pools"}
+    started = [span for span in sink.spans if span.name == "agl.message"]
+    assert len(started) == (kind == "bare")
+    roots = {attributes(span)["agl.rollout.id"].string_value: span for span in sink.spans if span.name == "agl.rollout"}
+    assert sorted(roots) == ["r1", "r2", "r3"]
+    assert len(sink.spans) == 3 * 3 + len(started)
+    if started:  # a forked process has its parent's connection and must not write to it
+        assert sink.connections["agl.message"].isdisjoint(sink.connections["r1"])
+    for name, root in roots.items():
+        inside = [span for span in sink.spans if span.parent_span_id == root.span_id]
+        assert {span.name for span in inside} == {name, "agl.reward"}
+        for span in inside:
+            said = attributes(span)
+            assert (said["agl.rollout.id"].string_value, said["agl.role"].string_value) == (name, "planner")
+            assert span.trace_id == root.trace_id
+            assert span.name == name or said["agl.reward.value"].double_value == 0.75
+
+
+@pytest.mark.parametrize("path", ["/ours", "/plain"])
+def test_a_service_that_gets_our_headers_goes_on_in_the_rollout(spans: InMemorySpanExporter, path: str) -> None:
+    async def ours(request: Request) -> Response:
+        async with agl.joined(request.headers) as active:
+            await asyncio.to_thread(foreign_span, "served")
+            return Response(active.rollout_id if active else "")
+
+    async def plain(request: Request) -> Response:
+        """A service that knows OpenTelemetry only."""
+        token = attach(propagate.extract(request.headers))
+        try:
+            foreign_span("served")
+            return Response(agl.context.carried_attributes()["agl.rollout.id"])
+        finally:
+            detach(token)
+
+    service = AppThread()
+    url = service.add(Starlette(routes=[Route("/ours", ours), Route("/plain", plain)]))
+    with service, agl.rollout("r1", group_id="g"), agl.role("planner"):
+        assert httpx.get(url + path, headers=agl.headers()).text == "r1"
+        assert path == "/plain" or httpx.get(url + path).text == ""
+    root, served = only(spans, "agl.rollout"), spans.get_finished_spans()[0]
+    assert served.parent is not None and root.context is not None and served.context is not None
+    assert (served.parent.span_id, served.context.trace_id) == (root.context.span_id, root.context.trace_id)
+    assert {"agl.rollout.id": "r1", "agl.group.id": "g", "agl.role": "planner"}.items() <= (
+        served.attributes or {}
+    ).items()
+
+
+def test_joining_leaves_nothing_of_the_block_around_it(spans: InMemorySpanExporter) -> None:
+    with agl.rollout("r1", group_id="g"), agl.role("planner"):
+        carried = agl.environment()
+    assert sorted(carried) == ["BAGGAGE", "TRACEPARENT"]
+    with agl.rollout("outer", group_id="other"), agl.role("critic"):
+        with agl.joined(carried) as active:
+            assert (active, agl.current_role()) == (ActiveRollout("r1", "r1-a1", "g", "train"), "planner")
+        with agl.joined({}) as nothing:
+            assert (nothing, agl.current_rollout(), agl.current_role()) == (None, None, None)
+            foreign_span("alone")
+        assert agl.current_role() == "critic"
+    assert only(spans, "alone").parent is None
 
 
 def test_headers_outside_of_everything_are_empty() -> None:

@@ -287,6 +287,38 @@ def test_every_emitter_logs_bad_attributes_and_goes_on(
     assert f"{name} was not recorded (no rollout): attribute" in caplog.text
 
 
+@pytest.mark.parametrize("name", EMITTERS)
+def test_strict_emitters_raise_instead(
+    spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    monkeypatch.setenv("AGL_STRICT", "1")
+    with agl.rollout("r1"):
+        with pytest.raises(TelemetryError, match="attribute x is object, expected str"):
+            EMITTERS[name](attributes={"x": object()})
+        assert EMITTERS[name]() is not None
+    assert [span.name for span in spans.get_finished_spans()] == [name, "agl.rollout"]
+    assert not caplog.records
+    monkeypatch.setenv("AGL_STRICT", "0")
+    assert EMITTERS[name](attributes={"x": object()}) is None
+
+
+def test_a_strict_operation_refuses_its_attributes_before_it_runs(
+    spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ran: list[str] = []
+    for strict in ("", "1"):
+        monkeypatch.setenv("AGL_STRICT", strict)
+        try:
+            with agl.operation("count", attributes={"x": object()}):
+                ran.append(strict)
+        except TelemetryError as error:
+            assert "attribute x is object" in str(error)
+            ran.append("refused")
+    assert ran == ["", "refused"]
+    assert "attributes of operation count were not recorded: attribute x is object" in caplog.text
+    assert len(spans.get_finished_spans()) == 1
+
+
 def test_a_value_that_fails_in_an_unforeseen_way_is_logged_with_its_traceback(
     spans: InMemorySpanExporter, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -16,10 +16,11 @@ from opentelemetry.trace import format_span_id
 
 import agl
 from agl import semconv
+from agl.capture import Asked, Capture, strip
 from agl.config import GatewayConfig
 from agl.errors import StoreError
-from agl.gateway.request import Asked, Seeds, prepare
-from agl.gateway.wire import Capture, split_events, strip
+from agl.gateway.request import Seeds, prepare
+from agl.gateway.wire import split_events
 from agl.server import ServerThread
 from agl.span import Span
 from agl.store import Rollout

@@ -161,6 +161,7 @@ def test_an_attribute_without_a_value_is_left_out() -> None:
         "null",
         "7",
         '{"resourceSpans": 7}',
+        '{"resourceSpans": [{"\\ud800": 1}]}',
         '{"resourceSpans": [7]}',
         '{"resourceSpans": [{"scopeSpans": [{"spans": ["x"]}]}]}',
         "[" * 100_000,

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -242,6 +243,44 @@ def test_the_last_reward_wins_and_a_roles_own_comes_before_it() -> None:
     assert {row.role: row.reward for row in trajectory.rows} == {"planner": 0.4, "executor": 0.7}
     assert trajectory.rewards[1].dimensions == {"goal": 1.0, "syntax": 0.5}
     assert [found.target for found in trajectory.rewards] == [None, None, None, "elsewhere"]
+
+
+def test_agentlightning_rewards_have_their_dimensions_and_targets() -> None:
+    def annotation(value: float, attributes: dict[str, Any]) -> Span:
+        first = {"agentlightning.reward.0.name": "goal", "agentlightning.reward.0.value": value}
+        return span("agentlightning.annotation", first | attributes)
+
+    def link(key: str, value: str, number: int = 0) -> dict[str, str]:
+        prefix = f"agentlightning.link.{number}"
+        return {f"{prefix}.key_match": key, f"{prefix}.value_match": value}
+
+    other = {"agentlightning.reward.1.name": "brevity", "agentlightning.reward.1.value": 1}
+    trajectory = build_trajectory(
+        [
+            annotation(0.5, other),
+            annotation(0.1, link("trace_id", TRACE) | link("gen_ai.response.id", "chatcmpl-7", 1)),
+            annotation(0.2, link("span_id", "f" * 16)),
+            annotation(0.3, link("agentlightning.tag", "draft")),
+        ]
+    )
+    whole, *linked = trajectory.rewards
+    assert (trajectory.reward, whole.dimensions) == (0.5, {"goal": 0.5, "brevity": 1.0})
+    assert [reward.target for reward in linked] == ["chatcmpl-7", "f" * 16, "agentlightning.tag draft"]
+
+
+def test_the_reward_of_a_trace_is_its_attempts_though_only_the_gateway_names_one() -> None:
+    """The URL names the attempts; the framework's spans, and the rewards among them, name nothing of ours."""
+    spans: list[Span] = []
+    for number, trace in enumerate((TRACE, OTHER_TRACE), start=1):
+        answer = {semconv.GEN_AI_RESPONSE_ID: f"chatcmpl-{number}"}
+        asked = chat(attributes=answer, trace_id=trace)
+        attempt = answer | {semconv.ATTEMPT_ID: f"r-1-a{number}"}
+        spans += [asked, reward(number, parent=asked), gateway_call(attributes=attempt, trace_id=f"{number:032x}")]
+    first, second = spans[:3], spans[3:]
+    assert build_trajectory(first).reward == 1
+    trajectory = build_trajectory([*second, *first])
+    assert (trajectory.attempt_id, trajectory.reward) == ("r-1-a2", 2)
+    assert [found.value for found in trajectory.rewards] == [2]
 
 
 def test_no_reward_is_none_and_not_zero() -> None:

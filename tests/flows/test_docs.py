@@ -21,7 +21,18 @@ from openai import OpenAI
 from pydantic import BaseModel
 
 from agl.cli import _parser
-from agl.config import AgentRoles, Config, EngineConfig, GatewayConfig, RoleConfig, SftConfig, TrainConfig
+from agl.config import (
+    AgentRoles,
+    CollectorConfig,
+    Config,
+    EngineConfig,
+    GatewayConfig,
+    QueueConfig,
+    RoleConfig,
+    SftConfig,
+    TlsConfig,
+    TrainConfig,
+)
 from agl.server import ServerThread
 from agl.store import open_store
 from agl.trajectory import DropReason
@@ -188,7 +199,10 @@ def test_the_configuration_table_has_every_key_with_its_default() -> None:
         "": Config,
         "agent_roles.": AgentRoles,
         "agent_roles.<role>.": RoleConfig,
+        "collector.": CollectorConfig,
+        "collector.tls.": TlsConfig,
         "gateway.": GatewayConfig,
+        "queue.": QueueConfig,
         "engine.": EngineConfig,
         "train.": TrainConfig,
         "sft.": SftConfig,

@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from agl_langchain import LangChainInstrumentor
 from agl_langchain._open_runs import OPEN_RUNS
-from tests.autogen.vllm_server import VllmServer, running_server
+from tests.vllm_server import VllmServer, running_server
 
 MakeModel = Callable[..., ChatOpenAI]
 

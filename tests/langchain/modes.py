@@ -33,3 +33,15 @@ async def abatch(runnable: Any, value: Any, config: Any) -> Any:
 MODES: list[Mode] = [invoke, ainvoke, stream, astream, batch, abatch]
 STREAMS: list[Mode] = [stream, astream]
 ASYNC_MODES: list[Mode] = [ainvoke, astream, abatch]
+
+
+async def events_v1(runnable: Any, value: Any, config: Any) -> Any:
+    return [event async for event in runnable.astream_events(value, config, version="v1")]
+
+
+async def events_v2(runnable: Any, value: Any, config: Any) -> Any:
+    return [event async for event in runnable.astream_events(value, config, version="v2")]
+
+
+EVERY_MODE: list[Mode] = [*MODES, events_v1, events_v2]
+EVERY_ASYNC_MODE: list[Mode] = [*ASYNC_MODES, events_v1, events_v2]

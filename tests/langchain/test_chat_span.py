@@ -13,9 +13,9 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from agl_langchain import AglCallbackHandler
 from tests.autogen.span_tree import attributes, only
-from tests.autogen.vllm_server import VllmServer
 from tests.langchain.conftest import MakeModel
 from tests.langchain.modes import MODES, STREAMS, Mode
+from tests.vllm_server import VllmServer
 
 QUESTION = [SystemMessage("Be brief."), HumanMessage("How many mugs?")]
 ANSWER = [
@@ -169,3 +169,26 @@ def test_content_stays_off_the_span_by_switch_or_environment(
         assert captured(True) == content
     monkeypatch.setenv("OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT", "SPAN_ONLY")
     assert captured(None) == content
+
+
+@pytest.mark.parametrize("mode", STREAMS)
+async def test_the_instrumentor_sees_the_id_of_a_streamed_answer(
+    mode: Mode, instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+) -> None:
+    await mode(make_model(), QUESTION, {})
+
+    call = only(instrumented.get_finished_spans(), "chat tiny")
+    assert attributes(call)["gen_ai.response.id"] == server.seen[0].response_id
+
+
+def test_streams_read_in_turn_have_each_its_own_id(
+    instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+) -> None:
+    first, second = make_model("first"), make_model("second")
+
+    for _ in zip(first.stream("one"), second.stream("two"), strict=True):
+        pass
+
+    asked = {seen.body["model"]: seen.response_id for seen in server.seen}
+    for name, response_id in asked.items():
+        assert attributes(only(instrumented.get_finished_spans(), f"chat {name}"))["gen_ai.response.id"] == response_id

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from langchain_core.language_models import FakeListChatModel
+from langchain_core.language_models import FakeListChatModel, FakeListLLM
 from langchain_core.messages import AIMessageChunk
+from langchain_core.output_parsers import StrOutputParser
 from langchain_core.outputs import ChatGenerationChunk
 from langchain_core.runnables import RunnableConfig, RunnableGenerator, RunnableLambda
 from opentelemetry import trace
@@ -18,7 +19,7 @@ import agl
 from agl_langchain import AglCallbackHandler
 from agl_langchain._open_runs import OPEN_RUNS
 from tests.autogen.span_tree import attributes, named, only, tree
-from tests.langchain.agents import TRACER, two_roles
+from tests.langchain.agents import STOCK, TRACER, two_roles
 from tests.langchain.conftest import MakeModel
 from tests.langchain.modes import MODES, Mode
 from tests.langchain.test_tree import GOLDEN, QUESTION
@@ -29,22 +30,24 @@ def current() -> trace.SpanContext:
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_runs_one_after_the_other_in_one_task_are_traces_of_their_own(
-    mode: Mode, instrumented: InMemorySpanExporter, make_model: MakeModel
+@pytest.mark.parametrize("kind", ["model", "sequence", "graph"])
+async def test_a_run_that_has_ended_is_no_parent_of_later_runs_in_its_task(
+    kind: str, mode: Mode, instrumented: InMemorySpanExporter, make_model: MakeModel
 ) -> None:
     model = make_model()
-    for question in ("one", "two", "three"):
-        await mode(model, question, {})
+    runnables = {"model": model, "sequence": model | StrOutputParser(), "graph": two_roles(model)}
+    for _ in range(3):
+        await mode(runnables[kind], QUESTION if kind == "graph" else "How many?", {})
         assert not current().is_valid
 
-    roots = named(instrumented.get_finished_spans(), "chat tiny")
-    assert [span.parent for span in roots] == [None, None, None]
-    assert len({span.context.trace_id for span in roots}) == 3
+    roots = [span for span in instrumented.get_finished_spans() if span.parent is None]
+    assert len({span.context.trace_id for span in roots}) == len(roots) == 3
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_inside_the_model_its_span_is_current(mode: Mode, instrumented: InMemorySpanExporter) -> None:
-    """So a span of the HTTP client hangs under the call."""
+async def test_a_span_of_the_http_client_hangs_under_the_call_not_beside_it(
+    mode: Mode, instrumented: InMemorySpanExporter
+) -> None:
 
     class Client(FakeListChatModel):
         def _call(self, *args: Any, **kwargs: Any) -> str:
@@ -60,6 +63,47 @@ async def test_inside_the_model_its_span_is_current(mode: Mode, instrumented: In
     await mode(Client(responses=[]), "hello", {})
 
     assert tree(instrumented.get_finished_spans()) == "chat\n  POST"
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_span_of_a_completion_models_client_hangs_under_the_call(
+    mode: Mode, instrumented: InMemorySpanExporter
+) -> None:
+    class Client(FakeListLLM):
+        def _call(self, *args: Any, **kwargs: Any) -> str:
+            with TRACER.start_as_current_span("POST"):
+                return "Seven."
+
+        async def _acall(self, *args: Any, **kwargs: Any) -> str:
+            return self._call()
+
+    await mode(Client(responses=[]), "hello", {})
+
+    assert tree(instrumented.get_finished_spans()) == "text_completion\n  POST"
+    assert not current().is_valid
+
+
+async def test_a_cancelled_completion_ends_with_its_type(instrumented: InMemorySpanExporter) -> None:
+    class Slow(FakeListLLM):
+        async def _acall(self, *args: Any, **kwargs: Any) -> str:
+            await asyncio.sleep(60)
+            return "Seven."
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await Slow(responses=[]).ainvoke("hello")
+
+    found = attributes(only(instrumented.get_finished_spans(), "text_completion"))
+    assert found["error.type"] == "CancelledError"
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_span_opened_in_a_tool_is_no_root_of_another_trace(
+    mode: Mode, instrumented: InMemorySpanExporter
+) -> None:
+    await mode(STOCK, {"item": "mug"}, {})
+
+    assert tree(instrumented.get_finished_spans()) == "execute_tool stock\n  look into the database"
 
 
 async def test_events_of_a_graph_make_the_same_tree(instrumented: InMemorySpanExporter, make_model: MakeModel) -> None:

@@ -1,12 +1,21 @@
 """The instrumentor comes and goes without a trace, and each run has one span however many handlers hear of it."""
 
+import os
+import subprocess
+import sys
 from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
 
-from langchain_core.language_models import FakeListChatModel
+import pytest
+from langchain_core.callbacks import AsyncCallbackManager
+from langchain_core.language_models import BaseLLM, FakeListChatModel
+from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import RunnableLambda
 from langchain_core.tracers import context
 from langchain_openai.chat_models.base import BaseChatOpenAI
 from langchain_openai.llms.base import BaseOpenAI
+from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -15,23 +24,23 @@ from agl_langchain import AglCallbackHandler, LangChainInstrumentor
 from tests.autogen.span_tree import attributes, only, tree
 from tests.langchain.agents import two_roles
 from tests.langchain.conftest import MakeModel
+from tests.langchain.modes import EVERY_MODE, Mode
 from tests.langchain.test_tree import GOLDEN, QUESTION
 
 
 def test_uninstrument_leaves_the_framework_exactly_as_it_was(spans: InMemorySpanExporter) -> None:
-    before = (
-        list(context._configure_hooks),
-        dict(vars(BaseChatOpenAI)),
-        dict(vars(BaseOpenAI)),
-    )
+    def state() -> list[Any]:
+        classes = (BaseChatOpenAI, BaseOpenAI, BaseLLM, AsyncCallbackManager)
+        return [list(context._configure_hooks), *(dict(vars(owner)) for owner in classes)]
+
+    before = state()
     instrumentor = LangChainInstrumentor()
 
     for _ in range(2):
         instrumentor.instrument()
-        assert vars(BaseChatOpenAI)["_get_request_payload"] is not before[1]["_get_request_payload"]
+        assert all(now != was for now, was in zip(state(), before, strict=True))
         instrumentor.uninstrument()
-        after = (list(context._configure_hooks), dict(vars(BaseChatOpenAI)), dict(vars(BaseOpenAI)))
-        assert after == before
+        assert state() == before
 
     FakeListChatModel(responses=["Seven."]).invoke("hello")
     assert spans.get_finished_spans() == ()
@@ -83,3 +92,30 @@ def test_the_tracer_is_named_after_the_package(instrumented: InMemorySpanExporte
 
     scope = only(instrumented.get_finished_spans(), "chat").instrumentation_scope
     assert scope is not None and (scope.name, scope.version) == ("agl_langchain", "0.1.0")
+
+
+@pytest.mark.parametrize(("disabled", "instruments"), [("", True), ("agl_langchain", False)])
+def test_opentelemetry_instrument_leaves_it_off_where_it_is_disabled(disabled: str, instruments: bool) -> None:
+    code = "import agl_langchain; print(agl_langchain.LangChainInstrumentor().is_instrumented_by_opentelemetry)"
+    launcher = Path(sys.executable).with_name("opentelemetry-instrument")
+    environment = {**os.environ, "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS": disabled}
+
+    done = subprocess.run(
+        [launcher, sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+
+    assert done.stdout.strip() == str(instruments)
+
+
+@pytest.mark.parametrize("mode", EVERY_MODE)
+async def test_a_suppressed_run_has_no_span_and_hides_none_that_is_not(
+    mode: Mode, instrumented: InMemorySpanExporter
+) -> None:
+    model = FakeListChatModel(responses=["Seven."])
+
+    with suppress_instrumentation():
+        await mode(model | StrOutputParser(), "hello", {})
+    assert instrumented.get_finished_spans() == ()
+    await mode(model, "hello", {})
+
+    assert tree(instrumented.get_finished_spans()) == "chat"

@@ -1,5 +1,7 @@
 """The runs held open are bounded, and telemetry that fails does not reach the agent."""
 
+import asyncio
+import gc
 import logging
 from uuid import uuid4
 
@@ -10,6 +12,7 @@ from opentelemetry import trace
 from opentelemetry.context import get_current
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from agl.content import Content
 from agl_langchain import AglCallbackHandler
 from agl_langchain._open_runs import OPEN_RUNS, OpenRuns
 from agl_langchain._role import Actor
@@ -19,7 +22,7 @@ from tests.autogen.span_tree import attributes, only
 
 def start(runs: OpenRuns, name: str) -> Run:
     span = trace.get_tracer("test").start_span(name)
-    run = Run(uuid4(), span, Actor(), None, True, get_current(), get_current())
+    run = Run(uuid4(), span, Actor(), None, True, get_current(), get_current(), Content())
     runs.add(run.run_id, run)
     return run
 
@@ -85,3 +88,20 @@ def test_an_end_without_a_start_is_no_matter(spans: InMemorySpanExporter, caplog
     handler.on_llm_new_token("x", run_id=uuid4())
 
     assert caplog.records == [] and spans.get_finished_spans() == ()
+
+
+async def test_a_run_that_has_ended_is_freed_without_the_garbage_collector(spans: InMemorySpanExporter) -> None:
+    """A server that runs agents all day should not pay for cycles of ours."""
+    model = FakeListChatModel(responses=["Seven."])
+    handler = AglCallbackHandler()
+    gc.collect()
+    gc.disable()
+    try:
+        model.invoke("hello", {"callbacks": [handler]})
+        await asyncio.create_task(model.ainvoke("hello", {"callbacks": [handler]}))
+        await asyncio.sleep(0)  # the loop lets go of the task
+        left = [held for held in gc.get_objects() if isinstance(held, Run)]
+    finally:
+        gc.enable()
+
+    assert left == []

@@ -9,6 +9,7 @@ import pytest
 from langchain_core.messages import HumanMessage
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 from langchain_openai import OpenAI
+from openai import DefaultAsyncHttpxClient
 from opentelemetry import baggage
 from opentelemetry.context import attach, detach
 from opentelemetry.instrumentation.utils import suppress_instrumentation
@@ -18,10 +19,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 import agl
 from agl_langchain import AglCallbackHandler
 from tests.autogen.span_tree import attributes, named, only
-from tests.autogen.vllm_server import Seen, VllmServer
 from tests.langchain.agents import two_async_roles, two_roles
 from tests.langchain.conftest import MakeModel
-from tests.langchain.modes import MODES, Mode
+from tests.langchain.modes import MODES, Mode, ainvoke, invoke
+from tests.vllm_server import Seen, VllmServer
 
 
 def parent_of(seen: Seen) -> str:
@@ -159,11 +160,14 @@ async def test_structured_output_carries_the_headers_too(
     assert [parent_of(seen) for seen in server.seen] == [span_id(span) for span in calls]
 
 
-def test_a_completion_request_carries_them(instrumented: InMemorySpanExporter, server: VllmServer) -> None:
-    model = OpenAI(model="tiny", base_url=server.base_url, api_key="none")  # type: ignore[arg-type]
-
-    with agl.rollout("r1"), agl.role("writer"):
-        model.invoke("How many mugs?")
+@pytest.mark.parametrize("mode", [invoke, ainvoke])
+async def test_a_completion_request_carries_them(
+    mode: Mode, instrumented: InMemorySpanExporter, server: VllmServer
+) -> None:
+    async with DefaultAsyncHttpxClient() as http_client:
+        model = OpenAI(model="tiny", base_url=server.base_url, api_key="none", http_async_client=http_client)  # type: ignore[arg-type]
+        with agl.rollout("r1"), agl.role("writer"):
+            await mode(model, "How many mugs?", {})
 
     (seen,) = server.seen
     assert parent_of(seen) == span_id(only(instrumented.get_finished_spans(), "text_completion tiny"))

@@ -212,3 +212,13 @@ def test_there_is_one_verdict_on_every_call_and_what_trains_is_in_a_row(rollouts
     assert in_rows == trained
     assert all(math.isfinite(value) for value in trained)
     assert "judge" not in batch.rows
+
+
+def test_minibatches_deal_out_the_groups_and_each_weighs_its_own_rollouts() -> None:
+    made = [single(f"{group}{i}", float(i), group_id=group) for group in "abc" for i in range(4)]
+    whole, dealt = batch_of(*made), batch_of(*made, minibatches=2)
+    first, second = dealt.minibatches("writer")
+    assert [len(first), len(second)] == [8, 4]
+    assert sorted(row.advantages for row in first + second) == sorted(row.advantages for row in whole.rows["writer"])
+    assert [{row.weight for row in rows} for rows in (first, second)] == [{1 / (2 * 8)}, {1 / (2 * 4)}]
+    assert [len(rows) for rows in batch_of(*made, minibatches=8).minibatches("writer")] == [4, 4, 4]

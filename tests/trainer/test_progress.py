@@ -1,12 +1,13 @@
 """The live line, on a real pseudo-terminal and in a file."""
 
+import errno
 import fcntl
 import os
 import pty
 import struct
 import termios
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from agl_trainer.progress import Progress, clock
 def now(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Sets the clock that the line reckons with."""
     time = [1000.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: time[0])
+    monkeypatch.setattr(progress, "monotonic", lambda: time[0])  # not of `time`: threads of others wait by that
     return lambda seconds: time.__setitem__(0, 1000.0 + seconds)
 
 
@@ -29,9 +30,18 @@ def on_terminal(use: Callable[[Progress], None], columns: int = 100) -> str:
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with os.fdopen(theirs, "w") as stream, Progress(stream) as line:
         use(line)
-    text = os.read(ours, 65536).decode()
-    os.close(ours)
-    return text
+    return b"".join(_read_all(ours)).decode()
+
+
+def _read_all(terminal: int) -> Iterator[bytes]:
+    """Until it is closed on the other side, which a terminal says by an error; it may come in pieces."""
+    try:
+        while piece := os.read(terminal, 65536):
+            yield piece
+    except OSError as error:
+        assert error.errno == errno.EIO
+    finally:
+        os.close(terminal)
 
 
 def test_on_a_terminal_one_line_is_redrawn_in_place(now: Callable[[float], None]) -> None:

@@ -225,6 +225,36 @@ def test_a_long_rollout_keeps_its_heartbeat(store: Store, make: Make, monkeypatc
     assert attempt.heartbeat_ns - attempt.started_ns > 0.3e9
 
 
+def test_a_rollout_that_another_cancels_is_given_up(store: Store, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "_HEARTBEAT_S", 0.05)
+    timer = threading.Timer(0.2, store.cancel_rollouts, (["r1", "r2"],))
+    timer.start()
+    outcomes = make(agents.hang_on_odd).run(rollouts(1, 2, 4))
+    timer.join()
+    # The second had answered, but was not yet marked: its spans are only looked for at the end.
+    assert states(outcomes) == ["cancelled", "cancelled", "succeeded"]
+    assert [attempt.state.value for attempt in store.query_attempts("r1")] == ["cancelled"]
+
+
+def test_a_rollout_that_the_watchdog_ends_is_tried_again(
+    store: Store, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "_HEARTBEAT_S", 0.05)
+    outcomes = make(hang_first([])).run(rollouts(1, max_attempts=2, timeout_s=0.3))
+    assert states(outcomes) == ["succeeded"]
+    assert [attempt.state.value for attempt in store.query_attempts("r1")] == ["timeout", "succeeded"]
+
+
+def hang_first(tries: list[int]) -> Callable[[int], int]:
+    def agent(task: int) -> int:
+        tries.append(task)
+        if len(tries) == 1:
+            agents.release.wait()
+        return task
+
+    return agent
+
+
 def test_ctrl_c_keeps_what_was_answered_and_cancels_the_rest(store: Store, make: Make) -> None:
     def interrupt(outcome: Outcome) -> None:
         signal.raise_signal(signal.SIGINT)

@@ -7,7 +7,8 @@ from typing import Any
 
 from autogen_agentchat.base import TaskResult
 from autogen_agentchat.messages import HandoffMessage
-from opentelemetry.context import Context, attach, detach
+from autogen_agentchat.teams._group_chat._base_group_chat_manager import BaseGroupChatManager
+from opentelemetry.context import Context, attach, detach, get_current
 from opentelemetry.instrumentation.utils import is_instrumentation_enabled
 from opentelemetry.trace import SpanKind, get_current_span, set_span_in_context
 
@@ -16,6 +17,7 @@ from agl.boundary import never_raises
 from agl_autogen._settings import Settings
 from agl_autogen._span import mark_abandoned, open_span
 from agl_autogen._stream import IsolatedStream
+from agl_autogen._turn import acting_context
 
 RunStream = Callable[..., AsyncGenerator[Any, None]]
 OnMessage = Callable[..., Awaitable[Any]]
@@ -33,7 +35,7 @@ def traced_run(original: RunStream, settings: Settings) -> RunStream:
             semconv.GEN_AI_WORKFLOW_NAME: team.name,
         }
         name = f"{semconv.OPERATION_INVOKE_WORKFLOW} {team.name}"
-        with open_span(settings.tracer, name, SpanKind.INTERNAL, attributes) as span:
+        with open_span(settings, name, SpanKind.INTERNAL, attributes) as span:
             context, finished = set_span_in_context(span), False
             try:
                 stream = IsolatedStream(original(team, *args, **options), context)
@@ -56,25 +58,30 @@ def traced_run(original: RunStream, settings: Settings) -> RunStream:
     return run_stream
 
 
-def in_run(original: OnMessage) -> OnMessage:
-    """`on_message_impl` of a team's agents and manager, in the context of their team's run.
+def in_run(original: OnMessage, settings: Settings) -> OnMessage:
+    """`on_message` of a team's agents and manager, in the context of their team's run.
 
     A runtime of the user's own, started before the run, handles messages in the context of its start: in no rollout,
-    or in that of another run.
+    or in that of another run. A manager may call a model itself, and then acts in its own role; that of the others
+    begins with their turn.
     """
 
     @functools.wraps(original)
-    async def on_message_impl(agent: Any, *args: Any, **options: Any) -> Any:
-        context = _RUNNING.get(agent.id.key)
-        if context is None or _trace_id(context) == _trace_id(None):
-            return await original(agent, *args, **options)
-        token = attach(context)
+    async def on_message(agent: Any, *args: Any, **options: Any) -> Any:
+        token = attach(_handling_context(settings, agent))
         try:
             return await original(agent, *args, **options)
         finally:
             detach(token)
 
-    return on_message_impl
+    return on_message
+
+
+def _handling_context(settings: Settings, agent: Any) -> Context:
+    """The context for `agent` to handle a message in. It may be the current one: messages are many, so look first."""
+    current, run = get_current(), _RUNNING.get(agent.id.key)
+    context = current if run is None or _trace_id(run) == _trace_id(current) else run
+    return acting_context(settings, agent._name, context) if isinstance(agent, BaseGroupChatManager) else context
 
 
 @contextmanager
@@ -88,7 +95,7 @@ def _registered(team_id: str, context: Context) -> Iterator[None]:
             del _RUNNING[team_id]
 
 
-def _trace_id(context: Context | None) -> int:
+def _trace_id(context: Context) -> int:
     return get_current_span(context).get_span_context().trace_id
 
 

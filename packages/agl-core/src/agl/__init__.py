@@ -1,6 +1,7 @@
 """Train the agent you already have: its runs as OpenTelemetry spans with rollouts, roles and rewards."""
 
-from agl.context import current_role, current_rollout, headers, role, rollout
+from agl.carry import carry
+from agl.context import current_role, current_rollout, environment, headers, joined, role, rollout
 from agl.emit import (
     emit_annotation,
     emit_exception,
@@ -13,6 +14,7 @@ from agl.emit import (
 from agl.tracing import flush, init, shutdown
 
 __all__ = [
+    "carry",
     "current_role",
     "current_rollout",
     "emit_annotation",
@@ -21,9 +23,11 @@ __all__ = [
     "emit_object",
     "emit_observation",
     "emit_reward",
+    "environment",
     "flush",
     "headers",
     "init",
+    "joined",
     "operation",
     "role",
     "rollout",

@@ -11,6 +11,7 @@ import yaml
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from agl.errors import ConfigError
+from agl.store import DEFAULT_URI
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
@@ -65,6 +66,69 @@ class EngineConfig(_Section):
     """Longest prompt plus answer, in tokens."""
 
 
+class TlsConfig(_Section):
+    """PEM files."""
+
+    certificate: Path
+    """The certificate, followed by those that it rests on."""
+    key: Path
+    client_ca: Path | None = None
+    """Who signs the certificates of senders; without one senders need none."""
+
+
+class CollectorConfig(_Section):
+    """What receives spans, over OTLP/HTTP and OTLP/gRPC (`agl serve`)."""
+
+    max_body_bytes: Count = 64 * 2**20
+    """Largest request, after decompression."""
+    max_pending_bytes: Count = 128 * 2**20
+    """Most bytes of requests that are not committed yet; above it senders are asked to send again."""
+    token_file: Path | None = None
+    """Bearer tokens, one a line, beside `--token`; a request needs one of them."""
+    tls: TlsConfig | None = None
+
+    @model_validator(mode="after")
+    def _leave_room(self) -> Self:
+        if self.max_pending_bytes < 2 * self.max_body_bytes:
+            raise ValueError("max_pending_bytes must be twice max_body_bytes: a body is held compressed and plain")
+        return self
+
+
+Appendfsync = Literal["everysec", "always"]
+
+
+class QueueConfig(_Section):
+    """The queue in Redis between receivers and the store, and the writers that empty it (`agl serve --queue`)."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "agl"
+    """Queues of other names in the same Redis are others."""
+    appendfsync: Appendfsync = "everysec"
+    """The weakest setting of Redis that is accepted: what `everysec` may lose is warned of."""
+    high: Count = 5000
+    """Spans in the queue; above it writers are added, and `on_queue_high` is called."""
+    hard_limit: Count = 100_000
+    """Spans in the queue; from there on senders are asked to send again."""
+    min_writers: Count = 1
+    max_writers: Count = 4
+    """Processes."""
+    shrink_after_s: Positive = 30.0
+    """A writer ends each time that the queue was below half of `high` for so long."""
+    check_s: Positive = 1.0
+    """Time between two looks at the queue and its writers."""
+    claim_after_s: Positive = 60.0
+    """What a writer has taken and not finished by then, another takes over."""
+    on_queue_high: str | None = None
+    """A command, or a URL to POST to, when the queue gets above `high` and each minute that it stays there."""
+
+    @model_validator(mode="after")
+    def _is_in_order(self) -> Self:
+        if self.max_writers < self.min_writers:
+            raise ValueError("max_writers must not be below min_writers")
+        if self.hard_limit <= self.high:
+            raise ValueError("hard_limit must be above high: else no writer is ever added")
+        return self
+
+
 class SftConfig(_Section):
     """Supervised fine-tuning on examples (`agl sft`)."""
 
@@ -93,6 +157,8 @@ class TrainConfig(_Section):
     """Instrumentors to switch on around the agent, by entry point: `agl_langchain`, `agl_autogen`."""
     group_size: Annotated[int, Field(ge=2)] = 8
     groups_per_step: Count = 8
+    minibatches: Count = 1
+    """Optimizer steps that the groups of a step are dealt out to; sampling is then up to that many steps behind."""
     steps: Count = 20
     shuffle: bool = True
     """Draw the tasks of each epoch in a new order; otherwise as they are listed."""
@@ -102,7 +168,9 @@ class TrainConfig(_Section):
     epsilon: Positive = 0.2
     """Clip range of the probability ratio (PPO, arXiv 1707.06347, eq. 7)."""
     temperature: Positive = 1.0
-    """Sampling temperature put into training requests; evaluation is greedy."""
+    """Sampling temperature put into training requests."""
+    eval_temperature: Annotated[float, Field(ge=0)] = 0.0
+    """The same for evaluation; 0 is greedy."""
     max_tokens: Count = 256
     """Longest answer, where the client did not say."""
     max_grad_norm: Positive = 1.0
@@ -122,12 +190,14 @@ class TrainConfig(_Section):
 class Config(_Section):
     """The whole file."""
 
-    store_uri: str = Field(
-        default="sqlite:///agl.db", validation_alias=AliasChoices("store_uri", "lightning_store_uri")
-    )
+    store_uri: str = Field(default=DEFAULT_URI, validation_alias=AliasChoices("store_uri", "lightning_store_uri"))
+    queue_uri: str | None = None
+    """`redis://host:port`: a durable queue between receivers and the store."""
     rewards: dict[str, float] = Field(default_factory=dict)
     """Weight of each reward dimension in the scalar reward."""
     agent_roles: AgentRoles = Field(default_factory=AgentRoles)
+    collector: CollectorConfig = Field(default_factory=CollectorConfig)
+    queue: QueueConfig = Field(default_factory=QueueConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
     train: TrainConfig | None = None
@@ -191,6 +261,9 @@ def _keys_beside(loc: tuple[str | int, ...]) -> list[str]:
 
 _SECTIONS: dict[str, type[BaseModel]] = {
     "agent_roles": AgentRoles,
+    "collector": CollectorConfig,
+    "tls": TlsConfig,
+    "queue": QueueConfig,
     "gateway": GatewayConfig,
     "engine": EngineConfig,
     "train": TrainConfig,

@@ -1,9 +1,11 @@
 """Which rollout and which role is running: OpenTelemetry baggage, stamped on every span started under it.
 
 Baggage follows `contextvars`: asyncio tasks inherit it, and so do threads started with a copied context (LangChain,
-`asyncio.to_thread`). It travels to other services in the W3C `baggage` header.
+`asyncio.to_thread`). It travels to other services in the W3C `baggage` header, and to other processes in their
+environment or with `agl.carry`.
 """
 
+import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
@@ -20,6 +22,7 @@ from opentelemetry.util.types import AttributeValue
 
 from agl import semconv
 from agl.boundary import never_raises
+from agl.content import Content
 from agl.errors import TelemetryError
 
 Mode = Literal["train", "eval", "prod"]
@@ -96,12 +99,7 @@ def role(name: str) -> Scope[str]:
 
 def current_rollout() -> ActiveRollout | None:
     """The rollout in force, here or in the caller whose baggage came with the request; None outside of one."""
-    carried = carried_attributes()
-    rollout_id = carried.get(semconv.ROLLOUT_ID)
-    if rollout_id is None:
-        return None
-    attempt_id = carried.get(semconv.ATTEMPT_ID, f"{rollout_id}-a1")
-    return ActiveRollout(rollout_id, attempt_id, carried.get(semconv.GROUP_ID), carried.get(semconv.MODE, "train"))
+    return _active(carried_attributes())
 
 
 def current_role() -> str | None:
@@ -116,14 +114,39 @@ def headers() -> dict[str, str]:
     """
     carrier: dict[str, str] = {}
     TraceContextTextMapPropagator().inject(carrier)
-    W3CBaggagePropagator().inject(carrier, context=_with_baggage(carried_attributes(), Context()))
+    if carried := carried_attributes():
+        W3CBaggagePropagator().inject(carrier, context=_with_baggage(carried, Context()))
     return carrier
+
+
+def environment() -> dict[str, str]:
+    """The same as environment variables, for a process to be started: `agl.init()` there goes on in the rollout."""
+    return {name.upper(): value for name, value in headers().items()}
+
+
+def joined(carrier: Mapping[str, str]) -> Scope[ActiveRollout | None]:
+    """Run the block in the rollout, the role and the trace that `carrier` names. `with` or `async with`.
+
+    `carrier` holds `traceparent` and `baggage` in any case: the headers of a request, or what `environment` gave. Where
+    it names no rollout there is none in the block.
+    """
+    context = _joined_context(carrier)
+    return Scope(_attached(context, _active(carried_attributes(context))))
+
+
+def join_environment() -> None:
+    """Go on, for as long as the process lives, in the rollout that its environment names, if none is in force."""
+    context = _joined_context(os.environ)
+    if current_rollout() is None and _active(carried_attributes(context)):
+        attach(context)
 
 
 def carried_attributes(context: Context | None = None) -> dict[str, str]:
     """Span attributes that the baggage of `context` (default: the current one) asks for."""
     carried = baggage.get_all(context)
-    return {key: value for key in _KEYS if isinstance(value := carried.get(key), str) and value}
+    if not carried:
+        return {}
+    return {key: str(value) for key in _KEYS if isinstance(value := carried.get(key), str) and value}
 
 
 def non_empty(name: str, value: str) -> str:
@@ -140,8 +163,10 @@ class RolloutProcessor(SpanProcessor):
     """
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
-        own = span.attributes or {}
-        span.set_attributes({key: value for key, value in carried_attributes(parent_context).items() if key not in own})
+        carried = carried_attributes(parent_context)
+        if carried:
+            own = span.attributes or {}
+            span.set_attributes({key: value for key, value in carried.items() if key not in own})
 
 
 @contextmanager
@@ -166,18 +191,19 @@ def ending(span: trace.Span) -> Iterator[trace.Span]:
     except GeneratorExit:  # a generator closed by its reader ends early, it does not fail
         raise
     except BaseException as error:
-        mark_error(span, error)
+        mark_error(span, error, Content.of())
         raise
     finally:
         span.end()
 
 
-def mark_error(span: trace.Span, error: BaseException) -> None:
-    """Give `span` the status error, `error.type` and the exception as an event."""
+def mark_error(span: trace.Span, error: BaseException, content: Content) -> None:
+    """Give `span` the status error, `error.type` and the exception as an event, as far as `content` lets it speak."""
     with never_raises("an exception was not recorded"):
         span.set_attribute(semconv.ERROR_TYPE, type(error).__qualname__)
-        span.set_status(trace.Status(trace.StatusCode.ERROR, f"{type(error).__name__}: {error}"))
-        span.record_exception(error)
+        status, event = content.of_error(error)
+        span.set_status(trace.Status(trace.StatusCode.ERROR, status))
+        span.add_event("exception", event)
 
 
 @contextmanager
@@ -204,11 +230,34 @@ def _run_rollout(active: ActiveRollout) -> Iterator[ActiveRollout]:
 @contextmanager
 def _carry(entries: Mapping[str, str | None], value: Value) -> Iterator[Value]:
     """Baggage `entries` in force in the block, which receives `value`. An entry of None is taken out."""
-    token = attach(_with_baggage(entries, get_current()))
+    with _attached(_with_baggage(entries, get_current()), value):
+        yield value
+
+
+@contextmanager
+def _attached(context: Context, value: Value) -> Iterator[Value]:
+    token = attach(context)
     try:
         yield value
     finally:
         detach(token)
+
+
+def _active(carried: Mapping[str, str]) -> ActiveRollout | None:
+    rollout_id = carried.get(semconv.ROLLOUT_ID)
+    if rollout_id is None:
+        return None
+    attempt_id = carried.get(semconv.ATTEMPT_ID, f"{rollout_id}-a1")
+    return ActiveRollout(rollout_id, attempt_id, carried.get(semconv.GROUP_ID), carried.get(semconv.MODE, "train"))
+
+
+def _joined_context(carrier: Mapping[str, str]) -> Context:
+    """The current context with our entries, and the span, of `carrier` alone."""
+    lowered = {name.lower(): value for name, value in carrier.items()}
+    named = carried_attributes(W3CBaggagePropagator().extract(lowered, Context()))
+    # The span before: where `carrier` has no traceparent, extraction would leave the current one.
+    rootless = trace.set_span_in_context(trace.INVALID_SPAN)
+    return _with_baggage(dict.fromkeys(_KEYS) | named, TraceContextTextMapPropagator().extract(lowered, rootless))
 
 
 def _with_baggage(entries: Mapping[str, str | None], context: Context) -> Context:

@@ -18,7 +18,19 @@ class TelemetryError(AglError):
 
 
 class StoreError(AglError):
-    """The store cannot be opened, or refuses a verb (an unknown id, a transition that the state table forbids)."""
+    """The store cannot be opened, cannot keep what it was given, or refuses a verb (an unknown id)."""
+
+
+class QueueError(StoreError):
+    """The queue before the store cannot be reached, is full, or may lose what it acknowledges."""
+
+
+class UnknownIdError(StoreError):
+    """A verb names a rollout or an attempt that the store does not hold."""
+
+
+class TransitionError(StoreError):
+    """A rollout or an attempt is in a state from which the state table does not allow the change."""
 
 
 class OtlpError(AglError):

@@ -10,8 +10,9 @@ from agl import semconv
 from agl.span import Span
 from agl.table import align, counted, duration, printable
 from agl.trajectory import Call, Drop, Reward, SpanTree, Trained, Trajectory, Turn, build_trajectory, collect_trained
-from agl.trajectory.aliases import read_text
+from agl.trajectory.agent import agent_of
 from agl.trajectory.call import say_error
+from agl.trajectory.clock import in_one_clock
 from agl.trajectory.reward import collect_rewards
 
 _HEAD = ("span", "role", "tokens", "policy", "time", "")
@@ -71,7 +72,7 @@ class Inspection:
         self._account_of = {account.call.span_id: account for account in self.accounts}
         # A gateway span that was joined by its response id stands in a trace of its own.
         grafts = {call.span_id: call.chat_span_id for call in self.trajectory.calls if call.chat_span_id}
-        self._tree = SpanTree((span for span in spans if span.name != semconv.SPAN_TRAINED), grafts)
+        self._tree = SpanTree(in_one_clock([span for span in spans if span.name != semconv.SPAN_TRAINED]), grafts)
 
     def text(self) -> str:
         """A heading, the tree of spans, and for the dropped calls what to do."""
@@ -128,7 +129,7 @@ class Inspection:
         call = account.call if account else None
         return (
             _branch(lasts) + printable(span.name, _LONGEST_NAME),
-            printable(call.role if call else span.role or read_text(span, semconv.GEN_AI_AGENT_NAME) or ""),
+            printable(call.role if call else agent_of(span) or ""),
             _say_tokens(call) if call else "",
             printable(call.policy_version or "") if call else "",
             duration(span.end_ns - span.start_ns),
@@ -206,7 +207,7 @@ def _span_to_json(span: Span, depth: int) -> dict[str, Any]:
         "parent_id": span.parent_id,
         "depth": depth,
         "name": span.name,
-        "role": span.role or read_text(span, semconv.GEN_AI_AGENT_NAME),
+        "role": agent_of(span),
         "start_ns": span.start_ns,
         "end_ns": span.end_ns,
         "error": say_error(span) if span.status == "error" else None,

@@ -31,23 +31,34 @@ _LAST_NS = 2**63 - 1
 
 def decode(body: bytes) -> list[Span]:
     """Spans of a protobuf ExportTraceServiceRequest. Raises OtlpError; then nothing of the body counts."""
+    return _read_request(parse(body))
+
+
+def decode_json(body: bytes | str) -> list[Span]:
+    """Spans of an OTLP/JSON request. Raises OtlpError; then nothing of the body counts."""
+    return _read_request(parse_json(body))
+
+
+def parse(body: bytes) -> ExportTraceServiceRequest:
+    """The protobuf request; its spans are not looked at. Raises OtlpError."""
     try:
-        return _read_request(ExportTraceServiceRequest.FromString(body))
+        return ExportTraceServiceRequest.FromString(body)
     except DecodeError as error:
         raise OtlpError(f"{len(body)} bytes are not a protobuf ExportTraceServiceRequest: {error}") from error
 
 
-def decode_json(body: bytes | str) -> list[Span]:
-    """Spans of an OTLP/JSON request (hex ids, base64 bytes, 64-bit integers as strings). Raises OtlpError."""
+def parse_json(body: bytes | str) -> ExportTraceServiceRequest:
+    """The request of an OTLP/JSON body (hex ids, base64 bytes, 64-bit integers as strings). Raises OtlpError."""
     request = ExportTraceServiceRequest()
     try:
         data = json.loads(body)
         _convert_ids(data, lambda text: base64.b64encode(bytes.fromhex(text)).decode())
         json_format.ParseDict(data, request, ignore_unknown_fields=True)
-    # A wrong type somewhere inside surfaces as any of these, depending on where it stands.
-    except (ValueError, TypeError, AttributeError, RecursionError, json_format.ParseError) as error:
+    # A wrong type somewhere inside surfaces as any of these, depending on where it stands; a key with half a surrogate
+    # pair as the SystemError.
+    except (ValueError, TypeError, AttributeError, RecursionError, SystemError, json_format.ParseError) as error:
         raise OtlpError(f"the body is not an OTLP/JSON trace request: {error}") from error
-    return _read_request(request)
+    return request
 
 
 def encode(spans: Iterable[Span]) -> bytes:
@@ -74,7 +85,7 @@ def _convert_ids(data: Any, convert: Callable[[str], str]) -> None:
 def _read_request(request: ExportTraceServiceRequest) -> list[Span]:
     spans: list[Span] = []
     for resource_spans in request.resource_spans:
-        resource = _read_attributes(resource_spans.resource.attributes)
+        resource = read_attributes(resource_spans.resource.attributes)
         for scope_spans in resource_spans.scope_spans:
             scope = scope_spans.scope.name
             spans.extend(_read_span(span, resource, scope) for span in scope_spans.spans)
@@ -82,14 +93,15 @@ def _read_request(request: ExportTraceServiceRequest) -> list[Span]:
 
 
 def _read_span(span: trace_pb2.Span, resource: dict[str, AttributeValue], scope: str) -> Span:
+    check_head(span)
     return Span(
-        trace_id=_read_id(span.trace_id, 16, "trace id", span.name),
-        span_id=_read_id(span.span_id, 8, "span id", span.name),
-        parent_id=_read_id(span.parent_span_id, 8, "parent id", span.name) if any(span.parent_span_id) else None,
+        trace_id=span.trace_id.hex(),
+        span_id=span.span_id.hex(),
+        parent_id=span.parent_span_id.hex() if has_parent(span) else None,
         name=span.name,
-        start_ns=_read_time(span.start_time_unix_nano, span.name),
-        end_ns=_read_time(span.end_time_unix_nano, span.name),
-        attributes=_read_attributes(span.attributes),
+        start_ns=span.start_time_unix_nano,
+        end_ns=span.end_time_unix_nano,
+        attributes=read_attributes(span.attributes),
         status=_STATUS_OF_CODE.get(span.status.code, "unset"),
         status_message=span.status.message,
         kind=span.kind,
@@ -99,14 +111,30 @@ def _read_span(span: trace_pb2.Span, resource: dict[str, AttributeValue], scope:
     )
 
 
+def has_parent(span: trace_pb2.Span) -> bool:
+    """An id of zeros alone is none."""
+    return bool(span.parent_span_id.strip(b"\0"))
+
+
+def check_head(span: trace_pb2.Span) -> None:
+    """Raises OtlpError for ids and times that no span can have."""
+    _check_id(span.trace_id, 16, "trace id", span)
+    _check_id(span.span_id, 8, "span id", span)
+    if has_parent(span):
+        _check_id(span.parent_span_id, 8, "parent id", span)
+    _read_time(span.start_time_unix_nano, span.name)
+    _read_time(span.end_time_unix_nano, span.name)
+
+
 def _read_event(event: trace_pb2.Span.Event) -> SpanEvent:
-    return SpanEvent(event.name, _read_time(event.time_unix_nano, event.name), _read_attributes(event.attributes))
+    return SpanEvent(event.name, _read_time(event.time_unix_nano, event.name), read_attributes(event.attributes))
 
 
-def _read_id(value: bytes, size: int, what: str, name: str) -> str:
-    if len(value) != size or not any(value):
-        raise OtlpError(f"span {name!r} has the {what} {value.hex()!r}, expected {size} bytes that are not all zero")
-    return value.hex()
+def _check_id(value: bytes, size: int, what: str, span: trace_pb2.Span) -> None:
+    if len(value) != size or not value.strip(b"\0"):
+        raise OtlpError(
+            f"span {span.name!r} has the {what} {value.hex()!r}, expected {size} bytes that are not all zero"
+        )
 
 
 def _read_time(value: int, name: str) -> int:
@@ -115,7 +143,7 @@ def _read_time(value: int, name: str) -> int:
     return value
 
 
-def _read_attributes(pairs: Iterable[KeyValue]) -> dict[str, AttributeValue]:
+def read_attributes(pairs: Iterable[KeyValue]) -> dict[str, AttributeValue]:
     values = ((pair.key, _read_value(pair.value)) for pair in pairs)
     return {key: value for key, value in values if value is not None}
 

@@ -1,4 +1,4 @@
-"""Serving our ASGI apps from a background thread: gateway and API on one port, the OTLP receiver on another."""
+"""Serving from background threads: gateway and API on one port, the OTLP receivers on others."""
 
 import asyncio
 import socket
@@ -6,23 +6,38 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import uvicorn
-from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from agl.collector import Collector
-from agl.config import GatewayConfig
-from agl.errors import AglError
+from agl.api.routes import Api
+from agl.bearer import BearerTokens, is_loopback
+from agl.collector import GrpcReceiver, HttpReceiver, Receiver
+from agl.collector.tls import uvicorn_options
+from agl.config import CollectorConfig, GatewayConfig, TlsConfig
+from agl.errors import AglError, ConfigError, QueueError
 from agl.gateway import Gateway
+from agl.gateway.refusal import Refusal
 from agl.store import Store
 
+if TYPE_CHECKING:
+    from agl.queue import SpanQueue
+
+_HEALTH = "/api/health"
+_METRICS = """\
+# HELP span_queue_length Spans that are acknowledged and wait in the queue for the store.
+# TYPE span_queue_length gauge
+span_queue_length {length}
+"""
+_AUTHORIZATION = b"authorization"
 _POLL_S = 0.005
 _GRACE_S = 3
+_KEEPALIVE_S = 75
+"""Longer than exporters are silent between two batches (5 s), so that none meets a connection being closed."""
 _BACKLOG = 2048
 
 
@@ -38,22 +53,32 @@ class AppThread:
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="agl-server", daemon=True)
 
-    def add(self, app: ASGIApp, *, host: str = "127.0.0.1", port: int = 0, name: str = "app") -> str:
+    def add(
+        self,
+        app: ASGIApp,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        name: str = "app",
+        tls: TlsConfig | None = None,
+    ) -> str:
         """Bind `app` to `port` (0: a free one); returns its base URL, without a slash at the end.
 
         Raises AglError naming the port when it cannot be had.
         """
-        try:
-            listener = _listen(host, port)
-        except OSError as error:
-            raise AglError(
-                f"the {name} cannot listen on {host}:{port}: {error.strerror}; choose another host or port"
-            ) from error
         config = uvicorn.Config(
-            app, log_config=None, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=_GRACE_S
+            app,
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            ws="none",
+            timeout_keep_alive=_KEEPALIVE_S,
+            timeout_graceful_shutdown=_GRACE_S,
+            **(uvicorn_options(tls) if tls else {}),
         )
+        listener = _listen(host, port, name)
         self._servers.append((uvicorn.Server(config), listener))
-        return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        return _url(host, listener.getsockname()[1], tls)
 
     def start(self) -> None:
         """Serve; returns when every app answers. Raises AglError when one does not start."""
@@ -92,6 +117,8 @@ class AppThread:
 
     async def _serve(self) -> None:
         serving = asyncio.gather(*(server.serve(sockets=[listener]) for server, listener in self._servers))
+        # uvicorn leaves by SystemExit, which ends the loop before anyone has asked for it here.
+        serving.add_done_callback(lambda done: done.cancelled() or done.exception())
         while not serving.done() and not all(server.started for server, _ in self._servers):
             await asyncio.sleep(_POLL_S)
         if not serving.done():
@@ -99,7 +126,7 @@ class AppThread:
         await serving
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, name: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio turns Nagle's algorithm off only where the protocol is named; with it each answer waits for a delayed ACK.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -107,18 +134,29 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(_BACKLOG)
-    except OSError:
+    except OSError as error:
         listener.close()
-        raise
+        raise AglError(
+            f"the {name} cannot listen on {host}:{port}: {error.strerror}; choose another host or port"
+        ) from error
     return listener
 
 
+def _url(host: str, port: int, tls: TlsConfig | None) -> str:
+    return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 class ServerThread(AppThread):
-    """What `agl serve` serves: the gateway with `/api/health` at `base_url`, the OTLP/HTTP receiver at `otlp_url`.
+    """What `agl serve` serves: gateway and API at `base_url`, receivers at `otlp_url` and `otlp_grpc_url`.
 
     `upstream` is the engine: its base URL ending in `/v1`, or an ASGI app, which is then served too, on a free port;
-    None: calls are refused until there is one. Port 0 takes a free port. Raises AglError naming a port in use.
+    None: calls are refused until there is one. Port 0 takes a free port; without `otlp_grpc_port` there is no gRPC.
+    With a `queue` the receivers put spans there, for its writers to move into `store`, and `/metrics` tells its length.
+    With `tokens` every request but `/api/health` needs one of them. Raises AglError naming a port in use, ConfigError
+    where others can reach `host` and there is no token.
     """
+
+    otlp_grpc_url: str | None = None
 
     def __init__(
         self,
@@ -127,30 +165,94 @@ class ServerThread(AppThread):
         host: str = "127.0.0.1",
         port: int = 8400,
         otlp_http_port: int = 4318,
+        otlp_grpc_port: int | None = None,
+        tokens: BearerTokens | None = None,
         upstream: str | ASGIApp | None = None,
+        collector: CollectorConfig | None = None,
+        queue: "SpanQueue | None" = None,
         gateway: GatewayConfig | None = None,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
+        if not tokens and not is_loopback(host):
+            raise ConfigError(f"others can reach {host}: pass --token, or listen on 127.0.0.1")
+        receiver = Receiver(queue or store, collector, tokens)
+        self._http = HttpReceiver(receiver)
+        self._api = Api(store, receiver.config)
+        self._grpc = GrpcReceiver(receiver) if otlp_grpc_port is not None else None
         try:
             engine = upstream if upstream is None or isinstance(upstream, str) else self._add_engine(upstream)
             proxy = Gateway(store, upstream=engine, config=gateway, overrides=overrides)
-            api = proxy.app([_health_route(store, proxy)])
-            collector = Starlette(routes=Collector(store).routes())
+            routes = [*self._api.routes(), _health_route(store, proxy, queue), _metrics_route(queue)]
+            api = _Guard(proxy.app(routes), tokens or BearerTokens())
             self.base_url = self.add(api, host=host, port=port, name="gateway")
-            self.otlp_url = self.add(collector, host=host, port=otlp_http_port, name="OTLP/HTTP receiver")
+            tls = receiver.config.tls
+            self.otlp_url = self.add(self._http, host=host, port=otlp_http_port, name="OTLP/HTTP receiver", tls=tls)
+            if self._grpc is not None and otlp_grpc_port is not None:
+                self.otlp_grpc_url = _bind(self._grpc, host, otlp_grpc_port, tls)
         except AglError:
             self.stop()
             raise
+
+    def start(self) -> None:
+        super().start()
+        if self._grpc is not None:
+            self._grpc.start()
+
+    def stop(self) -> None:
+        if self._grpc is not None:
+            self._grpc.stop(_GRACE_S)
+        super().stop()
+        self._http.close()
+        self._api.close()
 
     def _add_engine(self, engine: ASGIApp) -> str:
         # On loopback whatever `host` is: only the gateway talks to it.
         return self.add(engine, name="engine") + "/v1"
 
 
-def _health_route(store: Store, gateway: Gateway) -> Route:
+def _bind(receiver: GrpcReceiver, host: str, port: int, tls: TlsConfig | None) -> str:
+    _listen(host, port, "OTLP/gRPC receiver").close()  # gRPC would not say why it cannot.
+    return _url(host, receiver.bind(host, port), tls)
+
+
+class _Guard:
+    """The gateway's app for those who have one of `tokens`, which are ours: the engine gets to see none."""
+
+    def __init__(self, app: ASGIApp, tokens: BearerTokens) -> None:
+        self._app = app
+        self._tokens = tokens
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._tokens or scope["type"] != "http" or scope["path"] == _HEALTH:
+            return await self._app(scope, receive, send)
+        if not self._tokens.admit(dict(scope["headers"]).get(_AUTHORIZATION)):
+            refusal = Refusal(401, "invalid_api_key", "a token is needed: set the client's api_key to it")
+            return await refusal.response()(scope, receive, send)
+        headers = [(name, value) for name, value in scope["headers"] if name != _AUTHORIZATION]
+        await self._app({**scope, "headers": headers}, receive, send)
+
+
+def _health_route(store: Store, gateway: Gateway, queue: "SpanQueue | None") -> Route:
     async def health(_: Request) -> JSONResponse:
         spans, answers = await asyncio.gather(asyncio.to_thread(store.count_spans), gateway.engine_answers())
-        return JSONResponse({"spans": spans, "engine": {"upstream": gateway.upstream, "answers": answers}})
+        queued = {"span_queue_length": await asyncio.to_thread(_length, queue)} if queue else {}
+        return JSONResponse({"spans": spans, "engine": {"upstream": gateway.upstream, "answers": answers}} | queued)
 
-    return Route("/api/health", health)
+    return Route(_HEALTH, health)
+
+
+def _metrics_route(queue: "SpanQueue | None") -> Route:
+    async def metrics(_: Request) -> PlainTextResponse:
+        length = await asyncio.to_thread(_length, queue) if queue else 0
+        text = _METRICS.format(length="NaN" if length is None else length)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    return Route("/metrics", metrics)
+
+
+def _length(queue: "SpanQueue") -> int | None:
+    try:
+        return queue.length()
+    except QueueError:
+        return None

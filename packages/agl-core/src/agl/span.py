@@ -1,13 +1,30 @@
 """A span as the store keeps it: plain values, no OpenTelemetry object."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 from agl import semconv
 
 AttributeValue = str | bool | int | float | bytes | list[str] | list[bool] | list[int] | list[float]
 Status = Literal["unset", "ok", "error"]
+
+_AGENTLIGHTNING_ROLLOUT, _AGENTLIGHTNING_ATTEMPT = "agentlightning.rollout_id", "agentlightning.attempt_id"
+_OPENINFERENCE_KIND, _OPENINFERENCE_ANSWER = "openinference.span.kind", "output.value"
+
+COLUMN_ATTRIBUTES: Final = frozenset(
+    {
+        semconv.ROLLOUT_ID,
+        semconv.ATTEMPT_ID,
+        semconv.GEN_AI_RESPONSE_ID,
+        _AGENTLIGHTNING_ROLLOUT,
+        _AGENTLIGHTNING_ATTEMPT,
+        _OPENINFERENCE_KIND,
+        _OPENINFERENCE_ANSWER,
+    }
+)
+"""What `rollout_id`, `attempt_id` and `response_id` are read from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +36,60 @@ class SpanEvent:
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
 
 
+class Named:
+    """What the attributes of a span say of where it belongs."""
+
+    __slots__ = ()
+
+    attributes: Mapping[str, AttributeValue]
+    resource: Mapping[str, AttributeValue]
+
+    @property
+    def named_rollout(self) -> str | None:
+        """The rollout that the span names."""
+        return self.text(semconv.ROLLOUT_ID) or self._agentlightning_id(_AGENTLIGHTNING_ROLLOUT)
+
+    @property
+    def attempt_id(self) -> str | None:
+        """The attempt that the span names."""
+        return self.text(semconv.ATTEMPT_ID) or self._agentlightning_id(_AGENTLIGHTNING_ATTEMPT)
+
+    @property
+    def response_id(self) -> str | None:
+        """Id of the model's answer that the span tells of. OpenInference has it nowhere but in the answer's JSON."""
+        return self.text(semconv.GEN_AI_RESPONSE_ID) or self._openinference_response_id()
+
+    def text(self, name: str) -> str | None:
+        """Attribute `name` if it is a non-empty string, else None."""
+        value = self.attributes.get(name)
+        return value if isinstance(value, str) and value else None
+
+    def number(self, name: str) -> float | None:
+        """Attribute `name` if it is a number (not a bool), else None."""
+        value = self.attributes.get(name)
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    def _agentlightning_id(self, name: str) -> str | None:
+        """agentlightning names its ids on the span or on the resource."""
+        found = self.attributes.get(name) or self.resource.get(name)
+        return found if isinstance(found, str) and found else None
+
+    def _openinference_response_id(self) -> str | None:
+        answer = self.text(_OPENINFERENCE_ANSWER)
+        if answer is None or self.text(_OPENINFERENCE_KIND) != "LLM":
+            return None
+        try:
+            data = json.loads(answer)
+        except (ValueError, RecursionError):  # redacted, or cut to a length
+            return None
+        of_langchain = data.get("llm_output") if isinstance(data, dict) else None
+        holder = of_langchain if isinstance(of_langchain, dict) else data
+        found = holder.get("id") if isinstance(holder, dict) else None
+        return found if isinstance(found, str) and found else None
+
+
 @dataclass(frozen=True, slots=True)
-class Span:
+class Span(Named):
     """One finished span. Ids are lower-case hex (32 digits a trace, 16 a span), times Unix nanoseconds."""
 
     trace_id: str
@@ -39,19 +108,9 @@ class Span:
 
     @property
     def rollout_id(self) -> str:
-        """The rollout the span names, else the implicit one: its trace."""
-        return self.text(semconv.ROLLOUT_ID) or self.trace_id
+        """The rollout that the span names, else the implicit one: its trace."""
+        return self.named_rollout or self.trace_id
 
     @property
     def role(self) -> str | None:
         return self.text(semconv.ROLE)
-
-    def text(self, name: str) -> str | None:
-        """Attribute `name` if it is a non-empty string, else None."""
-        value = self.attributes.get(name)
-        return value if isinstance(value, str) and value else None
-
-    def number(self, name: str) -> float | None:
-        """Attribute `name` if it is a number (not a bool), else None."""
-        value = self.attributes.get(name)
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -5,6 +5,8 @@ import os
 import secrets
 import threading
 from collections.abc import Mapping, Sequence
+from multiprocessing.util import Finalize, register_after_fork
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from opentelemetry import trace
@@ -14,8 +16,8 @@ from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 
-from agl.context import RolloutProcessor
-from agl.emit.reward import use_weights
+from agl.context import RolloutProcessor, join_environment
+from agl.emit.reward import use_weights, weights_in_use
 from agl.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ def init(
     `endpoint`: base URL of the collector, `/v1/traces` is appended (default: `$OTEL_EXPORTER_OTLP_ENDPOINT`, else
     http://localhost:4318). `reward_weights`: weight of each reward dimension (see `emit_reward`).
     A global SDK provider that is already set stays, with its name and its exporters; ours is added to it.
+    A process that was started with `agl.environment()` goes on in the rollout that was in force there.
     Raises ConfigError for an endpoint that is no URL or a provider that is not the SDK's, TelemetryError for a weight.
     """
     url = _traces_url(endpoint)
@@ -45,7 +48,8 @@ def init(
             use_weights(reward_weights)
         provider = _sdk_provider(service_name)
         _collector_of(provider).open(url)
-        return provider
+    join_environment()
+    return provider
 
 
 def flush(timeout_s: float = 30.0) -> bool:
@@ -59,6 +63,16 @@ def shutdown() -> None:
     collector = _collectors.get(trace.get_tracer_provider())
     if collector is not None:
         collector.shutdown()
+
+
+def settings() -> dict[str, Any] | None:
+    """What `init` must be given in another process to export as this one does; None where nothing is exported."""
+    provider = trace.get_tracer_provider()
+    collector = _collectors.get(provider)
+    if collector is None or not collector.is_open or not isinstance(provider, TracerProvider):
+        return None
+    name = provider.resource.attributes.get(SERVICE_NAME)
+    return {"service_name": str(name), "endpoint": collector.url, "reward_weights": weights_in_use()}
 
 
 class CollectorExporter(SpanExporter):
@@ -93,6 +107,20 @@ class CollectorProcessor(SpanProcessor):
         self._exporter: CollectorExporter | None = None
         self._batch: BatchSpanProcessor | None = None
         self._told_lost = 0
+
+    @property
+    def is_open(self) -> bool:
+        return self._exporter is not None
+
+    @property
+    def url(self) -> str | None:
+        return self._exporter.url if self._exporter else None
+
+    def reopen(self) -> None:
+        """In a forked child: connections, queue and thread are the parent's. What waited there is sent there."""
+        if self._exporter is not None:
+            url, self._exporter, self._batch = self._exporter.url, None, None
+            self.open(url)
 
     def open(self, url: str | None) -> None:
         """Start exporting to `url`; does nothing while it exports already."""
@@ -171,4 +199,19 @@ def _collector_of(provider: TracerProvider) -> CollectorProcessor:
         _collectors[provider] = CollectorProcessor()
         provider.add_span_processor(RolloutProcessor())
         provider.add_span_processor(_collectors[provider])
+        register_after_fork(_collectors[provider], _send_at_the_end)
     return _collectors[provider]
+
+
+def _send_at_the_end(collector: CollectorProcessor) -> None:
+    """A child of multiprocessing ends without the exit handlers of Python, but not without its own."""
+    Finalize(collector, collector.force_flush, exitpriority=0)
+
+
+def _reopen_all() -> None:
+    for collector in list(_collectors.values()):
+        collector.reopen()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reopen_all)

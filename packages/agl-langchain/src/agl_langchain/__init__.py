@@ -2,5 +2,6 @@
 
 from agl_langchain._handler import AglCallbackHandler
 from agl_langchain._instrumentor import LangChainInstrumentor
+from agl_langchain._token_ids import capture_token_ids
 
-__all__ = ["AglCallbackHandler", "LangChainInstrumentor"]
+__all__ = ["AglCallbackHandler", "LangChainInstrumentor", "capture_token_ids"]

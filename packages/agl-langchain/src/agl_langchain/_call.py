@@ -1,6 +1,7 @@
 """What a model call says of itself: the attributes of its request and of its answer."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from langchain_core.messages import AIMessage
@@ -8,9 +9,42 @@ from langchain_core.outputs import ChatGeneration, Generation, LLMResult
 from opentelemetry.util.types import AttributeValue
 
 from agl import semconv
+from agl.capture import Capture, Choice
 from agl_langchain._messages import finish_reason, output_messages, to_json
 
 Attributes = dict[str, AttributeValue]
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedCall:
+    """A model call, and its answer as the engine gave it: filled where the model captures token ids."""
+
+    request: Attributes
+    """What the call's span says from its start."""
+    answer: Capture = field(default_factory=Capture)
+
+    def attributes(self) -> Attributes:
+        """Response id, and the tokens of the first choice."""
+        choices = self.answer.choices()
+        return {**self._response_id(), **choices[0].token_attributes()} if choices else {}
+
+    def of_choices(self) -> list[Attributes]:
+        """Attributes of a span for each choice, where the request asked for several: a span holds the ids of one."""
+        choices = self.answer.choices()
+        return [self._of_choice(choice) for choice in choices] if len(choices) > 1 else []
+
+    def _of_choice(self, choice: Choice) -> Attributes:
+        reason = choice.finish_reason
+        return {
+            **self.request,
+            **self._response_id(),
+            semconv.GATEWAY_CHOICE: choice.index,
+            **({semconv.GEN_AI_RESPONSE_FINISH_REASONS: [reason]} if reason else {}),
+            **choice.token_attributes(),
+        }
+
+    def _response_id(self) -> Attributes:
+        return {semconv.GEN_AI_RESPONSE_ID: self.answer.response_id} if self.answer.response_id else {}
 
 
 def request_attributes(parameters: Mapping[str, Any], metadata: Mapping[str, Any]) -> Attributes:

@@ -14,7 +14,7 @@ from opentelemetry.trace import TracerProvider
 
 from agl import semconv
 from agl.boundary import never_raises
-from agl.content import content_is_captured
+from agl.content import Content, Redact
 from agl.role_map import RoleMap
 from agl_langchain._messages import input_messages, prompt_messages, retrieved, to_json, tool_result
 from agl_langchain._recorder import Recorder, Start
@@ -50,15 +50,18 @@ class AglCallbackHandler(BaseCallbackHandler):
         *,
         roles: Mapping[str, str] | None = None,
         capture_content: bool | None = None,
+        redact: Redact | None = None,
         tracer_provider: TracerProvider | None = None,
     ) -> None:
         """`roles` maps a role to a regular expression over names of nodes, agents and chains.
 
-        `capture_content` says whether messages, tool arguments and results go on the spans; None leaves it to
-        `OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT`, and without that they do. Raises ConfigError for a
-        pattern that is no regular expression.
+        `capture_content` says whether messages, tool arguments, results and what errors say go on the spans; None
+        leaves it to `OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT`, and without that they do. `redact` is given
+        each text of these before it is on a span, and gives back what may leave the process (see `agl.content`).
+
+        Raises ConfigError for a pattern that is no regular expression, or a `redact` that is no function.
         """
-        self._recorder = Recorder(RoleMap(roles), content_is_captured(capture_content), tracer_provider)
+        self._recorder = Recorder(RoleMap(roles), Content.of(capture_content, redact), tracer_provider)
 
     @_event
     def on_chain_start(self, serialized: dict[str, Any] | None, inputs: Any, **event: Any) -> None:

@@ -71,7 +71,7 @@ def tool_result(output: Any) -> Any:
 
 def to_json(value: Any) -> str:
     """JSON; what JSON does not know is written as its fields (models) or its text."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_plain)
+    return _ENCODER.encode(value)
 
 
 def _role(message: BaseMessage) -> str:
@@ -140,3 +140,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, BaseMessage):
         return {"role": _role(value), "parts": _parts(value)}
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else str(value)
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_plain)
+"""Made once: it takes as long as a short message."""

@@ -1,7 +1,7 @@
 """From the start and the end of a run to its span."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -14,10 +14,12 @@ from opentelemetry.instrumentation.utils import is_instrumentation_enabled
 from opentelemetry.trace import SpanKind, TracerProvider
 
 from agl import semconv
+from agl.content import Content
 from agl.context import carried_attributes, mark_error
 from agl.role_map import RoleMap
 from agl_langchain._call import (
     Attributes,
+    CapturedCall,
     request_attributes,
     response_attributes,
     response_messages,
@@ -25,15 +27,13 @@ from agl_langchain._call import (
 )
 from agl_langchain._open_runs import OPEN_RUNS
 from agl_langchain._role import Actor, stated_role
-from agl_langchain._run import Run, child_context, run_in_force, settled_context
-
-Describe = Callable[[], Attributes]
+from agl_langchain._run import Describe, Run, child_context, run_in_force, settled_context
 
 _HIDDEN_TAG = "langsmith:hidden"
 """Tag of runs that are LangGraph's own plumbing."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for every run, and that would take four times as long
 class Start:
     """What a start event says of its run."""
 
@@ -65,9 +65,9 @@ class Start:
 class Recorder:
     """Opens and closes the spans of one handler."""
 
-    def __init__(self, roles: RoleMap, captures_content: bool, provider: TracerProvider | None) -> None:
+    def __init__(self, roles: RoleMap, content: Content, provider: TracerProvider | None) -> None:
         self._roles = roles
-        self._captures_content = captures_content
+        self._content = content
         self._tracer = trace.get_tracer("agl_langchain", version("agl-langchain"), provider)
 
     def open_chain(self, start: Start) -> None:
@@ -83,18 +83,24 @@ class Recorder:
             name, attributes = _named(semconv.OPERATION_INVOKE_WORKFLOW, semconv.GEN_AI_WORKFLOW_NAME, start.name)
         else:
             name, attributes = start.name, {}
-        self._open(start, name, attributes, actor=actor, is_chain=True, has_role=actor.starts_here)
+        self._open(start, name, attributes, actor=actor, is_chain=True, is_watched=False, has_role=actor.starts_here)
 
     def open_call(self, operation: str, start: Start, messages: Describe) -> None:
         """A model call. Runs of one `generate` share a context: where they are several, none can be the current one."""
-        attributes = request_attributes(start.parameters, start.metadata)
+        attributes = {
+            semconv.GEN_AI_OPERATION_NAME: operation,
+            **request_attributes(start.parameters, start.metadata),
+        }
         model = attributes.get(semconv.GEN_AI_REQUEST_MODEL)
         self._open(
             start,
             f"{operation} {model}" if model else operation,
-            {semconv.GEN_AI_OPERATION_NAME: operation, **attributes},
+            attributes,
             kind=SpanKind.CLIENT,
             as_current=start.batch_size == 1,
+            # of completion models LangChain does report the end, and it starts their runs in tasks that end at once
+            is_watched=operation == semconv.OPERATION_CHAT,
+            call=CapturedCall(attributes),
             content=lambda: {**messages(), **tool_definitions(start.parameters)},
         )
 
@@ -124,14 +130,26 @@ class Recorder:
             return
         try:
             if error is not None and not _steers_a_graph(error):
-                mark_error(run.span, error)
-            self._describe(run.span, facts, content)
+                mark_error(run.span, error, run.content)
+            run.describe(facts, content)
+            self._record_choices(run)
         finally:
             run.end()
 
     def close_call(self, run_id: UUID, result: LLMResult, error: BaseException | None = None) -> None:
-        facts, content = lambda: response_attributes(result), lambda: response_messages(result)
-        self.close(run_id, error, facts=facts, content=content)
+        run = OPEN_RUNS.get(run_id)
+        call = run.call if run else None
+
+        def facts() -> Attributes:
+            return response_attributes(result) | (call.attributes() if call else {})
+
+        self.close(run_id, error, facts=facts, content=lambda: response_messages(result))
+
+    def _record_choices(self, run: Run) -> None:
+        for attributes in run.call.of_choices() if run.call else ():
+            name = f"{semconv.OPERATION_CHAT} choice {attributes[semconv.GATEWAY_CHOICE]}"
+            context = trace.set_span_in_context(run.span, run.context)
+            self._tracer.start_span(name, context, SpanKind.CLIENT, attributes).end()
 
     def _open(
         self,
@@ -144,6 +162,8 @@ class Recorder:
         is_chain: bool = False,
         has_role: bool = True,
         as_current: bool = True,
+        is_watched: bool = True,
+        call: CapturedCall | None = None,
         content: Describe = dict,
     ) -> None:
         if start.run_id in OPEN_RUNS or not is_instrumentation_enabled():
@@ -155,19 +175,12 @@ class Recorder:
         if role:
             attributes[semconv.ROLE] = role
         span = self._tracer.start_span(name, context, kind, attributes)
-        run = Run(start.run_id, span, actor, role, is_chain, before, context)
+        run = Run(start.run_id, span, actor, role, is_chain, before, context, self._content, call)
         OPEN_RUNS.add(start.run_id, run)
         run.enter(as_current=as_current)
-        if not is_chain:
+        if is_watched:
             run.watch_task()
-        self._describe(span, content=content)
-
-    def _describe(self, span: trace.Span, facts: Describe = dict, content: Describe = dict) -> None:
-        if not span.is_recording():
-            return
-        span.set_attributes(facts())
-        if self._captures_content:
-            span.set_attributes(content())
+        run.describe(content=content)
 
 
 def _named(operation: str, key: str, name: str) -> tuple[str, Attributes]:

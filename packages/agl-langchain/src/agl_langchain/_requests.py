@@ -10,9 +10,9 @@ from opentelemetry.instrumentation.utils import is_instrumentation_enabled
 
 import agl
 from agl.boundary import never_raises
+from agl_langchain._patch import Undo, replace
 from agl_langchain._run import run_in_force
 
-Undo = Callable[[], None]
 Payload = dict[str, Any]
 
 
@@ -27,15 +27,9 @@ def put_headers_on_requests() -> list[Undo]:
     from langchain_openai.llms.base import BaseOpenAI
 
     return [
-        _replace(BaseChatOpenAI, "_get_request_payload", _with_headers),
-        _replace(BaseOpenAI, "_invocation_params", _property_with_headers),
+        replace(BaseChatOpenAI, "_get_request_payload", _with_headers),
+        replace(BaseOpenAI, "_invocation_params", _property_with_headers),
     ]
-
-
-def _replace(owner: type, name: str, wrap: Callable[[Any], Any]) -> Undo:
-    original = owner.__dict__[name]
-    setattr(owner, name, wrap(original))
-    return lambda: setattr(owner, name, original)
 
 
 def _with_headers(original: Callable[..., Payload]) -> Callable[..., Payload]:

@@ -8,7 +8,8 @@ span beneath it otherwise. Nothing has to be detached in time, and nothing is ev
 
 import asyncio
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -19,9 +20,13 @@ from opentelemetry.context import Context, attach, create_key, get_current, set_
 from opentelemetry.util.types import AttributeValue
 
 from agl import semconv
+from agl.content import Content
 from agl.context import mark_error
+from agl_langchain._call import Attributes, CapturedCall
 from agl_langchain._open_runs import OPEN_RUNS
 from agl_langchain._role import Actor
+
+Describe = Callable[[], Attributes]
 
 _RUN = create_key("agl_langchain.run")
 
@@ -39,9 +44,14 @@ class Run:
     """The OpenTelemetry context that the run was started in."""
     context: Context
     """The one inside the run."""
+    content: Content
+    """Of the handler that opened the run, whichever else hears of it."""
+    call: CapturedCall | None = None
+    """Of a model call: what the model itself notes of it."""
     over: bool = False
     """Whether the span has ceased to be current: the run has ended, or its model has begun to answer."""
     started: float = field(default_factory=time.monotonic)
+    _entered: weakref.ref[Context] | None = None
     _tasks: list[asyncio.Task[Any]] = field(default_factory=list)
 
     def enter(self, *, as_current: bool = True) -> None:
@@ -50,6 +60,7 @@ class Run:
             shown = CurrentSpan(self, trace.get_current_span(self.before))
             self.context = trace.set_span_in_context(shown, self.context)
         self.context = set_value(_RUN, self, self.context)
+        self._entered = weakref.ref(self.context)
         attach(self.context)
 
     def leave(self) -> None:
@@ -59,11 +70,20 @@ class Run:
         if (settled := _settled(current)) is not current:
             attach(settled)
 
+    def describe(self, facts: Describe = dict, content: Describe = dict) -> None:
+        """Put `facts` on the span, and `content` as far as it may go there."""
+        if self.span.is_recording():
+            if said := facts():
+                self.span.set_attributes(said)
+            self.content.put(self.span, content)
+
     def end(self) -> None:
         for task in self._tasks:
             task.remove_done_callback(self._task_done)
         self.leave()
         self.span.end()
+        self._tasks.clear()
+        self.context = self.before  # the run's own holds the run: a cycle that only the garbage collector would break
 
     def watch_task(self) -> None:
         """End with the task that runs here, should it end first.
@@ -80,9 +100,11 @@ class Run:
 
     def _task_done(self, task: asyncio.Task[Any]) -> None:
         """The task that started the run outlives it; one that makes its request, for it, need not."""
+        if not self._tasks:  # the run has ended since its task did
+            return
         outlived = task is self._tasks[0] and not self.over
         if (outlived or task.cancelled()) and OPEN_RUNS.pop(self.run_id) is self:
-            mark_error(self.span, asyncio.CancelledError())
+            mark_error(self.span, asyncio.CancelledError(), self.content)
             self.end()
 
     def give_up(self) -> None:
@@ -101,6 +123,10 @@ class Run:
             return not self.over
         innermost = _innermost_run_id()
         return innermost is not None and OPEN_RUNS.get(innermost, self) is self
+
+    def has_left(self, context: Context) -> bool:
+        """Whether `context` is the one that the run entered, and the run has ceased to be current."""
+        return self.over and self._entered is not None and self._entered() is context
 
     def holds(self, context: Context) -> bool:
         """Whether the current span of `context` was opened inside the run, by other code than ours."""
@@ -177,7 +203,7 @@ def run_in_force() -> Run | None:
 
 
 def _settled(context: Context) -> Context:
-    while isinstance(run := context.get(_RUN), Run) and run.over and run.context is context:
+    while isinstance(run := context.get(_RUN), Run) and run.has_left(context):
         context = run.before
     return context
 

@@ -22,6 +22,8 @@ class SampledRow(TrainingRow):
     logprobs: Sequence[float]
     """As sampled."""
     advantages: Sequence[float]
+    minibatch: int = 0
+    """Number of the optimizer step that it belongs to, within its training step."""
 
     def trained(self, values: Sequence[float]) -> list[float]:
         """`values` of the tokens with mask 1."""

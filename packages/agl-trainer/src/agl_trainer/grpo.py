@@ -3,10 +3,12 @@
     A_c = (credit_c - mean_g) / scale     mean over the role's credits of the rollouts of group g; see `advantages`
     loss = sum over rows and tokens of  -min(rho A, clip(rho) A) / (T_r N)
 
-T_r: trained tokens of the role in rollout r; N: rollouts of the step in which the role has credit. So a rollout with
-many calls weighs as much as one with few, and cutting a rollout into more rows changes nothing.
+T_r: trained tokens of the role in rollout r; N: rollouts of the optimizer step in which the role has credit. So a
+rollout with many calls weighs as much as one with few, and cutting a rollout into more rows changes nothing. The
+groups of a step may be dealt out to several optimizer steps, its minibatches (PPO, arXiv 1707.06347, algorithm 1).
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -49,15 +51,23 @@ class GrpoBatch:
                 counts[verdict.reason] = counts.get(verdict.reason, 0) + 1
         return counts
 
+    def minibatches(self, role: str) -> list[list[SampledRow]]:
+        """The role's rows by the optimizer step that they belong to."""
+        rows = self.rows[role]
+        numbers = sorted({row.minibatch for row in rows})
+        return [[row for row in rows if row.minibatch == number] for number in numbers]
 
-def grpo_batch(trajectories: Sequence[Trajectory], roles: Sequence[str], *, gamma: float, scale: Scale) -> GrpoBatch:
+
+def grpo_batch(
+    trajectories: Sequence[Trajectory], roles: Sequence[str], *, gamma: float, scale: Scale, minibatches: int = 1
+) -> GrpoBatch:
     """Training rows for `roles`. A failed rollout, or one without a reward, is left out of its group."""
     batch = GrpoBatch()
     for trajectory in trajectories:
         batch.verdicts.extend(Verdict(drop.call, None, drop.reason) for drop in trajectory.drops)
     members = [_Member(trajectory, call_credits(trajectory, gamma)) for trajectory in trajectories]
     for role in dict.fromkeys(row.role for trajectory in trajectories for row in trajectory.rows):
-        _add_role(batch, role, members, scale if role in roles else None)
+        _add_role(batch, role, members, scale if role in roles else None, minibatches)
     return batch
 
 
@@ -86,7 +96,7 @@ class _Member:
         return role_credit([credit for credit in credits if credit is not None])
 
 
-def _add_role(batch: GrpoBatch, role: str, members: Sequence[_Member], scale: Scale | None) -> None:
+def _add_role(batch: GrpoBatch, role: str, members: Sequence[_Member], scale: Scale | None, minibatches: int) -> None:
     """Add what `role` did; `scale` None: it is not trained."""
     present = [member for member in members if member.rows(role)]
     rewarded = [member for member in present if member.credit(role) is not None]
@@ -99,15 +109,21 @@ def _add_role(batch: GrpoBatch, role: str, members: Sequence[_Member], scale: Sc
     if scale is not None and rewarded:
         credits = torch.tensor([member.credit(role) for member in rewarded], dtype=torch.float64)
         means, divisors = group_baselines(credits, [member.group_id for member in rewarded], scale)
-        for member, mean, divisor in zip(rewarded, means.tolist(), divisors.tolist(), strict=True):
-            _add_member(batch, role, member, mean, divisor, len(rewarded))
+        groups = list(dict.fromkeys(member.group_id for member in rewarded))
+        numbers = [groups.index(member.group_id) % minibatches for member in rewarded]
+        sizes = Counter(numbers)
+        for member, mean, divisor, number in zip(rewarded, means.tolist(), divisors.tolist(), numbers, strict=True):
+            _add_member(batch, role, member, mean, divisor, number, sizes[number])
 
 
 def _refuse(batch: GrpoBatch, member: _Member, role: str, reason: DropReason) -> None:
     batch.verdicts.extend(Verdict(call, None, reason) for call in member.calls(role))
 
 
-def _add_member(batch: GrpoBatch, role: str, member: _Member, mean: float, divisor: float, rollouts: int) -> None:
+def _add_member(
+    batch: GrpoBatch, role: str, member: _Member, mean: float, divisor: float, minibatch: int, rollouts: int
+) -> None:
+    """Add the rows of `member`, whose optimizer step, number `minibatch`, has so many `rollouts`."""
     tokens = sum(sum(row.loss_mask) for row in member.rows(role))
     for row in member.rows(role):
         advantages = [0.0] * len(row.token_ids)
@@ -122,7 +138,7 @@ def _add_member(batch: GrpoBatch, role: str, member: _Member, mean: float, divis
             advantages[turn.start : turn.end] = [earned] * (turn.end - turn.start)
         if any(advantages):
             weight = 1 / (tokens * rollouts)
-            sampled = SampledRow(row.token_ids, row.loss_mask, weight, row.logprobs, advantages)
+            sampled = SampledRow(row.token_ids, row.loss_mask, weight, row.logprobs, advantages, minibatch)
             batch.rows.setdefault(role, []).append(sampled)
 
 

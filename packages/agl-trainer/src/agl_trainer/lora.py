@@ -40,14 +40,16 @@ def route_layers(model: PeftModel, routing: Routing) -> None:
     """Let every LoRA layer of `model` follow `routing`. Raises TrainingError for a layer that is not a plain Linear."""
     for name, module in model.named_modules():
         if isinstance(module, Linear):
-            module.forward = functools.partial(_forward, module, routing)
+            # The base may be kept in fewer bits than the residual stream.
+            kept_as = module.get_parameter("base_layer.weight").dtype
+            module.forward = functools.partial(_forward, module, kept_as, routing)
         elif isinstance(module, LoraLayer):
             raise TrainingError(f"layer {name} is a {type(module).__name__}; only LoRA on linear layers is supported")
 
 
-def _forward(layer: Linear, routing: Routing, x: Tensor) -> Tensor:
-    """[1, N, out] for `x` [1, N, in]."""
-    out = layer.base_layer(x)
+def _forward(layer: Linear, kept_as: torch.dtype, routing: Routing, x: Tensor) -> Tensor:
+    """[1, N, out] for `x` [1, N, in]; the base's weights are of type `kept_as`."""
+    out = layer.base_layer(x.to(kept_as)).to(x.dtype)
     if len(routing.runs) == 1:
         return _add_delta(layer, routing.runs[0][0], x, out)
     pieces, start = [], 0

@@ -4,8 +4,8 @@ import contextlib
 import os
 import sys
 import threading
-import time
 from dataclasses import dataclass, replace
+from time import monotonic
 from typing import Any, Self, TextIO
 
 _CLEAR = "\r\x1b[K"
@@ -47,7 +47,7 @@ class Progress:
         self._every_s = every_s
         self._lock = threading.Lock()
         self._standing = Standing("starting")
-        self._started_at, self._first_step = time.monotonic(), 0
+        self._started_at, self._first_step = monotonic(), 0
         self._drawn, self._drawn_at = "", 0.0
 
     def __enter__(self) -> Self:
@@ -60,7 +60,7 @@ class Progress:
         """Begin a phase; the time left is reckoned from here."""
         with self._lock:
             self._standing = Standing(phase, step, steps)
-            self._started_at, self._first_step = time.monotonic(), step
+            self._started_at, self._first_step = monotonic(), step
             self._draw(due=True)
 
     def update(self, **changes: Any) -> None:
@@ -87,10 +87,10 @@ class Progress:
         done = self._standing.step - self._first_step
         if self._standing.steps is None or done <= 0:
             return None
-        return (time.monotonic() - self._started_at) / done * (self._standing.steps - self._standing.step)
+        return (monotonic() - self._started_at) / done * (self._standing.steps - self._standing.step)
 
     def _draw(self, *, due: bool) -> None:
-        now = time.monotonic()
+        now = monotonic()
         if not due and now - self._drawn_at < self._every_s:
             return
         line = self._standing.line(self._eta_s())

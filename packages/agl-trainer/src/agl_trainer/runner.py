@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 import agl
-from agl.errors import StoreError, TrainingError
+from agl.errors import StoreError, TrainingError, TransitionError
 from agl.store import AttemptState, Rollout, RolloutState, Store
 from agl_trainer.agent import Agent, AgentRun
 
@@ -149,7 +149,7 @@ class _Batch:
             holder = attempts[-1].worker_id if attempts else "nobody"
             raise StoreError(
                 f"rollout {rollout_id} is held by runner {holder} in {self._store.uri}; use new rollout ids, "
-                "or end its attempt (store.requeue_stale) if that runner is gone"
+                "or cancel it (store.cancel_rollouts) if that runner is gone"
             )
         return Outcome(rollout_id, rollout.state, attempts[-1].error if attempts else None)
 
@@ -180,12 +180,23 @@ class _Batch:
 
     def _fail(self, run: AgentRun, state: AttemptState, error: str) -> None:
         logger.warning("attempt %s: %s: %s", run.attempt.attempt_id, state, error)
-        rollout = self._store.finish_attempt(run.attempt.attempt_id, state, error)
+        try:
+            rollout = self._store.finish_attempt(run.attempt.attempt_id, state, error)
+        except TransitionError:
+            self._lose(run)
+            return
         del self._running[run.attempt.attempt_id]
         if rollout.state is RolloutState.QUEUED:
             self._waiting.appendleft(rollout.rollout_id)
         else:
             self._done(Outcome(rollout.rollout_id, rollout.state, error))
+
+    def _lose(self, run: AgentRun) -> None:
+        """Give up an attempt that somebody else has ended; what the store then knows of its rollout counts."""
+        logger.warning("attempt %s was ended in %s by another", run.attempt.attempt_id, self._store.uri)
+        run.abandon()
+        del self._running[run.attempt.attempt_id]
+        self._waiting.appendleft(run.rollout.rollout_id)
 
     def _done(self, outcome: Outcome) -> None:
         self._outcomes[outcome.rollout_id] = outcome
@@ -195,8 +206,10 @@ class _Batch:
         if time.monotonic() < self._next_beat:
             return
         self._next_beat = time.monotonic() + _HEARTBEAT_S
-        for attempt_id in (*self._running, *self._answered):
-            self._store.heartbeat(attempt_id)
+        for attempt_id in self._store.heartbeat([*self._running, *self._answered]):
+            if run := self._running.get(attempt_id):
+                self._lose(run)
+        self._store.end_overdue_attempts()
 
     def _settle(self) -> None:
         """Mark what was answered as succeeded, but only once its spans are in the store."""
@@ -209,6 +222,10 @@ class _Batch:
 
     def _finish_answered(self) -> None:
         while self._answered:
-            attempt_id, _ = self._answered.popitem()
-            rollout = self._store.finish_attempt(attempt_id, AttemptState.SUCCEEDED)
-            self._outcomes[rollout.rollout_id] = replace(self._outcomes[rollout.rollout_id], state=rollout.state)
+            attempt_id, run = self._answered.popitem()
+            rollout_id = run.rollout.rollout_id
+            try:
+                state = self._store.finish_attempt(attempt_id, AttemptState.SUCCEEDED).state
+            except TransitionError:  # ended by another since it answered
+                state = self._ended_before(rollout_id).state
+            self._outcomes[rollout_id] = replace(self._outcomes[rollout_id], state=state)

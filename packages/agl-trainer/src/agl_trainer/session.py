@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.types import ASGIApp
+from transformers.utils.logging import disable_progress_bar
 
 import agl
 from agl.config import Config, TrainConfig
@@ -18,7 +19,7 @@ from agl_trainer.engine.api import engine_app
 from agl_trainer.engine.chat import ChatTemplate
 from agl_trainer.engine.scheduler import Scheduler
 from agl_trainer.instrumentors import instrumented
-from agl_trainer.models import check_supported, load_model, model_folder
+from agl_trainer.models import check_supported, load_model, model_folder, use_bfloat16_products
 from agl_trainer.policy import Policy
 from agl_trainer.reference import load_function
 from agl_trainer.runner import Runner
@@ -80,8 +81,10 @@ def open_session(config: Config) -> Iterator[Session]:
 def open_engine(config: Config) -> Iterator[tuple[Policy, Scheduler, ASGIApp]]:
     """The policy with fresh adapters, the scheduler that samples from it, and its OpenAI-compatible app."""
     train = config.require_train()
+    disable_progress_bar()  # the line of `progress` is the only one that moves
     model, tokenizer = load_model(_model_folder(config, train))
     check_supported(model.config, config.engine.max_model_len)
+    use_bfloat16_products(model)
     policy = Policy(model, tokenizer, config.agent_roles.roles, base_name=Path(train.model).name, seed=train.seed)
     max_batch = 1 if train.deterministic else config.engine.max_batch
     with Scheduler(policy, max_batch=max_batch, max_model_len=config.engine.max_model_len) as scheduler:
@@ -106,7 +109,7 @@ def load_list(reference: str, key: str) -> list[Any]:
 
 def _serve(config: Config, store: Store, app: ASGIApp) -> ServerThread:
     train = config.require_train()
-    overrides = {"train": {"temperature": train.temperature}, "eval": {"temperature": 0.0}}
+    overrides = {"train": {"temperature": train.temperature}, "eval": {"temperature": train.eval_temperature}}
     return ServerThread(store, port=0, otlp_http_port=0, upstream=app, gateway=config.gateway, overrides=overrides)
 
 

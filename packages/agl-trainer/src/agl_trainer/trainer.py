@@ -24,7 +24,7 @@ from agl_trainer.progress import Progress
 from agl_trainer.runner import Outcome
 from agl_trainer.session import Session, load_list, open_session
 from agl_trainer.sft import batches, check_examples, sft_loss, sft_rows
-from agl_trainer.update import Update, update_role
+from agl_trainer.update import Update, merge_updates, update_role
 
 SFT, GRPO = "sft", "grpo"
 _CHECKPOINTS_KEPT = 2
@@ -140,11 +140,15 @@ class Trainer:
             self.session.policy.roles,
             gamma=self.config.agent_roles.gamma,
             scale=self.train.scale_rewards,
+            minibatches=self.train.minibatches,
         )
         self._check_calls(batch, outcomes)
         loss = functools.partial(grpo_loss, self.train.epsilon)
         with self._weights():
-            updates = {role: self._update(role, rows, loss) for role, rows in batch.rows.items()}
+            updates = {
+                role: merge_updates([self._update(role, rows, loss) for rows in batch.minibatches(role)])
+                for role in batch.rows
+            }
             self._count(self.train.groups_per_step, set(updates))
         self._record(batch)
         times = {"time/rollouts_s": sampled - started, "time/update_s": time.monotonic() - sampled}
@@ -186,7 +190,7 @@ class Trainer:
     # --- evaluation ---------------------------------------------------------------------------------------------
 
     def evaluate(self, label: str) -> EvalResult:
-        """One greedy rollout of each held-out task under the present adapters. A failed rollout counts 0."""
+        """One rollout of each held-out task under the present adapters. A failed rollout counts 0."""
         if self.train.eval_tasks is None:
             raise ConfigError("train.eval_tasks is not set; name a function that returns the held-out tasks")
         tasks = load_list(self.train.eval_tasks, "train.eval_tasks")

@@ -57,3 +57,14 @@ def update_role(
     metrics = {name: value / trained for name, value in sums.items()}
     metrics |= {"loss": loss_sum, "grad_norm": float(norm), "skipped": float(not is_finite)}
     return Update(metrics, distinct, sum(len(row.token_ids) for row in rows))
+
+
+def merge_updates(updates: Sequence[Update]) -> Update:
+    """Several optimizer steps as one: means of their metrics, sums of their tokens."""
+    names = dict.fromkeys(name for update in updates for name in update.metrics)
+    metrics = {name: sum(update.metrics[name] for update in updates) / len(updates) for name in names}
+    return Update(
+        metrics,
+        sum(update.distinct_tokens for update in updates),
+        sum(update.total_tokens for update in updates),
+    )

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from agl.config import Config
 from agl.errors import CommandError
 from agl.span import Span
-from agl.store import Store, open_store
+from agl.store import DEFAULT_URI, Store, open_store
 
 _WIDTH = 100
 
@@ -31,8 +30,7 @@ def add_command(
 
 
 def add_store_option(parser: argparse.ArgumentParser) -> None:
-    default = Config().store_uri
-    parser.add_argument("--store", metavar="URI", default=default, help=f"the store (default: {default})")
+    parser.add_argument("--store", metavar="URI", default=DEFAULT_URI, help=f"the store (default: {DEFAULT_URI})")
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
@@ -50,14 +48,22 @@ def add_rollout_options(parser: argparse.ArgumentParser) -> None:
 @contextmanager
 def existing_store(uri: str) -> Iterator[Store]:
     """The store at `uri`, which is not made if it is not there. Raises CommandError then."""
-    path = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and not path.exists():
-        raise CommandError(f"there is no store at {path.absolute()}; {_say_stores_nearby()}")
+    sqlite_file(uri)
     store = open_store(uri)
     try:
         yield store
     finally:
         store.close()
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite store; None for other stores. Raises CommandError where it is not there."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not path.exists():
+        raise CommandError(f"there is no store at {path.absolute()}; {_say_stores_nearby()}")
+    return path
 
 
 def spans_of_rollouts(arguments: argparse.Namespace, store: Store) -> list[list[Span]]:

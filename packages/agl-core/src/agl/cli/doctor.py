@@ -117,7 +117,11 @@ def _check_store(uri: str) -> Check:
 
 
 def _check_ports(arguments: argparse.Namespace) -> Iterator[Check]:
-    ports = {"--port": arguments.port, "--otlp-http-port": arguments.otlp_http_port}
+    ports = {
+        "--port": arguments.port,
+        "--otlp-http-port": arguments.otlp_http_port,
+        "--otlp-grpc-port": arguments.otlp_grpc_port,
+    }
     served = _answers_as_ours(arguments.host, arguments.port)
     for option, port in ports.items():
         if _is_free(arguments.host, port):

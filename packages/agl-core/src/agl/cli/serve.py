@@ -1,18 +1,23 @@
 """`agl serve`: collector, store and gateway in one process."""
 
 import argparse
+import os
 import signal
 import threading
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
+from agl.bearer import TOKEN_VARIABLE, BearerTokens
 from agl.cli.command import add_command
-from agl.config import Config
+from agl.config import Config, QueueConfig
 from agl.errors import CommandError
 from agl.store import Store, open_store
+from agl.store.watchdog import watching
 
 if TYPE_CHECKING:
+    from agl.queue import SpanQueue
     from agl.server import ServerThread
 
 ENGINES = "agl.engines"
@@ -26,13 +31,23 @@ def register(subparsers: Any) -> None:
         subparsers,
         "serve",
         run,
-        "Receive spans (OTLP/HTTP), keep them in a store, and stand as a gateway in front of an OpenAI-compatible "
-        "engine, until Ctrl-C.",
+        "Receive spans (OTLP over HTTP and gRPC), keep them in a store, and stand as a gateway in front of an "
+        "OpenAI-compatible engine, until Ctrl-C.",
         "agl serve --store sqlite:///agl.db --upstream http://127.0.0.1:8000/v1",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file; without it every setting has its default")
     parser.add_argument("--store", metavar="URI", help="the store (default: as configured, else sqlite:///agl.db)")
+    parser.add_argument(
+        "--queue", metavar="URI", help="durable queue before the store, redis://HOST:PORT (default: none)"
+    )
     add_listen_options(parser)
+    parser.add_argument(
+        "--token",
+        default=os.environ.get(TOKEN_VARIABLE),
+        metavar="T",
+        help=f"bearer token that every request needs (default: ${TOKEN_VARIABLE}, where other users cannot see it; "
+        "else none)",
+    )
     parser.add_argument(
         "--upstream",
         metavar="URL",
@@ -45,24 +60,33 @@ def add_listen_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8400, help="gateway and API (default: %(default)s)")
     parser.add_argument("--otlp-http-port", type=int, default=4318, help="OTLP/HTTP (default: %(default)s)")
+    parser.add_argument("--otlp-grpc-port", type=int, default=4317, help="OTLP/gRPC (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     config = Config.load(arguments.config) if arguments.config else Config()
     upstream = arguments.upstream or _configured_upstream(arguments, config)
+    store_uri = arguments.store or config.store_uri
     with (
-        closing(open_store(arguments.store or config.store_uri)) as store,
+        closing(open_store(store_uri)) as store,
+        watching(store),
+        _queue(arguments.queue or config.queue_uri, store_uri, config.queue) as queue,
         _engine(upstream, config, store) as engine,
         _server_class()(
             store,
             host=arguments.host,
             port=arguments.port,
             otlp_http_port=arguments.otlp_http_port,
+            otlp_grpc_port=arguments.otlp_grpc_port,
+            tokens=BearerTokens.read(arguments.token, config.collector.token_file),
             upstream=engine,
+            collector=config.collector,
+            queue=queue,
             gateway=config.gateway,
         ) as server,
     ):
-        print(f"spans    {server.otlp_url}/v1/traces -> {store.uri}")
+        way = f"{queue.address} -> {store.uri}" if queue else store.uri
+        print(f"spans    {server.otlp_url}/v1/traces, {server.otlp_grpc_url} (gRPC) -> {way}")
         print(f"gateway  {server.base_url}/v1 -> {upstream or 'no engine: model calls are refused (--upstream)'}")
         print("waiting for spans and model calls; Ctrl-C stops", flush=True)
         _wait_for_sigterm()
@@ -76,6 +100,22 @@ def _server_class() -> "type[ServerThread]":
     except ImportError as error:
         raise CommandError(f"the servers are not installed ({error}): pip install 'agl-core[server]'") from error
     return ServerThread
+
+
+@contextmanager
+def _queue(uri: str | None, store_uri: str, config: QueueConfig) -> "Iterator[SpanQueue | None]":
+    """The queue, with writers that empty it."""
+    if uri is None:
+        yield None
+        return
+    try:
+        from agl.queue import SpanQueue, WriterPool
+    except ImportError as error:
+        raise CommandError(f"the queue is not installed ({error}): pip install 'agl-core[redis]'") from error
+    with closing(SpanQueue(uri, config)) as queue:
+        queue.check_durability()
+        with WriterPool(queue, store_uri, config):
+            yield queue
 
 
 def _configured_upstream(arguments: argparse.Namespace, config: Config) -> str | None:

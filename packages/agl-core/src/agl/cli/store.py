@@ -1,25 +1,125 @@
-"""`agl store`: what a store holds."""
+"""`agl store`: what a store holds, and looking after it."""
 
 import argparse
+import re
+from pathlib import Path
 from typing import Any
 
-from agl.cli.command import add_command, add_store_option, existing_store
+from agl.cli.command import (
+    add_command,
+    add_json_option,
+    add_store_option,
+    existing_store,
+    print_json,
+    sqlite_file,
+)
+from agl.errors import CommandError
+from agl.store.sqlite.upkeep import backup, check, schema_version
+from agl.table import counted
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+_BYTES = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 def register(subparsers: Any) -> None:
     parser = subparsers.add_parser("store", description="Look after a store.")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    count = add_command(
+    add_command(
         verbs,
         "count",
         run_count,
         "Print the number of spans, nothing else.",
         "agl store count --store sqlite:///agl.db",
     )
-    add_store_option(count)
+    collect = add_command(
+        verbs,
+        "gc",
+        run_gc,
+        "Delete rollouts that are over, with all their spans: those over for longer than --older-than, then the oldest "
+        "until the store is within --max-bytes. What is queued or running stays.",
+        "agl store gc --older-than 7d --max-bytes 2GB",
+    )
+    collect.add_argument("--older-than", metavar="TIME", type=_seconds, help="e.g. 7d, 12h, 30m")
+    collect.add_argument("--max-bytes", metavar="SIZE", type=_bytes, help="e.g. 2GB, 500MB, 1000000")
+    add_json_option(collect)
+    copy = add_command(
+        verbs,
+        "backup",
+        run_backup,
+        "Copy a SQLite store as it is now to FILE, while others go on writing to it.",
+        "agl store backup monday.db --store sqlite:///agl.db",
+    )
+    copy.add_argument("file", metavar="FILE", type=Path, help="a new file")
+    add_command(verbs, "check", run_check, "Read all of a SQLite store and say what is damaged.", "agl store check")
+    add_command(verbs, "migrate", run_migrate, "Bring a store up to the version of this program.", "agl store migrate")
+    for parser in verbs.choices.values():
+        add_store_option(parser)
 
 
 def run_count(arguments: argparse.Namespace) -> int:
     with existing_store(arguments.store) as store:
         print(store.count_spans())
     return 0
+
+
+def run_gc(arguments: argparse.Namespace) -> int:
+    if arguments.older_than is None and arguments.max_bytes is None:
+        raise CommandError("say what may go: --older-than TIME, --max-bytes SIZE, or both")
+    with existing_store(arguments.store) as store:
+        collected = store.gc(older_than_s=arguments.older_than, max_bytes=arguments.max_bytes)
+        left = store.count_spans()
+    if arguments.json:
+        print_json({"rollouts": collected.rollouts, "spans": collected.spans, "spans_left": left})
+    else:
+        rollouts, spans = counted(collected.rollouts, "rollout"), counted(collected.spans, "span")
+        print(f"deleted {rollouts} with {spans}; {counted(left, 'span')} left")
+    return 0
+
+
+def run_backup(arguments: argparse.Namespace) -> int:
+    backup(_file_of(arguments.store), arguments.file)
+    print(f"{arguments.store} is copied to {arguments.file}")
+    return 0
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    findings = check(_file_of(arguments.store))
+    for finding in findings:
+        print(finding)
+    print(f"{arguments.store} is {'damaged: keep a copy of it, and restore a backup' if findings else 'sound'}")
+    return 1 if findings else 0
+
+
+def run_migrate(arguments: argparse.Namespace) -> int:
+    path = sqlite_file(arguments.store)
+    before = schema_version(path) if path else None
+    with existing_store(arguments.store):  # It is brought up to date whenever it is opened.
+        print(f"{arguments.store} is up to date" + (f": {_say_versions(before, schema_version(path))}" if path else ""))
+    return 0
+
+
+def _say_versions(before: int | None, after: int) -> str:
+    return f"schema version {after}" + (f", was {before}" if before != after else "")
+
+
+def _file_of(uri: str) -> Path:
+    """The file of a SQLite store. Raises CommandError where there is none."""
+    path = sqlite_file(uri)
+    if path is None:
+        raise CommandError(f"{uri} is not a SQLite store; use the tools of its own server (PostgreSQL: pg_dump)")
+    return path
+
+
+def _seconds(text: str) -> float:
+    return _parsed(text, r"(\d+(?:\.\d+)?)([smhdw])", _SECONDS, "a time such as 7d, 12h or 30m")
+
+
+def _bytes(text: str) -> int:
+    return int(_parsed(text, r"(\d+(?:\.\d+)?)([kmgt]b|)", _BYTES, "a size such as 2GB, 500MB or 1000000"))
+
+
+def _parsed(text: str, pattern: str, units: dict[str, int], expected: str) -> float:
+    match = re.fullmatch(pattern, text, re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+    return float(match[1]) * units[match[2].lower()]

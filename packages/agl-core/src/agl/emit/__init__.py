@@ -2,8 +2,8 @@
 
 They take `attributes` (more span attributes) last, return the span's id (16 hex digits, usable as the `target` of a
 reward), and never raise into the agent: a value that a span cannot carry is logged, nothing is recorded, and None comes
-back. The `*_attributes` function beside each emitter is the same without the mercy: it raises TelemetryError. With no
-rollout active the span's trace is the rollout.
+back. In the tests of an agent set `AGL_STRICT=1`: then it is a TelemetryError. With no rollout active the span's trace
+is the rollout.
 """
 
 from agl.emit.annotation import emit_annotation

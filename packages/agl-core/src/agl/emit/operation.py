@@ -11,7 +11,7 @@ from typing import Any, TypeVar, overload
 from opentelemetry import trace
 
 from agl import semconv
-from agl.boundary import never_raises
+from agl.boundary import never_raises, raises_if_strict
 from agl.context import TRACER, Scope, ending, open_span
 from agl.emit.attributes import flat_attributes, json_text
 from agl.emit.generators import Body, wrap_async_generator, wrap_generator
@@ -150,7 +150,7 @@ def _run_block(name: str, attributes: Mapping[str, Any] | None) -> Iterator[Acti
 
 def _first_attributes(name: str, attributes: Mapping[str, Any] | None) -> dict[str, AttributeValue]:
     first: dict[str, AttributeValue] = {}
-    with never_raises(f"attributes of operation {name} were not recorded"):
+    with raises_if_strict(f"attributes of operation {name} were not recorded"):
         first |= flat_attributes(attributes or {})
     return first | {semconv.OPERATION_NAME: name}
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from opentelemetry import trace
 
-from agl.boundary import never_raises
+from agl.boundary import raises_if_strict
+from agl.content import Content
 from agl.context import TRACER, current_rollout, mark_error
 from agl.emit.attributes import flat_attributes
 
@@ -22,16 +23,17 @@ def record(
 ) -> str | None:
     """Record a span `name` of no duration with what `build` returns over `attributes`, and return its id.
 
-    Never raises: what `build` raises is logged with the rollout, and None is returned. `error` is marked on the span.
+    What `build` raises is logged with the rollout, and None is returned; with `AGL_STRICT=1` it is raised. `error` is
+    marked on the span.
     """
     active = current_rollout()
-    with never_raises(f"{name} was not recorded ({f'rollout {active.rollout_id}' if active else 'no rollout'})"):
+    with raises_if_strict(f"{name} was not recorded ({f'rollout {active.rollout_id}' if active else 'no rollout'})"):
         span = TRACER.start_span(name, attributes=flat_attributes(attributes or {}) | flat_attributes(build()))
         if not span.is_recording():
             _explain_silence()
             return None
         if error is not None:
-            mark_error(span, error)
+            mark_error(span, error, Content())  # the caller asked for it
         span.end()
         return trace.format_span_id(span.get_span_context().span_id)
     return None

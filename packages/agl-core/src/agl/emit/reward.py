@@ -41,6 +41,11 @@ def use_weights(weights: Mapping[str, float]) -> None:
     _weights.update(checked)
 
 
+def weights_in_use() -> dict[str, float]:
+    """What `use_weights` was last given."""
+    return dict(_weights)
+
+
 def reward_attributes(
     value: Reward,
     *,

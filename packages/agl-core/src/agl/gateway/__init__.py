@@ -2,7 +2,7 @@
 
 identity   who calls: rollout, attempt, mode, role and parent span of a request
 request    what is sent: the client's body, what capture needs, what the mode forces
-wire       what comes back: tokens, logprobs and text of an answer, and the answer the client asked for
+wire       how an answer comes back; `agl.capture` reads its tokens, and makes of it what the client asked for
 record     what is kept: a call as spans
 exchange   one call on its way: engine, record, client
 proxy      the app

@@ -9,11 +9,11 @@ import aiohttp
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from agl.capture import Asked, Json, says_nothing, strip
 from agl.errors import AglError
 from agl.gateway.record import Call, error_message
 from agl.gateway.refusal import Refusal
-from agl.gateway.request import Asked, Json
-from agl.gateway.wire import DONE, event_data, says_nothing, split_events, strip, to_event
+from agl.gateway.wire import DONE, event_data, split_events, to_event
 from agl.store import Store
 
 logger = logging.getLogger(__name__)

@@ -15,13 +15,14 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from agl import semconv
+from agl.capture import Asked, Json
 from agl.config import GatewayConfig
 from agl.errors import AglError
 from agl.gateway.exchange import Exchange, engine_failure, forwarded
 from agl.gateway.identity import Caller
 from agl.gateway.record import Call
 from agl.gateway.refusal import Refusal, refuse_route
-from agl.gateway.request import Asked, Json, Seeds, prepare
+from agl.gateway.request import Seeds, prepare
 from agl.store import Store
 
 _CONNECT_TIMEOUT_S = 10

@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agl import semconv
+from agl.capture import Capture, Choice, Json
 from agl.gateway.identity import Caller
-from agl.gateway.request import Json
-from agl.gateway.wire import Capture, Choice
 from agl.span import AttributeValue, Span
-from agl.tokens import pack_ids, pack_logprobs
 
 _CLIENT_KIND = 3
 _SCOPE = "agl.gateway"
@@ -114,13 +112,7 @@ def _choice_attributes(choice: Choice, usage: Json, choices: int) -> dict[str, A
     }
     if choice.finish_reason:
         attributes[semconv.GEN_AI_RESPONSE_FINISH_REASONS] = [choice.finish_reason]
-    if choice.prompt_ids:
-        attributes[semconv.PROMPT_TOKEN_IDS] = pack_ids(choice.prompt_ids)
-    if choice.token_ids:
-        attributes[semconv.RESPONSE_TOKEN_IDS] = pack_ids(choice.token_ids)
-    if choice.logprobs and None not in choice.logprobs:
-        attributes[semconv.RESPONSE_LOGPROBS] = pack_logprobs(choice.logprobs)
-    return attributes | _usage_attributes(choice, usage, choices)
+    return attributes | choice.token_attributes() | _usage_attributes(choice, usage, choices)
 
 
 def _usage_attributes(choice: Choice, usage: Json, choices: int) -> dict[str, AttributeValue]:

@@ -3,8 +3,8 @@
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from agl.capture import Json
 from agl.errors import GatewayError
-from agl.gateway.request import Json
 
 _SERVER_ERROR = 500
 

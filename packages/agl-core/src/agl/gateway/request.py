@@ -4,34 +4,15 @@ import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from agl import semconv
-
-Json = dict[str, Any]
+from agl.capture import Asked, Json
 
 _ALIASES = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 """Two names of the OpenAI API for one setting."""
 _REPETITION = re.compile(r"~\d+")
 _ATTEMPTS_REMEMBERED = 65_536
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What the client asked for itself: the model's name, and which of the captured fields it wants to see."""
-
-    token_ids: bool
-    logprobs: bool
-    model: str | None = None
-
-    @classmethod
-    def read(cls, body: Json, operation: str) -> Self:
-        logprobs = body.get("logprobs")
-        # In /v1/completions it is a number of alternatives, and 0 asks for the sampled token's own.
-        wants_logprobs = bool(logprobs) or (operation == semconv.OPERATION_TEXT_COMPLETION and logprobs is not None)
-        model = body.get("model")
-        return cls(bool(body.get("return_token_ids")), wants_logprobs, model if isinstance(model, str) else None)
 
 
 def prepare(

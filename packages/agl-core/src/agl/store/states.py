@@ -1,9 +1,9 @@
-"""The state tables of rollouts and attempts. Pure data and pure functions; stores only ask them."""
+"""The state tables of rollouts and attempts."""
 
 from enum import StrEnum
 from typing import TypeVar
 
-from agl.errors import StoreError
+from agl.errors import TransitionError
 
 
 class RolloutState(StrEnum):
@@ -13,12 +13,19 @@ class RolloutState(StrEnum):
     FAILED = "failed"
     CANCELLED = "cancelled"
 
+    @property
+    def is_over(self) -> bool:
+        return not ROLLOUT_TRANSITIONS[self]
+
 
 class AttemptState(StrEnum):
     RUNNING = "running"
+    UNRESPONSIVE = "unresponsive"
+    """Nothing was heard of it for too long; it may yet live."""
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     TIMEOUT = "timeout"
+    CANCELLED = "cancelled"
 
 
 ROLLOUT_TRANSITIONS: dict[RolloutState, frozenset[RolloutState]] = {
@@ -32,8 +39,14 @@ ROLLOUT_TRANSITIONS: dict[RolloutState, frozenset[RolloutState]] = {
     RolloutState.CANCELLED: frozenset(),
 }
 
+ENDS = (AttemptState.SUCCEEDED, AttemptState.FAILED, AttemptState.TIMEOUT)
+"""What the worker of an attempt may say of its end."""
+
 ATTEMPT_TRANSITIONS: dict[AttemptState, frozenset[AttemptState]] = {
-    AttemptState.RUNNING: frozenset({AttemptState.SUCCEEDED, AttemptState.FAILED, AttemptState.TIMEOUT}),
+    AttemptState.RUNNING: frozenset({*ENDS, AttemptState.UNRESPONSIVE, AttemptState.CANCELLED}),
+    AttemptState.UNRESPONSIVE: frozenset({AttemptState.RUNNING, AttemptState.CANCELLED}),
+    # Its worker may still say how it ended; the rollout stays cancelled.
+    AttemptState.CANCELLED: frozenset(ENDS),
     AttemptState.SUCCEEDED: frozenset(),
     AttemptState.FAILED: frozenset(),
     AttemptState.TIMEOUT: frozenset(),
@@ -43,15 +56,8 @@ State = TypeVar("State", RolloutState, AttemptState)
 
 
 def move(table: dict[State, frozenset[State]], current: State, target: State, name: str) -> State:
-    """`target`, if `table` allows it after `current`; raises StoreError naming `name` otherwise."""
+    """`target`, if `table` allows it after `current`; raises TransitionError naming `name` otherwise."""
     if target not in table[current]:
         allowed = ", ".join(sorted(table[current])) or "nothing: it is final"
-        raise StoreError(f"{name} is {current} and cannot become {target}; from {current} it may become {allowed}")
+        raise TransitionError(f"{name} is {current} and cannot become {target}; from {current} it may become {allowed}")
     return target
-
-
-def after_attempt(attempt: AttemptState, number: int, max_attempts: int) -> RolloutState:
-    """State of a rollout once its attempt `number` (from 1) ended as `attempt`."""
-    if attempt is AttemptState.SUCCEEDED:
-        return RolloutState.SUCCEEDED
-    return RolloutState.QUEUED if number < max_attempts else RolloutState.FAILED

@@ -10,9 +10,11 @@ from agl.span import AttributeValue, Span
 from agl.tokens import unpack_ids, unpack_logprobs
 
 ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
-    semconv.ATTEMPT_ID: ("agentlightning.attempt_id",),
     semconv.GEN_AI_AGENT_NAME: ("agent.name",),
     semconv.GEN_AI_REQUEST_MODEL: ("llm.model_name",),
+    semconv.GEN_AI_RESPONSE_FINISH_REASONS: ("llm.finish_reason", "gen_ai.completion.0.finish_reason"),
+    semconv.GEN_AI_USAGE_INPUT_TOKENS: ("gen_ai.usage.prompt_tokens", "llm.token_count.prompt"),
+    semconv.GEN_AI_USAGE_OUTPUT_TOKENS: ("gen_ai.usage.completion_tokens", "llm.token_count.completion"),
     semconv.PROMPT_TOKEN_IDS: ("prompt_token_ids",),
     semconv.RESPONSE_TOKEN_IDS: ("response_token_ids",),
     semconv.RESPONSE_LOGPROBS: ("response_logprobs", "logprobs.content"),
@@ -24,15 +26,34 @@ _LARGEST_ID = 2**31 - 1
 
 
 def read(span: Span, name: str) -> AttributeValue | None:
-    """Attribute `name` of `span` in the first spelling that is there."""
-    spellings = (name, *ALIASES.get(name, ()))
-    return next((span.attributes[spelling] for spelling in spellings if spelling in span.attributes), None)
+    """Attribute `name` of `span` in the first spelling that is there.
+
+    Spellings of others may stand on the resource, where agentlightning writes its ids; ours count on the span only.
+    """
+    if name in span.attributes:
+        return span.attributes[name]
+    holders = (span.attributes, span.resource)
+    aliases = ALIASES.get(name, ())
+    return next((holder[alias] for alias in aliases for holder in holders if alias in holder), None)
 
 
 def read_text(span: Span, name: str) -> str | None:
     """Attribute `name` if it is a non-empty string."""
     value = read(span, name)
     return value if isinstance(value, str) and value else None
+
+
+def read_texts(span: Span, name: str) -> list[str]:
+    """Attribute `name` as a list of strings: an array, a JSON array, or a single string; else empty."""
+    value = read(span, name)
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return []
+    if isinstance(value, str):
+        return [value] if value else []
+    return [str(item) for item in value] if isinstance(value, list) else []
 
 
 def read_number(span: Span, name: str) -> float | None:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from agl import semconv
 from agl.span import Span
-from agl.trajectory.aliases import read, read_ids, read_logprobs, read_number, read_text
+from agl.trajectory.agent import agent_of
+from agl.trajectory.aliases import read, read_ids, read_logprobs, read_number, read_text, read_texts
 from agl.trajectory.reward import Reward, collect_rewards, rewards_by_target
 from agl.trajectory.tree import SpanTree
 
@@ -18,6 +19,8 @@ UNNAMED_ROLE = "default"
 """Role of a call of which no span names a role, an agent, a policy or a model."""
 
 _CHAT_OPERATIONS = {semconv.OPERATION_CHAT, semconv.OPERATION_TEXT_COMPLETION}
+_REQUEST_TYPES = {"chat", "completion"}
+"""Of OpenLLMetry before it took over the standard's operation names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ def _requests(tree: SpanTree) -> list[_Request]:
     chats = _innermost_chats(tree)
     by_response: dict[str, Span] = {}
     for chat in chats:
-        if response_id := read_text(chat, semconv.GEN_AI_RESPONSE_ID):
+        if response_id := chat.response_id:
             by_response.setdefault(response_id, chat)
     joined = [(span, _chat_of(span, tree, by_response)) for span in gateways]
     asked = {id(chat) for _, chat in joined}
@@ -128,25 +131,26 @@ def _is_chat(span: Span) -> bool:
     return not _is_gateway_call(span) and (
         span.text(semconv.GEN_AI_OPERATION_NAME) in _CHAT_OPERATIONS
         or span.text("openinference.span.kind") == "LLM"
-        or span.name == "openai.chat.completion"
+        or span.text("llm.request.type") in _REQUEST_TYPES
+        or span.name == "openai.chat.completion"  # agentlightning's
     )
 
 
 def _chat_of(gateway: Span, tree: SpanTree, by_response: dict[str, Span]) -> Span | None:
     above = next((span for span in tree.ancestors(gateway) if _is_chat(span)), None)
-    return above or by_response.get(read_text(gateway, semconv.GEN_AI_RESPONSE_ID) or "")
+    return above or by_response.get(gateway.response_id or "")
 
 
 def _to_call(tree: SpanTree, request: _Request, rollout_id: str, targeted: dict[str, list[Reward]]) -> Call:
     spans, chat = request.spans, request.chat
     line = [*_line(tree, chat), *_line(tree, request.gateway)]
-    version = _first_text(spans, semconv.POLICY_VERSION)
-    response_id = _first_text(spans, semconv.GEN_AI_RESPONSE_ID)
+    version = _policy_version(spans)
+    response_id = next((name for span in spans if (name := span.response_id)), None)
     names = dict.fromkeys([*(span.span_id for span in spans), response_id])
     tokens = _read_tokens(spans)
     return Call(
         rollout_id=rollout_id,
-        attempt_id=_first_text(line, semconv.ATTEMPT_ID),
+        attempt_id=next((name for span in line if (name := span.attempt_id)), None),
         role=_role(line) or _policy_name(version or _first_text(spans, semconv.GEN_AI_REQUEST_MODEL)),
         trace_id=spans[0].trace_id,
         span_id=spans[0].span_id,
@@ -176,7 +180,13 @@ def _line(tree: SpanTree, span: Span | None) -> Iterator[Span]:
 
 def _role(line: Sequence[Span]) -> str | None:
     """The framework's word, nearest to the call first; the gateway's only where the framework says nothing."""
-    return next((name for span in line if (name := span.role or read_text(span, semconv.GEN_AI_AGENT_NAME))), None)
+    return next((name for span in line if (name := agent_of(span))), None)
+
+
+def _policy_version(spans: Sequence[Span]) -> str | None:
+    """As the gateway says it; without one, the name by which the engine answered, if it counts versions."""
+    answered_by = _first_text(spans, semconv.GEN_AI_RESPONSE_MODEL) or ""
+    return _first_text(spans, semconv.POLICY_VERSION) or (answered_by if "@" in answered_by else None)
 
 
 def _policy_name(version: str | None) -> str:
@@ -221,7 +231,6 @@ def _count(ids: list[int] | None, spans: Sequence[Span], usage: str) -> int | No
 def _finish_reason(spans: Sequence[Span], choice: int) -> str | None:
     """The gateway's spans hold the reason of their own choice, a framework's those of all."""
     for span in spans:
-        reasons = span.attributes.get(semconv.GEN_AI_RESPONSE_FINISH_REASONS)
-        if isinstance(reasons, list) and reasons:
-            return str(reasons[min(choice, len(reasons) - 1)])
+        if reasons := read_texts(span, semconv.GEN_AI_RESPONSE_FINISH_REASONS):
+            return reasons[min(choice, len(reasons) - 1)]
     return None

@@ -55,14 +55,15 @@ _Fault = tuple[DropReason, str] | None
 
 def _repeated(calls: Iterable[Call]) -> set[int]:
     """`id()` of the calls whose answer an earlier call was given: it was sampled once and trains once."""
-    known = {call.response_id for call in calls if call.through_gateway}
+    known = {(call.response_id, call.choice) for call in calls if call.through_gateway}
     repeated: set[int] = set()
     for call in calls:
         if call.response_id is None or call.through_gateway:
             continue
-        if call.response_id in known:
+        answer = call.response_id, call.choice
+        if answer in known:
             repeated.add(id(call))
-        known.add(call.response_id)
+        known.add(answer)
     return repeated
 
 

@@ -1,5 +1,6 @@
 """Rewards as spans carry them."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -8,6 +9,10 @@ from agl.span import Span
 from agl.trajectory.aliases import read_number
 
 _NOT_DIMENSIONS = {semconv.REWARD_VALUE, semconv.REWARD_TARGET}
+_NUMBERED = re.compile(r"agentlightning\.reward\.(\d+)\.name")
+"""agentlightning's dimensions: `agentlightning.reward.<i>.name` and `.value`; number 0 is the scalar."""
+_LINK = re.compile(r"agentlightning\.link\.(\d+)\.key_match")
+"""agentlightning's targets: the spans whose attribute `.key_match` is `.value_match`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +22,7 @@ class Reward:
     value: float
     dimensions: dict[str, float]
     target: str | None
-    """Response id or span id."""
+    """Response id or span id. agentlightning links also by other attributes; those targets are no call's."""
     role: str | None
 
 
@@ -47,4 +52,26 @@ def _to_reward(span: Span, value: float) -> Reward:
         if name.startswith(semconv.REWARD_PREFIX) and name not in _NOT_DIMENSIONS
         if (number := span.number(name)) is not None
     }
-    return Reward(value, dimensions, span.text(semconv.REWARD_TARGET), span.role)
+    target = span.text(semconv.REWARD_TARGET) or _linked(span)
+    return Reward(value, dimensions | _numbered(span), target, span.role)
+
+
+def _numbered(span: Span) -> dict[str, float]:
+    """agentlightning's dimensions by name; a scalar is one that it calls primary."""
+    indices = [found[1] for name in span.attributes if (found := _NUMBERED.fullmatch(name))]
+    named = {
+        span.text(f"agentlightning.reward.{index}.name"): span.number(f"agentlightning.reward.{index}.value")
+        for index in indices
+    }
+    return {name: value for name, value in named.items() if name not in (None, "primary") and value is not None}
+
+
+def _linked(span: Span) -> str | None:
+    """The target that agentlightning's links name."""
+    indices = [found[1] for name in span.attributes if (found := _LINK.fullmatch(name))]
+    links = {
+        span.text(f"agentlightning.link.{index}.key_match"): span.text(f"agentlightning.link.{index}.value_match")
+        for index in indices
+    }
+    named = links.get(semconv.GEN_AI_RESPONSE_ID) or links.get("span_id")
+    return named or ", ".join(f"{key} {value}" for key, value in links.items()) or None

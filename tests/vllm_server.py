@@ -86,14 +86,18 @@ class Answer:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.seen.response_id, "object": kind, "created": 1, "model": self.seen.body["model"]}
 
-    def _tokens(self, first: int, last: int) -> dict[str, Any]:
+    @property
+    def _choices(self) -> range:
+        return range(self.seen.body.get("n") or 1)
+
+    def _tokens(self, choice: int, first: int, last: int) -> dict[str, Any]:
         """The choice's fields about the tokens from `first` to before `last`, where they were asked for."""
         fields: dict[str, Any] = {}
         if self.seen.body.get("logprobs"):
             pairs = zip(self.words[first:last], LOGPROBS[first:last], strict=True)
             fields["logprobs"] = {"content": [_logprob(*pair) for pair in pairs]}
         if self.seen.body.get("return_token_ids"):
-            fields["token_ids"] = TOKEN_IDS[first:last]
+            fields["token_ids"] = [10 * choice + token_id for token_id in TOKEN_IDS[first:last]]
         return fields
 
     def _prompt(self) -> dict[str, Any]:
@@ -103,26 +107,29 @@ class Answer:
         message: dict[str, Any] = {"role": "assistant", "content": None if self.call else "".join(self.words)}
         if self.call:
             message["tool_calls"] = [self.call]
-        choice = {"index": 0, "message": message, "finish_reason": self._finish_reason, **self._tokens(0, 3)}
-        return {**self._head("chat.completion"), "choices": [choice], "usage": USAGE, **self._prompt()}
+        said = {"message": message, "finish_reason": self._finish_reason}
+        choices = [{"index": index, **said, **self._tokens(index, 0, 3)} for index in self._choices]
+        return {**self._head("chat.completion"), "choices": choices, "usage": USAGE, **self._prompt()}
 
     def _delta(self, index: int, word: str) -> dict[str, Any]:
         if self.call is None:
             return {"content": word}
-        return {"tool_calls": [{"index": 0, **self.call}]} if index == 0 else {}
+        return {"tool_calls": [{"index": 0, **self.call}]} if index == 0 else {"tool_calls": []}
 
     def chunks(self) -> list[dict[str, Any]]:
-        """vLLM's order: the prompt's ids with an empty first chunk, then token by token, then the usage."""
+        """vLLM's order: the prompt's ids with an empty first chunk, then token by token, then the usage.
+
+        A token without text, as half a character is, has a chunk only where its id was asked for.
+        """
         head = self._head("chat.completion.chunk")
-        opening = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-        chunks = [{**head, "choices": [opening], **self._prompt()}]
+        opening = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+        chunks = [{**head, "choices": [{"index": choice, **opening}], **self._prompt()} for choice in self._choices]
         for index, word in enumerate(self.words):
-            delta = (
-                {"tool_calls": [{"index": 0, **self.call}] if index == 0 else []} if self.call else {"content": word}
-            )
             reason = self._finish_reason if index == len(self.words) - 1 else None
-            choice = {"index": 0, "delta": delta, "finish_reason": reason, **self._tokens(index, index + 1)}
-            chunks.append({**head, "choices": [choice]})
+            said = {"delta": self._delta(index, word), "finish_reason": reason}
+            for choice in self._choices if word or self.seen.body.get("return_token_ids") else ():
+                tokens = self._tokens(choice, index, index + 1)
+                chunks.append({**head, "choices": [{"index": choice, **said, **tokens}]})
         if (self.seen.body.get("stream_options") or {}).get("include_usage"):
             chunks.append({**head, "choices": [], "usage": USAGE})
         return chunks

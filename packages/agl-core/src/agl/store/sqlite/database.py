@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +19,26 @@ IN_MEMORY = ":memory:"
 _APPLICATION_ID = 0x41474C31  # "AGL1": tells our files from other programs' databases.
 _BUSY_TIMEOUT_S = 30.0
 _MOST_JOBS_PER_COMMIT = 256
+_DAMAGED = (
+    "the file is damaged: stop what writes to it, keep a copy, and restore a backup (`agl store check` says what is "
+    "wrong, `agl store backup` makes one)"
+)
+_ADVICE = {
+    sqlite3.SQLITE_FULL: "make room on the disk; `agl store gc` then frees more",
+    sqlite3.SQLITE_IOERR: "look at the disk: it may be full, or over a limit",
+    sqlite3.SQLITE_CORRUPT: _DAMAGED,
+    sqlite3.SQLITE_NOTADB: "name another file; or, if this was a store, its beginning is damaged: restore a backup",
+    sqlite3.SQLITE_BUSY: "another process has been writing to it for too long",
+    sqlite3.SQLITE_READONLY: "this user may not write to it",
+}
+_OF_A_NEW_FILE = ("page_size = 16384", "auto_vacuum = INCREMENTAL")
+"""Several spans to a page; pages that `gc` frees can be given back."""
+_OF_THE_WRITER = (
+    "journal_mode = WAL",
+    "synchronous = FULL",  # Acknowledged means on disk.
+    "wal_autocheckpoint = 2000",  # Pages, 32 MB: a page that many commits change is copied home once.
+    "cache_size = -32768",  # KB.
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +67,8 @@ class Database:
     def write(self, work: Work[Result]) -> Result:
         """Run `work` in the writer's next transaction; returns its result once that is on disk.
 
-        What `work` raises is raised here, and nothing of it is kept. Raises StoreError when the commit fails.
+        It may be run twice, the first time for nothing: it changes the database alone. What it raises is raised here,
+        and nothing of it is kept. Raises StoreError when the commit fails.
         """
         job = _Job(work)
         with self._closing:
@@ -58,7 +78,7 @@ class Database:
         try:
             return job.done.result()
         except sqlite3.Error as error:
-            raise StoreError(f"the store {self.path} did not keep the change: {error}") from error
+            raise StoreError(f"the store {self.path} did not keep the change: {say(error)}") from error
 
     def read(self, work: Work[Result]) -> Result:
         """Run `work`, which only reads, beside the writer. Raises StoreError when the database cannot be read."""
@@ -73,7 +93,7 @@ class Database:
             finally:
                 self._readers.append(connection)
         except sqlite3.Error as error:
-            raise StoreError(f"the store {self.path} cannot be read: {error}") from error
+            raise StoreError(f"the store {self.path} cannot be read: {say(error)}") from error
 
     def close(self) -> None:
         """Commit what is queued, then close every connection. May be called twice."""
@@ -89,29 +109,33 @@ class Database:
         try:
             return self._readers.pop()
         except IndexError:
-            return self._connect()
-
-    def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+            return connect(self.path)
 
     def _open(self, migrations: tuple[tuple[str, ...], ...]) -> sqlite3.Connection:
         try:
             if self.path != IN_MEMORY:
                 Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-            connection = self._connect()
+            connection = connect(self.path)
             try:
                 self._prepare(connection, migrations)
             except BaseException:
                 connection.close()
                 raise
-        except (sqlite3.Error, OSError) as error:
+        except sqlite3.Error as error:
+            raise StoreError(f"cannot open the store {self.path}: {say(error)}") from error
+        except OSError as error:
             raise StoreError(f"cannot open the store {self.path}: {error}") from error
         return connection
 
     def _prepare(self, connection: sqlite3.Connection, migrations: tuple[tuple[str, ...], ...]) -> None:
         self._check_owner(connection)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
+        version = _pragma(connection, "user_version")
+        for setting in (*(() if version else _OF_A_NEW_FILE), *_OF_THE_WRITER):
+            connection.execute(f"PRAGMA {setting}")
+        if version != len(migrations):  # Else nothing is written: the disk may be full.
+            self._migrate(connection, migrations)
+
+    def _migrate(self, connection: sqlite3.Connection, migrations: tuple[tuple[str, ...], ...]) -> None:
         connection.execute("BEGIN IMMEDIATE")
         self._check_owner(connection)  # Again, now that no other process can change it.
         version = _pragma(connection, "user_version")
@@ -149,30 +173,47 @@ class Database:
             yield batch
 
     def _commit(self, batch: list[_Job]) -> None:
-        """One transaction for the whole batch; its callers hear of it only when it is on disk."""
+        """One transaction for the whole batch; its callers hear of it only when it is on disk.
+
+        Where a job of it fails, each gets a transaction of its own, so that it fails alone. (Savepoints would do as
+        well, but then SQLite copies every page before it is changed.)
+        """
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            answers = [self._attempt(job) for job in batch]
+            results = self._transact(batch)
+        except sqlite3.OperationalError as error:  # The file, not a job: full, locked, unreadable.
+            for job in batch:
+                job.done.set_exception(error)
+        except Exception as error:  # noqa: BLE001 - handed to the caller; the writer must live on
+            if len(batch) == 1:
+                batch[0].done.set_exception(error)
+                return
+            for job in batch:
+                self._commit([job])
+        else:
+            for job, result in zip(batch, results, strict=True):
+                job.done.set_result(result)
+
+    def _transact(self, batch: list[_Job]) -> list[Any]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            results = [job.work(self._connection) for job in batch]
             self._connection.execute("COMMIT")
-        except sqlite3.Error as error:
+        except BaseException:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
-            answers = [partial(job.done.set_exception, error) for job in batch]
-        for answer in answers:
-            answer()
+            raise
+        return results
 
-    def _attempt(self, job: _Job) -> Callable[[], None]:
-        """Run one job, undoing only its own changes if it fails; returns how to answer its caller."""
-        self._connection.execute("SAVEPOINT job")
-        try:
-            result = job.work(self._connection)
-        except Exception as error:  # noqa: BLE001 - handed to the caller; the writer must live on
-            self._connection.execute("ROLLBACK TO job")
-            self._connection.execute("RELEASE job")
-            return partial(job.done.set_exception, error)
-        self._connection.execute("RELEASE job")
-        return partial(job.done.set_result, result)
+
+def connect(path: str | Path) -> sqlite3.Connection:
+    return sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
 
 
 def _pragma(connection: sqlite3.Connection, name: str) -> int:
     return connection.execute(f"PRAGMA {name}").fetchone()[0]
+
+
+def say(error: sqlite3.Error) -> str:
+    """What SQLite says, and what to do where only the user can."""
+    advice = _ADVICE.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+    return f"{error}; {advice}" if advice else str(error)

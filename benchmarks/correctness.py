@@ -1,0 +1,175 @@
+"""Which situations an instrumentation gets right, ours and the peers'. Writes docs/08-correctness.md.
+
+.venv/bin/python -m benchmarks.correctness
+.venv/bin/python -m benchmarks.correctness --ours --json     # only ours, as JSON, nothing written
+
+Every instrumentation has a process of its own and is asked the same: what its spans should say in each situation of
+`benchmarks/situations/`, whoever made them.
+"""
+
+import argparse
+import gc
+import importlib
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from benchmarks.instrumentations import COMPARED, ROOT, Instrumentation
+from benchmarks.situations.desk import Situations, open_desk
+from benchmarks.situations.recording import Recording
+
+PAGE = ROOT / "docs" / "08-correctness.md"
+LIMIT_S = 600
+"""For all situations of one instrumentation."""
+TITLES = {"langchain": "LangChain and LangGraph", "autogen": "AutoGen"}
+FRAMEWORKS = {
+    "langchain": ("langchain", "langchain-core", "langchain-openai", "langgraph"),
+    "autogen": ("autogen-agentchat", "autogen-ext", "openai"),
+}
+
+Verdicts = dict[str, str | None]
+"""By title of the situation: None where it is right, else what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """What one instrumentation gets right, and of which versions that was asked."""
+
+    name: str
+    versions: list[str]
+    verdicts: Verdicts
+
+
+def situations(framework: str) -> Situations:
+    return importlib.import_module(f"benchmarks.situations.{framework}").SITUATIONS
+
+
+def examine(framework: str, instrumentation: Instrumentation) -> Column:
+    """Try every situation in a process that has the instrumentation. Raises CalledProcessError where it has none."""
+    process = instrumentation.child("benchmarks.correctness", "--child", framework, instrumentation.name)
+    try:
+        answer, _ = process.communicate(timeout=LIMIT_S)
+    finally:
+        process.kill()
+    if process.returncode:
+        raise SystemExit(f"the process of {instrumentation.name} ended with {process.returncode}")
+    return Column(**json.loads(answer.splitlines()[-1]))
+
+
+def _child(framework: str, name: str) -> None:
+    instrumentation = next(one for one in COMPARED[framework] if one.name == name)
+    recording, provider = Recording(), TracerProvider()
+    provider.add_span_processor(recording)
+    trace.set_tracer_provider(provider)
+    switched = instrumentation.switch_on(provider, InMemorySpanExporter())
+    rows = situations(framework)
+    gc.freeze()  # what has been imported need not be searched for garbage after every attempt
+    with open_desk(switched, recording) as desk:
+        verdicts = {one.title: one.verdict(desk) for one in rows}
+    print("\n" + json.dumps({"name": name, "versions": instrumentation.versions(), "verdicts": verdicts}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ours", action="store_true", help="examine only ours")
+    parser.add_argument("--json", action="store_true", help="print the verdicts, write no page")
+    parser.add_argument("--child", nargs=2, metavar=("FRAMEWORK", "NAME"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        _child(*arguments.child)
+        return
+    found = {
+        framework: [column for one in COMPARED[framework] if (column := _column(framework, one, arguments.ours))]
+        for framework in COMPARED
+    }
+    if arguments.json:
+        said = {framework: {one.name: one.verdicts for one in columns} for framework, columns in found.items()}
+        print(json.dumps(said, indent=1))
+    else:
+        PAGE.write_text(page(found), encoding="utf-8")
+
+
+def _column(framework: str, instrumentation: Instrumentation, only_ours: bool) -> Column | None:
+    if only_ours and not instrumentation.is_ours:
+        return None
+    print(f"{framework}: {instrumentation.name}", file=sys.stderr, flush=True)
+    try:
+        return examine(framework, instrumentation)
+    except subprocess.CalledProcessError:
+        print(f"{instrumentation.name} could not be installed and is left out", file=sys.stderr)
+        return None
+
+
+def page(found: dict[str, list[Column]]) -> str:
+    """The page: a table for each framework, and below it what each column gets wrong."""
+    parts = [_HEAD]
+    for framework, columns in found.items():
+        parts += [f"## {TITLES[framework]}\n", _versions(framework, columns), _table(columns)]
+        parts += [_reasons(column) for column in columns if any(column.verdicts.values())]
+    return "\n".join(parts)
+
+
+_HEAD = """\
+# 8. Correctness
+
+What the spans of an agent say in situations that occur, by whose instrumentation made them. The page is written by
+
+```sh
+.venv/bin/python -m benchmarks.correctness
+```
+
+which runs every situation of `benchmarks/situations/langchain.py` and `benchmarks/situations/autogen.py` with each
+instrumentation in a process of its own, against a real server on loopback, and asks the same of all of them: a model
+call, a tool call or a retriever is recognised by the attribute with which its instrumentation marks it. A situation is
+tried in every way in which it can occur (`invoke`, `ainvoke`, `stream`, `astream`, `batch`, `abatch`,
+`astream_events`); the reason names those that go wrong, or none where all do. A test holds our own columns to yes
+throughout.
+
+Ours are `LangChainInstrumentor().instrument()` and `AutoGenInstrumentor().instrument()`; without a gateway
+`capture_token_ids(model)` besides. The peers are switched on as their documentation says, with the settings they come
+with. What they do not set out to do, as to carry token ids, counts as no all the same.
+"""
+
+
+def _versions(framework: str, columns: Sequence[Column]) -> str:
+    named = [f"{package} {version(package)}" for package in (*FRAMEWORKS[framework], "opentelemetry-sdk")]
+    of_peers = [text for column in columns for text in column.versions]
+    return f"Python {platform.python_version()}, {', '.join([*named, *of_peers])}.\n"
+
+
+def _table(columns: Sequence[Column]) -> str:
+    rows = [
+        f"| situation | {' | '.join(column.name for column in columns)} |",
+        f"|---|{':---:|' * len(columns)}",
+        *(
+            f"| {title} | {' | '.join(_cell(column.verdicts[title]) for column in columns)} |"
+            for title in columns[0].verdicts
+        ),
+    ]
+    return "\n".join([*rows, ""])
+
+
+def _cell(wrong: str | None) -> str:
+    return "yes" if wrong is None else "**no**"
+
+
+def _reasons(column: Column) -> str:
+    lines = [f"- {title}: {_plain(wrong)}" for title, wrong in column.verdicts.items() if wrong is not None]
+    return "\n".join([f"### {column.name}\n", *lines, ""])
+
+
+def _plain(text: str) -> str:
+    """Without what Markdown would read as its own."""
+    return text.translate({ord(sign): f"\\{sign}" for sign in "*<>[]|"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The agents that are measured: deterministic, without network. One of each framework, run in several ways."""
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+TOOL_CALLS = 4
+PROMPT = "You look up one fact at a time, and answer when you have all four. " * 6
+QUESTION = "Find the four facts, then answer."
+FACT = "a fact that was looked up " * 8
+ANSWER = "The four facts agree and so the answer is forty two ; there is nothing else to do ."
+"""Streamed word by word."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """`run` runs `agents` agents to their end."""
+
+    name: str
+    agents: int
+    run: Callable[[], Any]
+
+
+def workloads(framework: str, callbacks: list[Any]) -> list[Workload]:
+    """Every way to run the agent of `framework`; `callbacks` are given to each run."""
+    loop = asyncio.new_event_loop()
+    return _langchain(loop, {"callbacks": callbacks}) if framework == "langchain" else _autogen(loop)
+
+
+def _langchain(loop: asyncio.AbstractEventLoop, config: Any) -> list[Workload]:
+    """`create_agent`: five model calls, four tool calls."""
+    from benchmarks.scripted_model import LOOKUP, ScriptedModel
+    from langchain.agents import create_agent
+
+    agent = create_agent(ScriptedModel(), [LOOKUP], system_prompt=PROMPT)
+    question: Any = {"messages": [("user", QUESTION)]}
+    modes: Any = ["updates", "messages"]
+
+    async def astream() -> None:
+        async for _ in agent.astream(question, config, stream_mode=modes):
+            pass
+
+    async def at_once() -> None:
+        await asyncio.gather(*(agent.ainvoke(question, config) for _ in range(50)))
+
+    return [
+        Workload("invoke", 1, lambda: agent.invoke(question, config)),
+        Workload("ainvoke", 1, lambda: loop.run_until_complete(agent.ainvoke(question, config))),
+        Workload("stream", 1, lambda: list(agent.stream(question, config, stream_mode=modes))),
+        Workload("astream", 1, lambda: loop.run_until_complete(astream())),
+        Workload("50 at once", 50, lambda: loop.run_until_complete(at_once())),
+    ]
+
+
+def _autogen(loop: asyncio.AbstractEventLoop) -> list[Workload]:
+    """Planner and executor: six model calls through AutoGen's OpenAI client, four tool calls."""
+    make_team = _team_maker()
+
+    async def run() -> None:
+        await make_team(stream=False).run(task=QUESTION)
+
+    async def run_stream() -> None:
+        async for _ in make_team(stream=True).run_stream(task=QUESTION):
+            pass
+
+    async def at_once() -> None:
+        await asyncio.gather(*(run() for _ in range(20)))
+
+    ways: Sequence[tuple[str, int, Callable[[], Coroutine[Any, Any, None]]]] = [
+        ("run", 1, run),
+        ("run_stream", 1, run_stream),
+        ("20 at once", 20, at_once),
+    ]
+    return [Workload(name, agents, lambda way=way: loop.run_until_complete(way())) for name, agents, way in ways]
+
+
+def _team_maker() -> Callable[..., Any]:
+    import httpx2
+    from autogen_agentchat.agents import AssistantAgent
+    from autogen_agentchat.conditions import TextMentionTermination
+    from autogen_agentchat.teams import RoundRobinGroupChat
+    from autogen_core.models import ModelInfo
+    from autogen_ext.models.openai import OpenAIChatCompletionClient
+
+    async def lookup(key: str) -> str:
+        """Look a fact up."""
+        return f"{key}: {FACT}"
+
+    info: ModelInfo = {
+        "vision": False,
+        "function_calling": True,
+        "json_output": False,
+        "family": "unknown",
+        "structured_output": False,
+    }
+    client = OpenAIChatCompletionClient(
+        model="tiny",
+        base_url="http://engine/v1",
+        api_key="none",
+        model_info=info,
+        http_client=httpx2.AsyncClient(transport=httpx2.MockTransport(_engine())),
+    )
+
+    def make_team(*, stream: bool) -> RoundRobinGroupChat:
+        planner = AssistantAgent("planner", client, system_message="You plan.", model_client_stream=stream)
+        executor = AssistantAgent(
+            "executor",
+            client,
+            tools=[lookup],
+            system_message=PROMPT,
+            model_client_stream=stream,
+            max_tool_iterations=TOOL_CALLS + 1,
+        )
+        return RoundRobinGroupChat([planner, executor], termination_condition=TextMentionTermination("TERMINATE"))
+
+    return make_team
+
+
+def _engine() -> Callable[[Any], Any]:
+    """Answers as the tests' server does, without a socket: who has tools uses them, then ends the run."""
+    import httpx2
+
+    from tests.vllm_server import Answer, Seen
+
+    numbers = count()
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        body = json.loads(request.content)
+        done = sum(message["role"] == "tool" for message in body["messages"])
+        call = _lookup_call(done) if body.get("tools") and done < TOOL_CALLS else None
+        words = (FACT, "; ", "TERMINATE") if body.get("tools") else ("Look up", " four", " facts.")
+        given = Answer(Seen({}, body, f"chatcmpl-{next(numbers)}"), words, call)
+        if not body.get("stream"):
+            return httpx2.Response(200, json=given.whole())
+        events = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in given.chunks())
+        return httpx2.Response(200, headers={"content-type": "text/event-stream"}, text=events + "data: [DONE]\n\n")
+
+    return answer
+
+
+def _lookup_call(number: int) -> dict[str, Any]:
+    function = {"name": "lookup", "arguments": json.dumps({"key": f"fact {number}"})}
+    return {"id": f"call_{number}", "type": "function", "function": function}

@@ -1,0 +1,169 @@
+"""What is captured of an answer of an OpenAI-compatible engine, whole or in stream chunks, and what its client sees.
+
+Token ids stand where vLLM puts them: `prompt_token_ids` at the top level (chat) or in the choice (completions),
+`token_ids` in the choice; in a stream the prompt's on the first chunk, the answer's on every chunk.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from agl import semconv
+from agl.tokens import pack_ids, pack_logprobs
+
+Json = dict[str, Any]
+
+_ID_FIELDS = ("prompt_token_ids", "token_ids")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the client asked for itself: the model's name, and which of the captured fields it wants to see."""
+
+    token_ids: bool
+    logprobs: bool
+    model: str | None = None
+
+    @classmethod
+    def read(cls, body: Json, operation: str) -> Self:
+        logprobs = body.get("logprobs")
+        # In /v1/completions it is a number of alternatives, and 0 asks for the sampled token's own.
+        wants_logprobs = bool(logprobs) or (operation == semconv.OPERATION_TEXT_COMPLETION and logprobs is not None)
+        model = body.get("model")
+        return cls(bool(body.get("return_token_ids")), wants_logprobs, model if isinstance(model, str) else None)
+
+
+@dataclass(slots=True)
+class ToolCall:
+    """A tool call of an answer; in a stream its parts arrive piece by piece."""
+
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+    def add(self, part: Json) -> None:
+        function = part.get("function") or {}
+        self.id = part.get("id") or self.id
+        self.name += function.get("name") or ""
+        self.arguments += function.get("arguments") or ""
+
+
+@dataclass(slots=True)
+class Choice:
+    """One sampled answer, as far as it has arrived."""
+
+    index: int
+    prompt_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+
+    def add(self, part: Json) -> None:
+        """Take in a choice of a whole answer or of a chunk."""
+        message = part.get("message") or part.get("delta") or {}
+        self.prompt_ids = part.get("prompt_token_ids") or self.prompt_ids
+        self.token_ids += part.get("token_ids") or ()
+        self.logprobs += _logprobs(part.get("logprobs") or {})
+        self.finish_reason = part.get("finish_reason") or self.finish_reason
+        self.text += part.get("text") or message.get("content") or ""
+        self.reasoning += message.get("reasoning_content") or message.get("reasoning") or ""
+        for call in message.get("tool_calls") or ():
+            self._tool_call(call.get("index")).add(call)
+
+    def message(self) -> Json:
+        """The answer as a GenAI output message."""
+        parts: list[Json] = [{"type": "reasoning", "content": self.reasoning}] if self.reasoning else []
+        parts += [{"type": "text", "content": self.text}] if self.text else []
+        parts += [
+            {"type": "tool_call", "id": call.id, "name": call.name, "arguments": call.arguments}
+            for call in self.tool_calls
+        ]
+        return {"role": "assistant", "parts": parts, "finish_reason": self.finish_reason}
+
+    def token_attributes(self) -> dict[str, bytes]:
+        """Span attributes of the tokens, packed, as far as they were seen."""
+        found: dict[str, bytes] = {}
+        if self.prompt_ids:
+            found[semconv.PROMPT_TOKEN_IDS] = pack_ids(self.prompt_ids)
+        if self.token_ids:
+            found[semconv.RESPONSE_TOKEN_IDS] = pack_ids(self.token_ids)
+        if self.logprobs and None not in self.logprobs:
+            found[semconv.RESPONSE_LOGPROBS] = pack_logprobs(self.logprobs)
+        return found
+
+    def _tool_call(self, index: int | None) -> ToolCall:
+        """Tool call `index`, new if it is the next; whole answers name no index, every call there is new."""
+        if index is None or index >= len(self.tool_calls):
+            self.tool_calls.append(ToolCall())
+            return self.tool_calls[-1]
+        return self.tool_calls[index]
+
+
+@dataclass(slots=True)
+class Capture:
+    """What an engine answered to one call, as far as it has arrived."""
+
+    response_id: str | None = None
+    model: str | None = None
+    usage: Json = field(default_factory=dict)
+    _prompt_ids: list[int] = field(default_factory=list)
+    _choices: dict[int, Choice] = field(default_factory=dict)
+
+    def add(self, answer: Json) -> None:
+        """Take in a whole answer or the next chunk."""
+        self.response_id = answer.get("id") or self.response_id
+        self.model = answer.get("model") or self.model
+        self.usage = answer.get("usage") or self.usage
+        self._prompt_ids = answer.get("prompt_token_ids") or self._prompt_ids
+        for part in answer.get("choices") or ():
+            index = part.get("index") or 0
+            self._choices.setdefault(index, Choice(index)).add(part)
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether anything sampled has arrived."""
+        return any(choice.token_ids or choice.text or choice.tool_calls for choice in self._choices.values())
+
+    def choices(self) -> list[Choice]:
+        """The choices by index, each with its prompt's ids."""
+        for choice in self._choices.values():
+            choice.prompt_ids = choice.prompt_ids or self._prompt_ids
+        return [self._choices[index] for index in sorted(self._choices)]
+
+
+def strip(answer: Json, asked: Asked) -> bool:
+    """Make of a whole answer or a chunk, in place, what the client asked for. True: it has changed."""
+    # Clients compare the name with the one they asked for; which version of it answered is the gateway's to keep.
+    changed = asked.model is not None and str(answer.get("model")).startswith(f"{asked.model}@")
+    if changed:
+        answer["model"] = asked.model
+    for holder in (answer, *(answer.get("choices") or ())):
+        for name in () if asked.token_ids else _ID_FIELDS:
+            changed |= holder.pop(name, None) is not None
+        if not asked.logprobs and holder.get("logprobs") is not None:
+            holder["logprobs"] = None
+            changed = True
+    return changed
+
+
+def says_nothing(chunk: Json) -> bool:
+    """Whether a stripped chunk only carried what was taken out of it: an engine would not send it by itself.
+
+    So it is with chat tokens that have no text yet (half a character, a tool call being read); completions send every
+    token.
+    """
+    choices = chunk.get("choices") or ()
+    return bool(choices) and not chunk.get("usage") and all(_is_silent(choice) for choice in choices)
+
+
+def _is_silent(choice: Json) -> bool:
+    said = [choice.get(name) for name in ("finish_reason", "logprobs", "token_ids")]
+    return "delta" in choice and not any(said + list((choice["delta"] or {}).values()))
+
+
+def _logprobs(logprobs: Json) -> list[float]:
+    """Logprobs of the sampled tokens, from the form of chat or of completions."""
+    content = logprobs.get("content")
+    return [token["logprob"] for token in content] if content else logprobs.get("token_logprobs") or []

@@ -1,0 +1,133 @@
+"""OTLP/HTTP: `POST /v1/traces` in protobuf or JSON, plain, gzip or deflate."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from google.protobuf import json_format
+from google.protobuf.message import Message
+from google.rpc.code_pb2 import DEADLINE_EXCEEDED, INVALID_ARGUMENT, NOT_FOUND
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from agl.collector.pending import Room
+from agl.collector.receiver import IDENTITY, RETRY_AFTER_S, ZLIB_WINDOWS, Read, Receiver, Refusal
+from agl.store import row
+
+PROTOBUF: Final = "application/x-protobuf"
+JSON: Final = "application/json"
+
+Headers = Mapping[bytes, bytes]
+
+_TRACES = "/v1/traces"
+_OTHER_SIGNALS = ("/v1/metrics", "/v1/logs")
+_READERS: dict[str, Read] = {PROTOBUF: row.read, JSON: row.read_json}
+_ENCODINGS = (IDENTITY, *ZLIB_WINDOWS)
+_COMMITS_AT_ONCE = 16
+"""Requests that wait for the store at once, each in a thread; the store commits together what waits together."""
+_BODY_TIMEOUT_S = 60
+_HEADERS_OF_STATUS = {
+    401: [(b"www-authenticate", b"Bearer")],
+    405: [(b"allow", b"POST")],
+    503: [(b"retry-after", str(RETRY_AFTER_S).encode())],
+}
+
+
+class HttpReceiver:
+    """The ASGI app of `receiver`. Metrics and logs get the success that senders expect, and are not kept.
+
+    A request is refused before its body is read where its head says enough.
+    """
+
+    def __init__(self, receiver: Receiver) -> None:
+        self._receiver = receiver
+        self._pool = ThreadPoolExecutor(_COMMITS_AT_ONCE, "agl-otlp-http")
+
+    def close(self) -> None:
+        """End the threads; requests under way are finished first."""
+        self._pool.shutdown()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        headers: Headers = dict(scope["headers"])
+        content_type = _text(headers, b"content-type").partition(";")[0].rstrip()
+        try:
+            status, answer = 200, await self._answer(scope, headers, content_type, receive)
+        except ClientDisconnect:
+            return
+        except Refusal as refusal:
+            status, answer = refusal.http_status, refusal.status()
+        await _send(send, status, content_type, answer)
+
+    async def _answer(self, scope: Scope, headers: Headers, content_type: str, receive: Receive) -> Message:
+        _check_route(scope)
+        with self._receiver.admit(headers.get(b"authorization"), _content_length(headers)) as room:
+            if scope["path"] in _OTHER_SIGNALS:
+                return ExportTraceServiceResponse()
+            read, encoding = _reader(content_type), _encoding(headers)
+            body = await self._read_body(receive, room)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._pool, self._receiver.keep, body, encoding, read, room)
+
+    async def _read_body(self, receive: Receive, room: Room) -> bytes:
+        try:
+            async with asyncio.timeout(_BODY_TIMEOUT_S):
+                return b"".join([piece async for piece in self._pieces(receive, room)])
+        except TimeoutError as error:
+            raise Refusal(408, DEADLINE_EXCEEDED, f"the body was not here after {_BODY_TIMEOUT_S} s") from error
+
+    async def _pieces(self, receive: Receive, room: Room) -> AsyncIterator[bytes]:
+        size, more = 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            piece, more = message.get("body", b""), message.get("more_body", False)
+            size += len(piece)
+            self._receiver.hold(room, size)
+            yield piece
+
+
+def _check_route(scope: Scope) -> None:
+    if scope["path"] not in (_TRACES, *_OTHER_SIGNALS):
+        raise Refusal(404, NOT_FOUND, f"nothing is at {scope['path']}; spans go to {_TRACES}")
+    if scope["method"] != "POST":
+        raise Refusal(405, INVALID_ARGUMENT, f"{scope['path']} takes POST")
+
+
+def _text(headers: Headers, name: bytes) -> str:
+    return headers.get(name, b"").decode("latin-1").strip().lower()
+
+
+def _content_length(headers: Headers) -> int:
+    length = _text(headers, b"content-length")
+    return int(length) if length.isdecimal() else 0
+
+
+def _reader(content_type: str) -> Read:
+    if content_type not in _READERS:
+        raise Refusal(415, INVALID_ARGUMENT, f"content type {content_type!r}; expected {' or '.join(_READERS)}")
+    return _READERS[content_type]
+
+
+def _encoding(headers: Headers) -> str:
+    encoding = _text(headers, b"content-encoding") or IDENTITY
+    if encoding not in _ENCODINGS:
+        raise Refusal(415, INVALID_ARGUMENT, f"content encoding {encoding!r}; expected one of {', '.join(_ENCODINGS)}")
+    return encoding
+
+
+async def _send(send: Send, status: int, content_type: str, answer: Message) -> None:
+    """Answer in the encoding of the request; where that is none of OTLP's, in JSON."""
+    in_protobuf = content_type == PROTOBUF
+    body = answer.SerializeToString() if in_protobuf else json_format.MessageToJson(answer, indent=None).encode()
+    headers = [
+        (b"content-type", (PROTOBUF if in_protobuf else JSON).encode()),
+        (b"content-length", str(len(body)).encode()),
+        *_HEADERS_OF_STATUS.get(status, ()),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

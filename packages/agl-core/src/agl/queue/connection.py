@@ -1,0 +1,81 @@
+"""A client of Redis by URI."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.cluster import RedisCluster
+from redis.exceptions import RedisClusterException, RedisError
+from redis.retry import Retry
+
+from agl.errors import QueueError
+
+Client = Redis | RedisCluster
+
+BLOCK_MS: Final = 500
+"""Longest that a command may wait inside Redis."""
+_TIMEOUT_S: Final = 10.0
+_SCHEMES: Final = ("redis", "rediss")
+
+
+def connect(uri: str) -> Client:
+    """A client of the Redis, or of the Redis Cluster, at `redis[s]://[user:password@]host[:port][,host...][/db]`.
+
+    Several hosts are nodes of one cluster: the first that answers tells of the others. Raises QueueError.
+    """
+    reasons: list[str] = []
+    for node in _node_uris(uri):
+        try:
+            return _connect_node(node, "," in urlsplit(uri).netloc)
+        except (RedisError, RedisClusterException, ValueError) as error:
+            reasons.append(f"{address(node)}: {error}")
+    raise QueueError(f"cannot reach the queue; {'; '.join(reasons)}")
+
+
+def node_of(client: Client, key: str) -> Redis:
+    """The Redis that holds `key`."""
+    if isinstance(client, Redis):
+        return client
+    node = client.get_node_from_key(key)
+    if node is None:
+        raise QueueError(f"no node of the Redis Cluster holds the slot of {key}")
+    return client.get_redis_connection(node)
+
+
+def address(uri: str) -> str:
+    """`uri` without user and password, for messages."""
+    parts = urlsplit(uri)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+
+
+@contextmanager
+def speaking() -> Iterator[None]:
+    """Raises QueueError for whatever Redis or the way to it refuses."""
+    try:
+        yield
+    except (RedisError, RedisClusterException) as error:
+        raise QueueError(f"the queue does not take part: {error}") from error
+
+
+def _node_uris(uri: str) -> list[str]:
+    parts = urlsplit(uri)
+    if parts.scheme not in _SCHEMES:
+        raise QueueError(f"queue URI {address(uri)!r} has the scheme {parts.scheme!r}; known are redis and rediss")
+    user, at, hosts = parts.netloc.rpartition("@")
+    return [parts._replace(netloc=user + at + host).geturl() for host in hosts.split(",")]
+
+
+def _connect_node(uri: str, of_several: bool) -> Client:
+    # One more try, on a new connection, as Redis may have been restarted; the sender is there for longer waits.
+    options: dict[str, Any] = {"protocol": 2, "socket_timeout": _TIMEOUT_S, "retry": Retry(NoBackoff(), 1)}
+    client = Redis.from_url(uri, **options)
+    if client.info("cluster")["cluster_enabled"]:
+        client.close()
+        return RedisCluster.from_url(uri, **options)
+    if of_several:
+        client.close()
+        raise QueueError(f"{address(uri)} is no node of a Redis Cluster; name one host")
+    return client

@@ -1,0 +1,53 @@
+"""Telling others, an autoscaler say, that the queue is long."""
+
+import json
+import logging
+import os
+import shlex
+import subprocess
+import threading
+import urllib.request
+from typing import Final
+
+logger = logging.getLogger(__name__)
+
+_TIMEOUT_S: Final = 60
+
+
+class QueueHook:
+    """`target` is a URL, which gets a POST of the numbers as JSON, or a command, which gets them in its environment:
+    `SPAN_QUEUE_LENGTH` and `SPAN_QUEUE_WRITERS`. No shell is between.
+    """
+
+    def __init__(self, target: str) -> None:
+        self._target = target
+        self._thread: threading.Thread | None = None
+
+    def call(self, length: int, writers: int) -> None:
+        """Tell, in the background; not again while the last call is under way. What goes wrong is logged."""
+        if self._thread is None or not self._thread.is_alive():
+            numbers = {"span_queue_length": length, "span_queue_writers": writers}
+            self._thread = threading.Thread(target=self._tell, args=(numbers,), name="agl-queue-hook", daemon=True)
+            self._thread.start()
+
+    def _tell(self, numbers: dict[str, int]) -> None:
+        try:
+            if self._target.startswith(("http://", "https://")):
+                _post(self._target, numbers)
+            else:
+                _run(self._target, numbers)
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            logger.warning("on_queue_high failed (%s): %s", self._target, error)
+
+
+def _post(url: str, numbers: dict[str, int]) -> None:
+    body = json.dumps(numbers).encode()
+    request = urllib.request.Request(url, body, {"content-type": "application/json"})
+    urllib.request.urlopen(request, timeout=_TIMEOUT_S).close()
+
+
+def _run(command: str, numbers: dict[str, int]) -> None:
+    named = {name.upper(): str(value) for name, value in numbers.items()}
+    subprocess.run(
+        shlex.split(command), env=os.environ | named, stdin=subprocess.DEVNULL, timeout=_TIMEOUT_S, check=True
+    )

@@ -1,0 +1,68 @@
+"""The writer: moves spans from the queue into the store, and forgets them there only after the store has committed."""
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from agl.config import QueueConfig
+from agl.errors import OtlpError, StoreError
+from agl.queue.queue import Entry, SpanQueue
+from agl.store import Store
+from agl.store.row import SpanRow, read
+
+logger = logging.getLogger(__name__)
+
+_PAUSE_S: Final = 1.0
+
+
+class Writer:
+    """The consumer `name` of `queue`. One that takes the name of a dead one goes on with what that one had taken."""
+
+    def __init__(self, name: str, queue: SpanQueue, store: Store, config: QueueConfig) -> None:
+        self._name = name
+        self._queue = queue
+        self._store = store
+        self._claim_after_s = config.claim_after_s
+        self._claimed_at = time.monotonic()
+        self._has_unfinished = True
+
+    def run(self, stop: threading.Event) -> None:
+        """Move spans until `stop`; while queue or store refuses, they stay where they are, and it tries again."""
+        while not stop.is_set():
+            try:
+                self.move()
+            except StoreError as error:
+                self._has_unfinished = True
+                logger.warning("spans stay in the queue, and are tried again: %s", error)
+                stop.wait(_PAUSE_S)
+
+    def move(self) -> int:
+        """Move what one read of the queue finds, in one commit; returns how many spans. Raises StoreError."""
+        entries = self._take()
+        rows = [row for entry in entries for row in self._rows(entry)]
+        if entries:
+            self._store.append_rows(rows)
+            self._queue.finish(entries)
+        return len(rows)
+
+    def _take(self) -> Sequence[Entry]:
+        if self._has_unfinished:
+            entries = self._queue.take_again(self._name)
+            self._has_unfinished = bool(entries)
+            if entries:
+                return entries
+        if time.monotonic() - self._claimed_at >= self._claim_after_s:
+            entries = self._queue.claim(self._name)
+            if entries:
+                return entries
+            self._claimed_at = time.monotonic()
+        return self._queue.take(self._name)
+
+    def _rows(self, entry: Entry) -> Iterator[SpanRow]:
+        try:
+            yield from read(entry.otlp).rows
+        except OtlpError as error:
+            logger.error("%d spans of entry %r cannot be stored and are set aside: %s", entry.spans, entry, error)
+            self._queue.set_aside(entry, str(error))

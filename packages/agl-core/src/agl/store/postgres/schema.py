@@ -1,0 +1,88 @@
+"""The schema of a PostgreSQL store, one tuple of statements for each version.
+
+Spans lie in two tables. `spans` has the columns that they are found by, about 100 bytes each, and its primary key
+holds a span to one row whatever day it is sent again. `span_bodies` has the OTLP bytes, nearly all of the volume, with
+one partition for each day of arrival, so that retention gives whole days back to the disk by dropping tables. One
+partitioned table would not do: a unique key of PostgreSQL holds across partitions only where it contains what they
+are divided by, and a span that is sent again after midnight would be kept twice.
+"""
+
+from typing import Final
+
+_FIRST = (
+    "CREATE SEQUENCE batches",
+    """CREATE TABLE spans (
+        arrival bigint NOT NULL,
+        start_ns bigint NOT NULL,
+        arrived_ns bigint NOT NULL,
+        day integer NOT NULL,
+        size integer NOT NULL,
+        trace_id bytea NOT NULL,
+        span_id bytea NOT NULL,
+        rollout_id text COLLATE "C",
+        asked text COLLATE "C",
+        answered text COLLATE "C",
+        PRIMARY KEY (trace_id, span_id))""",
+    "CREATE INDEX spans_by_arrival ON spans (day, arrival)",
+    "CREATE INDEX spans_by_rollout ON spans (rollout_id) WHERE rollout_id IS NOT NULL",
+    "CREATE INDEX spans_by_asked ON spans (asked, start_ns) WHERE asked IS NOT NULL",
+    "CREATE INDEX spans_by_answered ON spans (answered) WHERE answered IS NOT NULL",
+    """CREATE TABLE span_bodies (
+        arrival bigint NOT NULL,
+        day integer NOT NULL,
+        otlp bytea NOT NULL,
+        PRIMARY KEY (day, arrival))
+        PARTITION BY RANGE (day)""",
+    # Compressing bodies took longer than writing them.
+    "ALTER TABLE span_bodies ALTER COLUMN otlp SET STORAGE EXTERNAL",
+    """CREATE TABLE rollouts (
+        place bigint GENERATED ALWAYS AS IDENTITY,
+        rollout_id text COLLATE "C" PRIMARY KEY,
+        input text NOT NULL,
+        group_id text COLLATE "C",
+        mode text NOT NULL,
+        max_attempts integer NOT NULL,
+        retry_on text NOT NULL,
+        timeout_s double precision,
+        unresponsive_s double precision,
+        metadata text NOT NULL,
+        state text NOT NULL,
+        attempts integer NOT NULL,
+        ended_ns bigint)""",
+    "CREATE INDEX rollouts_queued ON rollouts (place) WHERE state = 'queued'",
+    "CREATE INDEX rollouts_by_state ON rollouts (state)",
+    "CREATE INDEX rollouts_by_group ON rollouts (group_id, place) WHERE group_id IS NOT NULL",
+    """CREATE TABLE attempts (
+        attempt_id text COLLATE "C" PRIMARY KEY,
+        rollout_id text COLLATE "C" NOT NULL,
+        number integer NOT NULL,
+        worker_id text NOT NULL,
+        state text NOT NULL,
+        started_ns bigint NOT NULL,
+        heartbeat_ns bigint NOT NULL,
+        ended_ns bigint,
+        error text,
+        UNIQUE (rollout_id, number))""",
+    "CREATE INDEX attempts_running ON attempts (rollout_id) WHERE state = 'running'",
+    """CREATE TABLE resources (
+        name text COLLATE "C",
+        version integer,
+        uri text NOT NULL,
+        metadata text NOT NULL,
+        PRIMARY KEY (name, version))""",
+    """CREATE TABLE leases (
+        name text COLLATE "C",
+        version integer,
+        holder text COLLATE "C",
+        expires_ns bigint NOT NULL,
+        PRIMARY KEY (name, version, holder))""",
+    """CREATE TABLE metrics (
+        run text COLLATE "C",
+        name text COLLATE "C",
+        step bigint,
+        value double precision NOT NULL,
+        PRIMARY KEY (run, name, step))""",
+)
+
+MIGRATIONS: Final = (_FIRST,)
+"""Statements that lead from each version to the next; version 0 is a database without our schema."""

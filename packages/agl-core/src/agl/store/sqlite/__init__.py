@@ -1,0 +1,5 @@
+"""The default store: one SQLite file, or memory."""
+
+from agl.store.sqlite.store import SqliteStore
+
+__all__ = ["SqliteStore"]

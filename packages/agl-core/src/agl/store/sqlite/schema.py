@@ -1,0 +1,117 @@
+"""The schema of a SQLite store, one tuple of statements for each version."""
+
+from typing import Final
+
+_FIRST = (
+    """CREATE TABLE spans (
+        arrival INTEGER PRIMARY KEY,
+        trace_id BLOB NOT NULL,
+        span_id BLOB NOT NULL,
+        rollout_id TEXT NOT NULL,
+        start_ns INTEGER NOT NULL,
+        otlp BLOB NOT NULL,
+        UNIQUE (trace_id, span_id))""",
+    "CREATE INDEX spans_by_rollout ON spans (rollout_id)",
+    """CREATE TABLE rollouts (
+        place INTEGER PRIMARY KEY,
+        rollout_id TEXT NOT NULL UNIQUE,
+        input TEXT NOT NULL,
+        group_id TEXT,
+        mode TEXT NOT NULL,
+        max_attempts INTEGER NOT NULL,
+        state TEXT NOT NULL,
+        metadata TEXT NOT NULL)""",
+    "CREATE INDEX rollouts_by_state ON rollouts (state)",
+    "CREATE INDEX rollouts_by_group ON rollouts (group_id)",
+    """CREATE TABLE attempts (
+        attempt_id TEXT PRIMARY KEY,
+        rollout_id TEXT NOT NULL,
+        number INTEGER NOT NULL,
+        worker_id TEXT NOT NULL,
+        state TEXT NOT NULL,
+        started_ns INTEGER NOT NULL,
+        heartbeat_ns INTEGER NOT NULL,
+        ended_ns INTEGER,
+        error TEXT,
+        UNIQUE (rollout_id, number))""",
+    "CREATE INDEX attempts_by_state ON attempts (state)",
+    """CREATE TABLE resources (
+        name TEXT NOT NULL,
+        version INTEGER NOT NULL,
+        uri TEXT NOT NULL,
+        metadata TEXT NOT NULL,
+        PRIMARY KEY (name, version)) WITHOUT ROWID""",
+    """CREATE TABLE metrics (
+        run TEXT NOT NULL,
+        name TEXT NOT NULL,
+        step INTEGER NOT NULL,
+        value REAL,
+        PRIMARY KEY (run, name, step)) WITHOUT ROWID""",
+)
+
+_JOIN_BY_ANSWER = (
+    "ALTER TABLE spans ADD COLUMN asked TEXT",
+    "ALTER TABLE spans ADD COLUMN answered TEXT",
+    "CREATE INDEX spans_by_asked ON spans (asked, start_ns) WHERE asked IS NOT NULL",
+    "CREATE INDEX spans_by_answered ON spans (answered) WHERE answered IS NOT NULL",
+)
+
+# A span that names no rollout has none (it had its trace's id), which spares it an index. The body comes last: what
+# stands behind it is far to read. Response ids are as random as ids get: an index of them costs a page for each span,
+# so those that a span asked for are appended to `new_asks`, and sorted into `asks` when somebody looks one up.
+_LEAN_SPANS = (
+    "ALTER TABLE spans RENAME TO old_spans",
+    """CREATE TABLE spans (
+        arrival INTEGER PRIMARY KEY,
+        trace_id BLOB NOT NULL,
+        span_id BLOB NOT NULL,
+        rollout_id TEXT,
+        start_ns INTEGER NOT NULL,
+        arrived_ns INTEGER NOT NULL,
+        asked TEXT,
+        answered TEXT,
+        otlp BLOB NOT NULL)""",
+    """INSERT INTO spans
+       SELECT arrival, trace_id, span_id, nullif(rollout_id, lower(hex(trace_id))), start_ns, start_ns, asked, answered,
+              otlp
+       FROM old_spans ORDER BY arrival""",
+    "DROP TABLE old_spans",
+    "CREATE UNIQUE INDEX spans_by_id ON spans (trace_id, span_id)",
+    "CREATE INDEX spans_by_rollout ON spans (rollout_id) WHERE rollout_id IS NOT NULL",
+    "CREATE INDEX spans_by_answered ON spans (answered) WHERE answered IS NOT NULL",
+    """CREATE TABLE new_asks (
+        response_id TEXT NOT NULL,
+        start_ns INTEGER NOT NULL,
+        trace_id BLOB NOT NULL,
+        span_id BLOB NOT NULL)""",
+    """CREATE TABLE asks (
+        response_id TEXT NOT NULL,
+        start_ns INTEGER NOT NULL,
+        trace_id BLOB NOT NULL,
+        span_id BLOB NOT NULL,
+        PRIMARY KEY (response_id, start_ns, trace_id, span_id)) WITHOUT ROWID""",
+    "INSERT INTO new_asks SELECT asked, start_ns, trace_id, span_id FROM spans WHERE asked IS NOT NULL",
+)
+
+_LIMITS_AND_LEASES = (
+    "ALTER TABLE rollouts ADD COLUMN retry_on TEXT NOT NULL DEFAULT 'failed timeout unresponsive'",
+    "ALTER TABLE rollouts ADD COLUMN timeout_s REAL",
+    "ALTER TABLE rollouts ADD COLUMN unresponsive_s REAL",
+    "ALTER TABLE rollouts ADD COLUMN attempts INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE rollouts ADD COLUMN ended_ns INTEGER",
+    "UPDATE rollouts SET attempts = (SELECT count(*) FROM attempts WHERE attempts.rollout_id = rollouts.rollout_id)",
+    """UPDATE rollouts
+       SET ended_ns = coalesce((SELECT max(ended_ns) FROM attempts WHERE attempts.rollout_id = rollouts.rollout_id), 0)
+       WHERE state IN ('succeeded', 'failed', 'cancelled')""",
+    "UPDATE attempts SET state = 'cancelled' WHERE state = 'running' AND rollout_id IN"
+    " (SELECT rollout_id FROM rollouts WHERE state = 'cancelled')",
+    """CREATE TABLE leases (
+        name TEXT NOT NULL,
+        version INTEGER NOT NULL,
+        holder TEXT NOT NULL,
+        expires_ns INTEGER NOT NULL,
+        PRIMARY KEY (name, version, holder)) WITHOUT ROWID""",
+)
+
+MIGRATIONS: Final = (_FIRST, _JOIN_BY_ANSWER, (*_LEAN_SPANS, *_LIMITS_AND_LEASES))
+"""Statements that lead from each version to the next; version 0 is an empty file."""

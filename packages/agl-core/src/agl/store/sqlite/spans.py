@@ -1,0 +1,109 @@
+"""Spans in SQLite: each is kept as the OTLP request that would carry it alone, beside the columns that find it."""
+
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from agl.store.row import SpanRow
+
+_INSERT = """
+INSERT INTO spans (trace_id, span_id, rollout_id, start_ns, arrived_ns, asked, answered, otlp)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (trace_id, span_id) DO NOTHING
+"""
+
+_OF_KEY = "(span.rollout_id = key OR (span.trace_id = key AND span.rollout_id IS NULL))"
+
+WHOLE = f"""
+WITH RECURSIVE whole (key) AS (
+    VALUES (:rollout), (:trace)
+    UNION
+    SELECT span.trace_id FROM whole JOIN spans span ON {_OF_KEY}
+    UNION
+    SELECT answer.trace_id
+    FROM whole JOIN spans span ON {_OF_KEY} JOIN spans answer ON answer.answered = span.asked
+    WHERE answer.rollout_id IS NULL
+      AND span.start_ns = (SELECT min(start_ns) FROM asks WHERE response_id = span.asked)
+    UNION
+    SELECT request.trace_id
+    FROM whole JOIN spans span ON {_OF_KEY} JOIN asks ask ON ask.response_id = span.answered
+    JOIN spans request ON (request.trace_id, request.span_id) = (ask.trace_id, ask.span_id)
+    WHERE request.rollout_id IS NULL
+      AND ask.start_ns = (SELECT min(start_ns) FROM asks WHERE response_id = span.answered)
+)
+"""
+"""What makes up a rollout: its id as text, and as blobs the traces whose spans that name no rollout belong to it."""
+
+_QUERY = f"""{WHOLE}
+SELECT otlp, answered IS NOT NULL OR EXISTS (SELECT 1 FROM spans answer WHERE answer.answered = span.asked)
+FROM whole JOIN spans span ON {_OF_KEY} ORDER BY start_ns, arrival
+"""
+"""Bodies, and whether each was looked up in `asks`, or ought to have been."""
+
+_ASKS_PER_STEP = 100_000
+
+_LAST = """
+SELECT rollout_id, lower(hex(trace_id)) FROM spans
+WHERE arrival = coalesce(
+    (SELECT max(arrival) FROM spans INDEXED BY spans_by_rollout WHERE rollout_id IS NOT NULL),
+    (SELECT max(arrival) FROM spans))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """Rows as the tables take them, made before the transaction begins."""
+
+    spans: list[tuple[Any, ...]]
+    asks: list[tuple[Any, ...]]
+
+    @classmethod
+    def of(cls, rows: Sequence[SpanRow], now_ns: int) -> Self:
+        return cls(
+            [
+                (row.trace_id, row.span_id, row.rollout_id, row.start_ns, now_ns, row.asked, row.answered, row.otlp)
+                for row in rows
+            ],
+            [(row.asked, row.start_ns, row.trace_id, row.span_id) for row in rows if row.asked],
+        )
+
+
+def insert(db: sqlite3.Connection, values: Values) -> int:
+    """Keep spans that are not there yet; returns how many were new."""
+    db.executemany("INSERT INTO new_asks VALUES (?, ?, ?, ?)", values.asks)
+    return db.executemany(_INSERT, values.spans).rowcount
+
+
+def sort_asks(db: sqlite3.Connection) -> bool:
+    """Make some of the requests known by the answers that they asked for; returns whether there are more."""
+    last, end = db.execute("SELECT min(rowid) + ?, max(rowid) FROM new_asks", (_ASKS_PER_STEP,)).fetchone()
+    if end is None:
+        return False
+    db.execute("INSERT OR IGNORE INTO asks SELECT * FROM new_asks WHERE rowid <= ? ORDER BY response_id", (last,))
+    db.execute("DELETE FROM new_asks WHERE rowid <= ?", (last,))
+    return last < end
+
+
+def query(db: sqlite3.Connection, rollout_id: str) -> list[bytes] | None:
+    """Spans of a rollout, ordered; None where they can only be told once `sort_asks` has come to its end."""
+    found = db.execute(_QUERY, keys(rollout_id)).fetchall()
+    if any(looked_up for _, looked_up in found) and db.execute("SELECT 1 FROM new_asks LIMIT 1").fetchone():
+        return None
+    return [body for body, _ in found]
+
+
+def last_rollout_id(db: sqlite3.Connection) -> str | None:
+    found = db.execute(_LAST).fetchone()
+    return (found[0] or found[1]) if found else None
+
+
+def keys(rollout_id: str) -> dict[str, Any]:
+    """Parameters of `WHOLE`: a rollout that no span names has the id of its trace."""
+    return {"rollout": rollout_id, "trace": _trace(rollout_id)}
+
+
+def _trace(rollout_id: str) -> bytes | None:
+    try:
+        return bytes.fromhex(rollout_id) if len(rollout_id) == 32 else None
+    except ValueError:
+        return None

@@ -1,0 +1,33 @@
+"""The watchdog of a store: ends attempts over the limits of their rollouts, as long as somebody serves the store."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from agl.errors import StoreError
+from agl.store.protocol import Store
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def watching(store: Store, every_s: float = 2.0) -> Iterator[None]:
+    """Call `end_overdue_attempts` every so many seconds, in a thread; where the store refuses, again the next time."""
+    stop = threading.Event()
+    thread = threading.Thread(target=_watch, args=(store, every_s, stop), name="agl-watchdog", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _watch(store: Store, every_s: float, stop: threading.Event) -> None:
+    while not stop.wait(every_s):
+        try:
+            for attempt in store.end_overdue_attempts():
+                logger.warning("attempt %s is %s: %s", attempt.attempt_id, attempt.state, attempt.error)
+        except StoreError as error:
+            logger.error("the watchdog could not look at %s: %s", store.uri, error)

@@ -1,0 +1,159 @@
+"""A chat model that asks its engine for token ids, notes them for the span, and hides them from the agent."""
+
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from contextlib import aclosing, closing, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, cast
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.messages import BaseMessage
+from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_openai.chat_models.base import BaseChatOpenAI
+
+from agl.boundary import never_raises
+from agl.capture import Asked, Capture, Json, says_nothing, strip
+from agl_langchain._open_runs import OPEN_RUNS
+from agl_langchain._run import run_in_force
+
+Chunks = Generator[ChatGenerationChunk, None, None]
+AsyncChunks = AsyncGenerator[ChatGenerationChunk, None]
+RunManager = CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun | None
+
+_LOST = "token ids of a model answer are not on its span"
+
+
+_NOTHING = Asked(token_ids=False, logprobs=False)
+
+
+@dataclass(slots=True)
+class _Request:
+    """A request under way: where its answer is captured, and what the agent itself asked for."""
+
+    captured: Capture
+    streams: bool
+    asked: Asked = _NOTHING
+
+    def ask(self, payload: Json) -> None:
+        """Ask for ids and logprobs as well. The Responses API, which has no `messages`, knows neither."""
+        if "messages" not in payload:
+            return
+        extra = payload.get("extra_body") or {}
+        self.asked = Asked(bool(extra.get("return_token_ids")), bool(payload.get("logprobs")))
+        payload["extra_body"] = {**extra, "return_token_ids": True}
+        payload["logprobs"] = True
+
+    def note(self, response: Any) -> None:
+        """Take in a whole answer: JSON, or an object of the `openai` package, which has fields for all but the ids."""
+        if isinstance(response, dict):
+            self.captured.add(response)
+            strip(response, self.asked)
+            return
+        self.captured.add(response.model_dump(exclude={"choices": {"__all__": {"message"}}}, warnings=False))
+        for choice in () if self.asked.logprobs else response.choices:
+            choice.logprobs = None
+
+    def note_chunk(self, chunk: Json) -> bool:
+        """Take in a chunk of a stream, or an event around one. Whether the agent would have got it without us."""
+        answer = chunk.get("chunk") or chunk
+        self.captured.add(answer)
+        if not self.asked.logprobs and str(chunk.get("type")).startswith("logprobs."):
+            return False
+        return not (strip(answer, self.asked) and says_nothing(answer))
+
+
+_REQUEST: ContextVar[_Request | None] = ContextVar("agl_langchain_request", default=None)
+
+
+class CapturingChatModel(BaseChatOpenAI):
+    """See `capture_token_ids`. The run that a request belongs to is known where it starts, and kept from there on."""
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        with _under_way(_request(run_manager, streams=False)):
+            return super()._generate(messages, stop, run_manager, **kwargs)
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        with _under_way(_request(run_manager, streams=False)):
+            return await super()._agenerate(messages, stop, run_manager, **kwargs)
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        request = _request(run_manager, streams=True)
+        with closing(cast(Chunks, super()._stream(messages, stop, run_manager, **kwargs))) as chunks:
+            while True:
+                with _under_way(request):  # for this step alone: the reader goes on in the same context
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                yield chunk
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        request = _request(run_manager, streams=True)
+        async with aclosing(cast(AsyncChunks, super()._astream(messages, stop, run_manager, **kwargs))) as chunks:
+            while True:
+                with _under_way(request):
+                    chunk = await anext(chunks, None)
+                if chunk is None:
+                    return
+                yield chunk
+
+    def _get_request_payload(self, *args: Any, **kwargs: Any) -> Json:
+        payload = super()._get_request_payload(*args, **kwargs)
+        request = _REQUEST.get()
+        if request is not None:
+            with never_raises("a model request does not ask for token ids"):
+                request.ask(payload)
+        return payload
+
+    def _create_chat_result(self, response: Any, *args: Any, **kwargs: Any) -> ChatResult:
+        request = _REQUEST.get()
+        if request is not None and not request.streams:  # else it is a stream's sum, whose chunks were noted
+            with never_raises(_LOST):
+                request.note(response)
+        return super()._create_chat_result(response, *args, **kwargs)
+
+    def _convert_chunk_to_generation_chunk(self, chunk: Json, *args: Any, **kwargs: Any) -> ChatGenerationChunk | None:
+        request = _REQUEST.get()
+        is_for_agent = True
+        if request is not None:
+            with never_raises(_LOST):
+                is_for_agent = request.note_chunk(chunk)
+        return super()._convert_chunk_to_generation_chunk(chunk, *args, **kwargs) if is_for_agent else None
+
+
+def _request(manager: RunManager, *, streams: bool) -> _Request | None:
+    """None where no handler of ours hears of the call."""
+    run = OPEN_RUNS.get(manager.run_id) if manager else run_in_force()
+    return _Request(run.call.answer, streams) if run and run.call else None
+
+
+@contextmanager
+def _under_way(request: _Request | None) -> Iterator[None]:
+    token = _REQUEST.set(request)
+    try:
+        yield
+    finally:
+        _REQUEST.reset(token)

@@ -1,0 +1,28 @@
+"""Models that say what the test wants, and agents over them."""
+
+import json
+from typing import Any
+
+from autogen_agentchat.agents import AssistantAgent
+from autogen_core import FunctionCall
+from autogen_core.models import CreateResult, RequestUsage
+from autogen_ext.models.replay import ReplayChatCompletionClient
+
+from tests.autogen.conftest import MODEL_INFO
+
+USAGE = RequestUsage(prompt_tokens=11, completion_tokens=3)
+
+
+def says(*answers: str | CreateResult) -> ReplayChatCompletionClient:
+    """A model that gives these answers in order."""
+    return ReplayChatCompletionClient(list(answers), model_info=MODEL_INFO)
+
+
+def calls(*names: str, **arguments: Any) -> CreateResult:
+    """An answer that calls each of these tools with the same arguments; the ids of the calls are c0, c1, ..."""
+    content = [FunctionCall(f"c{index}", json.dumps(arguments), name) for index, name in enumerate(names)]
+    return CreateResult(finish_reason="function_calls", content=content, usage=USAGE, cached=False)
+
+
+def agent(name: str, *answers: str | CreateResult, **options: Any) -> AssistantAgent:
+    return AssistantAgent(name, says(*answers), description=f"the {name}", **options)

@@ -1,0 +1,55 @@
+"""The whole collector on free ports of loopback, over a store that can be told to refuse."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from agl.bearer import BearerTokens
+from agl.config import CollectorConfig
+from agl.errors import StoreError
+from agl.server import ServerThread
+from agl.store import open_store
+from agl.store.row import SpanRow
+
+
+class RefusingStore:
+    """The real store at `uri`: it refuses the next `refusals` requests, and commits only while `open` is set.
+
+    `arrived` counts the requests that got so far.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.refusals = 0
+        self.open = threading.Event()
+        self.open.set()
+        self.arrived = threading.Semaphore(0)
+        self._store = open_store(uri)
+
+    def append_rows(self, rows: Sequence[SpanRow]) -> int:
+        if self.refusals:
+            self.refusals -= 1
+            raise StoreError("the disk is full")
+        self.arrived.release()
+        self.open.wait(30)
+        return self._store.append_rows(rows)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+@contextmanager
+def collecting(*tokens: str, uri: str = "memory://", **config: Any) -> Iterator[tuple[RefusingStore, ServerThread]]:
+    """HTTP and gRPC receivers with these tokens and settings of `CollectorConfig`."""
+    store = RefusingStore(uri)
+    with ServerThread(
+        store,
+        port=0,
+        otlp_http_port=0,
+        otlp_grpc_port=0,
+        tokens=BearerTokens(tokens),
+        collector=CollectorConfig(**config),
+    ) as server:
+        yield store, server
+        store.open.set()
+    store.close()

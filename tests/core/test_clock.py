@@ -1,0 +1,104 @@
+"""Rollouts over several processes whose clocks disagree: the order is that of causes, and the same as without skew."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agl import semconv
+from agl.span import Span
+from agl.trajectory import build_trajectory
+from agl.trajectory.clock import in_one_clock
+from tests.core.span_maker import chat, gateway_call, reward, span
+
+S = 10**9
+HOUR_NS = 3600 * S
+SKEWS = st.integers(-HOUR_NS, HOUR_NS)
+
+
+def at(made: Span, process: str | None, start_s: float, end_s: float, kind: int = 1) -> Span:
+    """`made` in a process (None: the gateway's, which names none) and at true times."""
+    resource = {"service.name": "agent", "service.instance.id": process} if process else {}
+    return replace(made, start_ns=int(start_s * S), end_ns=int(end_s * S), resource=resource, kind=kind)
+
+
+def team() -> list[Span]:
+    """A planner asks two executors on other hosts, one after the other, and all ask the model through a gateway."""
+    root = at(span(semconv.SPAN_ROLLOUT), "a", 0, 100)
+    plan = at(chat(root, {semconv.ROLE: "planner"}), "a", 1, 9)
+    spans = [root, plan, at(gateway_call([1], [2], parent=plan), None, 2, 8)]
+    for number, process in enumerate("bc"):
+        begin = 20 + 30 * number
+        request = at(span("POST", parent=root), "a", begin, begin + 20, kind=3)
+        serve = at(span("serve", parent=request), process, begin + 1, begin + 19, kind=2)
+        work = at(chat(serve, {semconv.ROLE: f"executor-{process}"}), process, begin + 2, begin + 12)
+        call = at(gateway_call([10 + number], [3], parent=work), None, begin + 3, begin + 11)
+        spans += [request, serve, work, call, at(reward(0.1 * number, parent=serve), process, begin + 15, begin + 16)]
+    check = at(chat(root, {semconv.ROLE: "planner"}), "a", 80, 90)
+    spans += [check, at(gateway_call([5], [6], parent=check), None, 81, 89)]
+    return [*spans, at(reward(1.0, parent=root), "a", 95, 96)]
+
+
+def skew(spans: list[Span], by_ns: dict[str | None, int]) -> list[Span]:
+    """What the stores would hold if the clocks of the processes went wrong by so much."""
+    offsets = [by_ns.get(one.resource.get("service.instance.id"), 0) for one in spans]  # type: ignore[arg-type]
+    return [
+        replace(one, start_ns=one.start_ns + by + HOUR_NS, end_ns=one.end_ns + by + HOUR_NS)
+        for one, by in zip(spans, offsets, strict=True)
+    ]
+
+
+def told(spans: list[Span]) -> tuple[list[str], float | None, list[float]]:
+    """Roles of the calls in order, the rollout's reward, and all rewards in order."""
+    trajectory = build_trajectory(spans)
+    assert not trajectory.drops
+    return [call.role for call in trajectory.calls], trajectory.reward, [one.value for one in trajectory.rewards]
+
+
+@settings(deadline=None)
+@given(SKEWS, SKEWS, SKEWS)
+def test_skewed_clocks_change_neither_order_nor_reward(gateway: int, first: int, second: int) -> None:
+    spans = team()
+    roles = ["planner", "executor-b", "executor-c", "planner"]
+    assert told(spans) == (roles, 1.0, [0.0, 0.1, 1.0])
+    assert told(skew(spans, {None: gateway, "b": first, "c": second})) == (roles, 1.0, [0.0, 0.1, 1.0])
+
+
+def test_clocks_that_agree_are_left_alone() -> None:
+    spans = team()
+    assert in_one_clock(spans) == spans
+
+
+@pytest.mark.parametrize("skew_s", [-600, 600])
+def test_a_gateway_that_was_joined_by_its_answer_is_moved_to_the_request(skew_s: int) -> None:
+    answer = {semconv.GEN_AI_RESPONSE_ID: "a"}
+    request = at(chat(attributes=answer), "a", 1000, 1010)
+    call = at(gateway_call(attributes=answer, trace_id="c" * 32), None, 1002 + skew_s, 1008 + skew_s)
+    request_now, call_now = in_one_clock([request, call])
+    assert request_now == request
+    assert request.start_ns <= call_now.start_ns < call_now.end_ns <= request.end_ns
+
+
+def test_what_goes_on_after_its_cause_has_ended_is_not_taken_for_skew() -> None:
+    """A task handed on, or a request that was given up while the gateway went on."""
+    hand = at(span("enqueue"), "a", 0, 1)
+    work = at(span("work", parent=hand), "b", 500, 600)
+    asked = at(chat(hand), "a", 0, 1)
+    call = at(gateway_call(parent=asked), None, 0, 300)
+    assert in_one_clock([hand, work, asked, call]) == [hand, work, asked, call]
+
+
+def test_the_own_order_of_a_process_is_kept() -> None:
+    """All its spans are moved alike, though each would need to be moved by something else."""
+    root = at(span(semconv.SPAN_ROLLOUT), "a", 1000, 1100)
+    calls = [at(gateway_call([number], [1], parent=root), None, number, number + 1) for number in (20, 10, 30)]
+    moved = in_one_clock([root, *calls])[1:]
+    assert [one.start_ns - moved[1].start_ns for one in moved] == [10 * S, 0, 20 * S]
+    assert moved[1].start_ns == root.start_ns
+
+
+def test_times_of_one_process_stay_even_where_a_child_begins_first() -> None:
+    parent = at(span("parent"), "a", 10, 20)
+    child = at(span("child", parent=parent), "a", 5, 6)
+    assert in_one_clock([parent, child]) == [parent, child]

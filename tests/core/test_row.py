@@ -1,0 +1,64 @@
+"""A request cut into rows: the same spans and columns as by way of decoded spans."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agl import otlp, semconv
+from agl.errors import OtlpError
+from agl.span import Span
+from agl.store import row
+from agl.store.row import SpanRow
+from tests.core.span_maker import span
+
+NAMES = st.sampled_from(["chat", semconv.SPAN_GATEWAY_CALL])
+ATTRIBUTES = st.dictionaries(
+    st.sampled_from([semconv.ROLLOUT_ID, semconv.GEN_AI_RESPONSE_ID, "agentlightning.rollout_id", "output.value", "x"]),
+    st.one_of(st.text(max_size=300), st.integers(-(2**63), 2**63 - 1), st.binary(max_size=300)),
+)
+RESOURCES = st.sampled_from([{}, {"service.name": "a"}, {"agentlightning.rollout_id": "r-of-resource"}])
+
+
+def random_span(name: str, attributes: dict, resource: dict, scope: str) -> Span:
+    return replace(span(name), attributes=attributes, resource=resource, scope=scope)
+
+
+SPANS = st.lists(st.builds(random_span, NAMES, ATTRIBUTES, RESOURCES, st.sampled_from(["", "scope"])), max_size=6)
+
+
+@settings(deadline=None)
+@given(SPANS)
+def test_rows_of_a_request_are_the_rows_of_its_spans(spans: list[Span]) -> None:
+    intake = row.read(otlp.encode(spans))
+    assert [replace(found, otlp=b"") for found in intake.rows] == [replace(SpanRow.of(one), otlp=b"") for one in spans]
+    assert [otlp.decode(found.otlp) for found in intake.rows] == [[one] for one in spans]
+    assert row.read_json(otlp.encode_json(spans)) == intake
+
+
+def test_an_openinference_span_is_found_by_the_id_in_its_answer() -> None:
+    attributes = {"openinference.span.kind": "LLM", "output.value": '{"id": "chatcmpl-1"}'}
+    (found,) = row.read(otlp.encode([span("ChatOpenAI", attributes)])).rows
+    assert (found.asked, found.answered) == ("chatcmpl-1", None)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"span_id": "00" * 8}, "span id"),
+        ({"trace_id": "ab"}, "trace id"),
+        ({"parent_id": "abcd"}, "parent id"),
+        ({"end_ns": 2**63}, "time"),
+    ],
+)
+def test_spans_that_no_reader_could_read_again_are_refused_and_the_others_kept(change: dict, reason: str) -> None:
+    good = span("good")
+    intake = row.read(otlp.encode([replace(span("bad"), **change), good]))
+    assert [found.span_id.hex() for found in intake.rows] == [good.span_id]
+    assert intake.refused == 1 and reason in intake.reason
+
+
+def test_what_is_no_request_is_an_otlp_error() -> None:
+    with pytest.raises(OtlpError, match="9 bytes are not"):
+        row.read(b"garbage!!")

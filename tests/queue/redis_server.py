@@ -1,0 +1,63 @@
+"""Real Redis servers on free ports of loopback, with an append-only file that is flushed before each answer."""
+
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@dataclass
+class RedisServer:
+    """Started by `start`, again after `kill` with the same port and files."""
+
+    folder: Path
+    options: tuple[str, ...] = DURABLE
+    port: int = field(default_factory=free_port)
+    _process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def uri(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        where = ("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder))
+        command = ["redis-server", *where, "--save", "", "--daemonize", "no", *self.options]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        wait_until(self._answers)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def client(self) -> Redis:
+        return Redis.from_url(self.uri, protocol=2)
+
+    def _answers(self) -> bool:
+        try:
+            with self.client() as client:
+                return bool(client.ping())
+        except RedisError:
+            return False
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    """Until `condition()` is true. Raises AssertionError when it is not in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {condition}"
+        time.sleep(0.05)

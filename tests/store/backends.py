@@ -1,0 +1,71 @@
+"""The backends that the contract is tested on. A new one adds one entry to `BACKENDS`."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.routing import Mount
+
+from agl.api.routes import Api
+from agl.server import AppThread
+from agl.store import open_store
+
+NewUri = Callable[[], str]
+"""Makes the URI of another, empty store on each call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    name: str
+    start: Callable[[Path], AbstractContextManager[NewUri]]
+    """Runs the server, with an empty folder for its files; once for all tests."""
+    is_shared: bool = True
+    """Whether a URI opened again, by this process or another, leads to the same store."""
+
+
+@contextmanager
+def start_sqlite(folder: Path) -> Iterator[NewUri]:
+    numbers = itertools.count()
+    yield lambda: f"sqlite:///{folder}/{next(numbers)}.db"
+
+
+@contextmanager
+def start_memory(folder: Path) -> Iterator[NewUri]:
+    yield lambda: "memory://"
+
+
+@contextmanager
+def start_postgres(folder: Path) -> Iterator[NewUri]:
+    from tests.store.postgres_server import running_postgres
+
+    with running_postgres() as server:
+        yield server.new_database
+
+
+@contextmanager
+def start_http(folder: Path) -> Iterator[NewUri]:
+    """One server, on which each store has a path of its own."""
+    numbers, opened = itertools.count(), ExitStack()
+    app, server = Starlette(), AppThread()
+    url = server.add(app)
+
+    def new_uri() -> str:
+        number = next(numbers)
+        store = opened.enter_context(closing(open_store(f"sqlite:///{folder}/{number}.db")))
+        api = opened.enter_context(closing(Api(store)))
+        app.router.routes.append(Mount(f"/{number}", routes=api.routes()))
+        return f"{url}/{number}"
+
+    with opened, server:
+        yield new_uri
+
+
+BACKENDS = (
+    Backend("sqlite", start_sqlite),
+    Backend("memory", start_memory, is_shared=False),
+    Backend("postgresql", start_postgres),
+    Backend("http", start_http),
+)

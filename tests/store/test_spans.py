@@ -1,0 +1,149 @@
+"""The store's contract: spans, in every order and as often as they come."""
+
+import math
+import threading
+
+import pytest
+
+from agl.errors import AglError
+from agl.span import Span, SpanEvent
+from agl.store import Store
+from tests.store.spans import OTHER_TRACE, TRACE, answered, asked, make_span, numbers
+
+
+def test_a_span_comes_back_as_it_was(store: Store) -> None:
+    span = Span(
+        trace_id=TRACE,
+        span_id="b7ad6b7169203331",
+        parent_id="00f067aa0ba902b7",
+        name="agl.gateway.call",
+        start_ns=1_795_000_000_000_000_001,
+        end_ns=1_795_000_000_000_000_002,
+        attributes={
+            "text": "naïve \x00 \N{SNOWMAN}",
+            "yes": True,
+            "whole": 1,
+            "real": 1.0,
+            "bytes": bytes(range(256)),
+            "texts": ["a", ""],
+            "flags": [True, False],
+            "wholes": [1, -(2**63)],
+            "reals": [1.0, math.inf],
+            "none": [],
+        },
+        status="error",
+        status_message="boom",
+        kind=3,
+        events=(SpanEvent("exception", 5, {"exception.type": "ValueError"}),),
+        resource={"service.name": "agent"},
+        scope="agl.gateway",
+    )
+    assert store.append_spans([span]) == 1
+    (found,) = store.query_spans(TRACE)
+    assert found == span
+    assert [type(value) for value in found.attributes.values()] == [type(v) for v in span.attributes.values()]
+    reals = found.attributes["reals"]
+    assert isinstance(reals, list) and [type(item) for item in reals] == [float, float]
+
+
+def test_a_span_sent_twice_is_kept_once_and_as_first_sent(store: Store) -> None:
+    assert store.append_spans([make_span(1), make_span(2)]) == 2
+    assert store.append_spans([make_span(2, start_ns=99), make_span(3), make_span(3)]) == 1
+    assert store.count_spans() == 3
+    assert [span.start_ns for span in store.query_spans(TRACE)] == [0, 0, 0]
+
+
+def test_the_same_span_id_in_another_trace_is_another_span(store: Store) -> None:
+    assert store.append_spans([make_span(1), make_span(1, trace=OTHER_TRACE)]) == 2
+
+
+def test_no_spans_are_no_change(store: Store) -> None:
+    assert store.append_spans([]) == 0
+    assert store.count_spans() == 0
+
+
+def test_query_finds_named_spans_and_the_unnamed_of_their_traces_by_start(store: Store) -> None:
+    store.append_spans(
+        [
+            make_span(1, rollout="r1", start_ns=30),
+            make_span(2, start_ns=20),  # The same trace, no rollout of its own.
+            make_span(3, rollout="r2", start_ns=10),  # The same trace, another rollout.
+            make_span(4, trace=OTHER_TRACE, rollout="r1", start_ns=5),  # Another trace of the rollout.
+            make_span(5, trace=OTHER_TRACE, start_ns=1),
+            make_span(6, trace="2" * 32, start_ns=0),  # Nothing to do with it.
+        ]
+    )
+    assert [span.name for span in store.query_spans("r1")] == ["span 5", "span 4", "span 2", "span 1"]
+    assert [span.name for span in store.query_spans("r2")] == ["span 3", "span 2"]
+    assert [span.name for span in store.query_spans("2" * 32)] == ["span 6"]
+    assert store.query_spans("unknown") == []
+
+
+def test_spans_come_by_their_clocks_whatever_order_they_arrive_in_and_by_arrival_where_those_agree(
+    store: Store,
+) -> None:
+    starts = {1: 50, 2: 10, 3: 30, 4: 10, 5: 50, 6: 10}
+    for number in (5, 3, 6):
+        store.append_spans([make_span(number, rollout="r", start_ns=starts[number])])
+    store.append_spans([make_span(number, rollout="r", start_ns=starts[number]) for number in (4, 1, 2)])
+    assert [span.name[-1] for span in store.query_spans("r")] == ["6", "4", "2", "3", "5", "1"]
+
+
+def test_a_trace_belongs_to_the_rollout_whose_gateway_calls_answered_it(store: Store) -> None:
+    """The URL names the rollout, and the framework's instrumentation nothing of ours."""
+    store.append_spans([make_span(1), asked(2, "a"), asked(3, "b"), make_span(4, trace=OTHER_TRACE)])
+    store.append_spans([answered(5, "a", rollout="r1"), answered(6, "b", rollout="r1")])
+    assert numbers(store.query_spans("r1")) == [1, 2, 3, 5, 6]
+
+
+def test_gateway_calls_that_name_no_rollout_belong_to_the_spans_they_answered(store: Store) -> None:
+    store.append_spans(
+        [asked(1, "a", rollout="r1"), asked(2, "b", trace=OTHER_TRACE), asked(3, "c", trace=OTHER_TRACE)]
+    )
+    store.append_spans([answered(4, "a"), answered(5, "b"), answered(6, "c"), answered(7, "other")])
+    assert numbers(store.query_spans("r1")) == [1, 4]
+    assert numbers(store.query_spans(OTHER_TRACE)) == [2, 3, 5, 6]
+    assert numbers(store.query_spans(f"{5:032x}")) == [2, 3, 5, 6]  # from whichever span one starts
+
+
+def test_spans_of_another_rollout_are_never_taken_by_their_answer(store: Store) -> None:
+    store.append_spans([asked(1, "a", rollout="r1"), answered(2, "a", rollout="r2")])
+    assert (numbers(store.query_spans("r1")), numbers(store.query_spans("r2"))) == ([1], [2])
+
+
+def test_an_answer_from_a_cache_joins_nothing(store: Store) -> None:
+    """The second request was given the answer of the first: neither its trace nor the gateway call changes hands."""
+    store.append_spans([asked(1, "a", trace=OTHER_TRACE, start_ns=2), asked(2, "a", start_ns=1), answered(3, "a")])
+    assert numbers(store.query_spans(TRACE)) == [2, 3]
+    assert numbers(store.query_spans(OTHER_TRACE)) == [1]
+    store.append_spans([asked(4, "b"), answered(5, "b", trace=TRACE, parent=f"{4:016x}", rollout="r1")])
+    store.append_spans([asked(6, "b", trace="3" * 32)])
+    assert 6 not in numbers(store.query_spans("r1"))  # a call with a parent stands where it belongs
+
+
+def test_last_rollout_prefers_the_last_that_is_named(store: Store) -> None:
+    assert store.last_rollout_id() is None
+    store.append_spans([make_span(1)])
+    assert store.last_rollout_id() == TRACE
+    store.append_spans([make_span(2, rollout="old", start_ns=50), make_span(3, rollout="new", start_ns=40)])
+    store.append_spans([make_span(4, trace=OTHER_TRACE)])
+    assert store.last_rollout_id() == "new"
+
+
+def test_a_value_that_otlp_cannot_carry_is_refused_and_the_store_lives_on(store: Store) -> None:
+    with pytest.raises(AglError, match="span 1"):
+        store.append_spans([make_span(1), Span(TRACE, "2" * 16, None, "span 1", 0, 1, {"big": 2**70})])
+    assert store.append_spans([make_span(1)]) == 1
+
+
+def test_many_threads_append_at_once(store: Store) -> None:
+    def append(worker: int) -> None:
+        for number in range(20):
+            store.append_spans([make_span(worker * 100 + number + 1)])
+
+    threads = [threading.Thread(target=append, args=(worker,)) for worker in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.count_spans() == 160

@@ -1,0 +1,239 @@
+"""What only a SQLite file can show."""
+
+import itertools
+import sqlite3
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from agl.errors import StoreError
+from agl.store import AttemptState, Rollout, RolloutState, open_store
+from agl.store.row import SpanRow
+from agl.store.sqlite import spans, upkeep
+from agl.store.sqlite.database import Database
+from agl.store.sqlite.schema import MIGRATIONS
+from tests.store.spans import OTHER_TRACE, TRACE, answered, asked, make_span, numbers
+
+
+def test_every_memory_store_is_its_own() -> None:
+    with closing(open_store("memory://")) as first, closing(open_store("memory://")) as second:
+        first.append_spans([make_span(1)])
+        assert second.count_spans() == 0
+
+
+def test_a_file_is_made_with_its_folders(tmp_path: Path) -> None:
+    open_store(f"sqlite:///{tmp_path}/deep/er/agl.db").close()
+    assert (tmp_path / "deep/er/agl.db").exists()
+
+
+@pytest.mark.parametrize("content", [b"this is a text file, not a database" * 50, None])
+def test_a_file_that_is_not_a_store_is_refused_and_left_alone(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "shop.db"
+    if content is None:
+        with sqlite3.connect(path) as other:
+            other.execute("CREATE TABLE orders (id INTEGER)")
+        other.close()
+    else:
+        path.write_bytes(content)
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match=r"shop\.db"):
+        open_store(f"sqlite:///{path}")
+    assert path.read_bytes() == before
+
+
+def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/agl.db"
+    open_store(uri).close()
+    with sqlite3.connect(tmp_path / "agl.db") as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(StoreError, match="schema version 99"):
+        open_store(uri)
+
+
+def test_uris_that_name_no_store_are_refused() -> None:
+    with pytest.raises(StoreError, match="mysql"):
+        open_store("mysql://host/db")
+    with pytest.raises(StoreError, match="names no file"):
+        open_store("sqlite:///")
+
+
+# --- Files of older versions -----------------------------------------------------------------------------------------
+
+OLD_SPANS = (
+    (TRACE, 1, "r1", "a", None),
+    (TRACE, 2, TRACE, None, None),  # It names no rollout.
+    (OTHER_TRACE, 3, OTHER_TRACE, None, "a"),  # The gateway's, without a parent.
+)
+
+
+def make_old_file(path: Path, version: int) -> None:
+    """Spans and rollouts as a program of that version left them."""
+    Database(str(path), MIGRATIONS[:version]).close()
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        for trace, number, rollout, response, answer in OLD_SPANS:
+            span = answered(number, "a", trace=trace) if answer else make_span(number, trace=trace, start_ns=number)
+            row = (bytes.fromhex(trace), number.to_bytes(8, "big"), rollout, number, SpanRow.of(span).otlp)
+            db.execute("INSERT INTO spans (trace_id, span_id, rollout_id, start_ns, otlp) VALUES (?, ?, ?, ?, ?)", row)
+            if version > 1:
+                key = (response, answer, number.to_bytes(8, "big"))
+                db.execute("UPDATE spans SET asked = ?, answered = ? WHERE span_id = ?", key)
+        for name, state in (("done", "succeeded"), ("cancelled", "cancelled"), ("queued", "queued")):
+            row = (name, '{"n": 1}', "g", "train", 2, state, "{}")
+            db.execute(
+                "INSERT INTO rollouts (rollout_id, input, group_id, mode, max_attempts, state, metadata)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                row,
+            )
+        for name, state, ended_ns in (("done", "succeeded", 7), ("cancelled", "running", None)):
+            row = (f"{name}-a1", name, state, ended_ns)
+            db.execute("INSERT INTO attempts VALUES (?, ?, 1, 'worker', ?, 5, 6, ?, NULL)", row)
+
+
+@pytest.mark.parametrize("version", range(1, len(MIGRATIONS)))
+def test_a_file_of_an_older_version_is_brought_up_to_date(tmp_path: Path, version: int) -> None:
+    make_old_file(tmp_path / "agl.db", version)
+    with closing(open_store(f"sqlite:///{tmp_path}/agl.db")) as store:
+        assert numbers(store.query_spans("r1")) == ([1, 2] if version == 1 else [1, 2, 3])
+        assert store.last_rollout_id() == "r1"
+        assert store.append_spans([make_span(1, rollout="r1"), make_span(4, rollout="r1")]) == 1
+        done, cancelled, queued = store.query_rollouts("g")
+        assert (done.state, done.attempts, done.ended_ns) == (RolloutState.SUCCEEDED, 1, 7)
+        assert (cancelled.state, store.query_attempts("cancelled")[0].state) == ("cancelled", "cancelled")
+        assert (queued.retry_on, queued.timeout_s, queued.attempts) == (Rollout("x", 1).retry_on, None, 0)
+        assert store.lease_rollout("worker") is not None
+        assert store.finish_attempt("queued-a1", AttemptState.FAILED).state is RolloutState.QUEUED
+    with closing(sqlite3.connect(tmp_path / "agl.db")) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
+
+
+# --- Sorting the answers that spans asked for ------------------------------------------------------------------------
+
+
+def test_a_join_holds_however_many_requests_are_sorted_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spans, "_ASKS_PER_STEP", 3)
+    with closing(open_store(f"sqlite:///{tmp_path}/agl.db")) as store:
+        store.append_spans([asked(number, f"a{number}", trace=f"{number:032x}") for number in range(1, 21)])
+        store.append_spans([answered(30, "a20", rollout="r1"), answered(31, "a1", rollout="r2")])
+        assert numbers(store.query_spans("r1")) == [20, 30]
+        assert numbers(store.query_spans("r2")) == [1, 31]
+
+
+def test_a_reader_is_not_kept_from_its_answer_by_writers(tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def write() -> None:
+        for number in itertools.count(100):
+            if stop.is_set():
+                return
+            store.append_spans([asked(number, f"other {number}", trace=f"{number:032x}")])
+
+    with closing(open_store(f"sqlite:///{tmp_path}/agl.db")) as store:
+        store.append_spans([asked(1, "a"), answered(2, "a", rollout="r1")])
+        writers = [threading.Thread(target=write) for _ in range(3)]
+        for writer in writers:
+            writer.start()
+        found = [numbers(store.query_spans("r1")) for _ in range(20)]
+        stop.set()
+        for writer in writers:
+            writer.join()
+    assert found == [[1, 2]] * 20
+
+
+def test_a_rollout_without_such_answers_is_read_without_sorting(tmp_path: Path) -> None:
+    with closing(open_store(f"sqlite:///{tmp_path}/agl.db")) as store:
+        store.append_spans([asked(1, "a", rollout="r1"), answered(2, "b", rollout="r2")])
+        assert numbers(store.query_spans("r1")) == [1]
+        with closing(sqlite3.connect(tmp_path / "agl.db")) as db:
+            assert db.execute("SELECT count(*) FROM new_asks").fetchone() == (1,)
+            assert numbers(store.query_spans("r2")) == [2]
+            assert db.execute("SELECT count(*) FROM new_asks").fetchone() == (0,)
+
+
+# --- Damage and backups ----------------------------------------------------------------------------------------------
+
+
+def make_store(path: Path, spans: int = 400) -> None:
+    with closing(open_store(f"sqlite:///{path}")) as store:
+        store.append_spans([make_span(number, rollout="r1", text="x" * 3000) for number in range(1, spans + 1)])
+
+
+def overwrite(path: Path, place: float) -> None:
+    """Write over 64 KB that begin at that part of the file."""
+    with path.open("r+b") as file:
+        file.seek(int(path.stat().st_size * place) // 4096 * 4096)
+        file.write(b"\xa5" * 65_536)
+
+
+def test_a_damaged_file_is_said_to_be_damaged_by_whoever_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "agl.db"
+    make_store(path)
+    assert upkeep.check(path) == []
+    overwrite(path, 0.5)
+    assert upkeep.check(path)
+    with (
+        closing(open_store(f"sqlite:///{path}")) as store,
+        pytest.raises(StoreError, match=r"agl\.db cannot be read: .*damaged.*restore a backup.*agl store check"),
+    ):
+        store.query_spans("r1")
+
+
+def test_a_file_whose_beginning_is_damaged_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "agl.db"
+    make_store(path)
+    overwrite(path, 0)
+    with pytest.raises(StoreError, match=r"agl\.db: .*restore a backup"):
+        open_store(f"sqlite:///{path}")
+    assert upkeep.check(path)
+    with pytest.raises(StoreError, match=r"agl\.db"):
+        upkeep.schema_version(path)
+
+
+def test_a_backup_is_whole_while_others_write(tmp_path: Path) -> None:
+    path, copy = tmp_path / "agl.db", tmp_path / "copy.db"
+    make_store(path)
+    stop, written = threading.Event(), [400]
+    with closing(open_store(f"sqlite:///{path}")) as store:
+
+        def write() -> None:
+            while not stop.is_set():
+                store.append_spans([make_span(written[0] + 1, rollout="r1")])
+                written[0] += 1
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        before = written[0]
+        upkeep.backup(path, copy)
+        after = written[0]
+        stop.set()
+        writer.join()
+    assert upkeep.check(copy) == []
+    with closing(open_store(f"sqlite:///{copy}")) as store:
+        found = numbers(store.query_spans("r1"))
+    assert found == list(range(1, len(found) + 1))
+    assert before <= len(found) <= after + 1
+    with pytest.raises(StoreError, match="there already"):
+        upkeep.backup(path, copy)
+
+
+def test_a_backup_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "agl.db"
+    make_store(path)
+    overwrite(path, 0)
+    with pytest.raises(StoreError, match="cannot back up"):
+        upkeep.backup(path, tmp_path / "copy.db")
+    assert sorted(file.name for file in tmp_path.iterdir() if "copy" in file.name) == []
+
+
+def test_gc_gives_the_space_back(tmp_path: Path) -> None:
+    path = tmp_path / "agl.db"
+    make_store(path)
+    with closing(open_store(f"sqlite:///{path}")) as store:
+        before = path.stat().st_size
+        collected = store.gc(older_than_s=1, now_ns=time.time_ns() + 10**15)
+    assert collected.spans == 400
+    assert path.stat().st_size < before / 2
+    assert upkeep.check(path) == []

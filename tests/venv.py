@@ -1,0 +1,53 @@
+"""Virtual environments for packages that cannot stand in ours: other versions, or other people's instrumentations.
+
+They lie below build/, which git ignores. One is made when it is first asked for, and anew when our own requirements
+change, since it stands on them.
+"""
+
+import fcntl
+import hashlib
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Sequence
+from pathlib import Path
+
+_ROOT = Path(__file__).parents[1]
+_FOLDER = _ROOT / "build" / "venvs"
+_OURS = (_ROOT / "requirements-dev.txt", *sorted((_ROOT / "packages").glob("*/pyproject.toml")))
+
+
+def python_with(name: str, *requirements: str, bare: Sequence[str] = (), over_ours: bool = True) -> Path:
+    """The Python of a virtual environment `name` that has `requirements`, and `bare` ones without what those require.
+
+    `over_ours`: what they need besides is taken from our environment where it fits, all but our own packages (which are
+    editable). Else it starts empty. Raises CalledProcessError, after pip's own words, where they cannot be installed.
+    """
+    asked = repr((requirements, tuple(bare), over_ours, sys.version, sysconfig.get_path("purelib")))
+    folder = _FOLDER / f"{name}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
+    python, made = folder / "bin" / "python", folder / "made-over"
+    ours = "".join(path.read_text() for path in _OURS) if over_ours else ""
+    _FOLDER.mkdir(parents=True, exist_ok=True)
+    with _FOLDER.joinpath(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several test runs may share the folder
+        if not made.exists() or made.read_text() != ours:
+            shutil.rmtree(folder, ignore_errors=True)
+            venv.create(folder, symlinks=True)
+            if over_ours:
+                _site_packages(folder).joinpath("ours.pth").write_text(sysconfig.get_path("purelib"))
+            _install(python, *requirements)
+            if bare:
+                _install(python, "--no-deps", *bare)
+            made.write_text(ours)
+    return python
+
+
+def _install(python: Path, *requirements: str) -> None:
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", *requirements], check=True)
+
+
+def _site_packages(folder: Path) -> Path:
+    return Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
