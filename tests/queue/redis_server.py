@@ -2,13 +2,13 @@
 
 import socket
 import subprocess
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from redis import Redis
 from redis.exceptions import RedisError
+
+from tests.waiting import wait_until
 
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 
@@ -53,11 +53,3 @@ class RedisServer:
                 return bool(client.ping())
         except RedisError:
             return False
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    """Until `condition()` is true. Raises AssertionError when it is not in time."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s for {condition}"
-        time.sleep(0.05)

@@ -9,56 +9,65 @@ from pathlib import Path
 
 import pytest
 
-from agl.queue import SpanQueue
-from agl.store import Store
+from agl.queue import SpanQueue, WriterPool
+from tests.load import SPANS, Load, check
+from tests.queue.collecting import collecting, make_rows, numbers_in
 from tests.queue.conftest import NewConfig
-from tests.queue.load import Load, collecting, make_rows, numbers_in
-from tests.queue.redis_server import DURABLE, RedisServer, free_port, wait_until
-
-BATCHES, SIZE = 200, 50
-SPANS = BATCHES * SIZE
+from tests.queue.redis_server import DURABLE, RedisServer, free_port
+from tests.waiting import wait_until
 
 
-def check(load: Load, queue: SpanQueue, store: Store) -> None:
-    """Once the load is over and the queue is empty: nothing acknowledged is lost, nothing is there twice."""
-    load.join(60)
-    assert not load.is_alive()
-    wait_until(lambda: queue.length() == 0)
-    found = numbers_in(store)
-    counts = {"sent": load.sent, "acknowledged": len(load.acknowledged), "found": len(found)}
-    assert sorted(load.acknowledged) == list(range(1, SPANS + 1)), counts
-    assert found == list(range(1, SPANS + 1)), counts
-    assert store.count_spans() == SPANS
-    assert load.sent >= SPANS
+def kill_while_it_moves(queue: SpanQueue, pool: WriterPool) -> None:
+    """SIGKILL a writer that has taken spans and not finished them."""
+
+    def is_stopped_with_spans() -> bool:
+        for pid in pool.pids:
+            os.kill(pid, signal.SIGSTOP)
+            if taken(queue):
+                os.kill(pid, signal.SIGKILL)
+                return True
+            os.kill(pid, signal.SIGCONT)
+        return False
+
+    wait_until(is_stopped_with_spans)
 
 
-def test_a_writer_killed_under_load_loses_and_doubles_nothing(
+def taken(queue: SpanQueue) -> int:
+    """Entries that a writer has taken and not finished."""
+    return queue._redis.xpending(queue._stream, "writers")["pending"]
+
+
+def test_a_writer_killed_twice_in_a_load_loses_and_doubles_nothing(
     redis: RedisServer, new_config: NewConfig, tmp_path: Path
 ) -> None:
-    with collecting(redis.uri, f"sqlite:///{tmp_path}/agl.db", new_config()) as (queue, pool, server, store):
-        load = Load(server.otlp_url, BATCHES, SIZE)
-        load.start()
-        for acknowledged in (SPANS // 4, SPANS // 2):
-            load.wait_for(acknowledged)
-            wait_until(lambda: bool(pool.pids))
-            os.kill(pool.pids[0], signal.SIGKILL)
-        check(load, queue, store)
+    uri = f"sqlite:///{tmp_path}/agl.db"
+    with collecting(redis.uri, uri, new_config()) as (queue, pool, server, _):
+        with Load(f"{server.otlp_url}/v1/traces") as load:
+            for part in (SPANS // 3, SPANS * 2 // 3):
+                load.reach(part)
+                kill_while_it_moves(queue, pool)
+                assert len(load.acknowledged) < SPANS
+        wait_until(lambda: queue.length() == 0)
+    check(load, uri)
 
 
-def test_redis_killed_under_load_loses_and_doubles_nothing(new_config: NewConfig, tmp_path: Path) -> None:
-    redis = RedisServer(tmp_path / "redis")
+def test_a_redis_killed_twice_in_a_load_loses_and_doubles_nothing(new_config: NewConfig, tmp_path: Path) -> None:
+    redis, uri = RedisServer(tmp_path / "redis"), f"sqlite:///{tmp_path}/agl.db"
     redis.start()
     try:
-        with collecting(redis.uri, f"sqlite:///{tmp_path}/agl.db", new_config()) as (queue, _, server, store):
-            load = Load(server.otlp_url, BATCHES, SIZE)
-            load.start()
-            for acknowledged in (SPANS // 4, SPANS // 2):
-                load.wait_for(acknowledged)
-                redis.kill()
-                redis.start()
-            check(load, queue, store)
+        with collecting(redis.uri, uri, new_config()) as (queue, _, server, _):
+            with Load(f"{server.otlp_url}/v1/traces") as load:
+                for part in (SPANS // 3, SPANS * 2 // 3):
+                    load.reach(part)
+                    redis.kill()
+                    wait_until(lambda: load.refused > 0)
+                    assert len(load.acknowledged) < SPANS
+                    redis.start()
+            wait_until(lambda: queue.length() == 0)
     finally:
         redis.kill()
+    assert set(load.answers) == {200, 503}
+    check(load, uri)
 
 
 def test_everything_killed_with_a_full_queue_the_next_start_stores_it(new_config: NewConfig, tmp_path: Path) -> None:
@@ -105,16 +114,20 @@ def test_a_cluster_keeps_a_queue_too_and_its_node_may_be_killed(
     cluster: list[RedisServer], new_config: NewConfig, tmp_path: Path
 ) -> None:
     uri = "redis://" + ",".join(f"127.0.0.1:{node.port}" for node in cluster)
-    with collecting(uri, f"sqlite:///{tmp_path}/agl.db", new_config()) as (queue, _, server, store):
+    store_uri = f"sqlite:///{tmp_path}/agl.db"
+    with collecting(uri, store_uri, new_config()) as (queue, _, server, _):
         queue.check_durability()
-        load = Load(server.otlp_url, BATCHES, SIZE)
-        load.start()
-        load.wait_for(SPANS // 4)
-        holders = [node for node in cluster if node.client().keys("*:spans")]
-        assert len(holders) == 1  # All of a queue is on one node.
-        holders[0].kill()
-        holders[0].start()
-        check(load, queue, store)
+        with Load(f"{server.otlp_url}/v1/traces") as load:
+            load.reach(SPANS // 2)
+            holders = [node for node in cluster if node.client().keys("*:spans")]
+            assert len(holders) == 1  # All of a queue is on one node.
+            holders[0].kill()
+            wait_until(lambda: load.refused > 0)
+            assert len(load.acknowledged) < SPANS
+            holders[0].start()
+        wait_until(lambda: queue.length() == 0)
+    assert set(load.answers) == {200, 503}
+    check(load, store_uri)
 
 
 def test_any_node_tells_of_the_cluster(cluster: list[RedisServer], new_config: NewConfig) -> None:

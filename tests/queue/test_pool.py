@@ -21,9 +21,10 @@ from agl.queue import SpanQueue, WriterPool
 from agl.queue.pool import next_size
 from agl.server import ServerThread
 from agl.store import open_store
+from tests.queue.collecting import collecting, make_rows, make_spans, numbers_in
 from tests.queue.conftest import NewConfig
-from tests.queue.load import collecting, make_rows, make_spans, numbers_in
-from tests.queue.redis_server import RedisServer, wait_until
+from tests.queue.redis_server import RedisServer
+from tests.waiting import wait_until
 
 
 @pytest.mark.parametrize(

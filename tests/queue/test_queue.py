@@ -15,8 +15,8 @@ from agl.queue import SpanQueue, WriterPool
 from agl.queue.writer import Writer
 from agl.store import open_store
 from agl.store.row import SpanRow
+from tests.queue.collecting import make_rows, numbers_in
 from tests.queue.conftest import NewConfig
-from tests.queue.load import make_rows, numbers_in
 from tests.queue.redis_server import RedisServer
 
 

@@ -15,9 +15,10 @@ from agl import otlp
 from agl.collector.http import PROTOBUF
 from agl.queue import SpanQueue
 from agl.store import open_store
+from tests.queue.collecting import make_spans, numbers_in
 from tests.queue.conftest import NewConfig
-from tests.queue.load import make_spans, numbers_in
-from tests.queue.redis_server import RedisServer, wait_until
+from tests.queue.redis_server import RedisServer
+from tests.waiting import is_alive, wait_until
 
 AGL = Path(sys.executable).with_name("agl")
 SERVE = [str(AGL), "serve", "--port", "0", "--otlp-http-port", "0", "--otlp-grpc-port", "0"]
@@ -45,11 +46,6 @@ def post(url: str, first: int) -> None:
 
 def writers_of(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-def is_alive(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_it_moves_spans_through_the_queue_and_a_kill_leaves_no_writer_behind(

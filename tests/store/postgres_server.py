@@ -7,12 +7,14 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import psycopg
+
+from tests.waiting import is_alive, wait_until
 
 USER = "postgres"
 
@@ -41,15 +43,23 @@ class PostgresServer:
             self._process = subprocess.Popen(
                 [*command, "-h", "127.0.0.1", *self._options], stdout=log, stderr=log, cwd="/", user=runner()
             )
-        wait_until_up(self.uri("postgres"), self._process)
+        wait_until(self._answers)
 
     def kill(self) -> None:
-        """SIGKILL for every process of the server, as when memory runs out."""
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
-        self._process.kill()
-        for child in map(int, children):
-            os.kill(child, signal.SIGKILL)
+        """SIGKILL for every process of the server, as when memory runs out; returns when none is left."""
+        self._process.send_signal(signal.SIGSTOP)  # So that it starts no more.
+        pids = self._pids()
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
         self._process.wait()
+        wait_until(lambda: not any(map(is_alive, pids)))
+
+    def limit_files(self, size: int | Literal["unlimited"]) -> None:
+        """Let no file grow beyond `size` bytes, as if the disk were full."""
+        for pid in (self._process.pid, *self._pids()):  # The first again: what it started meanwhile is among the rest.
+            # As the server's user: even root may not be let to do it to another's. A process may have ended by now.
+            limit = ["prlimit", f"--fsize={size}:unlimited", "--pid", str(pid)]
+            subprocess.run(limit, check=pid == self._process.pid, user=runner(), stderr=subprocess.DEVNULL)
 
     def stop(self) -> None:
         self._process.send_signal(signal.SIGQUIT)  # At once: what it would write is deleted anyway.
@@ -66,6 +76,19 @@ class PostgresServer:
     def uri(self, database: str) -> str:
         return f"postgresql://{USER}@127.0.0.1:{self._port}/{database}"
 
+    def _answers(self) -> bool:
+        try:
+            psycopg.connect(self.uri("postgres")).close()
+        except psycopg.OperationalError:
+            assert self._process.poll() is None, (self.folder / "log").read_text()[-2000:]
+            return False
+        return True
+
+    def _pids(self) -> list[int]:
+        """The first starts the others, and comes first."""
+        pid = self._process.pid
+        return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+
     def _run(self, name: str, *arguments: str) -> None:
         done = subprocess.run([binary(name), *arguments], capture_output=True, text=True, cwd="/", user=runner())
         assert done.returncode == 0, done.stderr
@@ -78,17 +101,6 @@ def running_postgres(*, durable: bool = False) -> Iterator[PostgresServer]:
         yield server
     finally:
         server.stop()
-
-
-def wait_until_up(uri: str, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(300):
-        try:
-            psycopg.connect(uri).close()
-            return
-        except psycopg.OperationalError:
-            assert process.poll() is None, f"PostgreSQL ended with {process.returncode}"
-            time.sleep(0.1)
-    raise AssertionError("PostgreSQL did not start within 30 s")
 
 
 def binary(name: str) -> str:

@@ -1,133 +1,104 @@
-"""`agl serve` killed, and out of room, in the middle of a load: what was sent, acknowledged and found, counted."""
+"""`agl serve` or its PostgreSQL killed, and out of room, in the middle of a load."""
 
 import resource
 import subprocess
 import sys
-import threading
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import httpx
+import pytest
 
-from agl import otlp
 from agl.store import open_store
 from agl.store.sqlite import upkeep
+from tests.load import SPANS, Load, check, found_at
+from tests.store.postgres_server import PostgresServer, running_postgres
 from tests.store.serving import serving
 from tests.store.spans import make_span
-
-SPANS, BATCH = 5_000, 50
-
-
-@dataclass
-class Load:
-    """Senders that send each batch until it is acknowledged, wherever the receiver then is."""
-
-    url: str = ""
-    acknowledged: set[int] = field(default_factory=set)
-    """Spans."""
-    requests: int = 0
-    statuses: Counter[int] = field(default_factory=Counter)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def run(self, batches: list[list[int]]) -> None:
-        with httpx.Client() as client:
-            for batch in batches:
-                body = otlp.encode([make_span(number, rollout="r1", text="x" * 500) for number in batch])
-                while not self._send(client, body):
-                    time.sleep(0.05)
-                with self._lock:
-                    self.acknowledged.update(batch)
-
-    def _send(self, client: httpx.Client, body: bytes) -> bool:
-        with self._lock:
-            self.requests += 1
-        try:
-            answer = client.post(self.url, content=body, headers={"content-type": "application/x-protobuf"})
-        except httpx.TransportError:
-            return False
-        with self._lock:
-            self.statuses[answer.status_code] += 1
-        if answer.status_code == 503:
-            assert answer.headers["retry-after"] == "1"
-        return answer.status_code == 200
-
-
-@contextmanager
-def sending(load: Load) -> Iterator[None]:
-    """All spans are on their way inside, and have been acknowledged after."""
-    batches = [list(range(first, first + BATCH)) for first in range(1, SPANS + 1, BATCH)]
-    senders = [threading.Thread(target=load.run, args=(batches[part::3],)) for part in range(3)]
-    for sender in senders:
-        sender.start()
-    yield
-    for sender in senders:
-        sender.join(60)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def found_in(path: Path) -> Counter[int]:
-    with closing(open_store(f"sqlite:///{path}")) as store:
-        return Counter(int(span.span_id, 16) for span in store.query_spans("r1"))
-
-
-def counts(load: Load, path: Path) -> dict[str, int]:
-    found = found_in(path)
-    return {
-        "sent": SPANS,
-        "acknowledged": len(load.acknowledged),
-        "found": len(found),
-        "duplicates": found.total() - len(found),
-    }
+from tests.waiting import wait_until
 
 
 def test_a_collector_killed_twice_in_a_load_loses_nothing_that_it_acknowledged(tmp_path: Path) -> None:
-    load, path = Load(), tmp_path / "agl.db"
-    with sending(load):
-        for part in (1, 2):
-            with serving(path) as (process, load.url):
-                wait_until(lambda part=part: len(load.acknowledged) >= part * SPANS // 3)
+    path, uri = tmp_path / "agl.db", f"sqlite:///{tmp_path}/agl.db"
+    with Load() as load:
+        for part in (SPANS // 3, SPANS * 2 // 3):
+            with serving(uri) as (process, load.url):
+                acknowledged = load.reach(part)
                 process.kill()
-                acknowledged = set(load.acknowledged)
-            assert acknowledged <= set(found_in(path))
-        assert len(load.acknowledged) < SPANS
-        with serving(path) as (_, load.url):
-            wait_until(lambda: len(load.acknowledged) == SPANS)
-    assert counts(load, path) == {"sent": SPANS, "acknowledged": SPANS, "found": SPANS, "duplicates": 0}
-    assert load.requests > SPANS // BATCH
-    assert upkeep.check(path) == []
-
-
-def test_a_full_disk_is_answered_with_retry_later_and_harms_nothing(tmp_path: Path) -> None:
-    """A limit on the size of the process's files stands in for the disk; the write-ahead log meets it first."""
-    load, path = Load(), tmp_path / "agl.db"
-    with serving(path) as (process, load.url):
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
-        with sending(load):
-            wait_until(lambda: load.statuses[503] >= 5)
+            wait_until(lambda: load.refused > 0)
+            assert acknowledged <= set(found_at(uri))
             assert len(load.acknowledged) < SPANS
-            assert load.acknowledged <= set(found_in(path))  # Whoever reads still can.
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            wait_until(lambda: len(load.acknowledged) == SPANS)
-    assert counts(load, path) == {"sent": SPANS, "acknowledged": SPANS, "found": SPANS, "duplicates": 0}
-    assert set(load.statuses) == {200, 503}
+        with serving(uri) as (_, load.url):
+            load.reach(SPANS)
+    assert set(load.answers) == {0, 200}
+    check(load, uri)
     assert upkeep.check(path) == []
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[PostgresServer]:
+    with running_postgres(durable=True) as server:
+        yield server
+
+
+def test_a_postgresql_killed_twice_in_a_load_loses_nothing_that_was_acknowledged(postgres: PostgresServer) -> None:
+    uri = postgres.new_database()
+    with serving(uri) as (_, url), Load(url) as load:
+        for part in (SPANS // 3, SPANS * 2 // 3):
+            acknowledged = load.reach(part)
+            postgres.kill()
+            wait_until(lambda: load.refused > 0)
+            assert len(load.acknowledged) < SPANS
+            postgres.start()
+            assert acknowledged <= set(found_at(uri))
+    assert set(load.answers) == {200, 503}
+    check(load, uri)
+
+
+@contextmanager
+def full_sqlite(folder: Path, _: PostgresServer) -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """The write-ahead log meets the limit first."""
+    uri = f"sqlite:///{folder}/agl.db"
+    with serving(uri) as (process, url):
+        limit_files(process.pid, 2**20)
+        yield uri, url, lambda: limit_files(process.pid, resource.RLIM_INFINITY)
+    assert upkeep.check(folder / "agl.db") == []
+
+
+@contextmanager
+def full_postgres(_: Path, server: PostgresServer) -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """A table meets the limit; the log comes in files of 16 MB."""
+    uri = server.new_database()
+    with serving(uri) as (_, url):
+        server.limit_files(17 * 2**20)
+        yield uri, url, lambda: server.limit_files("unlimited")
+
+
+def limit_files(pid: int, size: int) -> None:
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("full", [full_sqlite, full_postgres])
+def test_a_full_disk_is_answered_with_retry_later_and_harms_nothing(
+    tmp_path: Path, postgres: PostgresServer, full: Callable[..., Any]
+) -> None:
+    """A limit on the size of files stands in for the disk."""
+    with full(tmp_path, postgres) as (uri, url, make_room):
+        with Load(url, text=500) as load:
+            load.allow(SPANS)
+            wait_until(lambda: load.answers[503] >= 5)
+            assert len(load.acknowledged) < SPANS
+            assert load.acknowledged <= set(found_at(uri))  # Whoever reads still can.
+            make_room()
+        assert set(load.answers) == {200, 503}
+        check(load, uri)
 
 
 READ_WITHOUT_ROOM = """
 import resource, sys
 from agl.errors import StoreError
 from agl.store import open_store
-from tests.store.serving import serving
 from tests.store.spans import make_span
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

@@ -15,10 +15,6 @@ from agl.store.postgres.spans import _QUERY, DAY_NS, keys
 from tests.store.postgres_server import PostgresServer, running_postgres
 from tests.store.spans import TRACE, asked, make_span, numbers
 
-KILLED_AFTER = 600
-SENT_EACH = 1000
-BATCH = 20
-
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgresServer]:
@@ -51,58 +47,6 @@ def partitions(uri: str) -> list[str]:
 
 
 # --- Faults ----------------------------------------------------------------------------------------------------------
-
-
-class Sender:
-    """Appends spans of its own until all are acknowledged, again and again while the store refuses."""
-
-    def __init__(self, store: PostgresStore, first: int) -> None:
-        self.acknowledged: list[int] = []
-        self.refused = 0
-        self.new = 0
-        self._store, self._first = store, first
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def join(self) -> None:
-        self._thread.join(60)
-
-    def _run(self) -> None:
-        for first in range(self._first, self._first + SENT_EACH, BATCH):
-            batch = range(first, first + BATCH)
-            while not self._append(batch):
-                time.sleep(0.05)
-            self.acknowledged.extend(batch)
-
-    def _append(self, batch: range) -> bool:
-        try:
-            self.new += self._store.append_spans([make_span(number, rollout="r") for number in batch])
-        except StoreError:
-            self.refused += 1
-            return False
-        return True
-
-
-def test_a_server_killed_while_spans_are_appended_loses_none_that_it_acknowledged(
-    durable_server: PostgresServer,
-) -> None:
-    with closing(PostgresStore(durable_server.new_database())) as store:
-        senders = [Sender(store, 1 + number * SENT_EACH) for number in range(3)]
-        while sum(len(sender.acknowledged) for sender in senders) < KILLED_AFTER:
-            time.sleep(0.005)
-        durable_server.kill()
-        before = [number for sender in senders for number in list(sender.acknowledged)]
-        durable_server.start()
-        found = {int(span.span_id, 16) for span in store.query_spans("r")}
-        for sender in senders:
-            sender.join()
-        acknowledged = [number for sender in senders for number in sender.acknowledged]
-        kept = numbers(store.query_spans("r"))
-    assert set(before) <= found
-    assert len(before) < 3 * SENT_EACH and sum(sender.refused for sender in senders) > 0  # It did die meanwhile.
-    assert sorted(acknowledged) == kept == list(range(1, 3 * SENT_EACH + 1))
-    # A batch that was committed, but not answered for, is not new when it is sent again.
-    assert 0 <= len(kept) - sum(sender.new for sender in senders) <= 3 * BATCH
 
 
 def test_who_waits_for_a_rollout_hears_of_its_end_across_a_restart_of_the_server(

@@ -45,8 +45,8 @@ def test_the_watchdog_outlives_a_refusal_and_says_what_it_ended(caplog: pytest.L
 
 
 def test_agl_serve_watches_its_store(tmp_path: Path) -> None:
-    path = tmp_path / "agl.db"
-    with serving(path), closing(open_store(f"sqlite:///{path}")) as store:
+    uri = f"sqlite:///{tmp_path}/agl.db"
+    with serving(uri), closing(open_store(uri)) as store:
         lease(store)
         (rollout,) = store.wait_for_rollouts(["r1"], timeout_s=15)
     assert rollout.state is RolloutState.FAILED

@@ -22,7 +22,8 @@ LOCK: Final = 0x41474C31
 
 _MOST_CONNECTIONS = 8
 _CONNECT_TIMEOUT_S = 10
-_POOL_TIMEOUT_S = 10.0
+_POOL_TIMEOUT_S = 5.0
+"""An exporter waits 10 s for its answer, and then would not hear that it may send again."""
 _MOST_TRIES = 5
 
 _SESSION = f"""

@@ -1,0 +1,129 @@
+"""A load of 50,000 spans on a collector, counted: what was sent, acknowledged, found, and found twice."""
+
+import threading
+from collections import Counter
+from contextlib import closing
+from typing import Self
+
+import httpx
+
+from agl import otlp
+from agl.collector.http import PROTOBUF
+from agl.store import Store, open_store
+from agl.store.row import read
+from tests.store.spans import make_span
+from tests.waiting import wait_until
+
+SPANS = 50_000
+BATCH = 250
+_SENDERS = 3
+_AHEAD = 10_000
+"""Spans that senders may be ahead of what `reach` was asked for."""
+_ROLLOUT = "loaded"
+
+
+class Load:
+    """Senders that send each batch until it is acknowledged, wherever `url` then points; they begin on entry.
+
+    They stop a little after what `reach` was told, so that a fault comes in the middle however slow its test is; on
+    exit they go to the end, and all is acknowledged. Each span has `text` bytes beside what it needs.
+    """
+
+    def __init__(self, url: str = "", text: int = 100) -> None:
+        self.url = url
+        self._text = "x" * text
+        self.acknowledged: set[int] = set()
+        """Numbers of spans."""
+        self.answers: Counter[int] = Counter()
+        """Requests by status; 0: no answer, since the collector was away."""
+        self._allowed = 0
+        self._next = 1
+        self._changed = threading.Condition()
+        self._given_up = threading.Event()
+        self._senders = [threading.Thread(target=self._run) for _ in range(_SENDERS)]
+
+    @property
+    def refused(self) -> int:
+        """Requests that were not acknowledged, and so were sent again."""
+        return self.answers.total() - self.answers[200]
+
+    def reach(self, spans: int) -> set[int]:
+        """Go on until so many spans are acknowledged; returns those that then are."""
+        self.allow(spans + _AHEAD)
+        wait_until(lambda: len(self.acknowledged) >= spans)
+        with self._changed:
+            return set(self.acknowledged)
+
+    def __enter__(self) -> Self:
+        for sender in self._senders:
+            sender.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._given_up.set()
+        self.allow(SPANS)
+        for sender in self._senders:
+            sender.join(120)
+        assert kind is not None or len(self.acknowledged) == SPANS
+
+    def allow(self, spans: int) -> None:
+        """Go on to about so many."""
+        with self._changed:
+            self._allowed = spans
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        with httpx.Client(headers={"content-type": PROTOBUF}, timeout=30) as client:
+            while (batch := self._take()) is not None:
+                body = otlp.encode([make_span(number, rollout=_ROLLOUT, text=self._text) for number in batch])
+                while not self._send(client, body):
+                    if self._given_up.wait(0.1):
+                        return
+                with self._changed:
+                    self.acknowledged.update(batch)
+
+    def _take(self) -> range | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._next > SPANS or self._next <= self._allowed)
+            if self._next > SPANS:
+                return None
+            first = self._next
+            self._next += BATCH
+            return range(first, self._next)
+
+    def _send(self, client: httpx.Client, body: bytes) -> bool:
+        try:
+            answer = client.post(self.url, content=body)
+        except httpx.TransportError:
+            status = 0
+        else:
+            status = answer.status_code
+            assert status == 200 or (status == 503 and answer.headers["retry-after"] == "1"), answer.text
+        with self._changed:
+            self.answers[status] += 1
+        return status == 200
+
+
+def found_in(store: Store) -> Counter[int]:
+    """Numbers of the spans that a store has."""
+    return Counter(int.from_bytes(row.span_id, "big") for row in read(b"".join(store.query_rows(_ROLLOUT))).rows)
+
+
+def found_at(uri: str) -> Counter[int]:
+    with closing(open_store(uri)) as store:
+        return found_in(store)
+
+
+def check(load: Load, uri: str) -> None:
+    """Every span that was sent is acknowledged, and found exactly once."""
+    found = found_at(uri)
+    counts = {
+        "sent": SPANS,
+        "acknowledged": len(load.acknowledged),
+        "found": len(found),
+        "duplicates": found.total() - len(found),
+    }
+    assert counts == {"sent": SPANS, "acknowledged": SPANS, "found": SPANS, "duplicates": 0}
+    with closing(open_store(uri)) as store:
+        assert store.count_spans() == SPANS
