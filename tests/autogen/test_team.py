@@ -142,6 +142,7 @@ async def test_every_request_carries_the_chat_span_and_the_rollout(spans, client
             "agl.group.id": "g1",
             "agl.mode": "eval",
             "agl.role": seen.body["model"],
+            "agl.role.inferred": "true",
         }
 
 

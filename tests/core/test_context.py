@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from opentelemetry import baggage, propagate, trace
-from opentelemetry.context import attach, detach
+from opentelemetry.context import attach, detach, get_current
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from starlette.applications import Starlette
@@ -24,7 +24,7 @@ from starlette.routing import Route
 
 import agl
 import agl.context
-from agl.context import ActiveRollout
+from agl.context import ActiveRollout, stated_role, with_inferred_role
 from agl.errors import TelemetryError
 from agl.server import AppThread
 from tests.core.otlp_sink import OtlpSink, attributes
@@ -326,6 +326,22 @@ def test_joining_leaves_nothing_of_the_block_around_it(spans: InMemorySpanExport
             foreign_span("alone")
         assert agl.current_role() == "critic"
     assert only(spans, "alone").parent is None
+
+
+def test_a_role_that_nobody_stated_stays_so_on_its_way_to_a_service(spans: InMemorySpanExporter) -> None:
+    """There, too, it gives way to the names of the agents that act."""
+    token = attach(with_inferred_role("executor", get_current()))
+    try:
+        carried = agl.headers()
+        with agl.role("stated"):
+            assert (agl.current_role(), stated_role()) == ("stated", "stated")
+    finally:
+        detach(token)
+    assert carried == {"baggage": "agl.role=executor,agl.role.inferred=true"}
+    with agl.joined(carried):
+        assert (agl.current_role(), stated_role()) == ("executor", None)
+        foreign_span("served")
+    assert attributes_of(spans, "served") == {"agl.role": "executor"}
 
 
 def test_headers_outside_of_everything_are_empty() -> None:

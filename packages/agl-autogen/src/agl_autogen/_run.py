@@ -14,6 +14,7 @@ from opentelemetry.trace import SpanKind, get_current_span, set_span_in_context
 
 from agl import semconv
 from agl.boundary import never_raises
+from agl.context import stated_role
 from agl_autogen._settings import Settings
 from agl_autogen._span import mark_abandoned, open_span
 from agl_autogen._stream import IsolatedStream
@@ -106,8 +107,8 @@ def _record_handoff(settings: Settings, context: Context, team: Any, message: Ha
             return
         moment = int(message.created_at.timestamp() * 1e9)
         attributes = {
-            semconv.HANDOFF_SOURCE: settings.role_of(message.source),
-            semconv.HANDOFF_TARGET: settings.role_of(message.target),
+            semconv.HANDOFF_SOURCE: stated_role(context) or settings.role_of(message.source),
+            semconv.HANDOFF_TARGET: stated_role(context) or settings.role_of(message.target),
         }
         span = settings.tracer.start_span(semconv.SPAN_HANDOFF, context, attributes=attributes, start_time=moment)
         span.end(moment)

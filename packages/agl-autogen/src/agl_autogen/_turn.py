@@ -6,13 +6,13 @@ from contextlib import AbstractContextManager, aclosing, contextmanager
 from typing import Any
 
 from autogen_core import trace_invoke_agent_span
-from opentelemetry import baggage
 from opentelemetry.context import Context, attach, create_key, detach, get_current, get_value, set_value
 from opentelemetry.instrumentation.utils import is_instrumentation_enabled
 from opentelemetry.trace import Span
 
 from agl import semconv
 from agl.boundary import never_raises
+from agl.context import with_inferred_role
 from agl_autogen._settings import Settings
 from agl_autogen._span import marked_once
 from agl_autogen._stream import isolated
@@ -45,7 +45,7 @@ def acting_context(settings: Settings, agent: str, context: Context) -> Context:
     """`context`, with the role and the name of `agent` in force."""
     with never_raises(f"the role of agent {agent!r} is not on its spans"):
         named = set_value(_AGENT, agent, context)
-        return baggage.set_baggage(semconv.ROLE, settings.role_of(agent, context), named)
+        return with_inferred_role(settings.role_of(agent), named)
     return context
 
 

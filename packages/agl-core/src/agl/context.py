@@ -31,7 +31,10 @@ Value = TypeVar("Value", covariant=True)
 TRACER = trace.get_tracer("agl")
 """Tracer of our own spans; follows the global provider once there is one."""
 
-_KEYS = (semconv.ROLLOUT_ID, semconv.ATTEMPT_ID, semconv.GROUP_ID, semconv.MODE, semconv.ROLE)
+_ATTRIBUTES = (semconv.ROLLOUT_ID, semconv.ATTEMPT_ID, semconv.GROUP_ID, semconv.MODE, semconv.ROLE)
+_INFERRED = "agl.role.inferred"
+"""Marks a role that nobody stated: a plug-in took it from the name of the agent whose turn it is."""
+_ENTRIES = (*_ATTRIBUTES, _INFERRED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,7 @@ def role(name: str) -> Scope[str]:
 
     Raises TelemetryError for a name that is not a non-empty string.
     """
-    return Scope(_carry({semconv.ROLE: non_empty("role", name)}, name))
+    return Scope(_carry({semconv.ROLE: non_empty("role", name), _INFERRED: None}, name))
 
 
 def current_rollout() -> ActiveRollout | None:
@@ -107,6 +110,16 @@ def current_role() -> str | None:
     return carried_attributes().get(semconv.ROLE)
 
 
+def stated_role(context: Context | None = None) -> str | None:
+    """The role that `agl.role` states in `context` (default: the current one). It counts more than any agent's name."""
+    return None if baggage.get_baggage(_INFERRED, context) else carried_attributes(context).get(semconv.ROLE)
+
+
+def with_inferred_role(name: str, context: Context) -> Context:
+    """`context`, in which an agent acts whose role is `name` where none is stated. An agent inside it has its own."""
+    return context if stated_role(context) else _with_baggage({semconv.ROLE: name, _INFERRED: "true"}, context)
+
+
 def headers() -> dict[str, str]:
     """W3C `traceparent` and `baggage` of the current context, to put on an outgoing request.
 
@@ -114,7 +127,7 @@ def headers() -> dict[str, str]:
     """
     carrier: dict[str, str] = {}
     TraceContextTextMapPropagator().inject(carrier)
-    if carried := carried_attributes():
+    if carried := _carried(_ENTRIES):
         W3CBaggagePropagator().inject(carrier, context=_with_baggage(carried, Context()))
     return carrier
 
@@ -143,10 +156,7 @@ def join_environment() -> None:
 
 def carried_attributes(context: Context | None = None) -> dict[str, str]:
     """Span attributes that the baggage of `context` (default: the current one) asks for."""
-    carried = baggage.get_all(context)
-    if not carried:
-        return {}
-    return {key: str(value) for key in _KEYS if isinstance(value := carried.get(key), str) and value}
+    return _carried(_ATTRIBUTES, context)
 
 
 def non_empty(name: str, value: str) -> str:
@@ -254,10 +264,18 @@ def _active(carried: Mapping[str, str]) -> ActiveRollout | None:
 def _joined_context(carrier: Mapping[str, str]) -> Context:
     """The current context with our entries, and the span, of `carrier` alone."""
     lowered = {name.lower(): value for name, value in carrier.items()}
-    named = carried_attributes(W3CBaggagePropagator().extract(lowered, Context()))
+    named = _carried(_ENTRIES, W3CBaggagePropagator().extract(lowered, Context()))
     # The span before: where `carrier` has no traceparent, extraction would leave the current one.
     rootless = trace.set_span_in_context(trace.INVALID_SPAN)
-    return _with_baggage(dict.fromkeys(_KEYS) | named, TraceContextTextMapPropagator().extract(lowered, rootless))
+    return _with_baggage(dict.fromkeys(_ENTRIES) | named, TraceContextTextMapPropagator().extract(lowered, rootless))
+
+
+def _carried(names: Sequence[str], context: Context | None = None) -> dict[str, str]:
+    """The entries of the baggage that are text, of these."""
+    carried = baggage.get_all(context)
+    if not carried:
+        return {}
+    return {key: str(value) for key in names if isinstance(value := carried.get(key), str) and value}
 
 
 def _with_baggage(entries: Mapping[str, str | None], context: Context) -> Context:

@@ -15,7 +15,7 @@ from opentelemetry.trace import SpanKind, TracerProvider
 
 from agl import semconv
 from agl.content import Content
-from agl.context import carried_attributes, mark_error
+from agl.context import mark_error, stated_role
 from agl.role_map import RoleMap
 from agl_langchain._call import (
     Attributes,
@@ -26,7 +26,7 @@ from agl_langchain._call import (
     tool_definitions,
 )
 from agl_langchain._open_runs import OPEN_RUNS
-from agl_langchain._role import Actor, stated_role
+from agl_langchain._role import Actor, marked_role
 from agl_langchain._run import Describe, Run, child_context, run_in_force, settled_context
 
 _HIDDEN_TAG = "langsmith:hidden"
@@ -195,9 +195,8 @@ def _actor_above(start: Start) -> Actor | None:
 
 
 def _role(start: Start, actor: Actor, context: Context) -> str | None:
-    """`agl.role(...)` in force, else metadata or tag, else the handler's mapping, else the agent's name."""
-    in_force = carried_attributes(context).get(semconv.ROLE)
-    return in_force or stated_role(start.tags, start.metadata) or actor.mapped_role or actor.agent
+    """The role that `agl.role` states, else metadata or tag, else the handler's mapping, else the agent's name."""
+    return stated_role(context) or marked_role(start.tags, start.metadata) or actor.mapped_role or actor.agent
 
 
 def _name(serialized: Mapping[str, Any], event: Mapping[str, Any]) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 from agl.role_map import RoleMap
 
 ROLE_METADATA = "agl_role"
-"""Key of LangChain metadata that states a role: `config={"metadata": {"agl_role": "planner"}}`."""
+"""Key of LangChain metadata that gives a role: `config={"metadata": {"agl_role": "planner"}}`."""
 ROLE_TAG = "role:"
-"""Prefix of a LangChain tag that states a role: `config={"tags": ["role:planner"]}`."""
+"""Prefix of a LangChain tag that gives a role: `config={"tags": ["role:planner"]}`."""
 
 _NODE_TAG = "graph:step:"
 """Prefix of the tag that LangGraph gives to the run of a node, and to no run inside it."""
@@ -53,13 +53,13 @@ class Actor:
         return cls(agent=agent or node, mapped_role=mapped[0] if mapped else None)
 
 
-def stated_role(tags: Sequence[str], metadata: Mapping[str, Any]) -> str | None:
-    """The role that metadata or a tag states. LangChain puts the tags nearest to the call last."""
+def marked_role(tags: Sequence[str], metadata: Mapping[str, Any]) -> str | None:
+    """The role that metadata or a tag gives. LangChain puts the tags nearest to the call last."""
     role = metadata.get(ROLE_METADATA)
     if isinstance(role, str) and role:
         return role
-    return next((tag.removeprefix(ROLE_TAG) for tag in reversed(tags) if _states_role(tag)), None)
+    return next((tag.removeprefix(ROLE_TAG) for tag in reversed(tags) if _gives_role(tag)), None)
 
 
-def _states_role(tag: str) -> bool:
+def _gives_role(tag: str) -> bool:
     return tag.startswith(ROLE_TAG) and len(tag) > len(ROLE_TAG)
