@@ -9,6 +9,7 @@ from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_core.tools import FunctionTool
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from agl.content import use_redaction
 from agl.errors import ConfigError
 from agl_autogen import AutoGenInstrumentor
 from tests.autogen.conftest import MakeClient, SwitchOn
@@ -58,6 +59,16 @@ async def test_every_text_is_redacted_before_it_is_on_a_span(spans, switch_on: S
     assert attributes(tool)["gen_ai.tool.description"] == "Takes ***."
     assert "wrong code ***" in str(dict(tool.events[0].attributes or {})["exception.stacktrace"])
     assert attributes(only(spans.get_finished_spans(), "chat failing"))["error.type"] == "BadRequestError"
+
+
+async def test_the_redaction_of_the_process_counts_where_the_instrumentor_has_none(spans, tell_all: TellAll):
+    use_redaction(redact)  # as a later `agl.init(redact=...)` does
+    try:
+        await tell_all()
+    finally:
+        use_redaction(None)
+    assert "***" in left(spans)
+    assert SECRET not in left(spans)
 
 
 async def test_without_content_nothing_is_said_on_autogens_spans_either(spans, switch_on: SwitchOn, tell_all: TellAll):

@@ -16,10 +16,14 @@ import agl
 ROLLOUTS = ("r1", "r2", "r3")
 
 
+def redact(text: str) -> str:
+    return text.replace("Ada", "***")
+
+
 def work(name: str) -> str | None:
     """A span of somebody else's, a reward in dimensions, and what rollout the worker thinks it is in."""
     trace.get_tracer("the user's own").start_span(name).end()
-    agl.emit_reward({"goal": 1, "style": 0})
+    agl.emit_reward({"goal": 1, "style": 0}, attributes={"judge": "Ada"})
     active = agl.current_rollout()
     return active.rollout_id if active else None
 
@@ -72,7 +76,7 @@ def program(_context: BaseContext) -> None:
 
 if __name__ == "__main__":
     weights = {"goal": 0.75, "style": 0.25}
-    agl.init("pools", endpoint=sys.argv[3], reward_weights=weights)
+    agl.init("pools", endpoint=sys.argv[3], reward_weights=weights, redact=redact)
     if sys.argv[1] == "child":
         assert work(sys.argv[4]) == sys.argv[4]
     else:

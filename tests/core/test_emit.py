@@ -15,6 +15,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 import agl
+from agl.content import use_redaction
 from agl.emit.annotation import annotation_attributes
 from agl.emit.attributes import flat_attributes
 from agl.emit.exception import exception_attributes
@@ -23,7 +24,7 @@ from agl.emit.message import message_attributes
 from agl.emit.object import object_attributes
 from agl.emit.observation import observation_attributes
 from agl.emit.reward import reward_attributes, use_weights
-from agl.errors import TelemetryError
+from agl.errors import ConfigError, TelemetryError
 from tests.core.otlp_sink import OtlpSink
 
 WEIGHTS = {"syntax": 0.3, "efficiency": 0.4, "goal": 0.3}
@@ -160,6 +161,83 @@ def test_weights_come_with_init_and_stay_when_it_is_called_again(spans: InMemory
 def test_a_weight_that_is_no_number_is_refused() -> None:
     with pytest.raises(TelemetryError, match="weight of 'goal' is str, expected a number"):
         agl.init(reward_weights={"goal": "much"})  # type: ignore[dict-item]  # the point of the test
+
+
+# --- Redaction -----------------------------------------------------------------------------------------------------
+
+
+def scrub(text: str) -> str:
+    return text.replace("Ada", "***")
+
+
+@pytest.fixture
+def redacting(sink: OtlpSink) -> Iterator[None]:
+    agl.init(endpoint=sink.url, redact=scrub)
+    agl.init()
+    yield
+    agl.shutdown()
+    use_redaction(None)
+
+
+@agl.operation(attributes={"by": ["Ada", "Bob"]})
+def greet(name: str) -> dict[str, str]:
+    return {name: f"Hello {name}"}
+
+
+@agl.operation
+def greet_all(names: list[str]) -> Iterator[str]:
+    yield from names
+
+
+def test_all_that_emitters_say_is_redacted(spans: InMemorySpanExporter, redacting: None) -> None:
+    agl.emit_message("Ada")
+    agl.emit_observation("Ada is here")
+    agl.emit_observation({"Ada": ["Ada", 17]})
+    agl.emit_object(["Ada"])
+    agl.emit_annotation({"user": {"name": "Ada", "all": ["Ada", "Bob"], "age": 36}})
+    agl.emit_exception(LookupError("no Ada"))
+    agl.emit_reward(1, attributes={"judge": "Ada"})
+    greet("Ada")
+    list(greet_all(["Ada"]))
+    with agl.operation("step", attributes={"by": "Ada"}) as step:
+        step.set_input("Ada")
+        step.set_output({"name": "Ada"})
+    with pytest.raises(LookupError), agl.rollout("r1"):
+        raise LookupError("Ada is gone")
+    found = spans.get_finished_spans()
+    events = [event.attributes or {} for span in found for event in span.events]
+    said = [value for values in (*(span.attributes or {} for span in found), *events) for value in values.values()]
+    said += [span.status.description for span in found]
+    assert len([text for text in said if "***" in str(text)]) == 21
+    named = {text for text in said if "Ada" in str(text)}
+    assert named == {'{"Ada":["***",17]}', '{"Ada":"Hello ***"}'}  # keys of objects name something
+
+
+def test_what_names_something_is_not_redacted(spans: InMemorySpanExporter, redacting: None) -> None:
+    with agl.rollout("Ada"), agl.role("Ada"):
+        agl.emit_reward({"Ada": 1.0}, target="Ada")
+        agl.emit_object(b"Ada", attributes={"gen_ai.response.id": "Ada"})
+    assert only_named(spans, "agl.reward") == {
+        "agl.reward.value": 1.0,
+        "agl.reward.Ada": 1.0,
+        "agl.reward.target": "Ada",
+        "agl.rollout.id": "Ada",
+        "agl.attempt.id": "Ada-a1",
+        "agl.mode": "train",
+        "agl.role": "Ada",
+    }
+    kept = only_named(spans, "agl.object")
+    assert (kept["agl.object.bytes"], kept["gen_ai.response.id"]) == (b"Ada", "Ada")
+
+
+def only_named(spans: InMemorySpanExporter, name: str) -> dict[str, Any]:
+    (span,) = [span for span in spans.get_finished_spans() if span.name == name]
+    return dict(span.attributes or {})
+
+
+def test_a_redaction_that_is_no_function_is_refused() -> None:
+    with pytest.raises(ConfigError, match="redact is 'yes', expected a function from str to str"):
+        agl.init(redact="yes")  # type: ignore[arg-type]  # the point of the test
 
 
 # --- The other emitters --------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from langchain_core.tools import tool
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from agl.content import use_redaction
 from agl_langchain import AglCallbackHandler, LangChainInstrumentor
 from tests.autogen.span_tree import attributes, only
 from tests.langchain.agents import two_roles
@@ -86,6 +87,18 @@ def test_the_instrumentor_takes_a_redaction(spans: InMemorySpanExporter) -> None
     assert answer.content == SECRET
     messages = json.loads(str(attributes(only(spans.get_finished_spans(), "chat"))["gen_ai.output.messages"]))
     assert messages[0]["parts"][0]["content"] == "<name>"
+
+
+def test_the_redaction_of_the_process_counts_where_a_handler_has_none(spans: InMemorySpanExporter) -> None:
+    handler, stricter = AglCallbackHandler(), AglCallbackHandler(redact=lambda _: "-")
+    use_redaction(scrub)  # as a later `agl.init(redact=...)` does
+    try:
+        for one in (handler, stricter):
+            FakeListChatModel(responses=[SECRET]).invoke(SECRET, {"callbacks": [one]})
+    finally:
+        use_redaction(None)
+    said = [attributes(span)["gen_ai.output.messages"] for span in spans.get_finished_spans()]
+    assert [json.loads(str(one))[0]["parts"][0]["content"] for one in said] == ["<name>", "-"]
 
 
 def test_names_and_ids_are_not_redacted(spans: InMemorySpanExporter, make_model: MakeModel) -> None:

@@ -52,13 +52,19 @@ def delivering(original: Process) -> Process:
 
 
 def without_content(original: TraceBlock, content: Content) -> TraceBlock:
-    """`TraceHelper.trace_block`, whose spans carry whole messages, and errors with all that they say."""
+    """`TraceHelper.trace_block`, whose spans carry whole messages, and errors with all that they say.
 
-    @functools.wraps(original)
+    They stay as they are where all content may be on spans.
+    """
+
     @contextmanager
-    def trace_block(*args: Any, attributes: Mapping[str, Any] | None = None, **options: Any) -> Iterator[Span]:
+    def silent_block(*args: Any, attributes: Mapping[str, Any] | None = None, **options: Any) -> Iterator[Span]:
         said = {name: value for name, value in (attributes or {}).items() if name != _PAYLOAD}
         with marked_once(original(*args, attributes=said, **options), content) as span:
             yield span
+
+    @functools.wraps(original)
+    def trace_block(*args: Any, **options: Any) -> AbstractContextManager[Span]:
+        return (original if content.is_whole else silent_block)(*args, **options)
 
     return trace_block

@@ -25,7 +25,8 @@ class AutoGenInstrumentor(BaseInstrumentor):
     `agl.role` states comes before both.
     `capture_content`: whether messages, tool definitions and what errors say go on the spans; None leaves it to
     `OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT`, and without that they do.
-    `redact`: a function from str to str that is given every text of those before it is on a span.
+    `redact`: a function from str to str that is given every text of those before it is on a span; None leaves it to
+    `agl.init`.
     `capture_token_ids`: whether the OpenAI client asks the server, which must be vLLM or the like, for token ids and
     logprobs, so that calls can be trained on without a gateway.
     `tracer_provider`: for our spans in place of the global one.
@@ -103,8 +104,7 @@ def _patch_core(patches: Patches, settings: Settings) -> None:
     patches.replace(_single_threaded_agent_runtime, "get_telemetry_envelope_metadata", with_context)
     for name in ("_process_send", "_process_publish"):
         patches.replace(SingleThreadedAgentRuntime, name, delivering)
-    if settings.content != Content():
-        patches.replace(TraceHelper, "trace_block", partial(without_content, content=settings.content))
+    patches.replace(TraceHelper, "trace_block", partial(without_content, content=settings.content))
     patches.replace(_base, "trace_tool_span", partial(as_content, settings=settings))
 
 

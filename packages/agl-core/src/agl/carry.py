@@ -44,6 +44,7 @@ def carry(function: Callable[Parameters, Result]) -> Callable[Parameters, Result
     """`function`, to be called by the worker of a pool in the rollout, role and span that are in force here and now.
 
     `pool.submit(agl.carry(work), task)`. In another process, forked or spawned, spans go where those of this process
-    go, and are sent before the call returns; the pool needs to pickle `function`.
+    go, redacted as here, and are sent before the call returns; the pool needs to pickle `function`, and the `redact` of
+    `agl.init`: functions of a module, not lambdas.
     """
     return Carried(function, headers(), settings(), os.getpid())

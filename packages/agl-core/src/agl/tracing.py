@@ -16,9 +16,11 @@ from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 
+from agl.content import redaction_in_use, use_redaction
 from agl.context import RolloutProcessor, join_environment
 from agl.emit.reward import use_weights, weights_in_use
 from agl.errors import ConfigError
+from agl.redaction import Redact
 
 logger = logging.getLogger(__name__)
 
@@ -31,21 +33,30 @@ DELAY_MS = 1_000
 
 
 def init(
-    service_name: str | None = None, *, endpoint: str | None = None, reward_weights: Mapping[str, float] | None = None
+    service_name: str | None = None,
+    *,
+    endpoint: str | None = None,
+    reward_weights: Mapping[str, float] | None = None,
+    redact: Redact | None = None,
 ) -> TracerProvider:
-    """Send the spans of this process to a collector. Calling it again changes only the reward weights.
+    """Send the spans of this process to a collector. Called again it changes what it is given of the last two.
 
     `service_name`: `service.name` of the resource (default: `$OTEL_SERVICE_NAME`, else `agent`).
     `endpoint`: base URL of the collector, `/v1/traces` is appended (default: `$OTEL_EXPORTER_OTLP_ENDPOINT`, else
-    http://localhost:4318). `reward_weights`: weight of each reward dimension (see `emit_reward`).
+    http://localhost:4318). `reward_weights`: weight of each reward dimension (see `emit_reward`). `redact`: a function
+    from str to str that sees each text before it is on a span of the emitters, or of a plug-in that was given none of
+    its own (see `agl.content`).
     A global SDK provider that is already set stays, with its name and its exporters; ours is added to it.
     A process that was started with `agl.environment()` goes on in the rollout that was in force there.
-    Raises ConfigError for an endpoint that is no URL or a provider that is not the SDK's, TelemetryError for a weight.
+    Raises ConfigError for an endpoint that is no URL, a `redact` that is no function or a provider that is not the
+    SDK's, TelemetryError for a weight.
     """
     url = _traces_url(endpoint)
     with _lock:
         if reward_weights is not None:
             use_weights(reward_weights)
+        if redact is not None:
+            use_redaction(redact)
         provider = _sdk_provider(service_name)
         _collector_of(provider).open(url)
     join_environment()
@@ -72,7 +83,12 @@ def settings() -> dict[str, Any] | None:
     if collector is None or not collector.is_open or not isinstance(provider, TracerProvider):
         return None
     name = provider.resource.attributes.get(SERVICE_NAME)
-    return {"service_name": str(name), "endpoint": collector.url, "reward_weights": weights_in_use()}
+    return {
+        "service_name": str(name),
+        "endpoint": collector.url,
+        "reward_weights": weights_in_use(),
+        "redact": redaction_in_use(),
+    }
 
 
 class CollectorExporter(SpanExporter):

@@ -14,7 +14,8 @@ from opentelemetry.trace import TracerProvider
 
 from agl import semconv
 from agl.boundary import never_raises
-from agl.content import Content, Redact
+from agl.content import Content
+from agl.redaction import Redact
 from agl.role_map import RoleMap
 from agl_langchain._messages import input_messages, prompt_messages, retrieved, to_json, tool_result
 from agl_langchain._recorder import Recorder, Start
@@ -57,7 +58,8 @@ class AglCallbackHandler(BaseCallbackHandler):
 
         `capture_content` says whether messages, tool arguments, results and what errors say go on the spans; None
         leaves it to `OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT`, and without that they do. `redact` is given
-        each text of these before it is on a span, and gives back what may leave the process (see `agl.content`).
+        each text of these before it is on a span, and gives back what may leave the process (see `agl.content`); None
+        leaves it to `agl.init`.
 
         Raises ConfigError for a pattern that is no regular expression, or a `redact` that is no function.
         """

@@ -12,11 +12,15 @@ from opentelemetry import trace
 
 from agl import semconv
 from agl.boundary import never_raises, raises_if_strict
+from agl.content import Content
 from agl.context import TRACER, Scope, ending, open_span
 from agl.emit.attributes import flat_attributes, json_text
 from agl.emit.generators import Body, wrap_async_generator, wrap_generator
 from agl.errors import TelemetryError
 from agl.span import AttributeValue
+
+_CONTENT = Content()
+"""Captured, whatever the environment says: the caller asked for it."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -34,9 +38,8 @@ class ActiveOperation:
         self._set(semconv.OPERATION_OUTPUT, value)
 
     def _set(self, name: str, value: Any) -> None:
-        if self.span.is_recording():
-            with never_raises(f"{name} was not recorded"):
-                self.span.set_attribute(name, _lenient_json(name, value))
+        with never_raises(f"{name} was not recorded"):
+            _CONTENT.put(self.span, lambda: {name: _lenient_json(name, value)})
 
 
 class Operation(Scope[ActiveOperation]):
@@ -78,13 +81,14 @@ class _Step:
     @contextmanager
     def running(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[ActiveOperation]:
         """A call in a span that is current until it returns."""
-        with open_span(semconv.SPAN_OPERATION, self.attributes) as span:
+        with open_span(semconv.SPAN_OPERATION, _CONTENT.redacted(self.attributes)) as span:
             yield self._begin(span, args, kwargs)
 
     @contextmanager
     def generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Body]:
         """A generator in a span that is current only inside the body."""
-        with ending(TRACER.start_span(semconv.SPAN_OPERATION, attributes=self.attributes)) as span:
+        attributes = _CONTENT.redacted(self.attributes)
+        with ending(TRACER.start_span(semconv.SPAN_OPERATION, attributes=attributes)) as span:
             active = self._begin(span, args, kwargs)
             body = Body(span)
             try:
@@ -144,7 +148,7 @@ def _wrap_coroutine(function: Callable[..., Any], step: _Step) -> Callable[..., 
 
 @contextmanager
 def _run_block(name: str, attributes: Mapping[str, Any] | None) -> Iterator[ActiveOperation]:
-    with open_span(semconv.SPAN_OPERATION, _first_attributes(name, attributes)) as span:
+    with open_span(semconv.SPAN_OPERATION, _CONTENT.redacted(_first_attributes(name, attributes))) as span:
         yield ActiveOperation(span)
 
 

@@ -14,6 +14,9 @@ from agl.emit.attributes import flat_attributes
 
 logger = logging.getLogger(__name__)
 
+_CONTENT = Content()
+"""Captured, whatever the environment says: the caller asked for it."""
+
 
 def record(
     name: str,
@@ -28,12 +31,13 @@ def record(
     """
     active = current_rollout()
     with raises_if_strict(f"{name} was not recorded ({f'rollout {active.rollout_id}' if active else 'no rollout'})"):
-        span = TRACER.start_span(name, attributes=flat_attributes(attributes or {}) | flat_attributes(build()))
+        said = flat_attributes(attributes or {}) | flat_attributes(build())
+        span = TRACER.start_span(name, attributes=_CONTENT.redacted(said))
         if not span.is_recording():
             _explain_silence()
             return None
         if error is not None:
-            mark_error(span, error, Content())  # the caller asked for it
+            mark_error(span, error, _CONTENT)
         span.end()
         return trace.format_span_id(span.get_span_context().span_id)
     return None

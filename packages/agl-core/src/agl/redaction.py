@@ -1,0 +1,119 @@
+"""What a text may say outside of the process: a function of the user's, put to every text in a span's attributes."""
+
+import json
+import logging
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from opentelemetry.util.types import AttributeValue
+
+from agl import semconv
+
+Redact = Callable[[str], str]
+"""A text as it may leave the process, made from the text as it is."""
+
+_STRUCTURE = {"type", "role", "id", "name", "finish_reason", "modality", "mime_type"}
+"""Fields of messages and of their parts that say what something is, not what was said."""
+_CONVENTIONS = ("agl.", "gen_ai.", "error.")
+"""What else is under these names is ids, roles, names and numbers."""
+
+logger = logging.getLogger("agl")
+
+
+def redacted(name: str, value: AttributeValue, redact: Redact) -> AttributeValue | None:
+    """`value` as it may leave the process; None where it may not."""
+    if name not in _REDACTED and name.startswith(_CONVENTIONS):
+        return value
+    try:
+        return _REDACTED.get(name, _texts)(value, redact)
+    except Exception as error:  # noqa: BLE001 - redact is the user's; its message may quote what it was given
+        where = "".join(traceback.format_tb(error.__traceback__))
+        logger.error("%s is left out: it cannot be redacted (%s)\n%s", name, type(error).__qualname__, where)
+        return None
+
+
+def _texts(value: Any, redact: Redact) -> Any:
+    """Text, or the texts of a list; other values are no content."""
+    if isinstance(value, str):
+        return _text(value, redact)
+    return [_texts(item, redact) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _text(text: str, redact: Redact) -> str:
+    redacted = redact(text)
+    if not isinstance(redacted, str):
+        raise TypeError
+    return redacted
+
+
+def _leaves(value: Any, redact: Redact) -> Any:
+    """JSON with every string redacted, except the keys of objects."""
+    if isinstance(value, str):
+        return _text(value, redact)
+    if isinstance(value, list):
+        return [_leaves(item, redact) for item in value]
+    if isinstance(value, dict):
+        return {key: _leaves(item, redact) for key, item in value.items()}
+    return value
+
+
+def _parts(parts: Any, redact: Redact) -> Any:
+    """Parts of a message, or documents: each with what names it beside what it says."""
+    return [{key: _field(key, item, redact) for key, item in part.items()} for part in parts]
+
+
+def _messages(messages: Any, redact: Redact) -> Any:
+    return [
+        {key: _parts(item, redact) if key == "parts" else _field(key, item, redact) for key, item in message.items()}
+        for message in messages
+    ]
+
+
+def _field(key: str, item: Any, redact: Redact) -> Any:
+    return item if key in _STRUCTURE else _leaves(item, redact)
+
+
+def _descriptions(value: Any, redact: Redact) -> Any:
+    """A tool's definition with its descriptions redacted; the rest of a schema names types and fields."""
+    if isinstance(value, list):
+        return [_descriptions(item, redact) for item in value]
+    if isinstance(value, dict):
+        return {
+            key: _text(item, redact) if key == "description" and isinstance(item, str) else _descriptions(item, redact)
+            for key, item in value.items()
+        }
+    return value
+
+
+def _json(walk: Callable[[Any, Redact], Any]) -> Callable[[str, Redact], str]:
+    """`walk` over JSON as text."""
+    return lambda text, redact: json.dumps(walk(json.loads(text), redact), ensure_ascii=False, separators=(",", ":"))
+
+
+def _text_or_json(text: str, redact: Redact) -> str:
+    """Text, or JSON where it is an object or an array."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    return _json(_leaves)(text, redact) if isinstance(value, dict | list) else _text(text, redact)
+
+
+_REDACTED: dict[str, Callable[[Any, Redact], Any]] = {
+    semconv.GEN_AI_INPUT_MESSAGES: _json(_messages),
+    semconv.GEN_AI_OUTPUT_MESSAGES: _json(_messages),
+    semconv.GEN_AI_SYSTEM_INSTRUCTIONS: _json(_parts),
+    semconv.GEN_AI_TOOL_DEFINITIONS: _json(_descriptions),
+    semconv.GEN_AI_TOOL_DESCRIPTION: _text,
+    semconv.GEN_AI_TOOL_CALL_ARGUMENTS: _json(_leaves),
+    semconv.GEN_AI_TOOL_CALL_RESULT: _json(_leaves),
+    semconv.GEN_AI_RETRIEVAL_QUERY_TEXT: _text,
+    semconv.GEN_AI_RETRIEVAL_DOCUMENTS: _json(_parts),
+    semconv.MESSAGE_BODY: _text,
+    semconv.OBSERVATION_CONTENT: _text_or_json,
+    semconv.OBJECT_JSON: _json(_leaves),
+    semconv.OPERATION_INPUT: _json(_leaves),
+    semconv.OPERATION_OUTPUT: _json(_leaves),
+}
+"""How the attributes that hold content are redacted. A document, like a part, has an id beside what it says."""
