@@ -11,11 +11,11 @@ AGL = Path(sys.executable).with_name("agl")
 
 
 @contextmanager
-def serving(uri: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(uri: str, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server of the store at `uri`, and the URL of its OTLP/HTTP receiver. Killed at the end."""
     ports = ("--port", "0", "--otlp-http-port", "0", "--otlp-grpc-port", "0")
     process = subprocess.Popen(
-        [AGL, "serve", "--store", uri, *ports],
+        [AGL, "serve", "--store", uri, *ports, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -20,7 +20,8 @@ from agl.store.row import SpanRow
 _GROUP: Final = "writers"
 _ENTRY_BYTES: Final = 2**20
 """An entry takes spans up to this size, so that a writer knows how much it holds."""
-_ENTRIES_AT_ONCE: Final = 64
+ENTRIES_AT_ONCE: Final = 64
+"""What `take` and its like return at most."""
 
 # Scripts: a stream and its counter change together, in the append-only file as well.
 _APPEND: Final = """
@@ -95,7 +96,7 @@ class SpanQueue:
         idle_ms = round(self._config.claim_after_s * 1000)
         with speaking():
             _, entries, *_ = self._redis.xautoclaim(
-                self._stream, _GROUP, consumer, idle_ms, "0-0", count=_ENTRIES_AT_ONCE
+                self._stream, _GROUP, consumer, idle_ms, "0-0", count=ENTRIES_AT_ONCE
             )
         return _entries(entries)
 
@@ -127,7 +128,7 @@ class SpanQueue:
         with speaking():
             try:
                 found = self._redis.xreadgroup(
-                    _GROUP, consumer, {self._stream: after}, count=_ENTRIES_AT_ONCE, block=BLOCK_MS
+                    _GROUP, consumer, {self._stream: after}, count=ENTRIES_AT_ONCE, block=BLOCK_MS
                 )
             except ResponseError as error:
                 if not str(error).startswith("NOGROUP"):

@@ -8,13 +8,15 @@ from typing import Final
 
 from agl.config import QueueConfig
 from agl.errors import OtlpError, StoreError
-from agl.queue.queue import Entry, SpanQueue
+from agl.queue.queue import ENTRIES_AT_ONCE, Entry, SpanQueue
 from agl.store import Store
 from agl.store.row import SpanRow, read
 
 logger = logging.getLogger(__name__)
 
 _PAUSE_S: Final = 1.0
+_GATHER_S: Final = 0.05
+"""Between two reads while it keeps up: what comes meanwhile is one commit, and one wait for the disk."""
 
 
 class Writer:
@@ -27,12 +29,15 @@ class Writer:
         self._claim_after_s = config.claim_after_s
         self._claimed_at = time.monotonic()
         self._has_unfinished = True
+        self._keeps_up = False
 
     def run(self, stop: threading.Event) -> None:
         """Move spans until `stop`; while queue or store refuses, they stay where they are, and it tries again."""
         while not stop.is_set():
             try:
                 self.move()
+                if self._keeps_up:
+                    stop.wait(_GATHER_S)
             except StoreError as error:
                 self._has_unfinished = True
                 logger.warning("spans stay in the queue, and are tried again: %s", error)
@@ -41,6 +46,7 @@ class Writer:
     def move(self) -> int:
         """Move what one read of the queue finds, in one commit; returns how many spans. Raises StoreError."""
         entries = self._take()
+        self._keeps_up = len(entries) < ENTRIES_AT_ONCE
         rows = [row for entry in entries for row in self._rows(entry)]
         if entries:
             self._store.append_rows(rows)

@@ -32,8 +32,10 @@ SET synchronous_commit TO on;
 SET jit TO off;
 CREATE TEMPORARY TABLE incoming (
     place integer, trace_id bytea, span_id bytea, rollout_id text, start_ns bigint, asked text, answered text,
-    otlp bytea) ON COMMIT DELETE ROWS
+    otlp bytea) WITH (toast_tuple_target = 8160) ON COMMIT DELETE ROWS;
+ALTER TABLE incoming ALTER COLUMN otlp SET STORAGE EXTERNAL
 """
+"""Bodies pass `incoming` as `span_bodies` keeps them: to compress them there took most of the time of a batch."""
 
 
 def _encode(text: str) -> bytes:

@@ -3,14 +3,19 @@
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain
 from typing import Any, Self
 
 from agl.store.row import SpanRow
 
 _INSERT = """
 INSERT INTO spans (trace_id, span_id, rollout_id, start_ns, arrived_ns, asked, answered, otlp)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (trace_id, span_id) DO NOTHING
+VALUES {} ON CONFLICT (trace_id, span_id) DO NOTHING
 """
+_INSERT_ASKS = "INSERT INTO new_asks VALUES {}"
+_ROWS_AT_ONCE = 128
+"""Rows of one statement. While it runs other threads may: after each it has to wait for them to let it go on."""
 
 _OF_KEY = "(span.rollout_id = key OR (span.trace_id = key AND span.rollout_id IS NULL))"
 
@@ -70,8 +75,23 @@ class Values:
 
 def insert(db: sqlite3.Connection, values: Values) -> int:
     """Keep spans that are not there yet; returns how many were new."""
-    db.executemany("INSERT INTO new_asks VALUES (?, ?, ?, ?)", values.asks)
-    return db.executemany(_INSERT, values.spans).rowcount
+    _insert_rows(db, _INSERT_ASKS, values.asks)
+    return _insert_rows(db, _INSERT, values.spans)
+
+
+def _insert_rows(db: sqlite3.Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> int:
+    new = 0
+    for first in range(0, len(rows), _ROWS_AT_ONCE):
+        some = rows[first : first + _ROWS_AT_ONCE]
+        new += db.execute(_of_rows(statement, len(some), len(some[0])), tuple(chain.from_iterable(some))).rowcount
+    return new
+
+
+@cache
+def _of_rows(statement: str, rows: int, columns: int) -> str:
+    """The statement for so many rows."""
+    row = f"({', '.join('?' * columns)})"
+    return statement.format(", ".join([row] * rows))
 
 
 def sort_asks(db: sqlite3.Connection) -> bool:

@@ -1,0 +1,115 @@
+"""The collectors that are compared, each a server of its own on free ports of loopback: ours, and those of peers."""
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from agl.store import open_store
+from benchmarks.corpus import ANYONE
+from tests.queue.redis_server import RedisServer, free_port
+from tests.store.postgres_server import running_postgres
+from tests.store.serving import serving
+from tests.venv import python_with
+from tests.waiting import wait_until
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A receiver: where spans go, how many it has, the process to look at with its children."""
+
+    url: str
+    count: Callable[[], int]
+    pid: int
+    resources: Sequence[Mapping[str, str]] = ANYONE
+    """Resource attributes that its spans need, for the traces in turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receiver:
+    """What can be measured. `start` runs it with its files below a folder, where nothing is yet."""
+
+    name: str
+    start: Callable[[Path], AbstractContextManager[Running]]
+
+
+@contextmanager
+def _agl(store_uri: str, *options: str) -> Iterator[Running]:
+    with serving(store_uri, *options) as (process, url), closing(open_store(store_uri)) as store:
+        yield Running(url, store.count_spans, process.pid)
+
+
+@contextmanager
+def _sqlite(folder: Path) -> Iterator[Running]:
+    with _agl(f"sqlite:///{folder}/agl.db") as running:
+        yield running
+
+
+@contextmanager
+def _postgresql(_: Path) -> Iterator[Running]:
+    with running_postgres(durable=True) as server, _agl(server.new_database()) as running:
+        yield running
+
+
+@contextmanager
+def _redis(folder: Path) -> Iterator[Running]:
+    """In front of SQLite; what Redis answers for is on disk."""
+    redis = RedisServer(folder / "redis")
+    redis.start()
+    try:
+        with _agl(f"sqlite:///{folder}/agl.db", "--queue", redis.uri) as running:
+            yield running
+    finally:
+        redis.kill()
+
+
+@contextmanager
+def _agentlightning(folder: Path) -> Iterator[Running]:
+    """Its store in memory; it keeps only spans of rollouts that it knows."""
+    python, port = python_with("agentlightning", "agentlightning==0.3.0", over_ours=False), free_port()
+    command = [str(python), "-m", "agentlightning.cli.store", "--host", "127.0.0.1", "--port", str(port)]
+    api = httpx.Client(base_url=f"http://127.0.0.1:{port}/v1/agl", timeout=60)
+    with _process([*command, "--log-level", "ERROR"], folder) as process, api:
+        wait_until(lambda: _answers(api, "/health"), timeout_s=120)
+        resources = [_begin_rollout(api) for _ in range(64)]
+        url = f"http://127.0.0.1:{port}/v1/traces"
+        yield Running(url, lambda: api.get("/statistics").json()["total_spans"], process.pid, resources)
+
+
+def _begin_rollout(api: httpx.Client) -> dict[str, str]:
+    """Resource attributes of its spans."""
+    rollout = api.post("/rollouts", json={"input": None}).raise_for_status().json()
+    ids = {"rollout_id": rollout["rollout_id"], "attempt_id": rollout["attempt"]["attempt_id"]}
+    return {f"agentlightning.{name}": value for name, value in ids.items()}
+
+
+@contextmanager
+def _process(command: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[Any]]:
+    """With its output in a file of `folder`."""
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=os.environ | {"NO_PROXY": "*"})
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _answers(client: httpx.Client, path: str) -> bool:
+    try:
+        return client.get(path).is_success
+    except httpx.TransportError:
+        return False
+
+
+OURS = (
+    Receiver("agl, SQLite", _sqlite),
+    Receiver("agl, PostgreSQL", _postgresql),
+    Receiver("agl, Redis, SQLite", _redis),
+)
+PEERS = (Receiver("agentlightning 0.3, in memory", _agentlightning),)
