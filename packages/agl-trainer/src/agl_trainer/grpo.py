@@ -21,7 +21,8 @@ from agl_trainer.advantages import Scale, group_baselines
 from agl_trainer.batch import SampledRow
 from agl_trainer.credit import call_credits, role_credit
 from agl_trainer.logprobs import RowLogprobs
-from agl_trainer.losses import policy_loss
+from agl_trainer.loss_options import LossOptions
+from agl_trainer.losses import StepScale, TokenBatch, token_loss
 
 _NOTHING = 1e-6
 """An advantage below this is the rounding of equal rewards."""
@@ -144,17 +145,16 @@ def _add_member(
 
 def grpo_loss(epsilon: float, result: RowLogprobs, rows: Sequence[SampledRow]) -> tuple[Tensor, dict[str, float]]:
     """The clipped loss of the rows of one pass."""
-    return policy_loss(
-        "grpo",
+    batch = TokenBatch(
         result.logprobs,
-        _padded([row.trained(row.logprobs) for row in rows]),
-        _padded([row.trained(row.advantages) for row in rows]),
+        _padded([row.trained(row.logprobs) for row in rows], result.logprobs),
+        _padded([row.trained(row.advantages) for row in rows], result.logprobs),
         result.mask,
-        weights=torch.tensor([row.weight for row in rows])[:, None],
-        epsilon=epsilon,
     )
+    weights = result.logprobs.new_tensor([row.weight for row in rows])
+    return token_loss(LossOptions(epsilon=epsilon), batch, StepScale(weights))
 
 
-def _padded(values: Sequence[Sequence[float]]) -> Tensor:
-    """[B, T] float32, 0 where padded."""
-    return pad_sequence([torch.tensor(row, dtype=torch.float32) for row in values], batch_first=True)
+def _padded(values: Sequence[Sequence[float]], like: Tensor) -> Tensor:
+    """[B, T], 0 where padded, of the type and on the device of `like`."""
+    return pad_sequence([like.new_tensor(row) for row in values], batch_first=True)
