@@ -1,11 +1,12 @@
 """A small engine in the shape of vLLM 0.32, over a real socket: it samples from a script and remembers what it saw.
 
 The last message steers it: `SLOW` streams for seconds, `TOOL` answers with a tool call, `BREAK` drops the connection
-half-way, `GARBAGE` answers something that is not JSON.
+half-way, `GARBAGE` answers something that is not JSON, `HOLD` waits for `released`.
 """
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,12 +35,17 @@ def logprob(choice: int, position: int) -> float:
 
 @dataclass
 class FakeEngine:
-    """`app` to serve; `seen` are the request bodies, `headers` theirs, `streams_cut` the streams a client left."""
+    """`app` to serve; `seen` are the request bodies, `headers` theirs, `streams_cut` the streams a client left.
+
+    The first answers are `failures`, while there are any: a status each.
+    """
 
     models: tuple[str, ...] = MODELS
     seen: list[Json] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     streams_cut: int = 0
+    failures: list[int] = field(default_factory=list)
+    released: threading.Event = field(default_factory=threading.Event)
 
     @property
     def app(self) -> Starlette:
@@ -47,6 +53,7 @@ class FakeEngine:
             routes=[
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/completions", self._complete, methods=["POST"]),
+                Route("/v1/embeddings", self._embed, methods=["POST"]),
                 Route("/v1/models", self._models),
             ]
         )
@@ -62,6 +69,12 @@ class FakeEngine:
         body = await self._note(request)
         return await self._answer(request, TextAnswer(body, body["prompt"], _id(request)))
 
+    async def _embed(self, request: Request) -> Response:
+        body = await self._note(request)
+        texts = body["input"] if isinstance(body["input"], list) else [body["input"]]
+        data = [{"object": "embedding", "index": index, "embedding": [0.5, 1.0]} for index in range(len(texts))]
+        return JSONResponse({"object": "list", "model": body["model"], "data": data, "usage": USAGE})
+
     async def _note(self, request: Request) -> Json:
         self.seen.append(await request.json())
         self.headers.append(dict(request.headers))
@@ -71,6 +84,10 @@ class FakeEngine:
         if answer.body["model"] not in self.models:
             error = {"message": f"The model `{answer.body['model']}` does not exist.", "type": "NotFoundError"}
             return JSONResponse({"error": error | {"param": "model", "code": 404}}, 404)
+        if self.failures:
+            return JSONResponse({"error": {"message": "not now"}}, self.failures.pop(0))
+        while answer.steer == "HOLD" and not self.released.is_set():
+            await asyncio.sleep(0.005)
         if answer.steer == "GARBAGE":
             return Response("<html>", media_type="text/html")
         if answer.body.get("stream"):

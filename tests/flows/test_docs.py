@@ -30,8 +30,10 @@ from agl.config import (
     QueueConfig,
     RoleConfig,
     SftConfig,
+    TimeoutsConfig,
     TlsConfig,
     TrainConfig,
+    UpstreamConfig,
 )
 from agl.server import ServerThread
 from agl.store import open_store
@@ -202,6 +204,9 @@ def test_the_configuration_table_has_every_key_with_its_default() -> None:
         "collector.": CollectorConfig,
         "collector.tls.": TlsConfig,
         "gateway.": GatewayConfig,
+        "gateway.engines[].": UpstreamConfig,
+        "gateway.timeouts.": TimeoutsConfig,
+        "gateway.tls.": TlsConfig,
         "queue.": QueueConfig,
         "engine.": EngineConfig,
         "train.": TrainConfig,

@@ -22,6 +22,8 @@ class Asked:
     token_ids: bool
     logprobs: bool
     model: str | None = None
+    sent_model: str | None = None
+    """The name by which the engine was asked, where that is another."""
 
     @classmethod
     def read(cls, body: Json, operation: str) -> Self:
@@ -136,7 +138,7 @@ class Capture:
 def strip(answer: Json, asked: Asked) -> bool:
     """Make of a whole answer or a chunk, in place, what the client asked for. True: it has changed."""
     # Clients compare the name with the one they asked for; which version of it answered is the gateway's to keep.
-    changed = asked.model is not None and str(answer.get("model")).startswith(f"{asked.model}@")
+    changed = asked.model is not None and _is_version_of(str(answer.get("model")), asked)
     if changed:
         answer["model"] = asked.model
     for holder in (answer, *(answer.get("choices") or ())):
@@ -146,6 +148,13 @@ def strip(answer: Json, asked: Asked) -> bool:
             holder["logprobs"] = None
             changed = True
     return changed
+
+
+def _is_version_of(answered: str, asked: Asked) -> bool:
+    """Whether a name other than the one asked for is that of its version."""
+    if asked.sent_model is not None and answered.partition("@")[0] == asked.sent_model.partition("@")[0]:
+        return True
+    return answered.startswith(f"{asked.model}@")
 
 
 def says_nothing(chunk: Json) -> bool:

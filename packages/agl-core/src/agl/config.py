@@ -47,14 +47,78 @@ class AgentRoles(_Section):
         return gamma | {"roles": {name: role or {} for name, role in data.items() if name != "gamma"}}
 
 
+class TlsConfig(_Section):
+    """PEM files."""
+
+    certificate: Path
+    """The certificate, followed by those that it rests on."""
+    key: Path
+    client_ca: Path | None = None
+    """Who signs the certificates of senders; without one senders need none."""
+
+
+class UpstreamConfig(_Section):
+    """An engine behind the gateway."""
+
+    url: Annotated[str, Field(pattern=r"^https?://")]
+    """Base URL of an OpenAI-compatible server (ending in `/v1`)."""
+    key_env: str | None = None
+    """Environment variable of its key; clients then show the engine none of theirs."""
+    models: list[str] = Field(default_factory=list)
+    """Roles, policies and models that it serves, in every version; empty: whatever it is asked for."""
+    max_concurrent: Count = 256
+    """Calls there at once; further ones wait, and rollouts take turns."""
+
+
+class TimeoutsConfig(_Section):
+    """How long the gateway waits at each hop of a call."""
+
+    connect_s: Positive = 10.0
+    queue_s: Positive = 300.0
+    """For a place at the engine."""
+    first_byte_s: Positive = 300.0
+    """Where the answer is not streamed, that is all of it."""
+    chunk_s: Positive = 120.0
+    """Between two pieces of a stream."""
+    total_s: Positive = 1800.0
+    """For all of it, from the call's arrival."""
+
+
+RecordMode = Literal["closed", "open"]
+
+
 class GatewayConfig(_Section):
-    """The OpenAI-compatible proxy in front of the engine (`agl serve`, `agl train`)."""
+    """The OpenAI-compatible proxy in front of engines (`agl serve`, `agl train`)."""
 
     upstream: str = "local"
     """`local` for the in-process engine, else the base URL of an OpenAI-compatible server (ending in `/v1`)."""
+    engines: list[UpstreamConfig] = Field(default_factory=list)
+    """Several engines, or one that needs a key, in place of `upstream`."""
+    models: dict[str, str] = Field(default_factory=dict)
+    """Names that clients ask for, and what each stands for at the engines: a role, a policy or a pinned version."""
     extra_body: dict[str, Any] = Field(default_factory=lambda: {"return_token_ids": True})
     """Fields put into every request that the client did not set itself."""
-    timeout_s: Positive = 120.0
+    record: RecordMode = "closed"
+    """What becomes of an answer that cannot be recorded: `closed` withholds it, `open` lets it pass and says so."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """Further tries of a call of which nothing was passed on yet."""
+    backoff_s: Positive = 0.5
+    """Pause before the first of them; each further one is twice as long."""
+    hedge_after_s: Positive | None = None
+    """Ask a second engine too when the first has been silent for so long."""
+    health_s: Positive = 10.0
+    """Time between two looks at the engines, where there are several."""
+    timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
+    max_body_bytes: Count = 32 * 2**20
+    """Largest request."""
+    tls: TlsConfig | None = None
+    """Of the gateway's port; the receivers' is `collector.tls`."""
+
+    @model_validator(mode="after")
+    def _names_its_engines_once(self) -> Self:
+        if self.engines and "upstream" in self.model_fields_set:
+            raise ValueError("upstream and engines both name engines: list them all in engines")
+        return self
 
 
 class EngineConfig(_Section):
@@ -64,16 +128,6 @@ class EngineConfig(_Section):
     """Sequences decoded together."""
     max_model_len: Count = 2048
     """Longest prompt plus answer, in tokens."""
-
-
-class TlsConfig(_Section):
-    """PEM files."""
-
-    certificate: Path
-    """The certificate, followed by those that it rests on."""
-    key: Path
-    client_ca: Path | None = None
-    """Who signs the certificates of senders; without one senders need none."""
 
 
 class CollectorConfig(_Section):
@@ -254,8 +308,8 @@ def _say(item: Any) -> str:
 def _keys_beside(loc: tuple[str | int, ...]) -> list[str]:
     """Keys that the section holding `loc` knows."""
     section: type[BaseModel] = Config
-    for part in loc[:-1]:
-        section = _SECTIONS.get(str(part), RoleConfig)
+    for part in (part for part in loc[:-1] if isinstance(part, str)):
+        section = _SECTIONS.get(part, RoleConfig)
     return sorted(section.model_fields)
 
 
@@ -265,6 +319,8 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "tls": TlsConfig,
     "queue": QueueConfig,
     "gateway": GatewayConfig,
+    "timeouts": TimeoutsConfig,
+    "engines": UpstreamConfig,
     "engine": EngineConfig,
     "train": TrainConfig,
     "sft": SftConfig,

@@ -9,31 +9,31 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import uvicorn
+import uvloop
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from agl.api.routes import Api
 from agl.bearer import BearerTokens, is_loopback
 from agl.collector import GrpcReceiver, HttpReceiver, Receiver
 from agl.collector.tls import uvicorn_options
-from agl.config import CollectorConfig, GatewayConfig, TlsConfig
+from agl.config import CollectorConfig, GatewayConfig, TlsConfig, UpstreamConfig
 from agl.errors import AglError, ConfigError, QueueError
 from agl.gateway import Gateway
-from agl.gateway.refusal import Refusal
+from agl.guard import HEALTH, Guard
+from agl.http_protocol import HttpProtocol
 from agl.store import Store
 
 if TYPE_CHECKING:
     from agl.queue import SpanQueue
 
-_HEALTH = "/api/health"
 _METRICS = """\
 # HELP span_queue_length Spans that are acknowledged and wait in the queue for the store.
 # TYPE span_queue_length gauge
 span_queue_length {length}
 """
-_AUTHORIZATION = b"authorization"
 _POLL_S = 0.005
 _GRACE_S = 3
 _KEEPALIVE_S = 75
@@ -71,6 +71,8 @@ class AppThread:
             log_config=None,
             log_level="warning",
             access_log=False,
+            proxy_headers=False,
+            http=HttpProtocol,
             ws="none",
             timeout_keep_alive=_KEEPALIVE_S,
             timeout_graceful_shutdown=_GRACE_S,
@@ -109,7 +111,8 @@ class AppThread:
 
     def _run(self) -> None:
         try:
-            asyncio.run(self._serve())
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(self._serve())
         except BaseException as error:  # uvicorn leaves by SystemExit when an app's lifespan fails.
             if self._started.done():
                 raise
@@ -150,10 +153,11 @@ class ServerThread(AppThread):
     """What `agl serve` serves: gateway and API at `base_url`, receivers at `otlp_url` and `otlp_grpc_url`.
 
     `upstream` is the engine: its base URL ending in `/v1`, or an ASGI app, which is then served too, on a free port;
-    None: calls are refused until there is one. Port 0 takes a free port; without `otlp_grpc_port` there is no gRPC.
+    None: the engines that `gateway` lists, and with none calls are refused. Port 0 takes a free port; without
+    `otlp_grpc_port` there is no gRPC.
     With a `queue` the receivers put spans there, for its writers to move into `store`, and `/metrics` tells its length.
-    With `tokens` every request but `/api/health` needs one of them. Raises AglError naming a port in use, ConfigError
-    where others can reach `host` and there is no token.
+    With `tokens` every request but `/api/health` needs one that allows it. Raises AglError naming a port in use,
+    ConfigError where others can reach `host` and there is no token, or engines are named twice.
     """
 
     otlp_grpc_url: str | None = None
@@ -181,11 +185,11 @@ class ServerThread(AppThread):
         self._api = Api(store, receiver.config)
         self._grpc = GrpcReceiver(receiver) if otlp_grpc_port is not None else None
         try:
-            engine = upstream if upstream is None or isinstance(upstream, str) else self._add_engine(upstream)
-            proxy = Gateway(store, upstream=engine, config=gateway, overrides=overrides)
-            routes = [*self._api.routes(), _health_route(store, proxy, queue), _metrics_route(queue)]
-            api = _Guard(proxy.app(routes), tokens or BearerTokens())
-            self.base_url = self.add(api, host=host, port=port, name="gateway")
+            settings = self._with_engine(gateway or GatewayConfig(), upstream)
+            self.gateway = Gateway(store, settings, overrides=overrides)
+            routes = [*self._api.routes(), _health_route(store, self.gateway, queue), _metrics_route(queue)]
+            api = Guard(self.gateway.app(routes), tokens or BearerTokens())
+            self.base_url = self.add(api, host=host, port=port, name="gateway", tls=settings.tls)
             tls = receiver.config.tls
             self.otlp_url = self.add(self._http, host=host, port=otlp_http_port, name="OTLP/HTTP receiver", tls=tls)
             if self._grpc is not None and otlp_grpc_port is not None:
@@ -206,9 +210,15 @@ class ServerThread(AppThread):
         self._http.close()
         self._api.close()
 
-    def _add_engine(self, engine: ASGIApp) -> str:
+    def _with_engine(self, config: GatewayConfig, upstream: str | ASGIApp | None) -> GatewayConfig:
+        """`config` with `upstream`, if there is one, as its engine."""
+        if upstream is None:
+            return config
+        if config.engines:
+            raise ConfigError("gateway.engines lists engines, and this command brings another: take the list out")
         # On loopback whatever `host` is: only the gateway talks to it.
-        return self.add(engine, name="engine") + "/v1"
+        url = upstream if isinstance(upstream, str) else self.add(upstream, name="engine") + "/v1"
+        return config.model_copy(update={"engines": [UpstreamConfig(url=url)]})
 
 
 def _bind(receiver: GrpcReceiver, host: str, port: int, tls: TlsConfig | None) -> str:
@@ -216,30 +226,13 @@ def _bind(receiver: GrpcReceiver, host: str, port: int, tls: TlsConfig | None) -
     return _url(host, receiver.bind(host, port), tls)
 
 
-class _Guard:
-    """The gateway's app for those who have one of `tokens`, which are ours: the engine gets to see none."""
-
-    def __init__(self, app: ASGIApp, tokens: BearerTokens) -> None:
-        self._app = app
-        self._tokens = tokens
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._tokens or scope["type"] != "http" or scope["path"] == _HEALTH:
-            return await self._app(scope, receive, send)
-        if not self._tokens.admit(dict(scope["headers"]).get(_AUTHORIZATION)):
-            refusal = Refusal(401, "invalid_api_key", "a token is needed: set the client's api_key to it")
-            return await refusal.response()(scope, receive, send)
-        headers = [(name, value) for name, value in scope["headers"] if name != _AUTHORIZATION]
-        await self._app({**scope, "headers": headers}, receive, send)
-
-
 def _health_route(store: Store, gateway: Gateway, queue: "SpanQueue | None") -> Route:
     async def health(_: Request) -> JSONResponse:
-        spans, answers = await asyncio.gather(asyncio.to_thread(store.count_spans), gateway.engine_answers())
+        spans, engines = await asyncio.gather(asyncio.to_thread(store.count_spans), gateway.engine_states())
         queued = {"span_queue_length": await asyncio.to_thread(_length, queue)} if queue else {}
-        return JSONResponse({"spans": spans, "engine": {"upstream": gateway.upstream, "answers": answers}} | queued)
+        return JSONResponse({"spans": spans, "engines": engines} | queued)
 
-    return Route(_HEALTH, health)
+    return Route(HEALTH, health)
 
 
 def _metrics_route(queue: "SpanQueue | None") -> Route:

@@ -77,7 +77,7 @@ def _checks(arguments: argparse.Namespace, config: Config) -> Iterator[Check]:
     yield from _check_packages()
     yield _check_store(arguments.store or config.store_uri)
     yield from _check_ports(arguments)
-    yield _check_engine(config)
+    yield from _check_engines(config)
     for point in entry_points(group=CHECKS):
         yield from _check_plugin(point.name, point.load, config)
 
@@ -148,8 +148,12 @@ def _answers_as_ours(host: str, port: int) -> bool:
         return False
 
 
-def _check_engine(config: Config) -> Check:
-    upstream = config.gateway.upstream
+def _check_engines(config: Config) -> list[Check]:
+    urls = [engine.url for engine in config.gateway.engines] or [config.gateway.upstream]
+    return [_check_engine(config, url) for url in urls]
+
+
+def _check_engine(config: Config, upstream: str) -> Check:
     if upstream == "local":
         found = entry_points(group=ENGINES, name=upstream)
         todo = "" if found or config.train is None else "pip install agl-trainer, or set gateway.upstream to a URL"

@@ -66,6 +66,7 @@ def add_listen_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     config = Config.load(arguments.config) if arguments.config else Config()
     upstream = arguments.upstream or _configured_upstream(arguments, config)
+    gateway = config.gateway.model_copy(update={"engines": []}) if arguments.upstream else config.gateway
     store_uri = arguments.store or config.store_uri
     with (
         closing(open_store(store_uri)) as store,
@@ -82,12 +83,13 @@ def run(arguments: argparse.Namespace) -> int:
             upstream=engine,
             collector=config.collector,
             queue=queue,
-            gateway=config.gateway,
+            gateway=gateway,
         ) as server,
     ):
         way = f"{queue.address} -> {store.uri}" if queue else store.uri
         print(f"spans    {server.otlp_url}/v1/traces, {server.otlp_grpc_url} (gRPC) -> {way}")
-        print(f"gateway  {server.base_url}/v1 -> {upstream or 'no engine: model calls are refused (--upstream)'}")
+        engines = upstream or ", ".join(engine.url for engine in gateway.engines)
+        print(f"gateway  {server.base_url}/v1 -> {engines or 'no engine: model calls are refused (--upstream)'}")
         print("waiting for spans and model calls; Ctrl-C stops", flush=True)
         _wait_for_sigterm()
     return 0
@@ -119,8 +121,8 @@ def _queue(uri: str | None, store_uri: str, config: QueueConfig) -> "Iterator[Sp
 
 
 def _configured_upstream(arguments: argparse.Namespace, config: Config) -> str | None:
-    """None without a file, and where the file asks for the local engine but names no model for it."""
-    if arguments.config is None or (config.gateway.upstream == _LOCAL and config.train is None):
+    """None without a file, where it lists engines, and where it wants the local one but names no model for it."""
+    if arguments.config is None or config.gateway.engines or (config.gateway.upstream == _LOCAL and not config.train):
         return None
     return config.gateway.upstream
 

@@ -37,4 +37,4 @@ def _check(tls: TlsConfig) -> None:
             context.load_verify_locations(tls.client_ca)
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError.
         files = ", ".join(str(path) for path in (tls.certificate, tls.key, tls.client_ca) if path)
-        raise ConfigError(f"collector.tls: {files} cannot be used: {error}") from error
+        raise ConfigError(f"tls: {files} cannot be used: {error}") from error

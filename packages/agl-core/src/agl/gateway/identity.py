@@ -1,20 +1,24 @@
-"""Who makes a call: read from the URL and from the W3C headers of the request."""
+"""Who makes a call: read from the URL, from the W3C headers of the request, and from the store."""
 
+import asyncio
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Final, Self
 
 from opentelemetry import trace
 from opentelemetry.baggage.propagation import W3CBaggagePropagator
 from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from starlette.requests import Request
 
 from agl import semconv
 from agl.context import carried_attributes
-from agl.store import Rollout
+from agl.store import Rollout, Store
 
 _TRACE_CONTEXT = TraceContextTextMapPropagator()
 _BAGGAGE = W3CBaggagePropagator()
+_ROLLOUTS_REMEMBERED: Final = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,11 @@ class Caller:
             return replace(self, mode=self.mode or "prod")
         return replace(self, mode=self.mode or rollout.mode, group_id=self.group_id or rollout.group_id)
 
+    @property
+    def seed_key(self) -> tuple[str, str] | None:
+        """Rollout and attempt of a call that trains."""
+        return (self.rollout_id, self.attempt_id or "") if self.mode == "train" and self.rollout_id else None
+
     def attributes(self) -> dict[str, str]:
         """What every span of the call carries."""
         named = {
@@ -61,3 +70,28 @@ class Caller:
             semconv.ROLE: self.role,
         }
         return {name: value for name, value in named.items() if value}
+
+
+class Callers:
+    """Finds out who calls; what `store` says of a rollout is remembered, since it does not change."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._known: OrderedDict[str, Rollout] = OrderedDict()
+
+    async def identify(self, request: Request) -> Caller:
+        caller = Caller.read(request.headers, request.path_params)
+        if caller.rollout_id is None or caller.mode is not None:
+            return caller.completed_by(None)
+        return caller.completed_by(await self._rollout(caller.rollout_id))
+
+    async def _rollout(self, rollout_id: str) -> Rollout | None:
+        if rollout_id in self._known:
+            self._known.move_to_end(rollout_id)
+            return self._known[rollout_id]
+        rollout = await asyncio.to_thread(self._store.get_rollout, rollout_id)
+        if rollout is not None:
+            self._known[rollout_id] = rollout
+            if len(self._known) > _ROLLOUTS_REMEMBERED:
+                self._known.popitem(last=False)
+        return rollout

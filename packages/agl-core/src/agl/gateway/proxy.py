@@ -1,10 +1,10 @@
-"""The gateway's app: OpenAI routes in front of one engine, with and without a rollout in the URL."""
+"""The gateway's app: the APIs of models in front of the engines, with and without a rollout in the URL."""
 
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 import aiohttp
 from starlette.applications import Starlette
@@ -14,150 +14,163 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from agl import semconv
-from agl.capture import Asked, Json
+from agl.capture import Json
 from agl.config import GatewayConfig
 from agl.errors import AglError
-from agl.gateway.exchange import Exchange, engine_failure, forwarded
-from agl.gateway.identity import Caller
+from agl.gateway.answer import forwarded
+from agl.gateway.control import Control
+from agl.gateway.dialect import DIALECTS, Dialect
+from agl.gateway.dispatch import Dispatch, Trip
+from agl.gateway.engine import Engine
+from agl.gateway.exchange import Exchange
+from agl.gateway.gate import Gate
+from agl.gateway.health import Health, list_models
+from agl.gateway.identity import Caller, Callers
 from agl.gateway.record import Call
+from agl.gateway.recorder import Recorder
 from agl.gateway.refusal import Refusal, refuse_route
-from agl.gateway.request import Seeds, prepare
+from agl.gateway.request import Seeds, changes, prepare
+from agl.gateway.routing import Routes
+from agl.guard import project_of
 from agl.store import Store
 
-_CONNECT_TIMEOUT_S = 10
-_HEALTH_TIMEOUT_S = 2
-_KEEPALIVE_S = 4
+_KEEPALIVE_S: Final = 4
 """Shorter than engines keep idle connections (uvicorn: 5 s), so that no request meets a connection being closed."""
-_PREFIXES = ("/v1", "/rollout/{rollout_id}/attempt/{attempt_id}/v1")
-_CALL_PATHS = {
-    "/chat/completions": semconv.OPERATION_CHAT,
-    "/completions": semconv.OPERATION_TEXT_COMPLETION,
-}
+_PREFIXES: Final = ("/v1", "/rollout/{rollout_id}/attempt/{attempt_id}/v1")
 
 
 class Gateway:
-    """Proxy to the engine at `upstream` (a base URL ending in `/v1`; None: there is none yet, calls get 503).
+    """Proxy to the engines that `config` lists; with none, calls are refused.
 
-    `overrides` maps a mode (`train`, `eval`, `prod`) to request fields that are forced on its calls.
+    `overrides` maps a mode (`train`, `eval`, `prod`) to request fields that are forced on its calls. Raises ConfigError
+    where an engine's key is not in the environment.
     """
 
     def __init__(
-        self,
-        store: Store,
-        *,
-        upstream: str | None,
-        config: GatewayConfig | None = None,
-        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        self, store: Store, config: GatewayConfig, *, overrides: Mapping[str, Mapping[str, Any]] | None = None
     ) -> None:
-        self.upstream = upstream.rstrip("/") if upstream else None
         self._store = store
-        self._config = config or GatewayConfig()
+        self._config = config
         self._overrides = overrides or {}
         self._seeds = Seeds()
+        self._callers = Callers(store)
+        self.routes = Routes([Engine(engine) for engine in config.engines], config.models)
+        self.gate = Gate()
+        self.dispatch = Dispatch(self.routes, self.gate, config)
 
     def app(self, more_routes: Sequence[BaseRoute] = ()) -> Starlette:
-        """The ASGI app, with `more_routes` beside the OpenAI ones."""
+        """The ASGI app, with `more_routes` beside its own."""
         routes: list[BaseRoute] = [
-            Route(prefix + path, _CallEndpoint(self, path, operation), methods=["POST"])
+            Route(prefix + path, _CallEndpoint(self, dialect), methods=["POST"])
             for prefix in _PREFIXES
-            for path, operation in _CALL_PATHS.items()
+            for path, dialect in DIALECTS.items()
         ]
         routes += [Route(f"{prefix}/models", self._models) for prefix in _PREFIXES]
+        routes += [Route(f"{prefix}/embeddings", self._embeddings, methods=["POST"]) for prefix in _PREFIXES]
         return Starlette(
-            routes=[*routes, *more_routes],
+            routes=[*routes, *Control(self.gate, self.routes).routes(), *more_routes],
             lifespan=self._lifespan,
             exception_handlers={HTTPException: refuse_route, AglError: _refuse},
         )
 
-    async def engine_answers(self) -> bool:
-        """Whether the engine lists its models within two seconds."""
-        try:
-            return (await self._get_models({}, _HEALTH_TIMEOUT_S)).status_code == 200
-        except Refusal:
-            return False
+    async def engine_states(self) -> list[Json]:
+        """For each engine its URL, whether it lists its models within two seconds, and how many calls are there."""
+        return await self._health.states()
 
-    async def exchange(self, request: Request, path: str, operation: str, send: Send) -> None:
-        """Answer one call. Raises Refusal for a request that cannot be forwarded."""
-        client_body, body = _read_json(await request.body())
-        caller = await self._identify(request)
+    async def read_body(self, request: Request) -> bytes:
+        """Raises Refusal where it is over the limit, ClientDisconnect where it does not come."""
+        limit, pieces, size = self._config.max_body_bytes, list[bytes](), 0
+        async for piece in request.stream():
+            size += len(piece)
+            if size > limit:
+                raise Refusal(413, "too_large", f"the request is over {limit} bytes (gateway.max_body_bytes)")
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    async def exchange(self, request: Request, data: bytes, kind: type[Dialect], send: Send) -> None:
+        """Answer one call. Raises Refusal for a request that cannot be sent on."""
+        text, body = _read_json(data)
+        asked = body["model"] if isinstance(body.get("model"), str) else None
+        model = asked and self.routes.resolve(asked)
+        dialect = kind(body, model)
+        caller = await self._callers.identify(request)
+        sent = self._prepare(dialect, caller)
+        trip = Trip(model or "", kind.path, json.dumps(sent).encode(), forwarded(request.headers), caller.rollout_id)
         call = Call(
             caller,
-            operation,
-            client_body=client_body,
-            sent=self._prepare(body, operation, caller),
-            upstream=self._engine(),
+            kind.operation,
+            client_body=text,
+            sent=sent,
+            changed=changes(body, sent) if kind.is_native else changes({}, sent),
+            project=project_of(request.scope),
+            trip=trip,
+            model=asked,
         )
         exchange = Exchange(
-            call,
-            Asked.read(body, operation),
-            session=self._session,
-            store=self._store,
-            url=self._engine() + path,
-            send=send,
+            call, dialect, dispatch=self.dispatch, recorder=self._recorder, mode=self._config.record, send=send
         )
-        await exchange.run(request.headers, request.scope, request.receive)
+        await exchange.run(self._session, request.scope, request.receive)
 
-    async def _identify(self, request: Request) -> Caller:
-        caller = Caller.read(request.headers, request.path_params)
-        if caller.rollout_id is None or caller.mode is not None:
-            return caller.completed_by(None)
-        return caller.completed_by(await asyncio.to_thread(self._store.get_rollout, caller.rollout_id))
-
-    def _prepare(self, body: Json, operation: str, caller: Caller) -> Json:
-        trains = caller.mode == "train" and caller.rollout_id is not None
+    def _prepare(self, dialect: Dialect, caller: Caller) -> Json:
         return prepare(
-            body,
-            operation,
+            dialect.request,
+            dialect.operation,
             extra_body=self._config.extra_body,
             forced=self._overrides.get(caller.mode or "prod", {}),
-            seed=self._seeds.next(caller.rollout_id or "", caller.attempt_id or "") if trains else None,
+            seed=self._seeds.next(*caller.seed_key) if caller.seed_key else None,
         )
 
     async def _models(self, request: Request) -> Response:
-        return await self._get_models(request.headers, self._config.timeout_s)
+        return await list_models(self._session, self.routes, forwarded(request.headers))
 
-    async def _get_models(self, headers: Mapping[str, str], timeout_s: float) -> Response:
-        upstream, timeout = self._engine(), aiohttp.ClientTimeout(total=timeout_s)
-        try:
-            async with self._session.get(
-                f"{upstream}/models", headers=forwarded(headers), timeout=timeout, allow_redirects=False
-            ) as answer:
-                return Response(await answer.read(), answer.status, forwarded(answer.headers))
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise engine_failure(error, upstream) from error
-
-    def _engine(self) -> str:
-        if self.upstream is None:
-            raise Refusal(503, "no_engine", "the gateway has no engine; start it with --upstream URL or train with it")
-        return self.upstream
+    async def _embeddings(self, request: Request) -> Response:
+        """Passed on and not recorded: nothing is sampled."""
+        _, body = _read_json(await self.read_body(request))
+        model = self.routes.resolve(str(body.get("model", "")))
+        sent = json.dumps(body | {"model": model} if model else body).encode()
+        rollout = request.path_params.get("rollout_id")
+        trip = Trip(model, "/embeddings", sent, forwarded(request.headers), rollout)
+        async with self.dispatch.answer(self._session, trip) as answer:
+            return Response(answer.body, answer.status, forwarded(answer.headers))
 
     @asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=self._config.timeout_s)
-        # Every rollout may hold a stream open: the number of connections is the clients' to bound.
+        # Answers have deadlines of their own; how many connections there are `max_concurrent` says.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._config.timeouts.connect_s)
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
+        self._recorder = Recorder(self._store)
         async with aiohttp.ClientSession(
-            connector=connector, timeout=timeout, headers={"accept-encoding": "identity"}
+            connector=connector,
+            timeout=timeout,
+            headers={"accept-encoding": "identity"},
+            cookie_jar=aiohttp.DummyCookieJar(),
         ) as self._session:
-            yield
+            self._health = Health(self._session, self.routes, self._config.health_s)
+            async with self._health.watching():
+                yield
+        await self._recorder.close()
 
 
 class _CallEndpoint:
-    """ASGI endpoint of one call path. The call is cancelled when its client goes away, streaming or not."""
+    """ASGI endpoint of one dialect. The call is cancelled when its client goes away, streaming or not."""
 
-    def __init__(self, gateway: Gateway, path: str, operation: str) -> None:
+    def __init__(self, gateway: Gateway, dialect: type[Dialect]) -> None:
         self._gateway = gateway
-        self._path = path
-        self._operation = operation
+        self._dialect = dialect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         try:
-            await request.body()
+            body = await self._gateway.read_body(request)
+            await self._exchange(request, body, receive, send)
         except ClientDisconnect:
             return
-        exchange = asyncio.create_task(self._gateway.exchange(request, self._path, self._operation, send))
+        except AglError as error:
+            refusal = error if isinstance(error, Refusal) else Refusal(500, "gateway_error", str(error))
+            await self._dialect.refusal(refusal)(scope, receive, send)
+
+    async def _exchange(self, request: Request, body: bytes, receive: Receive, send: Send) -> None:
+        exchange = asyncio.create_task(self._gateway.exchange(request, body, self._dialect, send))
         gone = asyncio.create_task(_disconnect(receive))
         try:
             await asyncio.wait({exchange, gone}, return_when=asyncio.FIRST_COMPLETED)

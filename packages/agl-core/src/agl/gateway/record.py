@@ -9,7 +9,9 @@ from typing import Any
 
 from agl import semconv
 from agl.capture import Capture, Choice, Json
+from agl.gateway.dispatch import Trip
 from agl.gateway.identity import Caller
+from agl.gateway.refusal import error_message
 from agl.span import AttributeValue, Span
 
 _CLIENT_KIND = 3
@@ -26,13 +28,24 @@ class Call:
     """The JSON text as the client sent it."""
     sent: Json
     """The request as the engine gets it."""
-    upstream: str
+    trip: Trip
+    model: str | None = None
+    """As the client asked for it."""
+    changed: Json = field(default_factory=dict)
+    """Fields in which `sent` differs from the client's request; None: left out."""
+    project: str | None = None
+    """Of the client's token."""
     start_ns: int = field(default_factory=time.time_ns)
     capture: Capture = field(default_factory=Capture)
     first_token_ns: int | None = None
     http_status: int | None = None
     error_type: str | None = None
     error_message: str = ""
+
+    @property
+    def upstream(self) -> str | None:
+        """URL of the engine that answers."""
+        return self.trip.engine.url if self.trip.engine else None
 
     def answer(self, part: Json) -> None:
         """Take in what the engine answers, whole or chunk by chunk."""
@@ -70,10 +83,10 @@ class Call:
 
     def _attributes(self) -> dict[str, AttributeValue]:
         """What the spans of all choices share."""
-        sent = self.sent
+        sent, trip = self.sent, self.trip
         named: dict[str, AttributeValue | None] = {
             semconv.GEN_AI_OPERATION_NAME: self.operation,
-            semconv.GEN_AI_REQUEST_MODEL: _only(str, sent.get("model")),
+            semconv.GEN_AI_REQUEST_MODEL: self.model,
             semconv.GEN_AI_REQUEST_TEMPERATURE: _only(float, sent.get("temperature")),
             semconv.GEN_AI_REQUEST_MAX_TOKENS: _only(int, sent.get("max_completion_tokens") or sent.get("max_tokens")),
             semconv.GEN_AI_REQUEST_SEED: _only(int, sent.get("seed")),
@@ -85,6 +98,10 @@ class Call:
             semconv.GATEWAY_REQUEST: self.client_body,
             semconv.GATEWAY_UPSTREAM: self.upstream,
             semconv.GATEWAY_FIRST_TOKEN_NS: self.first_token_ns,
+            semconv.GATEWAY_CHANGED: json.dumps(self.changed, separators=(",", ":")) if self.changed else None,
+            semconv.GATEWAY_QUEUE_NS: trip.queue_ns,
+            semconv.GATEWAY_RETRIES: trip.retries or None,
+            semconv.PROJECT: self.project,
         }
         return {name: value for name, value in named.items() if value is not None} | self.caller.attributes()
 
@@ -92,11 +109,6 @@ class Call:
 def policy_version(model: str | None) -> str | None:
     """`<name>@<n>` as the engine names it; an engine that does not count versions serves version 0."""
     return model if model is None or "@" in model else f"{model}@0"
-
-
-def error_message(error: Any) -> str:
-    """The message of an OpenAI-style `error` value."""
-    return str(error.get("message", error)) if isinstance(error, dict) else str(error)
 
 
 def _only(kind: type[str] | type[int] | type[float], value: Any) -> AttributeValue | None:

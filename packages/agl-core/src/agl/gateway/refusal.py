@@ -1,5 +1,7 @@
 """Errors of the gateway itself, as an OpenAI client reads them."""
 
+from typing import Any
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
@@ -10,19 +12,31 @@ _SERVER_ERROR = 500
 
 
 class Refusal(GatewayError):
-    """Why a call is not answered: HTTP status, message and a code for programs."""
+    """Why a call is not answered: HTTP status, message and a code for programs.
 
-    def __init__(self, http_status: int, code: str, message: str) -> None:
+    `retry_after_s`: the same call may be answered that much later.
+    """
+
+    def __init__(self, http_status: int, code: str, message: str, *, retry_after_s: int | None = None) -> None:
         super().__init__(message)
         self.http_status = http_status
         self.code = code
+        self.retry_after_s = retry_after_s
 
     def body(self) -> Json:
         kind = "server_error" if self.http_status >= _SERVER_ERROR else "invalid_request_error"
         return {"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}
 
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
+
     def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), self.http_status)
+        return JSONResponse(self.body(), self.http_status, self.headers())
+
+
+def error_message(error: Any) -> str:
+    """The message of an OpenAI-style `error` value."""
+    return str(error.get("message", error)) if isinstance(error, dict) else str(error)
 
 
 async def refuse_route(request: Request, error: Exception) -> JSONResponse:

@@ -36,6 +36,11 @@ def prepare(
     return sent
 
 
+def changes(body: Json, sent: Json) -> Json:
+    """The fields in which the engine's request differs from `body`; None for those left out."""
+    return {name: sent.get(name) for name in (*sent, *(body.keys() - sent)) if sent.get(name) != body.get(name)}
+
+
 def _sets(body: Json, name: str) -> bool:
     return body.get(name) is not None or body.get(_ALIASES.get(name, name)) is not None
 

@@ -7,6 +7,8 @@ from agl.capture import Json
 
 DONE = b"[DONE]"
 """Data of the event that ends a stream."""
+NOT_RECORDED = b": the call could not be recorded\n\n"
+"""A comment: clients skip it, people who look at the wire do not."""
 _EVENT_END = re.compile(rb"\r?\n\r?\n")
 
 
@@ -21,5 +23,6 @@ def event_data(event: bytes) -> bytes:
     return b"\n".join(line[5:].strip() for line in event.splitlines() if line.startswith(b"data:"))
 
 
-def to_event(data: Json) -> bytes:
-    return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
+def to_event(data: Json, name: str = "") -> bytes:
+    head = f"event: {name}\n".encode() if name else b""
+    return head + b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"

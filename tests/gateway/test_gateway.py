@@ -4,8 +4,7 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -17,112 +16,23 @@ from opentelemetry.trace import format_span_id
 import agl
 from agl import semconv
 from agl.capture import Asked, Capture, strip
-from agl.config import GatewayConfig
-from agl.errors import StoreError
 from agl.gateway.request import Seeds, prepare
 from agl.gateway.wire import split_events
 from agl.server import ServerThread
-from agl.span import Span
 from agl.store import Rollout
-from agl.store.sqlite import SqliteStore
-from agl.tokens import unpack_ids, unpack_logprobs
-from tests.core.fake_engine import PROMPT_IDS, WORDS, FakeEngine, logprob, token_id
-
-IDS = [token_id(0, position) for position in range(3)]
-LOGPROBS = [logprob(0, position) for position in range(3)]
-
-
-class Store(SqliteStore):
-    """The real store in memory; it can be told to be slow or to refuse, and remembers what was appended."""
-
-    def __init__(self) -> None:
-        super().__init__(":memory:", uri="memory://")
-        self.delay_s = 0.0
-        self.refusing = False
-        self.appended: list[Span] = []
-
-    def append_spans(self, spans: Sequence[Span]) -> int:
-        time.sleep(self.delay_s)
-        if self.refusing:
-            raise StoreError("the disk is full")
-        new = super().append_spans(spans)
-        self.appended += spans
-        return new
-
-
-@dataclass
-class Setup:
-    """A gateway before a fake engine, both served."""
-
-    store: Store
-    engine: FakeEngine
-    url: str
-
-    def client(self, path: str = "/v1", **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url + path, api_key="none", max_retries=0, **options)
-
-    def post(self, body: Any, path: str = "/v1/chat/completions", **headers: str) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, headers=headers)
-
-    def span(self) -> Span:
-        (span,) = self.store.appended
-        return span
-
-    def wait_for_span(self) -> Span:
-        deadline = time.monotonic() + 5
-        while not self.store.appended and time.monotonic() < deadline:
-            time.sleep(0.01)
-        return self.span()
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Setup]:
-    store, engine = Store(), FakeEngine()
-    config = GatewayConfig(extra_body={"return_token_ids": True, "top_k": 50, "max_tokens": 77})
-    overrides = {"train": {"temperature": 1.0}, "eval": {"temperature": 0.0}}
-    with ServerThread(
-        store, port=0, otlp_http_port=0, upstream=engine.app, gateway=config, overrides=overrides
-    ) as server:
-        yield Setup(store, engine, server.base_url)
-    store.close()
-
-
-@pytest.fixture
-def setup(served: Setup) -> Setup:
-    served.store.delay_s, served.store.refusing = 0.0, False
-    served.store.appended.clear()
-    served.engine.seen.clear()
-    served.engine.headers.clear()
-    served.engine.streams_cut = 0
-    return served
-
-
-def chat_body(content: str = "hi", **more: Any) -> dict[str, Any]:
-    return {"model": "writer@3", "messages": [{"role": "user", "content": content}]} | more
-
-
-def ids(span: Span, name: str) -> list[int]:
-    value = span.attributes[name]
-    assert isinstance(value, bytes)
-    return unpack_ids(value)
-
-
-def logprobs(span: Span) -> list[float]:
-    value = span.attributes[semconv.RESPONSE_LOGPROBS]
-    assert isinstance(value, bytes)
-    return unpack_logprobs(value)
-
-
-def assert_tokens(span: Span, choice: int = 0) -> None:
-    assert ids(span, semconv.PROMPT_TOKEN_IDS) == PROMPT_IDS
-    assert ids(span, semconv.RESPONSE_TOKEN_IDS) == [token_id(choice, position) for position in range(3)]
-    assert logprobs(span) == [logprob(choice, position) for position in range(3)]
-
-
-def output(span: Span) -> Any:
-    (message,) = json.loads(span.text(semconv.GEN_AI_OUTPUT_MESSAGES) or "")
-    return message
-
+from tests.core.fake_engine import WORDS
+from tests.gateway.serving import (
+    IDS,
+    Setup,
+    Store,
+    assert_tokens,
+    chat_body,
+    gateway,
+    ids,
+    logprobs,
+    output,
+    wait_until,
+)
 
 # --- What is recorded ------------------------------------------------------------------------------------------------
 
@@ -141,6 +51,8 @@ def test_a_chat_call_is_recorded_with_exact_tokens(setup: Setup) -> None:
     named = {name: value for name, value in span.attributes.items() if not isinstance(value, bytes)}
     first_token_ns = named.pop(semconv.GATEWAY_FIRST_TOKEN_NS)
     assert isinstance(first_token_ns, int) and 0 < first_token_ns <= span.end_ns - span.start_ns
+    queue_ns = named.pop(semconv.GATEWAY_QUEUE_NS)
+    assert isinstance(queue_ns, int) and 0 <= queue_ns < first_token_ns
     del named[semconv.GATEWAY_REQUEST], named[semconv.GATEWAY_UPSTREAM]
     assert named == {
         "gen_ai.operation.name": "chat",
@@ -158,6 +70,7 @@ def test_a_chat_call_is_recorded_with_exact_tokens(setup: Setup) -> None:
         "agl.policy.version": "writer@3",
         "agl.mode": "prod",
         "agl.gateway.choice": 0,
+        "agl.gateway.changed": '{"return_token_ids":true,"logprobs":true,"top_k":50}',
         "http.response.status_code": 200,
     }
 
@@ -450,13 +363,11 @@ def test_an_engine_that_is_down_is_a_503_and_recorded() -> None:
 
 
 def test_a_silent_engine_is_a_504() -> None:
-    store, engine = Store(), FakeEngine()
-    config = GatewayConfig(timeout_s=0.1)
-    with ServerThread(store, port=0, otlp_http_port=0, upstream=engine.app, gateway=config) as server:
-        answer = httpx.post(f"{server.base_url}/v1/chat/completions", json=chat_body("SLOW"))
+    with gateway(timeouts={"first_byte_s": 0.1}) as setup:
+        answer = setup.post(chat_body("SLOW"))
         assert answer.status_code == 504
-    assert store.appended[0].text(semconv.ERROR_TYPE) == "engine_timeout"
-    store.close()
+        assert "(gateway.timeouts.first_byte_s: 0.1)" in answer.json()["error"]["message"]
+        assert setup.span().text(semconv.ERROR_TYPE) == "engine_timeout"
 
 
 def test_an_answer_that_is_not_json_is_a_502(setup: Setup) -> None:
@@ -515,13 +426,6 @@ async def test_many_streams_at_once_keep_their_tokens_apart(setup: Setup) -> Non
         assert_tokens(span)
         number = (span.text(semconv.GEN_AI_RESPONSE_ID) or "").removeprefix("chatcmpl-")
         assert f'"question {number}"' in (span.text(semconv.GATEWAY_REQUEST) or "")
-
-
-def wait_until(condition: Any) -> None:
-    deadline = time.monotonic() + 5
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert condition()
 
 
 # --- The wire, as pure functions -------------------------------------------------------------------------------------

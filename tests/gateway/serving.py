@@ -1,0 +1,120 @@
+"""A gateway before an engine in vLLM's shape, and the real store beside: what the tests of this folder share."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+
+from agl import otlp, semconv
+from agl.config import GatewayConfig
+from agl.errors import StoreError
+from agl.server import AppThread, ServerThread
+from agl.span import Span
+from agl.store.row import SpanRow
+from agl.store.sqlite import SqliteStore
+from agl.tokens import unpack_ids, unpack_logprobs
+from tests.core.fake_engine import PROMPT_IDS, FakeEngine, logprob, token_id
+
+IDS = [token_id(0, position) for position in range(3)]
+LOGPROBS = [logprob(0, position) for position in range(3)]
+
+
+class Store(SqliteStore):
+    """The real store in memory; it can be told to be slow or to refuse, and remembers what was appended."""
+
+    def __init__(self) -> None:
+        super().__init__(":memory:", uri="memory://")
+        self.delay_s = 0.0
+        self.refusing = False
+        self.appended: list[Span] = []
+
+    def append_rows(self, rows: Sequence[SpanRow]) -> int:
+        time.sleep(self.delay_s)
+        if self.refusing:
+            raise StoreError("the disk is full")
+        new = super().append_rows(rows)
+        self.appended += otlp.decode(b"".join(row.otlp for row in rows))
+        return new
+
+
+@dataclass
+class Setup:
+    """A gateway before a fake engine, both served."""
+
+    store: Store
+    engine: FakeEngine
+    url: str
+
+    def client(self, path: str = "/v1", **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.url + path, api_key="none", max_retries=0, **options)
+
+    def post(self, body: Any, path: str = "/v1/chat/completions", **headers: str) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, headers=headers)
+
+    def span(self) -> Span:
+        (span,) = self.store.appended
+        return span
+
+    def wait_for_span(self) -> Span:
+        wait_until(lambda: bool(self.store.appended))
+        return self.span()
+
+
+def chat_body(content: str = "hi", **more: Any) -> dict[str, Any]:
+    return {"model": "writer@3", "messages": [{"role": "user", "content": content}]} | more
+
+
+def ids(span: Span, name: str) -> list[int]:
+    value = span.attributes[name]
+    assert isinstance(value, bytes)
+    return unpack_ids(value)
+
+
+def logprobs(span: Span) -> list[float]:
+    value = span.attributes[semconv.RESPONSE_LOGPROBS]
+    assert isinstance(value, bytes)
+    return unpack_logprobs(value)
+
+
+def assert_tokens(span: Span, choice: int = 0) -> None:
+    assert ids(span, semconv.PROMPT_TOKEN_IDS) == PROMPT_IDS
+    assert ids(span, semconv.RESPONSE_TOKEN_IDS) == [token_id(choice, position) for position in range(3)]
+    assert logprobs(span) == [logprob(choice, position) for position in range(3)]
+
+
+def output(span: Span) -> Any:
+    (message,) = json.loads(span.text(semconv.GEN_AI_OUTPUT_MESSAGES) or "")
+    return message
+
+
+@contextmanager
+def serving(engine: FakeEngine, port: int = 0) -> Iterator[str]:
+    server = AppThread()
+    url = server.add(engine.app, port=port) + "/v1"
+    with server:
+        yield url
+
+
+@contextmanager
+def gateway(engine: FakeEngine | None = None, **settings: Any) -> Iterator[Setup]:
+    """A gateway before `engine`, with these settings of its configuration; without one, before those it lists."""
+    store = Store()
+    engine = engine or (None if "engines" in settings else FakeEngine())
+    config = GatewayConfig(**settings)
+    try:
+        with ServerThread(store, port=0, otlp_http_port=0, upstream=engine and engine.app, gateway=config) as server:
+            yield Setup(store, engine or FakeEngine(), server.base_url)
+    finally:
+        store.close()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
