@@ -9,7 +9,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 REQUIREMENTS := $(wildcard packages/*/pyproject.toml) examples/requirements.txt Makefile
 
 # Debian packages of the servers and clients that the tests run, each with a program of it.
-SERVERS := postgresql:initdb redis-server:redis-server nodejs:node npm:npm
+SERVERS := postgresql:initdb redis-server:redis-server nodejs:node npm:npm default-jre-headless:java
 
 .PHONY: demo test servers
 

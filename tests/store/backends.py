@@ -46,6 +46,14 @@ def start_postgres(folder: Path) -> Iterator[NewUri]:
 
 
 @contextmanager
+def start_cassandra(folder: Path) -> Iterator[NewUri]:
+    from tests.store.cassandra_server import running_cassandra
+
+    with running_cassandra() as server:
+        yield server.empty_keyspace
+
+
+@contextmanager
 def start_http(folder: Path) -> Iterator[NewUri]:
     """One server, on which each store has a path of its own."""
     numbers, opened = itertools.count(), ExitStack()
@@ -67,5 +75,6 @@ BACKENDS = (
     Backend("sqlite", start_sqlite),
     Backend("memory", start_memory, is_shared=False),
     Backend("postgresql", start_postgres),
+    Backend("cassandra", start_cassandra),
     Backend("http", start_http),
 )

@@ -24,8 +24,8 @@ DEFAULT_URI: Final = "sqlite:///agl.db"
 
 
 def open_store(uri: str) -> Store:
-    """Open the store at `uri` (`sqlite:///path.db`, `postgresql://`, `memory://`), made if it is not there, or that
-    which `agl serve` serves at `http://HOST:PORT`.
+    """Open the store at `uri` (`sqlite:///path.db`, `postgresql://`, `cassandra://`, `memory://`), made if it is not
+    there, or that which `agl serve` serves at `http://HOST:PORT`.
 
     Raises StoreError for a scheme that is not known, a file that is not a store, or a server that does not answer.
     """
@@ -44,9 +44,12 @@ def open_store(uri: str) -> Store:
         return SqliteStore(":memory:", uri=uri)
     if scheme == "postgresql":
         return _open_postgres(uri)
+    if scheme == "cassandra":
+        return _open_cassandra(uri)
     raise StoreError(
         f"store URI {uri!r} has the scheme {scheme!r}; known are"
-        " sqlite:///path.db, postgresql://user:password@host/database, http(s)://host:port and memory://"
+        " sqlite:///path.db, postgresql://user:password@host/database, cassandra://host1,host2,host3/keyspace,"
+        " http(s)://host:port and memory://"
     )
 
 
@@ -56,3 +59,11 @@ def _open_postgres(uri: str) -> Store:
     except ImportError as error:
         raise StoreError("a postgresql:// store needs psycopg: pip install 'agl-core[postgres]'") from error
     return PostgresStore(uri)
+
+
+def _open_cassandra(uri: str) -> Store:
+    try:
+        from agl.store.cassandra import CassandraStore
+    except ImportError as error:
+        raise StoreError("a cassandra:// store needs cassandra-driver: pip install 'agl-core[cassandra]'") from error
+    return CassandraStore(uri)

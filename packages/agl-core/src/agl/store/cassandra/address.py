@@ -1,0 +1,71 @@
+"""Where a Cassandra store is: `cassandra://[user:password@]host[:port][,host...]/keyspace[?option=value&...]`."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Self
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from agl.errors import StoreError
+
+OPTIONS: Final = ("port", "replication_factor", "datacenter", "protocol_version")
+_PORT: Final = 9042
+_KEYSPACE: Final = re.compile(r"[A-Za-z]\w{0,47}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """`name` is the URI without its password, for messages. None: as the cluster has it, or three copies at most."""
+
+    name: str
+    hosts: tuple[str, ...]
+    port: int
+    keyspace: str
+    user: str
+    password: str
+    replication_factor: int | None
+    datacenter: str | None
+    protocol_version: int | None
+
+    @classmethod
+    def of(cls, uri: str) -> Self:
+        """Raises StoreError, without the password, for what is no such URI."""
+        parts = urlsplit(uri)
+        login, _, hosts = parts.netloc.rpartition("@")
+        user, _, password = login.partition(":")
+        name = parts._replace(netloc=f"{user}:***@{hosts}" if password else parts.netloc).geturl()
+        options = dict(parse_qsl(parts.query, keep_blank_values=True))
+        unknown = sorted(set(options) - set(OPTIONS))
+        if unknown:
+            raise StoreError(f"{name} has the option {unknown[0]!r}; known are {', '.join(OPTIONS)}")
+        names, port = _hosts(name, hosts, _number(name, options, "port") or _PORT)
+        keyspace = parts.path.removeprefix("/")
+        if not _KEYSPACE.fullmatch(keyspace):
+            raise StoreError(f"{name} names the keyspace {keyspace!r}; expected cassandra://h1,h2,h3/keyspace")
+        return cls(
+            name,
+            names,
+            port,
+            keyspace,
+            unquote(user),
+            unquote(password),
+            _number(name, options, "replication_factor"),
+            options.get("datacenter"),
+            _number(name, options, "protocol_version"),
+        )
+
+
+def _hosts(name: str, text: str, port: int) -> tuple[tuple[str, ...], int]:
+    """The hosts and their port, which is one for all: that is how nodes tell of each other."""
+    pairs = [host.partition(":") for host in text.split(",")]
+    ports = {found for _, _, found in pairs if found} or {str(port)}
+    if not all(host for host, _, _ in pairs) or len(ports) > 1 or not all(map(str.isdecimal, ports)):
+        raise StoreError(f"{name} names the nodes {text!r}; expected h1,h2,h3, and one port for all as ?port=9042")
+    return tuple(host for host, _, _ in pairs), int(ports.pop())
+
+
+def _number(name: str, options: Mapping[str, str], option: str) -> int | None:
+    text = options.get(option)
+    if text is not None and not (text.isdecimal() and int(text) > 0):
+        raise StoreError(f"{name} has the {option} {text!r}, expected a number from 1")
+    return None if text is None else int(text)

@@ -1,0 +1,270 @@
+"""What only Cassandra can show: nodes that come and go, homes of several buckets, addresses, who makes the tables."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from uuid import uuid4
+
+import pytest
+from cassandra.cluster import Session
+
+from agl.errors import StoreError
+from agl.store import AttemptState, Collected, Resource, Rollout, RolloutState, open_store
+from agl.store.cassandra import CassandraStore, spans
+from agl.store.cassandra.address import Address
+from tests.load import SPANS, Load, check
+from tests.store.cassandra_server import CassandraServer, running_cassandra
+from tests.store.serving import serving
+from tests.store.spans import TRACE, answered, asked, make_span, numbers
+from tests.waiting import wait_until
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[CassandraServer]:
+    with running_cassandra(3) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def uri(cluster: CassandraServer) -> str:
+    return cluster.empty_keyspace()
+
+
+def run(cluster: CassandraServer, uri: str, query: str) -> list[tuple]:
+    with cluster.connect() as connection:
+        session: Session = connection.connect(Address.of(uri).keyspace)
+        return [tuple(row) for row in session.execute(query)]
+
+
+# --- Nodes -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_node_killed_in_a_load_and_brought_back_loses_nothing_that_was_acknowledged(
+    cluster: CassandraServer, uri: str
+) -> None:
+    open_store(uri).close()
+    with serving(uri) as (_, url), Load(url) as load:
+        load.reach(SPANS // 3)
+        cluster.kill(cluster.hosts[1])
+        load.reach(SPANS // 2)  # Two of three copies are enough.
+        assert len(load.acknowledged) < SPANS
+        cluster.start(cluster.hosts[1])
+        cluster.wait_until_up()
+    check(load, uri)
+
+
+def test_the_queue_goes_on_without_a_node(cluster: CassandraServer, uri: str) -> None:
+    names = [f"r{number}" for number in range(10)]
+    with closing(open_store(uri)) as store:
+        store.enqueue_rollouts([Rollout(name, 1, group_id="g") for name in names])
+        first = store.lease_rollout("worker")
+        cluster.kill(cluster.hosts[0])
+        leased = [first, *(store.lease_rollout("worker") for _ in names)]
+        assert [pair and pair[0].rollout_id for pair in leased] == [*names, None]
+        for name in names:
+            assert store.finish_attempt(f"{name}-a1", AttemptState.SUCCEEDED).state is RolloutState.SUCCEEDED
+        assert len(store.wait_for_group("g", timeout_s=60)) == 10
+        cluster.start(cluster.hosts[0])
+        cluster.wait_until_up()
+        assert store.count_rollouts()[RolloutState.SUCCEEDED] == 10
+
+
+def test_too_few_nodes_are_an_error_that_names_the_store(
+    cluster: CassandraServer, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agl.store.cassandra.database._TRY_FOR_S", 1.0)
+    with closing(open_store(uri)) as store:
+        store.append_spans([make_span(1)])
+        for host in cluster.hosts[1:]:
+            cluster.kill(host)
+        with pytest.raises(StoreError, match=r"did not .* the store cassandra://127\.0\.0\.1"):
+            store.append_spans([make_span(1), make_span(2)])
+        for host in cluster.hosts[1:]:
+            cluster.start(host)
+        cluster.wait_until_up()
+        store.append_spans([make_span(1), make_span(2)])
+        assert numbers(store.query_spans(TRACE)) == [1, 2]
+
+
+# --- Homes -----------------------------------------------------------------------------------------------------------
+
+
+def small_buckets(store: CassandraStore, most_spans: int) -> None:
+    store._filling = spans.Filling(most_spans=most_spans)
+
+
+def test_a_home_that_is_full_goes_on_in_another_bucket_and_keeps_each_span_once(
+    cluster: CassandraServer, uri: str
+) -> None:
+    with closing(CassandraStore(uri)) as store, closing(CassandraStore(uri)) as other:
+        for opened in (store, other):
+            small_buckets(opened, 10)
+        for first in range(1, 41, 4):
+            assert store.append_spans([make_span(n, rollout="r", start_ns=n) for n in range(first, first + 4)]) == 4
+        assert other.append_spans([make_span(n, rollout="r") for n in range(1, 43)]) == 2
+        found = dict(run(cluster, uri, "SELECT bucket, span FROM spans"))
+        assert sorted(found) == [0, 1, 2, 3]
+        assert numbers(other.query_spans("r")) == list(range(1, 43))
+        assert other.count_spans() == 42
+        assert store.gc(max_bytes=0, now_ns=2**62) == Collected(rollouts=1, spans=42)
+        assert run(cluster, uri, "SELECT home FROM span_bodies") == []
+        assert store.append_spans([make_span(1, rollout="r")]) == 1
+        assert numbers(other.query_spans("r")) == [1]
+
+
+def test_what_comes_while_a_rollout_is_collected_stays(
+    cluster: CassandraServer, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(CassandraStore(uri)) as store, closing(CassandraStore(uri)) as other:
+        store.append_spans([make_span(1, rollout="r")])
+        real = spans.members
+        late = [make_span(2, rollout="r")]
+
+        def look_and_be_late(db: object, rollout_id: str) -> object:
+            found = real(store._database, rollout_id)
+            other.append_spans(late)
+            return found
+
+        monkeypatch.setattr("agl.store.cassandra.membership.members", look_and_be_late)
+        assert store.gc(max_bytes=0, now_ns=2**62) == Collected(rollouts=1, spans=1)
+        assert numbers(store.query_spans("r")) == [2]
+
+
+def test_nothing_is_left_of_what_was_collected(cluster: CassandraServer, uri: str) -> None:
+    with closing(open_store(uri)) as store:
+        store.enqueue_rollouts([Rollout("r", 1, group_id="g", timeout_s=5)])
+        store.lease_rollout("worker")
+        store.append_spans([make_span(1, rollout="r"), asked(2, "a", rollout="r"), answered(3, "a"), make_span(4)])
+        store.finish_attempt("r-a1", AttemptState.SUCCEEDED)
+        assert store.gc(max_bytes=0) == Collected(rollouts=1, spans=4)
+        assert store.end_overdue_attempts() == []
+        assert store.lease_rollout("worker") is None
+        assert store.last_rollout_id() is None
+    tables = ("spans", "span_bodies", "responses", "traces", "rollouts", "rollout_groups", "queue", "watched")
+    assert {table: run(cluster, uri, f"SELECT * FROM {table}") for table in tables} == {table: [] for table in tables}
+
+
+def test_ids_that_no_key_can_hold_do_not_block_the_spans_beside_them(uri: str) -> None:
+    long = "r" * 100_000
+    with closing(open_store(uri)) as store:
+        assert store.append_spans([make_span(1, rollout=long), asked(2, long), make_span(3, rollout="r\0")]) == 3
+        assert numbers(store.query_spans(long)) == [1, 2]
+        assert numbers(store.query_spans("r\0")) == [2, 3]
+
+
+def test_a_long_body_comes_back_whole(uri: str) -> None:
+    span = make_span(1, text="x" * 3_000_000)
+    with closing(open_store(uri)) as store:
+        store.append_spans([span])
+        assert store.query_spans(TRACE) == [span]
+
+
+def test_the_last_rollout_is_found_when_that_was_collected(uri: str) -> None:
+    with closing(open_store(uri)) as store:
+        store.append_spans([make_span(1, rollout="old")])
+        store.enqueue_rollouts([Rollout("old", 1), Rollout("new", 2)])
+        store.lease_rollout("worker")
+        store.append_spans([make_span(2, rollout="new")])
+        store.cancel_rollouts(["new"])
+        assert store.gc(max_bytes=0) == Collected(rollouts=1, spans=1)
+        assert store.last_rollout_id() == "old"
+
+
+# --- Transactions ----------------------------------------------------------------------------------------------------
+
+
+def test_a_transaction_whose_answer_was_lost_is_known_again(uri: str) -> None:
+    change = "UPDATE resources SET revision = ? WHERE name = ? IF revision = ?"
+    with closing(CassandraStore(uri)) as store:
+        store.put_resource(Resource("writer", 0, "adapters/0"))
+        db = store._database
+        ((before,),) = db.read("SELECT DISTINCT revision FROM resources WHERE name = ?", "writer")
+        mine, theirs = uuid4(), uuid4()
+        assert db.compare_and_set([(change, (mine, "writer", before))], mine)
+        assert db.compare_and_set([(change, (mine, "writer", before))], mine)  # Sent again.
+        assert not db.compare_and_set([(change, (theirs, "writer", before))], theirs)
+
+
+def test_a_version_is_leased_or_collected_but_never_both(uri: str) -> None:
+    kept: list[int] = []
+
+    def lease(store: CassandraStore) -> None:
+        for version in range(20):
+            if store.lease_resource("writer", "engine", 60, version):
+                kept.append(version)
+
+    with closing(CassandraStore(uri)) as store, closing(CassandraStore(uri)) as other:
+        for version in range(21):
+            store.put_resource(Resource("writer", version, f"adapters/{version}"))
+        thread = threading.Thread(target=lease, args=(other,))
+        thread.start()
+        gone: list[int] = []
+        wait_until(lambda: bool(kept))
+        while thread.is_alive():
+            gone += [resource.version for resource in store.collect_resources("writer")]
+        thread.join()
+        gone += [resource.version for resource in store.collect_resources("writer")]
+    assert sorted(kept + gone) == list(range(20))
+
+
+# --- The keyspace ----------------------------------------------------------------------------------------------------
+
+
+def test_processes_that_make_the_same_store_at_once_make_one(cluster: CassandraServer) -> None:
+    uri, failed = cluster.new_keyspace(), []
+
+    def append(number: int) -> None:
+        try:
+            with closing(open_store(uri)) as store:
+                store.append_spans([make_span(number)])
+        except StoreError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=append, args=(number,)) for number in range(1, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    with closing(open_store(uri)) as store:
+        assert numbers(store.query_spans(TRACE)) == [1, 2, 3]
+    keyspace = Address.of(uri).keyspace
+    found = run(
+        cluster, uri, f"SELECT strategy_options FROM system.schema_keyspaces WHERE keyspace_name = '{keyspace}'"
+    )
+    assert found == [('{"datacenter1":"3"}',)]
+    check_refusals(cluster, uri)
+
+
+def check_refusals(cluster: CassandraServer, uri: str) -> None:
+    """A newer schema, and then tables of another program: their keyspaces take long to make."""
+    run(cluster, uri, "INSERT INTO schema_version (place, version) VALUES (0, 99)")
+    with pytest.raises(StoreError, match="schema version 99"):
+        open_store(uri)
+    run(cluster, uri, "DROP TABLE schema_version")
+    with pytest.raises(StoreError, match="tables of another program"):
+        open_store(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("cassandra://me:s3cr3t@127.0.0.1:1/agl", r"cassandra://me:\*\*\*@127\.0\.0\.1:1/agl"),
+        ("cassandra://me:s3cr3t@h1/agl?copies=3", "option 'copies'; known are port, replication_factor"),
+        ("cassandra://h1:1,h2:2/agl", "one port for all"),
+        ("cassandra://h1,h2/no-keyspace", "keyspace 'no-keyspace'"),
+        ("cassandra://h1,h2/agl?replication_factor=x", "replication_factor 'x', expected a number"),
+    ],
+)
+def test_an_address_that_leads_nowhere_is_named_without_its_password(uri: str, said: str) -> None:
+    with pytest.raises(StoreError, match=said) as caught:
+        open_store(uri)
+    assert "s3cr3t" not in str(caught.value)
+
+
+def test_an_address_has_hosts_a_port_and_options() -> None:
+    address = Address.of("cassandra://me:a%21b@h1,h2:9043/agl?replication_factor=5&datacenter=east&protocol_version=4")
+    assert (address.hosts, address.port, address.keyspace) == (("h1", "h2"), 9043, "agl")
+    assert (address.user, address.password) == ("me", "a!b")
+    assert (address.replication_factor, address.datacenter, address.protocol_version) == (5, "east", 4)
+    assert Address.of("cassandra://h1/agl").port == 9042
