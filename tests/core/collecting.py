@@ -7,7 +7,7 @@ from typing import Any
 
 from agl.bearer import BearerTokens
 from agl.config import CollectorConfig
-from agl.errors import StoreError
+from agl.errors import InputError, StoreError
 from agl.server import ServerThread
 from agl.store import open_store
 from agl.store.row import SpanRow
@@ -21,6 +21,7 @@ class RefusingStore:
 
     def __init__(self, uri: str) -> None:
         self.refusals = 0
+        self.refuses_for_good = False
         self.open = threading.Event()
         self.open.set()
         self.arrived = threading.Semaphore(0)
@@ -30,6 +31,8 @@ class RefusingStore:
         if self.refusals:
             self.refusals -= 1
             raise StoreError("the disk is full")
+        if self.refuses_for_good:
+            raise InputError("nobody can keep that")
         self.arrived.release()
         self.open.wait(30)
         return self._store.append_rows(rows)

@@ -14,7 +14,7 @@ import pytest
 from google.rpc.status_pb2 import Status
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
-from agl import otlp
+from agl import otlp, semconv
 from agl.collector.http import JSON, PROTOBUF
 from agl.server import ServerThread
 from agl.span import Span
@@ -107,6 +107,30 @@ def test_a_store_that_refuses_asks_the_sender_to_retry(server: tuple[RefusingSto
     status = Status.FromString(answer.content)
     assert (status.code, status.message) == (14, "the disk is full")
     assert post(url, otlp.encode(make_spans(400))).status_code == 200
+
+
+def test_a_span_with_an_id_that_no_store_can_index_is_refused_and_those_beside_it_kept(
+    server: tuple[RefusingStore, str],
+) -> None:
+    store, url = server
+    before = store.count_spans()
+    odd = Span(TRACE, "f" * 16, None, "odd", 1, 2, {semconv.ROLLOUT_ID: "x" * 501})
+    answer = post(url, otlp.encode([odd, *make_spans(900)]))
+    partial = ExportTraceServiceResponse.FromString(answer.content).partial_success
+    assert (answer.status_code, partial.rejected_spans, store.count_spans() - before) == (200, 1, 1)
+    assert "501 characters, expected at most 500" in partial.error_message
+
+
+def test_what_the_store_can_never_keep_is_not_asked_for_again(server: tuple[RefusingStore, str]) -> None:
+    store, url = server
+    store.refuses_for_good = True
+    try:
+        answer = post(url, otlp.encode(make_spans(950)))
+    finally:
+        store.refuses_for_good = False
+    assert answer.status_code == 400
+    assert "retry-after" not in answer.headers
+    assert Status.FromString(answer.content).message == "nobody can keep that"
 
 
 @pytest.mark.parametrize("signal", ["metrics", "logs"])

@@ -24,6 +24,7 @@ from agl.store import open_store
 from tests.queue.collecting import collecting, make_rows, make_spans, numbers_in
 from tests.queue.conftest import NewConfig
 from tests.queue.redis_server import RedisServer
+from tests.store.postgres_server import running_postgres
 from tests.waiting import wait_until
 
 
@@ -65,6 +66,18 @@ def test_the_pool_grows_while_the_queue_is_high_and_shrinks_again(
         assert numbers_in(store) == list(range(1, 101))
     with pytest.raises(ProcessLookupError):
         os.kill(pids[0], 0)
+
+
+def test_a_queue_in_front_of_postgresql(redis: RedisServer, new_config: NewConfig) -> None:
+    with running_postgres() as server:
+        uri = server.new_database()
+        with collecting(redis.uri, uri, new_config()) as (queue, _, receiver, store):
+            body, headers = otlp.encode(make_spans(1, 100)), {"content-type": PROTOBUF}
+            for _ in range(2):
+                answer = httpx.post(f"{receiver.otlp_url}/v1/traces", content=body, headers=headers)
+                assert answer.status_code == 200
+            wait_until(lambda: queue.length() == 0)
+            assert numbers_in(store) == list(range(1, 101))
 
 
 @contextmanager

@@ -8,16 +8,17 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import trustme
 
 from agl.config import Config, QueueConfig
-from agl.errors import ConfigError, QueueError, StoreError
+from agl.errors import ConfigError, InputError, QueueError, StoreError
 from agl.queue import SpanQueue, WriterPool
 from agl.queue.writer import Writer
 from agl.store import open_store
 from agl.store.row import SpanRow
 from tests.queue.collecting import make_rows, numbers_in
 from tests.queue.conftest import NewConfig
-from tests.queue.redis_server import RedisServer
+from tests.queue.redis_server import DURABLE, RedisServer, free_port
 
 
 class RefusingStore:
@@ -107,6 +108,59 @@ def test_what_is_no_otlp_is_set_aside_with_its_reason(
         ((_, fields),) = client.xrange(f"{{{new_config().name}}}:spans:refused")
         assert fields[b"otlp"] == b"\xff\xff" and b"protobuf" in fields[b"reason"]
         assert (numbers_in(store), queue.length()) == ([1], 0)
+
+
+class PickyStore:
+    """The real store in memory, which can never keep the span of number 2."""
+
+    def __init__(self) -> None:
+        self.real = open_store("memory://")
+
+    def append_rows(self, rows: Sequence[SpanRow]) -> int:
+        if any(int.from_bytes(row.span_id, "big") == 2 for row in rows):
+            raise InputError("nobody can keep a two")
+        return self.real.append_rows(rows)
+
+
+def test_what_the_store_can_never_keep_is_set_aside_alone(
+    redis: RedisServer, queue: SpanQueue, new_config: NewConfig
+) -> None:
+    store = PickyStore()
+    for number in (1, 2, 3):
+        queue.append_rows(make_rows(number, 1))
+    writer = Writer("a", queue, store, new_config())  # pyright: ignore[reportArgumentType] - the verb it uses
+    assert writer.move() == 2
+    assert (numbers_in(store.real), queue.length()) == ([1, 3], 0)
+    with redis.client() as client:
+        ((_, fields),) = client.xrange(f"{{{new_config().name}}}:spans:refused")
+    assert fields[b"reason"] == b"nobody can keep a two"
+    store.real.close()
+
+
+def test_it_goes_over_tls_and_with_a_password_that_no_refusal_tells(tmp_path: Path, new_config: NewConfig) -> None:
+    authority, tls_port = trustme.CA(), free_port()
+    issued = authority.issue_cert("127.0.0.1")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    issued.private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
+    files = ("--tls-cert-file", f"{tmp_path}/server.pem", "--tls-key-file", f"{tmp_path}/server.pem")
+    options = ("--tls-port", str(tls_port), *files, "--tls-ca-cert-file", f"{tmp_path}/ca.pem")
+    server = RedisServer(tmp_path / "redis", (*DURABLE, *options, "--tls-auth-clients", "no"))
+    server.start()
+    try:
+        with server.client() as client:
+            client.config_set("requirepass", "s3cret")
+        address, trusting = f"127.0.0.1:{tls_port}", f"?ssl_ca_certs={tmp_path}/ca.pem"
+        with closing(SpanQueue(f"rediss://:s3cret@{address}{trusting}", new_config())) as queue:
+            queue.check_durability()
+            assert queue.append_rows(make_rows(1, 3)) == 3
+            assert [entry.spans for entry in queue.take("a")] == [3]
+            assert queue.address == f"rediss://{address}"
+        for uri in (f"rediss://:wr0ng@{address}{trusting}", f"rediss://:s3cret@{address}"):
+            with pytest.raises(QueueError, match=address) as caught:
+                SpanQueue(uri, new_config())
+            assert "wr0ng" not in str(caught.value) and "s3cret" not in str(caught.value)
+    finally:
+        server.kill()
 
 
 def test_at_the_hard_limit_it_refuses_and_takes_again_when_there_is_room(

@@ -1,5 +1,6 @@
 """What only PostgreSQL can show: partitions, a server that dies, passwords, and who else is in the database."""
 
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -8,8 +9,8 @@ from contextlib import closing
 import psycopg
 import pytest
 
-from agl.errors import StoreError
-from agl.store import AttemptState, Collected, Rollout, RolloutState, open_store
+from agl.errors import InputError, StoreError
+from agl.store import AttemptState, Collected, Resource, Rollout, RolloutState, open_store
 from agl.store.postgres import PostgresStore
 from agl.store.postgres.spans import _QUERY, DAY_NS, keys
 from tests.store.postgres_server import PostgresServer, running_postgres
@@ -203,6 +204,15 @@ def test_ids_that_postgresql_cannot_hold_do_not_block_the_spans_beside_them(uri:
         assert store.append_spans([asked(1, "a\0b"), make_span(2, rollout="r\0", attempt="\0-a1")]) == 2
         assert [span.attributes.get("gen_ai.response.id") for span in store.query_spans(TRACE)] == ["a\0b"]
         assert numbers(store.query_spans("r\0")) == [1, 2]
+
+
+def test_values_that_postgresql_cannot_hold_are_refused_for_good(uri: str) -> None:
+    with closing(PostgresStore(uri)) as store:
+        for name, version in (("w", 2**70), (random.Random(0).randbytes(5_000).hex(), 1)):
+            with pytest.raises(InputError, match="can never keep this"):
+                store.put_resource(Resource(name, version, "u"))
+        store.put_resource(Resource("w", 1, "u"))
+        assert store.get_resource("w") == Resource("w", 1, "u")
 
 
 def test_a_long_body_comes_back_whole(uri: str) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from agl.errors import StoreError
-from agl.store import AttemptState, Rollout, RolloutState, open_store
+from agl.errors import InputError, StoreError
+from agl.store import AttemptState, Resource, Rollout, RolloutState, open_store
 from agl.store.row import SpanRow
 from agl.store.sqlite import spans, upkeep
 from agl.store.sqlite.database import Database
@@ -59,6 +59,15 @@ def test_uris_that_name_no_store_are_refused() -> None:
         open_store("mysql://host/db")
     with pytest.raises(StoreError, match="names no file"):
         open_store("sqlite:///")
+
+
+def test_values_that_sqlite_cannot_hold_are_refused_for_good_and_alone() -> None:
+    with closing(open_store("memory://")) as store:
+        for version in (2**70, "\ud800"):
+            with pytest.raises(InputError, match="can never keep this"):
+                store.put_resource(Resource("w", version, "u"))  # pyright: ignore[reportArgumentType] - on purpose
+        store.put_resource(Resource("w", 1, "u"))
+        assert store.get_resource("w") == Resource("w", 1, "u")
 
 
 # --- Files of older versions -----------------------------------------------------------------------------------------

@@ -25,6 +25,10 @@ class QueueError(StoreError):
     """The queue before the store cannot be reached, is full, or may lose what it acknowledges."""
 
 
+class InputError(StoreError):
+    """A store was given what it can never keep; to send it again is of no use."""
+
+
 class UnknownIdError(StoreError):
     """A verb names a rollout or an attempt that the store does not hold."""
 

@@ -99,8 +99,6 @@ class Api:
             return getattr(self._store, verb.name)(**arguments)
         except StoreError as error:
             raise _refusal(error) from error
-        except OverflowError as error:
-            raise Refusal(ERRORS[INVALID][0], INVALID, f"{verb.name}: a number is too large: {error}") from error
 
     async def _wait(self, verb: Verb, arguments: dict[str, Any], request: Request) -> bytes:
         asked_s = arguments.pop("timeout_s")

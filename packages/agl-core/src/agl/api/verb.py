@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from agl.errors import OtlpError, StoreError, TransitionError, UnknownIdError
+from agl.errors import InputError, OtlpError, StoreError, TransitionError, UnknownIdError
 from agl.store import Store
 from agl.store.row import SpanRow, read
 
@@ -29,7 +29,7 @@ UNAVAILABLE: Final = "unavailable"
 ERRORS: Final[Mapping[str, tuple[int, type[StoreError]]]] = {
     "unknown_id": (404, UnknownIdError),
     "refused_transition": (409, TransitionError),
-    INVALID: (422, StoreError),
+    INVALID: (422, InputError),
     UNAVAILABLE: (503, StoreError),
 }
 """Code of an error to its HTTP status, and to what the client raises."""
@@ -92,15 +92,15 @@ class Verb:
         return create_model(self._camel("Answer"), __base__=Answer, result=(hint, Field()))
 
     def write_arguments(self, arguments: Mapping[str, Any]) -> bytes | dict[str, str]:
-        """A body, or a query. Raises StoreError for what JSON cannot carry."""
+        """A body, or a query. Raises InputError for what JSON cannot carry."""
         try:
             written = self.arguments(**arguments).model_dump_json(exclude_none=self.method == "GET", warnings=False)
         except (ValueError, RecursionError) as error:  # of validation, of serialization, of half a surrogate pair
-            raise StoreError(f"{self.name} cannot take these arguments: {error}") from error
+            raise InputError(f"{self.name} cannot take these arguments: {error}") from error
         return written.encode() if self.method == "POST" else {n: str(v) for n, v in json.loads(written).items()}
 
     def read_arguments(self, sent: bytes | Mapping[str, str]) -> dict[str, Any]:
-        """Arguments from a body, or a query. Raises StoreError or OtlpError saying what is wrong with them."""
+        """Arguments from a body, or a query. Raises InputError or OtlpError saying what is wrong with them."""
         model = self.arguments
         try:
             if not isinstance(sent, bytes):
@@ -110,7 +110,7 @@ class Verb:
             else:
                 given = model.model_validate_json(sent)
         except ValidationError as error:
-            raise StoreError(f"{self.name}: {_say(error)}") from error
+            raise InputError(f"{self.name}: {_say(error)}") from error
         return {name: getattr(given, name) for name in model.model_fields}
 
     def write_result(self, result: Any) -> bytes:

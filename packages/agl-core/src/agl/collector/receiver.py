@@ -16,7 +16,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from agl.bearer import BearerTokens
 from agl.collector.pending import PendingBytes, Room
 from agl.config import CollectorConfig
-from agl.errors import OtlpError, StoreError
+from agl.errors import InputError, OtlpError, StoreError
 from agl.store.row import Intake, SpanRow
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Sink(Protocol):
     """What keeps rows: a store, or a queue before one."""
 
     def append_rows(self, rows: Sequence[SpanRow]) -> int:
-        """Keep all of `rows` for good, or none. Raises StoreError."""
+        """Keep all of `rows` for good, or none. Raises StoreError: InputError where it never can."""
         ...
 
 
@@ -108,7 +108,7 @@ class Receiver:
             if intake.refused and not intake.rows:
                 raise OtlpError(intake.reason)
             self._sink.append_rows(intake.rows)
-        except OtlpError as error:
+        except (OtlpError, InputError) as error:
             raise Refusal(400, INVALID_ARGUMENT, str(error)) from error
         except StoreError as error:
             logger.error("spans refused, to be sent again: %s", error)

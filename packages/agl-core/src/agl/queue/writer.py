@@ -3,11 +3,12 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from typing import Final
 
 from agl.config import QueueConfig
-from agl.errors import OtlpError, StoreError
+from agl.errors import AglError, InputError, OtlpError, StoreError
 from agl.queue.queue import ENTRIES_AT_ONCE, Entry, SpanQueue
 from agl.store import Store
 from agl.store.row import SpanRow, read
@@ -47,10 +48,24 @@ class Writer:
         """Move what one read of the queue finds, in one commit; returns how many spans. Raises StoreError."""
         entries = self._take()
         self._keeps_up = len(entries) < ENTRIES_AT_ONCE
-        rows = [row for entry in entries for row in self._rows(entry)]
+        rows_of = {entry: self._rows(entry) for entry in entries}
+        rows = list(chain.from_iterable(rows_of.values()))
         if entries:
-            self._store.append_rows(rows)
+            try:
+                self._store.append_rows(rows)
+            except InputError:
+                return sum(self._move_alone(entry, rows) for entry, rows in rows_of.items())
             self._queue.finish(entries)
+        return len(rows)
+
+    def _move_alone(self, entry: Entry, rows: Sequence[SpanRow]) -> int:
+        """Move one of several entries of which some cannot be stored."""
+        try:
+            self._store.append_rows(rows)
+        except InputError as error:
+            self._set_aside(entry, error)
+            return 0
+        self._queue.finish([entry])
         return len(rows)
 
     def _take(self) -> Sequence[Entry]:
@@ -66,9 +81,13 @@ class Writer:
             self._claimed_at = time.monotonic()
         return self._queue.take(self._name)
 
-    def _rows(self, entry: Entry) -> Iterator[SpanRow]:
+    def _rows(self, entry: Entry) -> Sequence[SpanRow]:
         try:
-            yield from read(entry.otlp).rows
+            return read(entry.otlp).rows
         except OtlpError as error:
-            logger.error("%d spans of entry %r cannot be stored and are set aside: %s", entry.spans, entry, error)
-            self._queue.set_aside(entry, str(error))
+            self._set_aside(entry, error)
+            return ()
+
+    def _set_aside(self, entry: Entry, error: AglError) -> None:
+        logger.error("%d spans of entry %s cannot be stored and are set aside: %s", entry.spans, entry.entry_id, error)
+        self._queue.set_aside(entry, str(error))

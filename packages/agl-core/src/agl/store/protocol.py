@@ -36,7 +36,8 @@ class Store(Protocol):
     """Durable home of spans, rollouts, resources and metrics.
 
     A verb that changes something returns only after the change is committed, and raises StoreError where it is not:
-    then the caller may repeat it. Times are of the store's clock; `now_ns` stands in for it where a verb takes it.
+    then the caller may repeat it, unless that is an InputError, an UnknownIdError or a TransitionError. Times are of
+    the store's clock; `now_ns` stands in for it where a verb takes it.
     """
 
     uri: str
@@ -54,8 +55,9 @@ class Store(Protocol):
     def append_rows(self, rows: Sequence[SpanRow]) -> int:
         """Keep spans; one already kept (same trace id and span id) is left as it is. Returns how many were new.
 
-        All are kept or none. Each counts as a heartbeat of the attempt that it names, if the store knows that one;
-        how a rollout ended does not matter: late spans belong to it as well.
+        All are kept or none; `CassandraStore` says where it cannot promise that. Each counts as a heartbeat of the
+        attempt that it names, if the store knows that one; how a rollout ended does not matter: late spans belong to it
+        as well.
         """
         ...
 

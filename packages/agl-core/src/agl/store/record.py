@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Final
 
-from agl.errors import StoreError
+from agl.errors import InputError
 from agl.store.protocol import Resource
 from agl.store.rollout import Attempt, Rollout
 from agl.store.states import AttemptState, RolloutState
@@ -26,7 +26,7 @@ def is_fresh(attempt: Attempt, now_ns: int) -> bool:
 
 
 def to_row(rollout: Rollout) -> tuple[Any, ...]:
-    """`ROLLOUT_COLUMNS` of a rollout to queue. Raises StoreError naming it where its input is not a JSON value."""
+    """`ROLLOUT_COLUMNS` of a rollout to queue. Raises InputError naming it where its input is not a JSON value."""
     return (
         rollout.rollout_id,
         to_json(rollout.input, f"the input of rollout {rollout.rollout_id}"),
@@ -68,7 +68,7 @@ def to_attempt(row: Sequence[Any]) -> Attempt:
 
 
 def to_resource_row(resource: Resource) -> tuple[Any, ...]:
-    """`RESOURCE_COLUMNS` of a resource. Raises StoreError naming it where its metadata is not a JSON value."""
+    """`RESOURCE_COLUMNS` of a resource. Raises InputError naming it where its metadata is not a JSON value."""
     metadata = to_json(resource.metadata, f"the metadata of {resource.name}@{resource.version}")
     return (resource.name, resource.version, resource.uri, metadata)
 
@@ -79,8 +79,8 @@ def to_resource(row: Sequence[Any]) -> Resource:
 
 
 def to_json(value: Any, what: str) -> str:
-    """`value` as JSON. Raises StoreError naming `what` where it is none."""
+    """`value` as JSON. Raises InputError naming `what` where it is none."""
     try:
         return json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
-        raise StoreError(f"{what} is not a JSON value: {error}") from error
+        raise InputError(f"{what} is not a JSON value: {error}") from error

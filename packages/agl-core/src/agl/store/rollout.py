@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from agl.errors import StoreError, TransitionError
+from agl.errors import InputError, TransitionError
 from agl.store.states import ATTEMPT_TRANSITIONS, ENDS, ROLLOUT_TRANSITIONS, AttemptState, RolloutState, move
 
 RETRYABLE: Final = frozenset({AttemptState.FAILED, AttemptState.TIMEOUT, AttemptState.UNRESPONSIVE})
@@ -17,7 +17,7 @@ RETRYABLE: Final = frozenset({AttemptState.FAILED, AttemptState.TIMEOUT, Attempt
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """An execution of an agent on one input. Raises StoreError for limits that no rollout can have.
+    """An execution of an agent on one input. Raises InputError for limits that no rollout can have.
 
     `state`, `attempts` and `ended_ns` are the store's: what is queued begins as QUEUED whatever they say.
     """
@@ -42,13 +42,13 @@ class Rollout:
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
-            raise StoreError(f"rollout {self.rollout_id} may have {self.max_attempts} attempts, expected 1 or more")
+            raise InputError(f"rollout {self.rollout_id} may have {self.max_attempts} attempts, expected 1 or more")
         if not self.retry_on <= RETRYABLE:
             known = ", ".join(sorted(RETRYABLE))
-            raise StoreError(f"rollout {self.rollout_id} retries on {set(self.retry_on)}, expected any of {known}")
+            raise InputError(f"rollout {self.rollout_id} retries on {set(self.retry_on)}, expected any of {known}")
         for name, limit in (("timeout_s", self.timeout_s), ("unresponsive_s", self.unresponsive_s)):
             if limit is not None and not limit > 0:
-                raise StoreError(f"rollout {self.rollout_id} has {name} {limit:g}, expected more than 0 or None")
+                raise InputError(f"rollout {self.rollout_id} has {name} {limit:g}, expected more than 0 or None")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ What arrives is parsed once and cut into rows; no span is rebuilt from its attri
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1 import trace_pb2
@@ -12,6 +13,9 @@ from opentelemetry.proto.trace.v1 import trace_pb2
 from agl import otlp, semconv
 from agl.errors import OtlpError
 from agl.span import COLUMN_ATTRIBUTES, AttributeValue, Named, Span
+
+_LONGEST_ID: Final = 500
+"""Characters of a rollout, an attempt or an answer: PostgreSQL's indexes hold 2,700 bytes."""
 
 
 @dataclass(slots=True)  # Not frozen: that would take three times as long to make.
@@ -108,13 +112,16 @@ class _Names(Named):
 def _to_row(
     trace_id: bytes, span_id: bytes, start_ns: int, names: Named, name: str, has_parent: bool, encoded: bytes
 ) -> SpanRow:
-    rollout_id, response_id = names.named_rollout, names.response_id
+    rollout_id, attempt_id, response_id = names.named_rollout, names.attempt_id, names.response_id
+    for named in (rollout_id, attempt_id, response_id):
+        if named is not None and len(named) > _LONGEST_ID:
+            raise OtlpError(f"span {name!r} names an id of {len(named)} characters, expected at most {_LONGEST_ID}")
     by_gateway = name == semconv.SPAN_GATEWAY_CALL
     return SpanRow(
         trace_id,
         span_id,
         rollout_id if rollout_id != trace_id.hex() else None,
-        names.attempt_id,
+        attempt_id,
         start_ns,
         None if by_gateway else response_id,
         response_id if by_gateway and not has_parent else None,

@@ -10,7 +10,7 @@ import psycopg
 from psycopg.types.string import StrBinaryDumper, StrDumper
 from psycopg_pool import ConnectionPool
 
-from agl.errors import StoreError
+from agl.errors import InputError, StoreError
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 Result = TypeVar("Result")
@@ -152,6 +152,8 @@ class Database:
             raise StoreError(f"the store {self.name} is closed")
         try:
             yield
+        except (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded) as error:
+            raise InputError(f"the store {self.name} can never keep this: {str(error).strip()}") from error
         except psycopg.Error as error:
             # From None: the cause may quote the URI, and with it the password.
             raise StoreError(f"{what} the store {self.name}: {self._censor(str(error))}") from None

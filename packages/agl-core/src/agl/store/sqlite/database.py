@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from agl.errors import StoreError
+from agl.errors import InputError, StoreError
 
 Result = TypeVar("Result")
 Work = Callable[[sqlite3.Connection], Result]
@@ -31,6 +31,7 @@ _ADVICE = {
     sqlite3.SQLITE_BUSY: "another process has been writing to it for too long",
     sqlite3.SQLITE_READONLY: "this user may not write to it",
 }
+_INPUT_ERRORS = (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError, UnicodeEncodeError)
 _OF_A_NEW_FILE = ("page_size = 16384", "auto_vacuum = INCREMENTAL")
 """Several spans to a page; pages that `gc` frees can be given back."""
 _OF_THE_WRITER = (
@@ -68,7 +69,8 @@ class Database:
         """Run `work` in the writer's next transaction; returns its result once that is on disk.
 
         It may be run twice, the first time for nothing: it changes the database alone. What it raises is raised here,
-        and nothing of it is kept. Raises StoreError when the commit fails.
+        and nothing of it is kept. Raises InputError for values that SQLite cannot hold, StoreError when the commit
+        fails.
         """
         job = _Job(work)
         with self._closing:
@@ -77,6 +79,8 @@ class Database:
             self._jobs.put(job)
         try:
             return job.done.result()
+        except _INPUT_ERRORS as error:
+            raise InputError(f"the store {self.path} can never keep this: {error}") from error
         except sqlite3.Error as error:
             raise StoreError(f"the store {self.path} did not keep the change: {say(error)}") from error
 
