@@ -31,7 +31,12 @@ ANYONE: Final = ({"service.name": "benchmark"},)
 def bodies(
     corpus: Corpus, spans: int, batch: int, resources: Sequence[Mapping[str, str]] = ANYONE, *, first: int = 0
 ) -> Iterator[Body]:
-    """Spans from number `first` on, in requests of `batch`; traces are of the `resources` in turn."""
+    """Spans from number `first` on, in requests of `batch`; traces are of the `resources` in turn.
+
+    Raises ValueError for a batch in which a trace would come twice.
+    """
+    if batch > _DISTINCT_TRACES * SPANS_PER_TRACE:
+        raise ValueError(f"batches are of {batch} spans, expected at most {_DISTINCT_TRACES * SPANS_PER_TRACE}")
     traces = range(first // SPANS_PER_TRACE, (first + spans) // SPANS_PER_TRACE)
     ordered = ((span, number % len(resources)) for number in traces for span in _trace(corpus, number))
     for pairs in _chunks(ordered, batch):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from agl import otlp, semconv
 from agl.errors import OtlpError
 from agl.span import Span
-from agl.store import row
+from agl.store import row, wire
 from agl.store.row import SpanRow
 from tests.core.span_maker import span
 
@@ -62,3 +62,32 @@ def test_spans_that_no_reader_could_read_again_are_refused_and_the_others_kept(c
 def test_what_is_no_request_is_an_otlp_error() -> None:
     with pytest.raises(OtlpError, match="9 bytes are not"):
         row.read(b"garbage!!")
+
+
+@settings(deadline=None)
+@given(SPANS, st.integers(1, 2000), st.binary(max_size=3))
+def test_a_large_request_is_read_in_pieces_to_the_same_rows(spans: list[Span], size: int, after: bytes) -> None:
+    """And what follows it, if it is broken, breaks it as it would in one piece."""
+    body = otlp.encode(spans) + after
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wire, "PIECE_BYTES", 2**30)
+        try:
+            whole = row.read(body)
+        except OtlpError:
+            whole = None
+        patch.setattr(wire, "PIECE_BYTES", size)
+        if whole is None:
+            with pytest.raises(OtlpError):
+                row.read(body)
+        else:
+            assert row.read(body) == whole
+
+
+def test_pieces_are_as_small_as_they_should_be_and_requests_that_are_none_come_whole() -> None:
+    body = otlp.encode([span(f"{number}", {"text": "x" * 1_000}) for number in range(5_000)])
+    pieces = list(wire.cut(body))
+    assert len(pieces) <= len(body) // wire.PIECE_BYTES + 2
+    assert max(map(len, pieces)) < wire.PIECE_BYTES + 50_000
+    assert otlp.decode(b"".join(pieces)) == otlp.decode(body)
+    for odd in (body[:-1], b"\x08\x01" + body, body + b"\x0a"):
+        assert list(wire.cut(odd)) == [odd]

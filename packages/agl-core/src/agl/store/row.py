@@ -3,8 +3,9 @@
 What arrives is parsed once and cut into rows; no span is rebuilt from its attributes on the way in.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -13,6 +14,7 @@ from opentelemetry.proto.trace.v1 import trace_pb2
 from agl import otlp, semconv
 from agl.errors import OtlpError
 from agl.span import COLUMN_ATTRIBUTES, AttributeValue, Named, Span
+from agl.store.wire import cut, field
 
 _LONGEST_ID: Final = 500
 """Characters of a rollout, an attempt or an answer: PostgreSQL's indexes hold 2,700 bytes."""
@@ -52,18 +54,18 @@ class Intake:
 
 def read(body: bytes) -> Intake:
     """Rows of a protobuf ExportTraceServiceRequest. Raises OtlpError where it is none."""
-    return _cut(otlp.parse(body))
+    return _cut(map(otlp.parse, cut(body)))
 
 
 def read_json(body: bytes | str) -> Intake:
     """Rows of an OTLP/JSON request. Raises OtlpError where it is none."""
-    return _cut(otlp.parse_json(body))
+    return _cut([otlp.parse_json(body)])
 
 
-def _cut(request: ExportTraceServiceRequest) -> Intake:
+def _cut(requests: Iterable[ExportTraceServiceRequest]) -> Intake:
     rows: list[SpanRow] = []
     reasons: list[str] = []
-    for span, resource, scope in _spans(request):
+    for span, resource, scope in chain.from_iterable(map(_spans, requests)):
         try:
             rows.append(_row(span, resource, scope))
         except OtlpError as error:
@@ -83,9 +85,9 @@ def _spans(request: ExportTraceServiceRequest) -> Iterator[tuple[trace_pb2.Span,
     """Each span with its resource, and its scope as bytes."""
     for resource_spans in request.resource_spans:
         resource = resource_spans.resource
-        heading = _Heading(otlp.read_attributes(resource.attributes), _field(1, resource.SerializeToString()))
+        heading = _Heading(otlp.read_attributes(resource.attributes), field(1, resource.SerializeToString()))
         for scope_spans in resource_spans.scope_spans:
-            scope = _field(1, scope_spans.scope.SerializeToString())
+            scope = field(1, scope_spans.scope.SerializeToString())
             for span in scope_spans.spans:
                 yield span, heading, scope
 
@@ -95,8 +97,8 @@ def _row(span: trace_pb2.Span, resource: _Heading, scope: bytes) -> SpanRow:
     wanted = [pair for pair in span.attributes if pair.key in COLUMN_ATTRIBUTES]
     names = _Names(otlp.read_attributes(wanted), resource.attributes)
     # ExportTraceServiceRequest(resource_spans=[(resource, scope_spans=[(scope, spans=[span])])])
-    in_scope = _field(2, scope + _field(2, span.SerializeToString()))
-    encoded = _field(1, resource.encoded + in_scope)
+    in_scope = field(2, scope + field(2, span.SerializeToString()))
+    encoded = field(1, resource.encoded + in_scope)
     key = (span.trace_id, span.span_id, span.start_time_unix_nano)
     return _to_row(*key, names, span.name, otlp.has_parent(span), encoded)
 
@@ -127,17 +129,3 @@ def _to_row(
         response_id if by_gateway and not has_parent else None,
         encoded,
     )
-
-
-def _field(number: int, payload: bytes) -> bytes:
-    """A length-delimited field of a protobuf message: tag, length as varint, payload."""
-    length, head = len(payload), (number << 3 | 2,)
-    if length < 0x4000:  # nearly all: one byte, or two
-        head += (length,) if length < 0x80 else (length & 0x7F | 0x80, length >> 7)
-        return bytes(head) + payload
-    varint = bytearray(head)
-    while length > 0x7F:
-        varint.append(length & 0x7F | 0x80)
-        length >>= 7
-    varint.append(length)
-    return bytes(varint) + payload
