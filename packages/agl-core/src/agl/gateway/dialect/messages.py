@@ -1,0 +1,217 @@
+"""Anthropic's Messages API (`/v1/messages`), asked as chat completions."""
+
+import json
+from collections.abc import Iterator
+from typing import Any, Final
+
+from agl.capture import Choice, Json
+from agl.gateway.dialect.translated import Translated, function_tool, text_of, tool_call
+from agl.gateway.refusal import Refusal, error_message
+from agl.gateway.wire import to_event
+
+_TAKEN: Final = frozenset(
+    {"model", "messages", "system", "stop_sequences", "tools", "tool_choice", "thinking", "metadata", "stream"}
+    | {"service_tier", "max_tokens"}
+)
+"""Fields that are translated, or say nothing to an engine; others go on as they are."""
+_UNKNOWN_TO_ENGINES: Final = ("mcp_servers", "container", "context_management")
+_STOP_REASONS: Final = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+_TOOL_CHOICES: Final = {"auto": "auto", "any": "required", "none": "none"}
+_ERROR_TYPES: Final = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+class Messages(Translated):
+    api = "/v1/messages"
+
+    def __init__(self, body: Json, model: str | None) -> None:
+        super().__init__(body, model)
+        self._thinks = (body.get("thinking") or {}).get("type", "disabled") != "disabled"
+        self._blocks = 0
+        self._open = ""
+        """What the block under way is: `text`, `thinking`, or the index of a tool call."""
+
+    def translate(self, body: Json) -> Json:
+        for name in _UNKNOWN_TO_ENGINES:
+            if body.get(name):
+                raise ValueError(f"{name} is not for engines; take it out")
+        system = [{"role": "system", "content": text_of(body["system"])}] if body.get("system") else []
+        turns = [turn for message in body["messages"] for turn in _turns(message)]
+        request = {name: value for name, value in body.items() if name not in _TAKEN}
+        request |= {"messages": system + turns}
+        if body.get("max_tokens") is not None:
+            request["max_tokens"] = body["max_tokens"]
+        if body.get("stop_sequences"):
+            request["stop"] = body["stop_sequences"]
+        if body.get("tools"):
+            request["tools"] = [self._tool(tool) for tool in body["tools"]]
+        return request | _tool_choice(body.get("tool_choice"))
+
+    def _tool(self, tool: Json) -> Json:
+        if "input_schema" not in tool:
+            raise ValueError(f"the tool {tool.get('name')!r} runs at a provider ({tool.get('type')}); offer your own")
+        return function_tool(tool["name"], tool.get("description"), tool["input_schema"])
+
+    # --- The answer ---------------------------------------------------------------------------------------------------
+
+    def whole(self, raw: bytes, answer: Json) -> bytes:
+        self.capture.add(answer)
+        self._note_stop(answer)
+        content = list(self._content(self.choice))
+        return json.dumps(self._message(content) | self._stop() | {"usage": self._usage()}).encode()
+
+    def delta(self, choice: Json, delta: Json) -> bytes:
+        self._note_stop({"choices": [choice]})
+        events = b"" if self._blocks or self._open else self._start()
+        if self._thinks and (thought := delta.get("reasoning_content") or delta.get("reasoning")):
+            events += self._block("thinking", {"type": "thinking", "thinking": "", "signature": ""})
+            events += self._delta({"type": "thinking_delta", "thinking": thought})
+        if text := delta.get("content"):
+            events += self._block("text", {"type": "text", "text": ""}) + self._delta(
+                {"type": "text_delta", "text": text}
+            )
+        for call in delta.get("tool_calls") or ():
+            function = call.get("function") or {}
+            start = {"type": "tool_use", "id": call.get("id"), "name": function.get("name"), "input": {}}
+            events += self._block(f"tool {call.get('index', 0)}", start)
+            if arguments := function.get("arguments"):
+                events += self._delta({"type": "input_json_delta", "partial_json": arguments})
+        return events
+
+    def end(self, done: bytes) -> bytes:
+        start = b"" if self._open else self._start()
+        last = {"type": "message_delta", "delta": self._stop(), "usage": self._usage()}
+        return start + self._close() + _event(last) + _event({"type": "message_stop"})
+
+    def _start(self) -> bytes:
+        self._open = "start"
+        usage = self._usage() | {"output_tokens": 0}
+        message = self._message([]) | {"stop_reason": None, "stop_sequence": None, "usage": usage}
+        return _event({"type": "message_start", "message": message})
+
+    def _block(self, kind: str, start: Json) -> bytes:
+        """The events that begin a block, unless it is under way."""
+        if kind == self._open:
+            return b""
+        closed = self._close()
+        self._open = kind
+        return closed + _event({"type": "content_block_start", "index": self._blocks, "content_block": start})
+
+    def _close(self) -> bytes:
+        if self._open in ("", "start"):
+            return b""
+        self._open = "start"
+        self._blocks += 1
+        return _event({"type": "content_block_stop", "index": self._blocks - 1})
+
+    def _delta(self, delta: Json) -> bytes:
+        return _event({"type": "content_block_delta", "index": self._blocks, "delta": delta})
+
+    def _message(self, content: list[Json]) -> Json:
+        head = {"id": self.capture.response_id, "type": "message", "role": "assistant"}
+        return head | {"model": self.body.get("model"), "content": content}
+
+    def _content(self, choice: Choice) -> Iterator[Json]:
+        if self._thinks and choice.reasoning:
+            yield {"type": "thinking", "thinking": choice.reasoning, "signature": ""}
+        if choice.text:
+            yield {"type": "text", "text": choice.text}
+        for call in choice.tool_calls:
+            yield {"type": "tool_use", "id": call.id, "name": call.name, "input": _arguments(call.arguments)}
+
+    _stopped_at: str | None = None
+
+    def _note_stop(self, part: Json) -> None:
+        """vLLM's `stop_reason` is the stop string that was met."""
+        for choice in part.get("choices") or ():
+            if isinstance(choice.get("stop_reason"), str):
+                self._stopped_at = choice["stop_reason"]
+
+    def _stop(self) -> Json:
+        reason = _STOP_REASONS.get(self.choice.finish_reason or "stop", "end_turn")
+        if reason == "end_turn" and self._stopped_at is not None:
+            reason = "stop_sequence"
+        return {"stop_reason": reason, "stop_sequence": self._stopped_at}
+
+    def _usage(self) -> Json:
+        read, written = self.tokens()
+        return {"input_tokens": read, "output_tokens": written}
+
+    # --- Errors -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def error_body(cls, refusal: Refusal) -> Json:
+        kind = _ERROR_TYPES.get(refusal.http_status, "api_error")
+        return {"type": "error", "error": {"type": kind, "message": str(refusal), "code": refusal.code}}
+
+    def error(self, refusal: Refusal) -> bytes:
+        return _event(self.error_body(refusal))
+
+    def refused(self, raw: bytes, status: int) -> bytes:
+        try:
+            message = error_message(json.loads(raw)["error"])
+        except (ValueError, TypeError, KeyError):
+            message = raw.decode(errors="replace")
+        return json.dumps(self.error_body(Refusal(status, str(status), message))).encode()
+
+
+def _event(data: Json) -> bytes:
+    return to_event(data, data["type"])
+
+
+def _turns(message: Json) -> Iterator[Json]:
+    """The chat messages of one message: results of tools stand alone there, and come first."""
+    role, content = message["role"], message["content"]
+    if isinstance(content, str):
+        yield {"role": role, "content": content}
+        return
+    for block in content:
+        if block["type"] == "tool_result":
+            yield {"role": "tool", "tool_call_id": block["tool_use_id"], "content": text_of(block.get("content"))}
+    calls = [
+        tool_call(block["id"], block["name"], json.dumps(block["input"]))
+        for block in content
+        if block["type"] == "tool_use"
+    ]
+    thoughts = "".join(block["thinking"] for block in content if block["type"] == "thinking")
+    parts = [_part(block) for block in content if block["type"] in ("text", "image")]
+    odd = {block["type"] for block in content} - {"text", "image", "tool_use", "tool_result", "thinking"}
+    if odd:
+        raise ValueError(f"engines know no content of type {', '.join(sorted(odd))}")
+    if parts or calls:
+        plain = all(part["type"] == "text" for part in parts)
+        said: Json = {"role": role, "content": (text_of(parts) or None) if plain else parts}
+        said |= {"tool_calls": calls} if calls else {}
+        yield said | ({"reasoning_content": thoughts} if thoughts else {})
+
+
+def _part(block: Json) -> Json:
+    if block["type"] == "text":
+        return {"type": "text", "text": block["text"]}
+    source = block["source"]
+    url = source["url"] if source["type"] == "url" else f"data:{source['media_type']};base64,{source['data']}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def _tool_choice(choice: Json | None) -> Json:
+    if not choice:
+        return {}
+    named = {"type": "function", "function": {"name": choice.get("name")}}
+    chosen: Json = {"tool_choice": named if choice["type"] == "tool" else _TOOL_CHOICES[choice["type"]]}
+    return chosen | ({"parallel_tool_calls": False} if choice.get("disable_parallel_tool_use") else {})
+
+
+def _arguments(text: str) -> Any:
+    """Arguments as an object; what is none, as a model may write it, under one key."""
+    try:
+        value = json.loads(text or "{}")
+    except ValueError:
+        return {"arguments": text}
+    return value if isinstance(value, dict) else {"arguments": value}

@@ -1,0 +1,126 @@
+"""Anthropic's Messages API on the wire; its own client is among the clients (`test_clients`)."""
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from agl import semconv
+from tests.core.fake_engine import WORDS
+from tests.gateway.serving import Setup, assert_tokens
+
+TOOL = {"name": "search", "description": "finds", "input_schema": {"type": "object"}}
+TEXT = "".join(WORDS)
+
+
+def post(setup: Setup, content: Any = "hi", **more: Any) -> httpx.Response:
+    body = {"model": "writer@3", "max_tokens": 9, "messages": [{"role": "user", "content": content}]} | more
+    return setup.post(body, "/v1/messages")
+
+
+def events(answer: httpx.Response) -> list[Any]:
+    found = [event.split("\n") for event in answer.text.strip().split("\n\n")]
+    data = [json.loads(line.removeprefix("data: ")) for _, line in found]
+    assert [f"event: {one['type']}" for one in data] == [name for name, _ in found]
+    return data
+
+
+def test_a_text_is_answered_and_recorded_with_ids(setup: Setup) -> None:
+    answer = post(setup, stop_sequences=["END"], top_k=3, metadata={"user_id": "u"})
+    assert answer.json() == {
+        "id": "chatcmpl-none",
+        "type": "message",
+        "role": "assistant",
+        "model": "writer@3",
+        "content": [{"type": "text", "text": TEXT}],
+        "stop_reason": "end_turn",
+        "stop_sequence": None,
+        "usage": {"input_tokens": 3, "output_tokens": 3},
+    }
+    assert_tokens(setup.span())
+    (sent,) = setup.engine.seen
+    assert (sent["stop"], sent["top_k"], sent["max_tokens"]) == (["END"], 3, 9)
+    assert not {"stop_sequences", "metadata"} & sent.keys()
+
+
+def test_a_stream_has_anthropics_events(setup: Setup) -> None:
+    data = events(post(setup, stream=True))
+    kinds = ["message_start", "content_block_start", *["content_block_delta"] * 3, "content_block_stop"]
+    assert [event["type"] for event in data] == [*kinds, "message_delta", "message_stop"]
+    assert data[0]["message"]["usage"] == {"input_tokens": 3, "output_tokens": 0}
+    assert "".join(event["delta"]["text"] for event in data[2:5]) == TEXT
+    assert data[-2]["delta"] == {"stop_reason": "end_turn", "stop_sequence": None}
+    assert data[-2]["usage"]["output_tokens"] == 3
+    assert_tokens(setup.span())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_is_used(setup: Setup, stream: bool) -> None:
+    answer = post(setup, "TOOL", tools=[TOOL], tool_choice={"type": "tool", "name": "search"}, stream=stream)
+    if stream:
+        start, delta, stop, message, _ = events(answer)[1:]
+        assert start["content_block"] == {"type": "tool_use", "id": "call_1", "name": "search", "input": {}}
+        assert json.loads(delta["delta"]["partial_json"]) == {"x": 1}
+        assert (start["index"], stop["index"], message["delta"]["stop_reason"]) == (0, 0, "tool_use")
+    else:
+        (block,) = answer.json()["content"]
+        assert block == {"type": "tool_use", "id": "call_1", "name": "search", "input": {"x": 1}}
+    (sent,) = setup.engine.seen
+    function = {"name": "search", "description": "finds", "parameters": {"type": "object"}}
+    assert sent["tools"] == [{"type": "function", "function": function}]
+    assert sent["tool_choice"] == {"type": "function", "function": {"name": "search"}}
+
+
+def test_a_conversation_is_sent_as_chat_messages(setup: Setup) -> None:
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "xx"}}
+    result = {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "a mug"}]}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "what?"}, image]},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "hm", "signature": ""},
+                {"type": "text", "text": "looking"},
+                {"type": "tool_use", "id": "c1", "name": "search", "input": {"q": 1}},
+            ],
+        },
+        {"role": "user", "content": [result, {"type": "text", "text": "hi"}]},
+    ]
+    assert post(setup, messages=messages, system=[{"type": "text", "text": "be brief"}]).status_code == 200
+    call = {"id": "c1", "type": "function", "function": {"name": "search", "arguments": '{"q": 1}'}}
+    shown = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,xx"}}]
+    assert setup.engine.seen[0]["messages"] == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": shown},
+        {"role": "assistant", "content": "looking", "tool_calls": [call], "reasoning_content": "hm"},
+        {"role": "tool", "tool_call_id": "c1", "content": "a mug"},
+        {"role": "user", "content": "hi"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"mcp_servers": [{}]}, "mcp_servers is not for engines"),
+        ({"tools": [{"type": "web_search_20250305", "name": "web"}]}, "the tool 'web' runs at a provider"),
+        ({"content": [{"type": "document"}]}, "engines know no content of type document"),
+        ({"messages": 3}, "not of the right form"),
+    ],
+)
+def test_what_has_no_chat_completion_is_refused(setup: Setup, more: dict[str, Any], said: str) -> None:
+    answer = post(setup, **more)
+    assert answer.status_code == 400
+    assert answer.json()["type"] == "error"
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert said in answer.json()["error"]["message"]
+    assert setup.engine.seen == []
+
+
+def test_errors_are_anthropics(setup: Setup) -> None:
+    answer = post(setup, model="nobody")
+    assert (answer.status_code, answer.json()["error"]["type"]) == (404, "not_found_error")
+    assert "`nobody` does not exist" in answer.json()["error"]["message"]
+    last = events(post(setup, "BREAK", stream=True))[-1]
+    assert last["type"] == "error" and "broke off" in last["error"]["message"]
+    assert setup.store.appended[-1].text(semconv.ERROR_TYPE) == "engine_error"
