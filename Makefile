@@ -1,7 +1,8 @@
-# make demo   train the SQL agent of examples/sql_agent, and show that it got better
-# make test   lint, types and tests, as CI runs them
+# make demo        train the SQL agent of examples/sql_agent, and show that it got better
+# make test        lint, types and tests
+# make test-vllm   the tests with real vLLM, which they install in an environment of its own; CI runs both
 #
-# Both set up .venv first; the next time nothing is installed that is there.
+# All set up .venv first; the next time nothing is installed that is there.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +12,7 @@ REQUIREMENTS := $(wildcard packages/*/pyproject.toml) examples/requirements.txt 
 # Debian packages of the servers and clients that the tests run, each with a program of it.
 SERVERS := postgresql:initdb redis-server:redis-server nodejs:node npm:npm default-jre-headless:java
 
-.PHONY: demo test servers
+.PHONY: demo test test-vllm servers
 
 demo: .venv/installed
 	$(BIN)/agl demo
@@ -21,6 +22,9 @@ test: .venv/installed-dev servers
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/pytest
+
+test-vllm: .venv/installed-dev
+	$(BIN)/pytest tests/vllm
 
 servers:
 	@PATH="$$PATH:/usr/sbin:$$(echo /usr/lib/postgresql/*/bin | tr ' ' ':')"; missing=; \

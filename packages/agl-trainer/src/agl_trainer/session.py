@@ -1,18 +1,22 @@
 """All that runs during a training: store, policy, engine, gateway, collector and the agents' runner."""
 
+import functools
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import urllib3
 from starlette.types import ASGIApp
 from transformers.utils.logging import disable_progress_bar
 
 import agl
-from agl.config import Config, TrainConfig
-from agl.errors import ConfigError
+from agl.config import Config, GatewayConfig, TrainConfig, UpstreamConfig
+from agl.errors import ConfigError, TrainingError
+from agl.gateway.engine import read_key
 from agl.server import ServerThread
 from agl.store import Store, open_store
 from agl_trainer.engine.api import engine_app
@@ -24,8 +28,28 @@ from agl_trainer.policy import Policy
 from agl_trainer.reference import load_function
 from agl_trainer.runner import Runner
 from agl_trainer.tiny import build_tiny_model
+from agl_trainer.vllm.engine import VllmEngine
+from agl_trainer.vllm.server import VllmServer
 
-TINY = "tiny"
+TINY, LOCAL = "tiny", "local"
+_DRAIN_S = 60.0
+
+
+class Engine(Protocol):
+    """What samples for the rollouts of a training."""
+
+    @property
+    def tokens_sampled(self) -> int | None:
+        """Since it was opened; None: it does not tell."""
+        ...
+
+    def make_live(self) -> None:
+        """From here on answer by the present weights. Raises TrainingError where it does not."""
+        ...
+
+    def paused(self) -> AbstractContextManager[None]:
+        """The time in which weights may change."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +61,7 @@ class Session:
     store: Store
     policy: Policy
     template: ChatTemplate
-    scheduler: Scheduler
+    engine: Engine
     runner: Runner
     server: ServerThread
 
@@ -49,17 +73,13 @@ def open_session(config: Config) -> Iterator[Session]:
     Raises AglError for whatever cannot start: the store, the model, a function that the configuration names.
     """
     train = config.require_train()
-    if config.gateway.upstream != "local":
-        raise ConfigError(
-            f"gateway.upstream is {config.gateway.upstream!r}; training updates the in-process engine: set it to local"
-        )
     agent = load_function(train.agent, "train.agent")
     reward = load_function(train.reward, "train.reward") if train.reward else None
     with ExitStack() as stack:
         store = open_store(config.store_uri)
         stack.callback(store.close)
-        policy, scheduler, app = stack.enter_context(open_engine(config))
-        server = stack.enter_context(_serve(config, store, app))
+        open_serving = _serve_vllm if config.engine.kind == "vllm" else _serve_local
+        policy, engine, server = stack.enter_context(open_serving(config, store))
         stack.enter_context(_environment(OPENAI_BASE_URL=f"{server.base_url}/v1", OPENAI_API_KEY="agl"))
         agl.init(endpoint=server.otlp_url, reward_weights=config.rewards)
         stack.callback(agl.shutdown)
@@ -73,29 +93,57 @@ def open_session(config: Config) -> Iterator[Session]:
             timeout_s=train.timeout_s,
         )
         stack.enter_context(runner)
-        template = ChatTemplate(policy.tokenizer)
-        yield Session(config, train, store, policy, template, scheduler, runner, server)
+        yield Session(config, train, store, policy, ChatTemplate(policy.tokenizer), engine, runner, server)
 
 
 @contextmanager
 def open_engine(config: Config) -> Iterator[tuple[Policy, Scheduler, ASGIApp]]:
     """The policy with fresh adapters, the scheduler that samples from it, and its OpenAI-compatible app."""
     train = config.require_train()
-    disable_progress_bar()  # the line of `progress` is the only one that moves
-    model, tokenizer = load_model(_model_folder(config, train))
-    check_supported(model.config, config.engine.max_model_len)
-    use_bfloat16_products(model)
-    policy = Policy(model, tokenizer, config.agent_roles.roles, base_name=Path(train.model).name, seed=train.seed)
+    policy = _open_policy(config, train)
     max_batch = 1 if train.deterministic else config.engine.max_batch
     with Scheduler(policy, max_batch=max_batch, max_model_len=config.engine.max_model_len) as scheduler:
         app = engine_app(
             scheduler,
-            tokenizer,
+            policy.tokenizer,
             served_name=policy.base_name,
             max_model_len=config.engine.max_model_len,
             default_max_tokens=train.max_tokens,
         )
         yield policy, scheduler, app
+
+
+def _open_policy(config: Config, train: TrainConfig) -> Policy:
+    disable_progress_bar()  # the line of `progress` is the only one that moves
+    model, tokenizer = load_model(_model_folder(config, train))
+    check_supported(model.config, config.engine.max_model_len)
+    use_bfloat16_products(model)
+    return Policy(model, tokenizer, config.agent_roles.roles, base_name=Path(train.model).name, seed=train.seed)
+
+
+@contextmanager
+def _serve_local(config: Config, store: Store) -> Iterator[tuple[Policy, Engine, ServerThread]]:
+    if config.gateway.upstream != LOCAL or config.gateway.engines:
+        raise ConfigError(
+            "gateway names an engine, but engine.kind is local: training updates the in-process engine. Leave "
+            "gateway.upstream and gateway.engines out, or set `engine: vllm` if that is what they name"
+        )
+    with open_engine(config) as (policy, scheduler, app), _serve(config, config.gateway, store, app) as server:
+        yield policy, scheduler, server
+
+
+@contextmanager
+def _serve_vllm(config: Config, store: Store) -> Iterator[tuple[Policy, Engine, ServerThread]]:
+    train = config.require_train()
+    engines = config.gateway.engines or [UpstreamConfig(url=config.gateway.upstream)]
+    gateway = config.gateway.model_copy(update={"engines": engines})
+    with ExitStack() as stack:
+        servers = [stack.enter_context(VllmServer(engine.url, read_key(engine))) for engine in engines]
+        policy = _open_policy(config, train)
+        server = stack.enter_context(_serve(config, gateway, store, None))
+        folder = Path(train.output_dir) / "adapters"
+        route = functools.partial(_route, server.base_url)
+        yield policy, VllmEngine(servers, policy, folder, tolerance=config.engine.tolerance, route=route), server
 
 
 def load_list(reference: str, key: str) -> list[Any]:
@@ -107,10 +155,27 @@ def load_list(reference: str, key: str) -> list[Any]:
     return items
 
 
-def _serve(config: Config, store: Store, app: ASGIApp) -> ServerThread:
+def _serve(config: Config, gateway: GatewayConfig, store: Store, app: ASGIApp | None) -> ServerThread:
     train = config.require_train()
     overrides = {"train": {"temperature": train.temperature}, "eval": {"temperature": train.eval_temperature}}
-    return ServerThread(store, port=0, otlp_http_port=0, upstream=app, gateway=config.gateway, overrides=overrides)
+    return ServerThread(store, port=0, otlp_http_port=0, upstream=app, gateway=gateway, overrides=overrides)
+
+
+def _route(gateway: str, role: str, name: str) -> None:
+    """Have calls to `role` answered by `name` from here on. Waits for those under way, which the version before
+    answers; what arrives meanwhile is asked to come again.
+    """
+
+    def ask(method: str, path: str, body: Mapping[str, Any]) -> None:
+        response = urllib3.request(method, f"{gateway}/api/gateway{path}", json=body, timeout=_DRAIN_S + 10)
+        if response.status != HTTPStatus.OK:
+            raise TrainingError(f"the gateway refused {path}: {response.status} {response.data.decode()}")
+
+    ask("POST", "/pause", {"drain_s": _DRAIN_S})
+    try:
+        ask("PUT", f"/models/{role}", {"model": name})
+    finally:
+        ask("POST", "/resume", {})
 
 
 def _model_folder(config: Config, train: TrainConfig) -> Path:

@@ -234,13 +234,14 @@ class Trainer:
         return Rollout(free, task, group_id=group_id, mode=mode)
 
     def _run(self, rollouts: Sequence[Rollout], *, counts_steps: bool = False) -> list[Outcome]:
-        scheduler, started, left = self.session.scheduler, time.monotonic(), len(rollouts)
-        before = scheduler.tokens_sampled
+        engine, started, left = self.session.engine, time.monotonic(), len(rollouts)
+        engine.make_live()
+        before = engine.tokens_sampled
 
         def on_done(_: Outcome) -> None:
             nonlocal left
             left -= 1
-            speed = (scheduler.tokens_sampled - before) / (time.monotonic() - started)
+            speed = (engine.tokens_sampled - before) / (time.monotonic() - started) if before is not None else None
             done = {"step": len(rollouts) - left} if counts_steps else {}
             self._progress.update(tokens_per_s=speed, waiting_for=f"{left} of {len(rollouts)} rollouts", **done)
 
@@ -269,7 +270,7 @@ class Trainer:
     @contextmanager
     def _weights(self) -> Iterator[None]:
         """The time in which weights may change: nothing samples."""
-        with self.session.scheduler.paused(), self.session.policy.lock:
+        with self.session.engine.paused(), self.session.policy.lock:
             yield
 
     def _log(self, metrics: Mapping[str, float]) -> None:
@@ -314,12 +315,13 @@ class Trainer:
         prune(checkpoints, keep=_CHECKPOINTS_KEPT)
 
     def _publish(self) -> None:
-        """Write each role's adapter to `adapters/<role>@<n>` and tell the store: what `agl serve` serves."""
+        """Write each role's adapter to `adapters/<role>@<n>` and tell store and engine: what is served."""
         policy = self.session.policy
         for role in policy.roles:
             folder = self.folder / "adapters" / policy.version_name(role)
             save_adapter(folder, policy.adapter(role), policy.adapter_config(role))
             self.session.store.put_resource(Resource(role, policy.versions[role], str(folder.resolve())))
+        self.session.engine.make_live()
 
     def _resume(self) -> None:
         state = load_latest(self.folder / "checkpoints")

@@ -20,7 +20,7 @@ class Engine:
         self.answers = True
         """False from a failure to talk to it until it lists its models again."""
         self._models = frozenset(config.models)
-        self._key = _read_key(config)
+        self._key = read_key(config)
 
     def serves(self, model: str) -> bool:
         """Whether `model`, any version of it, is among those it is configured to serve; without such a list all are."""
@@ -34,7 +34,8 @@ class Engine:
         return kept | {"authorization": f"Bearer {self._key}"}
 
 
-def _read_key(config: UpstreamConfig) -> str | None:
+def read_key(config: UpstreamConfig) -> str | None:
+    """The engine's key. Raises ConfigError where the environment variable that holds it is not set."""
     if config.key_env is None:
         return None
     key = os.environ.get(config.key_env, "").strip()

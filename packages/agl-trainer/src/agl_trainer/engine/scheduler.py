@@ -152,6 +152,9 @@ class Scheduler:
             self._wake.notify()
         return sequence
 
+    def make_live(self) -> None:
+        """Nothing to do: what it samples from are the very weights that are trained."""
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Wait for running sequences to end, then hold new ones back: the time to update weights.

@@ -1,0 +1,75 @@
+"""What a training asks of a vLLM server, over HTTP."""
+
+from collections.abc import Sequence
+from http import HTTPStatus
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import urllib3
+from torch import Tensor
+
+from agl.errors import TrainingError
+
+_TIMEOUT_S = 300.0
+"""A CPU takes its time over a prompt, and loads an adapter for the first time in seconds."""
+
+
+class VllmServer:
+    """The server at `url`, which ends in `/v1`. Every verb raises TrainingError where it cannot be reached or refuses.
+
+    It has to run with `--enable-lora`, `--max-lora-rank` of at least the largest `lora_r`, `--max-loras` of at least
+    twice the number of roles, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment.
+    """
+
+    def __init__(self, url: str, key: str | None = None) -> None:
+        self.url = url.rstrip("/")
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._pool = urllib3.PoolManager(headers=headers, timeout=_TIMEOUT_S, retries=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._pool.clear()
+
+    def models(self) -> list[str]:
+        """The base model by the name it is served under, and every adapter that is loaded."""
+        return [str(model["id"]) for model in self._ask("GET", "models").json()["data"]]
+
+    def load(self, name: str, folder: Path) -> None:
+        """Serve the PEFT adapter in `folder`, a path that the server can read, as `name`."""
+        self._ask("POST", "load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())})
+
+    def unload(self, name: str) -> None:
+        self._ask("POST", "unload_lora_adapter", {"lora_name": name})
+
+    def prompt_logprobs(self, model: str, token_ids: Sequence[int]) -> Tensor:
+        """[N - 1] float32: the logprob under `model` of each of `token_ids` but the first, given those before it."""
+        body = {"model": model, "prompt": list(token_ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        (choice,) = self._ask("POST", "completions", body).json()["choices"]
+        rows = choice.get("prompt_logprobs")
+        if not rows or len(rows) != len(token_ids):
+            raise TrainingError(
+                f"{self.url} answered without prompt_logprobs, by which adapters are proved; is it vLLM?"
+            )
+        return torch.tensor([row[str(token)]["logprob"] for row, token in zip(rows[1:], token_ids[1:], strict=True)])
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> urllib3.BaseHTTPResponse:
+        try:
+            response = self._pool.request(method, f"{self.url}/{path}", json=body)
+        except urllib3.exceptions.HTTPError as error:
+            raise TrainingError(f"vLLM at {self.url} does not answer ({error}); start it, or mend the URL") from error
+        said = response.data[:500].decode(errors="replace")
+        if response.status == HTTPStatus.NOT_FOUND and path.endswith("lora_adapter"):
+            raise TrainingError(
+                f"{self.url} knows no /{path}: start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True "
+                f"(it answered {said})"
+            )
+        # A redirect too: the key is for this server.
+        if response.status != HTTPStatus.OK:
+            raise TrainingError(f"vLLM at {self.url} refused /{path}: {response.status} {said}")
+        return response
