@@ -1,9 +1,10 @@
-"""Ports of loopback for servers of the tests."""
+"""Ports for servers of the tests."""
 
 import socket
 
 
 def free_port() -> int:
-    """One that nothing listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+    """One that nothing has, on any address of this machine: several servers may take it, each on one of its own."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

@@ -26,6 +26,7 @@ from agl.config import CollectorConfig, TlsConfig
 from agl.errors import StoreError, TransitionError, UnknownIdError
 from agl.server import AppThread, ServerThread
 from agl.store import AttemptState, Resource, Rollout, Store, open_store
+from tests.ports import free_port
 from tests.store.spans import make_span
 
 LIMIT = 100_000
@@ -204,11 +205,6 @@ def test_a_server_that_is_away_for_a_moment_is_waited_for() -> None:
             remote.enqueue_rollouts([Rollout("late", 1)])
             assert store.get_rollout("late") is not None
             waiter.join()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 def serve_once(api: Api, remote: HttpStore) -> None:

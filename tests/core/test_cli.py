@@ -23,6 +23,7 @@ from agl.store import AttemptState, Rollout, open_store
 from agl.trajectory import build_trajectory
 from tests.core.fake_engine import FakeEngine
 from tests.core.span_maker import chat, gateway_call, reward, span
+from tests.ports import free_port
 
 AGL = Path(sys.executable).with_name("agl")
 COMMANDS = [
@@ -419,11 +420,6 @@ def test_serve_names_a_port_in_use_and_a_wrong_upstream() -> None:
 
 
 # --- doctor ---------------------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 def doctor(*arguments: str, path: Path | None = None) -> tuple[int, dict[str, dict[str, Any]]]:

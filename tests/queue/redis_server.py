@@ -1,6 +1,5 @@
 """Real Redis servers on free ports of loopback, with an append-only file that is flushed before each answer."""
 
-import socket
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,14 +7,10 @@ from pathlib import Path
 from redis import Redis
 from redis.exceptions import RedisError
 
+from tests.ports import free_port
 from tests.waiting import wait_until
 
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 @dataclass

@@ -11,9 +11,10 @@ import pytest
 
 from agl.queue import SpanQueue, WriterPool
 from tests.load import SPANS, Load, check
+from tests.ports import free_port
 from tests.queue.collecting import collecting, make_rows, numbers_in
 from tests.queue.conftest import NewConfig
-from tests.queue.redis_server import DURABLE, RedisServer, free_port
+from tests.queue.redis_server import DURABLE, RedisServer
 from tests.waiting import wait_until
 
 

