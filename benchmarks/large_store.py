@@ -84,8 +84,8 @@ def main() -> None:
             took = [read(store, names) for _ in range(_READS)]
     wall_ms, cpu_ms = (median(column) for column in zip(*took, strict=True))
     print(
-        f"\n{_ROLLOUTS} rollouts of {_CALLS} calls as trajectories: {took[0][0]:.0f} ms the first time, in the median of"
-        f" {_READS} {wall_ms:.0f} ms, {cpu_ms:.0f} ms of CPU."
+        f"\n{_ROLLOUTS} rollouts of {_CALLS} calls as trajectories: {took[0][0]:.0f} ms the first time, in the median"
+        f" of {_READS} {wall_ms:.0f} ms, {cpu_ms:.0f} ms of CPU."
     )
 
 

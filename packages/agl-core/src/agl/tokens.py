@@ -7,6 +7,9 @@ tools write them.
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
+from typing import Final
+
+ID_BYTES: Final = 4
 
 
 def pack_ids(ids: Iterable[int]) -> bytes:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from agl.tokens import pack_ids
+from agl.tokens import ID_BYTES, pack_ids
 from agl.trajectory.call import Call
 from agl.trajectory.reward import Reward, last_reward
 
@@ -85,7 +85,7 @@ class _Node:
         self.ids = [*(call.prompt_ids or ()), *(call.response_ids or ())]
         self.prompt_length = len(call.prompt_ids or ())
         self.context = pack_ids(self.ids)
-        self.prompt = self.context[: len(pack_ids(call.prompt_ids or ()))]
+        self.prompt = self.context[: self.prompt_length * ID_BYTES]
 
     @property
     def policy(self) -> tuple[str, str | None]:
