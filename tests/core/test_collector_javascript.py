@@ -1,9 +1,7 @@
 """The collector as the exporters of OpenTelemetry's JavaScript SDK meet it. Needs node and npm."""
 
-import fcntl
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,26 +11,17 @@ import pytest
 
 from agl.server import ServerThread
 from tests.core.collecting import RefusingStore, collecting
+from tests.node import folder_with
 
 SOURCE = Path(__file__).parent / "javascript"
-FOLDER = Path(__file__).parents[2] / "build" / "javascript"
 
 Collecting = tuple[RefusingStore, ServerThread]
 
 
 @pytest.fixture(scope="session")
 def exporters() -> Path:
-    """A folder, below build/, with the script and what it requires; installed anew when the requirements change."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with (FOLDER.parent / "javascript.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several test runs may share the folder
-        wanted, installed = (SOURCE / "package.json").read_text(), FOLDER / "installed.json"
-        if not installed.exists() or installed.read_text() != wanted:
-            shutil.copy(SOURCE / "package.json", FOLDER)
-            subprocess.run(["npm", "install", "--no-audit", "--no-fund", "--loglevel=error"], cwd=FOLDER, check=True)
-            installed.write_text(wanted)
-        shutil.copy(SOURCE / "export.js", FOLDER)
-    return FOLDER
+    """A folder with the script and what it requires."""
+    return folder_with("javascript", SOURCE)
 
 
 @pytest.fixture(scope="module")
