@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import json
 import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
@@ -12,12 +13,20 @@ import httpx2
 from autogen_agentchat.agents import AssistantAgent, SocietyOfMindAgent
 from autogen_agentchat.conditions import TextMentionTermination
 from autogen_agentchat.messages import ModelClientStreamingChunkEvent
-from autogen_agentchat.teams import DiGraphBuilder, GraphFlow, RoundRobinGroupChat, SelectorGroupChat, Swarm
+from autogen_agentchat.teams import (
+    DiGraphBuilder,
+    GraphFlow,
+    MagenticOneGroupChat,
+    RoundRobinGroupChat,
+    SelectorGroupChat,
+    Swarm,
+)
 from autogen_core import CancellationToken, SingleThreadedAgentRuntime
 from autogen_core.models import CreateResult, ModelInfo, UserMessage
 from autogen_core.tools import FunctionTool
 from autogen_ext.models.openai import OpenAIChatCompletionClient
 from autogen_ext.models.replay import ReplayChatCompletionClient
+from autogen_ext.tools.mcp import McpWorkbench
 from openai import DefaultAsyncHttpxClient
 from opentelemetry import trace
 from opentelemetry.instrumentation.utils import suppress_instrumentation
@@ -29,6 +38,7 @@ from agl.store import open_store
 from agl.trajectory import build_trajectory
 from benchmarks.situations.desk import TRACER, Desk, Situations, expect
 from benchmarks.situations.recording import has_ids, is_error, says
+from tests.autogen.test_mcp import SERVER
 from tests.core.fake_engine import FakeEngine, token_id
 from tests.vllm_server import PROMPT_IDS, TOKEN_IDS
 
@@ -144,6 +154,19 @@ def society_of_mind(desk: Desk) -> Any:
     return RoundRobinGroupChat([SocietyOfMindAgent("society", inner, chat(desk))], max_turns=1)
 
 
+def magentic_one(desk: Desk) -> Any:
+    """Its orchestrator asks for facts, a plan and the ledger, and then for the answer: the ledger says it is done."""
+    desk.server.words = (json.dumps({name: {"reason": "so", "answer": answer} for name, answer in _LEDGER.items()}),)
+    return MagenticOneGroupChat([AssistantAgent("executor", chat(desk))], chat(desk))
+
+
+_LEDGER = {
+    "is_request_satisfied": True,
+    "is_progress_being_made": True,
+    "is_in_loop": False,
+    "instruction_or_question": "Look it up.",
+    "next_speaker": "executor",
+}
 _SAYS_END = TextMentionTermination("TERMINATE")
 _WORDS = ("Seven", " mugs", " TERMINATE")
 
@@ -156,7 +179,10 @@ async def one_trace(desk: Desk, way: Any) -> None:
     expect(len(recording.tools) >= 1, "the tool call is not recorded")
 
 
-@SITUATIONS.row("so are the runs of other teams", [swarm, selector, graph_flow, nested, society_of_mind])
+OTHER_TEAMS = [swarm, selector, graph_flow, nested, society_of_mind, magentic_one]
+
+
+@SITUATIONS.row("so are the runs of other teams", OTHER_TEAMS)
 async def other_teams(desk: Desk, make: Any) -> None:
     try:
         team = ready(desk, make(desk))
@@ -164,7 +190,7 @@ async def other_teams(desk: Desk, make: Any) -> None:
     finally:
         desk.server.words = _WORDS
     await desk.settled()
-    expect_one_trace(desk, calls=2)
+    expect_one_trace(desk, calls=4 if make is magentic_one else 2)
 
 
 @SITUATIONS.row("so is a run with the spans of AutoGen's message bus", WAYS)
@@ -192,6 +218,20 @@ async def own_runtime(desk: Desk) -> None:
     expect(traces == {around.get_span_context().trace_id}, f"{len(traces)} traces, or one that is not the caller's")
 
 
+@SITUATIONS.row("a team whose state was saved and loaded in between has one trace for each run")
+async def saved_and_loaded(desk: Desk) -> None:
+    before, after = pair(desk), pair(desk)
+    desk.server.seen.clear()
+    await before.run(task=ASK)
+    await after.load_state(await before.save_state())
+    await after.run(task=ASK)
+    recording = await desk.settled()
+    expect(recording.open == 0, f"{recording.open} of {recording.started} spans never end")
+    made = len(desk.server.seen)
+    expect(made > 3 and len(recording.calls) == made, f"{len(recording.calls)} model calls recorded, {made} made")
+    expect(len(recording.roots) == 2, f"{len(recording.roots)} spans have no parent, expected 2")
+
+
 @SITUATIONS.row("a model call hangs under the turn of the agent that made it", WAYS)
 async def under_its_turn(desk: Desk, way: Any) -> None:
     await way(desk)
@@ -204,6 +244,17 @@ async def under_its_turn(desk: Desk, way: Any) -> None:
 
 def _is_turn_of(span: ReadableSpan, agent: str) -> bool:
     return agent in span.name or says(span, agent)
+
+
+@SITUATIONS.row("a call of a tool of an MCP server hangs under the turn that makes it")
+async def mcp_tool(desk: Desk) -> None:
+    async with McpWorkbench(SERVER) as warehouse:
+        executor = ready(desk, AssistantAgent("executor", chat(desk), workbench=warehouse))
+        await executor.run(task=ASK)
+    recording = await desk.settled()
+    expect(len(recording.tools) >= 1, "it is not recorded")
+    for tool in recording.tools:
+        expect(any(_is_turn_of(span, "executor") for span in recording.above(tool)), "above it is no turn")
 
 
 class EchoClient(ReplayChatCompletionClient):

@@ -10,8 +10,10 @@ from contextvars import Context
 from typing import Annotated, Any, TypedDict
 
 import httpx2
+from anyio.from_thread import start_blocking_portal
+from langchain_anthropic import ChatAnthropic
 from langchain_core.documents import Document
-from langchain_core.messages import AIMessage
+from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.retrievers import BaseRetriever
@@ -34,6 +36,7 @@ from benchmarks.situations.desk import TRACER, Desk, Situations, expect
 from benchmarks.situations.recording import has_ids, is_error, says
 from tests.core.fake_engine import FakeEngine, token_id
 from tests.langchain.agents import STOCK, two_async_roles, two_roles
+from tests.langchain.anthropic_server import running_anthropic
 from tests.langchain.modes import ASYNC_MODES, MODES, Mode, ainvoke, astream, invoke, stream
 from tests.vllm_server import PROMPT_IDS, TOKEN_IDS
 
@@ -515,6 +518,18 @@ async def usage(desk: Desk, way: Mode) -> None:
     expect(says(call, "stop"), "it does not say its finish reason")
 
 
+@SITUATIONS.row("so does a call of a model that is not OpenAI's: Anthropic's", ALL)
+async def other_model(desk: Desk, way: Mode) -> None:
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(running_anthropic()) as server:
+        model = ChatAnthropic(model_name="claude-tiny", base_url=server.base_url, api_key="none", max_retries=0)  # type: ignore[call-arg]
+        await way(model, ASK, config(desk))
+    recording = await desk.settled()
+    calls = [call for call in recording.calls if not call.name.startswith("anthropic.")]  # those are Anthropic's own
+    expect(len(calls) == 1, f"{len(calls)} model calls recorded, 1 made")
+    for text in (ASK, "Seven mugs", "claude-tiny", "end_turn", "11"):
+        expect(says(calls[0], text), f"it does not say {text!r}")
+
+
 @SITUATIONS.row("a model call names the node that made it", ALL)
 async def role(desk: Desk, way: Mode) -> None:
     await way(agent_for(way, chat(desk)), QUESTION, config(desk))
@@ -555,6 +570,18 @@ async def ids_without_a_gateway(desk: Desk, way: Mode) -> None:
     await way(desk.switched.capture(model), ASK, config(desk))
     (call,) = (await desk.settled()).calls
     expect(has_ids(call, PROMPT_IDS) and has_ids(call, TOKEN_IDS), "it has not")
+
+
+@SITUATIONS.row("so has each of several that one `agenerate` makes, streaming or not")
+async def ids_of_one_generate(desk: Desk) -> None:
+    for streaming in (False, True):
+        desk.recording.clear()
+        model = chat(desk, logprobs=True, extra_body={"return_token_ids": True}, streaming=streaming)
+        asked: list[Any] = [[HumanMessage("one")], [HumanMessage("two")]]
+        await desk.switched.capture(model).agenerate(asked, callbacks=config(desk).get("callbacks"))
+        calls = (await desk.settled()).calls
+        have = [call for call in calls if has_ids(call, PROMPT_IDS) and has_ids(call, TOKEN_IDS)]
+        expect(len(have) == 2, f"{len(have)} of 2 have")
 
 
 # ------------------------------------------------------------------ off

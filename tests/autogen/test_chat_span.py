@@ -27,6 +27,7 @@ from opentelemetry import trace
 from opentelemetry.trace import SpanKind
 
 from tests.autogen.conftest import MODEL_INFO
+from tests.autogen.scripted import says
 from tests.autogen.span_tree import attributes, only, tree
 from tests.vllm_server import LOGPROBS, PROMPT_IDS, TOKEN_IDS
 
@@ -255,3 +256,11 @@ async def test_the_function_calls_of_autogen_are_tool_calls(spans):
 
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+
+
+async def test_text_that_utf8_cannot_carry_is_escaped_and_not_lost(spans):
+    half = "\ud83d"  # half of an emoji, as a model that is cut off writes it
+    await says("Seven.").create([UserMessage(content=f"How many {half}?", source="user")])
+    said = str(attributes(only(spans.get_finished_spans(), "chat"))["gen_ai.input.messages"])
+    assert said.isascii()
+    assert json.loads(said)[0]["parts"][0]["content"] == f"How many {half}?"

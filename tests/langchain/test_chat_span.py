@@ -1,15 +1,17 @@
 """Attributes of a model call's span, by exact name, type and value, in every mode."""
 
 import json
+from datetime import datetime
 
 import pytest
 from langchain_core.language_models import FakeListChatModel, FakeListLLM
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
-from langchain_core.tools import tool
+from langchain_core.tools import StructuredTool, tool
 from langchain_openai import OpenAI
 from openai import BadRequestError
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
+from pydantic import BaseModel
 
 from agl_langchain import AglCallbackHandler
 from tests.autogen.span_tree import attributes, only
@@ -21,6 +23,13 @@ QUESTION = [SystemMessage("Be brief."), HumanMessage("How many mugs?")]
 ANSWER = [
     {"role": "assistant", "parts": [{"type": "text", "content": "Seven mugs TERMINATE"}], "finish_reason": "stop"}
 ]
+
+
+class Asked(BaseModel):
+    """What of which day is asked."""
+
+    at: datetime
+    of: dict[str, int]
 
 
 @tool
@@ -192,3 +201,23 @@ def test_streams_read_in_turn_have_each_its_own_id(
     asked = {seen.body["model"]: seen.response_id for seen in server.seen}
     for name, response_id in asked.items():
         assert attributes(only(instrumented.get_finished_spans(), f"chat {name}"))["gen_ai.response.id"] == response_id
+
+
+def test_text_that_utf8_cannot_carry_is_escaped_and_not_lost(spans: InMemorySpanExporter) -> None:
+    half = "\ud83d"  # half of an emoji, as a model that is cut off writes it
+
+    FakeListChatModel(responses=["Seven."]).invoke(f"How many {half}?", {"callbacks": [AglCallbackHandler()]})
+
+    said = str(attributes(only(spans.get_finished_spans(), "chat"))["gen_ai.input.messages"])
+    assert said.isascii() and json.loads(said)[0]["parts"][0]["content"] == f"How many {half}?"
+
+
+def test_arguments_that_plain_json_does_not_know_are_written(spans: InMemorySpanExporter) -> None:
+    huge, asked = 2**70, datetime(2026, 1, 2, 3, 4)
+    count = StructuredTool.from_function(lambda **_: {1: huge}, name="count", description="Counts.", args_schema=Asked)
+
+    count.invoke({"at": asked, "of": {"huge": huge}}, {"callbacks": [AglCallbackHandler()]})
+
+    found = attributes(only(spans.get_finished_spans(), "execute_tool count"))
+    assert json.loads(str(found["gen_ai.tool.call.arguments"])) == {"at": "2026-01-02 03:04:00", "of": {"huge": huge}}
+    assert json.loads(str(found["gen_ai.tool.call.result"])) == {"1": huge}

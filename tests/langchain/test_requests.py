@@ -2,10 +2,12 @@
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 from urllib.parse import unquote
 
 import pytest
+from langchain_core.callbacks import AsyncCallbackHandler
 from langchain_core.messages import HumanMessage
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 from langchain_openai import OpenAI
@@ -140,6 +142,30 @@ async def test_requests_of_one_generate_are_not_joined_with_each_others_calls(
     assert {carried(seen)["agl.role"] for seen in server.seen} == {"asker"}
     ids = {attributes(span)["gen_ai.response.id"] for span in named(spans, "chat tiny")}
     assert ids == {seen.response_id for seen in server.seen}
+
+
+async def test_an_answer_that_is_streamed_beside_another_does_not_get_the_others_id(
+    instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+) -> None:
+    begun = asyncio.Event()
+
+    class Watch(AsyncCallbackHandler):
+        async def on_llm_new_token(self, *args: Any, **kwargs: Any) -> None:
+            begun.set()
+
+    model = make_model(streaming=True)
+    both = model.agenerate([[HumanMessage("one")], [HumanMessage("SLOW")]], callbacks=[Watch()])
+    task = asyncio.ensure_future(both)
+    await begun.wait()
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+    own = {asked(seen): seen.response_id for seen in server.seen}
+    said = [attributes(span) for span in named(instrumented.get_finished_spans(), "chat tiny")]
+    assert len(said) == 2
+    for call, name in zip(said, ("one", "SLOW"), strict=True):
+        assert call.get("gen_ai.response.id") in (None, own.get(name))
 
 
 async def test_structured_output_carries_the_headers_too(

@@ -147,19 +147,23 @@ async def test_each_choice_of_several_trains(
     assert {row.role for row in rows} == {"writer"}
 
 
+@pytest.mark.parametrize("streaming", [False, True])
 async def test_conversations_of_one_generate_keep_their_own_ids(
-    instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+    streaming: bool, instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
 ) -> None:
     """Their runs share a context, in which none of them is the current one."""
-    model = capture_token_ids(make_model())
+    model = capture_token_ids(make_model(streaming=streaming))
 
     await model.agenerate([[HumanMessage("one")], [HumanMessage("two")]])
     model.generate([[HumanMessage("one")], [HumanMessage("two")]])
 
     spans = instrumented.get_finished_spans()
     assert [tokens_on(span) for span in spans] == [TOKENS] * 4
-    ids = {attributes(span)["gen_ai.response.id"] for span in spans}
-    assert ids == {seen.response_id for seen in server.seen}
+    asked = {seen.response_id: seen.body["messages"][0]["content"] for seen in server.seen}
+    ids = [str(attributes(span)["gen_ai.response.id"]) for span in spans]
+    assert sorted(ids) == sorted(asked)
+    for span, response_id in zip(spans, ids, strict=True):
+        assert asked[response_id] in str(attributes(span)["gen_ai.input.messages"])
 
 
 async def test_agents_at_once_keep_their_own_ids(

@@ -14,6 +14,8 @@ from autogen_core.models import (
 )
 from autogen_core.tools import Tool, ToolSchema
 
+from agl.emit.attributes import json_text
+
 Part = dict[str, Any]
 
 
@@ -84,4 +86,4 @@ def _text(content: str) -> Part:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return json_text("a message or a tool", value, default=str)

@@ -66,14 +66,16 @@ class Content:
         return self.captured and self.redact_in_force is None
 
     def put(self, span: Span, describe: Callable[[], Mapping[str, AttributeValue]]) -> None:
-        """Set the attributes that `describe` makes, each without the others where one cannot be redacted.
-
-        `describe` is asked only where its answer is wanted.
-        """
-        if not self.captured or not span.is_recording():
-            return
-        if said := self.redacted(describe()):
+        """Set what of `describe` may be told on `span`."""
+        if span.is_recording() and (said := self.told(describe)):
             span.set_attributes(said)
+
+    def told(self, describe: Callable[[], Mapping[str, AttributeValue]]) -> Mapping[str, AttributeValue]:
+        """The attributes that `describe` makes, each without the others where one cannot be redacted.
+
+        `describe` is asked only where content is captured.
+        """
+        return self.redacted(describe()) if self.captured else {}
 
     def redacted(self, said: Mapping[str, AttributeValue]) -> Mapping[str, AttributeValue]:
         """The attributes `said`, as they may leave the process."""

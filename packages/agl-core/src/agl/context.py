@@ -112,7 +112,9 @@ def current_role() -> str | None:
 
 def stated_role(context: Context | None = None) -> str | None:
     """The role that `agl.role` states in `context` (default: the current one). It counts more than any agent's name."""
-    return None if baggage.get_baggage(_INFERRED, context) else carried_attributes(context).get(semconv.ROLE)
+    carried = baggage.get_all(context)
+    role = carried.get(semconv.ROLE)
+    return role if isinstance(role, str) and role and not carried.get(_INFERRED) else None
 
 
 def with_inferred_role(name: str, context: Context) -> Context:

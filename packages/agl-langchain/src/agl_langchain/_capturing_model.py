@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from contextlib import aclosing, closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.messages import BaseMessage
@@ -19,6 +19,7 @@ from agl_langchain._run import run_in_force
 Chunks = Generator[ChatGenerationChunk, None, None]
 AsyncChunks = AsyncGenerator[ChatGenerationChunk, None]
 RunManager = CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun | None
+Value = TypeVar("Value")
 
 _LOST = "token ids of a model answer are not on its span"
 
@@ -63,10 +64,32 @@ class _Request:
 
 
 _REQUEST: ContextVar[_Request | None] = ContextVar("agl_langchain_request", default=None)
+_MANAGER: ContextVar[RunManager] = ContextVar("agl_langchain_manager", default=None)
+"""Of the call under way: where `generate` is to stream, LangChain does not tell `_stream` whose call it is."""
 
 
 class CapturingChatModel(BaseChatOpenAI):
     """See `capture_token_ids`. The run that a request belongs to is known where it starts, and kept from there on."""
+
+    def _generate_with_cache(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        with _under_way(_MANAGER, run_manager):
+            return super()._generate_with_cache(messages, stop, run_manager, **kwargs)
+
+    async def _agenerate_with_cache(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        with _under_way(_MANAGER, run_manager):
+            return await super()._agenerate_with_cache(messages, stop, run_manager, **kwargs)
 
     def _generate(
         self,
@@ -75,7 +98,7 @@ class CapturingChatModel(BaseChatOpenAI):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        with _under_way(_request(run_manager, streams=False)):
+        with _under_way(_REQUEST, _request(run_manager, streams=False)):
             return super()._generate(messages, stop, run_manager, **kwargs)
 
     async def _agenerate(
@@ -85,7 +108,7 @@ class CapturingChatModel(BaseChatOpenAI):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        with _under_way(_request(run_manager, streams=False)):
+        with _under_way(_REQUEST, _request(run_manager, streams=False)):
             return await super()._agenerate(messages, stop, run_manager, **kwargs)
 
     def _stream(
@@ -98,7 +121,7 @@ class CapturingChatModel(BaseChatOpenAI):
         request = _request(run_manager, streams=True)
         with closing(cast(Chunks, super()._stream(messages, stop, run_manager, **kwargs))) as chunks:
             while True:
-                with _under_way(request):  # for this step alone: the reader goes on in the same context
+                with _under_way(_REQUEST, request):  # for this step alone: the reader goes on in the same context
                     chunk = next(chunks, None)
                 if chunk is None:
                     return
@@ -114,7 +137,7 @@ class CapturingChatModel(BaseChatOpenAI):
         request = _request(run_manager, streams=True)
         async with aclosing(cast(AsyncChunks, super()._astream(messages, stop, run_manager, **kwargs))) as chunks:
             while True:
-                with _under_way(request):
+                with _under_way(_REQUEST, request):
                     chunk = await anext(chunks, None)
                 if chunk is None:
                     return
@@ -146,14 +169,15 @@ class CapturingChatModel(BaseChatOpenAI):
 
 def _request(manager: RunManager, *, streams: bool) -> _Request | None:
     """None where no handler of ours hears of the call."""
+    manager = manager or _MANAGER.get()
     run = OPEN_RUNS.get(manager.run_id) if manager else run_in_force()
     return _Request(run.call.answer, streams) if run and run.call else None
 
 
 @contextmanager
-def _under_way(request: _Request | None) -> Iterator[None]:
-    token = _REQUEST.set(request)
+def _under_way(variable: ContextVar[Value], value: Value) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _REQUEST.reset(token)
+        variable.reset(token)

@@ -26,11 +26,11 @@ Event = Callable[Concatenate["AglCallbackHandler", Arguments], None]
 
 def _event(record: Event[Arguments]) -> Event[Arguments]:
     """The boundary to the agent: an event that cannot be recorded is logged."""
-    what = f"LangChain's {record.__name__} was not recorded"
+    boundary = never_raises(f"LangChain's {record.__name__} was not recorded")
 
     @functools.wraps(record)
     def guarded(handler: "AglCallbackHandler", /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
-        with never_raises(what):
+        with boundary:
             record(handler, *args, **kwargs)
 
     return guarded

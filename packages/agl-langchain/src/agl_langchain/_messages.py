@@ -1,10 +1,11 @@
 """LangChain messages as the JSON of the OpenTelemetry GenAI conventions: `{role, parts: [{type, ...}]}`."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
+import orjson
 from langchain_core.documents import Document
 from langchain_core.messages import (
     AIMessage,
@@ -21,12 +22,13 @@ from pydantic import BaseModel
 Part = dict[str, Any]
 Message = dict[str, Any]
 
-_ROLES: dict[type[BaseMessage], str] = {
+_ROLES: dict[type[BaseMessage], str | None] = {
     AIMessage: "assistant",
     HumanMessage: "user",
     SystemMessage: "system",
     ToolMessage: "tool",
     FunctionMessage: "tool",
+    ChatMessage: None,
 }
 _TOOL_CALL_BLOCKS = {"tool_call", "tool_use", "tool_call_chunk", "invalid_tool_call", "function_call"}
 """Content blocks that repeat what stands in `message.tool_calls`."""
@@ -71,26 +73,45 @@ def tool_result(output: Any) -> Any:
 
 def to_json(value: Any) -> str:
     """JSON; what JSON does not know is written as its fields (models) or its text."""
-    return _ENCODER.encode(value)
+    try:
+        return orjson.dumps(value, _plain, orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME).decode()
+    except TypeError:  # half of a surrogate pair, a number beyond 64 bits, a key that is no text
+        return json.dumps(value, separators=(",", ":"), default=_plain)
 
 
 def _role(message: BaseMessage) -> str:
-    return message.role if isinstance(message, ChatMessage) else _role_of(type(message))
-
-
-@cache
-def _role_of(kind: type[BaseMessage]) -> str:
-    return next((role for base, role in _ROLES.items() if issubclass(kind, base)), "user")
+    return _role_of(type(message)) or cast(ChatMessage, message).role
 
 
 def _parts(message: BaseMessage) -> list[Part]:
-    if isinstance(message, ToolMessage):
-        return [{"type": "tool_call_response", "id": message.tool_call_id, "response": message.content}]
-    parts = _content_parts(message.content)
-    if isinstance(message, AIMessage):
-        parts += [_tool_call(call) for call in message.tool_calls]
-        parts += [_tool_call(call) for call in message.invalid_tool_calls]
-    return parts
+    return _parts_of(type(message))(message)
+
+
+# By type, and remembered: pydantic makes every `isinstance` of a message that says no take longer than a short message.
+@cache
+def _role_of(kind: type[BaseMessage]) -> str | None:
+    """None: the message says itself."""
+    return next((role for base, role in _ROLES.items() if issubclass(kind, base)), "user")
+
+
+@cache
+def _parts_of(kind: type[BaseMessage]) -> Callable[[Any], list[Part]]:
+    if issubclass(kind, ToolMessage):
+        return _tool_parts
+    return _assistant_parts if issubclass(kind, AIMessage) else _said_parts
+
+
+def _tool_parts(message: ToolMessage) -> list[Part]:
+    return [{"type": "tool_call_response", "id": message.tool_call_id, "response": message.content}]
+
+
+def _assistant_parts(message: AIMessage) -> list[Part]:
+    calls = [_tool_call(call) for call in (*message.tool_calls, *message.invalid_tool_calls)]
+    return _content_parts(message.content) + calls
+
+
+def _said_parts(message: BaseMessage) -> list[Part]:
+    return _content_parts(message.content)
 
 
 def _answer_parts(generation: Generation) -> list[Part]:
@@ -140,7 +161,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, BaseMessage):
         return {"role": _role(value), "parts": _parts(value)}
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else str(value)
-
-
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_plain)
-"""Made once: it takes as long as a short message."""

@@ -76,14 +76,14 @@ class Recorder:
             if start.parent is not None:
                 OPEN_RUNS.add(start.run_id, start.parent)
             return
-        actor = Actor.of_chain(start.name, start.tags, start.metadata, _actor_above(start), self._roles)
-        if actor.starts_here:
+        actor, is_agent = Actor.of_chain(start.name, start.tags, start.metadata, _actor_above(start), self._roles)
+        if is_agent:
             name, attributes = _named(semconv.OPERATION_INVOKE_AGENT, semconv.GEN_AI_AGENT_NAME, start.name)
         elif start.is_root:
             name, attributes = _named(semconv.OPERATION_INVOKE_WORKFLOW, semconv.GEN_AI_WORKFLOW_NAME, start.name)
         else:
             name, attributes = start.name, {}
-        self._open(start, name, attributes, actor=actor, is_chain=True, is_watched=False, has_role=actor.starts_here)
+        self._open(start, name, attributes, actor=actor, is_chain=True, is_watched=False, has_role=is_agent)
 
     def open_call(self, operation: str, start: Start, messages: Describe) -> None:
         """A model call. Runs of one `generate` share a context: where they are several, none can be the current one."""
@@ -122,7 +122,12 @@ class Recorder:
         self._open(start, name, attributes, kind=SpanKind.CLIENT, has_role=False, content=query)
 
     def close(
-        self, run_id: UUID, error: BaseException | None = None, *, facts: Describe = dict, content: Describe = dict
+        self,
+        run_id: UUID,
+        error: BaseException | None = None,
+        *,
+        facts: Describe | None = None,
+        content: Describe | None = None,
     ) -> None:
         """End the run's span, whatever becomes of its description."""
         run = OPEN_RUNS.pop(run_id)
@@ -164,7 +169,7 @@ class Recorder:
         as_current: bool = True,
         is_watched: bool = True,
         call: CapturedCall | None = None,
-        content: Describe = dict,
+        content: Describe | None = None,
     ) -> None:
         if start.run_id in OPEN_RUNS or not is_instrumentation_enabled():
             return
@@ -180,7 +185,8 @@ class Recorder:
         run.enter(as_current=as_current)
         if is_watched:
             run.watch_task()
-        run.describe(content=content)
+        if content is not None:
+            run.describe(content=content)
 
 
 def _named(operation: str, key: str, name: str) -> tuple[str, Attributes]:

@@ -34,7 +34,10 @@ def _noting_id(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _note_id(chunk: Mapping[str, Any]) -> None:
-    """Only of the first chunk: with it the answer begins, and the call is no longer in force."""
+    """Only of the first chunk: with it the answer begins, and the call is no longer in force.
+
+    The calls of one `agenerate` share a context, which does not say whose chunk it is: there none is current.
+    """
     run = run_in_force()
-    if run is not None and run.call is not None and (response_id := chunk.get("id")):
+    if run is not None and run.call is not None and run.is_current() and (response_id := chunk.get("id")):
         run.span.set_attribute(semconv.GEN_AI_RESPONSE_ID, str(response_id))

@@ -1,8 +1,7 @@
 """The role of the agent that makes a call."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from agl.role_map import RoleMap
 
@@ -15,35 +14,32 @@ _NODE_TAG = "graph:step:"
 """Prefix of the tag that LangGraph gives to the run of a node, and to no run inside it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Actor:
+class Actor(NamedTuple):
     """Who acts in a run, as far as names tell. The runs below it inherit it."""
 
     agent: str | None = None
     """Name of the nearest agent or graph node."""
     mapped_role: str | None = None
     """Role of the nearest name that the handler's mapping knows."""
-    starts_here: bool = False
-    """Whether this run is the agent itself."""
     has_steps: bool = False
     """Whether the run is the graph of one agent (`create_agent`): its nodes are that agent's steps, not agents."""
 
     @classmethod
     def of_chain(
         cls, name: str, tags: Sequence[str], metadata: Mapping[str, Any], above: "Actor | None", roles: RoleMap
-    ) -> "Actor":
-        """The actor of a chain, graph or node called `name`, below `above`."""
+    ) -> tuple["Actor", bool]:
+        """The actor of a chain, graph or node called `name`, below `above`; whether the run is that agent itself."""
         outer = above or cls.of_metadata(metadata, roles)
         is_node = any(tag.startswith(_NODE_TAG) for tag in tags)
         is_agent = metadata.get("lc_agent_name") == name
         is_prebuilt = metadata.get("ls_integration") == "langchain_create_agent"
         starts_here = is_agent or (is_node and not (outer.has_steps and outer.agent))
-        return cls(
-            agent=name if starts_here else outer.agent,
-            mapped_role=roles.match(name) or outer.mapped_role,
-            starts_here=starts_here,
-            has_steps=is_agent or (is_prebuilt and not is_node),
+        actor = cls(
+            name if starts_here else outer.agent,
+            roles.match(name) or outer.mapped_role,
+            is_agent or (is_prebuilt and not is_node),
         )
+        return actor, starts_here
 
     @classmethod
     def of_metadata(cls, metadata: Mapping[str, Any], roles: RoleMap) -> "Actor":

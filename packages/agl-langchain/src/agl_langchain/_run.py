@@ -70,12 +70,19 @@ class Run:
         if (settled := _settled(current)) is not current:
             attach(settled)
 
-    def describe(self, facts: Describe = dict, content: Describe = dict) -> None:
+    def describe(self, facts: Describe | None = None, content: Describe | None = None) -> None:
         """Put `facts` on the span, and `content` as far as it may go there."""
-        if self.span.is_recording():
-            if said := facts():
+        if not self.span.is_recording():
+            return
+        said: Attributes = {}
+        try:
+            if facts is not None:
+                said |= facts()
+            if content is not None:
+                said |= self.content.told(content)
+        finally:  # all at once: a span takes longer over each time than over each attribute
+            if said:
                 self.span.set_attributes(said)
-            self.content.put(self.span, content)
 
     def end(self) -> None:
         for task in self._tasks:
@@ -123,6 +130,10 @@ class Run:
             return not self.over
         innermost = _innermost_run_id()
         return innermost is not None and OPEN_RUNS.get(innermost, self) is self
+
+    def is_current(self) -> bool:
+        """Whether the current span is the run's."""
+        return trace.get_current_span().get_span_context() == self.span.get_span_context()
 
     def has_left(self, context: Context) -> bool:
         """Whether `context` is the one that the run entered, and the run has ceased to be current."""
