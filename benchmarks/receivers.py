@@ -1,10 +1,12 @@
 """The collectors that are compared, each a server of its own on free ports of loopback: ours, and those of peers."""
 
+import atexit
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import httpx
 
 from agl.store import open_store
 from benchmarks.corpus import ANYONE
-from tests.queue.redis_server import RedisServer, free_port
+from tests.ports import free_port
+from tests.queue.redis_server import RedisServer
+from tests.store.cassandra_server import CassandraServer
 from tests.store.postgres_server import running_postgres
 from tests.store.serving import serving
 from tests.venv import python_with
@@ -54,6 +58,22 @@ def _sqlite(folder: Path) -> Iterator[Running]:
 def _postgresql(_: Path) -> Iterator[Running]:
     with running_postgres(durable=True) as server, _agl(server.new_database()) as running:
         yield running
+
+
+@contextmanager
+def _cassandra(_: Path) -> Iterator[Running]:
+    uri = _cluster().empty_keyspace()
+    open_store(uri).close()
+    with _agl(uri) as running:
+        yield running
+
+
+@cache
+def _cluster() -> CassandraServer:
+    """Three nodes on the same cores, each of which keeps every span. They run to the end: to start them takes long."""
+    cluster = CassandraServer(3)
+    atexit.register(cluster.stop)
+    return cluster
 
 
 @contextmanager
@@ -111,5 +131,6 @@ OURS = (
     Receiver("agl, SQLite", _sqlite),
     Receiver("agl, PostgreSQL", _postgresql),
     Receiver("agl, Redis, SQLite", _redis),
+    Receiver("agl, three nodes of Cassandra", _cassandra),
 )
 PEERS = (Receiver("agentlightning 0.3, in memory", _agentlightning),)

@@ -8,17 +8,17 @@ from contextlib import contextmanager
 from typing import Any, Final
 from uuid import UUID
 
-from cassandra import ConsistencyLevel, DriverException, OperationTimedOut, Timeout, Unavailable
+from cassandra import ConsistencyLevel, DriverException, InvalidRequest, OperationTimedOut, Timeout, Unavailable
 from cassandra.auth import PlainTextAuthProvider
 from cassandra.cluster import EXEC_PROFILE_DEFAULT, Cluster, ExecutionProfile, NoHostAvailable, Session
 from cassandra.concurrent import execute_concurrent
 from cassandra.connection import ConnectionException
 from cassandra.metadata import Metadata
 from cassandra.policies import DCAwareRoundRobinPolicy, TokenAwarePolicy
-from cassandra.query import BatchStatement, BatchType, PreparedStatement, tuple_factory
+from cassandra.query import BatchStatement, BatchType, BoundStatement, PreparedStatement, tuple_factory
 from cassandra.util import unix_time_from_uuid1
 
-from agl.errors import StoreError
+from agl.errors import InputError, StoreError
 from agl.store.cassandra.address import Address
 from agl.store.cassandra.schema import migrate
 
@@ -74,15 +74,15 @@ class Database:
 
     def run(self, statements: Iterable[Statement]) -> list[list[Row]]:
         """Run all, several at a time; returns the rows of each once all are done."""
-        return self._run([(self._prepare(query), values) for query, values in statements])
+        return self._run([self._bind(*statement) for statement in statements])
 
     def write_batches(self, batches: Iterable[Sequence[Statement]]) -> None:
         """Write all, each batch as one request. A batch of one partition is kept whole or not at all."""
-        self._run([(self._batch(statements, BatchType.UNLOGGED), ()) for statements in batches])
+        self._run([self._batch(statements, BatchType.UNLOGGED) for statements in batches])
 
     def scan(self, query: str, *values: Any, rows: int = _ROWS_AT_ONCE) -> Iterator[Row]:
         """Rows of a query that may have many, `rows` read at a time."""
-        bound = self._prepare(query).bind(values)
+        bound = self._bind(query, values)
         bound.fetch_size = rows
         with self._errors("cannot read"):
             yield from self._session.execute(bound)
@@ -92,10 +92,10 @@ class Database:
 
         They set the column `revision` to `revision`, which is new: so a try whose answer was lost is known again.
         """
-        batch = self._batch(statements, BatchType.LOGGED) if len(statements) > 1 else None
-        query, values = statements[0]
+        is_one = len(statements) == 1
+        request = self._bind(*statements[0]) if is_one else self._batch(statements, BatchType.LOGGED)
         with self._errors("did not keep the change in"):
-            result = self._persist(lambda: self._session.execute(batch or self._prepare(query).bind(values)))
+            result = self._persist(lambda: self._session.execute(request))
             if result.was_applied:
                 return True
             names: list[str] = list(result.column_names or ())
@@ -120,7 +120,7 @@ class Database:
         session = self._cluster.connect()
         # Times of the nodes, which run a time service, not of whoever writes.
         session.use_client_timestamp = False
-        migrate(self._cluster, session, self._address)
+        self._persist(lambda: migrate(self._cluster, session, self._address))
         session.set_keyspace(self._address.keyspace)
         (now,) = session.execute("SELECT now() FROM system.local").one()
         self._ahead_ns = int(unix_time_from_uuid1(now) * 1e9) - time.time_ns()
@@ -134,18 +134,28 @@ class Database:
 
     def _batch(self, statements: Sequence[Statement], kind: Any) -> BatchStatement:
         batch = BatchStatement(kind)
-        for query, values in statements:
-            batch.add(self._prepare(query), values)
+        for statement in statements:
+            batch.add(self._bind(*statement))
         return batch
 
-    def _run(self, requests: Sequence[tuple[Any, Sequence[Any]]]) -> list[list[Row]]:
+    def _bind(self, query: str, values: Sequence[Any]) -> BoundStatement:
+        prepared = self._prepare(query)
+        try:
+            return prepared.bind(values)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"the store {self.name} can never keep this: {error}") from error
+
+    def _run(self, requests: Sequence[BoundStatement | BatchStatement]) -> list[list[Row]]:
         found: dict[int, list[Row]] = {}
 
         def run_rest() -> list[list[Row]]:
             rest = [place for place in range(len(requests)) if place not in found]
             errors = []
             done = execute_concurrent(
-                self._session, [requests[place] for place in rest], concurrency=_AT_ONCE, raise_on_first_error=False
+                self._session,
+                [(requests[place], None) for place in rest],
+                concurrency=_AT_ONCE,
+                raise_on_first_error=False,
             )
             for place, (is_done, result) in zip(rest, done, strict=True):
                 if is_done:
@@ -177,6 +187,8 @@ class Database:
             raise StoreError(f"the store {self.name} is closed")
         try:
             yield
+        except InvalidRequest as error:
+            raise InputError(f"the store {self.name} can never keep this: {error}") from error
         except (DriverException, NoHostAvailable, ConnectionException) as error:
             if self._closed:
                 raise StoreError(f"the store {self.name} is closed") from error

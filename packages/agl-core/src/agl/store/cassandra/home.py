@@ -2,7 +2,6 @@
 lies together; once a bucket of a home is full the next is begun, so that no partition grows without end.
 """
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -17,7 +16,6 @@ MOST_BYTES: Final = 32 * 2**20
 CLOSED: Final = b"\0"
 """Stands in `span_bodies` beside the spans of a closed bucket, to be found by whoever looks some of them up."""
 
-_LONGEST_KEY: Final = 1024
 _CLOSE = "UPDATE spans SET closed = true WHERE home = ? AND bucket = ?"
 _CLOSE_BODIES = "INSERT INTO span_bodies (home, bucket, span) VALUES (?, ?, ?)"
 _READ = (
@@ -51,15 +49,7 @@ class Placed:
 
 
 def home_of(row: SpanRow) -> str:
-    return row.trace_id.hex() if row.rollout_id is None else key_of(row.rollout_id)
-
-
-def key_of(text: str) -> str:
-    """`text` as part of a partition key, which cannot be longer than 64 KB, nor empty, nor hold half characters."""
-    encoded = text.encode("utf-8", "replace")
-    if 0 < len(encoded) <= _LONGEST_KEY:
-        return encoded.decode()
-    return f"{encoded[:100].decode('utf-8', 'ignore')}#{hashlib.sha256(encoded).hexdigest()}"
+    return row.trace_id.hex() if row.rollout_id is None else row.rollout_id
 
 
 def read(db: Database, homes: Iterable[str]) -> list[Placed]:

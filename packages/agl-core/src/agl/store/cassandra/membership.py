@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from agl.store.cassandra import home
 from agl.store.cassandra.database import Database
-from agl.store.cassandra.home import Placed, key_of
+from agl.store.cassandra.home import Placed
 
 _RESPONSES = "SELECT is_answer, start_ns, span, home FROM responses WHERE response_id = ?"
 _TRACES = "SELECT home FROM traces WHERE trace_id = ?"
@@ -42,8 +42,8 @@ class Members:
 
 def members(db: Database, rollout_id: str) -> Members:
     """Spans of a rollout, which has the id of its trace where no span names it."""
-    name, trace = key_of(rollout_id), _trace(rollout_id)
-    found = Members([span for span in home.read(db, [name]) if span.is_named])
+    trace = _trace(rollout_id)
+    found = Members([span for span in home.read(db, [rollout_id]) if span.is_named])
     news = found.named
     wanted = {trace} if trace else set[str]()
     while news or wanted:
@@ -74,7 +74,7 @@ def owners(db: Database, members: Members) -> dict[str, set[str]]:
 def tell(db: Database, spans: Iterable[Placed]) -> dict[str, list[Telling]]:
     """All that tell of the answers that `spans` tell of, by response id."""
     names = sorted({span.response_id for span in spans if span.response_id})
-    rows = db.run([(_RESPONSES, (key_of(name),)) for name in names])
+    rows = db.run([(_RESPONSES, (name,)) for name in names])
     return {name: [Telling(*row) for row in found] for name, found in zip(names, rows, strict=True)}
 
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from agl.store.cassandra import membership, rollouts
 from agl.store.cassandra.database import Database, Statement
-from agl.store.cassandra.home import Placed, key_of
+from agl.store.cassandra.home import Placed
 from agl.store.protocol import QUIET_S, Collected
 from agl.store.states import RolloutState
 
@@ -92,7 +92,7 @@ class _Sweep:
         """Delete a rollout, if it is to go."""
         members = membership.members(self.db, name)
         owners = membership.owners(self.db, members)
-        shared = {trace for trace in members.traces if owners[trace] - {key_of(name)}}
+        shared = {trace for trace in members.traces if owners[trace] - {name}}
         if shared and not is_named:  # It goes with those who name it.
             return
         own = [*members.named, *(s for trace, spans in members.traces.items() if trace not in shared for s in spans)]
@@ -137,7 +137,7 @@ def delete_rollouts(db: Database, rollout_ids: Sequence[str]) -> None:
 def _responses(spans: Iterable[Placed]) -> Iterable[Statement]:
     for span in spans:
         if span.response_id:
-            yield _DELETE_RESPONSE, (key_of(span.response_id), span.is_answer, span.start_ns, span.span)
+            yield _DELETE_RESPONSE, (span.response_id, span.is_answer, span.start_ns, span.span)
 
 
 def _collect_without_spans(db: Database, homes: dict[str, _Home], before_ns: int) -> int:
@@ -147,6 +147,6 @@ def _collect_without_spans(db: Database, homes: dict[str, _Home], before_ns: int
         for rollout_id, state, ended_ns in db.scan(_ROLLOUTS)
         if state is not None and RolloutState(state).is_over and ended_ns < before_ns
     ]
-    without = [rollout_id for rollout_id in over if key_of(rollout_id) not in homes]
+    without = [rollout_id for rollout_id in over if rollout_id not in homes]
     delete_rollouts(db, without)
     return len(without)

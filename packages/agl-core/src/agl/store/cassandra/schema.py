@@ -15,12 +15,12 @@ resources    the versions of a name with their leases, changed where `revision` 
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import NAMESPACE_URL, uuid4, uuid5
 
-from cassandra import ConsistencyLevel, DriverException, Unauthorized, Unavailable
+from cassandra import ConsistencyLevel, DriverException, WriteTimeout
 from cassandra.cluster import Cluster, NoHostAvailable, Session
 from cassandra.metadata import Metadata
 from cassandra.pool import Host
@@ -114,7 +114,9 @@ def migrate(cluster: Cluster, session: Session, address: Address) -> None:
     """
     metadata: Any = cluster.metadata
     if not _has_version(metadata, address):
-        with _locked(session, _TRACES_LOCK, uuid5(NAMESPACE_URL, f"cassandra:{address.keyspace}")):
+        # A single node does one change after the other, and has too few copies of that table for a lock.
+        key = uuid5(NAMESPACE_URL, f"cassandra:{address.keyspace}")
+        with _locked(session, _TRACES_LOCK, key) if len(metadata.all_hosts()) > 1 else nullcontext():
             cluster.refresh_schema_metadata()  # Another may have made it meanwhile.
             if not _has_version(metadata, address):
                 _make_version(session, metadata, address)
@@ -176,25 +178,24 @@ def _version(session: Session, address: Address) -> int:
 def _locked(session: Session, lock: _Lock, key: Any) -> Iterator[None]:
     """Alone among all processes of the cluster, which a lock that is not ended leaves by itself after `_LOCK_S`."""
     holder, deadline = str(uuid4()), time.monotonic() + 2 * _LOCK_S
-    try:
-        while not _transact(session, lock.take, (key, holder, _LOCK_S)):
-            if time.monotonic() > deadline:
-                raise StoreError("another process has been making the tables of the store for minutes; look at it")
-            time.sleep(_LOOK_EVERY_S)
-    except (Unavailable, NoHostAvailable, Unauthorized):
-        if lock is _OWN_LOCK:
-            raise
-        # A single node, which does one after the other, or somebody who may not: then it is for one process to begin.
-        yield
-        return
+    while not _transact(session, lock.take, (key, holder, _LOCK_S), holder):
+        if time.monotonic() > deadline:
+            raise StoreError("another process has been making the tables of the store for minutes; look at it")
+        time.sleep(_LOOK_EVERY_S)
     try:
         yield
     finally:
-        _transact(session, lock.release, (key, holder))
+        while not _transact(session, lock.release, (key, holder), None) and time.monotonic() < deadline:
+            time.sleep(_LOOK_EVERY_S)
 
 
-def _transact(session: Session, text: str, values: tuple[Any, ...]) -> bool:
+def _transact(session: Session, text: str, values: tuple[Any, ...], holder: str | None) -> bool:
+    """Whether it is done, by this try or by one before whose answer was lost."""
     # Of all datacenters: a lock is one for all of them.
     level, serial = ConsistencyLevel.QUORUM, ConsistencyLevel.SERIAL
     statement = SimpleStatement(text, consistency_level=level, serial_consistency_level=serial)
-    return session.execute(statement, values).was_applied
+    try:
+        result = session.execute(statement, values)
+    except WriteTimeout:
+        return False
+    return result.was_applied or holder is None or any(holder in row for row in result)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from agl.errors import InputError
 from agl.store.cassandra import home
 from agl.store.cassandra.database import Database, Statement
 from agl.store.cassandra.membership import members
@@ -13,6 +14,8 @@ from agl.store.row import SpanRow
 
 Partition = tuple[str, int]
 
+_LONGEST_BODY: Final = 15 * 2**20
+"""Bytes: a node refuses mutations of more than half a segment of its commit log, 16 MB unless it was told otherwise."""
 _BATCH_BYTES: Final = 32 * 1024
 _BATCH_STATEMENTS: Final = 50
 _LOOKED_UP_AT_ONCE: Final = 500
@@ -66,6 +69,8 @@ def insert(db: Database, rows: Sequence[SpanRow], now_ns: int, filling: Filling)
     """
     incoming: dict[str, dict[bytes, _Incoming]] = defaultdict(dict)
     for place, row in enumerate(rows):
+        if len(row.otlp) > _LONGEST_BODY:
+            raise InputError(f"a span of {len(row.otlp)} bytes; a Cassandra store keeps up to {_LONGEST_BODY}")
         span = row.trace_id + row.span_id
         incoming[home.home_of(row)].setdefault(span, _Incoming(row, span, now_ns + place))
     fresh = _leave_known(db, incoming)
@@ -112,8 +117,8 @@ def _index(spans: Iterable[_Incoming]) -> Iterator[tuple[tuple[str | bytes, ...]
         row, name = span.row, home.home_of(span.row)
         response_id = row.asked or row.answered
         if response_id:
-            key = home.key_of(response_id)
-            yield (key,), (_INSERT_RESPONSE, (key, row.asked is None, row.start_ns, span.span, name))
+            values = (response_id, row.asked is None, row.start_ns, span.span, name)
+            yield (response_id,), (_INSERT_RESPONSE, values)
         if row.rollout_id is not None and (row.trace_id, name) not in traces:
             traces.add((row.trace_id, name))
             yield (row.trace_id,), (_INSERT_TRACE, (row.trace_id, name))
