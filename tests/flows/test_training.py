@@ -115,6 +115,24 @@ def check_step(store: Store, step: int, version: int, metrics: dict[str, float])
     return version + bool(trained)
 
 
+def test_groups_without_a_difference_are_replaced_so_often_and_no_more(tmp_path: Path, store: Store) -> None:
+    """All answers earn the same: of 2 + 2 + 2 groups the first four give way to others, and nothing trains."""
+    options: dict[str, Any] = {"group_size": 2, "groups_per_step": 2, "shuffle": False, "dynamic_sampling": 2}
+    Trainer(config_in(tmp_path, reward=f"{TOY}:flat", steps=1, **options)).fit()
+    Trainer(config_in(tmp_path, reward=f"{TOY}:flat", steps=2, **options)).fit()
+    for metrics in metrics_of(tmp_path):
+        assert (metrics["groups"], metrics["groups/replaced"], metrics["calls"]) == (6, 4, 12)
+        dropped = {name: count for name, count in metrics.items() if name.startswith("calls/dropped/")}
+        assert dropped == {"calls/dropped/replaced_group": 8, "calls/dropped/zero_advantage": 4}
+        assert metrics["calls/trained"] == 0
+    # The second step, in another process's place, goes on where the first one stopped drawing.
+    names = [f"run-{step:05d}-g{group}-r0" for step in (1, 2) for group in range(6)]
+    drawn = [rollout.input["id"] for name in names if (rollout := store.get_rollout(name))]
+    assert drawn == [toy_agent.WORDS[place % 8] for place in range(12)]
+    words = [collect_trained(store.query_spans(name)) for name in names]
+    assert [len(word) for word in words] == [1] * 12
+
+
 def test_examples_teach(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     assert config.sft is not None

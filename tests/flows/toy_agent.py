@@ -73,6 +73,11 @@ def interrupted_answer(task: Task) -> str:
     return text
 
 
+def flat(task: Task, text: str) -> float:
+    """The same for every answer."""
+    return 1.0
+
+
 def letters(task: Task, text: str) -> float:
     """The share of the answer that is plain letters: about a third by chance."""
     return sum(character.isascii() and character.isalpha() for character in text) / max(len(text), 1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from agl_trainer.batch import TrainingRow
 from agl_trainer.logprobs import RowLogprobs, row_logprobs
 from agl_trainer.policy import Policy
 from tests.trainer.small_model import plain_logits, plain_model, small_model, small_policy
@@ -25,6 +26,10 @@ def sampled_rows(seed: int) -> tuple[Rows, Rows]:
     rows = [prompt + tokens(k=4), prompt + tokens(k=9), turns + tokens(k=3), turns + tokens(k=8), turns]
     rows += [other + tokens(k=3), other + tokens(k=1), tokens(k=2), turns]
     return rows, [[0] + [int(draw.random() < 0.5) for _ in row[2:]] + [1] for row in rows]
+
+
+def to_rows(rows: Rows, masks: Rows) -> list[TrainingRow]:
+    return [TrainingRow(row, mask, 1.0) for row, mask in zip(rows, masks, strict=True)]
 
 
 def weights_of(result: RowLogprobs) -> Tensor:
@@ -52,7 +57,7 @@ def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 def check(policy: Policy, model: torch.nn.Module, tolerance: float) -> None:
     rows, masks = sampled_rows(seed=1)
-    result = row_logprobs(policy, "writer", rows, masks)
+    result = row_logprobs(policy, "writer", to_rows(rows, masks))
     weights = weights_of(result)
     loss = (result.logprobs * weights).sum()
     loss.backward()
@@ -86,7 +91,7 @@ def test_logprobs_entropies_and_gradients_are_those_of_each_row_alone(
 
 def test_only_distinct_tokens_are_computed() -> None:
     rows, masks = sampled_rows(seed=1)
-    result = row_logprobs(small_policy(), "writer", rows, masks)
+    result = row_logprobs(small_policy(), "writer", to_rows(rows, masks))
     assert result.distinct_tokens == len({tuple(row[:end]) for row in rows for end in range(1, len(row) + 1)})
     assert result.distinct_tokens < sum(map(len, rows)) / 2
 
@@ -94,14 +99,51 @@ def test_only_distinct_tokens_are_computed() -> None:
 def test_many_chunks_of_the_output_layer_are_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, masks = sampled_rows(seed=2)
     policy = small_policy(small_model(dtype=torch.float64))
-    whole = row_logprobs(policy, "writer", rows, masks)
+    whole = row_logprobs(policy, "writer", to_rows(rows, masks))
     monkeypatch.setattr("agl_trainer.logprobs._CHUNK", 7)
-    parts = row_logprobs(policy, "writer", rows, masks)
+    parts = row_logprobs(policy, "writer", to_rows(rows, masks))
     assert distance([parts.logprobs, parts.entropies], [whole.logprobs, whole.entropies]) < 1e-12
 
 
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_temperatures_and_the_gradient_of_the_entropy_are_those_of_each_row_alone(entropy_gradient: bool) -> None:
+    """Two rows that share a trained token, sampled at two temperatures."""
+    policy, model = small_policy(small_model(dtype=torch.float64)), small_model(dtype=torch.float64)
+    plain = plain_model(policy, "writer", model)
+    ids, masks, temperatures = (
+        [[5, 6, 7, 8], [5, 6, 7, 9]],
+        [[0, 0, 1, 1]] * 2,
+        [[1.0, 1.0, 0.5, 0.5], [1.0, 1.0, 2.0, 1.0]],
+    )
+    rows = [
+        TrainingRow(*row, 1.0, temperatures=t)
+        for row, t in zip(zip(ids, masks, strict=True), temperatures, strict=True)
+    ]
+    result = row_logprobs(policy, "writer", rows, entropy_gradient=entropy_gradient)
+    logprobs, entropies = [], []
+    for row, tau in zip(ids, temperatures, strict=True):
+        scores = (plain_logits(plain, row)[:-1] / torch.tensor(tau[1:])[:, None]).log_softmax(-1)
+        logprobs.append(scores.gather(1, torch.tensor(row[1:])[:, None])[1:, 0])
+        entropies.append(torch.distributions.Categorical(logits=scores).entropy()[1:])
+    assert distance([result.logprobs, result.entropies], [*logprobs, *entropies]) < 1e-12
+    weights = weights_of(result)
+    loss, plain_loss = (result.logprobs * weights).sum(), (torch.stack(logprobs) * weights).sum()
+    if entropy_gradient:
+        loss, plain_loss = (
+            loss + (result.entropies * weights).sum(),
+            plain_loss + (torch.stack(entropies) * weights).sum(),
+        )
+    loss.backward()
+    plain_loss.backward()
+    grads = [parameter.grad for parameter in policy.parameters("writer") if parameter.grad is not None]
+    plain_grads = [p.grad for name, p in plain.named_parameters() if "lora_" in name and p.grad is not None]
+    assert len(grads) == len(plain_grads) == 28
+    assert distance(grads, plain_grads) < 1e-9
+    assert result.entropies.requires_grad == entropy_gradient
+
+
 def test_padding_is_zero() -> None:
-    result = row_logprobs(small_policy(), "writer", [[1, 2, 3], [1, 2]], [[0, 1, 1], [0, 1]])
+    result = row_logprobs(small_policy(), "writer", to_rows([[1, 2, 3], [1, 2]], [[0, 1, 1], [0, 1]]))
     assert result.mask.tolist() == [[True, True], [True, False]]
     assert result.logprobs[1, 1] == result.entropies[1, 1] == 0
     assert result.logprobs[0, 0] == result.logprobs[1, 0] < 0
@@ -112,4 +154,4 @@ def test_a_first_token_that_trains_is_refused_by_its_row(bad: int) -> None:
     masks = [[0, 1], [0, 1]]
     masks[bad] = [1, 1]
     with pytest.raises(ValueError, match=f"row {bad}: its first token has mask 1"):
-        row_logprobs(small_policy(), "writer", [[1, 2], [3, 4]], masks)
+        row_logprobs(small_policy(), "writer", to_rows([[1, 2], [3, 4]], masks))

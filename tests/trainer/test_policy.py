@@ -104,3 +104,13 @@ def test_an_adapter_of_another_shape_is_refused() -> None:
         policy.load_adapter("writer", short, 1)
     assert policy.versions["writer"] == 0
     assert torch.equal(hidden(policy, ["writer"]), before)
+
+
+def test_roles_may_share_an_adapter() -> None:
+    roles = {"writer": RoleConfig(lora_r=2), "fixer": RoleConfig(adapter="writer"), "judge": RoleConfig(lora_r=2)}
+    policy = small_policy(roles=roles)
+    assert policy.adapters == {"writer": ["writer", "fixer"], "judge": ["judge"]}
+    assert torch.equal(hidden(policy, ["fixer"]), hidden(policy, ["writer"]))
+    assert not torch.allclose(hidden(policy, ["fixer"]), hidden(policy, ["judge"]), atol=0.1)
+    assert all(one is other for one, other in zip(policy.parameters("fixer"), policy.parameters("writer"), strict=True))
+    assert policy.adapter_config("fixer") == policy.adapter_config("writer")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from agl_trainer.batch import TrainingRow
 from agl_trainer.engine import scheduler as scheduler_module
 from agl_trainer.engine.request import (
     ContextLengthError,
@@ -144,11 +145,13 @@ async def test_sampled_logprobs_are_those_that_the_trainer_computes(policy: Poli
         sampled = await asyncio.gather(*map(collect, submitted))
     for role in ("writer", "fixer"):
         own = [(prompt, tokens) for (name, prompt), tokens in zip(asked, sampled, strict=True) if name == role]
-        rows = [prompt + [token.token_id for token in tokens] for prompt, tokens in own]
-        masks = [[0] * len(prompt) + [1] * len(tokens) for prompt, tokens in own]
+        rows = [
+            TrainingRow(prompt + [token.token_id for token in tokens], [0] * len(prompt) + [1] * len(tokens), 1.0)
+            for prompt, tokens in own
+        ]
         found = torch.tensor([[token.logprob for token in tokens] for _, tokens in own])
-        assert (row_logprobs(policy, role, rows, masks).logprobs - found).abs().max() < 1e-4
-        assert len({tuple(row[-12:]) for row in rows}) == len(rows)
+        assert (row_logprobs(policy, role, rows).logprobs - found).abs().max() < 1e-4
+        assert len({tuple(row.token_ids[-12:]) for row in rows}) == len(rows)
 
 
 async def test_one_at_a_time_a_seed_gives_the_same_tokens(policy: Policy) -> None:

@@ -64,7 +64,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_trained_tokens() -> None:
     lengths = [sum(row.loss_mask) for row in rows]
     assert lengths[0] < lengths[1]
     policy = small_policy()
-    result = row_logprobs(policy, "writer", [row.token_ids for row in rows], [row.loss_mask for row in rows])
+    result = row_logprobs(policy, "writer", rows)
     loss, _ = sft_loss(result, rows)
     assert loss.item() == pytest.approx(-result.logprobs[result.mask].mean().item(), rel=1e-6)
 

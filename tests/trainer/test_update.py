@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from agl_trainer.batch import SampledRow, TrainingRow
-from agl_trainer.grpo import grpo_loss
 from agl_trainer.logprobs import RowLogprobs, row_logprobs
+from agl_trainer.loss_options import LossOptions
+from agl_trainer.objective import Objective
 from agl_trainer.policy import Policy
 from agl_trainer.sft import sft_loss
 from agl_trainer.update import PassLoss, Update, update_role
@@ -86,7 +87,7 @@ def test_statistics_are_means_over_tokens_not_over_passes() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
+def test_a_gradient_that_is_not_finite_changes_nothing(bad: float, caplog: pytest.LogCaptureFixture) -> None:
     def spoilt(result: RowLogprobs, rows: Sequence[TrainingRow]) -> tuple[Tensor, dict[str, float]]:
         return sft_loss(result, rows)[0] * bad, {}
 
@@ -95,8 +96,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
     options: dict[str, Any] = {"pack_tokens": 4096, "max_grad_norm": 1.0}
     update_role(policy, "writer", optimizer, ROWS, sft_loss, **options)
     before, moments = state(policy, "writer"), [value["exp_avg"].clone() for value in optimizer.state.values()]
-    metrics = update_role(policy, "writer", optimizer, ROWS, spoilt, **options).metrics
-    assert metrics["skipped"] == 1
+    update = update_role(policy, "writer", optimizer, ROWS, spoilt, **options)
+    assert update.metrics["skipped"] == 1 and update.was_skipped
+    assert "role writer: the gradient of a step over 8 rows is nan" in caplog.text
+    assert "adapter and optimizer stay as they were" in caplog.text
     assert same(state(policy, "writer"), before)
     assert same([value["exp_avg"] for value in optimizer.state.values()], moments)
     assert update_role(policy, "writer", optimizer, ROWS, sft_loss, **options).metrics["skipped"] == 0
@@ -112,13 +115,10 @@ def test_grpo_makes_what_did_well_more_likely() -> None:
 
     def logprobs() -> list[float]:
         with torch.no_grad():
-            result = row_logprobs(policy, "writer", [r.token_ids for r in ROWS], [r.loss_mask for r in ROWS])
+            result = row_logprobs(policy, "writer", ROWS)
         return result.logprobs.sum(1).tolist()
 
-    def loss(result: RowLogprobs, rows: Sequence[SampledRow]) -> tuple[Tensor, dict[str, float]]:
-        return grpo_loss(1e9, result, rows)
-
     before = logprobs()
-    step(policy, made, loss, lr=0.02)
+    step(policy, made, Objective(LossOptions(epsilon=1e9)), lr=0.02)
     changes = [after - old for after, old in zip(logprobs(), before, strict=True)]
     assert sum(changes[::2]) > 0 > sum(changes[1::2])

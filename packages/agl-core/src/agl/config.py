@@ -29,6 +29,18 @@ class RoleConfig(_Section):
 
     lora_r: Count = 16
     lora_alpha: Count = 32
+    adapter: str | None = None
+    """Another role whose adapter this one shares; it then has no rank of its own."""
+    frozen: bool = False
+    """Its adapter answers but is not trained."""
+    rewards: dict[str, float] = Field(default_factory=dict)
+    """Weights of reward dimensions for this role; none: the scalar as it was emitted."""
+
+    @model_validator(mode="after")
+    def _shares_or_has(self) -> Self:
+        if self.adapter is not None and self.model_fields_set & {"lora_r", "lora_alpha", "frozen"}:
+            raise ValueError("a role with the adapter of another takes lora_r, lora_alpha and frozen from it")
+        return self
 
 
 class AgentRoles(_Section):
@@ -36,6 +48,8 @@ class AgentRoles(_Section):
 
     gamma: Fraction = 0.85
     """Factor on a reward for each hand-off between roles that lies between a call and the reward."""
+    turn_gamma: Fraction = 1.0
+    """Factor on a reward for each call that lies between a call and the reward."""
     roles: dict[str, RoleConfig] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -43,8 +57,19 @@ class AgentRoles(_Section):
     def _gather_roles(cls, data: Any) -> Any:
         if not isinstance(data, dict) or "roles" in data:
             return data
-        gamma = {"gamma": data["gamma"]} if "gamma" in data else {}
-        return gamma | {"roles": {name: role or {} for name, role in data.items() if name != "gamma"}}
+        factors = {name: data[name] for name in ("gamma", "turn_gamma") if name in data}
+        return factors | {"roles": {name: role or {} for name, role in data.items() if name not in factors}}
+
+    @model_validator(mode="after")
+    def _share_adapters(self) -> Self:
+        for name, role in self.roles.items():
+            owner = self.roles.get(role.adapter) if role.adapter else None
+            if role.adapter and (owner is None or owner.adapter):
+                known = ", ".join(other for other, config in self.roles.items() if not config.adapter)
+                raise ValueError(
+                    f"role {name} shares the adapter of {role.adapter!r}; adapters of their own have {known}"
+                )
+        return self
 
 
 class TlsConfig(_Section):
@@ -203,7 +228,83 @@ class SftConfig(_Section):
     learning_rate: Positive = 1e-3
 
 
-class TrainConfig(_Section):
+class LossConfig(_Section):
+    """The keys of `train` that make rewards into a loss, named as in TRL's GRPOConfig."""
+
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "max@k", "ema"] = "grpo"
+    """How rewards are compared (agl_trainer.advantages)."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What advantages of grpo are divided by: the standard deviation of their group, of the whole step, or nothing."""
+    max_at_k: Annotated[int, Field(ge=2)] = 4
+    """The k of advantage max@k."""
+    ema_decay: Fraction = 0.95
+    """How much of a role's running mean is kept in a step, of advantage ema."""
+    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"] = "grpo"
+    """What is made of advantage and ratio (agl_trainer.losses)."""
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"] | None = None
+    """Normalise as TRL does for this loss; none: each rollout weighs the same."""
+    epsilon: Positive = 0.2
+    """Clip range of the probability ratio (PPO, arXiv 1707.06347, eq. 7)."""
+    epsilon_high: Positive | None = None
+    """Above 1; as `epsilon` where it is not set. For cispo the cap of the ratio, 5.0."""
+    delta: Positive | None = None
+    """Upper bound of the ratio at negative advantages (dual clip)."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Ratio of each token, or of the whole row (GSPO)."""
+    beta: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the KL divergence from the base model."""
+    use_bias_correction_kl: bool = True
+    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the entropy bonus."""
+    top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the tokens, those of highest entropy, that train."""
+    mask_truncated_completions: bool = False
+    """Do not train on answers that were cut at their longest."""
+    overlong_buffer: Annotated[int, Field(ge=0)] = 0
+    """Tokens before `max_tokens` within which an answer loses reward (DAPO, arXiv 2503.14476, eq. 13); 0: none."""
+    overlong_penalty: Positive = 1.0
+    """What an answer of `max_tokens` loses."""
+    off_policy_mask_threshold: Positive | None = None
+    """KL divergence from which on a bad row that the policy has left behind is not trained on."""
+    importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None = (
+        None
+    )
+    """Correct for an engine that samples otherwise than the policy; TRL's names begin with `vllm_`."""
+    importance_sampling_clip_max: Positive | None = 3.0
+    importance_sampling_clip_min: Positive | None = None
+    max_staleness: Annotated[int, Field(ge=0)] | None = None
+    """Versions that a call's policy may be behind; older calls are dropped."""
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"
+    """What the engine records, in vLLM's words: the model's own logprobs, or those after the temperature."""
+    sapo_temperature_pos: Positive = 1.0
+    sapo_temperature_neg: Positive = 1.05
+    vespo_k_pos: Positive = 2.0
+    vespo_lambda_pos: Positive = 3.0
+    vespo_k_neg: Positive = 3.0
+    vespo_lambda_neg: Positive = 2.0
+
+    @model_validator(mode="after")
+    def _is_used(self) -> Self:
+        for key, owner, there in (
+            ("max_at_k", "advantage max@k", self.advantage == "max@k"),
+            ("ema_decay", "advantage ema", self.advantage == "ema"),
+            ("scale_rewards", "advantage grpo", self.advantage == "grpo"),
+            ("epsilon", "a loss that clips", self.loss not in ("cispo", "sapo", "vespo")),
+            ("epsilon_high", "a loss that clips", self.loss not in ("sapo", "vespo")),
+            ("delta", "a loss that clips", self.loss not in ("cispo", "sapo", "vespo")),
+            ("overlong_penalty", "overlong_buffer", self.overlong_buffer > 0),
+            ("use_bias_correction_kl", "beta", self.beta > 0),
+        ):
+            if (
+                key in self.model_fields_set
+                and not there
+                and getattr(self, key) != type(self).model_fields[key].default
+            ):
+                raise ValueError(f"{key} does nothing without {owner}")
+        return self
+
+
+class TrainConfig(LossConfig):
     """What to train and how (`agl train`, `agl eval`)."""
 
     algorithm: Literal["grpo"] = "grpo"
@@ -226,11 +327,11 @@ class TrainConfig(_Section):
     steps: Count = 20
     shuffle: bool = True
     """Draw the tasks of each epoch in a new order; otherwise as they are listed."""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What advantages are divided by: the standard deviation of their group, of the whole step, or nothing."""
+    dynamic_sampling: Annotated[int, Field(ge=0)] = 0
+    """Rounds of new tasks in place of those whose rollouts all earned the same (DAPO), in each step."""
+    alternate_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps for which each adapter trains alone before it is the next one's turn; 0: all train in each step."""
     learning_rate: Positive = 2e-4
-    epsilon: Positive = 0.2
-    """Clip range of the probability ratio (PPO, arXiv 1707.06347, eq. 7)."""
     temperature: Positive = 1.0
     """Sampling temperature put into training requests."""
     eval_temperature: Annotated[float, Field(ge=0)] = 0.0

@@ -1,7 +1,7 @@
 """Training rows and their division into passes that fit the memory."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 
@@ -13,6 +13,12 @@ class TrainingRow:
     loss_mask: Sequence[int]
     weight: float
     """Factor on the loss of each trained token."""
+    temperatures: Sequence[float] | None = field(default=None, kw_only=True)
+    """Of each token: what logits are divided by. None: 1 everywhere."""
+
+    def trained(self, values: Sequence[float]) -> list[float]:
+        """`values` of the tokens with mask 1."""
+        return [value for value, counts in zip(values, self.loss_mask, strict=True) if counts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +30,6 @@ class SampledRow(TrainingRow):
     advantages: Sequence[float]
     minibatch: int = 0
     """Number of the optimizer step that it belongs to, within its training step."""
-
-    def trained(self, values: Sequence[float]) -> list[float]:
-        """`values` of the tokens with mask 1."""
-        return [value for value, counts in zip(values, self.loss_mask, strict=True) if counts]
 
 
 Row = TypeVar("Row", bound=TrainingRow)

@@ -55,6 +55,10 @@ class TrainingState:
     """Role to `optimizer.state_dict()`."""
     config: str
     """`Config.to_yaml()`."""
+    phase_step: int = 0
+    """Steps done in the phase."""
+    baselines: dict[str, float] = field(default_factory=dict)
+    """Role to the running mean of its rewards."""
     rng: dict[str, Any] = field(default_factory=rng.capture)
     """`rng.capture()`, taken when the state is made; the caller hands it to `rng.restore`."""
 
@@ -157,6 +161,8 @@ def _plain_state(state: TrainingState) -> dict[str, Any]:
         "step": state.step,
         "phase": state.phase,
         "position": state.position,
+        "phase_step": state.phase_step,
+        "baselines": state.baselines,
         "versions": state.versions,
         "roles": list(state.adapters),
         "config": state.config,

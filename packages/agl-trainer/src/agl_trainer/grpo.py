@@ -1,31 +1,74 @@
 """GRPO over trajectories: advantages per role at rollout level, rows with a weight, and the account of every call.
 
-    A_c = (credit_c - mean_g) / scale     mean over the role's credits of the rollouts of group g; see `advantages`
-    loss = sum over rows and tokens of  -min(rho A, clip(rho) A) / (T_r N)
+    G_r  = mean over the role's calls in rollout r of their credit
+    A_r  = the advantage of G_r among the rollouts of its group; see `advantages`
+    A_c  = A_r * d_c / mean(d)  +  (e_c - mean(e)) / (sqrt(std^2 + within^2) + 1e-4)
 
-T_r: trained tokens of the role in rollout r; N: rollouts of the optimizer step in which the role has credit. So a
-rollout with many calls weighs as much as one with few, and cutting a rollout into more rows changes nothing. The
-groups of a step may be dealt out to several optimizer steps, its minibatches (PPO, arXiv 1707.06347, algorithm 1).
+d_c: discount of the reward that call c shares; e_c: what it earned by itself; means over the role's calls in r.
+std: what A_r was divided by; within: the standard deviation of e_c - mean(e) over the same rollouts; nothing is
+divided where A_r was not. So discounts and rewards on calls tell the calls of a rollout apart, and rollouts are told
+apart by what they earned as a whole. With one call in a rollout, or none of both, A_c is A_r.
+
+Rows are weighted over the optimizer step, `normalization`. The groups of a step may be dealt out to several
+optimizer steps, its minibatches (PPO, arXiv 1707.06347, algorithm 1).
 """
 
-from collections import Counter
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from agl.trajectory import Call, DropReason, Row, Trajectory
-from agl_trainer.advantages import Scale, group_baselines
+from agl_trainer.advantages import EPSILON, AdvantageName, Estimate, Scale, estimate, group_members
 from agl_trainer.batch import SampledRow
-from agl_trainer.credit import call_credits, role_credit
-from agl_trainer.logprobs import RowLogprobs
-from agl_trainer.loss_options import LossOptions
-from agl_trainer.losses import StepScale, TokenBatch, token_loss
+from agl_trainer.credit import Credit, Overlong, Weights, call_credits, role_credit
+from agl_trainer.loss_options import LossName
+from agl_trainer.normalization import batch_weights, rollout_weights
 
 _NOTHING = 1e-6
 """An advantage below this is the rounding of equal rewards."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoleState:
+    """What a step has to know of a role."""
+
+    trains: bool = True
+    version: int | None = None
+    """Of its policy now."""
+    weights: Weights = field(default_factory=dict)
+    """Of the dimensions of rewards, where the role has its own."""
+    baseline: float = 0.0
+    """Of advantage ema."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOptions:
+    """How rewards become weighted rows."""
+
+    gamma: float = 1.0
+    turn_gamma: float = 1.0
+    overlong: Overlong | None = None
+    advantage: AdvantageName = "grpo"
+    scale_rewards: Scale = "group"
+    k: int = 4
+    minibatches: int = 1
+    loss_type: LossName | None = None
+    """TRL's normalisation of this loss; None: each rollout weighs the same."""
+    max_completion_length: int = 1
+    """What dr_grpo divides by."""
+    keeps_zero_advantage: bool = False
+    """The loss has terms beside the advantage."""
+    mask_truncated_completions: bool = False
+    max_staleness: int | None = None
+    is_tempered: bool = False
+    """Logprobs were recorded after the division by the temperature."""
+
+    def estimate(self, credits: Tensor, group_ids: Sequence[str], baseline: float) -> Estimate:
+        options = {"grpo": {"scale_rewards": self.scale_rewards}, "max@k": {"k": self.k}, "ema": {"baseline": baseline}}
+        return estimate(self.advantage, credits, group_ids, **options.get(self.advantage, {}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +78,7 @@ class Verdict:
     call: Call
     advantage: float | None
     reason: DropReason | None = None
+    minibatch: int = 0
 
 
 @dataclass(slots=True)
@@ -43,6 +87,8 @@ class GrpoBatch:
 
     rows: dict[str, list[SampledRow]] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
+    credits: dict[str, list[float]] = field(default_factory=dict)
+    """For each role that trains, what it earned in each rollout that counts."""
 
     def dropped(self) -> dict[str, int]:
         """How many calls do not train, by reason."""
@@ -52,24 +98,57 @@ class GrpoBatch:
                 counts[verdict.reason] = counts.get(verdict.reason, 0) + 1
         return counts
 
-    def minibatches(self, role: str) -> list[list[SampledRow]]:
-        """The role's rows by the optimizer step that they belong to."""
-        rows = self.rows[role]
-        numbers = sorted({row.minibatch for row in rows})
-        return [[row for row in rows if row.minibatch == number] for number in numbers]
+    def minibatches(self, roles: Sequence[str]) -> dict[int, list[SampledRow]]:
+        """The rows of `roles`, which share an adapter, by the number of the optimizer step that they belong to."""
+        rows = [row for role in roles for row in self.rows.get(role, ())]
+        return {
+            number: [row for row in rows if row.minibatch == number] for number in sorted({r.minibatch for r in rows})
+        }
+
+    def skip(self, roles: Sequence[str], minibatch: int) -> None:
+        """Say of the calls of `roles` in `minibatch` that their optimizer step was not taken."""
+        self.verdicts = [
+            replace(verdict, advantage=None, reason=DropReason.SKIPPED_STEP)
+            if verdict.reason is None and verdict.minibatch == minibatch and verdict.call.role in roles
+            else verdict
+            for verdict in self.verdicts
+        ]
 
 
 def grpo_batch(
-    trajectories: Sequence[Trajectory], roles: Sequence[str], *, gamma: float, scale: Scale, minibatches: int = 1
+    trajectories: Sequence[Trajectory],
+    roles: Mapping[str, RoleState],
+    options: BatchOptions,
+    *,
+    replaced_groups: frozenset[str] = frozenset(),
 ) -> GrpoBatch:
     """Training rows for `roles`. A failed rollout, or one without a reward, is left out of its group."""
     batch = GrpoBatch()
+    weights = {role: state.weights for role, state in roles.items() if state.weights}
+    members = []
     for trajectory in trajectories:
         batch.verdicts.extend(Verdict(drop.call, None, drop.reason) for drop in trajectory.drops)
-    members = [_Member(trajectory, call_credits(trajectory, gamma)) for trajectory in trajectories]
+        credits = call_credits(
+            trajectory, options.gamma, turn_gamma=options.turn_gamma, weights=weights, overlong=options.overlong
+        )
+        members.append(_Member(trajectory, credits, trajectory.group_id in replaced_groups))
     for role in dict.fromkeys(row.role for trajectory in trajectories for row in trajectory.rows):
-        _add_role(batch, role, members, scale if role in roles else None, minibatches)
+        _RoleBatch(batch, role, roles.get(role), options).add(members)
     return batch
+
+
+def zero_variance_groups(
+    trajectories: Sequence[Trajectory], roles: Mapping[str, RoleState], options: BatchOptions
+) -> list[str]:
+    """Ids of the groups of which no call would train for want of a difference (DAPO, arXiv 2503.14476, section 3.2)."""
+    ids = dict.fromkeys(trajectory.group_id or trajectory.rollout_id for trajectory in trajectories)
+    found = []
+    for group_id in ids:
+        own = [made for made in trajectories if (made.group_id or made.rollout_id) == group_id]
+        batch = grpo_batch(own, roles, replace(options, advantage="dr_grpo", keeps_zero_advantage=False))
+        if not any(verdict.reason is None for verdict in batch.verdicts):
+            found.append(group_id)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +156,8 @@ class _Member:
     """A rollout of its group, with the credit of its calls."""
 
     trajectory: Trajectory
-    credits: Mapping[str, float | None]
+    credits: Mapping[str, Credit | None]
+    is_replaced: bool
 
     @property
     def group_id(self) -> str:
@@ -89,72 +169,162 @@ class _Member:
     def calls(self, role: str) -> list[Call]:
         return [turn.call for row in self.rows(role) for turn in row.turns]
 
-    def credit(self, role: str) -> float | None:
-        """The role's credit in this rollout; None where the rollout failed or a call of the role has no reward."""
-        credits = [self.credits[call.span_id] for call in self.calls(role)]
-        if self.trajectory.error is not None or not credits or None in credits:
-            return None
-        return role_credit([credit for credit in credits if credit is not None])
+    def earned(self, role: str) -> list[Credit]:
+        """The credits of the role's calls that a reward reaches."""
+        return [credit for call in self.calls(role) if (credit := self.credits[call.span_id]) is not None]
+
+    def fault(self) -> DropReason | None:
+        """Why no call of this rollout counts."""
+        if self.trajectory.error is not None:
+            return DropReason.FAILED_ROLLOUT
+        return DropReason.REPLACED_GROUP if self.is_replaced else None
 
 
-def _add_role(batch: GrpoBatch, role: str, members: Sequence[_Member], scale: Scale | None, minibatches: int) -> None:
-    """Add what `role` did; `scale` None: it is not trained."""
-    present = [member for member in members if member.rows(role)]
-    rewarded = [member for member in present if member.credit(role) is not None]
-    for member in present:
-        if scale is None:
-            _refuse(batch, member, role, DropReason.ROLE_NOT_TRAINED)
-        elif member not in rewarded:
-            failed = member.trajectory.error is not None
-            _refuse(batch, member, role, DropReason.FAILED_ROLLOUT if failed else DropReason.NO_REWARD)
-    if scale is not None and rewarded:
-        credits = torch.tensor([member.credit(role) for member in rewarded], dtype=torch.float64)
-        means, divisors = group_baselines(credits, [member.group_id for member in rewarded], scale)
-        groups = list(dict.fromkeys(member.group_id for member in rewarded))
-        numbers = [groups.index(member.group_id) % minibatches for member in rewarded]
-        sizes = Counter(numbers)
-        for member, mean, divisor, number in zip(rewarded, means.tolist(), divisors.tolist(), numbers, strict=True):
-            _add_member(batch, role, member, mean, divisor, number, sizes[number])
+@dataclass(frozen=True, slots=True)
+class _RoleBatch:
+    """What one role did in a step, on its way into the batch."""
+
+    batch: GrpoBatch
+    role: str
+    state: RoleState | None
+    """None: the role is not known."""
+    options: BatchOptions
+
+    def add(self, members: Sequence[_Member]) -> None:
+        present = [member for member in members if member.rows(self.role)]
+        rewarded = []
+        for member in present:
+            reason = self._not_trained() or member.fault()
+            if reason is None and member.earned(self.role):
+                rewarded.append(member)
+            else:
+                reason = reason or DropReason.NO_REWARD
+                self.batch.verdicts.extend(Verdict(call, None, reason) for call in member.calls(self.role))
+        if rewarded:
+            self._add_rewarded(rewarded)
+
+    def _not_trained(self) -> DropReason | None:
+        if self.state is None:
+            return DropReason.ROLE_NOT_TRAINED
+        return None if self.state.trains else DropReason.ROLE_FROZEN
+
+    def _add_rewarded(self, members: Sequence[_Member]) -> None:
+        assert self.state is not None, "a role that is not known has no member"
+        group_ids = [member.group_id for member in members]
+        credits = [role_credit(member.earned(self.role)) for member in members]
+        self.batch.credits[self.role] = credits
+        found = self.options.estimate(torch.tensor(credits, dtype=torch.float64), group_ids, self.state.baseline)
+        scales = self._call_scales(members, found)
+        groups = list(dict.fromkeys(group_ids))
+        numbers = [groups.index(group) % self.options.minibatches for group in group_ids]
+        drafts = [
+            draft
+            for member, advantage, scale, number in zip(
+                members, found.advantages.tolist(), scales, numbers, strict=True
+            )
+            for draft in self._drafts(member, advantage, scale, number)
+        ]
+        for number in sorted(set(numbers)):
+            self._weigh([draft for draft in drafts if draft.minibatch == number])
+
+    def _call_scales(self, members: Sequence[_Member], found: Estimate) -> list[float]:
+        """What the rewards on single calls are divided by, for each rollout."""
+        if found.deviations is None:
+            return [1.0] * len(members)
+        own = [[credit.own for credit in member.earned(self.role)] for member in members]
+        within = [sum((value - sum(values) / len(values)) ** 2 for value in values) / len(values) for values in own]
+        scales = [0.0] * len(members)
+        for places in self._scaled_together(members):
+            spread = sum(within[place] for place in places) / len(places)
+            for place in places:
+                scales[place] = math.sqrt(float(found.deviations[place]) ** 2 + spread) + EPSILON
+        return scales
+
+    def _scaled_together(self, members: Sequence[_Member]) -> list[list[int]]:
+        """Places of the rollouts that have one standard deviation."""
+        by_group = self.options.advantage == "grpo" and self.options.scale_rewards == "group"
+        ids = [member.group_id if by_group else "batch" for member in members]
+        return [places.tolist() for places in group_members(ids)]
+
+    def _drafts(self, member: _Member, advantage: float, scale: float, minibatch: int) -> "list[_Draft]":
+        """A draft of each row of `member`, its calls judged."""
+        earned = member.earned(self.role)
+        mean_own = sum(credit.own for credit in earned) / len(earned)
+        mean_discount = sum(credit.discount for credit in earned) / len(earned)
+        drafts = []
+        for row in member.rows(self.role):
+            draft = _Draft(row, minibatch, [0] * len(row.token_ids), [0.0] * len(row.token_ids))
+            for turn in row.turns:
+                credit = member.credits[turn.call.span_id]
+                reason = self._call_fault(turn.call, credit)
+                if credit is None or reason is not None:
+                    self.batch.verdicts.append(Verdict(turn.call, None, reason))
+                    continue
+                share = credit.discount / mean_discount if mean_discount else 1.0
+                of_call = advantage * share + (credit.own - mean_own) / scale
+                draft.mask[turn.start : turn.end] = [1] * (turn.end - turn.start)
+                if abs(of_call) < _NOTHING and not self.options.keeps_zero_advantage:
+                    self.batch.verdicts.append(Verdict(turn.call, None, DropReason.ZERO_ADVANTAGE))
+                    continue
+                draft.trains = True
+                draft.advantages[turn.start : turn.end] = [of_call] * (turn.end - turn.start)
+                self.batch.verdicts.append(Verdict(turn.call, of_call, minibatch=minibatch))
+            drafts.append(draft)
+        return drafts
+
+    def _call_fault(self, call: Call, credit: Credit | None) -> DropReason | None:
+        if credit is None:
+            return DropReason.NO_REWARD
+        bound, version = self.options.max_staleness, _number(call.policy_version)
+        now = self.state.version if self.state else None
+        if bound is not None and version is not None and now is not None and now - version > bound:
+            return DropReason.STALE
+        if self.options.mask_truncated_completions and call.finish_reason == "length":
+            return DropReason.TRUNCATED
+        return None
+
+    def _weigh(self, drafts: "Sequence[_Draft]") -> None:
+        """Add the rows of one optimizer step that train, weighted among all of them."""
+        lengths = torch.tensor([sum(draft.mask) for draft in drafts])
+        if self.options.loss_type is None:
+            weights = rollout_weights(lengths, [draft.row.rollout_id for draft in drafts])
+        else:
+            weights = batch_weights(self.options.loss_type, lengths, self.options.max_completion_length)
+        for draft, weight in zip(drafts, weights.tolist(), strict=True):
+            if draft.trains:
+                row = draft.to_row(weight, is_tempered=self.options.is_tempered)
+                self.batch.rows.setdefault(self.role, []).append(row)
 
 
-def _refuse(batch: GrpoBatch, member: _Member, role: str, reason: DropReason) -> None:
-    batch.verdicts.extend(Verdict(call, None, reason) for call in member.calls(role))
+@dataclass(slots=True)
+class _Draft:
+    """A row whose calls are judged, before it has a weight."""
+
+    row: Row
+    minibatch: int
+    mask: list[int]
+    advantages: list[float]
+    trains: bool = False
+
+    def to_row(self, weight: float, *, is_tempered: bool) -> SampledRow:
+        temperatures = None
+        if is_tempered:
+            temperatures = [1.0] * len(self.mask)
+            for turn in self.row.turns:
+                # A greedy engine divides by nothing.
+                temperatures[turn.start : turn.end] = [turn.call.temperature or 1.0] * (turn.end - turn.start)
+        return SampledRow(
+            self.row.token_ids,
+            self.mask,
+            weight,
+            self.row.logprobs,
+            self.advantages,
+            self.minibatch,
+            temperatures=temperatures,
+        )
 
 
-def _add_member(
-    batch: GrpoBatch, role: str, member: _Member, mean: float, divisor: float, minibatch: int, rollouts: int
-) -> None:
-    """Add the rows of `member`, whose optimizer step, number `minibatch`, has so many `rollouts`."""
-    tokens = sum(sum(row.loss_mask) for row in member.rows(role))
-    for row in member.rows(role):
-        advantages = [0.0] * len(row.token_ids)
-        for turn in row.turns:
-            credit = member.credits[turn.call.span_id]
-            assert credit is not None, "a rewarded member has credit on every call of the role"
-            earned = (credit - mean) / divisor
-            if abs(earned) < _NOTHING:
-                batch.verdicts.append(Verdict(turn.call, None, DropReason.ZERO_ADVANTAGE))
-                continue
-            batch.verdicts.append(Verdict(turn.call, earned))
-            advantages[turn.start : turn.end] = [earned] * (turn.end - turn.start)
-        if any(advantages):
-            weight = 1 / (tokens * rollouts)
-            sampled = SampledRow(row.token_ids, row.loss_mask, weight, row.logprobs, advantages, minibatch)
-            batch.rows.setdefault(role, []).append(sampled)
-
-
-def grpo_loss(epsilon: float, result: RowLogprobs, rows: Sequence[SampledRow]) -> tuple[Tensor, dict[str, float]]:
-    """The clipped loss of the rows of one pass."""
-    batch = TokenBatch(
-        result.logprobs,
-        _padded([row.trained(row.logprobs) for row in rows], result.logprobs),
-        _padded([row.trained(row.advantages) for row in rows], result.logprobs),
-        result.mask,
-    )
-    weights = result.logprobs.new_tensor([row.weight for row in rows])
-    return token_loss(LossOptions(epsilon=epsilon), batch, StepScale(weights))
-
-
-def _padded(values: Sequence[Sequence[float]], like: Tensor) -> Tensor:
-    """[B, T], 0 where padded, of the type and on the device of `like`."""
-    return pad_sequence([like.new_tensor(row) for row in values], batch_first=True)
+def _number(version: str | None) -> int | None:
+    """`3` of `writer@3`."""
+    number = (version or "").rpartition("@")[2]
+    return int(number) if number.isdigit() else None

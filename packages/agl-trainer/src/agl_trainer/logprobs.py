@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from agl_trainer.attention import PackedPlan
+from agl_trainer.batch import TrainingRow
 from agl_trainer.policy import Policy
 from agl_trainer.tree import pack_rows
 
@@ -21,7 +22,7 @@ class RowLogprobs:
     logprobs: Tensor
     """[B, T] float32 (float64 for a float64 model), 0 where padded; carries the gradient."""
     entropies: Tensor
-    """[B, T], in nats, of the whole distribution at each token; no gradient."""
+    """[B, T], in nats, of the whole distribution at each token; a gradient only where it was asked for."""
     mask: Tensor
     """[B, T] bool."""
     distinct_tokens: int
@@ -29,54 +30,75 @@ class RowLogprobs:
 
 
 def row_logprobs(
-    policy: Policy, role: str, rows: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]
+    policy: Policy, role: str, rows: Sequence[TrainingRow], *, entropy_gradient: bool = False
 ) -> RowLogprobs:
     """Logprobs under the adapter of `role` of the tokens of `rows` whose mask is 1; every distinct token runs once.
 
-    Raises ValueError where the first token of a row is masked 1: nothing predicts it.
+    They are of softmax(logits / temperature), the distribution that a row's `temperatures` make. Raises ValueError
+    where the first token of a row is masked 1: nothing predicts it.
     """
-    if any(mask[0] for mask in masks):
-        bad = next(index for index, mask in enumerate(masks) if mask[0])
-        raise ValueError(f"row {bad}: its first token has mask 1, but no token before it can predict it")
-    packed = pack_rows(rows)
+    if bad := [index for index, row in enumerate(rows) if row.loss_mask[0]]:
+        raise ValueError(f"row {bad[0]}: its first token has mask 1, but no token before it can predict it")
+    packed = pack_rows([row.token_ids for row in rows])
     hidden = policy.hidden_states(packed.token_ids, packed.positions, [role], PackedPlan(packed.segments))
     before = torch.empty_like(packed.token_ids)
-    trained_of_row = []
-    for index, mask in zip(packed.row_index, masks, strict=True):
+    trained_of_row, temperatures = [], []
+    for index, row in zip(packed.row_index, rows, strict=True):
         before[index[1:]] = index[:-1]
-        trained_of_row.append(index[torch.tensor(mask, dtype=torch.bool)])
-    trained = torch.cat(trained_of_row).unique()
-    logprobs, entropies = _TokenLogprobs.apply(hidden[before[trained]], policy.output_weight, packed.token_ids[trained])
-    places = [torch.searchsorted(trained, index) for index in trained_of_row]
+        trained_of_row.append(index[torch.tensor(row.loss_mask, dtype=torch.bool)])
+        temperatures += row.trained(row.temperatures) if row.temperatures else [1.0] * len(trained_of_row[-1])
+    # A token that several rows share is looked up once for each temperature at which they sampled it.
+    steps = hidden.new_tensor(temperatures, dtype=torch.float64)
+    wanted = torch.stack([torch.cat(trained_of_row).double(), steps])
+    distinct, place_of = wanted.unique(dim=1, return_inverse=True)
+    trained = distinct[0].long()
+    logprobs, entropies = _TokenLogprobs.apply(
+        hidden[before[trained]], policy.output_weight, packed.token_ids[trained], distinct[1], entropy_gradient
+    )
+    places = place_of.split([len(index) for index in trained_of_row])
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(place) for place in places], batch_first=True).bool()
     place = torch.nn.utils.rnn.pad_sequence(places, batch_first=True)
     return RowLogprobs(logprobs[place] * mask, entropies[place] * mask, mask, len(packed.token_ids))
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(hidden W^T)[target] for hidden [M, H], frozen W [V, H], targets [M].
+    """log softmax(hidden W^T / tau)[target] and the entropy, for hidden [M, H], frozen W [V, H], targets and tau [M].
 
-    No [M, V] tensor is kept: d logprob / d hidden = W[target] - softmax(hidden W^T) W is taken at once, in chunks.
+    No [M, V] tensor is kept; what the backward pass needs is taken at once, in chunks. With p = softmax:
+
+        d logprob / d hidden = (W[target] - p W) / tau
+        d entropy / d hidden = -(p * (log p + entropy)) W / tau        only where `entropy_gradient`
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperatures: Tensor, entropy_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = hidden.new_empty(len(targets), dtype=dtype)
         entropies = torch.empty_like(logprobs)
         slopes = torch.empty_like(hidden)
-        for part in torch.arange(len(targets)).split(_CHUNK):
-            chunk = slice(int(part[0]), int(part[-1]) + 1)
-            log_softmax = (hidden[chunk] @ weight.T).to(dtype).log_softmax(-1)
+        entropy_slopes = torch.empty_like(hidden) if entropy_gradient else None
+        for start in range(0, len(targets), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            tau = temperatures[chunk, None].to(dtype)
+            log_softmax = (hidden[chunk] @ weight.T).to(dtype).div_(tau).log_softmax(-1)
             logprobs[chunk] = log_softmax.gather(1, targets[chunk, None])[:, 0]
             softmax = log_softmax.exp()
             entropies[chunk] = -torch.linalg.vecdot(softmax, log_softmax)
-            slopes[chunk] = weight[targets[chunk]] - softmax.to(weight) @ weight
-        ctx.save_for_backward(slopes)
-        ctx.mark_non_differentiable(entropies)
+            slopes[chunk] = (weight[targets[chunk]] - softmax.to(weight) @ weight) / tau.to(weight)
+            if entropy_slopes is not None:
+                surprise = softmax.mul_(log_softmax.add_(entropies[chunk, None]))
+                entropy_slopes[chunk] = -(surprise.to(weight) @ weight) / tau.to(weight)
+        ctx.save_for_backward(slopes, entropy_slopes)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (slopes,) = ctx.saved_tensors
-        return grads[0].to(slopes)[:, None] * slopes, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        slopes, entropy_slopes = ctx.saved_tensors
+        grad = grads[0].to(slopes)[:, None] * slopes
+        if entropy_slopes is not None:
+            grad = grad + grads[1].to(slopes)[:, None] * entropy_slopes
+        return grad, None, None, None, None

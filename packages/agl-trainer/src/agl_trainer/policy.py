@@ -21,7 +21,7 @@ from agl_trainer.lora import BASE, Routing, route_layers
 
 
 class Policy:
-    """Base model with an adapter for each role and the version of each adapter (0 before the first update)."""
+    """Base model with an adapter for each role, or one that several share, and the version of each role's policy."""
 
     def __init__(
         self,
@@ -38,8 +38,9 @@ class Policy:
         self.tokenizer = tokenizer
         self.base_name = base_name
         self.versions = dict.fromkeys(roles, 0)
+        self._owner = {role: config.adapter or role for role, config in roles.items()}
         self.lock = threading.RLock()
-        self._peft = _with_adapters(model, roles)
+        self._peft = _with_adapters(model, {role: config for role, config in roles.items() if not config.adapter})
         self._routing = Routing()
         route_layers(self._peft, self._routing)
         self._body = model.get_decoder()
@@ -51,6 +52,14 @@ class Policy:
         return list(self.versions)
 
     @property
+    def adapters(self) -> dict[str, list[str]]:
+        """Each role that has an adapter of its own, with all the roles that share it."""
+        found: dict[str, list[str]] = {}
+        for role, owner in self._owner.items():
+            found.setdefault(owner, []).append(role)
+        return found
+
+    @property
     def device(self) -> torch.device:
         return self.output_weight.device
 
@@ -59,23 +68,24 @@ class Policy:
 
         `adapters` names one adapter for all tokens, or one for each, those of one adapter side by side.
         """
-        self._routing.set(adapters, len(tokens))
+        self._routing.set([self._owner.get(adapter, adapter) for adapter in adapters], len(tokens))
         inputs = {"input_ids": tokens[None], "position_ids": positions[None]}
         return self._body(**inputs, use_cache=False, plan=plan).last_hidden_state[0]
 
     def parameters(self, role: str) -> list[torch.nn.Parameter]:
         """The LoRA matrices of `role`, in a fixed order."""
-        ends = (f".lora_A.{role}.weight", f".lora_B.{role}.weight")
+        owner = self._owner[role]
+        ends = (f".lora_A.{owner}.weight", f".lora_B.{owner}.weight")
         return [parameter for name, parameter in self._peft.named_parameters() if name.endswith(ends)]
 
     def adapter(self, role: str) -> dict[str, Tensor]:
         """The adapter of `role` as PEFT saves it: name without the role to tensor."""
-        state = get_peft_model_state_dict(self._peft, adapter_name=role)
+        state = get_peft_model_state_dict(self._peft, adapter_name=self._owner[role])
         return {name: tensor.detach().contiguous() for name, tensor in state.items()}
 
     def adapter_config(self, role: str) -> dict[str, object]:
         """Content of `adapter_config.json` for `role`."""
-        config = self._peft.peft_config[role].to_dict()
+        config = self._peft.peft_config[self._owner[role]].to_dict()
         return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
 
     def load_adapter(self, role: str, adapter: Mapping[str, Tensor], version: int) -> None:
@@ -88,7 +98,7 @@ class Policy:
                 f"the saved adapter of role {role!r} does not fit: {name} is {got.get(name, 'missing')}, expected "
                 f"{expected.get(name, 'no such tensor')}; was it trained with another lora_r or train.model?"
             )
-        set_peft_model_state_dict(self._peft, dict(adapter), adapter_name=role)
+        set_peft_model_state_dict(self._peft, dict(adapter), adapter_name=self._owner[role])
         self.versions[role] = version
 
     def version_name(self, adapter: str) -> str:

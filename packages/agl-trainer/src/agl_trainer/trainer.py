@@ -1,7 +1,8 @@
 """The training of a configuration: supervised steps, GRPO steps, evaluations, and a checkpoint after every step."""
 
-import functools
+import logging
 import random
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,20 +15,24 @@ import torch
 from agl.config import Config
 from agl.errors import ConfigError, TrainingError
 from agl.store import Resource, Rollout
-from agl.trajectory import Trajectory, build_trajectory, trained_span
+from agl.trajectory import DropReason, Trajectory, build_trajectory, trained_span
 from agl_trainer import rng
+from agl_trainer.advantages import next_baseline
 from agl_trainer.checkpoint import TrainingState, load_latest, prune, save_adapter, save_checkpoint
 from agl_trainer.evaluation import EvalResult, TaskScore
-from agl_trainer.grpo import GrpoBatch, grpo_batch, grpo_loss
+from agl_trainer.grpo import GrpoBatch, RoleState, grpo_batch, zero_variance_groups
 from agl_trainer.metrics import MetricsLog
 from agl_trainer.progress import Progress
 from agl_trainer.runner import Outcome
 from agl_trainer.session import Session, load_list, open_session
 from agl_trainer.sft import batches, check_examples, sft_loss, sft_rows
-from agl_trainer.update import Update, merge_updates, update_role
+from agl_trainer.step import batch_options, role_states, train_batch
+from agl_trainer.update import Update, update_role
 
 SFT, GRPO = "sft", "grpo"
 _CHECKPOINTS_KEPT = 2
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -37,7 +42,23 @@ class _Standing:
     step: int = 0
     phase: str = SFT
     position: int = 0
+    phase_step: int = 0
+    baselines: dict[str, float] = field(default_factory=dict)
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Sample:
+    """What was sampled for a step."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    trajectories: list[Trajectory] = field(default_factory=list)
+    drawn: int = 0
+    """Groups."""
+    replaced: list[str] = field(default_factory=list)
+    """Ids of groups in whose place others were drawn."""
+    without_difference: list[str] = field(default_factory=list)
+    """Of the groups drawn last, those of which nothing would train."""
 
 
 class Trainer:
@@ -107,8 +128,9 @@ class Trainer:
             started = time.monotonic()
             role = batch[0]["role"]
             with self._weights():
-                update = self._update(role, sft_rows(self.session.template, batch), sft_loss)
-                self._count(1, {role})
+                owner, sharing = next(item for item in self.session.policy.adapters.items() if role in item[1])
+                update = self._update(owner, sft_rows(self.session.template, batch), sft_loss)
+                self._count(1, set(sharing))
             self._log({f"sft/{role}/{name}": value for name, value in update.metrics.items()})
             # An epoch of examples is soon repeated, a checkpoint takes as long as a step.
             if number % (len(plan) // config.epochs) == 0:
@@ -122,7 +144,7 @@ class Trainer:
         """Every GRPO step that is left."""
         tasks = load_list(self.train.tasks, "train.tasks")
         self._enter(GRPO, self.train.learning_rate)
-        done = self._standing.position // self.train.groups_per_step
+        done = self._standing.phase_step
         self._progress.start(GRPO, step=done, steps=self.train.steps)
         for step in range(done, self.train.steps):
             self._grpo_step(step, tasks)
@@ -131,40 +153,54 @@ class Trainer:
 
     def _grpo_step(self, step: int, tasks: Sequence[Any]) -> None:
         started = time.monotonic()
-        rollouts = self._training_rollouts(step, tasks)
-        outcomes = self._run(rollouts)
+        options = batch_options(self.config)
+        roles = role_states(self.config, self.session.policy, step, self._standing.baselines)
+        sample = self._sample(step, tasks, roles)
         sampled = time.monotonic()
-        trajectories = self._trajectories(outcomes)
-        batch = grpo_batch(
-            trajectories,
-            self.session.policy.roles,
-            gamma=self.config.agent_roles.gamma,
-            scale=self.train.scale_rewards,
-            minibatches=self.train.minibatches,
-        )
-        self._check_calls(batch, outcomes)
-        loss = functools.partial(grpo_loss, self.train.epsilon)
+        batch = grpo_batch(sample.trajectories, roles, options, replaced_groups=frozenset(sample.replaced))
+        self._check_calls(batch, sample.outcomes)
         with self._weights():
-            updates = {
-                role: merge_updates([self._update(role, rows, loss) for rows in batch.minibatches(role)])
-                for role in batch.rows
-            }
-            self._count(self.train.groups_per_step, set(updates))
+            updates = train_batch(self.session.policy, self._standing.optimizers, batch, self.config)
+            taken = {owner for owner, update in updates.items() if not update.was_skipped}
+            self._count(sample.drawn, {role for owner in taken for role in self.session.policy.adapters[owner]})
+        for role, credits in batch.credits.items():
+            before = self._standing.baselines.get(role, 0.0)
+            self._standing.baselines[role] = next_baseline(before, torch.tensor(credits), self.train.ema_decay)
         self._record(batch)
         times = {"time/rollouts_s": sampled - started, "time/update_s": time.monotonic() - sampled}
-        metrics = _reward_metrics(trajectories, outcomes) | _batch_metrics(batch, updates) | times
+        groups = {"groups": float(sample.drawn), "groups/replaced": float(len(sample.replaced))}
+        metrics = (
+            _reward_metrics(sample.trajectories, sample.outcomes) | groups | _batch_metrics(batch, updates) | times
+        )
         self._log(metrics)
         # Last: a step that is killed before this is repeated, and says again what it did.
         self._save()
         self._progress.update(reward=metrics.get("reward/mean"))
 
-    def _training_rollouts(self, step: int, tasks: Sequence[Any]) -> list[Rollout]:
-        rollouts = []
-        for group in range(self.train.groups_per_step):
-            task = self._task_at(tasks, step * self.train.groups_per_step + group)
-            name = f"{self.run}-{step + 1:05d}-g{group}"
-            rollouts += [self._rollout(f"{name}-r{i}", task, name, "train") for i in range(self.train.group_size)]
-        return rollouts
+    def _sample(self, step: int, tasks: Sequence[Any], roles: Mapping[str, RoleState]) -> "_Sample":
+        """The rollouts of a step. Groups without a difference are replaced, `train.dynamic_sampling` times at most."""
+        sample, wanted = _Sample(), self.train.groups_per_step
+        for _ in range(1 + self.train.dynamic_sampling):
+            rollouts = [
+                rollout
+                for group in range(sample.drawn, sample.drawn + wanted)
+                for rollout in self._group(step, group, self._task_at(tasks, self._standing.position + group))
+            ]
+            outcomes = self._run(rollouts)
+            trajectories = self._trajectories(outcomes)
+            sample.replaced += sample.without_difference
+            sample.drawn += wanted
+            sample.outcomes += outcomes
+            sample.trajectories += trajectories
+            sample.without_difference = zero_variance_groups(trajectories, roles, batch_options(self.config))
+            wanted = len(sample.without_difference)
+            if not wanted:
+                break
+        return sample
+
+    def _group(self, step: int, group: int, task: Any) -> list[Rollout]:
+        name = f"{self.run}-{step + 1:05d}-g{group}"
+        return [self._rollout(f"{name}-r{i}", task, name, "train") for i in range(self.train.group_size)]
 
     def _task_at(self, tasks: Sequence[Any], position: int) -> Any:
         """The task at `position` of an endless sequence of epochs."""
@@ -241,7 +277,9 @@ class Trainer:
         def on_done(_: Outcome) -> None:
             nonlocal left
             left -= 1
-            speed = (engine.tokens_sampled - before) / (time.monotonic() - started) if before is not None else None
+            after, speed = engine.tokens_sampled, None
+            if before is not None and after is not None:
+                speed = (after - before) / (time.monotonic() - started)
             done = {"step": len(rollouts) - left} if counts_steps else {}
             self._progress.update(tokens_per_s=speed, waiting_for=f"{left} of {len(rollouts)} rollouts", **done)
 
@@ -281,9 +319,9 @@ class Trainer:
         # The prompts of an evaluation are forgotten too: a resumed run, which does not repeat it, does not know them.
         with self._weights():
             if self._standing.phase != phase:
-                self._standing.phase, self._standing.position = phase, 0
+                self._standing.phase, self._standing.position, self._standing.phase_step = phase, 0, 0
                 self._standing.optimizers = {}
-            for role in self.session.policy.roles:
+            for role in self.session.policy.adapters:
                 if role not in self._standing.optimizers:
                     self._standing.optimizers[role] = self._optimizer(role, learning_rate)
 
@@ -293,6 +331,7 @@ class Trainer:
     def _count(self, drawn: int, updated: set[str]) -> None:
         """Count a step that drew `drawn` tasks or batches and updated the roles `updated`."""
         self._standing.step += 1
+        self._standing.phase_step += 1
         self._standing.position += drawn
         for role in updated:
             self.session.policy.versions[role] += 1
@@ -305,6 +344,8 @@ class Trainer:
             step=standing.step,
             phase=standing.phase,
             position=standing.position,
+            phase_step=standing.phase_step,
+            baselines=standing.baselines,
             versions=dict(policy.versions),
             adapters={role: policy.adapter(role) for role in policy.roles},
             adapter_configs={role: policy.adapter_config(role) for role in policy.roles},
@@ -335,7 +376,7 @@ class Trainer:
             )
         for role, adapter in state.adapters.items():
             policy.load_adapter(role, adapter, state.versions[role])
-        self._standing = _Standing(state.step, state.phase, state.position)
+        self._standing = _Standing(state.step, state.phase, state.position, state.phase_step, dict(state.baselines))
         for role, optimizer_state in state.optimizers.items():
             optimizer = self._optimizer(role, 0.0)  # its learning rate is part of the state
             optimizer.load_state_dict(optimizer_state)
@@ -362,6 +403,13 @@ def _batch_metrics(batch: GrpoBatch, updates: Mapping[str, Update]) -> dict[str,
     metrics = {"calls": float(len(batch.verdicts))}
     metrics["calls/trained"] = float(sum(verdict.reason is None for verdict in batch.verdicts))
     metrics |= {f"calls/dropped/{reason}": float(count) for reason, count in batch.dropped().items()}
+    if missing := batch.dropped().get(DropReason.NO_REWARD):
+        logger.warning(
+            "no reward reaches %d of %d calls: they are left out of their groups", missing, len(batch.verdicts)
+        )
+    for role, credits in batch.credits.items():
+        metrics[f"{role}/credit_mean"] = statistics.fmean(credits)
+        metrics[f"{role}/credit_std"] = statistics.pstdev(credits)
     for role, update in updates.items():
         metrics |= {f"{role}/{name}": value for name, value in update.metrics.items()}
     metrics["tokens/distinct"] = float(sum(update.distinct_tokens for update in updates.values()))

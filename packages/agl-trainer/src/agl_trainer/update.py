@@ -1,6 +1,7 @@
 """One optimizer step of one role's adapter over training rows."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from agl_trainer.batch import Row, passes
 from agl_trainer.logprobs import RowLogprobs, row_logprobs
 from agl_trainer.policy import Policy
+
+logger = logging.getLogger(__name__)
 
 PassLoss = Callable[[RowLogprobs, Sequence[Row]], tuple[Tensor, dict[str, float]]]
 """Loss of the rows of one pass, a sum over their weighted tokens, and statistics that are means over tokens."""
@@ -22,6 +25,11 @@ class Update:
     distinct_tokens: int
     total_tokens: int
 
+    @property
+    def was_skipped(self) -> bool:
+        """No optimizer step was taken; of several merged ones, none."""
+        return self.metrics["skipped"] == 1
+
 
 def update_role(
     policy: Policy,
@@ -32,37 +40,64 @@ def update_role(
     *,
     pack_tokens: int,
     max_grad_norm: float,
+    entropy_gradient: bool = False,
 ) -> Update:
     """Take one step on the summed loss of `rows`.
 
-    A gradient that is not finite leaves the adapter as it was, and `skipped` is 1 in the metrics.
+    A gradient that is not finite leaves adapter and optimizer as they were; a warning and `skipped` say so.
     """
     optimizer.zero_grad(set_to_none=True)
     loss_sum, trained, distinct = 0.0, 0, 0
-    sums: dict[str, float] = {}
+    gathered: dict[str, list[tuple[float, int]]] = {}
     for part in passes(rows, pack_tokens):
-        result = row_logprobs(policy, role, [row.token_ids for row in part], [row.loss_mask for row in part])
+        result = row_logprobs(policy, role, part, entropy_gradient=entropy_gradient)
         loss, stats = loss_of(result, part)
         loss.backward()
         loss_sum += loss.item()
         count = int(result.mask.sum())
-        for name, value in (stats | {"entropy": result.entropies[result.mask].mean().item()}).items():
-            sums[name] = sums.get(name, 0.0) + value * count
+        entropy = result.entropies.detach()[result.mask].mean().item()
+        _gather(gathered, stats | {"entropy": entropy}, count)
         trained, distinct = trained + count, distinct + result.distinct_tokens
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(role), max_grad_norm)
     is_finite = bool(norm.isfinite())
     if is_finite:
         optimizer.step()
+    else:
+        logger.warning(
+            "role %s: the gradient of a step over %d rows is %s (loss %s); the step is skipped, adapter and optimizer "
+            "stay as they were",
+            role,
+            len(rows),
+            float(norm),
+            loss_sum,
+        )
     optimizer.zero_grad(set_to_none=True)
-    metrics = {name: value / trained for name, value in sums.items()}
+    metrics = {name: _over_passes(name, values) for name, values in gathered.items()}
     metrics |= {"loss": loss_sum, "grad_norm": float(norm), "skipped": float(not is_finite)}
     return Update(metrics, distinct, sum(len(row.token_ids) for row in rows))
+
+
+def _gather(gathered: dict[str, list[tuple[float, int]]], stats: Mapping[str, float], tokens: int) -> None:
+    for name, value in stats.items():
+        gathered.setdefault(name, []).append((value, tokens))
+
+
+def _over_passes(name: str, values: Sequence[tuple[float, int]]) -> float:
+    """The statistic `name` over all passes: a mean over tokens, or the extreme that its name ends in."""
+    if name.endswith("_max"):
+        return max(value for value, _ in values)
+    if name.endswith("_min"):
+        return min(value for value, _ in values)
+    return sum(value * tokens for value, tokens in values) / sum(tokens for _, tokens in values)
 
 
 def merge_updates(updates: Sequence[Update]) -> Update:
     """Several optimizer steps as one: means of their metrics, sums of their tokens."""
     names = dict.fromkeys(name for update in updates for name in update.metrics)
-    metrics = {name: sum(update.metrics[name] for update in updates) / len(updates) for name in names}
+    metrics = {
+        name: _over_passes(name, [(update.metrics[name], 1) for update in updates if name in update.metrics])
+        for name in names
+    }
     return Update(
         metrics,
         sum(update.distinct_tokens for update in updates),

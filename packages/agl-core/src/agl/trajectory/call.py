@@ -47,6 +47,8 @@ class Call:
     malformed: str | None
     """What is wrong with ids or logprobs that are there but cannot be read."""
     policy_version: str | None
+    temperature: float | None
+    """As asked of the engine; 0 is greedy."""
     start_ns: int
     finish_reason: str | None
     error: str | None
@@ -164,6 +166,9 @@ def _to_call(tree: SpanTree, request: _Request, rollout_id: str, targeted: dict[
         output_tokens=_count(tokens.response_ids, spans, semconv.GEN_AI_USAGE_OUTPUT_TOKENS),
         malformed=tokens.malformed,
         policy_version=version,
+        temperature=next(
+            (t for span in spans if (t := read_number(span, semconv.GEN_AI_REQUEST_TEMPERATURE)) is not None), None
+        ),
         start_ns=spans[-1].start_ns,
         finish_reason=_finish_reason(spans, request.choice),
         error=next((say_error(span) for span in spans if span.status == "error"), None),

@@ -23,6 +23,11 @@ class DropReason(StrEnum):
     NO_REWARD = "no_reward"
     FAILED_ROLLOUT = "failed_rollout"
     ROLE_NOT_TRAINED = "role_not_trained"
+    ROLE_FROZEN = "role_frozen"
+    STALE = "stale"
+    TRUNCATED = "truncated"
+    REPLACED_GROUP = "replaced_group"
+    SKIPPED_STEP = "skipped_step"
     ZERO_ADVANTAGE = "zero_advantage"
 
 

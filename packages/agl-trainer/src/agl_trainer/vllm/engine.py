@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from agl.errors import TrainingError
+from agl_trainer.batch import TrainingRow
 from agl_trainer.checkpoint import save_adapter
 from agl_trainer.logprobs import row_logprobs
 from agl_trainer.lora import BASE
@@ -88,9 +89,9 @@ class VllmEngine:
 
     def _logprobs(self, adapter: str) -> Tensor:
         """[T - 1] of the canary's tokens but the first."""
-        masks = [[0] + [1] * (len(self._canary) - 1)]
+        row = TrainingRow(self._canary, [0] + [1] * (len(self._canary) - 1), 1.0)
         with torch.no_grad(), self._policy.lock:
-            return row_logprobs(self._policy, adapter, [self._canary], masks).logprobs[0].float().cpu()
+            return row_logprobs(self._policy, adapter, [row]).logprobs[0].float().cpu()
 
 
 def _base_name(server: VllmServer, policy: Policy) -> str:
