@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import resource
 import signal
 import threading
 from collections.abc import Iterator
@@ -65,6 +66,7 @@ def add_listen_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     config = Config.load(arguments.config) if arguments.config else Config()
+    _raise_file_limit()
     upstream = arguments.upstream or _configured_upstream(arguments, config)
     gateway = config.gateway.model_copy(update={"engines": []}) if arguments.upstream else config.gateway
     store_uri = arguments.store or config.store_uri
@@ -145,6 +147,12 @@ def _local_engine(config: Config, store: Store) -> AbstractContextManager[Any]:
         return point.load()(config, store)
     except ImportError as error:
         raise CommandError(f"the local engine cannot be loaded ({point.value}): {error}") from error
+
+
+def _raise_file_limit() -> None:
+    """As many files as this user may open: each stream holds two connections, and shells often allow 1,024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _wait_for_sigterm() -> None:

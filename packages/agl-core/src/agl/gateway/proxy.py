@@ -170,17 +170,25 @@ class _CallEndpoint:
             await self._dialect.refusal(refusal)(scope, receive, send)
 
     async def _exchange(self, request: Request, body: bytes, receive: Receive, send: Send) -> None:
-        exchange = asyncio.create_task(self._gateway.exchange(request, body, self._dialect, send))
+        call, left = asyncio.current_task(), False
+        assert call is not None
+
+        def leave(_: object) -> None:
+            nonlocal left
+            left = True
+            call.cancel()
+
         gone = asyncio.create_task(_disconnect(receive))
+        gone.add_done_callback(leave)
         try:
-            await asyncio.wait({exchange, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await self._gateway.exchange(request, body, self._dialect, send)
+        except asyncio.CancelledError:
+            if not left:
+                raise
+            call.uncancel()
         finally:
-            unfinished = not exchange.done()
-            exchange.cancel()
+            gone.remove_done_callback(leave)
             gone.cancel()
-            await asyncio.gather(exchange, gone, return_exceptions=True)
-        if not unfinished:
-            exchange.result()
 
 
 async def _disconnect(receive: Receive) -> None:
