@@ -15,6 +15,8 @@ from agl_trainer.vllm.engine import VllmEngine
 from agl_trainer.vllm.server import VllmServer
 from tests.vllm.conftest import BASE
 
+pytestmark = pytest.mark.timeout(2400)  # the first test waits until vLLM is installed and has started
+
 TOLERANCE = 1e-3
 """In nats a token; both compute in float32, and 5e-6 is what is seen."""
 
