@@ -55,7 +55,7 @@ CLIENTS = {
     "openai before 1": python("openai_before_1", "openai-before-1", "openai==0.28.1"),
     "LangChain": python("langchain_client"),
     "AutoGen": python("autogen_client"),
-    "LiteLLM": python("litellm_client", "litellm", "litellm==1.106.2"),
+    "LiteLLM": python("litellm_client", "litellm", "litellm==1.106.2", "mcp>=2,<3"),
     "anthropic": python("anthropic_client", "anthropic", "anthropic==2.12.0"),
     "requests, httpx and curl": python("raw"),
     "JavaScript": Client(lambda: ["node", folder_with("javascript-openai", HERE / "javascript") / "client.js"]),
