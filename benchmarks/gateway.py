@@ -1,0 +1,222 @@
+"""What the gateway adds to a call, beside LiteLLM's proxy; and 1,000 rollouts that hold streams open. Prints Markdown.
+
+    .venv/bin/python -m benchmarks.gateway
+
+Engine, proxies and clients are a process each. The engine (`null_engine`) costs next to nothing and answers 16 tokens
+with ids and logprobs; ours commits each call to a SQLite file before it ends, LiteLLM keeps nothing.
+
+- Added latency: calls that take a second at the engine, as sampling does, so many at once; direct and through the
+  gateway in turns. What is added is the difference of the percentiles. An engine that answers at once would measure
+  throughput: 32 clients that never wait queue up behind each other.
+- Throughput: 32 clients, an engine that answers at once.
+"""
+
+import argparse
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+from agl import semconv
+from agl.store import open_store
+from agl.tokens import unpack_ids
+from benchmarks.http_load import number
+from benchmarks.null_engine import prompt_ids, token_ids
+from tests.venv import python_with
+
+CONCURRENT = (1, 32, 256)
+KINDS = {"whole": 1000, "stream": 500}
+"""How answers come, and the delay that makes a call take a second: a stream waits twice."""
+LITELLM = "1.106.2"
+_WITHOUT_KEY = "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY"
+_START_S = 120
+
+
+@contextmanager
+def running(command: Sequence[str | Path], url: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A server, once it answers at `url`."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | environment
+    )
+    try:
+        deadline = time.monotonic() + _START_S
+        while not _answers(url):
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                raise RuntimeError(f"{command[0]} does not answer at {url}")
+            time.sleep(0.2)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def null_engine() -> Iterator[str]:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/v1"
+    with running([sys.executable, "-m", "benchmarks.null_engine", str(port)], f"{url}/models"):
+        yield url
+
+
+@contextmanager
+def ours(folder: Path, engine: str) -> Iterator[tuple[str, subprocess.Popen[bytes], str]]:
+    """`agl serve` before `engine`: base URL, process and store."""
+    config, port = folder / "agl.yaml", free_port()
+    store = f"sqlite:///{folder}/agl.db"
+    settings = {"gateway": {"engines": [{"url": engine, "max_concurrent": 4096}]}, "store_uri": store}
+    config.write_text(json.dumps(settings))
+    agl = Path(sys.executable).with_name("agl")
+    ports = ["--port", str(port), "--otlp-http-port", "0", "--otlp-grpc-port", "0"]
+    url = f"http://127.0.0.1:{port}"
+    with running([agl, "serve", "--config", config, *ports], f"{url}/api/health") as process:
+        yield f"{url}/v1", process, store
+
+
+@contextmanager
+def litellm(folder: Path, engine: str) -> Iterator[str]:
+    """LiteLLM's proxy before `engine`, with nothing switched on."""
+    python = python_with("litellm", f"litellm[proxy]=={LITELLM}", over_ours=False)
+    config, port = folder / "litellm.json", free_port()
+    parameters = {"model": "openai/null", "api_base": engine, "api_key": "none"}
+    config.write_text(json.dumps({"model_list": [{"model_name": "null", "litellm_params": parameters}]}))
+    url = f"http://127.0.0.1:{port}"
+    command = [python.with_name("litellm"), "--config", config, "--port", str(port), "--host", "127.0.0.1"]
+    with running(command, f"{url}/health/liveliness", LITELLM_LOG="ERROR", **{_WITHOUT_KEY: "true"}):
+        yield f"{url}/v1"
+
+
+def load(url: str, clients: int, calls: int, delay_ms: int, kind: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.http_load", url, str(clients), str(calls), str(delay_ms), kind]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the load failed: {done.stderr[-1000:]}")
+    return json.loads(done.stdout)
+
+
+def cpu_s(process: subprocess.Popen[bytes]) -> float:
+    """User and system time of a process so far."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory_mb(process: subprocess.Popen[bytes]) -> float:
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+
+
+def added_latency(direct: str, through: str, rounds: int) -> None:
+    print("| answer | at once | p50 direct ms | p50 added ms | p99 direct ms | p99 added ms |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for kind, delay_ms in KINDS.items():
+        for clients in CONCURRENT:
+            calls = max(5 * clients, 30)
+            pairs = [
+                tuple(load(url, clients, calls, delay_ms, kind) for url in (direct, through)) for _ in range(rounds)
+            ]
+            cells = [
+                f"{median(value):,.2f}"
+                for at in ("p50", "p99")
+                for value in ([one[at] for one, _ in pairs], [other[at] - one[at] for one, other in pairs])
+            ]
+            print(f"| {kind} | {clients} | {' | '.join(cells)} |", flush=True)
+    print()
+
+
+def throughput(proxies: dict[str, str], process: subprocess.Popen[bytes], rounds: int) -> None:
+    print("| answer | proxy | calls/s | of LiteLLM's | CPU ms per call |")
+    print("|---|---|---:|---:|---:|")
+    for kind in KINDS:
+        rates: dict[str, list[float]] = {name: [] for name in proxies}
+        cpu: list[float] = []
+        for _ in range(rounds):
+            for name, url in proxies.items():
+                calls, before = (2000 if name == "agl" else 500), cpu_s(process)
+                rates[name].append(load(url, 32, calls, 0, kind)["calls_per_s"])
+                if name == "agl":
+                    cpu.append((cpu_s(process) - before) / (calls + 32) * 1000)
+        base = median(rates.get("LiteLLM", [0]))
+        for name in proxies:
+            rate = median(rates[name])
+            times, spent = f"{rate / base:.1f}" if base else "", f"{median(cpu):.2f}" if name == "agl" else ""
+            print(f"| {kind} | {name} | {rate:,.0f} | {times} | {spent} |", flush=True)
+    print()
+
+
+def hold_streams(url: str, process: subprocess.Popen[bytes], store_uri: str, rollouts: int, waves: int) -> None:
+    """All rollouts stream at once, for seconds, wave after wave; then every call's ids are compared."""
+    print(f"{rollouts:,} rollouts at once, each holding a stream open, in {waves} waves:\n")
+    print("| wave | seconds | memory MB |\n|---:|---:|---:|")
+    for wave in range(waves):
+        took = load(url, rollouts, wave, 1500, "rollout")
+        print(f"| {wave + 1} | {took['seconds']:.1f} | {memory_mb(process):.0f} |", flush=True)
+    store = open_store(store_uri)
+    right = 0
+    for rollout in range(rollouts):
+        spans = [s for s in store.query_spans(f"r{rollout}") if s.name == semconv.SPAN_GATEWAY_CALL]
+        found = sorted([_ids(span.attributes[name]) for name in _ID_NAMES] for span in spans)
+        numbers = [number(rollout, wave) for wave in range(waves)]
+        expected = [[prompt_ids(first), token_ids(first)] for first in numbers]
+        right += sum(one == other for one, other in zip(found, expected, strict=True))
+    store.close()
+    print(f"\nCalls recorded with the right ids: {right:,} of {rollouts * waves:,}.\n")
+
+
+_ID_NAMES = (semconv.PROMPT_TOKEN_IDS, semconv.RESPONSE_TOKEN_IDS)
+
+
+def _ids(value: object) -> list[int]:
+    assert isinstance(value, bytes)
+    return unpack_ids(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rollouts", type=int, default=1000)
+    parser.add_argument("--waves", type=int, default=10)
+    parser.add_argument("--without-litellm", action="store_true")
+    arguments = parser.parse_args()
+    names = ("uvicorn", "starlette", "aiohttp", "uvloop")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    print(
+        f"Python {platform.python_version()}, {versions}, LiteLLM {LITELLM}. "
+        f"Load at the start {os.getloadavg()[0]:.1f}.\n"
+    )
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        engine = stack.enter_context(null_engine())
+        url, process, store = stack.enter_context(ours(Path(folder), engine))
+        proxies = {"agl": url}
+        if not arguments.without_litellm:
+            proxies["LiteLLM"] = stack.enter_context(litellm(Path(folder), engine))
+        added_latency(engine, url, arguments.rounds)
+        throughput(proxies, process, arguments.rounds)
+        hold_streams(url, process, store, arguments.rollouts, arguments.waves)
+    print(f"Load at the end {os.getloadavg()[0]:.1f}.")
+
+
+if __name__ == "__main__":
+    main()

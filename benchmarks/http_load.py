@@ -1,0 +1,124 @@
+"""Many clients at once, as cheap as Python has them: an HTTP/1.1 connection each, which asks again and again.
+
+    python -m benchmarks.http_load BASE_URL CLIENTS CALLS DELAY_MS stream|whole
+    python -m benchmarks.http_load BASE_URL ROLLOUTS WAVE DELAY_MS rollout
+
+The first prints latencies in milliseconds and calls per second; the second has all rollouts hold a stream open at once,
+each under a URL and with a number of its own, and prints how long that took.
+"""
+
+import asyncio
+import json
+import sys
+import time
+from itertools import count
+from urllib.parse import urlsplit
+
+from benchmarks.null_engine import TOKENS, wish
+
+_LAST_CHUNK = b"0\r\n\r\n"
+
+
+class Client(asyncio.Protocol):
+    """One connection; `call` answers with the body as it came, chunk lengths included."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    async def call(self, request: bytes) -> bytes:
+        self._received = b""
+        self._answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        return await self._answer
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        head, end, body = self._received.partition(b"\r\n\r\n")
+        if not end:
+            return
+        _, found, length = head.lower().partition(b"content-length:")
+        whole = len(body) >= int(length.split(b"\r\n", 1)[0]) if found else body.endswith(_LAST_CHUNK)
+        if whole and not self._answer.done():
+            self._answer.set_result(self._received)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self._answer.done():
+            self._answer.set_exception(ConnectionError(f"the server hung up after {self._received[:200]!r}"))
+
+
+def request(path: str, number: int, delay_ms: int, *, stream: bool) -> bytes:
+    body = {"model": "null", "messages": [{"role": "user", "content": wish(number, delay_ms)}], "stream": stream}
+    data = json.dumps(body).encode()
+    head = f"POST {path}/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head += "authorization: Bearer none\r\n"
+    return f"{head}content-length: {len(data)}\r\n\r\n".encode() + data
+
+
+async def load(url: str, clients: int, calls: int, delay_ms: int, *, stream: bool) -> dict[str, float]:
+    """`calls` calls by `clients` at once, after one each that is not measured."""
+    parts, numbers, latencies = urlsplit(url), count(), list[float]()
+    assert parts.hostname is not None and parts.port is not None
+    host, port = parts.hostname, parts.port
+    ready = asyncio.Barrier(clients)
+    started: list[float] = []
+
+    async def run(place: int) -> None:
+        _, client = await asyncio.get_running_loop().create_connection(Client, host, port)
+        _check(await client.call(request(parts.path, 0, delay_ms, stream=stream)))
+        await ready.wait()
+        started.append(time.perf_counter())
+        await asyncio.sleep(delay_ms / 1000 * place / clients)  # as agents are: not in step
+        while next(numbers) < calls:
+            begin = time.perf_counter()
+            answer = await client.call(request(parts.path, 0, delay_ms, stream=stream))
+            latencies.append(time.perf_counter() - begin)
+            _check(answer)
+
+    await asyncio.gather(*map(run, range(clients)))
+    took_s = time.perf_counter() - min(started)
+    latencies.sort()
+    at = {name: latencies[int(len(latencies) * share)] * 1000 for name, share in (("p50", 0.5), ("p99", 0.99))}
+    return at | {"calls_per_s": len(latencies) / took_s}
+
+
+async def hold(url: str, rollouts: int, wave: int, delay_ms: int) -> dict[str, float]:
+    """Every rollout streams one answer, all at once; call `wave` of rollout r has the number `number(r, wave)`."""
+    parts = urlsplit(url)
+    host, port = parts.hostname, parts.port
+    assert host is not None and port is not None
+    ready, begin = asyncio.Barrier(rollouts), time.perf_counter()
+
+    async def run(place: int) -> None:
+        transport, client = await asyncio.get_running_loop().create_connection(Client, host, port)
+        await ready.wait()
+        path = f"/rollout/r{place}/attempt/a{parts.path}"
+        answer = await client.call(request(path, number(place, wave), delay_ms, stream=True))
+        transport.close()
+        _check(answer)
+        if answer.count(b"word ") != TOKENS or b"[DONE]" not in answer:
+            raise ValueError(f"rollout {place}: not all of its stream came: {answer[-300:]!r}")
+
+    await asyncio.gather(*map(run, range(rollouts)))
+    return {"wave": wave, "seconds": time.perf_counter() - begin}
+
+
+def number(rollout: int, wave: int) -> int:
+    return rollout * 1000 + wave * 20
+
+
+def _check(answer: bytes) -> None:
+    if not answer.startswith(b"HTTP/1.1 200"):
+        raise ValueError(f"not an answer: {answer[:500]!r}")
+
+
+async def _main(url: str, clients: int, calls: int, delay_ms: int, kind: str) -> dict[str, float]:
+    if kind == "rollout":
+        return await hold(url, clients, calls, delay_ms)
+    return await load(url, clients, calls, delay_ms, stream=kind == "stream")
+
+
+if __name__ == "__main__":
+    url, *numbers, kind = sys.argv[1:]
+    clients, calls, delay_ms = map(int, numbers)
+    print(json.dumps(asyncio.run(_main(url, clients, calls, delay_ms, kind))))
