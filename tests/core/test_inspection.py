@@ -62,16 +62,25 @@ def test_a_call_says_in_which_step_it_trained_or_why_not() -> None:
     spans = team()
     planner, executor, _ = build_trajectory(spans).calls
     spans += [
-        trained_span(planner, 12, 0.8),
+        trained_span(planner, 12, 0.8, weight=1 / 64),
         trained_span(executor, 12, None, DropReason.ZERO_ADVANTAGE),
         trained_span(executor, 13, -1.25),
     ]
     notes = [line.split("  ")[-1] for line in lines_of(spans) if "agl.gateway.call" in line]
     assert notes == [
-        "row 1, trained in step 12, advantage +0.80",
+        "row 1, trained in step 12, advantage +0.80, weight 0.016",
         "row 2, not trained in step 12: zero_advantage, trained in step 13, advantage -1.25",
     ]
-    assert "9 spans" in Inspection(spans).text()
+    assert lines_of(spans)[2] == (
+        "9 spans in 2 traces; 3 model calls: 2 in 2 rows, 1 dropped (1 no_ids); 2 trained, 1 not (1 no_ids)"
+    )
+    inspection = Inspection(spans[:-1])
+    assert inspection.ends == {"trained": 1, "zero_advantage": 1, "no_ids": 1}
+    assert inspection.to_json()["ends"] == dict(inspection.ends)
+    assert inspection.to_json()["calls"][0]["trained"] == [
+        {"step": 12, "advantage": 0.8, "reason": None, "weight": 1 / 64}
+    ]
+    assert Inspection(team()).ends == {"pending": 2, "no_ids": 1}
 
 
 def test_a_rollout_that_is_not_for_training_says_so() -> None:

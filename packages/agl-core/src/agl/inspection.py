@@ -15,6 +15,7 @@ from agl.trajectory.call import say_error
 from agl.trajectory.clock import in_one_clock
 from agl.trajectory.reward import collect_rewards
 
+TRAINED, PENDING = "trained", "pending"
 _HEAD = ("span", "role", "tokens", "policy", "time", "")
 _LONGEST_NAME = 60
 _LINE_WIDTH = 120
@@ -30,6 +31,13 @@ class Account:
     turn: Turn | None
     drop: Drop | None
     trained: tuple[Trained, ...]
+
+    @property
+    def end(self) -> str:
+        """What it came to in the last step that saw it: `trained`, `pending`, or the reason why it did not train."""
+        if self.trained:
+            return self.trained[-1].reason or TRAINED
+        return str(self.drop.reason) if self.drop is not None else PENDING
 
     def say(self, mode: str) -> str:
         """On one line, e.g. `row 1, trained in step 12, advantage +0.80`; `mode` is the rollout's."""
@@ -74,6 +82,11 @@ class Inspection:
         grafts = {call.span_id: call.chat_span_id for call in self.trajectory.calls if call.chat_span_id}
         self._tree = SpanTree(in_one_clock([span for span in spans if span.name != semconv.SPAN_TRAINED]), grafts)
 
+    @property
+    def ends(self) -> Counter[str]:
+        """How many calls came to what; the counts add up to the number of calls."""
+        return Counter(account.end for account in self.accounts)
+
     def text(self) -> str:
         """A heading, the tree of spans, and for the dropped calls what to do."""
         tree = align([_HEAD, *(self._cells(span, lasts) for span, lasts in self._tree.walk())])
@@ -90,6 +103,7 @@ class Inspection:
             "error": trajectory.error,
             "reward": trajectory.reward,
             "rewards": [asdict(reward) for reward in trajectory.rewards],
+            "ends": dict(self.ends),
             "calls": [account.to_json() for account in self.accounts],
             "spans": [_span_to_json(span, len(lasts) - 1) for span, lasts in self._tree.walk()],
         }
@@ -116,13 +130,18 @@ class Inspection:
     def _say_counts(self) -> str:
         spans, calls = self._tree.spans, self.accounts
         dropped = Counter(str(account.drop.reason) for account in calls if account.drop)
-        reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(dropped.items()))
         return (
             f"{counted(len(spans), 'span')} in {counted(len({span.trace_id for span in spans}), 'trace')}; "
             f"{counted(len(calls), 'model call')}: {len(calls) - dropped.total()} in "
-            f"{counted(len(self.trajectory.rows), 'row')}, {dropped.total()} dropped"
-            + (f" ({reasons})" if reasons else "")
+            f"{counted(len(self.trajectory.rows), 'row')}, {dropped.total()} dropped{_say_reasons(dropped)}"
+            + (f"; {self._say_ends()}" if any(account.trained for account in calls) else "")
         )
+
+    def _say_ends(self) -> str:
+        """e.g. `1 trained, 2 not (1 no_ids, 1 zero_advantage)`."""
+        ends = self.ends
+        trained = ends.pop(TRAINED, 0)
+        return f"{trained} trained, {ends.total()} not{_say_reasons(ends)}"
 
     def _cells(self, span: Span, lasts: tuple[bool, ...]) -> tuple[str, ...]:
         account = self._account_of.get(span.span_id)
@@ -181,7 +200,14 @@ def _notes(span: Span, account: Account | None, mode: str) -> Iterator[str]:
 def _say_trained(trained: Trained) -> str:
     if trained.advantage is None:
         return f"not trained in step {trained.step}: {trained.reason or 'no reason given'}"
-    return f"trained in step {trained.step}, advantage {trained.advantage:+.2f}"
+    weight = f", weight {trained.weight:.2g}" if trained.weight is not None else ""
+    return f"trained in step {trained.step}, advantage {trained.advantage:+.2f}{weight}"
+
+
+def _say_reasons(counts: Mapping[str, int]) -> str:
+    """` (1 no_ids, 2 stale)`; nothing for none."""
+    reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(counts.items()))
+    return f" ({reasons})" if reasons else ""
 
 
 def _say_tokens(call: Call) -> str:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from agl.trajectory import Call, DropReason, Row, Trajectory
+from agl.trajectory import Call, DropReason, Row, Trajectory, Turn
 from agl_trainer.advantages import EPSILON, AdvantageName, Estimate, Scale, estimate, group_members
 from agl_trainer.batch import SampledRow
 from agl_trainer.credit import Credit, Overlong, Weights, call_credits, role_credit
@@ -63,6 +63,10 @@ class BatchOptions:
     """The loss has terms beside the advantage."""
     mask_truncated_completions: bool = False
     max_staleness: int | None = None
+    max_row_tokens: int | None = None
+    """Longest row; calls that end beyond it are left out."""
+    vocabulary: int | None = None
+    """How many tokens the policy knows."""
     is_tempered: bool = False
     """Logprobs were recorded after the division by the temperature."""
 
@@ -79,6 +83,8 @@ class Verdict:
     advantage: float | None
     reason: DropReason | None = None
     minibatch: int = 0
+    weight: float | None = None
+    """Factor on the loss of each of its tokens."""
 
 
 @dataclass(slots=True)
@@ -108,7 +114,7 @@ class GrpoBatch:
     def skip(self, roles: Sequence[str], minibatch: int) -> None:
         """Say of the calls of `roles` in `minibatch` that their optimizer step was not taken."""
         self.verdicts = [
-            replace(verdict, advantage=None, reason=DropReason.SKIPPED_STEP)
+            replace(verdict, advantage=None, weight=None, reason=DropReason.SKIPPED_STEP)
             if verdict.reason is None and verdict.minibatch == minibatch and verdict.call.role in roles
             else verdict
             for verdict in self.verdicts
@@ -254,27 +260,30 @@ class _RoleBatch:
         drafts = []
         for row in member.rows(self.role):
             draft = _Draft(row, minibatch, [0] * len(row.token_ids), [0.0] * len(row.token_ids))
+            is_known = self.options.vocabulary is None or max(row.token_ids) < self.options.vocabulary
             for turn in row.turns:
                 credit = member.credits[turn.call.span_id]
-                reason = self._call_fault(turn.call, credit)
+                reason = self._turn_fault(turn, credit) if is_known else DropReason.UNKNOWN_TOKENS
                 if credit is None or reason is not None:
-                    self.batch.verdicts.append(Verdict(turn.call, None, reason))
+                    draft.verdicts.append(Verdict(turn.call, None, reason))
                     continue
                 share = credit.discount / mean_discount if mean_discount else 1.0
                 of_call = advantage * share + (credit.own - mean_own) / scale
                 draft.mask[turn.start : turn.end] = [1] * (turn.end - turn.start)
                 if abs(of_call) < _NOTHING and not self.options.keeps_zero_advantage:
-                    self.batch.verdicts.append(Verdict(turn.call, None, DropReason.ZERO_ADVANTAGE))
+                    draft.verdicts.append(Verdict(turn.call, None, DropReason.ZERO_ADVANTAGE))
                     continue
-                draft.trains = True
                 draft.advantages[turn.start : turn.end] = [of_call] * (turn.end - turn.start)
-                self.batch.verdicts.append(Verdict(turn.call, of_call, minibatch=minibatch))
+                draft.verdicts.append(Verdict(turn.call, of_call, minibatch=minibatch))
             drafts.append(draft)
         return drafts
 
-    def _call_fault(self, call: Call, credit: Credit | None) -> DropReason | None:
+    def _turn_fault(self, turn: Turn, credit: Credit | None) -> DropReason | None:
+        call = turn.call
         if credit is None:
             return DropReason.NO_REWARD
+        if self.options.max_row_tokens is not None and turn.end > self.options.max_row_tokens:
+            return DropReason.TOO_LONG
         bound, version = self.options.max_staleness, _number(call.policy_version)
         now = self.state.version if self.state else None
         if bound is not None and version is not None and now is not None and now - version > bound:
@@ -291,6 +300,7 @@ class _RoleBatch:
         else:
             weights = batch_weights(self.options.loss_type, lengths, self.options.max_completion_length)
         for draft, weight in zip(drafts, weights.tolist(), strict=True):
+            self.batch.verdicts.extend(draft.weighted(weight))
             if draft.trains:
                 row = draft.to_row(weight, is_tempered=self.options.is_tempered)
                 self.batch.rows.setdefault(self.role, []).append(row)
@@ -304,9 +314,20 @@ class _Draft:
     minibatch: int
     mask: list[int]
     advantages: list[float]
-    trains: bool = False
+    verdicts: list[Verdict] = field(default_factory=list)
+    """On each of its calls."""
+
+    @property
+    def trains(self) -> bool:
+        return any(verdict.reason is None for verdict in self.verdicts)
+
+    def weighted(self, weight: float) -> list[Verdict]:
+        """The verdicts, with the weight of this row on those that train."""
+        return [replace(verdict, weight=weight) if verdict.reason is None else verdict for verdict in self.verdicts]
 
     def to_row(self, weight: float, *, is_tempered: bool) -> SampledRow:
+        """The row up to the last token that counts: what comes after it changes nothing."""
+        end = len(self.mask) - self.mask[::-1].index(1)
         temperatures = None
         if is_tempered:
             temperatures = [1.0] * len(self.mask)
@@ -314,13 +335,13 @@ class _Draft:
                 # A greedy engine divides by nothing.
                 temperatures[turn.start : turn.end] = [turn.call.temperature or 1.0] * (turn.end - turn.start)
         return SampledRow(
-            self.row.token_ids,
-            self.mask,
+            self.row.token_ids[:end],
+            self.mask[:end],
             weight,
-            self.row.logprobs,
-            self.advantages,
+            self.row.logprobs[:end],
+            self.advantages[:end],
             self.minibatch,
-            temperatures=temperatures,
+            temperatures=temperatures[:end] if temperatures else None,
         )
 
 

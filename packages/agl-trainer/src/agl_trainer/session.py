@@ -115,7 +115,7 @@ def open_engine(config: Config) -> Iterator[tuple[Policy, Scheduler, ASGIApp]]:
 
 def _open_policy(config: Config, train: TrainConfig) -> Policy:
     disable_progress_bar()  # the line of `progress` is the only one that moves
-    model, tokenizer = load_model(_model_folder(config, train))
+    model, tokenizer = load_model(base_folder(config))
     check_supported(model.config, config.engine.max_model_len)
     use_bfloat16_products(model)
     return Policy(model, tokenizer, config.agent_roles.roles, base_name=Path(train.model).name, seed=train.seed)
@@ -178,7 +178,9 @@ def _route(gateway: str, role: str, name: str) -> None:
         ask("POST", "/resume", {})
 
 
-def _model_folder(config: Config, train: TrainConfig) -> Path:
+def base_folder(config: Config) -> Path:
+    """The folder of `train.model`; a tiny one is built where it is not there yet. Raises ConfigError."""
+    train = config.require_train()
     if train.model != TINY:
         return model_folder(train.model)
     folder = Path(train.output_dir) / "model"

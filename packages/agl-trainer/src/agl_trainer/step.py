@@ -13,7 +13,8 @@ from agl_trainer.policy import Policy
 from agl_trainer.update import Update, merge_updates, update_role
 
 
-def batch_options(config: Config) -> BatchOptions:
+def batch_options(config: Config, vocabulary: int | None = None) -> BatchOptions:
+    """`vocabulary`: how many tokens the policy knows."""
     train, roles = config.require_train(), config.agent_roles
     overlong = Overlong(train.max_tokens, train.overlong_buffer, train.overlong_penalty)
     return BatchOptions(
@@ -29,6 +30,8 @@ def batch_options(config: Config) -> BatchOptions:
         keeps_zero_advantage=loss_options(train).trains_without_advantage,
         mask_truncated_completions=train.mask_truncated_completions,
         max_staleness=train.max_staleness,
+        max_row_tokens=config.engine.max_model_len,
+        vocabulary=vocabulary,
         is_tempered=train.logprobs_mode == "processed_logprobs",
     )
 

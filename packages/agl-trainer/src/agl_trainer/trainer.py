@@ -15,8 +15,9 @@ import torch
 from agl.config import Config
 from agl.errors import ConfigError, TrainingError
 from agl.store import Resource, Rollout
-from agl.trajectory import DropReason, Trajectory, build_trajectory, trained_span
+from agl.trajectory import Trajectory, build_trajectory
 from agl_trainer import rng
+from agl_trainer.account import Account, call_metrics, warn_of_missing_rewards
 from agl_trainer.advantages import next_baseline
 from agl_trainer.checkpoint import TrainingState, load_latest, prune, save_adapter, save_checkpoint
 from agl_trainer.evaluation import EvalResult, TaskScore
@@ -87,6 +88,7 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
         with open_session(self.config) as session, Progress() as progress:
             self._session, self._progress = session, progress
+            self._account = Account(session.store)
             self._resume()
             self._metrics = MetricsLog(session.store, self.run, self.folder, first_step=self._standing.step + 1)
             try:
@@ -153,12 +155,13 @@ class Trainer:
 
     def _grpo_step(self, step: int, tasks: Sequence[Any]) -> None:
         started = time.monotonic()
-        options = batch_options(self.config)
+        options = batch_options(self.config, vocabulary=len(self.session.policy.output_weight))
         roles = role_states(self.config, self.session.policy, step, self._standing.baselines)
         sample = self._sample(step, tasks, roles)
         sampled = time.monotonic()
         batch = grpo_batch(sample.trajectories, roles, options, replaced_groups=frozenset(sample.replaced))
         self._check_calls(batch, sample.outcomes)
+        batch.verdicts += self._account.late_calls()
         with self._weights():
             updates = train_batch(self.session.policy, self._standing.optimizers, batch, self.config)
             taken = {owner for owner, update in updates.items() if not update.was_skipped}
@@ -166,7 +169,8 @@ class Trainer:
         for role, credits in batch.credits.items():
             before = self._standing.baselines.get(role, 0.0)
             self._standing.baselines[role] = next_baseline(before, torch.tensor(credits), self.train.ema_decay)
-        self._record(batch)
+        unfinished = [outcome.rollout_id for outcome in sample.outcomes if outcome.error is not None]
+        self._account.record(self._standing.step, batch.verdicts, unfinished)
         times = {"time/rollouts_s": sampled - started, "time/update_s": time.monotonic() - sampled}
         groups = {"groups": float(sample.drawn), "groups/replaced": float(len(sample.replaced))}
         metrics = (
@@ -217,11 +221,6 @@ class Trainer:
                 f"{answered} of {len(outcomes)} rollouts ended well, but no model call was joined to any of them; name "
                 "the framework in train.instrument, or send agl.headers() with each request to OPENAI_BASE_URL"
             )
-
-    def _record(self, batch: GrpoBatch) -> None:
-        step = self._standing.step
-        spans = [trained_span(verdict.call, step, verdict.advantage, verdict.reason) for verdict in batch.verdicts]
-        self.session.store.append_spans(spans)
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
@@ -400,13 +399,8 @@ def _reward_metrics(trajectories: Sequence[Trajectory], outcomes: Sequence[Outco
 
 
 def _batch_metrics(batch: GrpoBatch, updates: Mapping[str, Update]) -> dict[str, float]:
-    metrics = {"calls": float(len(batch.verdicts))}
-    metrics["calls/trained"] = float(sum(verdict.reason is None for verdict in batch.verdicts))
-    metrics |= {f"calls/dropped/{reason}": float(count) for reason, count in batch.dropped().items()}
-    if missing := batch.dropped().get(DropReason.NO_REWARD):
-        logger.warning(
-            "no reward reaches %d of %d calls: they are left out of their groups", missing, len(batch.verdicts)
-        )
+    metrics = call_metrics(batch.verdicts)
+    metrics["rollouts/without_reward"] = float(warn_of_missing_rewards(batch.verdicts))
     for role, credits in batch.credits.items():
         metrics[f"{role}/credit_mean"] = statistics.fmean(credits)
         metrics[f"{role}/credit_std"] = statistics.pstdev(credits)

@@ -19,10 +19,14 @@ class Trained:
     step: int
     advantage: float | None
     reason: str | None
+    weight: float | None = None
+    """Factor on the loss of each of its tokens."""
 
 
-def trained_span(call: Call, step: int, advantage: float | None, reason: DropReason | None = None) -> Span:
-    """A span that records what training `step` did with `call`: its `advantage`, or the `reason` why it did not train.
+def trained_span(
+    call: Call, step: int, advantage: float | None, reason: DropReason | None = None, weight: float | None = None
+) -> Span:
+    """A span that records what training `step` did with `call`: `advantage` and `weight`, or why it did not train.
 
     The same call and step give the same span id, so a resumed run that repeats its step records nothing twice.
     """
@@ -36,6 +40,8 @@ def trained_span(call: Call, step: int, advantage: float | None, reason: DropRea
         attributes[semconv.ATTEMPT_ID] = call.attempt_id
     if advantage is not None:
         attributes[semconv.TRAINED_ADVANTAGE] = advantage
+    if weight is not None:
+        attributes[semconv.TRAINED_WEIGHT] = weight
     if reason is not None:
         attributes[semconv.TRAINED_REASON] = reason.value
     now = time.time_ns()
@@ -49,6 +55,9 @@ def collect_trained(spans: Iterable[Span]) -> dict[str, list[Trained]]:
     for span in spans:
         call_id, step = span.text(semconv.TRAINED_CALL), read_number(span, semconv.TRAINED_STEP)
         if span.name == semconv.SPAN_TRAINED and call_id and step is not None:
-            advantage = read_number(span, semconv.TRAINED_ADVANTAGE)
-            found.setdefault(call_id, []).append(Trained(int(step), advantage, span.text(semconv.TRAINED_REASON)))
+            advantage, weight = (
+                read_number(span, name) for name in (semconv.TRAINED_ADVANTAGE, semconv.TRAINED_WEIGHT)
+            )
+            reason = span.text(semconv.TRAINED_REASON)
+            found.setdefault(call_id, []).append(Trained(int(step), advantage, reason, weight))
     return {call_id: sorted(steps, key=lambda trained: trained.step) for call_id, steps in found.items()}

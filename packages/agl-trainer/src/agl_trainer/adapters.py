@@ -1,0 +1,148 @@
+"""The adapters that a training has written: found, copied out, and merged into their base model.
+
+Only `adapter_model.safetensors` and `adapter_config.json` of a folder are ever read: nothing that is pickled.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from agl.errors import CommandError
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A PEFT folder with the adapter of `role` in one version."""
+
+    role: str
+    version: int
+    folder: Path
+    kept_in: str
+    """`adapters`, where it was published, else the name of a checkpoint."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}@{self.version}"
+
+    def config(self) -> dict[str, Any]:
+        """Raises CommandError where it cannot be read."""
+        return _read_json(self.folder / CONFIG)
+
+    def count_parameters(self) -> int:
+        """Raises CommandError for weights that are no safetensors."""
+        total = 0
+        with _opened(self.folder / WEIGHTS, "numpy") as file:
+            for name in file.keys():  # noqa: SIM118 - the file is not a mapping
+                size = 1
+                for dimension in file.get_slice(name).get_shape():
+                    size *= dimension
+                total += size
+        return total
+
+    def tensors(self) -> dict[str, Any]:
+        """Its tensors on the CPU, named as PEFT names them. Raises CommandError for weights that are no safetensors."""
+        with _opened(self.folder / WEIGHTS, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is not a mapping
+
+
+def find_adapters(output_dir: Path) -> list[Adapter]:
+    """Every adapter below the folder of a training, each version once, by role and version."""
+    found: dict[str, Adapter] = {}
+    for adapter in (*_published(output_dir / "adapters"), *_checkpointed(output_dir / "checkpoints")):
+        found.setdefault(adapter.name, adapter)
+    return sorted(found.values(), key=lambda adapter: (adapter.role, adapter.version))
+
+
+def pick_adapter(adapters: Sequence[Adapter], name: str) -> Adapter:
+    """`writer@3`, or for `writer` its newest version. Raises CommandError naming those that are there."""
+    fitting = [adapter for adapter in adapters if name in (adapter.name, adapter.role)]
+    if not fitting:
+        known = ", ".join(adapter.name for adapter in adapters) or "none: train first"
+        raise CommandError(f"there is no adapter {name!r}; there are {known}")
+    return fitting[-1]
+
+
+def export_adapter(adapter: Adapter, base: Path, target: Path) -> None:
+    """Write `adapter` to the new folder `target`, as trained on the model in `base`.
+
+    Raises CommandError for a folder that is not empty, and for an adapter that cannot be read.
+    """
+    adapter.count_parameters()
+    config = adapter.config() | {"base_model_name_or_path": str(base.resolve())}
+    with _new_folder(target) as draft:
+        shutil.copyfile(adapter.folder / WEIGHTS, draft / WEIGHTS)
+        (draft / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+def merge_adapter(adapter: Adapter, base: Path, target: Path) -> None:
+    """Write the model in `base`, `adapter` added to its weights, to the new folder `target`, with its tokenizer.
+
+    In float32 on the CPU. Raises CommandError as `export_adapter`.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tensors, config = adapter.tensors(), LoraConfig.from_pretrained(str(adapter.folder))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
+    peft: Any = get_peft_model(model, config)  # its annotation knows no merge_and_unload
+    missed = set_peft_model_state_dict(peft, tensors)
+    if missed.unexpected_keys:
+        raise CommandError(f"{adapter.folder} does not fit {base}: it has no {missed.unexpected_keys[0]}")
+    with _new_folder(target) as draft:
+        peft.merge_and_unload().save_pretrained(draft)
+        AutoTokenizer.from_pretrained(base).save_pretrained(draft)
+
+
+def _published(folder: Path) -> Iterator[Adapter]:
+    for path in sorted(folder.glob("*@*")):
+        role, _, number = path.name.rpartition("@")
+        if number.isdigit() and (path / WEIGHTS).is_file():
+            yield Adapter(role, int(number), path, folder.name)
+
+
+def _checkpointed(folder: Path) -> Iterator[Adapter]:
+    for path in sorted(folder.glob("step-*")):
+        for role, version in _read_json(path / "state.json")["versions"].items():
+            yield Adapter(role, version, path / "adapters" / role, path.name)
+
+
+@contextmanager
+def _opened(path: Path, framework: str) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework=framework) as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise CommandError(f"{path} holds no adapter in safetensors: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CommandError(f"cannot read {path}: {error}") from error
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write to that becomes `target` once it is whole."""
+    if target.exists() and any(target.iterdir()):
+        raise CommandError(f"{target} is not empty; name a new folder with --to")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        yield draft
+        draft.chmod(0o755)
+        os.replace(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

@@ -1,0 +1,98 @@
+"""`agl adapters`: what a training has made, to look at and to take elsewhere."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from agl.cli.command import add_command, add_json_option, print_json
+from agl.config import Config
+from agl.table import align
+from agl_trainer.adapters import Adapter, export_adapter, find_adapters, merge_adapter, pick_adapter
+
+_EXAMPLE = "examples/sql_agent/config.yaml"
+_HEAD = ("adapter", "rank", "alpha", "parameters", "kept in")
+
+
+def adapters_command(subparsers: Any) -> None:
+    parser = subparsers.add_parser("adapters", description="List, export and merge the adapters of a training.")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    described = "List every adapter that is kept in train.output_dir, by role and version."
+    listing = add_command(verbs, "list", _list, described, f"agl adapters list {_EXAMPLE}")
+    listing.add_argument("config", type=Path, help="the YAML file of the training")
+    add_json_option(listing)
+    _add_writer(
+        verbs,
+        "export",
+        _export,
+        "Write an adapter to a folder that PeftModel.from_pretrained and vLLM load.",
+        f"agl adapters export {_EXAMPLE} writer --to adapters/writer",
+    )
+    _add_writer(
+        verbs,
+        "merge",
+        _merge,
+        "Write the base model with an adapter merged into its weights: a model folder that needs no PEFT.",
+        f"agl adapters merge {_EXAMPLE} writer@60 --to models/writer",
+    )
+
+
+def _add_writer(
+    verbs: Any, name: str, run: Callable[[argparse.Namespace], int], description: str, example: str
+) -> None:
+    parser = add_command(verbs, name, run, description, example)
+    parser.add_argument("config", type=Path, help="the YAML file of the training")
+    parser.add_argument("adapter", metavar="ROLE[@VERSION]", help="which one; without a version the newest")
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    found = find_adapters(_output_dir(Config.load(arguments.config)))
+    if arguments.json:
+        print_json([_to_json(adapter) for adapter in found])
+    elif found:
+        print("\n".join(align([_HEAD, *map(_cells, found)])))
+    else:
+        print(f"no adapters yet below {_output_dir(Config.load(arguments.config))}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    return _write(arguments, export_adapter)
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    return _write(arguments, merge_adapter)
+
+
+def _write(arguments: argparse.Namespace, write: Callable[[Adapter, Path, Path], None]) -> int:
+    # Not before it is needed: this loads torch.
+    from agl_trainer.session import base_folder
+
+    config = Config.load(arguments.config)
+    adapter = pick_adapter(find_adapters(_output_dir(config)), arguments.adapter)
+    write(adapter, base_folder(config), arguments.to)
+    print(f"{adapter.name}: {arguments.to}")
+    return 0
+
+
+def _output_dir(config: Config) -> Path:
+    return Path(config.require_train().output_dir)
+
+
+def _cells(adapter: Adapter) -> tuple[str, ...]:
+    config = adapter.config()
+    return (adapter.name, str(config["r"]), str(config["lora_alpha"]), str(adapter.count_parameters()), adapter.kept_in)
+
+
+def _to_json(adapter: Adapter) -> dict[str, Any]:
+    config = adapter.config()
+    return {
+        "role": adapter.role,
+        "version": adapter.version,
+        "rank": config["r"],
+        "alpha": config["lora_alpha"],
+        "parameters": adapter.count_parameters(),
+        "kept_in": adapter.kept_in,
+        "folder": str(adapter.folder),
+    }
