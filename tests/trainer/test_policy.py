@@ -20,7 +20,7 @@ ROW = [5, 6, 7, 8, 9]
 def hidden(policy: Policy, adapters: list[str], *rows: list[int]) -> Tensor:
     packed = pack_rows(rows or [ROW])
     with torch.no_grad():
-        return policy.hidden_states(packed.token_ids, packed.positions, adapters, PackedPlan(packed.segments))
+        return policy.hidden_states(packed.token_ids, packed.positions, adapters, PackedPlan(packed))
 
 
 def test_a_fresh_adapter_says_what_the_base_model_says() -> None:

@@ -1,17 +1,14 @@
 """Attention over a trie of tokens, as an attention implementation of transformers.
 
 In the depth-first layout of `tree.pack_rows` the ancestor mask is a list of rectangles: the keys of a segment are seen
-causally by the segment itself and fully by its subtree, which follows it directly. So each segment is one block
-
-    S = scale * Q[start:subtree_end] K[start:end]^T        (its top square masked to the lower triangle)
-
-and the softmax over all blocks of a query is joined through the log-sum-exp, as in FlashAttention (arXiv 2205.14135).
-No mask of N x N is ever made and no key is copied, however many rows share it.
+causally by the segment itself and fully by its subtree, which follows it directly. The softmax over all parts of a
+query is joined through the log-sum-exp, as in FlashAttention (arXiv 2205.14135). No mask of N x N is ever made and no
+key is copied, however many rows share it.
 
 A model takes part by `model.set_attn_implementation(NAME)`; every forward passes its `plan`, an `AttentionPlan`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from agl_trainer.tree import Segment
+from agl_trainer.kernels import Part, Scores, kernel_for
+from agl_trainer.tree import PackedRows, Segment
 
 NAME = "agl_tree"
 
@@ -27,7 +25,7 @@ NAME = "agl_tree"
 class AttentionPlan(Protocol):
     """Who attends to whom in one forward pass over N tokens."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """Attention output [Hkv, N, G, D] for query [Hkv, N, G, D] (G query heads share a key head), key and value
         [Hkv, N, D] of the N tokens of this pass."""
         ...
@@ -41,6 +39,8 @@ def _forward(
     attention_mask: Tensor | None,
     scaling: float,
     plan: AttentionPlan,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The seam that transformers calls: query [B, Hq, T, D], key and value [B, Hkv, T, D]; N is B * T."""
@@ -52,7 +52,7 @@ def _forward(
         grouped.reshape(kv_heads, batch * length, query_heads // kv_heads, width).contiguous(),
         key.transpose(0, 1).reshape(kv_heads, batch * length, width),
         value.transpose(0, 1).reshape(kv_heads, batch * length, width),
-        scaling,
+        Scores(scaling, sliding_window, softcap),
     )
     return out.transpose(0, 1).reshape(batch, length, query_heads, width), None
 
@@ -92,47 +92,54 @@ def attend_blocks(query: Tensor, blocks: Sequence[Block], scale: float) -> tuple
 class PackedPlan:
     """Attention for a training pass over packed rows; differentiable."""
 
-    segments: Sequence[Segment]
+    rows: PackedRows
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return _TreeAttention.apply(query, key, value, self.segments, scale)  # type: ignore[no-any-return]  # untyped in torch
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        by_head = query.transpose(1, 2)
+        out = _TreeAttention.apply(by_head, key, value, self.rows, scores)
+        return out.transpose(1, 2)  # type: ignore[no-any-return]  # untyped in torch
 
 
 class _TreeAttention(torch.autograd.Function):
-    """`attend_blocks` over one trie, with the backward pass of FlashAttention (arXiv 2205.14135, algorithm 4)."""
+    """Output [Hkv, G, N, D] for query [Hkv, G, N, D], key and value [Hkv, N, D]: each part is one call of a kernel."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float
-    ) -> Tensor:
-        out, normaliser = attend_blocks(query, _blocks(segments, key, value), scale)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, scores: Scores) -> Tensor:
+        kernel = kernel_for(scores, rows.positions)
+        out = torch.zeros_like(query)
+        normaliser = torch.full(query.shape[:3], -torch.inf, dtype=query.dtype, device=query.device)
+        for part in _parts(rows.segments):
+            own, own_normaliser = kernel.forward(
+                part, query[:, :, part.queries], key[:, part.keys], value[:, part.keys]
+            )
+            seen = normaliser[:, :, part.queries]
+            out[:, :, part.queries].lerp_(own, torch.sigmoid(own_normaliser - seen)[..., None])
+            torch.logaddexp(seen, own_normaliser, out=seen)
         ctx.save_for_backward(query, key, value, out, normaliser)
-        ctx.segments, ctx.scale = segments, scale
+        ctx.rows, ctx.kernel = rows, kernel
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, out, normaliser = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        delta = (grad * out).sum(-1)
-        grad_query, grad_key, grad_value = torch.zeros_like(query), torch.empty_like(key), torch.empty_like(value)
-        for segment, block in zip(ctx.segments, _blocks(ctx.segments, key, value), strict=True):
-            seen, keys = slice(block.start, block.stop), slice(segment.start, segment.end)
-            scores = _scores(query, block, ctx.scale)
-            weights = scores.sub_(normaliser[:, seen, :, None]).exp_().flatten(1, 2)
-            incoming = _rows(grad, block)
-            grad_value[:, keys] = weights.mT @ incoming
-            grad_scores = incoming @ block.value.mT
-            grad_scores.sub_(delta[:, seen].flatten(1, 2)[..., None]).mul_(weights).mul_(ctx.scale)
-            grad_key[:, keys] = grad_scores.mT @ _rows(query, block)
-            _rows(grad_query, block).baddbmm_(grad_scores, block.key)
-        return grad_query, grad_key, grad_value, None, None
+        gathered = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for part in _parts(ctx.rows.segments):
+            seen = (slice(None), slice(None), part.queries)
+            of_part = ctx.kernel.backward(
+                part, query[seen], key[:, part.keys], value[:, part.keys], grads[0][seen], out[seen], normaliser[seen]
+            )
+            for whole, grad, places in zip(gathered, of_part, (part.queries, part.keys, part.keys), strict=True):
+                whole[..., places, :] += grad
+        return *gathered, None, None
 
 
-def _blocks(segments: Sequence[Segment], key: Tensor, value: Tensor) -> list[Block]:
-    return [
-        Block(s.start, s.subtree_end, key[:, s.start : s.end], value[:, s.start : s.end], causal=True) for s in segments
-    ]
+def _parts(segments: Sequence[Segment]) -> Iterator[Part]:
+    """Children first: what a query sees of its own segment is never nothing, whatever a window hides of the others."""
+    for segment in reversed(segments):
+        keys = slice(segment.start, segment.end)
+        yield Part(keys, keys, is_causal=True)
+        if segment.subtree_end > segment.end:
+            yield Part(slice(segment.end, segment.subtree_end), keys, is_causal=False)
 
 
 def _scores(query: Tensor, block: Block, scale: float) -> Tensor:

@@ -40,7 +40,7 @@ def row_logprobs(
     if bad := [index for index, row in enumerate(rows) if row.loss_mask[0]]:
         raise ValueError(f"row {bad[0]}: its first token has mask 1, but no token before it can predict it")
     packed = pack_rows([row.token_ids for row in rows])
-    hidden = policy.hidden_states(packed.token_ids, packed.positions, [role], PackedPlan(packed.segments))
+    hidden = policy.hidden_states(packed.token_ids, packed.positions, [role], PackedPlan(packed))
     before = torch.empty_like(packed.token_ids)
     trained_of_row, temperatures = [], []
     for index, row in zip(packed.row_index, rows, strict=True):

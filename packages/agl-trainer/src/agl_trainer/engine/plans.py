@@ -8,6 +8,7 @@ from torch import Tensor
 
 from agl_trainer.attention import Block, attend_blocks
 from agl_trainer.engine.kv import PrefixNode, PrefixTree, Slab
+from agl_trainer.kernels import Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class PrefillPlan:
             for child in tree.root.children.values():
                 self._visit(adapter, child)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         blocks = []
         for seen in self._seen:
             kept_key, kept_value = seen.node.kv[layer]
@@ -40,7 +41,7 @@ class PrefillPlan:
                 kept_key.copy_(key[:, own])
                 kept_value.copy_(value[:, own])
             blocks.append(Block(seen.start, seen.stop, kept_key, kept_value, causal=seen.node.pending))
-        return attend_blocks(query, blocks, scale)[0]
+        return attend_blocks(query, blocks, scores.scale)[0]
 
     def finish(self) -> None:
         """Call after the pass: what was pending is now kept."""
@@ -83,7 +84,7 @@ class DecodePlan:
         self._hidden = torch.empty(len(kept), self._length, dtype=torch.bool)
         self._hidden[self._slots] = torch.arange(self._length) > self._kept[:, None]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         count = query.shape[1]
         keys, values = self._slab.layers[layer]
         keys[self._slots, :, self._kept] = key.transpose(0, 1)
@@ -91,12 +92,12 @@ class DecodePlan:
         by_slot = torch.empty_like(query.transpose(0, 1), memory_format=torch.contiguous_format)
         by_slot[self._slots] = query.transpose(0, 1)
         own = by_slot @ keys[:count, :, : self._length].mT
-        own = own.mul_(scale).masked_fill_(self._hidden[:, None, None], -torch.inf)
+        own = own.mul_(scores.scale).masked_fill_(self._hidden[:, None, None], -torch.inf)
         own_normaliser = own.logsumexp(-1)
         own_out = (own.sub_(own_normaliser[..., None]).exp_()) @ values[:count, :, : self._length]
         if not self._seen:
             return own_out[self._slots].transpose(0, 1)
-        shared_out, shared_normaliser = attend_blocks(query, self._blocks(layer), scale)
+        shared_out, shared_normaliser = attend_blocks(query, self._blocks(layer), scores.scale)
         # Two softmax parts joined by their log-sum-exp; sigmoid(a - b) is the share of the part with a.
         share = torch.sigmoid(own_normaliser[self._slots].transpose(0, 1) - shared_normaliser)[..., None]
         return shared_out.lerp_(own_out[self._slots].transpose(0, 1), share)

@@ -1,0 +1,126 @@
+"""What computes a part of an attention: some queries on some keys, joined with other parts by the log-sum-exp.
+
+Both kernels take query [Hkv, G, Q, D] (G query heads share a key head), key and value [Hkv, S, D]. `forward` returns
+output and log-sum-exp [Hkv, G, Q] of this part alone; `backward` takes the output O and log-sum-exp L of all parts
+together, with which the gradient of one part needs nothing of the others (FlashAttention, arXiv 2205.14135,
+algorithm 4): P = exp(S - L), dS = P * (dP - rowsum(dO * O)).
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+"""Of query, key and value, shaped as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How a layer makes scores of queries and keys."""
+
+    scale: float
+    window: int | None = None
+    """A query sees the keys less than so many positions before it."""
+    softcap: float | None = None
+    """Scores become softcap * tanh(score / softcap)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Queries at these places see keys at those: all of them, or, where `is_causal`, each up to its own place."""
+
+    queries: slice
+    keys: slice
+    is_causal: bool
+
+
+class Kernel(Protocol):
+    def forward(self, part: Part, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def backward(
+        self, part: Part, query: Tensor, key: Tensor, value: Tensor, grad: Tensor, out: Tensor, normaliser: Tensor
+    ) -> Gradients: ...
+
+
+def kernel_for(scores: Scores, positions: Tensor) -> Kernel:
+    """The fastest that computes `scores` of tokens at `positions` [N] where they are."""
+    is_plain = scores.window is None and scores.softcap is None
+    return FlashKernel(scores.scale) if is_plain and positions.device.type == "cpu" else PlainKernel(scores, positions)
+
+
+@dataclass(frozen=True, slots=True)
+class FlashKernel:
+    """torch's own for CPUs, which never holds all scores."""
+
+    scale: float
+
+    def forward(self, part: Part, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        out, normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, _of_heads(key, query), _of_heads(value, query), 0.0, part.is_causal, scale=self.scale
+        )
+        return out, normaliser.view(query.shape[:3])
+
+    def backward(
+        self, part: Part, query: Tensor, key: Tensor, value: Tensor, grad: Tensor, out: Tensor, normaliser: Tensor
+    ) -> Gradients:
+        grad_query, grad_key, grad_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad,
+            query,
+            _of_heads(key, query),
+            _of_heads(value, query),
+            out,
+            normaliser.contiguous(),
+            0.0,
+            part.is_causal,
+            scale=self.scale,
+        )
+        return grad_query, grad_key.sum(1), grad_value.sum(1)
+
+
+@dataclass(frozen=True, slots=True)
+class PlainKernel:
+    """Matrix products, for any scores on any device. A query that sees no key gets 0 and -inf."""
+
+    scores: Scores
+    positions: Tensor
+
+    def forward(self, part: Part, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        made, _ = self._scores(part, query, key)
+        normaliser = made.logsumexp(-1)
+        return _weights(made, normaliser) @ value[:, None], normaliser
+
+    def backward(
+        self, part: Part, query: Tensor, key: Tensor, value: Tensor, grad: Tensor, out: Tensor, normaliser: Tensor
+    ) -> Gradients:
+        made, slope = self._scores(part, query, key)
+        weights = _weights(made, normaliser)
+        delta = (grad * out).sum(-1, keepdim=True)
+        grad_scores = (grad @ value[:, None].mT).sub_(delta).mul_(weights).mul_(self.scores.scale)
+        if slope is not None:
+            grad_scores.mul_(slope)
+        grad_key, grad_value = grad_scores.mT @ query, weights.mT @ grad
+        return grad_scores @ key[:, None], grad_key.sum(1), grad_value.sum(1)
+
+    def _scores(self, part: Part, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scores [Hkv, G, Q, S], -inf where the key is not seen, and their slope where they are capped."""
+        made, slope = (query @ key[:, None].mT).mul_(self.scores.scale), None
+        if (cap := self.scores.softcap) is not None:
+            made = made.div_(cap).tanh_()
+            slope = 1 - made.square()
+            made.mul_(cap)
+        before = self.positions[part.queries, None] - self.positions[None, part.keys]
+        hidden = before < 0
+        if self.scores.window is not None:
+            hidden |= before >= self.scores.window
+        return made.masked_fill_(hidden, -torch.inf), slope
+
+
+def _of_heads(tensor: Tensor, query: Tensor) -> Tensor:
+    """View [Hkv, G, S, D] of keys or values [Hkv, S, D]."""
+    return tensor[:, None].expand(-1, query.shape[1], -1, -1)
+
+
+def _weights(scores: Tensor, normaliser: Tensor) -> Tensor:
+    return scores.sub_(normaliser.masked_fill(normaliser.isinf(), 0.0)[..., None]).exp_()
