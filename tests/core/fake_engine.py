@@ -1,7 +1,8 @@
 """A small engine in the shape of vLLM 0.32, over a real socket: it samples from a script and remembers what it saw.
 
 The last message steers it: `SLOW` streams for seconds, `TOOL` answers with a tool call, `BREAK` drops the connection
-half-way, `GARBAGE` answers something that is not JSON, `HOLD` waits for `released`.
+half-way, `GARBAGE` answers something that is not JSON, `HOLD` waits for `released`. Its chat template writes a
+character a token (`rendered`).
 """
 
 import asyncio
@@ -9,7 +10,7 @@ import json
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -25,6 +26,15 @@ USAGE = {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
 TOOL_CALL = {"id": "call_1", "type": "function", "function": {"name": "search", "arguments": '{"x": 1}'}}
 
 
+TURN = 7
+"""Starts what is said by a role; the last token of an answer ends it."""
+
+
+def rendered(messages: list[Json]) -> list[int]:
+    """What /tokenize makes of `messages`, up to where the next answer starts. A chat says `PROMPT_IDS` instead."""
+    return [token for message in messages for token in (TURN, *map(ord, message["content"]), END)] + [TURN]
+
+
 def token_id(choice: int, position: int) -> int:
     return 100 + 1000 * choice + position
 
@@ -33,11 +43,15 @@ def logprob(choice: int, position: int) -> float:
     return -0.5 - choice - position / 8
 
 
+END = token_id(0, len(WORDS) - 1)
+
+
 @dataclass
 class FakeEngine:
     """`app` to serve; `seen` are the request bodies, `headers` theirs, `streams_cut` the streams a client left.
 
-    The first answers are `failures`, while there are any: a status each.
+    The first answers are `failures`, while there are any: a status each. `takes_tokens` is what it does with the prompt
+    of a chat in tokens: it takes it, knows nothing of it, or refuses the request.
     """
 
     models: tuple[str, ...] = MODELS
@@ -45,6 +59,8 @@ class FakeEngine:
     headers: list[dict[str, str]] = field(default_factory=list)
     streams_cut: int = 0
     failures: list[int] = field(default_factory=list)
+    takes_tokens: Literal["yes", "ignores", "refuses"] = "yes"
+    tokenizes: bool = True
     released: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -55,6 +71,7 @@ class FakeEngine:
                 Route("/v1/completions", self._complete, methods=["POST"]),
                 Route("/v1/embeddings", self._embed, methods=["POST"]),
                 Route("/v1/models", self._models),
+                *([Route("/tokenize", self._tokenize, methods=["POST"])] if self.tokenizes else []),
             ]
         )
 
@@ -75,6 +92,10 @@ class FakeEngine:
         data = [{"object": "embedding", "index": index, "embedding": [0.5, 1.0]} for index in range(len(texts))]
         return JSONResponse({"object": "list", "model": body["model"], "data": data, "usage": USAGE})
 
+    async def _tokenize(self, request: Request) -> JSONResponse:
+        body = await request.json()
+        return JSONResponse({"count": 1, "max_model_len": 1000, "tokens": rendered(body["messages"])})
+
     async def _note(self, request: Request) -> Json:
         self.seen.append(await request.json())
         self.headers.append(dict(request.headers))
@@ -84,6 +105,10 @@ class FakeEngine:
         if answer.body["model"] not in self.models:
             error = {"message": f"The model `{answer.body['model']}` does not exist.", "type": "NotFoundError"}
             return JSONResponse({"error": error | {"param": "model", "code": 404}}, 404)
+        given = (answer.body.get("kv_transfer_params") or {}).get("prompt_token_ids")
+        if given and self.takes_tokens == "refuses":
+            return JSONResponse({"error": {"message": "extra inputs are not permitted"}}, 400)
+        answer.given = given if self.takes_tokens == "yes" else None
         if self.failures:
             return JSONResponse({"error": {"message": "not now"}}, self.failures.pop(0))
         while answer.steer == "HOLD" and not self.released.is_set():
@@ -118,6 +143,8 @@ class Answer:
     body: Json
     steer: str
     response_id: str
+    given: list[int] | None = None
+    """The prompt in tokens."""
 
     @property
     def words(self) -> list[str]:
@@ -155,7 +182,7 @@ class Answer:
         return {"token_ids": [token_id(choice, position) for position in positions]} if wanted else {}
 
     def prompt_ids(self) -> Json:
-        return {"prompt_token_ids": PROMPT_IDS} if self.body.get("return_token_ids") else {}
+        return {"prompt_token_ids": self.given or PROMPT_IDS} if self.body.get("return_token_ids") else {}
 
 
 @dataclass

@@ -92,7 +92,7 @@ def test_forks_and_retokenized_histories_are_named() -> None:
     spans = [gateway_call([1], [2, 3]), gateway_call([1, 9, 4], [5]), gateway_call([1], [8])]
     assert [line.split("row ")[1] for line in lines_of(spans)[-3:]] == [
         "1, not trained on (mode prod)",
-        "2 (retokenized), not trained on (mode prod)",
+        "2 (retokenized: token 1: 2 was sampled, the prompt has 9), not trained on (mode prod)",
         "3 (fork), not trained on (mode prod)",
     ]
 

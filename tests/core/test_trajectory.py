@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agl import semconv
+from agl.drift import Difference, Drift, Drifted
 from agl.errors import TrajectoryError
 from agl.span import Span
-from agl.trajectory import Drift, DropReason, Row, Trajectory, build_trajectory, collect_trained, trained_span
+from agl.trajectory import DropReason, Row, Trajectory, build_trajectory, collect_trained, trained_span
 from tests.core.span_maker import OTHER_TRACE, TRACE, chat, gateway_call, reward, span, tokens
 
 
@@ -77,6 +78,18 @@ def test_a_second_continuation_of_the_same_history_is_a_fork_that_trains_only_it
     main, fork = rows_of(gateway_call([1], [2]), gateway_call([1, 2, 3], [4]), gateway_call([1, 2, 5, 5], [6]))
     assert main.loss_mask == [0, 1, 0, 1]
     assert (fork.token_ids, fork.loss_mask, drifts(fork)) == ([1, 2, 5, 5, 6], [0, 0, 0, 0, 1], [Drift.FORK])
+
+
+def test_the_gateway_knows_better_what_drift_it_is() -> None:
+    """By ids alone a history that changed before the latest answer is a conversation of its own."""
+    first = gateway_call([1, 2], [3, 4])
+    told = Drifted(Drift.REASONING, Difference(1, 2, 9, "<think>", "so"), first.span_id)
+    second = gateway_call([1, 9, 5], [6], attributes={semconv.GATEWAY_DRIFT: told.to_json()})
+    forked = gateway_call([1, 2], [8], attributes={semconv.GATEWAY_DRIFT: told.to_json()})
+    rows = rows_of(first, second, forked)
+    assert [drifts(row) for row in rows] == [[None], [Drift.REASONING], [Drift.FORK]]
+    assert [turn.difference for row in rows for turn in row.turns] == [None, told.difference, None]
+    assert str(told.difference) == "token 1: 2 '<think>' was sampled, the prompt has 9 'so'"
 
 
 def test_a_history_with_other_tokens_for_the_answer_is_retokenized() -> None:

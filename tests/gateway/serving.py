@@ -92,6 +92,15 @@ def output(span: Span) -> Any:
     return message
 
 
+def parsed(answer: httpx.Response, stream: bool) -> Any:
+    """What a client reads: the answer, or the chunks of its stream."""
+    if not stream:
+        return answer.json()
+    *events, done, rest = answer.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
 @contextmanager
 def serving(engine: FakeEngine, port: int = 0) -> Iterator[str]:
     server = AppThread()

@@ -31,6 +31,7 @@ from tests.gateway.serving import (
     ids,
     logprobs,
     output,
+    parsed,
     wait_until,
 )
 
@@ -184,14 +185,6 @@ def test_the_client_gets_what_the_engine_would_say(
     assert through.headers.get("x-engine") == direct.headers.get("x-engine")
 
 
-def parsed(answer: httpx.Response, stream: bool) -> Any:
-    if not stream:
-        return answer.json()
-    *events, done, rest = answer.text.split("\n\n")
-    assert (done, rest) == ("data: [DONE]", "")
-    return [json.loads(event.removeprefix("data: ")) for event in events]
-
-
 def test_models_are_passed_on(setup: Setup) -> None:
     assert [model.id for model in setup.client().models.list()] == ["writer@3", "base"]
     assert [model.id for model in setup.client("/rollout/r/attempt/a/v1").models.list()] == ["writer@3", "base"]
@@ -219,11 +212,12 @@ def test_what_the_client_set_itself_stays(setup: Setup) -> None:
 
 def test_fields_can_be_forced_left_out_or_left_alone() -> None:
     body = {"max_completion_tokens": 5, "temperature": 0.2, "seed": 1}
-    sent = prepare(body, "chat", extra_body={"logprobs": None, "seed": 3}, forced={"max_tokens": 9}, seed=2)
+    ids = {"return_token_ids": True}
+    sent = prepare(body, "chat", ids=ids, extra_body={"logprobs": None, "seed": 3}, forced={"max_tokens": 9}, seed=2)
     assert sent == {"temperature": 0.2, "seed": 1, "return_token_ids": True, "max_tokens": 9}
     assert body == {"max_completion_tokens": 5, "temperature": 0.2, "seed": 1}
-    assert prepare({"logprobs": 0}, "text_completion", extra_body={}, forced={}, seed=None)["logprobs"] == 0
-    assert prepare({}, "text_completion", extra_body={}, forced={}, seed=None)["logprobs"] == 1
+    assert prepare({"logprobs": 0}, "text_completion", ids=ids, extra_body={}, forced={}, seed=None)["logprobs"] == 0
+    assert prepare({}, "text_completion", ids=ids, extra_body={}, forced={}, seed=None)["logprobs"] == 1
     assert Asked.read({"logprobs": 0}, "text_completion").logprobs
     assert not Asked.read({"logprobs": False}, "chat").logprobs
 

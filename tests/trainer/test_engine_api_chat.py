@@ -68,12 +68,6 @@ def test_the_next_prompt_goes_on_from_what_was_sampled():
     assert second[: len(first) + len(sampled)] == first + sampled
 
 
-def test_an_answer_goes_on_after_its_given_start():
-    template = ChatTemplate(small_tokenizer())
-    turns = [{"role": "user", "content": "hi"}]
-    assert template.prompt_ids(turns, answer_start="Sure") == template.prompt_ids(turns) + template.encode("Sure")
-
-
 def test_the_end_of_turn_is_the_template_s_even_where_eos_is_another():
     tokenizer = small_tokenizer()
     tokenizer.eos_token = "<|endoftext|>"

@@ -1,11 +1,13 @@
 """What is captured of an answer of an OpenAI-compatible engine, whole or in stream chunks, and what its client sees.
 
 Token ids stand where vLLM puts them: `prompt_token_ids` at the top level (chat) or in the choice (completions),
-`token_ids` in the choice; in a stream the prompt's on the first chunk, the answer's on every chunk.
+`token_ids` in the choice; in a stream the prompt's on the first chunk, the answer's on every chunk. Or where SGLang
+puts those of a chat: `sglext` at the top level, with `input_ids` and for each choice `output_ids`; in a stream on a
+chunk of their own behind all others.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from agl import semconv
 from agl.tokens import pack_ids, pack_logprobs
@@ -13,6 +15,12 @@ from agl.tokens import pack_ids, pack_logprobs
 Json = dict[str, Any]
 
 _ID_FIELDS = ("prompt_token_ids", "token_ids")
+SGLANG_FIELDS: Final = {
+    "return_input_ids_in_sglext": "input_ids",
+    "return_output_ids_in_sglext": "output_ids",
+}
+"""What a request asks SGLang for, and where in `sglext` it stands."""
+_ENVELOPE = frozenset({"id", "object", "created", "model", "choices", "usage"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +32,8 @@ class Asked:
     model: str | None = None
     sent_model: str | None = None
     """The name by which the engine was asked, where that is another."""
+    sglext: frozenset[str] = frozenset()
+    """Fields of `sglext`."""
 
     @classmethod
     def read(cls, body: Json, operation: str) -> Self:
@@ -31,7 +41,12 @@ class Asked:
         # In /v1/completions it is a number of alternatives, and 0 asks for the sampled token's own.
         wants_logprobs = bool(logprobs) or (operation == semconv.OPERATION_TEXT_COMPLETION and logprobs is not None)
         model = body.get("model")
-        return cls(bool(body.get("return_token_ids")), wants_logprobs, model if isinstance(model, str) else None)
+        return cls(
+            bool(body.get("return_token_ids")),
+            wants_logprobs,
+            model if isinstance(model, str) else None,
+            sglext=frozenset(field for name, field in SGLANG_FIELDS.items() if body.get(name)),
+        )
 
 
 @dataclass(slots=True)
@@ -61,6 +76,8 @@ class Choice:
     text: str = ""
     reasoning: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
+    stop_string: str | None = None
+    """The stop string at which the engine ended the answer; None where the model did, by a token."""
 
     def add(self, part: Json) -> None:
         """Take in a choice of a whole answer or of a chunk."""
@@ -69,6 +86,8 @@ class Choice:
         self.token_ids += part.get("token_ids") or ()
         self.logprobs += _logprobs(part.get("logprobs") or {})
         self.finish_reason = part.get("finish_reason") or self.finish_reason
+        stop = part.get("stop_reason") or part.get("matched_stop")  # vLLM's and SGLang's names for it
+        self.stop_string = stop if isinstance(stop, str) else self.stop_string
         self.text += part.get("text") or message.get("content") or ""
         self.reasoning += message.get("reasoning_content") or message.get("reasoning") or ""
         for call in message.get("tool_calls") or ():
@@ -122,6 +141,12 @@ class Capture:
         for part in answer.get("choices") or ():
             index = part.get("index") or 0
             self._choices.setdefault(index, Choice(index)).add(part)
+        self._add_sglext(answer.get("sglext") or {})
+
+    def _add_sglext(self, tokens: Json) -> None:
+        self._prompt_ids = tokens.get("input_ids") or self._prompt_ids
+        for index, ids in enumerate(tokens.get("output_ids") or ()):
+            self._choices.setdefault(index, Choice(index)).token_ids = ids
 
     @property
     def has_tokens(self) -> bool:
@@ -147,7 +172,19 @@ def strip(answer: Json, asked: Asked) -> bool:
         if not asked.logprobs and holder.get("logprobs") is not None:
             holder["logprobs"] = None
             changed = True
-    return changed
+    return _strip_sglext(answer, asked) or changed
+
+
+def _strip_sglext(answer: Json, asked: Asked) -> bool:
+    tokens = answer.get("sglext")
+    unasked = [name for name in SGLANG_FIELDS.values() if tokens and name in tokens and name not in asked.sglext]
+    if not tokens or not unasked:
+        return False
+    for name in unasked:
+        del tokens[name]
+    if not tokens:
+        del answer["sglext"]
+    return True
 
 
 def _is_version_of(answered: str, asked: Asked) -> bool:
@@ -163,8 +200,10 @@ def says_nothing(chunk: Json) -> bool:
     So it is with chat tokens that have no text yet (half a character, a tool call being read); completions send every
     token.
     """
-    choices = chunk.get("choices") or ()
-    return bool(choices) and not chunk.get("usage") and all(_is_silent(choice) for choice in choices)
+    choices = chunk.get("choices")
+    if not choices:
+        return choices == [] and not chunk.get("usage") and chunk.keys() <= _ENVELOPE
+    return not chunk.get("usage") and all(_is_silent(choice) for choice in choices)
 
 
 def _is_silent(choice: Json) -> bool:

@@ -4,6 +4,7 @@ The tree lives in agl-core so that it can be read and checked without torch; eac
 """
 
 import difflib
+import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -87,6 +88,8 @@ class UpstreamConfig(_Section):
 
     url: Annotated[str, Field(pattern=r"^https?://")]
     """Base URL of an OpenAI-compatible server (ending in `/v1`)."""
+    kind: Literal["vllm", "sglang"] = "vllm"
+    """How it is asked for token ids, and given them; `vllm` also for servers in the shape of vLLM."""
     key_env: str | None = None
     """Environment variable of its key; clients then show the engine none of theirs."""
     models: list[str] = Field(default_factory=list)
@@ -121,8 +124,11 @@ class GatewayConfig(_Section):
     """Several engines, or one that needs a key, in place of `upstream`."""
     models: dict[str, str] = Field(default_factory=dict)
     """Names that clients ask for, and what each stands for at the engines: a role, a policy or a pinned version."""
-    extra_body: dict[str, Any] = Field(default_factory=lambda: {"return_token_ids": True})
-    """Fields put into every request that the client did not set itself."""
+    extra_body: dict[str, Any] = Field(default_factory=dict)
+    """Fields put into every request that the client did not set itself; engines are asked for token ids without it."""
+    exact_prefix: bool = False
+    """Make the prompt of a turn that continues a conversation of the tokens sampled so far, where the engine takes
+    tokens; the chat template writes only what is new."""
     record: RecordMode = "closed"
     """What becomes of an answer that cannot be recorded: `closed` withholds it, `open` lets it pass and says so."""
     retries: Annotated[int, Field(ge=0)] = 2
@@ -143,6 +149,20 @@ class GatewayConfig(_Section):
     def _names_its_engines_once(self) -> Self:
         if self.engines and "upstream" in self.model_fields_set:
             raise ValueError("upstream and engines both name engines: list them all in engines")
+        return self
+
+    @model_validator(mode="after")
+    def _asks_engines_of_one_model_alike(self) -> Self:
+        for one, other in itertools.combinations(self.engines, 2):
+            if one.kind != other.kind and (not one.models or not other.models or {*one.models} & {*other.models}):
+                raise ValueError(f"{one.url} and {other.url} serve the same models, so both must be of one kind")
+        return self
+
+    @model_validator(mode="after")
+    def _holds_the_tokens_it_needs(self) -> Self:
+        is_left_out = self.extra_body.get("return_token_ids", True) is None
+        if self.exact_prefix and is_left_out and not any(engine.kind == "sglang" for engine in self.engines):
+            raise ValueError("exact_prefix needs the token ids that return_token_ids: null in extra_body leaves out")
         return self
 
 

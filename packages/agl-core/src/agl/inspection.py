@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from agl import semconv
+from agl.drift import PREFIX_EXACT
 from agl.span import Span
 from agl.table import align, counted, duration, printable
 from agl.trajectory import Call, Drop, Reward, SpanTree, Trained, Trajectory, Turn, build_trajectory, collect_trained
@@ -43,7 +44,7 @@ class Account:
         """On one line, e.g. `row 1, trained in step 12, advantage +0.80`; `mode` is the rollout's."""
         if self.drop is not None:
             return f"dropped: {self.drop.reason}"
-        drift = f" ({self.turn.drift})" if self.turn and self.turn.drift else ""
+        drift = f" ({_say_drift(self.turn)})" if self.turn and self.turn.drift else ""
         untrained = "not trained yet" if mode == "train" else f"not trained on (mode {mode})"
         return ", ".join(
             [f"row {self.row}{drift}", *(map(_say_trained, self.trained) if self.trained else [untrained])]
@@ -66,6 +67,8 @@ class Account:
             "rewards": [asdict(reward) for reward in call.rewards],
             "row": self.row,
             "drift": self.turn.drift if self.turn else None,
+            "difference": asdict(self.turn.difference) if self.turn and self.turn.difference else None,
+            "prefix": call.prefix,
             "drop": {"reason": self.drop.reason, "detail": self.drop.detail} if self.drop else None,
             "trained": [asdict(trained) for trained in self.trained],
         }
@@ -188,6 +191,8 @@ def _branch(lasts: tuple[bool, ...]) -> str:
 def _notes(span: Span, account: Account | None, mode: str) -> Iterator[str]:
     if account is not None:
         yield account.say(mode)
+        if account.call.prefix not in (None, PREFIX_EXACT):
+            yield f"not from the tokens held: {account.call.prefix}"
         yield from (_say_reward(reward) for reward in account.call.rewards)
     if span.status == "error":
         yield f"error: {say_error(span)}"
@@ -195,6 +200,10 @@ def _notes(span: Span, account: Account | None, mode: str) -> Iterator[str]:
     source, target = span.text(semconv.HANDOFF_SOURCE), span.text(semconv.HANDOFF_TARGET)
     if source and target:
         yield f"{source} → {target}"
+
+
+def _say_drift(turn: Turn) -> str:
+    return f"{turn.drift}: {turn.difference}" if turn.difference else str(turn.drift)
 
 
 def _say_trained(trained: Trained) -> str:

@@ -138,6 +138,13 @@ GATEWAY_CHANGED: Final = "agl.gateway.changed"
 request was translated for the engine, all that it got."""
 GATEWAY_RETRIES: Final = "agl.gateway.retries"
 """Array of str: why each try before the last came to nothing."""
+GATEWAY_DRIFT: Final = "agl.gateway.drift"
+"""str: where the call continues another, but not with the tokens sampled there: JSON object of `kind` (`agl.drift`),
+`position` of the first other token in the prompt, `sampled` and `prompt` (id and text of the two), and `after`, the
+span id of the call before."""
+GATEWAY_PREFIX: Final = "agl.gateway.prefix"
+"""str: with `gateway.exact_prefix`, where the call continues another: `exact` for a prompt made of the tokens held,
+else why the engine's chat template made it."""
 GATEWAY_CHOICE: Final = "agl.gateway.choice"
 """int: index of the choice the span's tokens belong to; choices after the first get a span of their own."""
 

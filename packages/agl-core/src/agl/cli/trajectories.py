@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from agl.cli.command import (
@@ -71,6 +72,7 @@ def _row_to_json(row: Row) -> dict[str, Any]:
         "reward": row.reward,
         "call_ids": row.call_ids,
         "drift": [turn.drift for turn in row.turns],
+        "difference": [turn.difference and asdict(turn.difference) for turn in row.turns],
         "token_ids": row.token_ids,
         "loss_mask": row.loss_mask,
         "logprobs": row.logprobs,
@@ -96,11 +98,21 @@ def _lines(trajectories: Sequence[Trajectory]) -> list[str]:
     return [
         *align([_HEAD, *map(_cells, rows)]),
         "",
+        *(printable(line) for row in rows for line in _drifts(row)),
         *(
             printable(f"{drop.call.rollout_id} {drop.call.role} {drop.call.span_id}: {drop.reason}: {drop.detail}")
             for drop in drops
         ),
         ", ".join(counts),
+    ]
+
+
+def _drifts(row: Row) -> list[str]:
+    """Why the row is not a part of another: tokens of the history that are not those that were sampled."""
+    return [
+        f"{row.rollout_id} {row.role} {turn.call.span_id}: {turn.drift}: {turn.difference}"
+        for turn in row.turns
+        if turn.difference
     ]
 
 

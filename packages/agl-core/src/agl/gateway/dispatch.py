@@ -50,6 +50,10 @@ class Dispatch:
         self._gate = gate
         self._config = config
 
+    def engine_for(self, trip: Trip) -> Engine:
+        """An engine like the one that gets `trip`. Raises Refusal where none serves its model."""
+        return self._routes.choose(trip.model, trip.rollout)
+
     @asynccontextmanager
     async def answer(self, session: aiohttp.ClientSession, trip: Trip) -> AsyncIterator[Answer]:
         """The answer to `trip` from the engine that gives one first, whatever it says; closed at the end.

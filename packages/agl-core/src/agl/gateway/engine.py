@@ -6,6 +6,7 @@ from typing import Final
 
 from agl.config import UpstreamConfig
 from agl.errors import ConfigError
+from agl.gateway.shape import SHAPES
 from agl.gateway.slots import Slots
 
 _CREDENTIALS: Final = frozenset({"authorization", "x-api-key", "api-key", "cookie"})
@@ -16,6 +17,7 @@ class Engine:
 
     def __init__(self, config: UpstreamConfig) -> None:
         self.url = config.url.rstrip("/")
+        self.shape = SHAPES[config.kind]
         self.slots = Slots(config.max_concurrent)
         self.answers = True
         """False from a failure to talk to it until it lists its models again."""

@@ -14,8 +14,10 @@ from agl.capture import Json
 from agl.config import RecordMode
 from agl.errors import AglError
 from agl.gateway.answer import Answer, forwarded
+from agl.gateway.continuation import Continuations
 from agl.gateway.dialect import Dialect
 from agl.gateway.dispatch import Dispatch
+from agl.gateway.history import Place
 from agl.gateway.record import Call
 from agl.gateway.recorder import Recorder
 from agl.gateway.refusal import Refusal
@@ -24,6 +26,8 @@ from agl.gateway.wire import DONE, NOT_RECORDED, event_data, split_events
 logger = logging.getLogger(__name__)
 
 NOT_RECORDED_HEADER = "x-agl-recorded"
+_REFUSED = frozenset({400, 422})
+"""Statuses of an engine that does not take tokens, or not so many: what was thought stays in an exact prompt."""
 
 
 class Exchange:
@@ -33,10 +37,21 @@ class Exchange:
     """
 
     def __init__(
-        self, call: Call, dialect: Dialect, *, dispatch: Dispatch, recorder: Recorder, mode: RecordMode, send: Send
+        self,
+        call: Call,
+        dialect: Dialect,
+        *,
+        place: Place | None,
+        continuations: Continuations,
+        dispatch: Dispatch,
+        recorder: Recorder,
+        mode: RecordMode,
+        send: Send,
     ) -> None:
         self._call = call
         self._dialect = dialect
+        self._place = place
+        self._continuations = continuations
         self._dispatch = dispatch
         self._recorder = recorder
         self._mode = mode
@@ -46,8 +61,7 @@ class Exchange:
     async def run(self, session: aiohttp.ClientSession, scope: Scope, receive: Receive) -> None:
         """Sample, record, end the answer. Whatever happens to a call that was let in, it is recorded once."""
         try:
-            async with self._dispatch.answer(session, self._call.trip) as answer:
-                ending = await self._relay(answer)
+            ending = await self._ask(session)
         except Refusal as refusal:
             if refusal.code == "paused":  # It has met no engine, and comes again.
                 return await self._refuse(refusal)(scope, receive, self._send)
@@ -61,6 +75,27 @@ class Exchange:
         if unrecorded := await self._record():
             ending = self._refuse(unrecorded) if self._mode == "closed" else self._admit(ending)
         await ending(scope, receive, self._send)
+
+    async def _ask(self, session: aiohttp.ClientSession) -> ASGIApp:
+        """Have the call answered up to its end; returns what sends the end. Raises Refusal when the engine fails."""
+        call, place = self._call, self._place
+        if place is None:
+            async with self._dispatch.answer(session, call.trip) as answer:
+                return await self._relay(answer)
+        engine = self._dispatch.engine_for(call.trip)
+        prompt = await self._continuations.extend(session, call, place, engine)
+        if prompt is not None:
+            call.trip.body = json.dumps(engine.shape.with_prompt(call.sent, prompt)).encode()
+        async with self._dispatch.answer(session, call.trip) as answer:
+            refused = prompt is not None and answer.status in _REFUSED
+            ending = None if refused else await self._relay(answer)
+        if ending is None:
+            call.prefix, prompt = f"the engine refused the tokens: {answer.error_message()}", None
+            call.trip.body = json.dumps(call.sent).encode()
+            async with self._dispatch.answer(session, call.trip) as answer:
+                ending = await self._relay(answer)
+        await self._continuations.compare(session, call, place, prompt)
+        return ending
 
     async def _relay(self, answer: Answer) -> ASGIApp:
         """Relay the answer up to its end; returns what sends the end. Raises Refusal when the engine fails."""
@@ -114,11 +149,14 @@ class Exchange:
 
     async def _record(self) -> Refusal | None:
         """Write the call durably; a Refusal that says why where that cannot be done."""
+        spans = self._call.spans()
         try:
-            await self._recorder.record(self._call.spans())
+            await self._recorder.record(spans)
         except (AglError, TypeError, OverflowError) as error:
             logger.error("a call could not be recorded (gateway.record: %s): %s", self._mode, error)
             return Refusal(500, "not_recorded", f"the call could not be recorded, its answer is withheld: {error}")
+        if self._place is not None:
+            self._continuations.keep(self._call, self._place, spans)
         return None
 
     def _refuse(self, refusal: Refusal) -> ASGIApp:

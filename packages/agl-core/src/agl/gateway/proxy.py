@@ -14,10 +14,12 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
+from agl import semconv
 from agl.capture import Json
 from agl.config import GatewayConfig
 from agl.errors import AglError
 from agl.gateway.answer import forwarded
+from agl.gateway.continuation import Continuations
 from agl.gateway.control import Control
 from agl.gateway.dialect import DIALECTS, Dialect
 from agl.gateway.dispatch import Dispatch, Trip
@@ -54,6 +56,7 @@ class Gateway:
         self._overrides = overrides or {}
         self._seeds = Seeds()
         self._callers = Callers(store)
+        self._continuations = Continuations(config)
         self.routes = Routes([Engine(engine) for engine in config.engines], config.models)
         self.gate = Gate()
         self.dispatch = Dispatch(self.routes, self.gate, config)
@@ -94,8 +97,9 @@ class Gateway:
         model = asked and self.routes.resolve(asked)
         dialect = kind(body, model)
         caller = await self._callers.identify(request)
-        sent = self._prepare(dialect, caller)
+        sent = self._prepare(dialect, caller, model or "")
         trip = Trip(model or "", kind.path, json.dumps(sent).encode(), forwarded(request.headers), caller.rollout_id)
+        is_chat = kind.operation == semconv.OPERATION_CHAT
         call = Call(
             caller,
             kind.operation,
@@ -107,14 +111,22 @@ class Gateway:
             model=asked,
         )
         exchange = Exchange(
-            call, dialect, dispatch=self.dispatch, recorder=self._recorder, mode=self._config.record, send=send
+            call,
+            dialect,
+            place=self._continuations.place(caller, model, sent) if is_chat else None,
+            continuations=self._continuations,
+            dispatch=self.dispatch,
+            recorder=self._recorder,
+            mode=self._config.record,
+            send=send,
         )
         await exchange.run(self._session, request.scope, request.receive)
 
-    def _prepare(self, dialect: Dialect, caller: Caller) -> Json:
+    def _prepare(self, dialect: Dialect, caller: Caller, model: str) -> Json:
         return prepare(
             dialect.request,
             dialect.operation,
+            ids=self.routes.shape(model).ids(dialect.operation),
             extra_body=self._config.extra_body,
             forced=self._overrides.get(caller.mode or "prod", {}),
             seed=self._seeds.next(*caller.seed_key) if caller.seed_key else None,

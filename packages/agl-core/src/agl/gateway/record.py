@@ -9,6 +9,7 @@ from typing import Any
 
 from agl import semconv
 from agl.capture import Capture, Choice, Json
+from agl.drift import Drifted
 from agl.gateway.dispatch import Trip
 from agl.gateway.identity import Caller
 from agl.gateway.refusal import error_message
@@ -41,6 +42,9 @@ class Call:
     http_status: int | None = None
     error_type: str | None = None
     error_message: str = ""
+    drifted: Drifted | None = None
+    prefix: str | None = None
+    """`exact`, or why a prompt that should be made of tokens is not."""
 
     @property
     def upstream(self) -> str | None:
@@ -101,6 +105,8 @@ class Call:
             semconv.GATEWAY_CHANGED: json.dumps(self.changed, separators=(",", ":")) if self.changed else None,
             semconv.GATEWAY_QUEUE_NS: trip.queue_ns,
             semconv.GATEWAY_RETRIES: trip.retries or None,
+            semconv.GATEWAY_DRIFT: self.drifted.to_json() if self.drifted else None,
+            semconv.GATEWAY_PREFIX: self.prefix,
             semconv.PROJECT: self.project,
         }
         return {name: value for name, value in named.items() if value is not None} | self.caller.attributes()

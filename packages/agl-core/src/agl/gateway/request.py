@@ -16,16 +16,22 @@ _ATTEMPTS_REMEMBERED = 65_536
 
 
 def prepare(
-    body: Json, operation: str, *, extra_body: Mapping[str, Any], forced: Mapping[str, Any], seed: int | None
+    body: Json,
+    operation: str,
+    *,
+    ids: Mapping[str, Any],
+    extra_body: Mapping[str, Any],
+    forced: Mapping[str, Any],
+    seed: int | None,
 ) -> Json:
-    """The request for the engine.
+    """The request for the engine. `ids` are the fields by which it is asked for token ids.
 
     `extra_body` is added where the client set nothing; a None in it leaves a field out that capture would add, for
     engines that refuse the field. `forced` is set whatever the client said. `seed` is used where nobody names one.
     """
     asked = Asked.read(body, operation)
-    capture = {"return_token_ids": True, "logprobs": True if operation == semconv.OPERATION_CHAT else 1}
-    asked_for = {"return_token_ids": asked.token_ids, "logprobs": asked.logprobs}
+    capture = {**ids, "logprobs": True if operation == semconv.OPERATION_CHAT else 1}
+    asked_for = {"logprobs": asked.logprobs} | {name: bool(body.get(name)) for name in ids}
     sent = dict(body)
     for name, value in (capture | {"seed": seed} | dict(extra_body)).items():
         if value is not None and not asked_for.get(name, _sets(body, name)):

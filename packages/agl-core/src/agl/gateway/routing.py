@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from agl.gateway.engine import Engine
 from agl.gateway.refusal import Refusal
+from agl.gateway.shape import SHAPES, Shape
 
 
 class Routes:
@@ -22,6 +23,10 @@ class Routes:
     def resolve(self, model: str) -> str:
         """The name that engines know; a name that stands for another is followed once."""
         return self.names.get(model, model)
+
+    def shape(self, model: str) -> Shape:
+        """That of the engines that serve `model`, which the configuration has all of one kind."""
+        return next((engine.shape for engine in self.engines if engine.serves(model)), SHAPES["vllm"])
 
     def choose(self, model: str, rollout: str | None, tried: Collection[Engine] = ()) -> Engine:
         """The engine for a call: of those that serve `model` one that answers, sooner one that was not `tried`.

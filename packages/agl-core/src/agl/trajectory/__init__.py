@@ -1,15 +1,17 @@
 """Trajectories: what the spans of a rollout say that a policy can learn from."""
 
+from agl.drift import Difference, Drift
 from agl.trajectory.call import Call
 from agl.trajectory.drop import Drop, DropReason
 from agl.trajectory.reward import Reward
-from agl.trajectory.row import Drift, Row, Turn
+from agl.trajectory.row import Row, Turn
 from agl.trajectory.trained import Trained, collect_trained, trained_span
 from agl.trajectory.trajectory import Trajectory, build_trajectory
 from agl.trajectory.tree import SpanTree
 
 __all__ = [
     "Call",
+    "Difference",
     "Drift",
     "Drop",
     "DropReason",

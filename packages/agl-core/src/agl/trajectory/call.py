@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from agl import semconv
+from agl.drift import Drifted
 from agl.span import Span
 from agl.trajectory.agent import agent_of
 from agl.trajectory.aliases import read, read_ids, read_logprobs, read_number, read_text, read_texts
@@ -54,6 +55,10 @@ class Call:
     error: str | None
     rewards: tuple[Reward, ...]
     """Those that target this call."""
+    drifted: Drifted | None = None
+    """How its prompt differs from the tokens of the call before it, as the gateway saw it."""
+    prefix: str | None = None
+    """`exact` where the gateway made the prompt of the tokens it held; else why it could not, if it was asked to."""
 
     @property
     def through_gateway(self) -> bool:
@@ -173,6 +178,8 @@ def _to_call(tree: SpanTree, request: _Request, rollout_id: str, targeted: dict[
         finish_reason=_finish_reason(spans, request.choice),
         error=next((say_error(span) for span in spans if span.status == "error"), None),
         rewards=tuple(reward for name in names if name for reward in targeted.get(name, ())),
+        drifted=Drifted.of_json(spans[0].text(semconv.GATEWAY_DRIFT) or ""),
+        prefix=spans[0].text(semconv.GATEWAY_PREFIX),
     )
 
 

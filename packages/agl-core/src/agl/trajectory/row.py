@@ -8,22 +8,11 @@ starts a row of its own, so every sampled token stands with mask 1 in exactly on
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
+from agl.drift import Difference, Drift, first_difference
 from agl.tokens import ID_BYTES, pack_ids
 from agl.trajectory.call import Call
 from agl.trajectory.reward import Reward, last_reward
-
-
-class Drift(StrEnum):
-    """How a call hangs on the call before it in the conversation."""
-
-    CLEAN = "clean"
-    """Its prompt starts with everything so far: same row."""
-    RETOKENIZED = "retokenized"
-    """The history holds the earlier prompt, but other tokens than were sampled for the answer: a new row."""
-    FORK = "fork"
-    """The history is exact but already went on otherwise, under another policy, or to another answer: a new row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +24,8 @@ class Turn:
     end: int
     drift: Drift | None
     """How it hangs on its predecessor; None for the first call of a conversation."""
+    difference: Difference | None = None
+    """Where the drift is one of tokens, the first of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +60,7 @@ def build_rows(calls: Sequence[Call], rewards: Sequence[Reward]) -> list[Row]:
     for node in sorted((_Node(call) for call in calls), key=lambda node: len(node.prompt)):
         row = _row_to_continue(rows, node)
         if row is None:
-            rows.append(_OpenRow(node, _drift(nodes, node)))
+            rows.append(_OpenRow(node, *_drift(nodes, node)))
         else:
             row.append(node, Drift.CLEAN)
         nodes.append(node)
@@ -104,13 +95,13 @@ class _Node:
 class _OpenRow:
     """A row that calls may still continue. All of it is the prompt and the answer of its last call."""
 
-    def __init__(self, node: _Node, drift: Drift | None) -> None:
+    def __init__(self, node: _Node, drift: Drift | None, difference: Difference | None) -> None:
         self.turns: list[Turn] = []
-        self.append(node, drift)
+        self.append(node, drift, difference)
 
-    def append(self, node: _Node, drift: Drift | None) -> None:
+    def append(self, node: _Node, drift: Drift | None, difference: Difference | None = None) -> None:
         self.last = node
-        self.turns.append(Turn(node.call, node.prompt_length, len(node.ids), drift))
+        self.turns.append(Turn(node.call, node.prompt_length, len(node.ids), drift, difference))
 
     def close(self, rewards: Sequence[Reward]) -> Row:
         ids, call = self.last.ids, self.last.call
@@ -129,7 +120,18 @@ def _row_to_continue(rows: Iterable[_OpenRow], node: _Node) -> _OpenRow | None:
     return max(fitting, key=lambda row: len(row.last.context), default=None)
 
 
-def _drift(earlier: Iterable[_Node], node: _Node) -> Drift | None:
-    """How the first call of a row hangs on the call of its role with which it shares the longest history."""
-    found = [drift for other in earlier if other.call.role == node.call.role and (drift := node.drift_from(other))]
-    return max(found)[-1] if found else None
+def _drift(earlier: Iterable[_Node], node: _Node) -> tuple[Drift | None, Difference | None]:
+    """How the first call of a row hangs on the call of its role with which it shares the longest history.
+
+    By token ids alone a changed history is `retokenized`, and one that was changed before the latest answer is a
+    conversation of its own; the gateway, where it saw the messages, knows better.
+    """
+    ranked = [
+        (drift, other) for other in earlier if other.call.role == node.call.role and (drift := node.drift_from(other))
+    ]
+    (_, _, kind), last = max(ranked, key=lambda found: found[0], default=((0, False, None), None))
+    if kind == Drift.FORK:
+        return kind, None
+    if node.call.drifted is not None:
+        return node.call.drifted.kind, node.call.drifted.difference
+    return kind, first_difference(last.context, node.prompt) if last is not None else None

@@ -29,7 +29,15 @@ from agl_trainer.engine.request import (
     SamplingParams,
     UnknownModelError,
 )
-from agl_trainer.engine.schema import ChatRequest, CompletionRequest, RequestError, RequestT, parse_request
+from agl_trainer.engine.schema import (
+    BodyT,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    RequestError,
+    TokenizeRequest,
+    parse_request,
+)
 from agl_trainer.engine.tool_call import forced_start
 
 logger = logging.getLogger(__name__)
@@ -62,6 +70,8 @@ def engine_app(
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/completions", api.completions, methods=["POST"]),
         Route("/v1/models", api.models),
+        Route("/tokenize", api.tokenize, methods=["POST"]),
+        Route("/detokenize", api.detokenize, methods=["POST"]),
         Route("/health", api.health),
     ]
     return Starlette(
@@ -93,9 +103,7 @@ class _Api:
         asked = await _read(request, ChatRequest)
         must_call = asked.tool_choice == "required" or asked.forced_tool is not None
         start = forced_start(asked.forced_tool) if must_call else ""
-        turns = [message.turn() for message in asked.messages]
-        prompt_ids = self._template.prompt_ids(turns, asked.offered_tools, start)
-        choices = self._submit(asked, [prompt_ids])
+        choices = self._submit(asked, [self._chat_ids(asked) + self._template.encode(start)])
         name = f"chatcmpl-{_request_id(request)}"
         return await _respond(request, ChatAnswer(name, asked, choices, self._token_text, answer_start=start))
 
@@ -104,6 +112,16 @@ class _Api:
         choices = self._submit(asked, [self._completion_ids(prompt) for prompt in asked.prompt])
         name = f"cmpl-{_request_id(request)}"
         return await _respond(request, CompletionAnswer(name, asked, choices, self._token_text))
+
+    async def tokenize(self, request: Request) -> Response:
+        asked = await _read(request, TokenizeRequest)
+        tools = [tool.model_dump(exclude_none=True) for tool in asked.tools]
+        ids = self._template.prompt_ids([message.turn() for message in asked.messages], tools)
+        return JSONResponse({"count": len(ids), "max_model_len": self._max_model_len, "tokens": ids})
+
+    async def detokenize(self, request: Request) -> Response:
+        ids = self._known((await _read(request, DetokenizeRequest)).tokens)
+        return JSONResponse({"prompt": decode(self._tokenizer, ids, special=True)})
 
     async def models(self, _: Request) -> Response:
         about = {"object": "model", "created": int(time.time()), "owned_by": "agl"}
@@ -115,10 +133,20 @@ class _Api:
 
     def _completion_ids(self, prompt: str | list[int]) -> list[int]:
         ids = prompt if isinstance(prompt, list) else self._tokenizer(prompt)["input_ids"]
+        if not ids:
+            raise RequestError("prompt: got no token", "prompt")
+        return self._known(ids)
+
+    def _chat_ids(self, asked: ChatRequest) -> list[int]:
+        if asked.given_ids is not None:
+            return self._known(asked.given_ids)
+        return self._template.prompt_ids([message.turn() for message in asked.messages], asked.offered_tools)
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """`ids`, if the vocabulary has all of them."""
         unknown = next((token_id for token_id in ids if token_id >= len(self._tokenizer)), None)
-        if not ids or unknown is not None:
-            got = "no token" if not ids else f"token id {unknown}, the vocabulary has {len(self._tokenizer)}"
-            raise RequestError(f"prompt: got {got}", "prompt")
+        if unknown is not None:
+            raise RequestError(f"prompt: got token id {unknown}, the vocabulary has {len(self._tokenizer)}", "prompt")
         return ids
 
     def _submit(self, asked: ChatRequest | CompletionRequest, prompts: Sequence[list[int]]) -> list[Choice]:
@@ -219,7 +247,7 @@ async def _disconnect(request: Request) -> None:
         pass
 
 
-async def _read(request: Request, model: type[RequestT]) -> RequestT:
+async def _read(request: Request, model: type[BodyT]) -> BodyT:
     try:
         data = json.loads(await request.body())
         json.dumps(data, ensure_ascii=False).encode()  # refuses half surrogate pairs, which no tokenizer reads

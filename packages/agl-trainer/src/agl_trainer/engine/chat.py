@@ -42,12 +42,9 @@ class ChatTemplate:
         ids = (self.end_of_turn, self._tokenizer.eos_token_id)
         return frozenset(token_id for token_id in ids if isinstance(token_id, int))
 
-    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Tool] = (), answer_start: str = "") -> list[int]:
-        """Token ids up to where the assistant's answer starts, or goes on after `answer_start`.
-
-        Raises ChatTemplateError.
-        """
-        return self.encode(self.prompt_text(messages, tools)) + self.encode(answer_start)
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
+        """Token ids up to where the assistant's answer starts. Raises ChatTemplateError."""
+        return self.encode(self.prompt_text(messages, tools))
 
     def prompt_text(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
         """The same as text. Raises ChatTemplateError."""

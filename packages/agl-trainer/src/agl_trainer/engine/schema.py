@@ -108,6 +108,12 @@ class StreamOptions(_Part):
     include_usage: bool = False
 
 
+class GivenPrompt(_Part):
+    """vLLM's place for a prompt in tokens."""
+
+    prompt_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+
+
 class _Request(BaseModel):
     """What both endpoints share."""
 
@@ -145,6 +151,7 @@ class ChatRequest(_Request):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    kv_transfer_params: GivenPrompt | None = None
 
     @model_validator(mode="after")
     def _parameters_agree(self) -> Self:
@@ -171,6 +178,11 @@ class ChatRequest(_Request):
         return [tool.model_dump(exclude_none=True) for tool in tools]
 
     @property
+    def given_ids(self) -> list[int] | None:
+        """The prompt where it is given in tokens; `messages` then make none."""
+        return self.kv_transfer_params.prompt_token_ids if self.kv_transfer_params else None
+
+    @property
     def answer_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
@@ -194,6 +206,22 @@ class CompletionRequest(_Request):
         return self.logprobs or 0
 
 
+class TokenizeRequest(_Part):
+    """Body of POST /tokenize."""
+
+    model: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    tools: list[ToolSpec] = []
+    add_generation_prompt: Literal[True] = True
+
+
+class DetokenizeRequest(_Part):
+    """Body of POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -215,9 +243,10 @@ _IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_ident
 _INSTEAD = {"response_format": "decoding is not constrained; ask for the format in the prompt, or offer a tool"}
 
 RequestT = TypeVar("RequestT", ChatRequest, CompletionRequest)
+BodyT = TypeVar("BodyT", bound=BaseModel)
 
 
-def parse_request(model: type[RequestT], data: object) -> RequestT:
+def parse_request(model: type[BodyT], data: object) -> BodyT:
     """Check a decoded JSON body. Raises RequestError that names every wrong parameter."""
     if not isinstance(data, dict):
         raise RequestError(f"the request body is {type(data).__name__}, expected a JSON object")

@@ -1,0 +1,46 @@
+"""What kind of drift it is, from how an answer was worded and how the next prompt words it."""
+
+from agl.drift import Drift
+from agl.gateway.history import Said
+
+_THOUGHT_END = "</think>"
+
+
+def kind_of_drift(given: Said, sent_back: Said, texts: tuple[str, str, str] | None) -> Drift:
+    """The kind of drift of an answer that was `given` and `sent_back` with the same meaning.
+
+    `texts` are what was sampled and what the prompt has from the first other token on, and the text of the token that
+    ended the answer, empty where none did. None: the engine does not tell texts, and only the messages are compared.
+    """
+    if texts is None:
+        return _by_messages(given, sent_back)
+    sampled, there = (_first_turn(text, texts[2]) for text in texts[:2])
+    if sampled == there:
+        return Drift.RETOKENIZED
+    if _THOUGHT_END in sampled and _visible(sampled) == _visible(there):
+        return Drift.REASONING
+    # Where the rest has the name of the call still before it, the difference lies before the call.
+    in_call = bool(given.calls) and given.calls[0][0] not in sampled
+    if not in_call and _blankless(sampled) == _blankless(there):
+        return Drift.WHITESPACE
+    return Drift.ARGUMENTS if given.calls else Drift.REWRITTEN
+
+
+def _by_messages(given: Said, sent_back: Said) -> Drift:
+    if given.has_thoughts and not sent_back.has_thoughts:
+        return Drift.REASONING
+    if given.calls != sent_back.calls:
+        return Drift.ARGUMENTS
+    return Drift.RETOKENIZED if given.text == sent_back.text else Drift.WHITESPACE
+
+
+def _first_turn(text: str, end: str) -> str:
+    return text.partition(end)[0] if end else text
+
+
+def _visible(text: str) -> str:
+    return text.rpartition(_THOUGHT_END)[2].strip()
+
+
+def _blankless(text: str) -> str:
+    return "".join(text.split())

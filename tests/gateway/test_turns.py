@@ -1,0 +1,209 @@
+"""Turns before engines that take tokens, or do not: how they are asked, and what the call's span says."""
+
+import json
+from typing import Any
+
+import pytest
+
+from agl import semconv
+from agl.drift import Drift, Drifted, first_difference
+from agl.gateway.history import Held, Histories, Said
+from agl.gateway.wording import kind_of_drift
+from agl.span import Span
+from agl.tokens import pack_ids
+from tests.core.fake_engine import END, PROMPT_IDS, TURN, WORDS, FakeEngine
+from tests.gateway.serving import IDS, Setup, chat_body, gateway, ids
+
+URL = "/rollout/r1/attempt/a1/v1/chat/completions"
+USER = {"role": "user", "content": "hi"}
+ANSWER = {"role": "assistant", "content": "".join(WORDS)}
+NEXT = {"role": "user", "content": "on"}
+
+
+def second_turn(setup: Setup, *more: dict[str, Any], **options: Any) -> Span:
+    """The span of a call that continues another."""
+    for messages in ([USER], [USER, ANSWER, *(more or (NEXT,))]):
+        assert setup.post(chat_body() | {"messages": messages} | options, URL).status_code == 200
+    return setup.store.appended[-1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_in_vllm_s_shape_is_given_the_tokens_held(stream: bool) -> None:
+    with gateway(exact_prefix=True) as setup:
+        span = second_turn(setup, stream=stream)
+        expected = PROMPT_IDS + IDS + [TURN, ord("o"), ord("n"), END, TURN]
+        assert setup.engine.seen[1]["kv_transfer_params"] == {"prompt_token_ids": expected}
+        assert setup.engine.seen[1]["messages"] == [USER, ANSWER, NEXT]
+        assert ids(span, semconv.PROMPT_TOKEN_IDS) == expected
+        assert span.text(semconv.GATEWAY_PREFIX) == "exact"
+        assert semconv.GATEWAY_DRIFT not in span.attributes
+        assert "kv_transfer_params" not in (span.text(semconv.GATEWAY_CHANGED) or "")
+
+
+def test_tokens_are_not_mixed_with_what_else_the_client_hands_over() -> None:
+    with gateway(exact_prefix=True) as setup:
+        second_turn(setup, kv_transfer_params={"do_remote_prefill": False})
+        assert setup.engine.seen[0]["kv_transfer_params"] == {"do_remote_prefill": False}
+        assert setup.engine.seen[1]["kv_transfer_params"].keys() == {"do_remote_prefill", "prompt_token_ids"}
+
+
+def test_what_continues_nothing_is_asked_as_ever() -> None:
+    with gateway(exact_prefix=True) as setup:
+        setup.post(chat_body(), URL)
+        setup.post(chat_body(), "/rollout/r2/attempt/a1/v1/chat/completions")
+        setup.post(chat_body() | {"messages": [USER, ANSWER, NEXT]})  # Of no conversation that could be told.
+        assert all("kv_transfer_params" not in body for body in setup.engine.seen)
+        assert all(semconv.GATEWAY_PREFIX not in span.attributes for span in setup.store.appended)
+
+
+def test_calls_of_one_trace_are_a_conversation_too() -> None:
+    parent = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
+    with gateway(exact_prefix=True) as setup:
+        setup.post(chat_body() | {"messages": [USER]}, **parent)
+        setup.post(chat_body() | {"messages": [USER, ANSWER, NEXT]}, **parent)
+        assert setup.store.appended[-1].text(semconv.GATEWAY_PREFIX) == "exact"
+
+
+@pytest.mark.parametrize(
+    ("engine", "why"),
+    [
+        (FakeEngine(takes_tokens="ignores"), "the engine takes no tokens in a chat"),
+        (FakeEngine(takes_tokens="refuses"), "the engine refused the tokens: extra inputs are not permitted"),
+        (FakeEngine(tokenizes=False), "/tokenize answered 404: Not Found"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_takes_no_tokens_answers_by_its_template(engine: FakeEngine, why: str, stream: bool) -> None:
+    with gateway(engine, exact_prefix=True) as setup:
+        span = second_turn(setup, stream=stream)
+        assert (span.status, span.text(semconv.GATEWAY_PREFIX)) == ("ok", why)
+        assert ids(span, semconv.PROMPT_TOKEN_IDS) == PROMPT_IDS
+        assert json.loads(span.text(semconv.GATEWAY_DRIFT) or "") == {
+            "kind": "retokenized",
+            "after": setup.store.appended[0].span_id,
+            "position": 3,
+            "sampled": {"id": IDS[0], "text": None},
+            "prompt": {"id": None, "text": None},
+        }
+
+
+@pytest.mark.parametrize(
+    ("options", "more", "why"),
+    [
+        ({"add_generation_prompt": False}, (NEXT,), "the request goes on with its last message"),
+        ({}, (NEXT, {"role": "assistant", "content": "Well,"}), "the request goes on with its last message"),
+        (
+            {},
+            ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]},),
+            "the messages hold more than text",
+        ),
+    ],
+)
+def test_requests_whose_prompt_cannot_be_told_are_left_to_the_template(
+    options: dict[str, Any], more: tuple[dict[str, Any], ...], why: str
+) -> None:
+    with gateway(exact_prefix=True) as setup:
+        assert second_turn(setup, *more, **options).text(semconv.GATEWAY_PREFIX) == why
+
+
+def test_without_the_setting_nothing_is_asked_and_drift_is_told() -> None:
+    with gateway(FakeEngine(tokenizes=False)) as setup:
+        span = second_turn(setup)
+        assert "kv_transfer_params" not in setup.engine.seen[1]
+        assert semconv.GATEWAY_PREFIX not in span.attributes
+        drifted = Drifted.of_json(span.text(semconv.GATEWAY_DRIFT) or "")
+        assert drifted is not None and drifted.kind == Drift.RETOKENIZED
+
+
+def test_other_tools_make_another_conversation() -> None:
+    """Tokens held would hide the new tools from the model."""
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    with gateway(exact_prefix=True) as setup:
+        setup.post(chat_body() | {"messages": [USER]}, URL)
+        setup.post(chat_body() | {"messages": [USER, ANSWER, NEXT], "tools": tools}, URL)
+        assert "kv_transfer_params" not in setup.engine.seen[1]
+        assert setup.store.appended[1].text(semconv.GATEWAY_PREFIX) == "no call is held whose messages these continue"
+
+
+@pytest.mark.parametrize("messages", [None, "hi", [], [1], [{"role": "assistant", "tool_calls": 3}, NEXT]])
+def test_odd_messages_are_the_engine_s_to_refuse(messages: Any) -> None:
+    with gateway(exact_prefix=True) as setup:
+        setup.post(chat_body() | {"messages": [USER]}, URL)
+        setup.post(chat_body() | {"messages": messages}, URL)
+        assert setup.post(chat_body() | {"messages": [USER, ANSWER, NEXT]}, URL).status_code == 200
+
+
+# --- What is held, as pure functions ---------------------------------------------------------------------------------
+
+
+def test_the_first_other_token_is_found_wherever_it_is() -> None:
+    held = list(range(100, 140))
+    for position in range(40):
+        for prompt in ([*held[:position], 7, *held[position + 1 :], 9], held[:position]):
+            found = first_difference(pack_ids(held), pack_ids(prompt))
+            assert found is not None
+            assert (found.position, found.sampled) == (position, held[position])
+            assert found.prompt == (prompt[position] if position < len(prompt) else None)
+    assert first_difference(pack_ids(held), pack_ids([*held, 1])) is None
+
+
+def said(text: str = "", reasoning: str = "", *calls: tuple[str, str]) -> Said:
+    return Said(text, reasoning, calls)
+
+
+@pytest.mark.parametrize(
+    ("given", "sent_back", "texts", "kind"),
+    [
+        (said("a b"), said("a b"), ("a b<e>", "a b<e>more", "<e>"), Drift.RETOKENIZED),
+        (said("a b "), said("a b"), (" <e>", "<e>more", "<e>"), Drift.WHITESPACE),
+        (said("x</think>a"), said("a"), ("x</think>\na<e>", "a<e>more", "<e>"), Drift.REASONING),
+        (said("a", "x"), said("a"), ("x</think>\na<e>", "</think>\na<e>", "<e>"), Drift.REASONING),
+        (
+            said("", "", ("add", "{}")),
+            said("", "", ("add", "{}")),
+            ('{"a":1}<e>', '{"a": 1}<e>', "<e>"),
+            Drift.ARGUMENTS,
+        ),
+        (said("", "", ("add", "{}")), said("", "", ("add", "{}")), ("\nadd{}<e>", "add{}<e>", "<e>"), Drift.WHITESPACE),
+        (said("a"), said("a"), ("a<e>", "b<e>", "<e>"), Drift.REWRITTEN),
+        (said("a", "x"), said("a"), None, Drift.REASONING),
+        (said("", "", ("add", '{"a":1}')), said("", "", ("add", '{"a": 1}')), None, Drift.ARGUMENTS),
+        (said("a "), said("a"), None, Drift.WHITESPACE),
+        (said("a"), said("a"), None, Drift.RETOKENIZED),
+    ],
+)
+def test_kinds_of_drift(given: Said, sent_back: Said, texts: tuple[str, str, str] | None, kind: Drift) -> None:
+    assert given.means(sent_back)
+    assert kind_of_drift(given, sent_back, texts) == kind
+
+
+@pytest.mark.parametrize("other", [said("b"), said("a", "", ("add", "{}")), said("a", "x", ("add", '{"a": 2}'))])
+def test_another_answer_is_not_taken_for_the_one_given(other: Said) -> None:
+    assert not said("a").means(other)
+
+
+def test_conversations_beyond_the_limit_are_forgotten_the_stalest_first() -> None:
+    histories = Histories(limit=20_000)
+    messages = [USER, ANSWER, NEXT]
+    for number in range(20):
+        place = histories.place((f"r{number}", "", "m"), {"messages": [USER]})
+        assert place is not None
+        histories.keep(place, Held(None, pack_ids(range(500)), Said("".join(WORDS), "", ()), True, "s"))
+        assert histories.size <= 20_000
+
+    def is_known(number: int) -> bool:
+        place = histories.place((f"r{number}", "", "m"), {"messages": messages})
+        return place is not None and place.exact is not None
+
+    assert [number for number in range(20) if is_known(number)] == list(range(13, 20))
+
+
+def test_a_broken_attribute_is_no_drift() -> None:
+    for text in (
+        "",
+        "[]",
+        "{}",
+        '{"kind": "clean"}',
+        '{"kind": 1, "position": 2, "sampled": 3, "prompt": 4, "after": 5}',
+    ):
+        assert Drifted.of_json(text) is None
