@@ -137,7 +137,7 @@ class Slab:
     """Keys and values that belong to one running sequence each, one slot a sequence."""
 
     def __init__(self, shape: KvShape, slots: int) -> None:
-        self._shape = shape
+        self.shape = shape
         self._slots = slots
         self._capacity = 0
         self.layers: list[tuple[Tensor, Tensor]] = []
@@ -173,12 +173,12 @@ class Slab:
 
     def _nothing(self) -> list[tuple[Tensor, Tensor]]:
         empty = self._room(0)
-        return [(empty, empty)] * self._shape.layers
+        return [(empty, empty)] * self.shape.layers
 
     def _room(self, capacity: int) -> Tensor:
         # Zeros, not empty: weights of unused places are 0, and 0 times a leftover NaN would be NaN.
-        shape = (self._slots, self._shape.heads, capacity, self._shape.width)
-        return torch.zeros(shape, dtype=self._shape.dtype, device=self._shape.device)
+        shape = (self._slots, self.shape.heads, capacity, self.shape.width)
+        return torch.zeros(shape, dtype=self.shape.dtype, device=self.shape.device)
 
     def _grown(self, old: Tensor, capacity: int) -> Tensor:
         new = self._room(capacity)

@@ -64,46 +64,66 @@ class PrefillPlan:
 class DecodePlan:
     """One new token for each of N sequences: shared prompt prefixes in the trees, the rest in the slab.
 
-    Sequences come in an order in which those that share a prefix stand side by side (`order`).
+    Sequences come in an order in which those that share a prefix stand side by side (`order`). The scores of a shared
+    run are one product for all that share it. All scores of a token stand in one row, first those of its prefix, then
+    those of its slot, so that one softmax takes them.
     """
 
     def __init__(self, anchors: Sequence[PrefixNode], slots: Sequence[int], slab: Slab) -> None:
         """`anchors`: where the shared prefix of each sequence ends; `slots`: theirs, a permutation of 0..N-1."""
         self._slab = slab
-        self._slots = torch.tensor(slots)
+        self._slots = torch.tensor(slots, device=slab.shape.device)
+        self._in_slot = self._slots.argsort()
+        """The sequence in each slot."""
         self._seen = _runs([anchor.path() for anchor in anchors])
-        self._kept = torch.zeros(len(slots), dtype=torch.int64)
-        self._hidden = torch.zeros(len(slots), 0, dtype=torch.bool)
+        self._prefix = max(seen.node.depth + len(seen.node.tokens) for seen in self._seen) if self._seen else 0
+        self._kept = self._slots
+        self._hidden = torch.zeros(0)
+        self._rows = torch.zeros(0)
         self._length = 0
 
     def feed(self, kept: Sequence[int]) -> None:
         """Prepare a pass; `kept`: how many tokens each sequence has in the slab before it."""
-        self._kept = torch.tensor(kept)
+        self._kept = torch.tensor(kept, device=self._slots.device)
         self._length = max(kept) + 1
         self._slab.reserve(self._length)
-        self._hidden = torch.empty(len(kept), self._length, dtype=torch.bool)
-        self._hidden[self._slots] = torch.arange(self._length) > self._kept[:, None]
+        by_slot = self._kept[self._in_slot]
+        hidden = torch.arange(self._length, device=by_slot.device) > by_slot[:, None]
+        self._hidden = torch.zeros_like(hidden, dtype=self._slab.shape.dtype).masked_fill_(hidden, -torch.inf)
+        self._rows = torch.zeros(0)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        count = query.shape[1]
         keys, values = self._slab.layers[layer]
         keys[self._slots, :, self._kept] = key.transpose(0, 1)
         values[self._slots, :, self._kept] = value.transpose(0, 1)
-        by_slot = torch.empty_like(query.transpose(0, 1), memory_format=torch.contiguous_format)
-        by_slot[self._slots] = query.transpose(0, 1)
-        own = by_slot @ keys[:count, :, : self._length].mT
-        own = own.mul_(scores.scale).masked_fill_(self._hidden[:, None, None], -torch.inf)
-        own_normaliser = own.logsumexp(-1)
-        own_out = (own.sub_(own_normaliser[..., None]).exp_()) @ values[:count, :, : self._length]
-        if not self._seen:
-            return own_out[self._slots].transpose(0, 1)
-        shared_out, shared_normaliser = attend_blocks(query, self._blocks(layer), scores.scale)
-        # Two softmax parts joined by their log-sum-exp; sigmoid(a - b) is the share of the part with a.
-        share = torch.sigmoid(own_normaliser[self._slots].transpose(0, 1) - shared_normaliser)[..., None]
-        return shared_out.lerp_(own_out[self._slots].transpose(0, 1), share)
+        held = slice(0, len(self._slots)), slice(None), slice(0, self._length)
+        query = query * scores.scale
+        rows = self._room(query)
+        for seen in self._seen:
+            node_keys = seen.node.kv[layer, 0]
+            scored = query[:, seen.start : seen.stop].flatten(1, 2) @ node_keys.mT
+            self._columns(rows, seen).copy_(scored.view(len(scored), -1, query.shape[2], len(seen.node.tokens)))
+        own = query.index_select(1, self._in_slot).transpose(0, 1) @ keys[held].mT
+        rows[..., self._prefix :] = own.add_(self._hidden[:, None, None]).index_select(0, self._slots).transpose(0, 1)
+        weights = rows.softmax(-1)
+        own = weights[..., self._prefix :].index_select(1, self._in_slot).transpose(0, 1) @ values[held]
+        out = own.transpose(0, 1).index_select(1, self._slots)
+        for seen in self._seen:
+            taken = self._columns(weights, seen).flatten(1, 2)
+            out[:, seen.start : seen.stop].view(len(out), -1, out.shape[3]).baddbmm_(taken, seen.node.kv[layer, 1])
+        return out
 
-    def _blocks(self, layer: int) -> list[Block]:
-        return [Block(seen.start, seen.stop, *seen.node.kv[layer], causal=False) for seen in self._seen]
+    def _room(self, query: Tensor) -> Tensor:
+        """[Hkv, N, G, columns]; -inf for ever where a sequence has no shared prefix."""
+        if not len(self._rows):
+            shape = (*query.shape[:3], self._prefix + self._length)
+            self._rows = query.new_full(shape, -torch.inf)
+        return self._rows
+
+    def _columns(self, rows: Tensor, seen: _Seen) -> Tensor:
+        """View [Hkv, Q, G, S] of what the sequences of `seen` have for its node in `rows` [Hkv, N, G, columns]."""
+        start = seen.node.depth
+        return rows[:, seen.start : seen.stop, :, start : start + len(seen.node.tokens)]
 
 
 def order(sequences: Sequence[tuple[str, PrefixNode]]) -> list[int]:
