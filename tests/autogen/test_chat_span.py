@@ -26,6 +26,7 @@ from openai import AsyncOpenAI, BadRequestError
 from opentelemetry import trace
 from opentelemetry.trace import SpanKind
 
+from agl.content_json import content_json
 from tests.autogen.conftest import MODEL_INFO
 from tests.autogen.scripted import says
 from tests.autogen.span_tree import attributes, only, tree
@@ -69,13 +70,13 @@ async def test_a_text_answer(spans, client, server, stream):
         "gen_ai.request.model": "planner",
         "gen_ai.request.temperature": 0.5,
         "gen_ai.request.max_tokens": 20,
-        "gen_ai.input.messages": json.dumps(
+        "gen_ai.input.messages": content_json(
             [
                 {"role": "system", "parts": [{"type": "text", "content": "Be brief."}]},
                 {"role": "user", "parts": [{"type": "text", "content": "How many mugs?"}]},
             ]
         ),
-        "gen_ai.output.messages": json.dumps(
+        "gen_ai.output.messages": content_json(
             [{"role": "assistant", "parts": [{"type": "text", "content": TEXT}], "finish_reason": "stop"}]
         ),
         "gen_ai.response.finish_reasons": ("stop",),

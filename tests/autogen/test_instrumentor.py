@@ -29,8 +29,6 @@ REPLACED = {
     "_chat_agent_container.trace_invoke_agent_span",
     "BaseAgent.on_message",
     "_single_threaded_agent_runtime.get_telemetry_envelope_metadata",
-    "SingleThreadedAgentRuntime._process_send",
-    "SingleThreadedAgentRuntime._process_publish",
     "_base.trace_tool_span",
     "ChatCompletionClient.__init_subclass__",
     "ReplayChatCompletionClient.create",

@@ -1,28 +1,27 @@
 """The message bus of a runtime: each message carries the context it was sent in; its spans carry no content."""
 
 import functools
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
-from opentelemetry.context import Context, attach, create_key, detach, get_current, get_value, set_value
-from opentelemetry.trace import Span
+from opentelemetry.context import Context, get_current
+from opentelemetry.trace import INVALID_SPAN, NoOpTracer, Span
 
 from agl.content import Content
 from agl_autogen._span import marked_once
 
-Process = Callable[..., Awaitable[None]]
 TraceBlock = Callable[..., AbstractContextManager[Span]]
 
-_SENT_IN = create_key("agl-autogen-sent-in")
+_SENT_IN: ContextVar[Context | None] = ContextVar("agl-autogen-sent-in", default=None)
 _FIELD = "agl_sent_in"
 _PAYLOAD = "message"
 
 
 def sender_context() -> Context | None:
     """The OpenTelemetry context that the message was sent in whose delivery is under way here."""
-    sent_in = get_value(_SENT_IN)
-    return sent_in if isinstance(sent_in, Context) else None
+    return _SENT_IN.get()
 
 
 def with_context(original: Callable[[], Any]) -> Callable[[], Any]:
@@ -37,24 +36,12 @@ def with_context(original: Callable[[], Any]) -> Callable[[], Any]:
     return get_telemetry_envelope_metadata
 
 
-def delivering(original: Process) -> Process:
-    """`_process_send` and `_process_publish`: the receiver finds the sender's context, which is not yet in force."""
+def delivering(original: TraceBlock, content: Content) -> TraceBlock:
+    """`TraceHelper.trace_block`, which a runtime opens around the delivery of a message, with its metadata as parent.
 
-    @functools.wraps(original)
-    async def process(runtime: Any, message_envelope: Any) -> None:
-        token = attach(set_value(_SENT_IN, getattr(message_envelope.metadata, _FIELD, None)))
-        try:
-            return await original(runtime, message_envelope)
-        finally:
-            detach(token)
-
-    return process
-
-
-def without_content(original: TraceBlock, content: Content) -> TraceBlock:
-    """`TraceHelper.trace_block`, whose spans carry whole messages, and errors with all that they say.
-
-    They stay as they are where all content may be on spans.
+    The receiver finds the sender's context there, which is not yet in force: the runtime gives every message a task of
+    its own. The block's spans carry whole messages, and errors with all that they say: they stay as they are only where
+    all content may be on spans. Where the user has silenced them, they are not made only to be thrown away.
     """
 
     @contextmanager
@@ -64,7 +51,13 @@ def without_content(original: TraceBlock, content: Content) -> TraceBlock:
             yield span
 
     @functools.wraps(original)
-    def trace_block(*args: Any, **options: Any) -> AbstractContextManager[Span]:
-        return (original if content.is_whole else silent_block)(*args, **options)
+    def trace_block(
+        helper: Any, operation: Any, destination: Any, parent: Any, **options: Any
+    ) -> AbstractContextManager[Span]:
+        if parent is not None:
+            _SENT_IN.set(getattr(parent, _FIELD, None))
+        if isinstance(helper.tracer, NoOpTracer):
+            return nullcontext(INVALID_SPAN)
+        return (original if content.is_whole else silent_block)(helper, operation, destination, parent, **options)
 
     return trace_block

@@ -92,19 +92,17 @@ def _patch_teams(patches: Patches, settings: Settings) -> None:
 
 def _patch_core(patches: Patches, settings: Settings) -> None:
     """Turns of core agents, their message bus, and the tools of all."""
-    from autogen_core import BaseAgent, SingleThreadedAgentRuntime, _single_threaded_agent_runtime
+    from autogen_core import BaseAgent, _single_threaded_agent_runtime
     from autogen_core._telemetry import TraceHelper
     from autogen_core.tools import _base
 
-    from agl_autogen._bus import delivering, with_context, without_content
+    from agl_autogen._bus import delivering, with_context
     from agl_autogen._core_agent import handled
     from agl_autogen._turn import as_content
 
     patches.replace(BaseAgent, "on_message", partial(handled, settings=settings))
     patches.replace(_single_threaded_agent_runtime, "get_telemetry_envelope_metadata", with_context)
-    for name in ("_process_send", "_process_publish"):
-        patches.replace(SingleThreadedAgentRuntime, name, delivering)
-    patches.replace(TraceHelper, "trace_block", partial(without_content, content=settings.content))
+    patches.replace(TraceHelper, "trace_block", partial(delivering, content=settings.content))
     patches.replace(_base, "trace_tool_span", partial(as_content, settings=settings))
 
 

@@ -5,29 +5,23 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from autogen_core import FunctionCall, Image
-from autogen_core.models import (
-    AssistantMessage,
-    CreateResult,
-    FunctionExecutionResultMessage,
-    LLMMessage,
-    SystemMessage,
-)
+from autogen_core.models import CreateResult, FunctionExecutionResult, LLMMessage
 from autogen_core.tools import Tool, ToolSchema
 
-from agl.emit.attributes import json_text
+from agl.content_json import content_json
 
 Part = dict[str, Any]
 
 
 def input_messages(messages: Iterable[LLMMessage]) -> str:
     """JSON list of `{role, parts}`, in the order of `messages`."""
-    return _json([_message(message) for message in messages])
+    return content_json([_message(message) for message in messages])
 
 
 def output_messages(result: CreateResult) -> str:
     """JSON list with the one answer as `{role, parts, finish_reason}`."""
     parts = _assistant_parts(result.content, result.thought)
-    return _json([{"role": "assistant", "parts": parts, "finish_reason": finish_reason(result)}])
+    return content_json([{"role": "assistant", "parts": parts, "finish_reason": finish_reason(result)}])
 
 
 def finish_reason(result: CreateResult) -> str:
@@ -37,22 +31,23 @@ def finish_reason(result: CreateResult) -> str:
 
 def tool_definitions(tools: Iterable[Tool | ToolSchema]) -> str:
     """JSON list of `{type, name, description, parameters}`."""
-    schemas = [tool.schema if isinstance(tool, Tool) else tool for tool in tools]
-    return _json([{"type": "function", **schema} for schema in schemas])
+    # a schema is a dict; to ask whether a thing is a Tool, a protocol, takes longer than to write its schema
+    schemas = [tool if isinstance(tool, dict) else tool.schema for tool in tools]
+    return content_json([{"type": "function", **schema} for schema in schemas])
 
 
 def _message(message: LLMMessage) -> dict[str, Any]:
-    if isinstance(message, SystemMessage):
-        return {"role": "system", "parts": [_text(message.content)]}
-    if isinstance(message, AssistantMessage):
-        return {"role": "assistant", "parts": _assistant_parts(message.content, message.thought)}
-    if isinstance(message, FunctionExecutionResultMessage):
-        return {
-            "role": "tool",
-            "parts": [{"type": "tool_call_response", "id": r.call_id, "response": r.content} for r in message.content],
-        }
-    content = [message.content] if isinstance(message.content, str) else message.content
-    return {"role": "user", "parts": [_user_part(item) for item in content]}
+    # by the type that it names: pydantic makes every `isinstance` that says no take longer than a short message
+    match message.type:
+        case "SystemMessage":
+            return {"role": "system", "parts": [_text(message.content)]}
+        case "AssistantMessage":
+            return {"role": "assistant", "parts": _assistant_parts(message.content, message.thought)}
+        case "FunctionExecutionResultMessage":
+            return {"role": "tool", "parts": [_tool_result(result) for result in message.content]}
+        case "UserMessage":
+            content = [message.content] if isinstance(message.content, str) else message.content
+            return {"role": "user", "parts": [_user_part(item) for item in content]}
 
 
 def _assistant_parts(content: str | Sequence[FunctionCall], thought: str | None) -> list[Part]:
@@ -66,6 +61,10 @@ def _assistant_parts(content: str | Sequence[FunctionCall], thought: str | None)
 
 def _tool_call(call: FunctionCall) -> Part:
     return {"type": "tool_call", "id": call.id, "name": call.name, "arguments": _arguments(call.arguments)}
+
+
+def _tool_result(result: FunctionExecutionResult) -> Part:
+    return {"type": "tool_call_response", "id": result.call_id, "response": result.content}
 
 
 def _arguments(arguments: str) -> Any:
@@ -83,7 +82,3 @@ def _user_part(item: str | Image) -> Part:
 
 def _text(content: str) -> Part:
     return {"type": "text", "content": content}
-
-
-def _json(value: Any) -> str:
-    return json_text("a message or a tool", value, default=str)

@@ -69,7 +69,11 @@ def in_run(original: OnMessage, settings: Settings) -> OnMessage:
 
     @functools.wraps(original)
     async def on_message(agent: Any, *args: Any, **options: Any) -> Any:
-        token = attach(_handling_context(settings, agent))
+        current = get_current()
+        context = _handling_context(settings, agent, current)
+        if context is current:
+            return await original(agent, *args, **options)
+        token = attach(context)
         try:
             return await original(agent, *args, **options)
         finally:
@@ -78,11 +82,16 @@ def in_run(original: OnMessage, settings: Settings) -> OnMessage:
     return on_message
 
 
-def _handling_context(settings: Settings, agent: Any) -> Context:
-    """The context for `agent` to handle a message in. It may be the current one: messages are many, so look first."""
-    current, run = get_current(), _RUNNING.get(agent.id.key)
+def _handling_context(settings: Settings, agent: Any, current: Context) -> Context:
+    """The context for `agent` to handle a message in: `current` itself, where that is in the run."""
+    run = _RUNNING.get(agent.id.key)
     context = current if run is None or _trace_id(run) == _trace_id(current) else run
-    return acting_context(settings, agent._name, context) if isinstance(agent, BaseGroupChatManager) else context
+    return acting_context(settings, agent._name, context) if _is_manager(type(agent)) else context
+
+
+@functools.cache  # agents are of a protocol: `isinstance` that says no looks through all that the protocol asks
+def _is_manager(kind: type) -> bool:
+    return issubclass(kind, BaseGroupChatManager)
 
 
 @contextmanager

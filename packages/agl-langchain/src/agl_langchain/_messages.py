@@ -1,11 +1,9 @@
 """LangChain messages as the JSON of the OpenTelemetry GenAI conventions: `{role, parts: [{type, ...}]}`."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, cast
 
-import orjson
 from langchain_core.documents import Document
 from langchain_core.messages import (
     AIMessage,
@@ -18,6 +16,8 @@ from langchain_core.messages import (
 )
 from langchain_core.outputs import ChatGeneration, Generation
 from pydantic import BaseModel
+
+from agl.content_json import content_json
 
 Part = dict[str, Any]
 Message = dict[str, Any]
@@ -73,10 +73,7 @@ def tool_result(output: Any) -> Any:
 
 def to_json(value: Any) -> str:
     """JSON; what JSON does not know is written as its fields (models) or its text."""
-    try:
-        return orjson.dumps(value, _plain, orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME).decode()
-    except TypeError:  # half of a surrogate pair, a number beyond 64 bits, a key that is no text
-        return json.dumps(value, separators=(",", ":"), default=_plain)
+    return content_json(value, _plain)
 
 
 def _role(message: BaseMessage) -> str:
