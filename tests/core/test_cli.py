@@ -15,14 +15,16 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from agl import otlp, semconv
 from agl.server import AppThread
 from agl.span import Span
-from agl.store import AttemptState, Rollout, open_store
+from agl.store import AttemptState, Rollout, open_store, row
 from agl.trajectory import build_trajectory
 from tests.core.fake_engine import FakeEngine
 from tests.core.span_maker import chat, gateway_call, reward, span
+from tests.core.whole_request import whole_request
 from tests.ports import free_port
 
 AGL = Path(sys.executable).with_name("agl")
@@ -251,6 +253,19 @@ def test_spans_go_from_one_store_to_another_and_stay_the_same() -> None:
     assert json.loads(said("spans", "import", "-", "--json", *other, stdin=lines)) == {"read": 155, "new": 0}
     with closing(open_store("sqlite:///other.db")) as store:
         assert store.query_spans("r-1") == sorted(spans, key=lambda one: one.start_ns)
+
+
+def test_an_export_keeps_all_that_otlp_knows_of_a_span() -> None:
+    """Links, trace state, flags, counts of what was dropped, versions and attributes of scopes, schemas."""
+    request = whole_request()
+    with closing(open_store("sqlite:///agl.db")) as store:
+        store.append_rows(row.read(request.SerializeToString()).rows)
+    Path("spans.jsonl").write_text(said("spans", "export", "--last"))
+    said("spans", "import", "spans.jsonl", "--store", "sqlite:///other.db")
+    with closing(open_store("sqlite:///other.db")) as store:
+        (kept,) = store.query_rows(str(store.last_rollout_id()))
+    assert ExportTraceServiceRequest.FromString(kept) == request
+    assert request.resource_spans[0].scope_spans[0].spans[0].links[0].trace_state
 
 
 def test_an_import_that_breaks_off_names_the_line_and_can_be_repeated() -> None:

@@ -68,7 +68,34 @@ def encode(spans: Iterable[Span]) -> bytes:
 
 def encode_json(spans: Iterable[Span]) -> str:
     """OTLP/JSON request with `spans`, on one line. Raises OtlpError on a value that OTLP cannot carry."""
-    data = json_format.MessageToDict(_write_request(spans), use_integers_for_enums=True)
+    return _write_json(_write_request(spans))
+
+
+def to_json(bodies: Iterable[bytes]) -> str:
+    """OTLP/JSON request with all that protobuf requests have, on one line; neighbours share their heading."""
+    whole = ExportTraceServiceRequest()
+    for body in bodies:
+        for resource_spans in parse(body).resource_spans:
+            for scope_spans in resource_spans.scope_spans:
+                _add_spans(whole, resource_spans, scope_spans)
+    return _write_json(whole)
+
+
+def _add_spans(
+    request: ExportTraceServiceRequest, resource_spans: trace_pb2.ResourceSpans, scope_spans: trace_pb2.ScopeSpans
+) -> None:
+    """Add the spans of `scope_spans`, which stands in `resource_spans`, under a heading that says the same."""
+    outer = request.resource_spans[-1] if request.resource_spans else None
+    if outer is None or (outer.resource, outer.schema_url) != (resource_spans.resource, resource_spans.schema_url):
+        outer = request.resource_spans.add(resource=resource_spans.resource, schema_url=resource_spans.schema_url)
+    inner = outer.scope_spans[-1] if outer.scope_spans else None
+    if inner is None or (inner.scope, inner.schema_url) != (scope_spans.scope, scope_spans.schema_url):
+        inner = outer.scope_spans.add(scope=scope_spans.scope, schema_url=scope_spans.schema_url)
+    inner.spans.extend(scope_spans.spans)
+
+
+def _write_json(request: ExportTraceServiceRequest) -> str:
+    data = json_format.MessageToDict(request, use_integers_for_enums=True)
     _convert_ids(data, lambda text: base64.b64decode(text).hex())
     return json.dumps(data, separators=(",", ":"))
 
@@ -131,7 +158,7 @@ def _read_event(event: trace_pb2.Span.Event) -> SpanEvent:
 
 
 def _check_id(value: bytes, size: int, what: str, span: trace_pb2.Span) -> None:
-    if len(value) != size or not value.strip(b"\0"):
+    if len(value) != size or value == bytes(size):
         raise OtlpError(
             f"span {span.name!r} has the {what} {value.hex()!r}, expected {size} bytes that are not all zero"
         )
@@ -144,11 +171,11 @@ def _read_time(value: int, name: str) -> int:
 
 
 def read_attributes(pairs: Iterable[KeyValue]) -> dict[str, AttributeValue]:
-    values = ((pair.key, _read_value(pair.value)) for pair in pairs)
+    values = ((pair.key, read_value(pair.value)) for pair in pairs)
     return {key: value for key, value in values if value is not None}
 
 
-def _read_value(value: AnyValue) -> AttributeValue | None:
+def read_value(value: AnyValue) -> AttributeValue | None:
     """A plain value; what an attribute cannot hold (maps, mixed or nested arrays) becomes its JSON text."""
     kind = value.WhichOneof("value")
     if kind is None:

@@ -13,9 +13,9 @@ from typing import Any, Final, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from agl.errors import InputError, OtlpError, StoreError, TransitionError, UnknownIdError
+from agl.errors import InputError, StoreError, TransitionError, UnknownIdError
 from agl.store import Store
-from agl.store.row import SpanRow, read
+from agl.store.row import read
 
 PREFIX: Final = "/api/v1"
 JSON: Final = "application/json"
@@ -106,7 +106,7 @@ class Verb:
             if not isinstance(sent, bytes):
                 given = model.model_validate(dict(sent))
             elif self.takes_spans:
-                return {"rows": _read_rows(sent)}
+                return {"rows": read(sent).all_rows()}
             else:
                 given = model.model_validate_json(sent)
         except ValidationError as error:
@@ -160,13 +160,6 @@ VERBS: Final = {
         Verb("gc"),
     )
 }
-
-
-def _read_rows(body: bytes) -> list[SpanRow]:
-    intake = read(body)
-    if intake.refused:  # All are kept or none.
-        raise OtlpError(intake.reason)
-    return list(intake.rows)
 
 
 def _say(error: ValidationError) -> str:

@@ -3,11 +3,12 @@
 import argparse
 import json
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from agl import otlp
 from agl.errors import CommandError
 from agl.span import Span
 from agl.store import DEFAULT_URI, Store, open_store
@@ -66,22 +67,31 @@ def sqlite_file(uri: str) -> Path | None:
     return path
 
 
+def rows_of_rollouts(arguments: argparse.Namespace, store: Store) -> list[list[bytes]]:
+    """Spans, as OTLP, of each rollout that the rollout options name. Raises CommandError where there are none."""
+    if arguments.group:
+        return _rows_of_group(arguments.group, store)
+    rollout_ids = [last_rollout_id(store)] if arguments.last else arguments.rollout
+    return [_rows_of(rollout_id, store) for rollout_id in rollout_ids]
+
+
 def spans_of_rollouts(arguments: argparse.Namespace, store: Store) -> list[list[Span]]:
     """Spans of each rollout that the rollout options name. Raises CommandError where there are none."""
-    if arguments.group:
-        return _spans_of_group(arguments.group, store)
-    rollout_ids = [last_rollout_id(store)] if arguments.last else arguments.rollout
-    return [spans_of(rollout_id, store) for rollout_id in rollout_ids]
+    return [otlp.decode(b"".join(rows)) for rows in rows_of_rollouts(arguments, store)]
 
 
 def spans_of(rollout_id: str, store: Store) -> list[Span]:
     """Spans of a rollout. Raises CommandError where there are none."""
-    spans = store.query_spans(rollout_id)
-    if not spans:
+    return otlp.decode(b"".join(_rows_of(rollout_id, store)))
+
+
+def _rows_of(rollout_id: str, store: Store) -> list[bytes]:
+    rows = store.query_rows(rollout_id)
+    if not rows:
         last = store.last_rollout_id()
         hint = f"; the last one there is {last}" if last else ", nor any other span"
         raise CommandError(f"{store.uri} holds no span of rollout {rollout_id!r}{hint}")
-    return spans
+    return rows
 
 
 def last_rollout_id(store: Store) -> str:
@@ -96,14 +106,14 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=2))
 
 
-def _spans_of_group(group_id: str, store: Store) -> list[list[Span]]:
+def _rows_of_group(group_id: str, store: Store) -> list[list[bytes]]:
     rollouts = store.query_rollouts(group_id)
     if not rollouts:
         raise CommandError(f"no rollout of group {group_id!r} was queued in {store.uri}; name one with --rollout")
-    found: Sequence[list[Span]] = [store.query_spans(rollout.rollout_id) for rollout in rollouts]
+    found = [store.query_rows(rollout.rollout_id) for rollout in rollouts]
     if not any(found):
         raise CommandError(f"{store.uri} holds no spans yet of the {len(rollouts)} rollouts of group {group_id!r}")
-    return [spans for spans in found if spans]
+    return [rows for rows in found if rows]
 
 
 def _say_stores_nearby() -> str:

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -14,11 +14,11 @@ from agl.cli.command import (
     add_store_option,
     existing_store,
     print_json,
-    spans_of_rollouts,
+    rows_of_rollouts,
 )
 from agl.errors import CommandError, OtlpError
-from agl.span import Span
 from agl.store import open_store
+from agl.store.row import SpanRow, read_json
 from agl.table import counted
 
 _SPANS_PER_LINE = 100
@@ -46,9 +46,9 @@ def register(subparsers: Any) -> None:
 
 def run_export(arguments: argparse.Namespace) -> int:
     with existing_store(arguments.store) as store:
-        for spans in spans_of_rollouts(arguments, store):
-            for start in range(0, len(spans), _SPANS_PER_LINE):
-                print(otlp.encode_json(spans[start : start + _SPANS_PER_LINE]))
+        for rows in rows_of_rollouts(arguments, store):
+            for start in range(0, len(rows), _SPANS_PER_LINE):
+                print(otlp.to_json(rows[start : start + _SPANS_PER_LINE]))
     return 0
 
 
@@ -56,9 +56,9 @@ def run_import(arguments: argparse.Namespace) -> int:
     read = kept = 0
     with closing(open_store(arguments.store)) as store:
         for file in arguments.files:
-            for spans in _read(file):
-                read += len(spans)
-                kept += store.append_spans(spans)
+            for rows in _read(file):
+                read += len(rows)
+                kept += store.append_rows(rows)
     if arguments.json:
         print_json({"read": read, "new": kept})
     else:
@@ -66,20 +66,20 @@ def run_import(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read(file: str) -> Iterator[list[Span]]:
+def _read(file: str) -> Iterator[Sequence[SpanRow]]:
     """Spans of each line. Raises CommandError for a file that cannot be read, OtlpError naming a broken line."""
     try:
         with sys.stdin.buffer if file == "-" else open(file, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield _decode(line, f"{file}:{number}")
+                    yield _rows(line, f"{file}:{number}")
     except OSError as error:
         raise CommandError(f"cannot read {file}: {error.strerror}") from error
 
 
-def _decode(line: bytes, place: str) -> list[Span]:
+def _rows(line: bytes, place: str) -> Sequence[SpanRow]:
     try:
-        return otlp.decode_json(line)
+        return read_json(line).all_rows()
     except OtlpError as error:
         raise OtlpError(
             f"{place}: {error}; the lines before are kept, import the file again once it is right"

@@ -5,16 +5,18 @@ What arrives is parsed once and cut into rows; no span is rebuilt from its attri
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Final
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.common.v1.common_pb2 import KeyValue
 from opentelemetry.proto.trace.v1 import trace_pb2
 
 from agl import otlp, semconv
 from agl.errors import OtlpError
 from agl.span import COLUMN_ATTRIBUTES, AttributeValue, Named, Span
-from agl.store.wire import cut, field
+from agl.store import wire
+
+_Attributes = Mapping[str, AttributeValue]
 
 _LONGEST_ID: Final = 500
 """Characters of a rollout, an attempt or an answer: PostgreSQL's indexes hold 2,700 bytes."""
@@ -51,55 +53,64 @@ class Intake:
     refused: int = 0
     reason: str = ""
 
+    def all_rows(self) -> Sequence[SpanRow]:
+        """The rows. Raises OtlpError where a span is refused: who calls this keeps all or none."""
+        if self.refused:
+            raise OtlpError(self.reason)
+        return self.rows
+
 
 def read(body: bytes) -> Intake:
     """Rows of a protobuf ExportTraceServiceRequest. Raises OtlpError where it is none."""
-    return _cut(map(otlp.parse, cut(body)))
+    try:
+        pieces = wire.cut(body)
+    except wire.UnusualError:
+        pieces = wire.cut(_as_usual(otlp.parse(body)))
+    rows: list[SpanRow] = []
+    reasons: list[str] = []
+    for piece, alone in pieces:
+        for (span, resource), encoded in zip(_spans(otlp.parse(piece)), alone, strict=True):
+            try:
+                rows.append(_row(span, resource, encoded))
+            except OtlpError as error:
+                reasons.append(str(error))
+    return Intake(rows, len(reasons), reasons[0] if reasons else "")
 
 
 def read_json(body: bytes | str) -> Intake:
     """Rows of an OTLP/JSON request. Raises OtlpError where it is none."""
-    return _cut([otlp.parse_json(body)])
+    return read(_as_usual(otlp.parse_json(body)))
 
 
-def _cut(requests: Iterable[ExportTraceServiceRequest]) -> Intake:
-    rows: list[SpanRow] = []
-    reasons: list[str] = []
-    for span, resource, scope in chain.from_iterable(map(_spans, requests)):
-        try:
-            rows.append(_row(span, resource, scope))
-        except OtlpError as error:
-            reasons.append(str(error))
-    return Intake(rows, len(reasons), reasons[0] if reasons else "")
+def _as_usual(request: ExportTraceServiceRequest) -> bytes:
+    """`request` as everybody writes it: without what OTLP does not know."""
+    request.DiscardUnknownFields()
+    return request.SerializeToString()
 
 
-@dataclass(frozen=True, slots=True)
-class _Heading:
-    """What spans of one resource share."""
-
-    attributes: dict[str, AttributeValue]
-    encoded: bytes
-
-
-def _spans(request: ExportTraceServiceRequest) -> Iterator[tuple[trace_pb2.Span, _Heading, bytes]]:
-    """Each span with its resource, and its scope as bytes."""
+def _spans(request: ExportTraceServiceRequest) -> Iterator[tuple[trace_pb2.Span, _Attributes]]:
+    """Each span with what its resource says of where it belongs."""
     for resource_spans in request.resource_spans:
-        resource = resource_spans.resource
-        heading = _Heading(otlp.read_attributes(resource.attributes), field(1, resource.SerializeToString()))
+        resource = _attributes(resource_spans.resource.attributes)
         for scope_spans in resource_spans.scope_spans:
-            scope = field(1, scope_spans.scope.SerializeToString())
             for span in scope_spans.spans:
-                yield span, heading, scope
+                yield span, resource
 
 
-def _row(span: trace_pb2.Span, resource: _Heading, scope: bytes) -> SpanRow:
+def _attributes(pairs: Iterable[KeyValue]) -> _Attributes:
+    """The few that columns are made of."""
+    return {
+        key: value
+        for pair in pairs
+        if (key := pair.key) in COLUMN_ATTRIBUTES
+        and (value := pair.value.string_value or otlp.read_value(pair.value)) is not None
+    }
+
+
+def _row(span: trace_pb2.Span, resource: _Attributes, encoded: bytes) -> SpanRow:
     otlp.check_head(span)
-    wanted = [pair for pair in span.attributes if pair.key in COLUMN_ATTRIBUTES]
-    names = _Names(otlp.read_attributes(wanted), resource.attributes)
-    # ExportTraceServiceRequest(resource_spans=[(resource, scope_spans=[(scope, spans=[span])])])
-    in_scope = field(2, scope + field(2, span.SerializeToString()))
-    encoded = field(1, resource.encoded + in_scope)
     key = (span.trace_id, span.span_id, span.start_time_unix_nano)
+    names = _Names(_attributes(span.attributes), resource)
     return _to_row(*key, names, span.name, otlp.has_parent(span), encoded)
 
 
@@ -107,8 +118,8 @@ def _row(span: trace_pb2.Span, resource: _Heading, scope: bytes) -> SpanRow:
 class _Names(Named):
     """The few attributes that columns are made of."""
 
-    attributes: Mapping[str, AttributeValue]
-    resource: Mapping[str, AttributeValue]
+    attributes: _Attributes
+    resource: _Attributes
 
 
 def _to_row(
@@ -122,7 +133,7 @@ def _to_row(
     return SpanRow(
         trace_id,
         span_id,
-        rollout_id if rollout_id != trace_id.hex() else None,
+        rollout_id if rollout_id and rollout_id != trace_id.hex() else None,
         attempt_id,
         start_ns,
         None if by_gateway else response_id,

@@ -1,108 +1,103 @@
-"""Protobuf requests by their bytes alone: one field written, a large request cut into small ones."""
+"""Protobuf requests by their bytes alone: a large request cut into small ones, and those into one for each span."""
 
 from collections.abc import Iterator
-from itertools import groupby
 from typing import Final
+
+_LENGTH_DELIMITED: Final = 2
+_LONGEST_VARINT: Final = 5
+# Of ExportTraceServiceRequest, ResourceSpans and ScopeSpans: what has the spans in it.
+_REQUEST_SPANS: Final = 1
+_SPANS: Final = 2
 
 PIECE_BYTES: Final = 2**20
 """A request is parsed in pieces of about this size: parsed it takes ten times its own."""
 
-_LENGTH_DELIMITED: Final = 2
-_LONGEST_VARINT: Final = 5
-
-# Of ExportTraceServiceRequest, ResourceSpans and ScopeSpans: what is said of the spans, then the spans.
-_REQUEST_SPANS: Final = 1
-_HEADING, _SPANS, _SCHEMA_URL = 1, 2, 3
-
-Heading = tuple[bytes, bytes]
-"""A resource and a scope."""
+Piece = tuple[bytes, list[bytes]]
+"""A request of several spans, and the requests that would carry each of them alone."""
 
 
-class _UnusualError(Exception):
+class UnusualError(Exception):
     """Something that only a parser of protobuf can judge."""
 
 
-def field(number: int, payload: bytes | memoryview) -> bytes:
-    """A length-delimited field of a message: tag, length as varint, payload."""
-    length, head = len(payload), (number << 3 | _LENGTH_DELIMITED,)
+def cut(body: bytes) -> Iterator[Piece]:
+    """Pieces that together have the spans of a trace request, in order, each of one span or about PIECE_BYTES.
+
+    Nothing is parsed but where fields begin and end; what is said of the spans is taken over as it stands. Raises
+    UnusualError where the body is broken, or not made in the usual way.
+    """
+    alone = list(_alone(memoryview(body)))
+    if len(body) <= PIECE_BYTES:
+        return iter(((body, alone),))
+    return _grouped(alone)
+
+
+def _grouped(alone: list[bytes]) -> Iterator[Piece]:
+    group: list[bytes] = []
+    size = 0
+    for request in alone:
+        if group and size + len(request) > PIECE_BYTES:
+            yield b"".join(group), group
+            group, size = [], 0
+        group.append(request)
+        size += len(request)
+    if group:
+        yield b"".join(group), group
+
+
+def _alone(body: memoryview) -> Iterator[bytes]:
+    """Each span as the request that would carry it alone."""
+    for number, resource_start, resource_end, _ in _fields(body):
+        if number != _REQUEST_SPANS:
+            raise UnusualError
+        resource, scopes = _divide(body[resource_start:resource_end])
+        for scope_spans in scopes:
+            scope, spans = _divide(scope_spans)
+            for span in spans:
+                in_scope = scope + _head(_SPANS, len(span))
+                in_resource = resource + _head(_SPANS, len(in_scope) + len(span)) + in_scope
+                yield b"".join((_head(_REQUEST_SPANS, len(in_resource) + len(span)), in_resource, span))
+
+
+def _head(number: int, length: int) -> bytes:
+    """What stands before the payload of a length-delimited field: its tag, and its length as varint."""
+    head = (number << 3 | _LENGTH_DELIMITED,)
     if length < 0x4000:  # nearly all: one byte, or two
         head += (length,) if length < 0x80 else (length & 0x7F | 0x80, length >> 7)
-        return bytes(head) + payload
+        return bytes(head)
     varint = bytearray(head)
     while length > 0x7F:
         varint.append(length & 0x7F | 0x80)
         length >>= 7
     varint.append(length)
-    return bytes(varint) + payload
+    return bytes(varint)
 
 
-def cut(body: bytes) -> Iterator[bytes]:
-    """Requests that together have the spans of a trace request, in order, each of one span or about PIECE_BYTES.
-
-    A body that is small, or not made in the usual way, comes as it is: the parser says whether it is broken.
-    """
-    if len(body) <= PIECE_BYTES:
-        return iter((body,))
-    try:
-        spans = list(_spans(memoryview(body)))
-    except _UnusualError:
-        return iter((body,))
-    return _pieces(spans)
-
-
-def _pieces(spans: list[tuple[Heading, memoryview]]) -> Iterator[bytes]:
-    for (resource, scope), members in groupby(spans, key=lambda pair: pair[0]):
-        written: list[bytes] = []
-        size = 0
-        for _, span in members:
-            if written and size + len(span) > PIECE_BYTES:
-                yield _request(resource, scope, written)
-                written, size = [], 0
-            written.append(field(_SPANS, span))
-            size += len(span)
-        yield _request(resource, scope, written)
-
-
-def _request(resource: bytes, scope: bytes, spans: list[bytes]) -> bytes:
-    in_scope = field(_SPANS, field(_HEADING, scope) + b"".join(spans))
-    return field(_REQUEST_SPANS, field(_HEADING, resource) + in_scope)
-
-
-def _spans(body: memoryview) -> Iterator[tuple[Heading, memoryview]]:
-    for number, resource_spans in _fields(body):
-        if number != _REQUEST_SPANS:
-            raise _UnusualError
-        resource, scopes = _heading_and_rest(resource_spans)
-        for scope_spans in scopes:
-            scope, spans = _heading_and_rest(scope_spans)
-            yield from (((resource, scope), span) for span in spans)
-
-
-def _heading_and_rest(message: memoryview) -> tuple[bytes, list[memoryview]]:
-    headings: list[memoryview] = []
+def _divide(message: memoryview) -> tuple[bytes, list[memoryview]]:
+    """The fields that say something of the spans, as they stand, and the payloads that have the spans in them."""
     rest: list[memoryview] = []
-    for number, payload in _fields(message):
+    heading = b""
+    for number, start, end, place in _fields(message):
         if number == _SPANS:
-            rest.append(payload)
-        elif number == _HEADING and not headings:  # A second one would be merged into the first.
-            headings.append(payload)
-        elif number != _SCHEMA_URL:
-            raise _UnusualError
-    return bytes(headings[0]) if headings else b"", rest
+            rest.append(message[start:end])
+        else:
+            heading += message[place:end]
+    return heading, rest
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Numbers and payloads."""
-    place = 0
-    while place < len(message):
+def _fields(message: memoryview) -> Iterator[tuple[int, int, int, int]]:
+    """Of each field its number, where its payload begins and ends, and where it begins itself."""
+    place, size = 0, len(message)
+    while place < size:
         tag = message[place]
         if tag > 0x7F or tag & 7 != _LENGTH_DELIMITED:
-            raise _UnusualError
-        length, place = _varint(message, place + 1)
-        if place + length > len(message):
-            raise _UnusualError
-        yield tag >> 3, message[place : place + length]
-        place += length
+            raise UnusualError
+        length, start = _varint(message, place + 1)
+        end = start + length
+        if end > size:
+            raise UnusualError
+        yield tag >> 3, start, end, place
+        place = end
 
 
 def _varint(message: memoryview, place: int) -> tuple[int, int]:
@@ -112,4 +107,4 @@ def _varint(message: memoryview, place: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << 7 * number
         if byte < 0x80:
             return value, place + number + 1
-    raise _UnusualError
+    raise UnusualError
