@@ -78,9 +78,19 @@ def test_a_call_says_in_which_step_it_trained_or_why_not() -> None:
     assert inspection.ends == {"trained": 1, "zero_advantage": 1, "no_ids": 1}
     assert inspection.to_json()["ends"] == dict(inspection.ends)
     assert inspection.to_json()["calls"][0]["trained"] == [
-        {"step": 12, "advantage": 0.8, "reason": None, "weight": 1 / 64}
+        {"step": 12, "advantage": 0.8, "reason": None, "weight": 1 / 64, "run": None}
     ]
     assert Inspection(team()).ends == {"pending": 2, "no_ids": 1}
+
+
+def test_steps_of_several_trainings_are_told_apart() -> None:
+    call = gateway_call(attributes={semconv.MODE: "train"})
+    (made,) = build_trajectory([call]).calls
+    words = [trained_span(made, 1, 0.5, run=run) for run in ("shop", "again")]
+    assert lines_of([call, *words])[-1].endswith(
+        "row 1, trained in step 1 of shop, advantage +0.50, trained in step 1 of again, advantage +0.50"
+    )
+    assert len({word.span_id for word in [*words, trained_span(made, 1, 0.5, run="shop")]}) == 2
 
 
 def test_a_rollout_that_is_not_for_training_says_so() -> None:

@@ -30,8 +30,10 @@ from agl.config import (
     QueueConfig,
     RoleConfig,
     SftConfig,
+    SftTracesConfig,
     TimeoutsConfig,
     TlsConfig,
+    TracesConfig,
     TrainConfig,
     UpstreamConfig,
 )
@@ -210,7 +212,9 @@ def test_the_configuration_table_has_every_key_with_its_default() -> None:
         "queue.": QueueConfig,
         "engine.": EngineConfig,
         "train.": TrainConfig,
+        "train.traces.": TracesConfig,
         "sft.": SftConfig,
+        "sft.traces.": SftTracesConfig,
     }
     known = {prefix + name: default for prefix, section in sections.items() for name, default in _defaults(section)}
     groups = {"agent_roles.roles", *(prefix.rstrip(".") for prefix in sections)}

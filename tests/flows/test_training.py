@@ -6,18 +6,29 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
 
+from agl import semconv
+from agl.cli import main
 from agl.config import Config
 from agl.errors import ConfigError, TrainingError
+from agl.inspection import Inspection
+from agl.span import Span
 from agl.store import RolloutState, Store, open_store
 from agl.trajectory import DropReason, Trajectory, build_trajectory, collect_trained
 from agl_trainer import Trainer
 from agl_trainer import trainer as trainer_module
+from agl_trainer.checkpoint import load_checkpoint
+from agl_trainer.evaluation import EvalResult
+from tests.core.span_maker import gateway_call
 from tests.flows import toy_agent
 
 TOY = "tests.flows.toy_agent"
@@ -48,9 +59,9 @@ def config_in(folder: Path, *, role: str = "solver", lora_r: int = 8, **train: A
     return Config.parse(data)
 
 
-def metrics_of(folder: Path) -> list[dict[str, float]]:
+def metrics_of(folder: Path, run: str = "run") -> list[dict[str, float]]:
     """Metrics of each step, which is there once."""
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["metrics"] for line in lines]
 
@@ -146,6 +157,120 @@ def test_examples_teach(tmp_path: Path) -> None:
     assert losses[-1] < losses[0] / 2
 
 
+# --- learning from what is there already ----------------------------------------------------------------------------
+
+
+def test_rollouts_of_a_store_train_without_an_agent_or_an_engine(tmp_path: Path, store: Store) -> None:
+    """One step of rollouts, taken again from the store in a folder of its own: the same step, to rounding."""
+    Trainer(config_in(tmp_path, steps=1, shuffle=False, learning_rate=1e-3)).fit()
+    store.append_spans([untrained_call("prod-1"), untrained_call("eval-1", mode="eval")])
+    again: dict[str, Any] = {"model": str(tmp_path / "run" / "model"), "output_dir": str(tmp_path / "again")}
+    config = config_in(tmp_path, steps=1, shuffle=False, learning_rate=1e-3, **again)
+    assert config.train is not None
+    unneeded = {"agent": None, "tasks": None, "reward": None, "eval_tasks": None}
+    trainer = Trainer(config.model_copy(update={"train": config.train.model_copy(update=unneeded)}))
+    trainer.fit(from_store=True)
+    (first,), (second,) = metrics_of(tmp_path), metrics_of(tmp_path, "again")
+    assert (first["calls"], second["calls"], second["rollouts"], second["groups"]) == (16, 16, 16, 4)
+    for name in ("reward/mean", "calls/trained", "solver/loss", "solver/grad_norm"):
+        assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-5), name
+    words = [collect_trained(store.query_spans(name)) for name in rollout_names(range(1, 2))]
+    assert all(len(steps) == 2 for word in words for steps in word.values())
+    adapters = [tmp_path / run / "adapters" / "solver@1" / "adapter_model.safetensors" for run in ("run", "again")]
+    one, other = (load_file(path) for path in adapters)
+    # AdamW's first step is as long where a gradient is the rounding of 0: nearly all of the step is the same.
+    first_step, second_step = (
+        torch.cat([made[name].flatten() for name in one if "lora_B" in name]) for made in (one, other)
+    )
+    assert torch.cosine_similarity(first_step, second_step, dim=0) > 0.99
+
+
+def untrained_call(rollout_id: str, mode: str = "prod") -> Span:
+    """A call that no step of theirs has seen, in a group of its own."""
+    named = {semconv.ROLLOUT_ID: rollout_id, semconv.MODE: mode}
+    return gateway_call(role="solver", attributes=named)
+
+
+def test_a_training_from_an_empty_store_says_what_it_looked_for(tmp_path: Path) -> None:
+    trainer = Trainer(config_in(tmp_path))
+    with pytest.raises(TrainingError, match="holds no rollout of mode train or prod that made a model call"):
+        trainer.fit(from_store=True)
+    with pytest.raises(ConfigError, match=r"train\.eval_every needs an engine"):
+        Trainer(config_in(tmp_path, eval_every=1)).fit(from_store=True)
+    with trainer.open(samples=False), pytest.raises(TrainingError, match="opened without an engine"):
+        trainer.evaluate("x")
+
+
+def test_traces_that_earned_enough_teach(tmp_path: Path, store: Store) -> None:
+    """Supervised steps on the better of the answers of a first step, each call of it with a word in the store."""
+    Trainer(config_in(tmp_path, steps=1, alternate_steps=0, learning_rate=1e-9)).fit()
+    traces = {"traces": {"modes": ["train"], "min_reward": 0.4}, "epochs": 2, "batch_size": 4, "learning_rate": 3e-3}
+    again: dict[str, Any] = {"model": str(tmp_path / "run" / "model"), "output_dir": str(tmp_path / "again")}
+    config = Config.parse(yaml.safe_load(config_in(tmp_path, **again).to_yaml()) | {"sft": traces})
+    trainer = Trainer(config)
+    with trainer.open(samples=False):
+        trainer.sft()
+    metrics = metrics_of(tmp_path, "again")
+    rewards = [trajectory_of(store, name).reward or 0 for name in rollout_names(range(1, 2))]
+    good = sum(value >= 0.4 for value in rewards)
+    assert 0 < good < 16
+    trained = sum(step["calls/trained"] for step in metrics)
+    assert (trained, metrics[0]["calls/dropped/rejected"]) == (2 * good, 16 - good)
+    assert metrics[-1]["sft/solver/loss"] < metrics[0]["sft/solver/loss"]
+
+
+def test_rejection_sampling_raises_the_reward(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"algorithm": "rejection", "min_reward": 0.5, "group_size": 8, "learning_rate": 5e-3}
+    Trainer(config_in(tmp_path, **options)).fit()
+    metrics = metrics_of(tmp_path)
+    assert metrics[-1]["reward/mean"] > metrics[0]["reward/mean"] + 0.2
+    for step in metrics:
+        assert step["calls/trained"] + step.get("calls/dropped/rejected", 0) == step["calls"] == 32
+    assert all(step["solver/loss"] > 0 for step in metrics)  # a likelihood, not a difference
+
+
+def test_the_best_adapters_are_kept_and_the_training_ends_when_they_stay_the_best(tmp_path: Path, store: Store) -> None:
+    """Evaluated before the first step and after each: the second does best, and two that do not end it."""
+    options: dict[str, Any] = {"eval_every": 1, "early_stop": 2, "steps": 30, "reward": f"{TOY}:letters_or_as_planned"}
+    config = config_in(tmp_path, **options, eval_tasks=f"{TOY}:held_out_tasks")
+    toy_agent.held_out_rewards = [0.2, 0.1, 0.9, 0.5, 0.9]
+    Trainer(config).fit()
+    assert toy_agent.held_out_rewards == []
+    assert [said["eval/reward/mean"] for said in metrics_of(tmp_path)] == [0.1, 0.9, 0.5, 0.9]
+    labels = [EvalResult.load(path).label for path in sorted((tmp_path / "run" / "eval").iterdir())]
+    assert labels == [f"step-{step:05d}" for step in range(5)]
+    (kept,) = (tmp_path / "run" / "best").iterdir()
+    state, published = load_checkpoint(kept), store.get_resource("solver")
+    assert published is not None
+    assert (state.step, published.version) == (2, state.versions["solver"])
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "step-000004").versions["solver"] > published.version
+    written = load_file(Path(published.uri) / "adapter_model.safetensors")
+    assert written and all(torch.equal(written[name], tensor) for name, tensor in state.adapters["solver"].items())
+    # Started again it is over already; the best is there to be evaluated.
+    trainer = Trainer(config)
+    with trainer.open():
+        trainer.grpo()
+        trainer.take_best()
+        found = trainer.session.policy.adapter("solver")
+        assert all(torch.equal(found[name], tensor) for name, tensor in state.adapters["solver"].items())
+    assert len(metrics_of(tmp_path)) == 4
+
+
+def test_samples_are_compared_with_an_earlier_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text(config_in(tmp_path, eval_temperature=1.0, steps=1).to_yaml())
+    command = ["eval", str(tmp_path / "config.yaml"), "--samples", "3", "--pass-at", "1", "3", "--success", "0.5"]
+    assert main([*command, "--of", "base", "--label", "before"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table[1:4]] == ["reward", "pass@1", "pass@3"]
+    assert main([*command, "--label", "after", "--against", "before", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert list(said) == ["before", "after", "after - before"]
+    assert said["after"]["tasks"] == 8 and 0 <= said["after"]["pass@1"] <= said["after"]["pass@3"] <= 1
+    assert said["after - before"]["reward"].keys() == {"mean", "low", "high", "count"}
+    assert main([*command, "--of", "best"]) == 2
+    assert "set train.eval_every" in capsys.readouterr().err
+
+
 # --- agents that fail -----------------------------------------------------------------------------------------------
 
 
@@ -162,12 +287,49 @@ def test_agents_that_raise_or_hang_do_not_stop_the_training(tmp_path: Path, stor
         assert metrics["calls"] == 12
         assert metrics["calls/dropped/failed_rollout"] == 8
         assert metrics["calls/trained"] == 4
+    check_sums(store, rollout_names(range(1, 2)), metrics_of(tmp_path)[0])
     rollouts = {name: store.get_rollout(name) for name in rollout_names(range(1, 3))}
     states = {name: rollout.state for name, rollout in rollouts.items() if rollout}
     assert {state for name, state in states.items() if "-g0-" in name} == {RolloutState.SUCCEEDED}
     assert {state for name, state in states.items() if "-g0-" not in name} == {RolloutState.FAILED}
     assert len(states) == 32
     assert trajectory_of(store, "run-00002-g1-r0").error == "RuntimeError: no flame today"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_dies_is_started_again_and_its_rollouts_run_again(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(config_in(tmp_path, steps=1))
+    with trainer.open():
+        policy = trainer.session.policy
+        sound, deaths = policy.hidden_states, [SystemExit()]
+
+        def deadly(*arguments: Any) -> torch.Tensor:
+            if deaths:
+                raise deaths.pop()
+            return sound(*arguments)
+
+        monkeypatch.setattr(policy, "hidden_states", deadly)
+        trainer.grpo()
+    (metrics,) = metrics_of(tmp_path)
+    lost = int(metrics["rollouts/failed"])
+    assert lost > 0 and metrics["rollouts"] == 16 + lost
+    assert metrics["calls/trained"] > 0 and metrics["solver/skipped"] == 0
+    again = repeated(store, rollout_names(range(1, 2)))
+    assert len(again) == lost
+    check_sums(store, [*rollout_names(range(1, 2)), *(f"{name}~1" for name in again)], metrics)
+
+
+def check_sums(store: Store, names: list[str], metrics: dict[str, float]) -> None:
+    """What `agl inspect` says of these rollouts adds up to what the step says."""
+    ends: Counter[str] = Counter()
+    for name in names:
+        if spans := store.query_spans(name):
+            ends += Inspection(spans).ends
+    said = {name.removeprefix("calls/").removeprefix("dropped/"): n for name, n in metrics.items() if "calls/" in name}
+    assert ends == {name: count for name, count in said.items() if count}
+    assert ends.total() == metrics["calls"]
 
 
 # --- stopping and going on ------------------------------------------------------------------------------------------
@@ -289,7 +451,10 @@ def test_a_training_killed_again_and_again_ends_bitwise_as_one_that_was_not(tmp_
             assert other.read_bytes() == file.read_bytes(), other
     assert len(metrics_of(killed)) == len(metrics_of(whole)) == 4 + 3
     for one, other in zip(metrics_of(whole), metrics_of(killed), strict=True):
-        timeless = [{k: v for k, v in metrics.items() if not k.startswith("time/")} for metrics in (one, other)]
+        timeless = [
+            {k: v for k, v in metrics.items() if not k.startswith("time/") and not k.endswith("_per_s")}
+            for metrics in (one, other)
+        ]
         assert timeless[0] == timeless[1]
     again = repeated(store, rollout_names(range(1, 4), 3, 3))
     store.close()

@@ -78,6 +78,18 @@ def flat(task: Task, text: str) -> float:
     return 1.0
 
 
+held_out_rewards: list[float] = []
+"""What the evaluations to come shall say, one after the other."""
+
+
+def held_out_tasks() -> list[Task]:
+    return [tasks()[0] | {"held_out": True}]
+
+
+def letters_or_as_planned(task: Task, text: str) -> float:
+    return held_out_rewards.pop(0) if "held_out" in task else letters(task, text)
+
+
 def letters(task: Task, text: str) -> float:
     """The share of the answer that is plain letters: about a third by chance."""
     return sum(character.isascii() and character.isalpha() for character in text) / max(len(text), 1)

@@ -130,6 +130,14 @@ def test_last_rollout_prefers_the_last_that_is_named(store: Store) -> None:
     assert store.last_rollout_id() == "new"
 
 
+def test_rollouts_are_those_that_spans_name_and_traces_of_which_no_span_names_one(store: Store) -> None:
+    assert store.rollout_ids() == []
+    store.append_spans([make_span(1, rollout="late", start_ns=50), make_span(2)])
+    store.append_spans([make_span(3, trace=OTHER_TRACE)])
+    store.append_spans([make_span(4, rollout="early", start_ns=40), make_span(5, rollout="late")])
+    assert store.rollout_ids() == ["late", OTHER_TRACE, "early"]
+
+
 def test_a_value_that_otlp_cannot_carry_is_refused_and_the_store_lives_on(store: Store) -> None:
     with pytest.raises(AglError, match="span 1"):
         store.append_spans([make_span(1), Span(TRACE, "2" * 16, None, "span 1", 0, 1, {"big": 2**70})])

@@ -89,7 +89,7 @@ def test_verdicts_metrics_and_inspection_add_up_to_the_calls(
     ends: Counter[str] = Counter()
     for spans, one in zip(told, made, strict=True):
         words = [verdict for verdict in batch.verdicts if verdict.call.rollout_id == one.rollout_id]
-        trained = [trained_span(word.call, 7, word.advantage, word.reason, word.weight) for word in words]
+        trained = [trained_span(word.call, 7, word.advantage, word.reason, weight=word.weight) for word in words]
         if spans:
             ends += Inspection([*spans, *trained]).ends
     named = {name.removeprefix("calls/").removeprefix("dropped/"): count for name, count in metrics.items()}
@@ -132,7 +132,7 @@ def test_a_row_of_another_models_tokens_says_so() -> None:
 
 def test_a_call_that_arrives_after_its_rollout_was_counted_is_counted_once_in_the_next_step(tmp_path: Path) -> None:
     store = open_store(f"sqlite:///{tmp_path / 'agl.db'}")
-    account = Account(store)
+    account = Account(store, "shop")
     early, late = (call("writer", **{semconv.ROLLOUT_ID: "hung"}) for _ in range(2))
     store.append_spans([early])
     assert account.late_calls() == []

@@ -2,13 +2,11 @@
 
 import json
 import logging
-import os
 import random
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from agl.errors import TrainingError
 from agl_trainer import rng
-from agl_trainer.checkpoint import TrainingState, load_checkpoint, load_latest, prune, save_checkpoint
+from agl_trainer.checkpoint import TrainingState, load_latest, prune, save_checkpoint
 
 ROLES = ("writer", "fixer")
 
@@ -203,48 +201,61 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000010", "step-1000000"]
 
 
-SAVE_FOR_EVER = """
-import itertools, os, sys
+SAVE_AND_DIE = """
+import os, signal, sys
 from pathlib import Path
 import torch
 from agl_trainer.checkpoint import TrainingState, prune, save_checkpoint
 
-def save_for_ever(folder, first):
-    for step in itertools.count(first):
-        tensors = {"a": torch.full((64, 64), float(step))}
-        state = TrainingState(step, "sft", step, {"writer": step}, {"writer": tensors}, {"writer": {}}, {}, "")
-        save_checkpoint(folder, state)
-        print(step, flush=True)
-        prune(folder)
+MOMENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+
+def die_at(moment):
+    left = [moment]
+    def hook(event, arguments):
+        if event in MOMENTS:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
 
 for line in sys.stdin:
+    step, moment = map(int, line.split())
     child = os.fork()
     if child == 0:
-        save_for_ever(Path(sys.argv[1]), int(line))
-    print(child, flush=True)
-    os.waitpid(child, 0)
-    print("killed", flush=True)
+        tensors = {"a": torch.full((64, 64), float(step))}
+        state = TrainingState(step, "sft", step, {"writer": step}, {"writer": tensors}, {"writer": {}}, {}, "")
+        die_at(moment)
+        save_checkpoint(Path(sys.argv[1]), state)
+        prune(Path(sys.argv[1]), keep=1)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    """SIGKILL at a dozen moments of a save; each time the last one said to be saved, or a later one, loads."""
-    command = [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)]
+def test_a_process_killed_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """SIGKILL before the first, the second, ... change to the disk, until a save and its pruning come to their end.
+
+    Each time the checkpoint that was there, or the new one, loads; first as a new step, then as one that replaces its
+    like.
+    """
+    command = [sys.executable, "-c", SAVE_AND_DIE, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
-        said = 0
-        for kill in range(12):
-            process.stdin.write(f"{said + 1}\n")
+
+        def save(step: int, moment: int) -> int:
+            process.stdin.write(f"{step} {moment}\n")
             process.stdin.flush()
-            child = int(process.stdout.readline())
-            said = int(process.stdout.readline())
-            time.sleep(0.003 * kill)
-            os.kill(child, signal.SIGKILL)
-            steps = list(iter(process.stdout.readline, "killed\n"))
-            said = int(steps[-1]) if steps else said
-            for folder in tmp_path.glob("step-*"):
-                load_checkpoint(folder)  # raises where one is not whole
-            state = load(tmp_path)
-            assert state.step in (said, said + 1)
-            assert torch.equal(state.adapters["writer"]["a"], torch.full((64, 64), float(state.step)))
-            said = state.step
+            return int(process.stdout.readline())
+
+        assert save(1, 0) == 0
+        for step in (2, 2):
+            moment, code = 0, -signal.SIGKILL
+            while code:
+                moment += 1
+                code = save(step, moment)
+                assert code in (0, -signal.SIGKILL)
+                state = load(tmp_path)
+                assert state.step in (1, 2)
+                assert torch.equal(state.adapters["writer"]["a"], torch.full((64, 64), float(state.step)))
+            assert moment > 10
+            assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]

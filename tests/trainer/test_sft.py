@@ -1,6 +1,6 @@
 """Examples as training rows: written as the engine writes prompts, trained on the answer and its end."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -12,7 +12,7 @@ from agl_trainer.batch import TrainingRow
 from agl_trainer.engine.api import engine_app
 from agl_trainer.engine.chat import ChatTemplate
 from agl_trainer.logprobs import RowLogprobs, row_logprobs
-from agl_trainer.sft import batches, check_examples, example_row, sft_loss, sft_rows
+from agl_trainer.sft import Lesson, batches, check_examples, example_lesson, example_row, sft_loss, sft_rows
 from tests.trainer.scripted_sampler import PLAIN_TEMPLATE, TOOL_TEMPLATE, ScriptedSampler, serving, small_tokenizer
 from tests.trainer.small_model import small_policy
 
@@ -60,7 +60,8 @@ def test_the_prompt_is_what_the_engine_computes_for_the_same_request(template: s
 
 def test_the_loss_of_a_batch_is_the_mean_over_its_trained_tokens() -> None:
     template = ChatTemplate(small_tokenizer())
-    rows = sft_rows(template, [example(completion="hello"), example(completion="hello there, hello there")])
+    given = [example(completion="hello"), example(completion="hello there, hello there")]
+    rows = sft_rows([example_lesson(template, one) for one in given])
     lengths = [sum(row.loss_mask) for row in rows]
     assert lengths[0] < lengths[1]
     policy = small_policy()
@@ -77,27 +78,31 @@ def test_row_weights_carry_over_to_the_loss() -> None:
 
 
 def test_an_epoch_has_every_example_once_in_batches_of_one_role() -> None:
-    examples = [example("writer", text=str(i)) for i in range(10)] + [example("fixer", text=str(i)) for i in range(5)]
-    first = batches(examples, 4, epoch=0, seed=1)
-    assert [len(batch) for batch in first if batch[0]["role"] == "writer"] == [4, 4, 2]
-    assert [len(batch) for batch in first if batch[0]["role"] == "fixer"] == [4, 1]
-    assert all(len({item["role"] for item in batch}) == 1 for batch in first)
-    assert texts([item for batch in first for item in batch]) == texts(examples)
+    lessons = [lesson("writer", i) for i in range(10)] + [lesson("fixer", i) for i in range(5)]
+    first = batches(lessons, 4, epoch=0, seed=1)
+    assert [len(batch) for batch in first if batch[0].role == "writer"] == [4, 4, 2]
+    assert [len(batch) for batch in first if batch[0].role == "fixer"] == [4, 1]
+    assert all(len({item.role for item in batch}) == 1 for batch in first)
+    assert numbers([item for batch in first for item in batch]) == numbers(lessons)
     # The roles take turns: the fixer's second batch does not wait for the writer's last.
-    roles = [batch[0]["role"] for batch in first]
+    roles = [batch[0].role for batch in first]
     assert [set(roles[:2]), roles[2], set(roles[3:])] == [{"writer", "fixer"}, "writer", {"writer", "fixer"}]
 
 
-def texts(examples: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    return sorted((item["role"], item["messages"][0]["content"]) for item in examples)
+def lesson(role: str, number: int) -> Lesson:
+    return Lesson(role, [number, 1], [0, 1])
+
+
+def numbers(lessons: Sequence[Lesson]) -> list[tuple[str, int]]:
+    return sorted((item.role, item.token_ids[0]) for item in lessons)
 
 
 def test_the_order_of_an_epoch_is_its_own_and_comes_again() -> None:
-    examples = [example(text=str(i)) for i in range(20)]
-    one = batches(examples, 4, epoch=0, seed=1)
-    assert batches(examples, 4, epoch=0, seed=1) == one
-    assert batches(examples, 4, epoch=1, seed=1) != one
-    assert batches(examples, 4, epoch=0, seed=2) != one
+    lessons = [lesson("writer", i) for i in range(20)]
+    one = batches(lessons, 4, epoch=0, seed=1)
+    assert batches(lessons, 4, epoch=0, seed=1) == one
+    assert batches(lessons, 4, epoch=1, seed=1) != one
+    assert batches(lessons, 4, epoch=0, seed=2) != one
 
 
 @pytest.mark.parametrize(

@@ -238,14 +238,39 @@ class QueueConfig(_Section):
         return self
 
 
-class SftConfig(_Section):
-    """Supervised fine-tuning on examples (`agl sft`)."""
+class TracesConfig(_Section):
+    """Which rollouts of the store are learnt from."""
 
-    examples: Reference
+    modes: list[Literal["train", "eval", "prod"]] = Field(default_factory=lambda: ["train", "prod"])
+    tags: dict[str, str | bool | int | float] = Field(default_factory=dict)
+    """Attributes that some span of a rollout must have, as `agl.emit_annotation` writes them."""
+
+
+class SftTracesConfig(TracesConfig):
+    """The same, and which calls of them."""
+
+    min_reward: float | None = None
+    """Least reward, of the call's role or else of the rollout; none: any, or none at all."""
+    roles: list[str] = Field(default_factory=list)
+    """Roles whose calls are learnt from; none: all under `agent_roles`."""
+
+
+class SftConfig(_Section):
+    """Supervised fine-tuning (`agl sft`), on examples or on what the store holds."""
+
+    examples: Reference | None = None
     """Function without arguments that returns a list of `{"role", "messages", "completion"}`."""
+    traces: SftTracesConfig | None = None
+    """Rollouts of the store in place of examples."""
     epochs: Count = 3
     batch_size: Count = 8
     learning_rate: Positive = 1e-3
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        if (self.examples is None) == (self.traces is None):
+            raise ValueError("expected either examples or traces")
+        return self
 
 
 class LossConfig(_Section):
@@ -327,13 +352,18 @@ class LossConfig(_Section):
 class TrainConfig(LossConfig):
     """What to train and how (`agl train`, `agl eval`)."""
 
-    algorithm: Literal["grpo"] = "grpo"
+    algorithm: Literal["grpo", "rejection"] = "grpo"
+    """`rejection`: fine-tuning on the rollouts that are good enough, in place of a policy gradient."""
+    min_reward: float | None = None
+    """What is good enough, of algorithm rejection; none: to be the best of its group."""
     model: str
     """`smollm2`, `tiny`, or a folder with a model that transformers loads."""
-    agent: Reference
-    """Agent function; it receives the task and returns its answer. Sync or async."""
-    tasks: Reference
-    """Function without arguments that returns the training tasks: a list of JSON values."""
+    agent: Reference | None = None
+    """Agent function; it receives the task and returns its answer. Sync or async. Not needed with `--from-store`."""
+    tasks: Reference | None = None
+    """Function without arguments that returns the training tasks: a list of JSON values. Not needed there either."""
+    traces: TracesConfig = Field(default_factory=TracesConfig)
+    """What `--from-store` trains on in place of new rollouts."""
     eval_tasks: Reference | None = None
     """The same for held-out tasks."""
     reward: Reference | None = None
@@ -349,6 +379,10 @@ class TrainConfig(LossConfig):
     """Draw the tasks of each epoch in a new order; otherwise as they are listed."""
     dynamic_sampling: Annotated[int, Field(ge=0)] = 0
     """Rounds of new tasks in place of those whose rollouts all earned the same (DAPO), in each step."""
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between two evaluations on `eval_tasks`, of which the best adapters are kept; 0: none."""
+    early_stop: Annotated[int, Field(ge=0)] = 0
+    """Evaluations in a row without a better reward after which the training ends; 0: never."""
     alternate_steps: Annotated[int, Field(ge=0)] = 0
     """Steps for which each adapter trains alone before it is the next one's turn; 0: all train in each step."""
     learning_rate: Positive = 2e-4
@@ -365,11 +399,36 @@ class TrainConfig(LossConfig):
     """Agents that run at once."""
     timeout_s: Positive = 120.0
     """An agent that has not answered by then is marked failed."""
+    engine_retries: Annotated[int, Field(ge=0)] = 2
+    """How often a rollout is run again whose engine failed."""
     seed: int = 0
     deterministic: bool = False
     """One agent and one sequence at a time, so that the same seed gives bitwise the same adapters."""
     output_dir: str = "runs/default"
     """Checkpoints, adapters and metrics."""
+    report_to: list[Literal["wandb", "mlflow"]] = Field(default_factory=list)
+    """Where metrics go beside the store, `metrics.jsonl` and TensorBoard."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.eval_every and self.eval_tasks is None:
+            raise ValueError("eval_every needs eval_tasks")
+        if self.early_stop and not self.eval_every:
+            raise ValueError("early_stop does nothing without eval_every")
+        if self.min_reward is not None and self.algorithm != "rejection":
+            raise ValueError("min_reward does nothing without algorithm rejection")
+        if self.algorithm == "rejection" and (unused := self._of_policy_gradient()):
+            raise ValueError(f"{unused[0]} does nothing with algorithm rejection")
+        return self
+
+    def _of_policy_gradient(self) -> list[str]:
+        """Keys with a value of their own that only a policy gradient reads."""
+        shared = {"loss_type", "mask_truncated_completions", "overlong_buffer", "overlong_penalty", "max_staleness"}
+        return [
+            name
+            for name, field in LossConfig.model_fields.items()
+            if name in self.model_fields_set - shared and getattr(self, name) != field.default
+        ]
 
 
 class Config(_Section):
@@ -455,4 +514,5 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "engine": EngineConfig,
     "train": TrainConfig,
     "sft": SftConfig,
+    "traces": SftTracesConfig,
 }

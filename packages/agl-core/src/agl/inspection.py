@@ -46,9 +46,9 @@ class Account:
             return f"dropped: {self.drop.reason}"
         drift = f" ({_say_drift(self.turn)})" if self.turn and self.turn.drift else ""
         untrained = "not trained yet" if mode == "train" else f"not trained on (mode {mode})"
-        return ", ".join(
-            [f"row {self.row}{drift}", *(map(_say_trained, self.trained) if self.trained else [untrained])]
-        )
+        names_run = len({trained.run for trained in self.trained}) > 1
+        words = [_say_trained(trained, names_run=names_run) for trained in self.trained]
+        return ", ".join([f"row {self.row}{drift}", *(words or [untrained])])
 
     def to_json(self) -> dict[str, Any]:
         call = self.call
@@ -206,11 +206,12 @@ def _say_drift(turn: Turn) -> str:
     return f"{turn.drift}: {turn.difference}" if turn.difference else str(turn.drift)
 
 
-def _say_trained(trained: Trained) -> str:
+def _say_trained(trained: Trained, *, names_run: bool) -> str:
+    step = f"step {trained.step}" + (f" of {printable(trained.run or '?')}" if names_run else "")
     if trained.advantage is None:
-        return f"not trained in step {trained.step}: {trained.reason or 'no reason given'}"
+        return f"not trained in {step}: {trained.reason or 'no reason given'}"
     weight = f", weight {trained.weight:.2g}" if trained.weight is not None else ""
-    return f"trained in step {trained.step}, advantage {trained.advantage:+.2f}{weight}"
+    return f"trained in {step}, advantage {trained.advantage:+.2f}{weight}"
 
 
 def _say_reasons(counts: Mapping[str, int]) -> str:

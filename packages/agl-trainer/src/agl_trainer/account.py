@@ -16,6 +16,7 @@ _NAMED = 3
 _REWARDED = {
     None,
     DropReason.ZERO_ADVANTAGE,
+    DropReason.REJECTED,
     DropReason.STALE,
     DropReason.TRUNCATED,
     DropReason.TOO_LONG,
@@ -32,6 +33,8 @@ class Account:
     """
 
     store: Store
+    run: str
+    """Name of the training."""
     _counted: dict[str, set[str]] = field(default_factory=dict)
     """Rollouts that may still call, and the span ids of the calls of theirs that were counted."""
 
@@ -48,7 +51,10 @@ class Account:
     def record(self, step: int, verdicts: Sequence[Verdict], unfinished: Iterable[str] = ()) -> None:
         """Write the verdicts of a step. `unfinished`: rollouts whose agents may still run."""
         self.store.append_spans(
-            [trained_span(made.call, step, made.advantage, made.reason, made.weight) for made in verdicts]
+            [
+                trained_span(made.call, step, made.advantage, made.reason, weight=made.weight, run=self.run)
+                for made in verdicts
+            ]
         )
         self._counted = {name: set() for name in unfinished}
         for verdict in verdicts:

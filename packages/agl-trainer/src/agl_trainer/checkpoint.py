@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,15 @@ class TrainingState:
     """Steps done in the phase."""
     baselines: dict[str, float] = field(default_factory=dict)
     """Role to the running mean of its rewards."""
+    best: dict[str, Any] | None = None
+    """The best evaluation so far: the fields of `best.Best`."""
     rng: dict[str, Any] = field(default_factory=rng.capture)
     """`rng.capture()`, taken when the state is made; the caller hands it to `rng.restore`."""
 
 
 def save_checkpoint(folder: Path, state: TrainingState) -> Path:
     """Write `state` below `folder`; returns its folder. One already there for the same step is replaced."""
-    target = folder / f"step-{state.step:06d}"
+    target = checkpoint_of(folder, state.step)
     draft = folder / f".writing-{target.name}"
     _remove(draft)
     for role, tensors in state.adapters.items():
@@ -121,9 +123,22 @@ def load_checkpoint(path: Path) -> TrainingState:
 
 def prune(folder: Path, keep: int = 2) -> None:
     """Remove all but the newest `keep` (at least 1) checkpoints, and what a killed process left half-removed."""
+    _discard(folder, _checkpoints(folder)[:-keep])
+
+
+def keep_only(folder: Path, step: int) -> None:
+    """Remove all checkpoints but that of `step`, and what a killed process left half-removed."""
+    _discard(folder, [path for path in _checkpoints(folder) if path != checkpoint_of(folder, step)])
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}"
+
+
+def _discard(folder: Path, checkpoints: Iterable[Path]) -> None:
     for path in folder.glob(".removing-*"):
         _remove(path)
-    for path in _checkpoints(folder)[:-keep]:
+    for path in checkpoints:
         # Renamed first, so that a kill half-way leaves no folder that looks like a damaged checkpoint.
         _remove(path.rename(path.with_name(f".removing-{path.name}")))
 
@@ -163,6 +178,7 @@ def _plain_state(state: TrainingState) -> dict[str, Any]:
         "position": state.position,
         "phase_step": state.phase_step,
         "baselines": state.baselines,
+        "best": state.best,
         "versions": state.versions,
         "roles": list(state.adapters),
         "config": state.config,

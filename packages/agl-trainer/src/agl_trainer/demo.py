@@ -1,6 +1,5 @@
 """The main job from start to end: evaluate the base model, teach it by examples, evaluate, reinforce, evaluate."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -81,14 +80,3 @@ class Demo:
         result = trainer.evaluate(label)
         result.save(path)
         return result
-
-
-def results_json(results: Sequence[EvalResult]) -> str:
-    """Mean reward and parts of each result."""
-    rows = {}
-    for result in results:
-        parts = {part: list(result.scores(part).values()) for part in result.parts}
-        means = {part: sum(values) / len(values) for part, values in parts.items()}
-        rewards = list(result.scores().values())
-        rows[result.label] = {"reward": sum(rewards) / len(rewards), "tasks": len(rewards)} | means
-    return json.dumps(rows, indent=1)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,6 +58,11 @@ class EvalResult:
         if part is None:
             return {task: score.reward for task, score in self.tasks.items()}
         return {task: score.parts[part] for task, score in self.tasks.items() if part in score.parts}
+
+    def mean(self, part: str | None = None) -> float:
+        """Of the reward, or of one part of it."""
+        values = list(self.scores(part).values())
+        return sum(values) / len(values)
 
     def save(self, path: Path) -> None:
         """Write JSON that `load` reads."""
@@ -114,6 +120,20 @@ def comparison_table(results: Sequence[EvalResult]) -> str:
     header = ["", *(result.label for result in results), *(f"{b.label} - {a.label}" for a, b in pairwise(results))]
     rows = [[part or "reward", *_cells(results, part, total)] for part in (None, *parts)]
     return f"{_align([header, *rows])}\nmean over {total} tasks, 95 % bootstrap intervals; differences paired by task"
+
+
+def comparison_json(results: Sequence[EvalResult]) -> str:
+    """Mean reward and parts of each result, and under `<after> - <before>` the paired differences with intervals."""
+    said: dict[str, dict[str, Any]] = {}
+    for result in results:
+        means = {part: result.mean(part) for part in result.parts}
+        said[result.label] = {"reward": result.mean(), "tasks": len(result.tasks)} | means
+    for before, after in pairwise(results):
+        parts = [None, *(part for part in after.parts if before.scores(part).keys() & after.scores(part).keys())]
+        said[f"{after.label} - {before.label}"] = {
+            part or "reward": asdict(paired_difference(before.scores(part), after.scores(part))) for part in parts
+        }
+    return json.dumps(said, indent=1)
 
 
 def _cells(results: Sequence[EvalResult], part: str | None, total: int) -> list[str]:

@@ -26,6 +26,7 @@ from agl_trainer.batch import SampledRow
 from agl_trainer.credit import Credit, Overlong, Weights, call_credits, role_credit
 from agl_trainer.loss_options import LossName
 from agl_trainer.normalization import batch_weights, rollout_weights
+from agl_trainer.rejection import Rejection
 
 _NOTHING = 1e-6
 """An advantage below this is the rounding of equal rewards."""
@@ -54,6 +55,8 @@ class BatchOptions:
     advantage: AdvantageName = "grpo"
     scale_rewards: Scale = "group"
     k: int = 4
+    rejection: Rejection | None = None
+    """Train on what it keeps, each call with advantage 1, in place of comparing."""
     minibatches: int = 1
     loss_type: LossName | None = None
     """TRL's normalisation of this loss; None: each rollout weighs the same."""
@@ -223,14 +226,15 @@ class _RoleBatch:
         scales = self._call_scales(members, found)
         groups = list(dict.fromkeys(group_ids))
         numbers = [groups.index(group) % self.options.minibatches for group in group_ids]
-        drafts = [
-            draft
-            for member, advantage, scale, number in zip(
-                members, found.advantages.tolist(), scales, numbers, strict=True
-            )
-            for draft in self._drafts(member, advantage, scale, number)
-        ]
-        for number in sorted(set(numbers)):
+        kept = self.options.rejection.kept(credits, group_ids) if self.options.rejection else [True] * len(members)
+        drafts = []
+        for place, member in enumerate(members):
+            if kept[place]:
+                drafts += self._drafts(member, found.advantages[place].item(), scales[place], numbers[place])
+            else:
+                calls = member.calls(self.role)
+                self.batch.verdicts.extend(Verdict(call, None, DropReason.REJECTED) for call in calls)
+        for number in sorted({draft.minibatch for draft in drafts}):
             self._weigh([draft for draft in drafts if draft.minibatch == number])
 
     def _call_scales(self, members: Sequence[_Member], found: Estimate) -> list[float]:
@@ -269,6 +273,8 @@ class _RoleBatch:
                     continue
                 share = credit.discount / mean_discount if mean_discount else 1.0
                 of_call = advantage * share + (credit.own - mean_own) / scale
+                if self.options.rejection is not None:
+                    of_call = 1.0
                 draft.mask[turn.start : turn.end] = [1] * (turn.end - turn.start)
                 if abs(of_call) < _NOTHING and not self.options.keeps_zero_advantage:
                     draft.verdicts.append(Verdict(turn.call, None, DropReason.ZERO_ADVANTAGE))
@@ -284,7 +290,7 @@ class _RoleBatch:
             return DropReason.NO_REWARD
         if self.options.max_row_tokens is not None and turn.end > self.options.max_row_tokens:
             return DropReason.TOO_LONG
-        bound, version = self.options.max_staleness, _number(call.policy_version)
+        bound, version = self.options.max_staleness, version_number(call.policy_version)
         now = self.state.version if self.state else None
         if bound is not None and version is not None and now is not None and now - version > bound:
             return DropReason.STALE
@@ -345,7 +351,7 @@ class _Draft:
         )
 
 
-def _number(version: str | None) -> int | None:
-    """`3` of `writer@3`."""
+def version_number(version: str | None) -> int | None:
+    """`3` of `writer@3`; None where it names none."""
     number = (version or "").rpartition("@")[2]
     return int(number) if number.isdigit() else None

@@ -1,37 +1,36 @@
-"""The metrics of a run: to the store, to a JSONL file, and to TensorBoard where it is installed."""
+"""The metrics of a run: to the store, to a JSONL file, and to trackers."""
 
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from agl.store import Store
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from agl_trainer.trackers import Tracker
 
 logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """Writes metrics of `run` below `folder`: `metrics.jsonl` and `tensorboard/<run>/`.
+    """Writes metrics of `run` to `store`, to `metrics.jsonl` in `folder`, and to `trackers`, which it closes.
 
     A run that starts again at `first_step` replaces what an earlier process wrote for this and later steps, and drops
     a line that a crash cut short; lines of other runs in the same file stay.
     """
 
-    def __init__(self, store: Store, run: str, folder: Path, *, first_step: int = 0) -> None:
+    def __init__(
+        self, store: Store, run: str, folder: Path, *, first_step: int = 0, trackers: Sequence[Tracker] = ()
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._store = store
         self._run = run
         path = folder / "metrics.jsonl"
         _rewind(path, run, first_step)
         self._file = path.open("a", encoding="utf-8")
-        self._board = _open_board(folder / "tensorboard" / run, first_step)
+        self._trackers = trackers
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
         """Keep `metrics` of `step`. A value that is not finite is null in the file and absent from the store."""
@@ -45,15 +44,13 @@ class MetricsLog:
         }
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in finite.items():
-                self._board.add_scalar(name, value, step)
-            self._board.flush()
+        for tracker in self._trackers:
+            tracker.log(finite, step)
 
     def close(self) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def _rewind(path: Path, run: str, first_step: int) -> None:
@@ -77,13 +74,3 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, dict]]:
             logger.warning("%s: left out a line that was cut short: %.60s", path, text)
         else:
             yield text, line
-
-
-def _open_board(folder: Path, first_step: int) -> "SummaryWriter | None":
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        logger.info("tensorboard is not installed; metrics go to the store and to metrics.jsonl")
-        return None
-    # purge_step hides what an earlier process logged for this and later steps.
-    return SummaryWriter(str(folder), purge_step=first_step)

@@ -10,12 +10,14 @@ from typing import Any
 from agl.errors import ConfigError
 
 
-def load_function(reference: str, key: str) -> Callable[..., Any]:
+def load_function(reference: str | None, key: str) -> Callable[..., Any]:
     """The function that `reference` (`module:function`) names; modules are found from the current folder too.
 
     `key` is the configuration key that holds the reference, for the message. Raises ConfigError where the module is
-    not there, its import raises, it has no such attribute, or the attribute cannot be called.
+    not there, its import raises, it has no such attribute, or the attribute cannot be called, and for no reference.
     """
+    if reference is None:
+        raise ConfigError(f"{key} is not set; name a function as module:function")
     where = f"{key}: {reference}"
     module_name, separator, name = reference.partition(":")
     if not (module_name and separator and name):

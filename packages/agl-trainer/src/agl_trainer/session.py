@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -51,19 +51,29 @@ class Engine(Protocol):
         """The time in which weights may change."""
         ...
 
+    def revive(self) -> None:
+        """Bring it back where it has died. Raises TrainingError where it cannot be."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What makes new rollouts."""
+
+    engine: Engine
+    runner: Runner
+    server: ServerThread
+
 
 @dataclass(frozen=True, slots=True)
 class Session:
     """The parts of a training that runs."""
 
-    config: Config
-    train: TrainConfig
     store: Store
     policy: Policy
     template: ChatTemplate
-    engine: Engine
-    runner: Runner
-    server: ServerThread
+    serving: Serving | None = None
+    """None: it trains on what the store holds."""
 
 
 @contextmanager
@@ -76,8 +86,7 @@ def open_session(config: Config) -> Iterator[Session]:
     agent = load_function(train.agent, "train.agent")
     reward = load_function(train.reward, "train.reward") if train.reward else None
     with ExitStack() as stack:
-        store = open_store(config.store_uri)
-        stack.callback(store.close)
+        store = stack.enter_context(closing(open_store(config.store_uri)))
         open_serving = _serve_vllm if config.engine.kind == "vllm" else _serve_local
         policy, engine, server = stack.enter_context(open_serving(config, store))
         stack.enter_context(_environment(OPENAI_BASE_URL=f"{server.base_url}/v1", OPENAI_API_KEY="agl"))
@@ -93,7 +102,15 @@ def open_session(config: Config) -> Iterator[Session]:
             timeout_s=train.timeout_s,
         )
         stack.enter_context(runner)
-        yield Session(config, train, store, policy, ChatTemplate(policy.tokenizer), engine, runner, server)
+        yield Session(store, policy, ChatTemplate(policy.tokenizer), Serving(engine, runner, server))
+
+
+@contextmanager
+def open_store_session(config: Config) -> Iterator[Session]:
+    """Open store and model alone, for a training on what the store holds. Raises AglError."""
+    with closing(open_store(config.store_uri)) as store:
+        policy = _open_policy(config, config.require_train())
+        yield Session(store, policy, ChatTemplate(policy.tokenizer))
 
 
 @contextmanager
@@ -146,7 +163,7 @@ def _serve_vllm(config: Config, store: Store) -> Iterator[tuple[Policy, Engine, 
         yield policy, VllmEngine(servers, policy, folder, tolerance=config.engine.tolerance, route=route), server
 
 
-def load_list(reference: str, key: str) -> list[Any]:
+def load_list(reference: str | None, key: str) -> list[Any]:
     """The non-empty list that the function `reference` returns. Raises ConfigError naming `key` otherwise."""
     function: Callable[[], Any] = load_function(reference, key)
     items = function()
@@ -191,8 +208,9 @@ def base_folder(config: Config) -> Path:
 
 def _texts(config: Config, train: TrainConfig) -> Iterator[str]:
     """Every string in tasks and examples: what a tokenizer of their own learns from."""
-    yield from _strings(load_list(train.tasks, "train.tasks"))
-    if config.sft is not None:
+    if train.tasks is not None or config.sft is None:
+        yield from _strings(load_list(train.tasks, "train.tasks"))
+    if config.sft is not None and config.sft.examples is not None:
         yield from _strings(load_list(config.sft.examples, "sft.examples"))
 
 

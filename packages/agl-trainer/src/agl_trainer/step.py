@@ -10,6 +10,8 @@ from agl_trainer.grpo import BatchOptions, GrpoBatch, RoleState
 from agl_trainer.loss_options import LossOptions
 from agl_trainer.objective import prepare
 from agl_trainer.policy import Policy
+from agl_trainer.rejection import Rejection
+from agl_trainer.sft import sft_loss
 from agl_trainer.update import Update, merge_updates, update_role
 
 
@@ -24,6 +26,7 @@ def batch_options(config: Config, vocabulary: int | None = None) -> BatchOptions
         advantage=train.advantage,
         scale_rewards=train.scale_rewards,
         k=train.max_at_k,
+        rejection=Rejection(train.min_reward) if train.algorithm == "rejection" else None,
         minibatches=train.minibatches,
         loss_type=train.loss_type,
         max_completion_length=train.max_tokens,
@@ -72,7 +75,9 @@ def train_batch(
     for owner, roles in policy.adapters.items():
         parts = batch.minibatches(roles)
         objectives = {
-            number: prepare(policy, owner, rows, options, pack_tokens=train.pack_tokens, moves=place > 0)
+            number: sft_loss
+            if train.algorithm == "rejection"
+            else prepare(policy, owner, rows, options, pack_tokens=train.pack_tokens, moves=place > 0)
             for place, (number, rows) in enumerate(parts.items())
         }
         taken = []

@@ -2,32 +2,55 @@
 
 import logging
 import random
-import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 
-from agl.config import Config
+from agl.config import Config, SftConfig
 from agl.errors import ConfigError, TrainingError
 from agl.store import Resource, Rollout
-from agl.trajectory import Trajectory, build_trajectory
+from agl.trajectory import DropReason, Trajectory, build_trajectory
 from agl_trainer import rng
 from agl_trainer.account import Account, call_metrics, warn_of_missing_rewards
 from agl_trainer.advantages import next_baseline
-from agl_trainer.checkpoint import TrainingState, load_latest, prune, save_adapter, save_checkpoint
+from agl_trainer.best import Best, next_best
+from agl_trainer.checkpoint import (
+    TrainingState,
+    checkpoint_of,
+    keep_only,
+    load_checkpoint,
+    load_latest,
+    prune,
+    save_adapter,
+    save_checkpoint,
+)
 from agl_trainer.evaluation import EvalResult, TaskScore
-from agl_trainer.grpo import GrpoBatch, RoleState, grpo_batch, zero_variance_groups
+from agl_trainer.grpo import GrpoBatch, RoleState, Verdict, grpo_batch, zero_variance_groups
 from agl_trainer.metrics import MetricsLog
 from agl_trainer.progress import Progress
+from agl_trainer.rollouts import Rollouts
 from agl_trainer.runner import Outcome
-from agl_trainer.session import Session, load_list, open_session
-from agl_trainer.sft import batches, check_examples, sft_loss, sft_rows
+from agl_trainer.scoring import Sampling, rollout_score, task_score
+from agl_trainer.session import Session, load_list, open_session, open_store_session
+from agl_trainer.sft import (
+    Lesson,
+    TraceLimits,
+    batches,
+    check_examples,
+    example_lesson,
+    sft_loss,
+    sft_rows,
+    trace_lessons,
+)
 from agl_trainer.step import batch_options, role_states, train_batch
+from agl_trainer.step_metrics import batch_metrics, reward_metrics, update_metrics
+from agl_trainer.traces import load_groups, read_traces, stored_groups
+from agl_trainer.trackers import open_trackers
 from agl_trainer.update import Update, update_role
 
 SFT, GRPO = "sft", "grpo"
@@ -45,12 +68,13 @@ class _Standing:
     position: int = 0
     phase_step: int = 0
     baselines: dict[str, float] = field(default_factory=dict)
+    best: Best | None = None
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class _Sample:
-    """What was sampled for a step."""
+    """What a step trains on."""
 
     outcomes: list[Outcome] = field(default_factory=list)
     trajectories: list[Trajectory] = field(default_factory=list)
@@ -60,6 +84,22 @@ class _Sample:
     """Ids of groups in whose place others were drawn."""
     without_difference: list[str] = field(default_factory=list)
     """Of the groups drawn last, those of which nothing would train."""
+
+    def metrics(self) -> dict[str, float]:
+        failed = [outcome.error for outcome in self.outcomes] or [made.error for made in self.trajectories]
+        return {
+            "rollouts": float(len(failed)),
+            "rollouts/failed": float(sum(error is not None for error in failed)),
+            "groups": float(self.drawn),
+            "groups/replaced": float(len(self.replaced)),
+            "groups/zero_variance": float(len(self.replaced) + len(self.without_difference)),
+        }
+
+
+Item = TypeVar("Item")
+_Draw = Callable[[int, range], tuple[list[Outcome], list[Trajectory]]]
+"""From the number of a step and the numbers of groups in it to these groups: their rollouts as they ended, where they
+were just run, and as they were recorded."""
 
 
 class Trainer:
@@ -75,6 +115,7 @@ class Trainer:
         self.run = self.folder.name
         self._standing = _Standing()
         self._session: Session | None = None
+        self._metrics: MetricsLog | None = None
 
     @classmethod
     def from_config(cls, path: str | Path) -> Self:
@@ -82,20 +123,26 @@ class Trainer:
         return cls(Config.load(path))
 
     @contextmanager
-    def open(self) -> Iterator[Self]:
-        """Start store, engine and gateway, and take up the last checkpoint."""
+    def open(self, *, samples: bool = True, resumes: bool = True) -> Iterator[Self]:
+        """Start store, engine and gateway, and take up the last checkpoint.
+
+        Without `samples` there is no engine: it trains on what the store holds, or on examples. Without `resumes` the
+        adapters are fresh: the policy is the base model.
+        """
         if self.train.deterministic:
             torch.use_deterministic_algorithms(True)
-        with open_session(self.config) as session, Progress() as progress:
+        opened = open_session(self.config) if samples else open_store_session(self.config)
+        with opened as session, Progress() as progress:
             self._session, self._progress = session, progress
-            self._account = Account(session.store)
-            self._resume()
-            self._metrics = MetricsLog(session.store, self.run, self.folder, first_step=self._standing.step + 1)
+            self._account = Account(session.store, self.run)
+            if resumes:
+                self._resume()
             try:
                 yield self
             finally:
-                self._metrics.close()
-                self._session = None
+                if self._metrics is not None:
+                    self._metrics.close()
+                self._metrics = self._session = None
 
     @property
     def session(self) -> Session:
@@ -103,10 +150,16 @@ class Trainer:
             raise TrainingError("the trainer is not open; use `with trainer.open():`")
         return self._session
 
-    def fit(self) -> None:
-        """Open, run every GRPO step that is left, and close."""
-        with self.open():
-            self.grpo()
+    @property
+    def _rollouts(self) -> Rollouts:
+        if self.session.serving is None:
+            raise TrainingError("the trainer was opened without an engine; use `with trainer.open():`")
+        return Rollouts(self.session.store, self.session.serving, self._progress, self.train.engine_retries)
+
+    def fit(self, *, from_store: bool = False) -> None:
+        """Open, take every step that is left, and close. `from_store`: on rollouts that the store holds already."""
+        with self.open(samples=not from_store):
+            self.grpo(from_store=from_store)
 
     # --- supervised fine-tuning ---------------------------------------------------------------------------------
 
@@ -114,84 +167,122 @@ class Trainer:
         """Every supervised step that is left; none once GRPO has begun."""
         config = self.config.sft
         if config is None:
-            raise ConfigError("the configuration has no `sft` section; `agl sft` needs sft.examples")
+            raise ConfigError("the configuration has no `sft` section; `agl sft` needs sft.examples or sft.traces")
         if self._standing.phase != SFT:
             return
-        given = load_list(config.examples, "sft.examples")
-        examples = check_examples(given, self.session.policy.roles, config.examples)
+        lessons, dropped = self._lessons(config)
         plan = [
             batch
             for epoch in range(config.epochs)
-            for batch in batches(examples, config.batch_size, epoch, self.train.seed)
+            for batch in batches(lessons, config.batch_size, epoch, self.train.seed)
         ]
         self._enter(SFT, config.learning_rate)
         self._progress.start(SFT, step=self._standing.position, steps=len(plan))
         for number, batch in enumerate(plan[self._standing.position :], start=self._standing.position + 1):
             started = time.monotonic()
-            role = batch[0]["role"]
-            with self._weights():
-                owner, sharing = next(item for item in self.session.policy.adapters.items() if role in item[1])
-                update = self._update(owner, sft_rows(self.session.template, batch), sft_loss)
-                self._count(1, set(sharing))
-            self._log({f"sft/{role}/{name}": value for name, value in update.metrics.items()})
+            update = self._sft_step(batch, dropped if number == 1 else [], counts_calls=config.traces is not None)
             # An epoch of examples is soon repeated, a checkpoint takes as long as a step.
             if number % (len(plan) // config.epochs) == 0:
                 self._save()
             self._progress.update(step=number, tokens_per_s=update.distinct_tokens / (time.monotonic() - started))
         self._publish()
 
+    def _lessons(self, config: SftConfig) -> tuple[list[Lesson], list[Verdict]]:
+        """What is learnt from, and the calls of the store that are not."""
+        if config.traces is None:
+            given = load_list(config.examples, "sft.examples")
+            examples = check_examples(given, self.session.policy.roles, config.examples or "")
+            return [example_lesson(self.session.template, example) for example in examples], []
+        vocabulary = len(self.session.policy.output_weight)
+        limits = TraceLimits(self.config.agent_roles.roles, self.config.engine.max_model_len, vocabulary)
+        lessons, dropped = trace_lessons(read_traces(self.session.store, config.traces), config.traces, limits)
+        if not lessons:
+            raise TrainingError(
+                f"no call in {self.session.store.uri} is what sft.traces asks for; {len(dropped)} were looked at"
+            )
+        return lessons, [Verdict(call, None, reason) for call, reason in dropped]
+
+    def _sft_step(self, batch: Sequence[Lesson], dropped: Sequence[Verdict], *, counts_calls: bool) -> Update:
+        role, rows = batch[0].role, sft_rows(batch)
+        with self._weights():
+            owner, sharing = next(item for item in self.session.policy.adapters.items() if role in item[1])
+            update = self._update(owner, rows, sft_loss)
+            self._count(1, set() if update.was_skipped else set(sharing))
+        metrics = {f"sft/{role}/{name}": value for name, value in update.metrics.items()}
+        if counts_calls:
+            calls = [(call, row.weight) for lesson, row in zip(batch, rows, strict=True) for call in lesson.calls]
+            skipped = DropReason.SKIPPED_STEP if update.was_skipped else None
+            verdicts = [Verdict(c, None, skipped) if skipped else Verdict(c, 1.0, weight=w) for c, w in calls]
+            verdicts += dropped
+            self._account.record(self._standing.step, verdicts)
+            metrics |= call_metrics(verdicts)
+        self._log(metrics)
+        return update
+
     # --- reinforcement learning ---------------------------------------------------------------------------------
 
-    def grpo(self) -> None:
-        """Every GRPO step that is left."""
-        tasks = load_list(self.train.tasks, "train.tasks")
+    def grpo(self, *, from_store: bool = False) -> None:
+        """Every step that is left, on new rollouts or on those of the store; fewer where `early_stop` ends them."""
+        if from_store and self.train.eval_every:
+            raise ConfigError("train.eval_every needs an engine; leave it out to train from the store, and `agl eval`")
+        draw = self._from_store() if from_store else self._from_agents()
         self._enter(GRPO, self.train.learning_rate)
         done = self._standing.phase_step
-        self._progress.start(GRPO, step=done, steps=self.train.steps)
+        if self.train.eval_every and done == 0:
+            self._keep_if_best(self._held_out())
+        self._progress.start(self.train.algorithm, step=done, steps=self.train.steps)
         for step in range(done, self.train.steps):
-            self._grpo_step(step, tasks)
+            if self._is_over():
+                self._progress.note(f"no better than step {self._best().step} for long: train.early_stop")
+                break
+            self._grpo_step(step, draw)
             self._progress.update(step=step + 1, waiting_for=None)
         self._publish()
 
-    def _grpo_step(self, step: int, tasks: Sequence[Any]) -> None:
+    def _grpo_step(self, step: int, draw: _Draw) -> None:
         started = time.monotonic()
         options = batch_options(self.config, vocabulary=len(self.session.policy.output_weight))
         roles = role_states(self.config, self.session.policy, step, self._standing.baselines)
-        sample = self._sample(step, tasks, roles)
+        before = self._tokens_sampled()
+        sample = self._sample(step, draw, roles)
         sampled = time.monotonic()
         batch = grpo_batch(sample.trajectories, roles, options, replaced_groups=frozenset(sample.replaced))
         self._check_calls(batch, sample.outcomes)
         batch.verdicts += self._account.late_calls()
+        batched = time.monotonic()
         with self._weights():
             updates = train_batch(self.session.policy, self._standing.optimizers, batch, self.config)
             taken = {owner for owner, update in updates.items() if not update.was_skipped}
             self._count(sample.drawn, {role for owner in taken for role in self.session.policy.adapters[owner]})
+        updated = time.monotonic()
         for role, credits in batch.credits.items():
-            before = self._standing.baselines.get(role, 0.0)
-            self._standing.baselines[role] = next_baseline(before, torch.tensor(credits), self.train.ema_decay)
+            baseline = self._standing.baselines.get(role, 0.0)
+            self._standing.baselines[role] = next_baseline(baseline, torch.tensor(credits), self.train.ema_decay)
         unfinished = [outcome.rollout_id for outcome in sample.outcomes if outcome.error is not None]
         self._account.record(self._standing.step, batch.verdicts, unfinished)
-        times = {"time/rollouts_s": sampled - started, "time/update_s": time.monotonic() - sampled}
-        groups = {"groups": float(sample.drawn), "groups/replaced": float(len(sample.replaced))}
-        metrics = (
-            _reward_metrics(sample.trajectories, sample.outcomes) | groups | _batch_metrics(batch, updates) | times
-        )
+        metrics = sample.metrics() | reward_metrics(sample.trajectories) | call_metrics(batch.verdicts)
+        metrics["rollouts/without_reward"] = float(warn_of_missing_rewards(batch.verdicts))
+        metrics |= batch_metrics(batch, roles) | update_metrics(updates, updated - batched)
+        metrics |= {"time/rollouts_s": sampled - started, "time/batch_s": batched - sampled}
+        metrics["time/update_s"] = updated - batched
+        if before is not None:
+            metrics["tokens/sampled_per_s"] = ((self._tokens_sampled() or 0) - before) / (sampled - started)
+        best = self._standing.best
+        if self.train.eval_every and (step + 1) % self.train.eval_every == 0:
+            metrics |= self._evaluate_step(step)
+            metrics["time/eval_s"] = time.monotonic() - updated
         self._log(metrics)
         # Last: a step that is killed before this is repeated, and says again what it did.
         self._save()
+        if self._standing.best is not None and self._standing.best != best:
+            keep_only(self._best_folder, self._standing.best.step)
         self._progress.update(reward=metrics.get("reward/mean"))
 
-    def _sample(self, step: int, tasks: Sequence[Any], roles: Mapping[str, RoleState]) -> "_Sample":
+    def _sample(self, step: int, draw: _Draw, roles: Mapping[str, RoleState]) -> "_Sample":
         """The rollouts of a step. Groups without a difference are replaced, `train.dynamic_sampling` times at most."""
         sample, wanted = _Sample(), self.train.groups_per_step
         for _ in range(1 + self.train.dynamic_sampling):
-            rollouts = [
-                rollout
-                for group in range(sample.drawn, sample.drawn + wanted)
-                for rollout in self._group(step, group, self._task_at(tasks, self._standing.position + group))
-            ]
-            outcomes = self._run(rollouts)
-            trajectories = self._trajectories(outcomes)
+            outcomes, trajectories = draw(step, range(sample.drawn, sample.drawn + wanted))
             sample.replaced += sample.without_difference
             sample.drawn += wanted
             sample.outcomes += outcomes
@@ -202,16 +293,47 @@ class Trainer:
                 break
         return sample
 
+    def _from_agents(self) -> _Draw:
+        tasks = load_list(self.train.tasks, "train.tasks")
+
+        def draw(step: int, groups: range) -> tuple[list[Outcome], list[Trajectory]]:
+            rollouts = [
+                rollout
+                for group in groups
+                for rollout in self._group(step, group, self._at(tasks, self._standing.position + group))
+            ]
+            ran = self._rollouts.run(rollouts)
+            outcomes = ran.outcomes + ran.lost
+            return outcomes, self._rollouts.trajectories(outcomes)
+
+        return draw
+
+    def _from_store(self) -> _Draw:
+        stored = stored_groups(self.session.store, self.train.traces)
+
+        taken: set[str] = set()
+
+        def draw(step: int, groups: range) -> tuple[list[Outcome], list[Trajectory]]:
+            if groups.start == 0:
+                taken.clear()
+            # A step of more groups than there are takes none twice: its calls would train twice.
+            chosen = [self._at(stored, self._standing.position + group) for group in groups]
+            fresh = {group.group_id: group for group in chosen if group.group_id not in taken}
+            taken.update(fresh)
+            return [], load_groups(self.session.store, list(fresh.values()))
+
+        return draw
+
     def _group(self, step: int, group: int, task: Any) -> list[Rollout]:
         name = f"{self.run}-{step + 1:05d}-g{group}"
-        return [self._rollout(f"{name}-r{i}", task, name, "train") for i in range(self.train.group_size)]
+        return [self._rollouts.make(f"{name}-r{i}", task, name, "train") for i in range(self.train.group_size)]
 
-    def _task_at(self, tasks: Sequence[Any], position: int) -> Any:
-        """The task at `position` of an endless sequence of epochs."""
-        epoch, place = divmod(position, len(tasks))
+    def _at(self, items: Sequence[Item], position: int) -> Item:
+        """The task or group at `position` of an endless sequence of epochs."""
+        epoch, place = divmod(position, len(items))
         if self.train.shuffle:
-            place = random.Random(f"{self.train.seed}-{epoch}").sample(range(len(tasks)), len(tasks))[place]
-        return tasks[place]
+            place = random.Random(f"{self.train.seed}-{epoch}").sample(range(len(items)), len(items))[place]
+        return items[place]
 
     def _check_calls(self, batch: GrpoBatch, outcomes: Sequence[Outcome]) -> None:
         """Raises TrainingError where agents answered, but no call of theirs is known: training would do nothing."""
@@ -224,74 +346,80 @@ class Trainer:
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
-    def evaluate(self, label: str) -> EvalResult:
-        """One rollout of each held-out task under the present adapters. A failed rollout counts 0."""
+    def evaluate(self, label: str, sampling: Sampling | None = None) -> EvalResult:
+        """Rollouts of each held-out task under the present adapters, one or more. A failed rollout counts 0."""
         if self.train.eval_tasks is None:
             raise ConfigError("train.eval_tasks is not set; name a function that returns the held-out tasks")
+        sampling = sampling or Sampling()
+        sampling.check(self.train.eval_temperature)
         tasks = load_list(self.train.eval_tasks, "train.eval_tasks")
-        self._progress.start(f"evaluating {label}", steps=len(tasks))
         name = f"{self.run}-eval-{label}"
-        rollouts = [self._rollout(f"{name}-{index:04d}", task, None, "eval") for index, task in enumerate(tasks)]
-        outcomes = self._run(rollouts, counts_steps=True)
-        parts = list(dict.fromkeys(part for outcome in outcomes for part in outcome.parts))
-        scores = {
-            _task_id(task, index): self._score(outcome, parts)
-            for index, (task, outcome) in enumerate(zip(tasks, outcomes, strict=True))
+        rollouts = [
+            self._rollouts.make(f"{name}-{index:04d}" + (f"-s{sample}" if sample else ""), task, None, "eval")
+            for index, task in enumerate(tasks)
+            for sample in range(sampling.samples)
+        ]
+        self._progress.start(f"evaluating {label}", steps=len(rollouts))
+        scores = [self._score(outcome) for outcome in self._rollouts.run(rollouts, counts_steps=True).outcomes]
+        parts = list(dict.fromkeys(part for score in scores if score for part in score.parts))
+        size = sampling.samples
+        made = {
+            _task_id(task, index): task_score(scores[index * size : (index + 1) * size], parts, sampling)
+            for index, task in enumerate(tasks)
         }
-        return EvalResult(label, scores)
+        return EvalResult(label, made)
 
-    def _score(self, outcome: Outcome, parts: Sequence[str]) -> TaskScore:
-        if outcome.error is not None:
-            return TaskScore(0.0, dict.fromkeys(parts, 0.0))
-        if outcome.reward is not None:
-            return TaskScore(outcome.reward, outcome.parts)
-        trajectory = build_trajectory(self.session.store.query_spans(outcome.rollout_id))
-        if trajectory.reward is None:
-            raise TrainingError(
-                f"rollout {outcome.rollout_id} ended without a reward; set train.reward or call agl.emit_reward"
-            )
-        return TaskScore(trajectory.reward)
+    def take_best(self) -> None:
+        """Take up the adapters of the best evaluation. Raises TrainingError where none was kept."""
+        best = self._best()
+        state = load_checkpoint(checkpoint_of(self._best_folder, best.step))
+        with self._weights():
+            for role, adapter in state.adapters.items():
+                self.session.policy.load_adapter(role, adapter, state.versions[role])
+
+    def _score(self, outcome: Outcome) -> TaskScore | None:
+        spans = self.session.store.query_spans(outcome.rollout_id)
+        return rollout_score(outcome, build_trajectory(spans) if spans else None)
+
+    def _evaluate_step(self, step: int) -> dict[str, float]:
+        result = self._held_out()
+        self._keep_if_best(result)
+        self._progress.start(self.train.algorithm, step=step, steps=self.train.steps)
+        return {"eval/reward/mean": result.mean()} | {f"eval/reward/{part}": result.mean(part) for part in result.parts}
+
+    def _held_out(self) -> EvalResult:
+        """The evaluation of the present step."""
+        result = self.evaluate(f"step-{self._standing.step:05d}")
+        result.save(self.folder / "eval" / f"{result.label}.json")
+        with self._weights():
+            pass  # The engine forgets the prompts: a run that is resumed later does not know them.
+        return result
+
+    def _keep_if_best(self, result: EvalResult) -> None:
+        """Keep the adapters beside the checkpoints where they do better on the held-out tasks than all before."""
+        self._standing.best = next_best(self._standing.best, self._standing.step, result.mean())
+        if self._standing.best.waited == 0:
+            save_checkpoint(self._best_folder, self._state())
+
+    def _best(self) -> Best:
+        if self._standing.best is None:
+            raise TrainingError(f"no evaluation of {self.folder} was kept; set train.eval_every")
+        return self._standing.best
+
+    def _is_over(self) -> bool:
+        best = self._standing.best
+        return bool(self.train.early_stop and best and best.waited >= self.train.early_stop)
+
+    @property
+    def _best_folder(self) -> Path:
+        return self.folder / "best"
 
     # --- shared by the phases -----------------------------------------------------------------------------------
 
-    def _rollout(self, name: str, task: Any, group_id: str | None, mode: str) -> Rollout:
-        """A rollout whose id no earlier run has used.
-
-        `~n` marks the repetition of a step that was cut short; the gateway leaves it out of the seeds, so that the
-        repetition samples the same.
-        """
-        known = self.session.store.get_rollout
-        free = next(
-            candidate
-            for repetition in range(10_000)
-            if known(candidate := f"{name}~{repetition}" if repetition else name) is None
-        )
-        return Rollout(free, task, group_id=group_id, mode=mode)
-
-    def _run(self, rollouts: Sequence[Rollout], *, counts_steps: bool = False) -> list[Outcome]:
-        engine, started, left = self.session.engine, time.monotonic(), len(rollouts)
-        engine.make_live()
-        before = engine.tokens_sampled
-
-        def on_done(_: Outcome) -> None:
-            nonlocal left
-            left -= 1
-            after, speed = engine.tokens_sampled, None
-            if before is not None and after is not None:
-                speed = (after - before) / (time.monotonic() - started)
-            done = {"step": len(rollouts) - left} if counts_steps else {}
-            self._progress.update(tokens_per_s=speed, waiting_for=f"{left} of {len(rollouts)} rollouts", **done)
-
-        return self.session.runner.run(rollouts, on_done=on_done)
-
-    def _trajectories(self, outcomes: Sequence[Outcome]) -> list[Trajectory]:
-        """Those of the rollouts that left any span: an agent that hangs may leave none, and no word of its failure."""
-        found = []
-        for outcome in outcomes:
-            if spans := self.session.store.query_spans(outcome.rollout_id):
-                trajectory = build_trajectory(spans)
-                found.append(replace(trajectory, error=trajectory.error or outcome.error))
-        return found
+    def _tokens_sampled(self) -> int | None:
+        """By the engine since it was opened; None where there is none, or it does not tell."""
+        serving = self.session.serving
+        return serving.engine.tokens_sampled if serving else None
 
     def _update(self, role: str, rows: Sequence[Any], loss: Any) -> Update:
         return update_role(
@@ -307,10 +435,16 @@ class Trainer:
     @contextmanager
     def _weights(self) -> Iterator[None]:
         """The time in which weights may change: nothing samples."""
-        with self.session.engine.paused(), self.session.policy.lock:
+        serving = self.session.serving
+        with serving.engine.paused() if serving else nullcontext(), self.session.policy.lock:
             yield
 
     def _log(self, metrics: Mapping[str, float]) -> None:
+        if self._metrics is None:  # an evaluation alone is no run to anybody who watches
+            first = self._standing.step
+            config = self.config.model_dump(mode="json", exclude_none=True)
+            trackers = open_trackers(self.train.report_to, self.run, self.folder, config, first)
+            self._metrics = MetricsLog(self.session.store, self.run, self.folder, first_step=first, trackers=trackers)
         self._metrics.append(self._standing.step, metrics)
 
     def _enter(self, phase: str, learning_rate: float) -> None:
@@ -318,8 +452,7 @@ class Trainer:
         # The prompts of an evaluation are forgotten too: a resumed run, which does not repeat it, does not know them.
         with self._weights():
             if self._standing.phase != phase:
-                self._standing.phase, self._standing.position, self._standing.phase_step = phase, 0, 0
-                self._standing.optimizers = {}
+                self._standing = _Standing(self._standing.step, phase, baselines=self._standing.baselines)
             for role in self.session.policy.adapters:
                 if role not in self._standing.optimizers:
                     self._standing.optimizers[role] = self._optimizer(role, learning_rate)
@@ -337,31 +470,40 @@ class Trainer:
 
     def _save(self) -> None:
         """Keep the present state as a checkpoint."""
-        policy, standing = self.session.policy, self._standing
         checkpoints = self.folder / "checkpoints"
-        state = TrainingState(
+        save_checkpoint(checkpoints, self._state())
+        prune(checkpoints, keep=_CHECKPOINTS_KEPT)
+
+    def _state(self) -> TrainingState:
+        policy, standing = self.session.policy, self._standing
+        return TrainingState(
             step=standing.step,
             phase=standing.phase,
             position=standing.position,
             phase_step=standing.phase_step,
             baselines=standing.baselines,
+            best=asdict(standing.best) if standing.best else None,
             versions=dict(policy.versions),
             adapters={role: policy.adapter(role) for role in policy.roles},
             adapter_configs={role: policy.adapter_config(role) for role in policy.roles},
             optimizers={role: optimizer.state_dict() for role, optimizer in standing.optimizers.items()},
             config=self.config.to_yaml(),
         )
-        save_checkpoint(checkpoints, state)
-        prune(checkpoints, keep=_CHECKPOINTS_KEPT)
 
     def _publish(self) -> None:
-        """Write each role's adapter to `adapters/<role>@<n>` and tell store and engine: what is served."""
+        """Write each role's adapter to `adapters/<role>@<n>` and tell store and engine: what is served.
+
+        Where evaluations were kept these are the best ones, not the last.
+        """
+        if self._standing.best is not None and self._standing.best.step != self._standing.step:
+            self.take_best()
         policy = self.session.policy
         for role in policy.roles:
             folder = self.folder / "adapters" / policy.version_name(role)
             save_adapter(folder, policy.adapter(role), policy.adapter_config(role))
             self.session.store.put_resource(Resource(role, policy.versions[role], str(folder.resolve())))
-        self.session.engine.make_live()
+        if self.session.serving is not None:
+            self.session.serving.engine.make_live()
 
     def _resume(self) -> None:
         state = load_latest(self.folder / "checkpoints")
@@ -375,7 +517,9 @@ class Trainer:
             )
         for role, adapter in state.adapters.items():
             policy.load_adapter(role, adapter, state.versions[role])
-        self._standing = _Standing(state.step, state.phase, state.position, state.phase_step, dict(state.baselines))
+        self._standing = _Standing(
+            state.step, state.phase, state.position, state.phase_step, dict(state.baselines), Best.of(state.best)
+        )
         for role, optimizer_state in state.optimizers.items():
             optimizer = self._optimizer(role, 0.0)  # its learning rate is part of the state
             optimizer.load_state_dict(optimizer_state)
@@ -385,27 +529,3 @@ class Trainer:
 
 def _task_id(task: Any, index: int) -> str:
     return str(task["id"]) if isinstance(task, dict) and "id" in task else str(index)
-
-
-def _reward_metrics(trajectories: Sequence[Trajectory], outcomes: Sequence[Outcome]) -> dict[str, float]:
-    rewards = [trajectory.reward for trajectory in trajectories if trajectory.reward is not None]
-    parts: dict[str, list[float]] = {"mean": rewards} if rewards else {}
-    for outcome in outcomes:
-        for part, value in outcome.parts.items():
-            parts.setdefault(part, []).append(value)
-    failed = sum(outcome.error is not None for outcome in outcomes)
-    means = {f"reward/{part}": sum(values) / len(values) for part, values in parts.items()}
-    return means | {"rollouts": float(len(outcomes)), "rollouts/failed": float(failed)}
-
-
-def _batch_metrics(batch: GrpoBatch, updates: Mapping[str, Update]) -> dict[str, float]:
-    metrics = call_metrics(batch.verdicts)
-    metrics["rollouts/without_reward"] = float(warn_of_missing_rewards(batch.verdicts))
-    for role, credits in batch.credits.items():
-        metrics[f"{role}/credit_mean"] = statistics.fmean(credits)
-        metrics[f"{role}/credit_std"] = statistics.pstdev(credits)
-    for role, update in updates.items():
-        metrics |= {f"{role}/{name}": value for name, value in update.metrics.items()}
-    metrics["tokens/distinct"] = float(sum(update.distinct_tokens for update in updates.values()))
-    metrics["tokens/total"] = float(sum(update.total_tokens for update in updates.values()))
-    return metrics

@@ -81,6 +81,9 @@ class HttpStore(Store):
     def last_rollout_id(self) -> str | None:
         return self._call("last_rollout_id")
 
+    def rollout_ids(self) -> list[str]:
+        return self._call("rollout_ids")
+
     # --- Rollouts ----------------------------------------------------------------------------------------------------
 
     def enqueue_rollouts(self, rollouts: Sequence[Rollout]) -> None:

@@ -136,6 +136,7 @@ VERBS: Final = {
         Verb("query_rows", "GET", path_name="query_spans", returns_spans=True),
         Verb("count_spans", "GET"),
         Verb("last_rollout_id", "GET"),
+        Verb("rollout_ids", "GET"),
         Verb("enqueue_rollouts"),
         # Done twice it would lease two, and the worker know of one.
         Verb("lease_rollout", is_repeatable=False),

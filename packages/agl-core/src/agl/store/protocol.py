@@ -76,6 +76,15 @@ class Store(Protocol):
         """Rollout of the span that arrived last and names a rollout; else of the span that arrived last."""
         ...
 
+    def rollout_ids(self) -> list[str]:
+        """Every rollout of which there are spans, by the arrival of the first of them where the store keeps that.
+
+        Those that spans name, and the traces of which no span names one. A gateway call without a parent makes a trace
+        of its own, though it belongs to the rollout that `query_rows` finds for both. This reads what all spans are
+        found by.
+        """
+        ...
+
     # --- Rollouts ----------------------------------------------------------------------------------------------------
 
     def enqueue_rollouts(self, rollouts: Sequence[Rollout]) -> None:

@@ -32,6 +32,7 @@ class DropReason(StrEnum):
     REPLACED_GROUP = "replaced_group"
     SKIPPED_STEP = "skipped_step"
     ZERO_ADVANTAGE = "zero_advantage"
+    REJECTED = "rejected"
 
 
 @dataclass(frozen=True, slots=True)

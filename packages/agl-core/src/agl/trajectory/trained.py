@@ -21,14 +21,23 @@ class Trained:
     reason: str | None
     weight: float | None = None
     """Factor on the loss of each of its tokens."""
+    run: str | None = None
+    """The training that the step is of."""
 
 
 def trained_span(
-    call: Call, step: int, advantage: float | None, reason: DropReason | None = None, weight: float | None = None
+    call: Call,
+    step: int,
+    advantage: float | None,
+    reason: DropReason | None = None,
+    *,
+    weight: float | None = None,
+    run: str = "",
 ) -> Span:
-    """A span that records what training `step` did with `call`: `advantage` and `weight`, or why it did not train.
+    """A span that records what `step` of training `run` did with `call`: `advantage` and `weight`, or why it did not
+    train.
 
-    The same call and step give the same span id, so a resumed run that repeats its step records nothing twice.
+    The same call, run and step give the same span id, so a resumed run that repeats its step records nothing twice.
     """
     attributes: dict[str, AttributeValue] = {
         semconv.ROLLOUT_ID: call.rollout_id,
@@ -42,22 +51,25 @@ def trained_span(
         attributes[semconv.TRAINED_ADVANTAGE] = advantage
     if weight is not None:
         attributes[semconv.TRAINED_WEIGHT] = weight
+    if run:
+        attributes[semconv.TRAINED_RUN] = run
     if reason is not None:
         attributes[semconv.TRAINED_REASON] = reason.value
     now = time.time_ns()
-    span_id = hashlib.sha256(f"{call.trace_id}{call.span_id}{step}".encode()).hexdigest()[:16]
+    span_id = hashlib.sha256(f"{call.trace_id}{call.span_id}{step}{run}".encode()).hexdigest()[:16]
     return Span(call.trace_id, span_id, call.span_id, semconv.SPAN_TRAINED, now, now, attributes)
 
 
 def collect_trained(spans: Iterable[Span]) -> dict[str, list[Trained]]:
-    """What steps did with each call, by the call's span id, in the order of the steps."""
+    """What steps did with each call, by the call's span id, in the order in which they did it."""
     found: dict[str, list[Trained]] = {}
-    for span in spans:
+    for span in sorted(spans, key=lambda span: span.start_ns):
         call_id, step = span.text(semconv.TRAINED_CALL), read_number(span, semconv.TRAINED_STEP)
         if span.name == semconv.SPAN_TRAINED and call_id and step is not None:
             advantage, weight = (
                 read_number(span, name) for name in (semconv.TRAINED_ADVANTAGE, semconv.TRAINED_WEIGHT)
             )
             reason = span.text(semconv.TRAINED_REASON)
-            found.setdefault(call_id, []).append(Trained(int(step), advantage, reason, weight))
-    return {call_id: sorted(steps, key=lambda trained: trained.step) for call_id, steps in found.items()}
+            made = Trained(int(step), advantage, reason, weight, span.text(semconv.TRAINED_RUN))
+            found.setdefault(call_id, []).append(made)
+    return found

@@ -19,17 +19,39 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def train_command(subparsers: Any) -> None:
-    _add(subparsers, "train", _train, "Train the roles with GRPO, from the last checkpoint if there is one.")
+    description = "Train the roles, with GRPO or by rejection sampling, from the last checkpoint if there is one."
+    parser = _add(subparsers, "train", _train, description)
+    parser.add_argument(
+        "--from-store",
+        action="store_true",
+        help="train on rollouts that the store holds already (train.traces): no engine, no agent",
+    )
 
 
 def sft_command(subparsers: Any) -> None:
-    _add(subparsers, "sft", _sft, "Fine-tune the roles on the examples of the `sft` section.")
+    _add(subparsers, "sft", _sft, "Fine-tune the roles on the examples, or the traces, of the `sft` section.")
 
 
 def eval_command(subparsers: Any) -> None:
-    parser = _add(subparsers, "eval", _eval, "Evaluate the last checkpoint on the held-out tasks, greedily.")
+    description = (
+        "Evaluate a policy on the held-out tasks, and compare it with an earlier result. Intervals are paired by task."
+    )
+    example = f"agl eval {EXAMPLE}/config.yaml --of best --label after --against before"
+    parser = _add(subparsers, "eval", _eval, description, example)
+    parser.add_argument(
+        "--of",
+        choices=("last", "best", "base"),
+        default="last",
+        help="the last checkpoint, the best one (train.eval_every), or the base model (default: last)",
+    )
     parser.add_argument(
         "--label", default="eval", help="name of the result, kept in <output_dir>/eval/ (default: eval)"
+    )
+    parser.add_argument("--against", metavar="LABEL", help="compare with the kept result of this name")
+    parser.add_argument("--samples", type=int, default=1, help="rollouts of each task (default: 1)")
+    parser.add_argument("--pass-at", type=int, nargs="+", default=[], metavar="K", help="print pass@K too")
+    parser.add_argument(
+        "--success", type=float, default=1.0, metavar="REWARD", help="least reward that solves a task (default: 1.0)"
     )
     add_json_option(parser)
 
@@ -48,40 +70,47 @@ def demo_command(subparsers: Any) -> None:
 
 
 def _add(
-    subparsers: Any, name: str, run: Callable[[argparse.Namespace], int], description: str
+    subparsers: Any, name: str, run: Callable[[argparse.Namespace], int], description: str, example: str | None = None
 ) -> argparse.ArgumentParser:
-    parser = add_command(subparsers, name, run, description, f"agl {name} {EXAMPLE}/config.yaml")
+    parser = add_command(subparsers, name, run, description, example or f"agl {name} {EXAMPLE}/config.yaml")
     parser.add_argument("config", type=Path, help="the YAML file")
     return parser
 
 
 def _train(arguments: argparse.Namespace) -> int:
     trainer = _trainer(arguments)
-    trainer.fit()
+    trainer.fit(from_store=arguments.from_store)
     return _say_where(trainer.folder)
 
 
 def _sft(arguments: argparse.Namespace) -> int:
     trainer = _trainer(arguments)
-    with trainer.open():
+    with trainer.open(samples=False):
         trainer.sft()
     return _say_where(trainer.folder)
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from agl_trainer.demo import results_json
-    from agl_trainer.evaluation import comparison_table
+    from agl_trainer.evaluation import EvalResult, comparison_json, comparison_table
+    from agl_trainer.scoring import Sampling
 
     trainer = _trainer(arguments)
-    with trainer.open():
-        result = trainer.evaluate(arguments.label)
-    result.save(trainer.folder / "eval" / f"{arguments.label}.json")
-    print(results_json([result]) if arguments.json else comparison_table([result]))
+    folder = trainer.folder / "eval"
+    before = [EvalResult.load(folder / f"{arguments.against}.json")] if arguments.against else []
+    sampling = Sampling(arguments.samples, tuple(arguments.pass_at), arguments.success)
+    with trainer.open(resumes=arguments.of != "base"):
+        if arguments.of == "best":
+            trainer.take_best()
+        result = trainer.evaluate(arguments.label, sampling)
+    result.save(folder / f"{arguments.label}.json")
+    results = [*before, result]
+    print(comparison_json(results) if arguments.json else comparison_table(results))
     return 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from agl_trainer.demo import Demo, results_json
+    from agl_trainer.demo import Demo
+    from agl_trainer.evaluation import comparison_json
 
     name, config = ("demo-tiny", "tiny.yaml") if arguments.tiny else ("demo", "config.yaml")
     demo = Demo.of(EXAMPLE / config, arguments.output or Path("runs") / name, seed=arguments.seed)
@@ -92,7 +121,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped; the same command goes on from the last step in {demo.folder}", file=sys.stderr)
         raise
-    print(results_json(results) if arguments.json else demo.report(results))
+    print(comparison_json(results) if arguments.json else demo.report(results))
     return 0
 
 

@@ -109,7 +109,8 @@ class Scheduler:
         self._idle.set()
         self._paused = 0
         self._stopped = False
-        self._thread = threading.Thread(target=self._loop, name="agl-engine", daemon=True)
+        self._died = False
+        self._thread = self._new_thread()
         self.tokens_sampled = 0
 
     def __enter__(self) -> "Scheduler":
@@ -145,12 +146,24 @@ class Scheduler:
             loop=asyncio.get_running_loop(),
         )
         with self._wake:
-            if self._stopped:
+            if self._stopped or self._died:
                 raise EngineStoppedError("the engine has stopped")
             self._waiting.append(sequence)
             self._idle.clear()
             self._wake.notify()
         return sequence
+
+    def revive(self) -> None:
+        """Start its thread again where something has ended it."""
+        if self._died:
+            logger.warning("the engine's thread has ended; starting another")
+            self._thread.join()
+            self._died = False
+            self._thread = self._new_thread()
+            self._thread.start()
+
+    def _new_thread(self) -> threading.Thread:
+        return threading.Thread(target=self._loop, name="agl-engine", daemon=True)
 
     def make_live(self) -> None:
         """Nothing to do: what it samples from are the very weights that are trained."""
@@ -181,15 +194,19 @@ class Scheduler:
         return adapter
 
     def _loop(self) -> None:
-        with torch.inference_mode():
-            while self._await_work():
-                try:
-                    with self._policy.lock:
-                        self._turn()
-                except Exception as error:  # every waiting caller must hear of it, whatever it was
-                    logger.exception("sampling failed")
-                    self._fail(EngineError(f"sampling failed: {type(error).__name__}: {error}"))
-        self._fail(EngineStoppedError("the engine has stopped"))
+        try:
+            with torch.inference_mode():
+                while self._await_work():
+                    try:
+                        with self._policy.lock:
+                            self._turn()
+                    except Exception as error:  # every waiting caller must hear of it, whatever it was
+                        logger.exception("sampling failed")
+                        self._fail(EngineError(f"sampling failed: {type(error).__name__}: {error}"))
+        finally:  # also where the thread is ended by what is no Exception
+            with self._wake:
+                self._died = not self._stopped
+            self._fail(EngineStoppedError("the engine has stopped"))
 
     def _await_work(self) -> bool:
         """Block until there is something to do; False once stopped."""

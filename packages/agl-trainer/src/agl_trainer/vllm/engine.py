@@ -19,6 +19,9 @@ from agl_trainer.vllm.server import VllmServer
 
 logger = logging.getLogger(__name__)
 
+_BACK_WITHIN_S = 600.0
+"""A server takes minutes to load a model."""
+
 
 class VllmEngine:
     """vLLM servers, all with the same base model, as the engine of a training of `policy`.
@@ -54,6 +57,20 @@ class VllmEngine:
     def paused(self) -> Iterator[None]:
         """Nothing to do: the weights that change are not those that sample."""
         yield
+
+    def revive(self) -> None:
+        """Wait for servers that do not answer, and forget what one that was started anew does not know any more.
+
+        Raises TrainingError for one that stays away.
+        """
+        known = {server: server.wait(_BACK_WITHIN_S) for server in self._bases}
+        for role, name in list(self._live.items()):
+            if all(name in names for names in known.values()):
+                continue
+            del self._live[role]
+            for server, names in known.items():
+                if name in names:
+                    server.unload(name)
 
     def make_live(self) -> None:
         """Bring the adapter of every role that has a new version to the servers.

@@ -1,5 +1,6 @@
 """What a training asks of a vLLM server, over HTTP."""
 
+import time
 from collections.abc import Sequence
 from http import HTTPStatus
 from pathlib import Path
@@ -14,6 +15,7 @@ from agl.errors import TrainingError
 
 _TIMEOUT_S = 300.0
 """A CPU takes its time over a prompt, and loads an adapter for the first time in seconds."""
+_ASK_EVERY_S = 2.0
 
 
 class VllmServer:
@@ -39,6 +41,17 @@ class VllmServer:
     def models(self) -> list[str]:
         """The base model by the name it is served under, and every adapter that is loaded."""
         return [str(model["id"]) for model in self._ask("GET", "models").json()["data"]]
+
+    def wait(self, timeout_s: float) -> list[str]:
+        """`models`, asked again and again while it does not answer, for so long."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return self.models()
+            except TrainingError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_ASK_EVERY_S)
 
     def load(self, name: str, folder: Path) -> None:
         """Serve the PEFT adapter in `folder`, a path that the server can read, as `name`."""

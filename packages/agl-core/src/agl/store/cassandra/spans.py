@@ -191,6 +191,18 @@ def _look_for_last(db: Database) -> str | None:
     return last[2] if last else None
 
 
+def rollout_ids(db: Database) -> list[str]:
+    first: dict[str, int] = {}
+    named: set[str] = set()
+    for name, span, arrived_ns in db.scan(_NEWEST):
+        if span is None or arrived_ns is None:  # a bucket that is closed and empty
+            continue
+        first[name] = min(arrived_ns, first.get(name, arrived_ns))
+        if name != (trace := span[:16].hex()):
+            named.add(trace)
+    return sorted(first.keys() - named, key=lambda name: (first[name], name))
+
+
 def attempt_ids(rows: Iterable[SpanRow]) -> list[str]:
     """Attempts that the rows name."""
     return sorted({row.attempt_id for row in rows if row.attempt_id})

@@ -46,6 +46,9 @@ class CassandraStore(Store):
     def last_rollout_id(self) -> str | None:
         return spans.last_rollout_id(self._database)
 
+    def rollout_ids(self) -> list[str]:
+        return spans.rollout_ids(self._database)
+
     def enqueue_rollouts(self, rollouts: Sequence[Rollout]) -> None:
         rows = [record.to_row(rollout) for rollout in rollouts]
         queue.enqueue(self._database, rows, self._database.now_ns())

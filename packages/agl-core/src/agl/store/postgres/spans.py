@@ -67,6 +67,14 @@ SELECT (SELECT otlp FROM span_bodies body WHERE body.day = span.day AND body.arr
 FROM whole CROSS JOIN {_OF_KEY} ORDER BY span.start_ns, span.arrival
 """
 
+_IDS = """
+SELECT id FROM (
+    SELECT rollout_id AS id, min(arrival) AS first FROM spans WHERE rollout_id IS NOT NULL GROUP BY rollout_id
+    UNION ALL
+    SELECT encode(trace_id, 'hex'), min(arrival) FROM spans GROUP BY trace_id HAVING max(rollout_id) IS NULL
+) found ORDER BY first
+"""
+
 _LAST = """
 SELECT coalesce(
     (SELECT rollout_id FROM spans WHERE rollout_id IS NOT NULL ORDER BY day DESC, arrival DESC LIMIT 1),
@@ -124,6 +132,10 @@ def query(db: Connection, rollout_id: str) -> list[bytes]:
 def last_rollout_id(db: Connection) -> str | None:
     found = db.execute(_LAST).fetchone()
     return found[0] if found else None
+
+
+def rollout_ids(db: Connection) -> list[str]:
+    return [name for (name,) in db.execute(_IDS)]
 
 
 def count(db: Connection) -> int:

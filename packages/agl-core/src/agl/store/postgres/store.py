@@ -54,6 +54,9 @@ class PostgresStore(Store):
     def last_rollout_id(self) -> str | None:
         return self._database.read(spans.last_rollout_id)
 
+    def rollout_ids(self) -> list[str]:
+        return self._database.read(spans.rollout_ids)
+
     def enqueue_rollouts(self, rollouts: Sequence[Rollout]) -> None:
         rows = [record.to_row(rollout) for rollout in rollouts]
         self._database.write(lambda db: queue.enqueue(db, rows))

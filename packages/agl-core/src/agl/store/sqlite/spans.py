@@ -47,6 +47,14 @@ FROM whole JOIN spans span ON {_OF_KEY} ORDER BY start_ns, arrival
 
 _ASKS_PER_STEP = 100_000
 
+_IDS = """
+SELECT id FROM (
+    SELECT rollout_id AS id, min(arrival) AS first FROM spans WHERE rollout_id IS NOT NULL GROUP BY rollout_id
+    UNION ALL
+    SELECT lower(hex(trace_id)), min(arrival) FROM spans GROUP BY trace_id HAVING max(rollout_id) IS NULL
+) ORDER BY first
+"""
+
 _LAST = """
 SELECT rollout_id, lower(hex(trace_id)) FROM spans
 WHERE arrival = coalesce(
@@ -115,6 +123,10 @@ def query(db: sqlite3.Connection, rollout_id: str) -> list[bytes] | None:
 def last_rollout_id(db: sqlite3.Connection) -> str | None:
     found = db.execute(_LAST).fetchone()
     return (found[0] or found[1]) if found else None
+
+
+def rollout_ids(db: sqlite3.Connection) -> list[str]:
+    return [name for (name,) in db.execute(_IDS)]
 
 
 def keys(rollout_id: str) -> dict[str, Any]:
