@@ -32,13 +32,18 @@ class never_raises:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        if error is None:
+        if not isinstance(error, Exception):
             return False
-        if isinstance(error, AglError):
-            logger.error("%s: %s", self._what, error)
-        elif isinstance(error, Exception):  # a defect of ours must not stop the agent; the traceback is in the log
-            logger.error("%s", self._what, exc_info=error)
-        return isinstance(error, Exception)
+        log_failure(self._what, error)
+        return True
+
+
+def log_failure(what: str, error: Exception) -> None:
+    """Log what went wrong on our side and must not stop the agent: a defect of ours with its traceback."""
+    if isinstance(error, AglError):
+        logger.error("%s: %s", what, error)
+    else:
+        logger.error("%s", what, exc_info=error)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from langchain_core.tools import ToolException
 from opentelemetry.trace import TracerProvider
 
 from agl import semconv
-from agl.boundary import never_raises
+from agl.boundary import log_failure
 from agl.content import Content
 from agl.redaction import Redact
 from agl.role_map import RoleMap
@@ -26,12 +26,14 @@ Event = Callable[Concatenate["AglCallbackHandler", Arguments], None]
 
 def _event(record: Event[Arguments]) -> Event[Arguments]:
     """The boundary to the agent: an event that cannot be recorded is logged."""
-    boundary = never_raises(f"LangChain's {record.__name__} was not recorded")
+    failed = f"LangChain's {record.__name__} was not recorded"
 
     @functools.wraps(record)
     def guarded(handler: "AglCallbackHandler", /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
-        with boundary:
+        try:
             record(handler, *args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - as `never_raises`, which costs every event of an agent more
+            log_failure(failed, error)
 
     return guarded
 

@@ -72,7 +72,7 @@ class Run:
 
     def describe(self, facts: Describe | None = None, content: Describe | None = None) -> None:
         """Put `facts` on the span, and `content` as far as it may go there."""
-        if not self.span.is_recording():
+        if (facts is None and content is None) or not self.span.is_recording():
             return
         said: Attributes = {}
         try:
