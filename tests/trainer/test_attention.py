@@ -18,7 +18,7 @@ def rows() -> PackedRows:
     draw = random.Random(0)
     prompt, other = draw.choices(range(50), k=9), draw.choices(range(50), k=3)
     turn = prompt + draw.choices(range(50), k=5)
-    return pack_rows([prompt + [60], prompt + [61, 62], turn + [1], turn + [2, 3, 4], other + [5], other])
+    return pack_rows([[*prompt, 60], [*prompt, 61, 62], [*turn, 1], [*turn, 2, 3, 4], [*other, 5], other])
 
 
 def tensors(packed: PackedRows) -> list[Tensor]:

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from agl_trainer.batch import SampledRow, passes
+from agl_trainer.batch import SampledRow
+from agl_trainer.cut import cut
 from agl_trainer.logprobs import row_logprobs
 from agl_trainer.loss_options import LossOptions
 from agl_trainer.objective import Objective, prepare
 from agl_trainer.policy import Policy
+from agl_trainer.trunk import Grown, run_parts
 from tests.trainer.small_model import small_model, small_policy
 
 PREFIX = list(range(10, 18))
@@ -36,10 +38,14 @@ def run(
 ) -> tuple[float, Mapping[str, float], torch.Tensor]:
     """Loss, statistics of the last pass, and gradient."""
     loss_sum, stats = 0.0, {}
-    for part in passes(rows, pack_tokens):
-        loss, stats = objective(row_logprobs(policy, "writer", part, entropy_gradient=entropy), part)
+
+    def take(part: list[SampledRow], trunk: Grown | None) -> None:
+        nonlocal loss_sum, stats
+        loss, stats = objective(row_logprobs(policy, "writer", part, trunk=trunk, entropy_gradient=entropy), part)
         loss.backward()
         loss_sum += loss.item()
+
+    run_parts(policy, "writer", cut(rows, pack_tokens), take)
     grads = [parameter.grad for parameter in policy.parameters("writer") if parameter.grad is not None]
     gradient = torch.cat([grad.flatten() for grad in grads])
     for parameter in policy.parameters("writer"):
@@ -93,7 +99,7 @@ def test_the_reference_is_the_model_without_its_adapter() -> None:
     with torch.no_grad():
         base = row_logprobs(fresh, "writer", rows).logprobs
     assert objective.reference is not None
-    assert torch.allclose(torch.stack([objective.reference[id(row)] for row in rows]), base, rtol=1e-9)
+    assert torch.allclose(torch.stack([objective.reference[row.key] for row in rows]), base, rtol=1e-9)
 
 
 @pytest.mark.parametrize("moves", [False, True])

@@ -9,7 +9,7 @@ A model takes part by `model.set_attn_implementation(NAME)`; every forward passe
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -88,58 +88,93 @@ def attend_blocks(query: Tensor, blocks: Sequence[Block], scale: float) -> tuple
     return out, normaliser
 
 
+class Prefix(Protocol):
+    """Tokens [0, end) of every packed row, whose keys and values another pass has made."""
+
+    end: int
+
+    def attended(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values, in pieces [Hkv, M, D] in order."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class PackedPlan:
-    """Attention for a training pass over packed rows; differentiable."""
+    """Attention for a training pass over packed rows; differentiable. The pass has the tokens behind `prefix`."""
 
     rows: PackedRows
+    prefix: Prefix | None = None
+    record: dict[int, tuple[Tensor, Tensor]] | None = field(default=None, kw_only=True)
+    """Where each layer leaves the keys and values of this pass."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        by_head = query.transpose(1, 2)
-        out = _TreeAttention.apply(by_head, key, value, self.rows, scores)
+        if self.record is not None:
+            self.record[layer] = key, value
+        start = 0
+        if self.prefix is not None:
+            keys, values = zip(*self.prefix.attended(layer), strict=True)
+            key, value, start = torch.cat([*keys, key], 1), torch.cat([*values, value], 1), self.prefix.end
+        out = _TreeAttention.apply(query.transpose(1, 2), key, value, self.rows, start, scores)
         return out.transpose(1, 2)  # type: ignore[no-any-return]  # untyped in torch
 
 
 class _TreeAttention(torch.autograd.Function):
-    """Output [Hkv, G, N, D] for query [Hkv, G, N, D], key and value [Hkv, N, D]: each part is one call of a kernel."""
+    """Output [Hkv, G, M, D] for query [Hkv, G, M, D], key and value [Hkv, N, D]: each part is one call of a kernel.
+
+    The queries are of the last M of the N places, those from `start` on.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, scores: Scores) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, start: int, scores: Scores
+    ) -> Tensor:
         kernel = kernel_for(scores, rows.positions)
         out = torch.zeros_like(query)
         normaliser = torch.full(query.shape[:3], -torch.inf, dtype=query.dtype, device=query.device)
-        for part in _parts(rows.segments):
-            own, own_normaliser = kernel.forward(
-                part, query[:, :, part.queries], key[:, part.keys], value[:, part.keys]
-            )
-            seen = normaliser[:, :, part.queries]
-            out[:, :, part.queries].lerp_(own, torch.sigmoid(own_normaliser - seen)[..., None])
-            torch.logaddexp(seen, own_normaliser, out=seen)
+        for part in _parts(rows.segments, start):
+            seen = (slice(None), slice(None), _behind(part.queries, start))
+            own, own_normaliser = kernel.forward(part, query[seen], key[:, part.keys], value[:, part.keys])
+            out[seen].lerp_(own, torch.sigmoid(own_normaliser - normaliser[seen])[..., None])
+            torch.logaddexp(normaliser[seen], own_normaliser, out=normaliser[seen])
         ctx.save_for_backward(query, key, value, out, normaliser)
-        ctx.rows, ctx.kernel = rows, kernel
+        ctx.rows, ctx.start, ctx.kernel = rows, start, kernel
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         query, key, value, out, normaliser = ctx.saved_tensors
         gathered = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for part in _parts(ctx.rows.segments):
-            seen = (slice(None), slice(None), part.queries)
+        for part in _parts(ctx.rows.segments, ctx.start):
+            queries = _behind(part.queries, ctx.start)
+            seen = (slice(None), slice(None), queries)
             of_part = ctx.kernel.backward(
                 part, query[seen], key[:, part.keys], value[:, part.keys], grads[0][seen], out[seen], normaliser[seen]
             )
-            for whole, grad, places in zip(gathered, of_part, (part.queries, part.keys, part.keys), strict=True):
+            for whole, grad, places in zip(gathered, of_part, (queries, part.keys, part.keys), strict=True):
                 whole[..., places, :] += grad
-        return *gathered, None, None
+        return *gathered, None, None, None
 
 
-def _parts(segments: Sequence[Segment]) -> Iterator[Part]:
-    """Children first: what a query sees of its own segment is never nothing, whatever a window hides of the others."""
+def _parts(segments: Sequence[Segment], start: int) -> Iterator[Part]:
+    """What the queries from place `start` on see, a line of descent.
+
+    Children first: what a query sees of its own segment is never nothing, whatever a window hides of the others.
+    """
     for segment in reversed(segments):
-        keys = slice(segment.start, segment.end)
-        yield Part(keys, keys, is_causal=True)
-        if segment.subtree_end > segment.end:
-            yield Part(slice(segment.end, segment.subtree_end), keys, is_causal=False)
+        if segment.subtree_end <= start:
+            continue
+        own = slice(max(segment.start, start), segment.end)
+        if own.start < own.stop:
+            yield Part(own, own, is_causal=True)
+            if segment.subtree_end > segment.end:
+                yield Part(slice(segment.end, segment.subtree_end), own, is_causal=False)
+        if segment.start < start:
+            known = slice(segment.start, min(segment.end, start))
+            yield Part(slice(start, segment.subtree_end), known, is_causal=False)
+
+
+def _behind(places: slice, start: int) -> slice:
+    return slice(places.start - start, places.stop - start)
 
 
 def _scores(query: Tensor, block: Block, scale: float) -> Tensor:

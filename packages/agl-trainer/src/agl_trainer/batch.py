@@ -1,6 +1,6 @@
-"""Training rows and their division into passes that fit the memory."""
+"""Training rows."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -15,6 +15,11 @@ class TrainingRow:
     """Factor on the loss of each trained token."""
     temperatures: Sequence[float] | None = field(default=None, kw_only=True)
     """Of each token: what logits are divided by. None: 1 everywhere."""
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for rows that have the same logprobs under the same policy."""
+        return tuple(self.token_ids), tuple(self.loss_mask), tuple(self.temperatures or ())
 
     def trained(self, values: Sequence[float]) -> list[float]:
         """`values` of the tokens with mask 1."""
@@ -33,27 +38,3 @@ class SampledRow(TrainingRow):
 
 
 Row = TypeVar("Row", bound=TrainingRow)
-
-
-def passes(rows: Iterable[Row], pack_tokens: int) -> Iterator[list[Row]]:
-    """`rows` in passes of at most `pack_tokens` distinct tokens each, at least one row in each.
-
-    Sorted by their tokens, rows that share a prefix are neighbours, so a row adds what it does not share with the
-    row before it.
-    """
-    taken: list[Row] = []
-    distinct = 0
-    for row in sorted(rows, key=lambda row: list(row.token_ids)):
-        added = len(row.token_ids) - (_shared(taken[-1].token_ids, row.token_ids) if taken else 0)
-        if taken and distinct + added > pack_tokens:
-            yield taken
-            taken, distinct, added = [], 0, len(row.token_ids)
-        taken.append(row)
-        distinct += added
-    if taken:
-        yield taken
-
-
-def _shared(left: Sequence[int], right: Sequence[int]) -> int:
-    longest = min(len(left), len(right))
-    return next((place for place in range(longest) if left[place] != right[place]), longest)

@@ -10,7 +10,8 @@ from torch import Tensor
 from agl_trainer.attention import PackedPlan
 from agl_trainer.batch import TrainingRow
 from agl_trainer.policy import Policy
-from agl_trainer.tree import pack_rows
+from agl_trainer.tree import PackedRows, pack_rows, pad_rows
+from agl_trainer.trunk import Grown
 
 _CHUNK = 256
 
@@ -30,17 +31,24 @@ class RowLogprobs:
 
 
 def row_logprobs(
-    policy: Policy, role: str, rows: Sequence[TrainingRow], *, entropy_gradient: bool = False
+    policy: Policy,
+    role: str,
+    rows: Sequence[TrainingRow],
+    *,
+    trunk: Grown | None = None,
+    entropy_gradient: bool = False,
 ) -> RowLogprobs:
     """Logprobs under the adapter of `role` of the tokens of `rows` whose mask is 1; every distinct token runs once.
+
+    What `trunk` holds of them, the first tokens of every row, is not computed again.
 
     They are of softmax(logits / temperature), the distribution that a row's `temperatures` make. Raises ValueError
     where the first token of a row is masked 1: nothing predicts it.
     """
     if bad := [index for index, row in enumerate(rows) if row.loss_mask[0]]:
         raise ValueError(f"row {bad[0]}: its first token has mask 1, but no token before it can predict it")
-    packed = pack_rows([row.token_ids for row in rows])
-    hidden = policy.hidden_states(packed.token_ids, packed.positions, [role], PackedPlan(packed))
+    packed = (pack_rows if policy.packs else pad_rows)([row.token_ids for row in rows]).to(policy.device)
+    hidden = _hidden_states(policy, role, packed, trunk)
     before = torch.empty_like(packed.token_ids)
     trained_of_row, temperatures = [], []
     for index, row in zip(packed.row_index, rows, strict=True):
@@ -58,7 +66,21 @@ def row_logprobs(
     places = place_of.split([len(index) for index in trained_of_row])
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(place) for place in places], batch_first=True).bool()
     place = torch.nn.utils.rnn.pad_sequence(places, batch_first=True)
-    return RowLogprobs(logprobs[place] * mask, entropies[place] * mask, mask, len(packed.token_ids))
+    computed = len(packed.token_ids) - (trunk.end if trunk else 0)
+    return RowLogprobs(logprobs[place] * mask, entropies[place] * mask, mask, computed)
+
+
+def _hidden_states(policy: Policy, role: str, packed: PackedRows, trunk: Grown | None) -> Tensor:
+    """[N, H] of the packed tokens."""
+    if not policy.packs:
+        return policy.padded_states(packed.token_ids, [len(index) for index in packed.row_index], role)
+    if trunk is None:
+        return policy.hidden_states(packed.token_ids, packed.positions, [role], PackedPlan(packed))
+    known = trunk.states()
+    new = packed.token_ids[trunk.end :]
+    if len(new):
+        known.append(policy.hidden_states(new, packed.positions[trunk.end :], [role], PackedPlan(packed, trunk)))
+    return torch.cat(known)
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -48,21 +48,23 @@ def route_layers(model: PeftModel, routing: Routing) -> None:
 
 
 def _forward(layer: Linear, kept_as: torch.dtype, routing: Routing, x: Tensor) -> Tensor:
-    """[1, N, out] for `x` [1, N, in]; the base's weights are of type `kept_as`."""
-    out = layer.base_layer(x.to(kept_as)).to(x.dtype)
+    """[..., out] for `x` [..., in]; the base's weights are of type `kept_as`."""
+    rows = x.flatten(0, -2)
+    out = layer.base_layer(rows.to(kept_as)).to(x.dtype)
     if len(routing.runs) == 1:
-        return _add_delta(layer, routing.runs[0][0], x, out)
+        return _add_delta(layer, routing.runs[0][0], rows, out).view(*x.shape[:-1], -1)
     pieces, start = [], 0
     for adapter, count in routing.runs:
-        rows = slice(start, start + count)
-        pieces.append(_add_delta(layer, adapter, x[:, rows], out[:, rows]))
+        run = slice(start, start + count)
+        pieces.append(_add_delta(layer, adapter, rows[run], out[run]))
         start += count
-    return torch.cat(pieces, dim=1)
+    return torch.cat(pieces).view(*x.shape[:-1], -1)
 
 
 def _add_delta(layer: Linear, adapter: str, hidden: Tensor, out: Tensor) -> Tensor:
+    """[N, out] for `hidden` [N, in] and what the base made of it."""
     if adapter == BASE:
         return out
     down, up = layer.lora_A[adapter].get_parameter("weight"), layer.lora_B[adapter].get_parameter("weight")
-    inner = (hidden[0].to(down.dtype) @ down.T).to(out.dtype)
-    return torch.addmm(out[0], inner, up.T.to(out.dtype), alpha=layer.scaling[adapter])[None]
+    inner = (hidden.to(down.dtype) @ down.T).to(out.dtype)
+    return torch.addmm(out, inner, up.T.to(out.dtype), alpha=layer.scaling[adapter])

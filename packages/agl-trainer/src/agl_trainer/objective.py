@@ -1,22 +1,26 @@
 """The loss of one optimizer step of a role: what has to be known of all its rows before the first pass."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from agl_trainer.batch import SampledRow, passes
+from agl_trainer.batch import SampledRow
+from agl_trainer.cut import Part, shares
+from agl_trainer.devices import count, run_everywhere
 from agl_trainer.logprobs import RowLogprobs, row_logprobs
 from agl_trainer.lora import BASE
 from agl_trainer.loss_options import LossOptions
 from agl_trainer.losses import StepScale, TokenBatch, token_loss
+from agl_trainer.memory import within_memory
 from agl_trainer.policy import Policy
 from agl_trainer.ratios import high_entropy_threshold
+from agl_trainer.trunk import Grown, run_parts
 
-OfRow = Mapping[int, Tensor]
-"""`id` of a row to values [T] of its trained tokens."""
+OfRow = Mapping[Hashable, Tensor]
+"""`key` of a row to values [T] of its trained tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,7 @@ class Objective:
             self._old(result, rows) if corrects else recorded,
             _padded([row.trained(row.advantages) for row in rows], result.logprobs),
             result.mask,
-            ref_logprobs=_of_rows(self.reference, rows),
+            ref_logprobs=_of_rows(self.reference, rows, result.logprobs),
             sampling_logprobs=recorded if corrects else None,
             entropies=result.entropies,
         )
@@ -53,7 +57,7 @@ class Objective:
         return loss, stats | {"advantage": advantages.mean().item(), "advantage_abs": advantages.abs().mean().item()}
 
     def _old(self, result: RowLogprobs, rows: Sequence[SampledRow]) -> Tensor:
-        old = _of_rows(self.began, rows)
+        old = _of_rows(self.began, rows, result.logprobs)
         return result.logprobs.detach() if old is None else old
 
 
@@ -72,7 +76,7 @@ def prepare(
         now = _look(policy, role, rows, pack_tokens)
     threshold = None
     if options.top_entropy_quantile < 1:
-        entropies = torch.cat(list(now.entropies.values()))
+        entropies = torch.cat([now.entropies[row.key] for row in rows])
         threshold = high_entropy_threshold(entropies, options.top_entropy_quantile)
         tokens = int((entropies >= threshold).sum())
     began = now.logprobs if moves and options.vllm_importance_sampling_mode is not None else None
@@ -81,23 +85,49 @@ def prepare(
 
 @dataclass(frozen=True, slots=True)
 class _Values:
-    logprobs: dict[int, Tensor] = field(default_factory=dict)
-    entropies: dict[int, Tensor] = field(default_factory=dict)
+    """Of the trained tokens of rows, by their keys."""
+
+    logprobs: dict[Hashable, Tensor] = field(default_factory=dict)
+    entropies: dict[Hashable, Tensor] = field(default_factory=dict)
 
 
-@torch.no_grad()
+@dataclass(frozen=True, slots=True)
+class _LookJob:
+    """Logprobs and entropies of `rows` under `role`, without a gradient."""
+
+    role: str
+    rows: Sequence[SampledRow]
+    pack_tokens: int
+
+    @torch.no_grad()
+    def run(self, policy: Policy) -> _Values:
+        def attempt(parts: Sequence[Part[SampledRow]]) -> _Values:
+            found = _Values()
+
+            def run(part: list[SampledRow], trunk: Grown | None) -> None:
+                result = row_logprobs(policy, self.role, part, trunk=trunk)
+                for row, *values, mask in zip(part, result.logprobs, result.entropies, result.mask, strict=True):
+                    # On the CPU: they may go to another device.
+                    found.logprobs[row.key], found.entropies[row.key] = (of_row[mask].cpu() for of_row in values)
+
+            run_parts(policy, self.role, parts, run)
+            return found
+
+        return within_memory(policy, self.rows, self.pack_tokens, attempt)
+
+
 def _look(policy: Policy, role: str, rows: Sequence[SampledRow], pack_tokens: int) -> _Values:
-    """Logprobs and entropies of the trained tokens of `rows` under `role`."""
-    found = _Values()
-    for part in passes(rows, pack_tokens):
-        result = row_logprobs(policy, role, part)
-        for row, logprobs, entropies, mask in zip(part, result.logprobs, result.entropies, result.mask, strict=True):
-            found.logprobs[id(row)], found.entropies[id(row)] = logprobs[mask], entropies[mask]
+    """Logprobs and entropies of the trained tokens of `rows` under `role`; each device looks up its share."""
+    job, found = _LookJob(role, rows, pack_tokens), _Values()
+    for values in run_everywhere(policy, [replace(job, rows=share) for share in shares(rows, count())]):
+        found.logprobs.update(values.logprobs)
+        found.entropies.update(values.entropies)
     return found
 
 
-def _of_rows(values: OfRow | None, rows: Sequence[SampledRow]) -> Tensor | None:
-    return None if values is None else pad_sequence([values[id(row)] for row in rows], batch_first=True)
+def _of_rows(values: OfRow | None, rows: Sequence[SampledRow], like: Tensor) -> Tensor | None:
+    """[B, T], 0 where padded, on the device of `like`."""
+    return None if values is None else pad_sequence([values[row.key] for row in rows], batch_first=True).to(like)
 
 
 def _padded(values: Sequence[Sequence[float]], like: Tensor) -> Tensor:

@@ -31,10 +31,16 @@ class Policy:
         *,
         base_name: str,
         seed: int,
+        packs: bool = True,
     ) -> None:
         _check_names(roles, base_name)
         torch.manual_seed(seed)
-        model.set_attn_implementation(NAME)
+        self.packs = packs
+        """Rows are packed as a trie; else they are padded, for a model whose attention cannot take one."""
+        self.pack_limit: int | None = None
+        """Tokens of a pass that are known to fit the memory, where `train.pack_tokens` did not."""
+        if packs:
+            model.set_attn_implementation(NAME)
         self.tokenizer = tokenizer
         self.base_name = base_name
         self.versions = dict.fromkeys(roles, 0)
@@ -71,6 +77,15 @@ class Policy:
         self._routing.set([self._owner.get(adapter, adapter) for adapter in adapters], len(tokens))
         inputs = {"input_ids": tokens[None], "position_ids": positions[None]}
         return self._body(**inputs, use_cache=False, plan=plan).last_hidden_state[0]
+
+    def padded_states(self, tokens: Tensor, lengths: Sequence[int], role: str) -> Tensor:
+        """Final hidden states [B * T, H] for B rows of these `lengths` padded on the right to T, by the model's own
+        attention."""
+        rows = tokens.view(len(lengths), -1)
+        self._routing.set([self._owner.get(role, role)], len(tokens))
+        mask = torch.arange(rows.shape[1], device=rows.device) < torch.tensor(lengths, device=rows.device)[:, None]
+        inputs = {"input_ids": rows, "attention_mask": mask.long()}
+        return self._body(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
 
     def parameters(self, role: str) -> list[torch.nn.Parameter]:
         """The LoRA matrices of `role`, in a fixed order."""

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from agl.config import RoleConfig, SftTracesConfig
@@ -134,5 +133,5 @@ def sft_rows(batch: Sequence[Lesson]) -> list[TrainingRow]:
 
 def sft_loss(result: RowLogprobs, rows: Sequence[TrainingRow]) -> tuple[Tensor, dict[str, float]]:
     """Negative log-likelihood of the trained tokens, times the weights of their rows."""
-    weights = torch.tensor([row.weight for row in rows])[:, None]
+    weights = result.logprobs.new_tensor([row.weight for row in rows])[:, None]
     return -(result.logprobs * weights).sum(), {}

@@ -34,6 +34,22 @@ class PackedRows:
     row_index: tuple[torch.Tensor, ...]
     """For each row, in the order given, the packed position of each of its tokens: [T] int64."""
 
+    def to(self, device: torch.device) -> "PackedRows":
+        index = tuple(places.to(device) for places in self.row_index)
+        return PackedRows(self.token_ids.to(device), self.positions.to(device), self.segments, index)
+
+
+def pad_rows(rows: Sequence[Sequence[int]]) -> PackedRows:
+    """`rows` as they are, one behind the other, each padded to the longest by token 0; there are no segments."""
+    longest = max(len(row) for row in rows)
+    starts = range(0, longest * len(rows), longest)
+    return PackedRows(
+        token_ids=torch.tensor([token for row in rows for token in (*row, *[0] * (longest - len(row)))]),
+        positions=torch.arange(longest).repeat(len(rows)),
+        segments=(),
+        row_index=tuple(torch.arange(start, start + len(row)) for start, row in zip(starts, rows, strict=True)),
+    )
+
 
 @dataclass(slots=True)
 class _Node:

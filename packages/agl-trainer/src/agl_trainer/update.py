@@ -1,20 +1,16 @@
 """One optimizer step of one role's adapter over training rows."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from agl_trainer.batch import Row, passes
-from agl_trainer.logprobs import RowLogprobs, row_logprobs
+from agl_trainer.batch import Row
+from agl_trainer.gradient import PassLoss, clear, leave_gradient
 from agl_trainer.policy import Policy
 
 logger = logging.getLogger(__name__)
-
-PassLoss = Callable[[RowLogprobs, Sequence[Row]], tuple[Tensor, dict[str, float]]]
-"""Loss of the rows of one pass, a sum over their weighted tokens, and statistics that are means over tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +42,7 @@ def update_role(
 
     A gradient that is not finite leaves adapter and optimizer as they were; a warning and `skipped` say so.
     """
-    optimizer.zero_grad(set_to_none=True)
-    loss_sum, trained, distinct = 0.0, 0, 0
-    gathered: dict[str, list[tuple[float, int]]] = {}
-    for part in passes(rows, pack_tokens):
-        result = row_logprobs(policy, role, part, entropy_gradient=entropy_gradient)
-        loss, stats = loss_of(result, part)
-        loss.backward()
-        loss_sum += loss.item()
-        count = int(result.mask.sum())
-        entropy = result.entropies.detach()[result.mask].mean().item()
-        _gather(gathered, stats | {"entropy": entropy}, count)
-        trained, distinct = trained + count, distinct + result.distinct_tokens
+    gathered = leave_gradient(policy, role, rows, loss_of, pack_tokens=pack_tokens, entropy_gradient=entropy_gradient)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(role), max_grad_norm)
     is_finite = bool(norm.isfinite())
     if is_finite:
@@ -69,17 +54,12 @@ def update_role(
             role,
             len(rows),
             float(norm),
-            loss_sum,
+            gathered.loss,
         )
-    optimizer.zero_grad(set_to_none=True)
-    metrics = {name: _over_passes(name, values) for name, values in gathered.items()}
-    metrics |= {"loss": loss_sum, "grad_norm": float(norm), "skipped": float(not is_finite)}
-    return Update(metrics, distinct, sum(len(row.token_ids) for row in rows))
-
-
-def _gather(gathered: dict[str, list[tuple[float, int]]], stats: Mapping[str, float], tokens: int) -> None:
-    for name, value in stats.items():
-        gathered.setdefault(name, []).append((value, tokens))
+    clear(policy, role)
+    metrics = {name: _over_passes(name, values) for name, values in gathered.stats.items()}
+    metrics |= {"loss": gathered.loss, "grad_norm": float(norm), "skipped": float(not is_finite)}
+    return Update(metrics, gathered.distinct, sum(len(row.token_ids) for row in rows))
 
 
 def _over_passes(name: str, values: Sequence[tuple[float, int]]) -> float:
