@@ -51,7 +51,8 @@ class Dispatch:
         self._config = config
 
     def engine_for(self, trip: Trip) -> Engine:
-        """An engine like the one that gets `trip`. Raises Refusal where none serves its model."""
+        """An engine like the one that gets `trip`. Raises Refusal where none serves its model, or all are paused."""
+        self._gate.check()
         return self._routes.choose(trip.model, trip.rollout)
 
     @asynccontextmanager

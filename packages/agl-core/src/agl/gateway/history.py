@@ -13,8 +13,9 @@ Key = tuple[str, str, str]
 """Rollout, attempt and model; where no rollout is named, the trace in place of the first two."""
 
 _LIMIT_BYTES: Final = 64 * 2**20
-_HELD_BYTES: Final = 600
-"""About what a call takes beside its tokens and text."""
+_HELD_BYTES: Final = 500
+_HISTORY_BYTES: Final = 450
+"""About what a call takes beside its tokens and text, and a conversation beside its calls."""
 _TEMPLATE_FIELDS: Final = ("tools", "chat_template", "chat_template_kwargs", "reasoning_effort", "documents")
 """Fields of a request that change how its messages are written."""
 _THOUGHT_END: Final = "</think>"
@@ -104,7 +105,7 @@ class Place:
 @dataclass(slots=True)
 class _History:
     held: dict[bytes, list[Held]] = field(default_factory=dict)
-    size: int = 0
+    size: int = _HISTORY_BYTES
 
 
 class Histories:
@@ -131,7 +132,10 @@ class Histories:
 
     def keep(self, place: Place, held: Held) -> None:
         """Remember a call that answered the messages of `place`."""
-        history = self._histories.setdefault(place.key, _History())
+        history = self._histories.get(place.key)
+        if history is None:
+            history = self._histories[place.key] = _History()
+            self.size += history.size
         self._histories.move_to_end(place.key)
         history.held.setdefault(place.digest, []).append(held)
         history.size += held.size

@@ -1,7 +1,7 @@
 """A call as spans: one for each choice, the first of them the call's own."""
 
 import json
-import secrets
+import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -64,7 +64,7 @@ class Call:
 
     def spans(self) -> list[Span]:
         """The call, ended now. Choices after the first stand beside it with the same parent and response id."""
-        trace_id = self.caller.trace_id or secrets.token_hex(16)
+        trace_id = self.caller.trace_id or f"{random.getrandbits(128):032x}"
         shared = self._attributes()
         choices = self.capture.choices()
         of_choices = [shared | _choice_attributes(choice, self.capture.usage, len(choices)) for choice in choices]
@@ -73,7 +73,7 @@ class Call:
     def _span(self, trace_id: str, attributes: Mapping[str, AttributeValue]) -> Span:
         return Span(
             trace_id=trace_id,
-            span_id=secrets.token_hex(8),
+            span_id=f"{random.getrandbits(64):016x}",  # As OpenTelemetry's own: nobody gains from guessing one.
             parent_id=self.caller.parent_id,
             name=semconv.SPAN_GATEWAY_CALL,
             start_ns=self.start_ns,

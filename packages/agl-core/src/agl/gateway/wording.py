@@ -1,5 +1,7 @@
 """What kind of drift it is, from how an answer was worded and how the next prompt words it."""
 
+from collections.abc import Callable
+
 from agl.drift import Drift
 from agl.gateway.history import Said
 
@@ -14,14 +16,14 @@ def kind_of_drift(given: Said, sent_back: Said, texts: tuple[str, str, str] | No
     """
     if texts is None:
         return _by_messages(given, sent_back)
-    sampled, there = (_first_turn(text, texts[2]) for text in texts[:2])
-    if sampled == there:
+    sampled, there, end = texts
+    if _turn_is(sampled, there, end, _all):
         return Drift.RETOKENIZED
-    if _THOUGHT_END in sampled and _visible(sampled) == _visible(there):
+    if _THOUGHT_END in sampled and _turn_is(sampled, there, end, _visible):
         return Drift.REASONING
     # Where the rest has the name of the call still before it, the difference lies before the call.
     in_call = bool(given.calls) and given.calls[0][0] not in sampled
-    if not in_call and _blankless(sampled) == _blankless(there):
+    if not in_call and _turn_is(sampled, there, end, _blankless):
         return Drift.WHITESPACE
     return Drift.ARGUMENTS if given.calls else Drift.REWRITTEN
 
@@ -34,8 +36,15 @@ def _by_messages(given: Said, sent_back: Said) -> Drift:
     return Drift.RETOKENIZED if given.text == sent_back.text else Drift.WHITESPACE
 
 
-def _first_turn(text: str, end: str) -> str:
-    return text.partition(end)[0] if end else text
+def _turn_is(sampled: str, there: str, end: str, seen: Callable[[str], str]) -> bool:
+    """Whether the turn in which both begin is the same, as `seen`. One that was cut short goes on with the template."""
+    if end:
+        return seen(sampled.partition(end)[0]) == seen(there.partition(end)[0])
+    return seen(there).startswith(seen(sampled))
+
+
+def _all(text: str) -> str:
+    return text
 
 
 def _visible(text: str) -> str:
