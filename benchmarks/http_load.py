@@ -4,7 +4,7 @@
     python -m benchmarks.http_load BASE_URL ROLLOUTS WAVE DELAY_MS rollout
 
 The first prints latencies in milliseconds and calls per second; the second has all rollouts hold a stream open at once,
-each under a URL and with a number of its own, and prints how long that took.
+each under a URL and with a number of its own, and prints how long that took. None of them ends before all have begun.
 """
 
 import asyncio
@@ -47,8 +47,9 @@ class Client(asyncio.Protocol):
             self._answer.set_exception(ConnectionError(f"the server hung up after {self._received[:200]!r}"))
 
 
-def request(path: str, number: int, delay_ms: int, *, stream: bool) -> bytes:
-    body = {"model": "null", "messages": [{"role": "user", "content": wish(number, delay_ms)}], "stream": stream}
+def request(path: str, number: int, delay_ms: int, *, stream: bool, together: int = 1) -> bytes:
+    said = wish(number, delay_ms, together)
+    body = {"model": "null", "messages": [{"role": "user", "content": said}], "stream": stream}
     data = json.dumps(body).encode()
     head = f"POST {path}/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     head += "authorization: Bearer none\r\n"
@@ -93,7 +94,8 @@ async def hold(url: str, rollouts: int, wave: int, delay_ms: int) -> dict[str, f
         transport, client = await asyncio.get_running_loop().create_connection(Client, host, port)
         await ready.wait()
         path = f"/rollout/r{place}/attempt/a{parts.path}"
-        answer = await client.call(request(path, number(place, wave), delay_ms, stream=True))
+        asked = request(path, number(place, wave), delay_ms, stream=True, together=rollouts)
+        answer = await client.call(asked)
         transport.close()
         _check(answer)
         if answer.count(b"word ") != TOKENS or b"[DONE]" not in answer:

@@ -3,7 +3,8 @@
     python -m benchmarks.null_engine PORT
 
 A request says in its message what it wants (`wish`): its number n makes the token ids n, n+1, ...; the delay is the
-time to the first token, in a stream also the time between the first half of the tokens and the second.
+time to the first token, in a stream also the time between the first half of the tokens and the second. A stream may be
+held there until so many have come so far.
 """
 
 import asyncio
@@ -13,14 +14,16 @@ import sys
 from typing import Any
 
 TOKENS = 16
-_WISH = re.compile(rb"call (\d+) after (\d+) ms")
+_WISH = re.compile(rb"call (\d+) after (\d+) ms with (\d+)")
+_MEETINGS: dict[int, asyncio.Barrier] = {}
+"""Where streams meet, by how many do."""
 _OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
 _STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
-def wish(number: int, delay_ms: int) -> str:
-    """What a message says to get the ids of `number` after `delay_ms`."""
-    return f"call {number} after {delay_ms} ms"
+def wish(number: int, delay_ms: int, together: int = 1) -> str:
+    """What a message says to get the ids of `number` after `delay_ms`, in a stream held until it is one of so many."""
+    return f"call {number} after {delay_ms} ms with {together}"
 
 
 def prompt_ids(number: int) -> list[int]:
@@ -58,9 +61,10 @@ class NullEngine(asyncio.Protocol):
         if head.startswith(b"GET"):
             return self._send(json.dumps({"object": "list", "data": [{"id": "null", "object": "model"}]}).encode())
         wished = _WISH.search(body)
-        number, delay_s = (int(wished[1]), int(wished[2]) / 1000) if wished else (0, 0.0)
+        number, delay_ms, together = map(int, wished.groups()) if wished else (0, 0, 1)
+        delay_s = delay_ms / 1000
         if b'"stream":true' in body.replace(b" ", b""):
-            self._busy = asyncio.ensure_future(self._stream(number, delay_s))
+            self._busy = asyncio.ensure_future(self._stream(number, delay_s, together))
         elif delay_s:
             asyncio.get_running_loop().call_later(delay_s, self._send, _whole(number))
         else:
@@ -69,15 +73,17 @@ class NullEngine(asyncio.Protocol):
     def _send(self, body: bytes) -> None:
         self._transport.write(_OK % (len(body), body))
 
-    async def _stream(self, number: int, delay_s: float) -> None:
+    async def _stream(self, number: int, delay_s: float, together: int) -> None:
         self._transport.write(_STREAM)
         events = _events(number)
         half = len(events) // 2
-        for part in (events[:half], events[half:]):
+        for part, meets in ((events[:half], True), (events[half:], False)):
             await asyncio.sleep(delay_s)
             for event in part:
                 self._transport.write(b"%x\r\n%b\r\n" % (len(event), event))
                 await asyncio.sleep(0)
+            if meets:
+                await _MEETINGS.setdefault(together, asyncio.Barrier(together)).wait()
         self._transport.write(b"0\r\n\r\n")
 
 
