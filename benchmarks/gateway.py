@@ -5,7 +5,7 @@
 Engine, proxies and clients are a process each. The engine (`null_engine`) costs next to nothing and answers 16 tokens
 with ids and logprobs; ours commits each call to a SQLite file before it ends, LiteLLM keeps nothing.
 
-- Added latency: calls that take a second at the engine, as sampling does, so many at once; direct and through the
+- Added latency: calls that take a while at the engine, as sampling does, so many at once; direct and through the
   gateway in turns. What is added is the difference of the percentiles. An engine that answers at once would measure
   throughput: 32 clients that never wait queue up behind each other.
 - Throughput: 32 clients, an engine that answers at once.
@@ -34,9 +34,10 @@ from benchmarks.http_load import number
 from benchmarks.null_engine import prompt_ids, token_ids
 from tests.venv import python_with
 
-CONCURRENT = (1, 32, 256)
-KINDS = {"whole": 1000, "stream": 500}
-"""How answers come, and the delay that makes a call take a second: a stream waits twice."""
+CONCURRENT = {1: 100, 32: 1000, 256: 1000}
+"""How many calls are made at once, and milliseconds that each takes at the engine."""
+KINDS = {"whole": 1, "stream": 2}
+"""How answers come, and how often the engine waits for its delay."""
 PARTS = ("latency", "throughput", "streams")
 LITELLM = "1.106.2"
 _WITHOUT_KEY = "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY"
@@ -132,11 +133,12 @@ def memory_mb(process: subprocess.Popen[bytes]) -> float:
 def added_latency(direct: str, through: str, rounds: int) -> None:
     print("| answer | at once | p50 direct ms | p50 added ms | p99 direct ms | p99 added ms |")
     print("|---|---:|---:|---:|---:|---:|")
-    for kind, delay_ms in KINDS.items():
-        for clients in CONCURRENT:
-            calls = max(5 * clients, 30)
+    for kind, waits in KINDS.items():
+        for clients, call_ms in CONCURRENT.items():
+            calls = max(4 * clients, 50)
             pairs = [
-                tuple(load(url, clients, calls, delay_ms, kind) for url in (direct, through)) for _ in range(rounds)
+                tuple(load(url, clients, calls, call_ms // waits, kind) for url in (direct, through))
+                for _ in range(rounds)
             ]
             cells = [
                 f"{median(value):,.2f}"

@@ -18,6 +18,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from agl import otlp, semconv
+from agl.drift import Difference, Drift, Drifted
 from agl.server import AppThread
 from agl.span import Span
 from agl.store import AttemptState, Rollout, open_store, row
@@ -237,6 +238,20 @@ def test_trajectories_as_a_table_show_drops_with_what_to_do() -> None:
     assert row.split() == ["r-1", "writer", "writer@3", "4", "2", "1", "0.8"]
     assert "no_ids: set return_token_ids" in drop
     assert counts == "1 rollout, 1 row, 1 dropped call"
+
+
+def test_trajectories_say_in_which_token_a_history_came_back_otherwise() -> None:
+    first = gateway_call([1], [2, 3])
+    told = Drifted(Drift.WHITESPACE, Difference(1, 2, 9, " ", "\n"), first.span_id)
+    second = gateway_call([1, 9, 4], [5], attributes={semconv.GATEWAY_DRIFT: told.to_json()})
+    keep(first, second)
+    said_of_it = "token 1: 2 ' ' was sampled, the prompt has 9 '\\n'"
+    assert f"r-1 writer {second.span_id}: whitespace: {said_of_it}" in said("trajectories", "--last")
+    rows = json.loads(said("trajectories", "--last", "--json"))["rows"]
+    difference = {"position": 1, "sampled": 2, "prompt": 9, "sampled_text": " ", "prompt_text": "\n"}
+    assert [(row["drift"], row["difference"]) for row in rows] == [([None], [None]), (["whitespace"], [difference])]
+    (call,) = [call for call in json.loads(said("inspect", "--last", "--json"))["calls"] if call["drift"]]
+    assert (call["drift"], call["difference"], call["prefix"]) == ("whitespace", difference, None)
 
 
 # --- spans and store ------------------------------------------------------------------------------------------------

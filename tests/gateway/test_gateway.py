@@ -18,6 +18,7 @@ from agl import semconv
 from agl.capture import Asked, Capture, strip
 from agl.gateway.request import Seeds, prepare
 from agl.gateway.wire import split_events
+from agl.inspection import Inspection
 from agl.server import ServerThread
 from agl.store import Rollout
 from tests.core.fake_engine import WORDS
@@ -96,6 +97,19 @@ def test_a_completion_is_recorded(setup: Setup, stream: bool) -> None:
     assert span.text(semconv.GEN_AI_OPERATION_NAME) == "text_completion"
     assert span.text(semconv.POLICY_VERSION) == "base@0"
     assert output(span)["parts"] == [{"type": "text", "content": "Hello there!"}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_gives_no_ids_as_hosted_ones_do_is_recorded_and_inspection_says_so(stream: bool) -> None:
+    with gateway(extra_body={"return_token_ids": None, "logprobs": None}) as setup:
+        answer = setup.post(chat_body(stream=stream), "/rollout/r1/attempt/a1/v1/chat/completions")
+        assert answer.status_code == 200
+        assert "return_token_ids" not in setup.engine.seen[0]
+        span = setup.span()
+        assert output(span)["parts"] == [{"type": "text", "content": "Hello there!"}]
+        assert semconv.RESPONSE_TOKEN_IDS not in span.attributes
+        said = Inspection(setup.store.query_spans("r1")).text()
+        assert "dropped: no_ids" in said and "it must know return_token_ids, or be of `kind: sglang`" in said
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -113,7 +113,9 @@ def _is_empty(call: Call) -> bool:
 
 def _say_no_ids(call: Call, unjoined: bool) -> str:
     if call.through_gateway:
-        return "the engine returned no token ids: it must support return_token_ids (gateway.extra_body)"
+        return (
+            "the engine returned no token ids: it must know return_token_ids, or be of `kind: sglang` (gateway.engines)"
+        )
     if unjoined:
         return (
             "a gateway call of this rollout could not be joined with a framework span, perhaps this one: switch on the "
