@@ -2,7 +2,7 @@
 
 .venv/bin/python -m benchmarks.ingest
 .venv/bin/python -m benchmarks.ingest --quick --only SQLite
-.venv/bin/python -m benchmarks.ingest --peers
+.venv/bin/python -m benchmarks.ingest --peers --corpus tokens --batch 512 --spans 1024
 
 The sender is this process, on the same cores. The clock runs from the first byte sent until the receiver counts all
 spans. Every round measures floors and receivers in turn, each on a new store; the table has medians over rounds, of
@@ -77,7 +77,7 @@ def measure(receiver: Receiver, load: Load, spans: int, floor: float) -> Result:
 
 
 def _send(running: Running, made: Sequence[Body], connections: int) -> Sender:
-    sender = Sender(running.url, made, connections)
+    sender = Sender(running.url, made, connections, running.headers)
     sender.send()
     return sender
 
@@ -96,11 +96,11 @@ def peak_mb(pid: int) -> float:
     return total / 1024
 
 
-def run(receivers: Sequence[Receiver], spans: int, rounds: int) -> None:
+def run(receivers: Sequence[Receiver], loads: Sequence[Load], spans: int, rounds: int) -> None:
     results: dict[tuple[Load, str], list[Result]] = defaultdict(list)
     below: dict[tuple[Corpus, int], list[dict[str, float]]] = defaultdict(list)
     for _ in range(rounds):
-        for load in LOADS:
+        for load in loads:
             with tempfile.TemporaryDirectory() as folder:
                 floor = floors.measure(list(bodies(load.corpus, spans, load.batch)), Path(folder))
             below[load.corpus, load.batch].append(floor)
@@ -145,13 +145,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="5,120 spans, once")
     parser.add_argument("--peers", action="store_true", help="other people's collectors, too; they are installed")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="receivers whose name has one of these words")
+    parser.add_argument("--corpus", choices=("tokens", "light"), help="only this (default: both)")
+    parser.add_argument("--batch", type=int, choices=(512, 8), help="spans of a request (default: both)")
     arguments = parser.parse_args()
     wanted = [
         receiver
         for receiver in (*OURS, *(PEERS if arguments.peers else ()))
         if arguments.only is None or any(word in receiver.name for word in arguments.only)
     ]
-    run(wanted, *((5_120, 1) if arguments.quick else (arguments.spans, arguments.rounds)))
+    loads = [
+        load for load in LOADS if arguments.corpus in (None, load.corpus) and arguments.batch in (None, load.batch)
+    ]
+    run(wanted, loads, *((5_120, 1) if arguments.quick else (arguments.spans, arguments.rounds)))
 
 
 if __name__ == "__main__":

@@ -2,15 +2,17 @@
 
 import atexit
 import os
+import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from agl.store import open_store
 from benchmarks.corpus import ANYONE
@@ -32,6 +34,8 @@ class Running:
     pid: int
     resources: Sequence[Mapping[str, str]] = ANYONE
     """Resource attributes that its spans need, for the traces in turn."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """What requests need besides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,43 @@ def _agentlightning(folder: Path) -> Iterator[Running]:
         yield Running(url, lambda: api.get("/statistics").json()["total_spans"], process.pid, resources)
 
 
+@contextmanager
+def _mlflow(folder: Path) -> Iterator[Running]:
+    """With one worker, and its store in SQLite."""
+    python, port = python_with("mlflow", "mlflow==3.18.0", over_ours=False), free_port()
+    where = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    store = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--default-artifact-root", f"{folder}/artifacts"]
+    api = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+    with _process([str(python), "-m", "mlflow", "server", *where, *store], folder) as process, api:
+        wait_until(lambda: _answers(api, "/health"), timeout_s=300)
+        headers = {"x-mlflow-experiment-id": "0"}
+        yield Running(f"{api.base_url}/v1/traces", lambda: _rows(folder / "mlflow.db"), process.pid, headers=headers)
+
+
+@contextmanager
+def _phoenix(folder: Path) -> Iterator[Running]:
+    """Its store in SQLite. It answers before it has stored anything."""
+    python, port = python_with("phoenix", "arize-phoenix==20.26.1", over_ours=False), free_port()
+    settings = {
+        "PHOENIX_WORKING_DIR": str(folder),
+        "PHOENIX_HOST": "127.0.0.1",
+        "PHOENIX_PORT": str(port),
+        "PHOENIX_GRPC_PORT": str(free_port()),
+        "PHOENIX_TELEMETRY_ENABLED": "false",
+        "PHOENIX_ALLOW_EXTERNAL_RESOURCES": "false",
+    }
+    api = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+    with _process([str(python), "-m", "phoenix.server.main", "serve"], folder, settings) as process, api:
+        wait_until(lambda: _answers(api, "/healthz"), timeout_s=300)
+        yield Running(f"{api.base_url}/v1/traces", lambda: _rows(folder / "phoenix.db"), process.pid)
+
+
+def _rows(path: Path) -> int:
+    """Spans in a peer's database."""
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=60)) as db:
+        return db.execute("SELECT count(*) FROM spans").fetchone()[0]
+
+
 def _begin_rollout(api: httpx.Client) -> dict[str, str]:
     """Resource attributes of its spans."""
     rollout = api.post("/rollouts", json={"input": None}).raise_for_status().json()
@@ -109,14 +150,18 @@ def _begin_rollout(api: httpx.Client) -> dict[str, str]:
 
 
 @contextmanager
-def _process(command: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[Any]]:
-    """With its output in a file of `folder`."""
+def _process(
+    command: Sequence[str], folder: Path, settings: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[Any]]:
+    """With its output in a file of `folder`, and `settings` in its environment."""
+    environment = os.environ | {"NO_PROXY": "*"} | dict(settings or {})
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=os.environ | {"NO_PROXY": "*"})
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=environment)
     try:
         yield process
     finally:
-        process.kill()
+        for one in (*psutil.Process(process.pid).children(recursive=True), process):
+            one.kill()
         process.wait()
 
 
@@ -133,4 +178,8 @@ OURS = (
     Receiver("agl, Redis, SQLite", _redis),
     Receiver("agl, three nodes of Cassandra", _cassandra),
 )
-PEERS = (Receiver("agentlightning 0.3, in memory", _agentlightning),)
+PEERS = (
+    Receiver("agentlightning 0.3, in memory", _agentlightning),
+    Receiver("MLflow 3.18", _mlflow),
+    Receiver("Phoenix 20.26", _phoenix),
+)

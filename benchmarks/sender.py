@@ -3,7 +3,7 @@
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from urllib.parse import urlsplit
 
 from benchmarks.corpus import Body
@@ -14,11 +14,14 @@ _AGAIN = (429, 503)
 class Sender:
     """One load: `send` returns once all is acknowledged; then `latencies_s` has the time that each answer took."""
 
-    def __init__(self, url: str, bodies: Sequence[Body], connections: int) -> None:
+    def __init__(
+        self, url: str, bodies: Sequence[Body], connections: int, headers: Mapping[str, str] | None = None
+    ) -> None:
         parts = urlsplit(url)
         self._address = (parts.hostname, parts.port)
         self._connections = connections
         head = f"POST {parts.path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/x-protobuf\r\n"
+        head += "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
         self._requests = [f"{head}content-length: {len(body)}\r\n\r\n".encode() + body for _, body in bodies]
         self.latencies_s: list[float] = []
         self.refused = 0

@@ -79,6 +79,14 @@ def test_unnamed_spans_stay_with_the_last_of_the_rollouts_that_share_their_trace
     assert collect(store, in_s=9 * DAY_S, older_than_s=DAY_S) == Collected(rollouts=1, spans=2)
 
 
+def test_rollouts_that_share_a_trace_may_go_at_once_and_leave_nothing(store: Store) -> None:
+    run(store, "r1", [make_span(1, rollout="r1"), make_span(2)])
+    run(store, "r2", [make_span(3, rollout="r2")])
+    run(store, "other", [make_span(4, trace=OTHER_TRACE, rollout="other")])
+    assert collect(store, in_s=9 * DAY_S, older_than_s=DAY_S) == Collected(rollouts=3, spans=4)
+    assert store.count_spans() == 0
+
+
 def test_spans_that_arrived_before_those_of_their_rollout_go_with_it(store: Store) -> None:
     """The framework's trace names nothing; the gateway's call names the rollout and joins it by its answer."""
     store.append_spans([asked(1, "a"), make_span(2)])

@@ -6,15 +6,20 @@ the arrival of their last span. A home is deleted as of the time at which it was
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
 
 from agl.store.cassandra import membership, rollouts
 from agl.store.cassandra.database import Database, Statement
 from agl.store.cassandra.home import Placed
+from agl.store.cassandra.membership import Members
+from agl.store.cassandra.rollouts import Kept
 from agl.store.protocol import QUIET_S, Collected
 from agl.store.states import RolloutState
 
+_AT_ONCE: Final = 32
+"""Rollouts that are looked at, and deleted, together: either is several requests one after the other."""
 _SPAN_BYTES: Final = 300
 """About what a span takes up beside its body."""
 
@@ -64,6 +69,19 @@ def collect(db: Database, older_than_s: float | None, max_bytes: int | None, now
     return Collected(sweep.rollouts + _collect_without_spans(db, homes, before_ns), sweep.spans)
 
 
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What was found of a rollout, or of a trace that names none."""
+
+    members: Members
+    owners: dict[str, set[str]]
+    kept: Kept | None
+
+    def shared(self, name: str) -> set[str]:
+        """Traces of it that others may own as well."""
+        return {trace for trace in self.members.traces if self.owners[trace] - {name}}
+
+
 @dataclass(slots=True)
 class _Sweep:
     """One walk over homes."""
@@ -77,41 +95,70 @@ class _Sweep:
     rollouts: int = 0
     spans: int = 0
     _gone: set[str] = field(default_factory=set)
+    """Homes of which nothing is left, or nothing will be."""
+    _recent: set[str] = field(default_factory=set)
+    """Rollouts that were doomed since the looks at hand."""
+    _doomed: dict[str, list[Placed]] = field(default_factory=dict)
+    """Spans of the rollouts that are to be deleted next, together."""
+    _over: list[str] = field(default_factory=list)
+    """Those of them that were queued once."""
 
     def run(self) -> None:
-        for name, found in sorted(self.homes.items(), key=lambda item: item[1].last_ns):
-            if not self._is_wanted(found.last_ns):  # nor is any that was heard of later
-                return
-            if name not in self._gone:
-                self._visit(name, found.is_named)
+        names = sorted(self.homes, key=lambda name: self.homes[name].last_ns)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for first in range(0, len(names), _AT_ONCE):
+                some = [name for name in names[first : first + _AT_ONCE] if self._is_next(name)]
+                if some:
+                    self._recent.clear()
+                    for name, look in zip(some, pool.map(self._look, some), strict=True):
+                        self._judge(name, look)
+                    self._delete_doomed()
+
+    def _is_next(self, name: str) -> bool:
+        return name not in self._gone and self._is_wanted(self.homes[name].last_ns)
 
     def _is_wanted(self, last_ns: int) -> bool:
         return last_ns < self.before_ns or self.excess > 0
 
-    def _visit(self, name: str, is_named: bool) -> None:
-        """Delete a rollout, if it is to go."""
+    def _look(self, name: str) -> _Look:
         members = membership.members(self.db, name)
-        owners = membership.owners(self.db, members)
-        shared = {trace for trace in members.traces if owners[trace] - {name}}
-        if shared and not is_named:  # It goes with those who name it.
+        (kept,) = rollouts.read(self.db, [name])
+        return _Look(members, membership.owners(self.db, members), kept)
+
+    def _judge(self, name: str, look: _Look) -> None:
+        """Doom a rollout, if it is to go."""
+        if not self._is_next(name):
+            return
+        if any(owners & self._recent for owners in look.owners.values()):
+            self._delete_doomed()  # Else what they share would be left to nobody.
+            look = self._look(name)
+        members, shared = look.members, look.shared(name)
+        if shared and not self.homes[name].is_named:  # It goes with those who name it.
             return
         own = [*members.named, *(s for trace, spans in members.traces.items() if trace not in shared for s in spans)]
-        last_ns = self._over_since(name, own)
+        last_ns = self._over_since(look.kept, own)
         if not own or last_ns is None or not self._is_wanted(last_ns):
             return
-        self._delete(own)
-        delete_rollouts(self.db, [name])
+        self._doomed[name] = own
+        self._recent.add(name)
+        self._over += [name] if look.kept else []
+        self._gone |= {span.home for span in own if span.home in self.homes and not self.homes[span.home].is_mixed}
         self.rollouts += 1
         self.spans += len(own)
         self.excess -= sum(span.size + _SPAN_BYTES for span in own)
 
-    def _over_since(self, name: str, spans: Sequence[Placed]) -> int | None:
+    def _over_since(self, kept: Kept | None, spans: Sequence[Placed]) -> int | None:
         """When a rollout ended or was last heard of; None where it may go on."""
         last_ns = max((span.arrived_ns for span in spans), default=0)
-        (kept,) = rollouts.read(self.db, [name])
         if kept is not None:
             return max(last_ns, kept.rollout.ended_ns or 0) if kept.rollout.state.is_over else None
         return last_ns if last_ns < self.now_ns - QUIET_S * 1e9 else None
+
+    def _delete_doomed(self) -> None:
+        self._delete([span for spans in self._doomed.values() for span in spans])
+        delete_rollouts(self.db, self._over)
+        self._doomed.clear()
+        self._over.clear()
 
     def _delete(self, spans: Sequence[Placed]) -> None:
         # What protects others first, what only points at the spans last: if it ends between, nothing is left over.
@@ -123,7 +170,6 @@ class _Sweep:
         self.db.run([(query, key) for query in _DELETE_PARTITION for key in keys])
         self.db.run([(query, key) for query in _DELETE for key in rows])
         self.db.run([*_responses(spans)])
-        self._gone |= {name for name, _ in partitions}
 
 
 def delete_rollouts(db: Database, rollout_ids: Sequence[str]) -> None:
