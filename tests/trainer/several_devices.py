@@ -73,8 +73,10 @@ def failure() -> str:
 
 
 def main() -> None:
-    result = Path(sys.argv[1])
-    lead_or_follow(lambda: None if result.write_text(json.dumps(train())) else None, policy)
+    def lead() -> None:
+        Path(sys.argv[1]).write_text(json.dumps(train()))
+
+    lead_or_follow(lead, policy)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,12 @@ from tests.trainer.scripted_sampler import small_tokenizer
 
 VOCABULARY = 400
 """As many as the tokens of `small_tokenizer`, or a few more."""
+OPTIONS = {
+    "mistral": {"sliding_window": 12},
+    "gemma2": {"sliding_window": 12, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
+    "gemma3_text": {"sliding_window": 12},
+}
+"""Of families that are more than Llama: windows shorter than rows, caps low enough to matter."""
 ROLES = {"writer": RoleConfig(lora_r=4, lora_alpha=8), "fixer": RoleConfig(lora_r=2, lora_alpha=4)}
 
 
@@ -27,6 +33,7 @@ def small_model(
     """
     torch.manual_seed(0)
     config = CONFIG_MAPPING[family](
+        **OPTIONS.get(family, {}),
         vocab_size=VOCABULARY,
         hidden_size=24,
         intermediate_size=32,
@@ -38,18 +45,22 @@ def small_model(
         initializer_range=0.3,
         tie_word_embeddings=True,
     )
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(config)
     for name, norm in list(model.named_modules()):
         if name.endswith("norm"):
-            model.set_submodule(name, torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon))
+            model.set_submodule(name, torch.nn.RMSNorm(norm.weight.shape, eps=1e-6))
     return model.to(dtype).eval().requires_grad_(False)
 
 
 def small_policy(
-    model: PreTrainedModel | None = None, roles: Mapping[str, RoleConfig] = ROLES, *, adapter_std: float = 0.2
+    model: PreTrainedModel | None = None,
+    roles: Mapping[str, RoleConfig] = ROLES,
+    *,
+    adapter_std: float = 0.2,
+    packs: bool = True,
 ) -> Policy:
     """A policy whose adapters change what the model says (fresh ones do not)."""
-    policy = Policy(model or small_model(), small_tokenizer(), roles, base_name="small", seed=0)
+    policy = Policy(model or small_model(), small_tokenizer(), roles, base_name="small", seed=0, packs=packs)
     for role in roles:
         for parameter in policy.parameters(role):
             torch.nn.init.normal_(parameter, std=adapter_std)

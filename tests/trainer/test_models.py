@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
-from transformers import Gemma2Config, MistralConfig, Qwen2Config
+import torch
+from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
 
 from agl.errors import ConfigError
-from agl_trainer.models import check_supported, model_folder
+from agl_trainer.models import check_sampled, check_trainable, model_folder
+from tests.trainer.small_model import small_model
 
 
 def test_a_missing_model_is_named_with_what_was_expected(tmp_path: Path) -> None:
@@ -14,16 +16,30 @@ def test_a_missing_model_is_named_with_what_was_expected(tmp_path: Path) -> None
         model_folder(str(tmp_path / "nowhere"))
 
 
-def test_a_sliding_window_is_refused_where_rows_are_longer_than_it() -> None:
-    check_supported(MistralConfig(sliding_window=4096), 2048)
-    with pytest.raises(ConfigError, match=r"mistral.*sliding_window=1024"):
-        check_supported(MistralConfig(sliding_window=1024), 2048)
+def test_a_window_is_not_sampled_from_where_rows_are_longer_than_it() -> None:
+    check_sampled(MistralConfig(sliding_window=4096), 2048, packs=True)
+    with pytest.raises(ConfigError, match=r"mistral.*sliding_window=1024.*kind: vllm"):
+        check_sampled(MistralConfig(sliding_window=1024), 2048, packs=True)
 
 
 def test_a_window_that_is_switched_off_is_no_window() -> None:
-    check_supported(Qwen2Config(sliding_window=16, use_sliding_window=False), 2048)
+    check_sampled(Qwen2Config(sliding_window=16, use_sliding_window=False), 2048, packs=True)
 
 
-def test_capped_logits_are_refused() -> None:
+def test_capped_scores_and_an_attention_of_its_own_are_not_sampled_from() -> None:
     with pytest.raises(ConfigError, match="attn_logit_softcapping"):
-        check_supported(Gemma2Config(), 2048)
+        check_sampled(Gemma2Config(), 2048, packs=True)
+    with pytest.raises(ConfigError, match="llama model with attention=of its own"):
+        check_sampled(LlamaConfig(), 2048, packs=False)
+
+
+def test_an_output_layer_that_does_more_is_refused() -> None:
+    check_trainable(small_model("gemma2"))
+    model = small_model()
+    model.config.logit_scale = 0.5
+    with pytest.raises(ConfigError, match=r"llama model with logit_scale=0.5"):
+        check_trainable(model)
+    biased = small_model()
+    biased.lm_head = torch.nn.Linear(24, 400)
+    with pytest.raises(ConfigError, match=r"lm_head.bias"):
+        check_trainable(biased)

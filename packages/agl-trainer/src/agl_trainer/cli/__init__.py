@@ -79,15 +79,17 @@ def _add(
 
 def _train(arguments: argparse.Namespace) -> int:
     trainer = _trainer(arguments)
-    trainer.fit(from_store=arguments.from_store)
-    return _say_where(trainer.folder)
+    return _lead(trainer, lambda: trainer.fit(from_store=arguments.from_store))
 
 
 def _sft(arguments: argparse.Namespace) -> int:
     trainer = _trainer(arguments)
-    with trainer.open(samples=False):
-        trainer.sft()
-    return _say_where(trainer.folder)
+
+    def tune() -> None:
+        with trainer.open(samples=False):
+            trainer.sft()
+
+    return _lead(trainer, tune)
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -131,6 +133,14 @@ def _trainer(arguments: argparse.Namespace) -> Any:
     from agl_trainer.trainer import Trainer
 
     return Trainer(config)
+
+
+def _lead(trainer: Any, lead: Callable[[], None]) -> int:
+    """Train in this process, or, where torchrun started several, do what the first of them asks for."""
+    from agl_trainer.devices import lead_or_follow
+    from agl_trainer.session import open_policy
+
+    return _say_where(trainer.folder) if lead_or_follow(lead, lambda: open_policy(trainer.config)) else 0
 
 
 def _say_where(folder: Path) -> int:
