@@ -4,8 +4,9 @@
 .venv/bin/python -m benchmarks.handlers --framework autogen --rounds 3
 
 Every instrumentation has a process of its own, and all take turns in every round, so that other work on the machine
-falls on all alike. What is added is the difference to the base of the same round; the table has medians over rounds.
-CPU time is that of the whole process until its spans are exported (to nowhere).
+falls on all alike. Processes are started anew every few rounds: two of the same program differ by a millisecond a run,
+by where their memory came to lie. What is added is the difference to the base of the same round; the table has medians
+over rounds. CPU time is that of the whole process until its spans are exported (to nowhere).
 """
 
 import argparse
@@ -32,6 +33,7 @@ MEASURED: dict[str, Sequence[Instrumentation]] = {
     "autogen": (AUTOGEN_ITSELF, *COMPARED["autogen"]),
 }
 """By framework; the first is the base of the differences."""
+ROUNDS_OF_A_PROCESS = 4
 TARGET = 1 / 3
 """Of the cheapest peer's CPU per span, ours at most."""
 TITLES = {
@@ -145,24 +147,31 @@ def _turn(way: Workload, runs: int, provider: TracerProvider, exporter: Counting
 
 def compare(framework: str, rounds: int, runs: int) -> str:
     """The tables of one framework."""
-    workers = [worker for one in MEASURED[framework] if (worker := _start(framework, one))]
     ways = workloads(framework, [])
     turns: dict[tuple[str, str], list[Turn]] = {}
+    workers: list[Worker] = []
     for number in range(rounds):
         print(f"{framework}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+        if number % ROUNDS_OF_A_PROCESS == 0:
+            _close(workers)
+            workers = [worker for one in MEASURED[framework] if (worker := _start(framework, one))]
         for way in ways:
             first = number % len(workers)  # nobody always comes after the same
             for worker in workers[first:] + workers[:first]:
                 turn = worker.turn(way.name, runs if way.agents == 1 else 1)
                 turns.setdefault((way.name, worker.instrumentation.name), []).append(turn)
-    for worker in workers:
-        worker.close()
+    _close(workers)
     lines = [f"### {TITLES[framework]}", "", _conditions(framework, workers, rounds, runs), ""]
     for way in ways:
         lines += _table(
             way.name, [(worker.instrumentation, turns[way.name, worker.instrumentation.name]) for worker in workers]
         )
     return "\n".join(lines)
+
+
+def _close(workers: Sequence[Worker]) -> None:
+    for worker in workers:
+        worker.close()
 
 
 def _start(framework: str, instrumentation: Instrumentation) -> Worker | None:
