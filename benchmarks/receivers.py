@@ -108,7 +108,7 @@ def _agentlightning(folder: Path) -> Iterator[Running]:
 @contextmanager
 def _mlflow(folder: Path) -> Iterator[Running]:
     """With one worker, and its store in SQLite."""
-    python, port = python_with("mlflow", "mlflow==3.18.0", over_ours=False), free_port()
+    python, port = python_with("mlflow", "mlflow==3.17.2", over_ours=False), free_port()
     where = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     store = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--default-artifact-root", f"{folder}/artifacts"]
     api = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
@@ -180,6 +180,6 @@ OURS = (
 )
 PEERS = (
     Receiver("agentlightning 0.3, in memory", _agentlightning),
-    Receiver("MLflow 3.18", _mlflow),
+    Receiver("MLflow 3.17", _mlflow),
     Receiver("Phoenix 20.26", _phoenix),
 )

@@ -20,7 +20,7 @@ class Sender:
         parts = urlsplit(url)
         self._address = (parts.hostname, parts.port)
         self._connections = connections
-        head = f"POST {parts.path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/x-protobuf\r\n"
+        head = f"POST {parts.path} HTTP/1.1\r\nhost: {parts.netloc}\r\ncontent-type: application/x-protobuf\r\n"
         head += "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
         self._requests = [f"{head}content-length: {len(body)}\r\n\r\n".encode() + body for _, body in bodies]
         self.latencies_s: list[float] = []
