@@ -219,6 +219,7 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=1000)
     parser.add_argument("--waves", type=int, default=10)
     parser.add_argument("--only", choices=PARTS, action="append", help="this part; may be given again")
+    parser.add_argument("--folder", help="where the store lies; /dev/shm has no disk to wait for")
     arguments = parser.parse_args()
     names = ("uvicorn", "starlette", "aiohttp", "uvloop")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
@@ -226,7 +227,7 @@ def main() -> None:
         f"Python {platform.python_version()}, {versions}, LiteLLM {LITELLM}. "
         f"Load at the start {os.getloadavg()[0]:.1f}.\n"
     )
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder, ExitStack() as stack:
         engine = stack.enter_context(null_engine())
         url, process, store = stack.enter_context(ours(Path(folder), engine))
         parts = arguments.only or PARTS
