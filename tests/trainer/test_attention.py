@@ -71,6 +71,19 @@ def test_the_kernels_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.allclose(one, other, atol=1e-12)
 
 
+@pytest.mark.parametrize("scores", [Scores(0.3), Scores(0.3, window=6, softcap=2.0)], ids=["flash", "plain"])
+def test_bfloat16_rounds_no_more_than_it_has_to(scores: Scores) -> None:
+    packed = rows()
+    *given, grad = tensors(packed)
+    halves = [tensor.detach().bfloat16().requires_grad_() for tensor in given]
+    out = PackedPlan(packed).attend(0, halves[0], halves[1], halves[2], scores)
+    expected = dense(packed, given[0], given[1], given[2], scores)
+    found = [out, *torch.autograd.grad(out, halves, grad.bfloat16())]
+    for one, other in zip(found, [expected, *torch.autograd.grad(expected, given, grad)], strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one.double() - other).norm() < 0.02 * other.norm()
+
+
 def test_torchs_own_kernel_is_taken_where_it_knows_the_scores() -> None:
     positions = torch.arange(3)
     assert isinstance(kernel_for(Scores(1.0), positions), FlashKernel)

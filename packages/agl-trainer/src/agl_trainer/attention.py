@@ -130,11 +130,12 @@ class _TreeAttention(torch.autograd.Function):
     ) -> Tensor:
         kernel = kernel_for(scores, rows.positions)
         out = torch.zeros_like(query)
-        normaliser = torch.full(query.shape[:3], -torch.inf, dtype=query.dtype, device=query.device)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        normaliser = torch.full(query.shape[:3], -torch.inf, dtype=dtype, device=query.device)
         for part in _parts(rows.segments, start):
             seen = (slice(None), slice(None), _behind(part.queries, start))
             own, own_normaliser = kernel.forward(part, query[seen], key[:, part.keys], value[:, part.keys])
-            out[seen].lerp_(own, torch.sigmoid(own_normaliser - normaliser[seen])[..., None])
+            out[seen].lerp_(own, torch.sigmoid(own_normaliser - normaliser[seen]).to(own)[..., None])
             torch.logaddexp(normaliser[seen], own_normaliser, out=normaliser[seen])
         ctx.save_for_backward(query, key, value, out, normaliser)
         ctx.rows, ctx.start, ctx.kernel = rows, start, kernel

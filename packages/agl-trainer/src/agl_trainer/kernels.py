@@ -1,9 +1,9 @@
 """What computes a part of an attention: some queries on some keys, joined with other parts by the log-sum-exp.
 
 Both kernels take query [Hkv, G, Q, D] (G query heads share a key head), key and value [Hkv, S, D]. `forward` returns
-output and log-sum-exp [Hkv, G, Q] of this part alone; `backward` takes the output O and log-sum-exp L of all parts
-together, with which the gradient of one part needs nothing of the others (FlashAttention, arXiv 2205.14135,
-algorithm 4): P = exp(S - L), dS = P * (dP - rowsum(dO * O)).
+output and log-sum-exp [Hkv, G, Q] of this part alone, the latter in float32 at least; `backward` takes the output O and
+log-sum-exp L of all parts together, with which the gradient of one part needs nothing of the others (FlashAttention,
+arXiv 2205.14135, algorithm 4): P = exp(S - L), dS = P * (dP - rowsum(dO * O)).
 """
 
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ class PlainKernel:
     def forward(self, part: Part, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         made, _ = self._scores(part, query, key)
         normaliser = made.logsumexp(-1)
-        return _weights(made, normaliser) @ value[:, None], normaliser
+        return _weights(made, normaliser).to(value) @ value[:, None], normaliser
 
     def backward(
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, grad: Tensor, out: Tensor, normaliser: Tensor
@@ -97,15 +97,17 @@ class PlainKernel:
         made, slope = self._scores(part, query, key)
         weights = _weights(made, normaliser)
         delta = (grad * out).sum(-1, keepdim=True)
-        grad_scores = (grad @ value[:, None].mT).sub_(delta).mul_(weights).mul_(self.scores.scale)
+        grad_scores = (grad @ value[:, None].mT).sub_(delta) * weights.mul(self.scores.scale)
         if slope is not None:
             grad_scores.mul_(slope)
-        grad_key, grad_value = grad_scores.mT @ query, weights.mT @ grad
+        grad_scores = grad_scores.to(query)
+        grad_key, grad_value = grad_scores.mT @ query, weights.to(grad).mT @ grad
         return grad_scores @ key[:, None], grad_key.sum(1), grad_value.sum(1)
 
     def _scores(self, part: Part, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [Hkv, G, Q, S], -inf where the key is not seen, and their slope where they are capped."""
-        made, slope = (query @ key[:, None].mT).mul_(self.scores.scale), None
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        made, slope = (query @ key[:, None].mT).to(dtype).mul_(self.scores.scale), None
         if (cap := self.scores.softcap) is not None:
             made = made.div_(cap).tanh_()
             slope = 1 - made.square()
