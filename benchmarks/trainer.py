@@ -1,0 +1,167 @@
+"""A training step beside TRL's GRPOTrainer: time, peak memory and achieved FLOP/s. Prints Markdown.
+
+.venv/bin/python -m benchmarks.trainer a b c
+
+A step is forward, loss, backward and optimizer over the same rows with the same LoRA matrices (rank 16 on all linear
+layers of SmolLM2-135M, float32). Every way has a process of its own, one after the other: what it holds at most is its
+peak memory, the model included. The norm of the gradient shows that all have computed the same.
+
+- a: 8 rollouts of one 512-token prompt, 48 tokens each
+- b: the same with 4 answers each, 64 tokens of a tool between them; TRL has a row for each answer, 4 rows in a batch
+- c: 8 different prompts of 64 tokens, 128 tokens each: nothing is shared
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from agl.config import RoleConfig
+from agl_trainer.batch import SampledRow, TrainingRow
+from agl_trainer.logprobs import row_logprobs
+from agl_trainer.loss_options import LossOptions
+from agl_trainer.models import load_model, model_folder
+from agl_trainer.objective import Objective
+from agl_trainer.policy import Policy
+from agl_trainer.tree import pack_rows
+from agl_trainer.update import update_role
+from benchmarks.step_rows import SHAPES, Measured, Shape, draw_adapter, peak_mb, rollouts, sgemm_flops
+from tests.venv import python_with
+
+TRL = "1.16.0"
+_ROLE = "writer"
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a step is taken: packed in passes of so many tokens, padded rows, or TRL's batches of so many rows."""
+
+    name: str
+    tokens: int = 4096
+    is_padded: bool = False
+    trl_rows: int = 0
+
+    def measure(self, shape: str, rounds: int) -> Measured:
+        if self.trl_rows:
+            python, module = python_with("trl", f"trl=={TRL}"), "benchmarks.trl_step"
+            # A step of TRL over several batches takes minutes.
+            rounds = rounds if self.trl_rows >= len(rollouts(SHAPES[shape])) else 1
+            arguments = [shape, str(model_folder("smollm2")), str(self.trl_rows), str(rounds)]
+        else:
+            python, module = Path(sys.executable), "benchmarks.trainer"
+            arguments = ["--measure", self.name, "--rounds", str(rounds), shape]
+        output = subprocess.run([python, "-m", module, *arguments], check=True, stdout=subprocess.PIPE, text=True)
+        return Measured(**json.loads(output.stdout.splitlines()[-1]))
+
+
+WAYS = {
+    "a": [Way("agl, packed"), Way("agl, padded rows", is_padded=True), Way(f"TRL {TRL}", trl_rows=8)],
+    "b": [Way("agl, packed"), Way("agl, packed, 1024 tokens at once", tokens=1024), Way(f"TRL {TRL}", trl_rows=4)],
+    "c": [Way("agl, packed"), Way("agl, padded rows", is_padded=True), Way(f"TRL {TRL}", trl_rows=8)],
+}
+
+
+def measure(shape: Shape, way: Way, rounds: int) -> Measured:
+    """Our step in this process."""
+    torch.set_num_threads(2)
+    model, tokenizer = load_model(model_folder("smollm2"))
+    policy = Policy(model, tokenizer, {_ROLE: RoleConfig()}, base_name="smollm2", seed=0, packs=not way.is_padded)
+    optimizer = torch.optim.AdamW(policy.parameters(_ROLE), lr=2e-4, weight_decay=0.0)
+    draw_adapter(model)
+    rows, seconds, norm, sgemm = _rows(shape, policy), [], 0.0, 0.0
+    for number in range(rounds + 1):  # the first warms up
+        draw_adapter(model)
+        sgemm = sgemm or sgemm_flops()
+        started = time.perf_counter()
+        update = update_role(
+            policy, _ROLE, optimizer, rows, Objective(LossOptions(epsilon=1e9)), pack_tokens=way.tokens, max_grad_norm=1
+        )
+        norm = update.metrics["grad_norm"]
+        if number:
+            seconds.append(time.perf_counter() - started)
+    return Measured(seconds, norm, sgemm, peak_mb())
+
+
+def _rows(shape: Shape, policy: Policy) -> list[SampledRow]:
+    """On policy, as TRL takes them: the ratio to what was sampled is 1."""
+    made = rollouts(shape)
+    rows = [TrainingRow(of.token_ids, of.loss_mask, 1 / (sum(of.loss_mask) * len(made))) for of in made]
+    with torch.no_grad():
+        logprobs = row_logprobs(policy, _ROLE, rows).logprobs.tolist()
+    sampled = []
+    for rollout, row, values in zip(made, rows, logprobs, strict=True):
+        of_token = iter(values)
+        recorded = [next(of_token) if counts else 0.0 for counts in row.loss_mask]
+        advantages = [rollout.advantage] * len(row.token_ids)
+        sampled.append(SampledRow(row.token_ids, row.loss_mask, row.weight, recorded, advantages))
+    return sampled
+
+
+def needed_flops(shape: Shape) -> float:
+    """Products that a step over distinct tokens cannot do without: the base forward and back to its inputs, LoRA also
+    to its weights, the output layer for the trained tokens forward and back."""
+    hidden, inner, heads, layers, rank, vocabulary = 576, 1536, 576 + 2 * 192, 30, 16, 49152
+    ends = [(hidden, heads), (hidden, hidden), (hidden, 2 * inner), (inner, hidden)]
+    base = sum(width * out for width, out in ends) * layers
+    lora = sum(rank * (width + out) for width, out in [*ends[1:2], *ends[3:]]) * layers
+    lora += rank * (3 * hidden + heads + 2 * hidden + 2 * inner) * layers
+    made = rollouts(shape)
+    tokens = len(pack_rows([rollout.token_ids for rollout in made]).token_ids)
+    trained = sum(sum(rollout.loss_mask) for rollout in made)
+    return 4 * base * tokens + 6 * lora * tokens + 4 * hidden * vocabulary * trained
+
+
+def table(shape: str, rounds: int) -> None:
+    print("| rows | way | s a step | of TRL | peak GB | of TRL | FLOP/s of sgemm | gradient |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|")
+    found = [(way, way.measure(shape, rounds)) for way in reversed(WAYS[shape])]
+    base = next(measured for way, measured in found if way.trl_rows)
+    for way, measured in reversed(found):
+        print(_line(shape, way, measured, base), flush=True)
+
+
+def _line(shape: str, way: Way, measured: Measured, base: Measured) -> str:
+    seconds = median(measured.seconds)
+    achieved = needed_flops(SHAPES[shape]) / seconds / measured.sgemm
+    cells = [
+        shape,
+        way.name,
+        f"{seconds:.2f}",
+        f"1/{median(base.seconds) / seconds:.1f}",
+        f"{measured.peak_mb / 1024:.2f}",
+        f"1/{base.peak_mb / measured.peak_mb:.1f}",
+        f"{achieved:.0%} of {measured.sgemm / 1e9:.0f} G",
+        f"{measured.grad_norm:.5f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shapes", nargs="+", choices=sorted(SHAPES))
+    parser.add_argument("--rounds", type=int, default=3, help="measured steps, of which the median counts")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        way = next(way for way in WAYS[arguments.shapes[0]] if way.name == arguments.measure)
+        measure(SHAPES[arguments.shapes[0]], way, arguments.rounds).say()
+        return
+    _say_versions()
+    for shape in arguments.shapes:
+        table(shape, arguments.rounds)
+
+
+def _say_versions() -> None:
+    said = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    print(f"{said}, TRL {TRL}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
