@@ -82,20 +82,24 @@ class Continuations:
             return
         if asked is not None and prompt[: len(asked)] != asked:
             call.prefix = _NOT_TAKEN
+        try:
+            packed = pack_ids(prompt)
+        except (TypeError, OverflowError):  # No ids at all, which cannot be recorded either.
+            return
         if place.before is not None:
-            call.drifted = await self._drifted(session, call, place, place.before, prompt)
+            call.drifted = await self._drifted(session, call, place, place.before, packed)
 
     async def _drifted(
-        self, session: aiohttp.ClientSession, call: Call, place: Place, before: Held, prompt: Sequence[int]
+        self, session: aiohttp.ClientSession, call: Call, place: Place, before: Held, prompt: bytes
     ) -> Drifted | None:
         context = before.context()
-        difference = first_difference(context, pack_ids(prompt))
+        difference = first_difference(context, prompt)
         if difference is None:
             return None
         said = Said.read(place.messages[place.index])
         edited = place.exact is not before
-        held = unpack_ids(context[difference.position * ID_BYTES :])[:_COMPARED_IDS]
-        there = prompt[difference.position : difference.position + _COMPARED_IDS]
+        first, last = difference.position * ID_BYTES, (difference.position + _COMPARED_IDS) * ID_BYTES
+        held, there = unpack_ids(context[first:last]), unpack_ids(prompt[first:last])
         end = held[-1:] if before.ended and len(held) < _COMPARED_IDS else []
         try:
             texts = await self._texts(session, call, [held, there, held[:1], there[:1], end])
@@ -111,7 +115,11 @@ class Continuations:
         assert engine is not None
         tokenizer = Tokenizer(session, engine, call.trip.headers, _TEXT_S)
         model = call.sent.get("model") or ""
-        return [await tokenizer.text(model, part) if part else "" for part in parts]
+
+        async def text(part: Sequence[int]) -> str:
+            return await tokenizer.text(model, part) if part else ""
+
+        return await asyncio.gather(*map(text, parts))
 
     def keep(self, call: Call, place: Place, spans: Sequence[Span]) -> None:
         """Remember the answers of a recorded call; `spans` are those of its choices."""
