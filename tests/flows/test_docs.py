@@ -27,6 +27,7 @@ from agl.config import (
     Config,
     EngineConfig,
     GatewayConfig,
+    JudgeConfig,
     QueueConfig,
     RoleConfig,
     SftConfig,
@@ -215,6 +216,7 @@ def test_the_configuration_table_has_every_key_with_its_default() -> None:
         "train.traces.": TracesConfig,
         "sft.": SftConfig,
         "sft.traces.": SftTracesConfig,
+        "judge.": JudgeConfig,
     }
     known = {prefix + name: default for prefix, section in sections.items() for name, default in _defaults(section)}
     groups = {"agent_roles.roles", *(prefix.rstrip(".") for prefix in sections)}

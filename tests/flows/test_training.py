@@ -30,6 +30,7 @@ from agl_trainer.checkpoint import load_checkpoint
 from agl_trainer.evaluation import EvalResult
 from tests.core.span_maker import gateway_call
 from tests.flows import toy_agent
+from tests.trainer.scripted_judge import ScriptedJudge
 
 TOY = "tests.flows.toy_agent"
 TRAIN: dict[str, Any] = {
@@ -157,6 +158,26 @@ def test_examples_teach(tmp_path: Path) -> None:
     assert losses[-1] < losses[0] / 2
 
 
+def test_a_judge_is_reward_enough(tmp_path: Path, store: Store) -> None:
+    """Ranked by how many letters they have; neither agent nor configuration gives a reward."""
+
+    def most_letters_first(attempts: list[str], _: int) -> str:
+        order = sorted(range(len(attempts)), key=lambda place: -toy_agent.letters({}, attempts[place]))
+        return json.dumps({"ranking": [place + 1 for place in order]})
+
+    with ScriptedJudge(most_letters_first) as server:
+        config = config_in(tmp_path, steps=1, reward=None)
+        judge = {"url": server.url, "model": "judge", "criteria": "Letters only.", "rankings": 1}
+        Trainer(Config.parse(yaml.safe_load(config.to_yaml()) | {"judge": judge})).fit()
+    (metrics,) = metrics_of(tmp_path)
+    assert (metrics["judge/groups"], metrics["judge/failed"], metrics["judge/input_tokens"]) == (4, 0, 400)
+    assert metrics["reward/judge"] == metrics["reward/mean"] == pytest.approx(0.5)
+    assert metrics["calls/trained"] > 0
+    made = [trajectory_of(store, f"run-00001-g0-r{i}") for i in range(4)]
+    rewards = [one.reward for one in made if one.reward is not None]
+    assert sum(rewards) == pytest.approx(4 / 2) and max(rewards) > min(rewards)
+
+
 # --- learning from what is there already ----------------------------------------------------------------------------
 
 
@@ -269,6 +290,44 @@ def test_samples_are_compared_with_an_earlier_result(tmp_path: Path, capsys: pyt
     assert said["after - before"]["reward"].keys() == {"mean", "low", "high", "count"}
     assert main([*command, "--of", "best"]) == 2
     assert "set train.eval_every" in capsys.readouterr().err
+
+
+# --- rollouts beside the training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_rollouts_run_ahead_of_the_steps_that_take_them(tmp_path: Path, store: Store, ahead: int) -> None:
+    options: dict[str, Any] = {"asynchronous": True, "max_staleness": ahead, "steps": 5, "group_size": 8}
+    Trainer(config_in(tmp_path, **options, learning_rate=5e-3)).fit()
+    metrics = metrics_of(tmp_path)
+    assert [said["calls"] for said in metrics] == [32.0] * 5
+    assert not any("calls/dropped/stale" in said for said in metrics)
+    assert metrics[0]["solver/staleness_max"] == 0
+    assert max(said["solver/staleness_max"] for said in metrics) == ahead
+    assert metrics[-1]["solver/staleness_max"] >= 1  # to the end
+    assert metrics[-1]["reward/mean"] > metrics[0]["reward/mean"] + 0.1  # old rollouts teach more slowly
+    names = [f"run-g{number:06d}-r{i}" for number in range(20) for i in range(8)]
+    assert store.get_rollout("run-g000020-r0") is None  # no more than the steps take
+    words = [collect_trained(store.query_spans(name)) for name in names]
+    assert [len(word) for word in words] == [1] * 160
+    # The groups of the second step began before the first had trained.
+    first_word = min(span.start_ns for span in store.query_spans(names[0]) if span.name == semconv.SPAN_TRAINED)
+    second = [made for made in words if any(trained.step == 2 for steps in made.values() for trained in steps)]
+    assert len(second) == 32
+    began = [span.start_ns for span in store.query_spans(names[4 * 8]) if span.name == semconv.SPAN_ROLLOUT]
+    assert began[0] < first_word
+
+
+def test_a_training_that_runs_ahead_goes_on_after_it_was_stopped(tmp_path: Path, store: Store) -> None:
+    options: dict[str, Any] = {"asynchronous": True, "max_staleness": 2, "agent": f"{TOY}:interrupted_answer"}
+    toy_agent.interrupt_after = [16 * 2 + 5]
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(config_in(tmp_path, **options)).fit()
+    toy_agent.interrupt_after = []
+    assert not (tmp_path / "run" / "checkpoints" / "step-000003").exists()
+    Trainer(config_in(tmp_path, **options)).fit()
+    assert [(metrics["rollouts"], metrics["calls"]) for metrics in metrics_of(tmp_path)] == [(16, 16)] * 3
+    assert store.count_rollouts()[RolloutState.RUNNING] == store.count_rollouts()[RolloutState.QUEUED] == 0
 
 
 # --- agents that fail -----------------------------------------------------------------------------------------------

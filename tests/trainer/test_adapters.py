@@ -1,6 +1,7 @@
 """`agl adapters`: what is listed, exported and merged is what the policy computes with, by PEFT's and our own word."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,7 +35,9 @@ def policy(tmp_path: Path) -> Policy:
     for name in ("writer@2", "fixer@0"):
         role = name.partition("@")[0]
         save_adapter(tmp_path / "run" / "adapters" / name, policy.adapter(role), policy.adapter_config(role))
-    (tmp_path / "run" / "adapters" / "writer@4").mkdir()  # a write that was cut short
+    cut_short = tmp_path / "run" / "adapters" / "writer@4" / "adapter_model.safetensors"
+    cut_short.parent.mkdir()
+    cut_short.write_bytes(b"half of it")
     config = Config.parse(
         {
             "agent_roles": {role: {"lora_r": config.lora_r} for role, config in ROLES.items()},
@@ -106,11 +109,15 @@ def test_a_merge_is_a_model_without_an_adapter(policy: Policy, tmp_path: Path) -
     assert AutoTokenizer.from_pretrained(target).encode("a few") == policy.tokenizer.encode("a few")
 
 
-def test_without_a_version_it_is_the_newest(policy: Policy, tmp_path: Path) -> None:
+def test_without_a_version_it_is_what_is_served_else_the_newest(policy: Policy, tmp_path: Path) -> None:
     checkpoint(policy, tmp_path / "run" / "checkpoints")
-    assert adapters(tmp_path, "export", "writer", "--to", str(tmp_path / "newest")) == 0
-    kept = tmp_path / "run" / "checkpoints" / "step-000007" / "adapters" / "writer" / "adapter_model.safetensors"
-    assert (tmp_path / "newest" / kept.name).read_bytes() == kept.read_bytes()
+    published = tmp_path / "run" / "adapters" / "writer@2"
+    kept = tmp_path / "run" / "checkpoints" / "step-000007" / "adapters" / "writer"
+    for name, expected in (("served", published), ("newest", kept)):
+        assert adapters(tmp_path, "export", "writer", "--to", str(tmp_path / name)) == 0
+        weights = "adapter_model.safetensors"
+        assert (tmp_path / name / weights).read_bytes() == (expected / weights).read_bytes()
+        shutil.rmtree(published, ignore_errors=True)
 
 
 def test_what_cannot_be_written_is_refused(policy: Policy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -399,6 +399,8 @@ class TrainConfig(LossConfig):
     """Agents that run at once."""
     timeout_s: Positive = 120.0
     """An agent that has not answered by then is marked failed."""
+    asynchronous: bool = False
+    """Run the rollouts of the next steps while this one trains, up to `max_staleness` steps ahead."""
     engine_retries: Annotated[int, Field(ge=0)] = 2
     """How often a rollout is run again whose engine failed."""
     seed: int = 0
@@ -413,6 +415,10 @@ class TrainConfig(LossConfig):
     def _fits_together(self) -> Self:
         if self.eval_every and self.eval_tasks is None:
             raise ValueError("eval_every needs eval_tasks")
+        if self.asynchronous and not self.max_staleness:
+            raise ValueError("asynchronous needs max_staleness: how many steps ahead rollouts may begin")
+        if self.asynchronous and self.deterministic:
+            raise ValueError("asynchronous and deterministic exclude each other")
         if self.early_stop and not self.eval_every:
             raise ValueError("early_stop does nothing without eval_every")
         if self.min_reward is not None and self.algorithm != "rejection":
@@ -431,6 +437,27 @@ class TrainConfig(LossConfig):
         ]
 
 
+class JudgeConfig(_Section):
+    """A language model that ranks the rollouts of each group, as a reward (`agl train`)."""
+
+    url: Annotated[str, Field(pattern=r"^https?://")]
+    """Base URL of an OpenAI-compatible server (ending in `/v1`)."""
+    model: str
+    """Its model."""
+    key_env: str | None = None
+    """Environment variable of its key."""
+    criteria: str
+    """What makes one rollout better than another, in words."""
+    roles: list[str] = Field(default_factory=list)
+    """Roles whose parts are ranked each by themselves; none: rollouts as a whole."""
+    rankings: Count = 2
+    """Rankings of each group, in orders of their own."""
+    max_chars: Count = 8000
+    """Longest text of a rollout, and of the task, that it is shown."""
+    timeout_s: Positive = 120.0
+    """For each of its answers."""
+
+
 class Config(_Section):
     """The whole file."""
 
@@ -446,6 +473,13 @@ class Config(_Section):
     engine: EngineConfig = Field(default_factory=EngineConfig)
     train: TrainConfig | None = None
     sft: SftConfig | None = None
+    judge: JudgeConfig | None = None
+
+    @model_validator(mode="after")
+    def _weighs_its_judge(self) -> Self:
+        if self.judge is not None and self.rewards and "judge" not in self.rewards:
+            raise ValueError("rewards has no weight for the dimension judge")
+        return self
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -515,4 +549,5 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "train": TrainConfig,
     "sft": SftConfig,
     "traces": SftTracesConfig,
+    "judge": JudgeConfig,
 }

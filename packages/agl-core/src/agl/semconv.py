@@ -163,6 +163,11 @@ TRAINED_WEIGHT: Final = "agl.trained.weight"
 TRAINED_REASON: Final = "agl.trained.reason"
 """str: why the call did not train."""
 
+# --- The word of a judge -------------------------------------------------------------------------------------------
+
+JUDGE_DISAGREEMENT: Final = "agl.judge.disagreement"
+"""float: share of the pairs of rollouts that two rankings of the group order differently."""
+
 # --- Span names ----------------------------------------------------------------------------------------------------
 
 SPAN_ROLLOUT: Final = "agl.rollout"
@@ -176,3 +181,4 @@ SPAN_EXCEPTION: Final = "agl.exception"
 SPAN_OPERATION: Final = "agl.operation"
 SPAN_HANDOFF: Final = "agl.handoff"
 SPAN_TRAINED: Final = "agl.trained"
+SPAN_JUDGE: Final = "agl.judge"

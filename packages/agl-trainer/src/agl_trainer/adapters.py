@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from agl.errors import CommandError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PUBLISHED = "adapters"
+"""Folder of what a phase of training leaves to be served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,7 @@ class Adapter:
     version: int
     folder: Path
     kept_in: str
-    """`adapters`, where it was published, else the name of a checkpoint."""
+    """`PUBLISHED`, else the name of a checkpoint."""
 
     @property
     def name(self) -> str:
@@ -58,18 +61,22 @@ class Adapter:
 def find_adapters(output_dir: Path) -> list[Adapter]:
     """Every adapter below the folder of a training, each version once, by role and version."""
     found: dict[str, Adapter] = {}
-    for adapter in (*_published(output_dir / "adapters"), *_checkpointed(output_dir / "checkpoints")):
+    for adapter in (*_published(output_dir / PUBLISHED), *_checkpointed(output_dir / "checkpoints")):
         found.setdefault(adapter.name, adapter)
     return sorted(found.values(), key=lambda adapter: (adapter.role, adapter.version))
 
 
 def pick_adapter(adapters: Sequence[Adapter], name: str) -> Adapter:
-    """`writer@3`, or for `writer` its newest version. Raises CommandError naming those that are there."""
+    """`writer@3`, or for `writer` what is served: the newest that was published, else the newest of all.
+
+    Raises CommandError naming those that are there.
+    """
     fitting = [adapter for adapter in adapters if name in (adapter.name, adapter.role)]
     if not fitting:
         known = ", ".join(adapter.name for adapter in adapters) or "none: train first"
         raise CommandError(f"there is no adapter {name!r}; there are {known}")
-    return fitting[-1]
+    published = [adapter for adapter in fitting if adapter.kept_in == PUBLISHED]
+    return (published or fitting)[-1]
 
 
 def export_adapter(adapter: Adapter, base: Path, target: Path) -> None:
@@ -92,14 +99,18 @@ def merge_adapter(adapter: Adapter, base: Path, target: Path) -> None:
     import torch
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     tensors, config = adapter.tensors(), LoraConfig.from_pretrained(str(adapter.folder))
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
-    peft: Any = get_peft_model(model, config)  # its annotation knows no merge_and_unload
-    missed = set_peft_model_state_dict(peft, tensors)
-    if missed.unexpected_keys:
-        raise CommandError(f"{adapter.folder} does not fit {base}: it has no {missed.unexpected_keys[0]}")
-    with _new_folder(target) as draft:
+    disable_progress_bar()
+    with _new_folder(target) as draft, warnings.catch_warnings():
+        # PEFT asks for an attribute that transformers has renamed; nothing that a user could mend.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
+        peft: Any = get_peft_model(model, config)  # its annotation knows no merge_and_unload
+        missed = set_peft_model_state_dict(peft, tensors)
+        if missed.unexpected_keys:
+            raise CommandError(f"{adapter.folder} does not fit {base}: it has no {missed.unexpected_keys[0]}")
         peft.merge_and_unload().save_pretrained(draft)
         AutoTokenizer.from_pretrained(base).save_pretrained(draft)
 
@@ -107,8 +118,8 @@ def merge_adapter(adapter: Adapter, base: Path, target: Path) -> None:
 def _published(folder: Path) -> Iterator[Adapter]:
     for path in sorted(folder.glob("*@*")):
         role, _, number = path.name.rpartition("@")
-        if number.isdigit() and (path / WEIGHTS).is_file():
-            yield Adapter(role, int(number), path, folder.name)
+        if number.isdigit() and (path / CONFIG).is_file():  # written last: without it a write was cut short
+            yield Adapter(role, int(number), path, PUBLISHED)
 
 
 def _checkpointed(folder: Path) -> Iterator[Adapter]:

@@ -1,8 +1,9 @@
 """The rollouts of a step or an evaluation: named, run, run again where it was the engine that failed, and read back."""
 
 import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Any
@@ -36,6 +37,7 @@ class Rollouts:
     progress: Progress
     engine_retries: int = 0
     """How often a rollout is run again whose engine failed."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def make(self, name: str, task: Any, group_id: str | None, mode: str) -> Rollout:
         """A rollout whose id no earlier run has used.
@@ -50,17 +52,28 @@ class Rollouts:
         )
         return Rollout(free, task, group_id=group_id, mode=mode)
 
-    def run(self, rollouts: Sequence[Rollout], *, counts_steps: bool = False) -> Ran:
-        """Run `rollouts` under the present weights. `counts_steps`: each is a step of the progress line."""
-        outcomes, lost = self._run_once(rollouts, counts_steps=counts_steps), list[Outcome]()
+    def make_live(self) -> None:
+        """From here on calls are answered by the present weights. Safe for several threads."""
+        with self._lock:
+            self.serving.engine.make_live()
+
+    def run(self, rollouts: Sequence[Rollout], *, counts_steps: bool = False, is_said: bool = True) -> Ran:
+        """Run `rollouts`. `counts_steps`: each is a step of the progress line; `is_said`: it says what is waited for.
+
+        Safe for several threads.
+        """
+        on_done = self._say(len(rollouts), counts_steps=counts_steps) if is_said else _say_nothing
+        outcomes, lost = self.serving.runner.run(rollouts, on_done=on_done), list[Outcome]()
         for _ in range(self.engine_retries):
             places = [place for place, outcome in enumerate(outcomes) if self._was_lost(outcome)]
             if not places:
                 break
             logger.warning("the engine failed %d of %d rollouts; running them again", len(places), len(outcomes))
             lost += [outcomes[place] for place in places]
-            self.serving.engine.revive()
-            repeated = self._run_once([self._again(rollouts[place]) for place in places])
+            with self._lock:
+                self.serving.engine.revive()
+            self.make_live()
+            repeated = self.serving.runner.run([self._again(rollouts[place]) for place in places])
             for place, outcome in zip(places, repeated, strict=True):
                 outcomes[place] = outcome
         return Ran(outcomes, lost)
@@ -74,9 +87,9 @@ class Rollouts:
                 found.append(replace(trajectory, error=trajectory.error or outcome.error))
         return found
 
-    def _run_once(self, rollouts: Sequence[Rollout], *, counts_steps: bool = False) -> list[Outcome]:
-        engine, started, left = self.serving.engine, time.monotonic(), len(rollouts)
-        engine.make_live()
+    def _say(self, count: int, *, counts_steps: bool) -> Callable[[Outcome], None]:
+        """What to do as each of `count` rollouts ends."""
+        engine, started, left = self.serving.engine, time.monotonic(), count
         before = engine.tokens_sampled
 
         def on_done(_: Outcome) -> None:
@@ -85,16 +98,20 @@ class Rollouts:
             after, speed = engine.tokens_sampled, None
             if before is not None and after is not None:
                 speed = (after - before) / (time.monotonic() - started)
-            done = {"step": len(rollouts) - left} if counts_steps else {}
-            self.progress.update(tokens_per_s=speed, waiting_for=f"{left} of {len(rollouts)} rollouts", **done)
+            done = {"step": count - left} if counts_steps else {}
+            self.progress.update(tokens_per_s=speed, waiting_for=f"{left} of {count} rollouts", **done)
 
-        return self.serving.runner.run(rollouts, on_done=on_done)
+        return on_done
 
     def _again(self, rollout: Rollout) -> Rollout:
         return self.make(rollout.rollout_id.partition("~")[0], rollout.input, rollout.group_id, rollout.mode)
 
     def _was_lost(self, outcome: Outcome) -> bool:
         return outcome.error is not None and any(map(_is_engine_failure, self.store.query_spans(outcome.rollout_id)))
+
+
+def _say_nothing(_: Outcome) -> None:
+    pass
 
 
 def _is_engine_failure(span: Span) -> bool:

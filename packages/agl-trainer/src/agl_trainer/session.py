@@ -19,6 +19,7 @@ from agl.errors import ConfigError, TrainingError
 from agl.gateway.engine import read_key
 from agl.server import ServerThread
 from agl.store import Store, open_store
+from agl_trainer.copied_engine import CopiedEngine
 from agl_trainer.engine.api import engine_app
 from agl_trainer.engine.chat import ChatTemplate
 from agl_trainer.engine.scheduler import Scheduler
@@ -155,8 +156,13 @@ def _serve_local(config: Config, store: Store) -> Iterator[tuple[Policy, Engine,
             "gateway names an engine, but engine.kind is local: training updates the in-process engine. Leave "
             "gateway.upstream and gateway.engines out, or set `engine: vllm` if that is what they name"
         )
-    with open_engine(config) as (policy, scheduler, app), _serve(config, config.gateway, store, app) as server:
-        yield policy, scheduler, server
+    with open_engine(config) as (sampling, scheduler, app), _serve(config, config.gateway, store, app) as server:
+        train = config.require_train()
+        if train.asynchronous:
+            policy = open_policy(config)
+            yield policy, CopiedEngine(policy, sampling, scheduler), server
+        else:
+            yield sampling, scheduler, server
 
 
 @contextmanager

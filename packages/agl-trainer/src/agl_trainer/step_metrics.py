@@ -1,11 +1,29 @@
 """What a GRPO step says of itself: rewards, lengths, staleness, tokens and time, by their usual names."""
 
 import statistics
+import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from agl.trajectory import Call, Trajectory
 from agl_trainer.grpo import GrpoBatch, RoleState, Verdict, version_number
 from agl_trainer.update import Update
+
+
+class Stopwatch:
+    """Where the time of a step goes."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self.laps: dict[str, float] = {}
+        """Seconds by name."""
+
+    def lap(self, name: str) -> None:
+        """The time since the lap before was that of `name`."""
+        now = time.monotonic()
+        self.laps[name], self._since = max(now - self._since, 1e-9), now
+
+    def metrics(self) -> dict[str, float]:
+        return {f"time/{name}_s": seconds for name, seconds in self.laps.items()}
 
 
 def reward_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -43,8 +61,8 @@ def update_metrics(updates: Mapping[str, Update], seconds: float) -> dict[str, f
     metrics = {f"{owner}/{name}": value for owner, update in updates.items() for name, value in update.metrics.items()}
     distinct = sum(update.distinct_tokens for update in updates.values())
     total = sum(update.total_tokens for update in updates.values())
-    speed = total / seconds if seconds > 0 else 0.0
-    return metrics | {"tokens/distinct": float(distinct), "tokens/total": float(total), "tokens/trained_per_s": speed}
+    tokens = {"distinct": float(distinct), "total": float(total), "trained_per_s": total / seconds}
+    return metrics | {f"tokens/{name}": value for name, value in tokens.items()}
 
 
 def _std_of(name: str) -> str:
@@ -67,4 +85,5 @@ def _lengths(calls: Iterable[Call]) -> dict[str, float]:
 
 def _staleness(verdicts: Iterable[Verdict], version: int) -> list[float]:
     numbers = [version_number(verdict.call.policy_version) for verdict in verdicts if verdict.reason is None]
-    return [float(version - number) for number in numbers if number is not None]
+    # A higher number is of another training: rollouts of a store may be.
+    return [float(version - number) for number in numbers if number is not None and number <= version]

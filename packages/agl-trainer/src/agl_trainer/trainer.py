@@ -1,19 +1,19 @@
 """The training of a configuration: supervised steps, GRPO steps, evaluations, and a checkpoint after every step."""
 
 import logging
-import random
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 
 from agl.config import Config, SftConfig
 from agl.errors import ConfigError, TrainingError
-from agl.store import Resource, Rollout
+from agl.store import Resource
 from agl.trajectory import DropReason, Trajectory, build_trajectory
 from agl_trainer import rng
 from agl_trainer.account import Account, call_metrics, warn_of_missing_rewards
@@ -31,6 +31,8 @@ from agl_trainer.checkpoint import (
 )
 from agl_trainer.evaluation import EvalResult, TaskScore
 from agl_trainer.grpo import GrpoBatch, RoleState, Verdict, grpo_batch, zero_variance_groups
+from agl_trainer.judge import Judge
+from agl_trainer.judged import Judged
 from agl_trainer.metrics import MetricsLog
 from agl_trainer.progress import Progress
 from agl_trainer.rollouts import Rollouts
@@ -47,9 +49,10 @@ from agl_trainer.sft import (
     sft_rows,
     trace_lessons,
 )
+from agl_trainer.sources import Agents, AgentsAhead, Deck, Source, StoredRollouts
 from agl_trainer.step import batch_options, role_states, train_batch
-from agl_trainer.step_metrics import batch_metrics, reward_metrics, update_metrics
-from agl_trainer.traces import load_groups, read_traces, stored_groups
+from agl_trainer.step_metrics import Stopwatch, batch_metrics, reward_metrics, update_metrics
+from agl_trainer.traces import read_traces, stored_groups
 from agl_trainer.trackers import open_trackers
 from agl_trainer.update import Update, update_role
 
@@ -84,6 +87,8 @@ class _Sample:
     """Ids of groups in whose place others were drawn."""
     without_difference: list[str] = field(default_factory=list)
     """Of the groups drawn last, those of which nothing would train."""
+    of_source: dict[str, list[float]] = field(default_factory=dict)
+    """Metrics of the source, for each time that it was drawn from."""
 
     def metrics(self) -> dict[str, float]:
         failed = [outcome.error for outcome in self.outcomes] or [made.error for made in self.trajectories]
@@ -93,13 +98,10 @@ class _Sample:
             "groups": float(self.drawn),
             "groups/replaced": float(len(self.replaced)),
             "groups/zero_variance": float(len(self.replaced) + len(self.without_difference)),
+        } | {
+            name: statistics.fmean(values) if name == "judge/disagreement" else sum(values)
+            for name, values in self.of_source.items()
         }
-
-
-Item = TypeVar("Item")
-_Draw = Callable[[int, range], tuple[list[Outcome], list[Trajectory]]]
-"""From the number of a step and the numbers of groups in it to these groups: their rollouts as they ended, where they
-were just run, and as they were recorded."""
 
 
 class Trainer:
@@ -115,6 +117,7 @@ class Trainer:
         self.run = self.folder.name
         self._standing = _Standing()
         self._session: Session | None = None
+        self._opened_rollouts: Rollouts | None = None
         self._metrics: MetricsLog | None = None
 
     @classmethod
@@ -135,6 +138,10 @@ class Trainer:
         with opened as session, Progress() as progress:
             self._session, self._progress = session, progress
             self._account = Account(session.store, self.run)
+            self._opened_rollouts = None
+            if session.serving is not None:
+                retries = self.train.engine_retries
+                self._opened_rollouts = Rollouts(session.store, session.serving, progress, retries)
             if resumes:
                 self._resume()
             try:
@@ -152,9 +159,9 @@ class Trainer:
 
     @property
     def _rollouts(self) -> Rollouts:
-        if self.session.serving is None:
+        if self._opened_rollouts is None:
             raise TrainingError("the trainer was opened without an engine; use `with trainer.open():`")
-        return Rollouts(self.session.store, self.session.serving, self._progress, self.train.engine_retries)
+        return self._opened_rollouts
 
     def fit(self, *, from_store: bool = False) -> None:
         """Open, take every step that is left, and close. `from_store`: on rollouts that the store holds already."""
@@ -225,115 +232,109 @@ class Trainer:
         """Every step that is left, on new rollouts or on those of the store; fewer where `early_stop` ends them."""
         if from_store and self.train.eval_every:
             raise ConfigError("train.eval_every needs an engine; leave it out to train from the store, and `agl eval`")
-        draw = self._from_store() if from_store else self._from_agents()
         self._enter(GRPO, self.train.learning_rate)
         done = self._standing.phase_step
-        if self.train.eval_every and done == 0:
-            self._keep_if_best(self._held_out())
-        self._progress.start(self.train.algorithm, step=done, steps=self.train.steps)
-        for step in range(done, self.train.steps):
-            if self._is_over():
-                self._progress.note(f"no better than step {self._best().step} for long: train.early_stop")
-                break
-            self._grpo_step(step, draw)
-            self._progress.update(step=step + 1, waiting_for=None)
+        with self._source(from_store=from_store) as source:
+            if self.train.eval_every and done == 0:
+                self._keep_if_best(self._held_out())
+            self._progress.start(self.train.algorithm, step=done, steps=self.train.steps)
+            for step in range(done, self.train.steps):
+                if self._is_over():
+                    self._progress.note(f"no better than step {self._best().step} for long: train.early_stop")
+                    break
+                self._grpo_step(step, source)
+                self._progress.update(step=step + 1, waiting_for=None)
         self._publish()
 
-    def _grpo_step(self, step: int, draw: _Draw) -> None:
-        started = time.monotonic()
-        options = batch_options(self.config, vocabulary=len(self.session.policy.output_weight))
+    def _grpo_step(self, step: int, source: Source) -> None:
+        clock, tokens_before = Stopwatch(), self._tokens_sampled()
         roles = role_states(self.config, self.session.policy, step, self._standing.baselines)
-        before = self._tokens_sampled()
-        sample = self._sample(step, draw, roles)
-        sampled = time.monotonic()
-        batch = grpo_batch(sample.trajectories, roles, options, replaced_groups=frozenset(sample.replaced))
-        self._check_calls(batch, sample.outcomes)
-        batch.verdicts += self._account.late_calls()
-        batched = time.monotonic()
-        with self._weights():
-            updates = train_batch(self.session.policy, self._standing.optimizers, batch, self.config)
-            taken = {owner for owner, update in updates.items() if not update.was_skipped}
-            self._count(sample.drawn, {role for owner in taken for role in self.session.policy.adapters[owner]})
-        updated = time.monotonic()
-        for role, credits in batch.credits.items():
-            baseline = self._standing.baselines.get(role, 0.0)
-            self._standing.baselines[role] = next_baseline(baseline, torch.tensor(credits), self.train.ema_decay)
+        sample = self._sample(step, source, roles)
+        source.run_ahead(step)
+        clock.lap("rollouts")
+        batch = self._batch(sample, roles)
+        clock.lap("batch")
+        updates = self._train(batch, sample.drawn)
+        clock.lap("update")
         unfinished = [outcome.rollout_id for outcome in sample.outcomes if outcome.error is not None]
         self._account.record(self._standing.step, batch.verdicts, unfinished)
         metrics = sample.metrics() | reward_metrics(sample.trajectories) | call_metrics(batch.verdicts)
         metrics["rollouts/without_reward"] = float(warn_of_missing_rewards(batch.verdicts))
-        metrics |= batch_metrics(batch, roles) | update_metrics(updates, updated - batched)
-        metrics |= {"time/rollouts_s": sampled - started, "time/batch_s": batched - sampled}
-        metrics["time/update_s"] = updated - batched
-        if before is not None:
-            metrics["tokens/sampled_per_s"] = ((self._tokens_sampled() or 0) - before) / (sampled - started)
+        metrics |= batch_metrics(batch, roles) | update_metrics(updates, clock.laps["update"])
+        if tokens_before is not None:
+            sampled = (self._tokens_sampled() or 0) - tokens_before
+            metrics["tokens/sampled_per_s"] = sampled / clock.laps["rollouts"]
         best = self._standing.best
         if self.train.eval_every and (step + 1) % self.train.eval_every == 0:
             metrics |= self._evaluate_step(step)
-            metrics["time/eval_s"] = time.monotonic() - updated
-        self._log(metrics)
+            clock.lap("eval")
+        self._log(metrics | clock.metrics())
         # Last: a step that is killed before this is repeated, and says again what it did.
         self._save()
         if self._standing.best is not None and self._standing.best != best:
             keep_only(self._best_folder, self._standing.best.step)
         self._progress.update(reward=metrics.get("reward/mean"))
 
-    def _sample(self, step: int, draw: _Draw, roles: Mapping[str, RoleState]) -> "_Sample":
+    def _batch(self, sample: "_Sample", roles: Mapping[str, RoleState]) -> GrpoBatch:
+        options = batch_options(self.config, vocabulary=len(self.session.policy.output_weight))
+        batch = grpo_batch(sample.trajectories, roles, options, replaced_groups=frozenset(sample.replaced))
+        self._check_calls(batch, sample.outcomes)
+        batch.verdicts += self._account.late_calls()
+        return batch
+
+    def _train(self, batch: GrpoBatch, drawn: int) -> dict[str, Update]:
+        """Take the optimizer steps of `batch`, of which `drawn` groups were drawn, and count them."""
+        policy, standing = self.session.policy, self._standing
+        with self._weights():
+            updates = train_batch(policy, standing.optimizers, batch, self.config)
+            taken = {owner for owner, update in updates.items() if not update.was_skipped}
+            self._count(drawn, {role for owner in taken for role in policy.adapters[owner]})
+        for role, credits in batch.credits.items():
+            baseline = standing.baselines.get(role, 0.0)
+            standing.baselines[role] = next_baseline(baseline, torch.tensor(credits), self.train.ema_decay)
+        return updates
+
+    def _sample(self, step: int, source: Source, roles: Mapping[str, RoleState]) -> "_Sample":
         """The rollouts of a step. Groups without a difference are replaced, `train.dynamic_sampling` times at most."""
         sample, wanted = _Sample(), self.train.groups_per_step
         for _ in range(1 + self.train.dynamic_sampling):
-            outcomes, trajectories = draw(step, range(sample.drawn, sample.drawn + wanted))
+            drawn = source.draw(step, self._standing.position, range(sample.drawn, sample.drawn + wanted))
             sample.replaced += sample.without_difference
             sample.drawn += wanted
-            sample.outcomes += outcomes
-            sample.trajectories += trajectories
-            sample.without_difference = zero_variance_groups(trajectories, roles, batch_options(self.config))
+            for name, value in drawn.metrics.items():
+                sample.of_source.setdefault(name, []).append(value)
+            sample.outcomes += drawn.outcomes
+            sample.trajectories += drawn.trajectories
+            sample.without_difference = zero_variance_groups(drawn.trajectories, roles, batch_options(self.config))
             wanted = len(sample.without_difference)
             if not wanted:
                 break
         return sample
 
-    def _from_agents(self) -> _Draw:
-        tasks = load_list(self.train.tasks, "train.tasks")
+    @contextmanager
+    def _source(self, *, from_store: bool) -> Iterator[Source]:
+        with self._unjudged(from_store=from_store) as source:
+            judge, weights = self.config.judge, self.config.rewards
+            if judge is None:
+                yield source
+            else:
+                asked = Judge(judge, self.train.seed)
+                yield Judged(source, asked, self.session.store, judge.roles, weights)
 
-        def draw(step: int, groups: range) -> tuple[list[Outcome], list[Trajectory]]:
-            rollouts = [
-                rollout
-                for group in groups
-                for rollout in self._group(step, group, self._at(tasks, self._standing.position + group))
-            ]
-            ran = self._rollouts.run(rollouts)
-            outcomes = ran.outcomes + ran.lost
-            return outcomes, self._rollouts.trajectories(outcomes)
-
-        return draw
-
-    def _from_store(self) -> _Draw:
-        stored = stored_groups(self.session.store, self.train.traces)
-
-        taken: set[str] = set()
-
-        def draw(step: int, groups: range) -> tuple[list[Outcome], list[Trajectory]]:
-            if groups.start == 0:
-                taken.clear()
-            # A step of more groups than there are takes none twice: its calls would train twice.
-            chosen = [self._at(stored, self._standing.position + group) for group in groups]
-            fresh = {group.group_id: group for group in chosen if group.group_id not in taken}
-            taken.update(fresh)
-            return [], load_groups(self.session.store, list(fresh.values()))
-
-        return draw
-
-    def _group(self, step: int, group: int, task: Any) -> list[Rollout]:
-        name = f"{self.run}-{step + 1:05d}-g{group}"
-        return [self._rollouts.make(f"{name}-r{i}", task, name, "train") for i in range(self.train.group_size)]
-
-    def _at(self, items: Sequence[Item], position: int) -> Item:
-        """The task or group at `position` of an endless sequence of epochs."""
-        epoch, place = divmod(position, len(items))
-        if self.train.shuffle:
-            place = random.Random(f"{self.train.seed}-{epoch}").sample(range(len(items)), len(items))[place]
-        return items[place]
+    @contextmanager
+    def _unjudged(self, *, from_store: bool) -> Iterator[Source]:
+        if from_store:
+            stored = stored_groups(self.session.store, self.train.traces)
+            yield StoredRollouts(self.session.store, Deck.of(stored, self.train))
+            return
+        tasks = Deck.of(load_list(self.train.tasks, "train.tasks"), self.train)
+        agents = Agents(self._rollouts, tasks, self.run, self.train.group_size)
+        if not self.train.asynchronous:
+            yield agents
+            return
+        left = self.train.steps - self._standing.phase_step
+        with AgentsAhead.open(agents, self.train, self._standing.position, left) as ahead:
+            yield ahead
 
     def _check_calls(self, batch: GrpoBatch, outcomes: Sequence[Outcome]) -> None:
         """Raises TrainingError where agents answered, but no call of theirs is known: training would do nothing."""
@@ -360,6 +361,7 @@ class Trainer:
             for sample in range(sampling.samples)
         ]
         self._progress.start(f"evaluating {label}", steps=len(rollouts))
+        self._rollouts.make_live()
         scores = [self._score(outcome) for outcome in self._rollouts.run(rollouts, counts_steps=True).outcomes]
         parts = list(dict.fromkeys(part for score in scores if score for part in score.parts))
         size = sampling.samples

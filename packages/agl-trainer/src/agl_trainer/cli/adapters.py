@@ -42,7 +42,9 @@ def _add_writer(
 ) -> None:
     parser = add_command(verbs, name, run, description, example)
     parser.add_argument("config", type=Path, help="the YAML file of the training")
-    parser.add_argument("adapter", metavar="ROLE[@VERSION]", help="which one; without a version the newest")
+    parser.add_argument(
+        "adapter", metavar="ROLE[@VERSION]", help="which one; without a version the one that is served, else the newest"
+    )
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
 
 

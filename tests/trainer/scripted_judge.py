@@ -1,0 +1,55 @@
+"""An OpenAI-compatible server in the place of a judge, which ranks as a test tells it."""
+
+import json
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Rank = Callable[[list[str], int], Any]
+"""From the attempts as they stand in the prompt, and the number of the request, to what the model says."""
+
+
+class ScriptedJudge:
+    """An OpenAI-compatible server that ranks as it is told."""
+
+    def __init__(self, rank: Rank) -> None:
+        self.rank = rank
+        self.requests: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        judge = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                judge.requests.append(body)
+                judge.keys.append(self.headers.get("authorization"))
+                said = judge.rank(attempts_of(body), len(judge.requests))
+                status = said if isinstance(said, int) else 200
+                answer = {"choices": [{"message": {"content": said}}], "usage": {"prompt_tokens": 100}}
+                answer["usage"] |= {"completion_tokens": 7}
+                data = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def __enter__(self) -> "ScriptedJudge":
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def attempts_of(body: dict[str, Any]) -> list[str]:
+    """The attempts of a prompt, in its order."""
+    text = body["messages"][1]["content"]
+    return [part.split("\n</attempt>")[0].split(">\n", 1)[1] for part in text.split("<attempt number=")[1:]]
