@@ -103,6 +103,16 @@ def test_a_row_is_the_span_to_the_last_field() -> None:
     assert ExportTraceServiceRequest.FromString(found.otlp) == request
 
 
+def test_a_long_resource_is_not_copied_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "MOST_BYTES", 10**6)
+    spans = [replace(span("chat"), resource={"text": "x" * 10_000}) for _ in range(200)]
+    assert len(row.read(otlp.encode(spans[:90])).rows) == 90
+    body = otlp.encode(spans)
+    assert len(body) < 50_000
+    with pytest.raises(OtlpError, match=f"the spans of {len(body)} bytes take over 10.* send fewer"):
+        row.read(body)
+
+
 @pytest.mark.parametrize("odd", [b"\x08\x01", b"\xc2\x3e\x02\x08\x01", b"\x0d1234"])
 def test_what_otlp_does_not_know_is_passed_over(odd: bytes) -> None:
     """Of a later version, say: numbers and messages beside the spans, in every message around them."""

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Final
 
+from agl.errors import OtlpError
+
 _LENGTH_DELIMITED: Final = 2
 _LONGEST_VARINT: Final = 5
 # Of ExportTraceServiceRequest, ResourceSpans and ScopeSpans: what has the spans in it.
@@ -11,6 +13,8 @@ _SPANS: Final = 2
 
 PIECE_BYTES: Final = 2**20
 """A request is parsed in pieces of about this size: parsed it takes ten times its own."""
+MOST_BYTES: Final = 2**28
+"""Of all spans of a request: a long resource is kept with each of them."""
 
 Piece = tuple[bytes, list[bytes]]
 """A request of several spans, and the requests that would carry each of them alone."""
@@ -24,9 +28,16 @@ def cut(body: bytes) -> Iterator[Piece]:
     """Pieces that together have the spans of a trace request, in order, each of one span or about PIECE_BYTES.
 
     Nothing is parsed but where fields begin and end; what is said of the spans is taken over as it stands. Raises
-    UnusualError where the body is broken, or not made in the usual way.
+    UnusualError where the body is broken, or not made in the usual way, and OtlpError where the spans, each with a copy
+    of its resource, would take twice the body and over MOST_BYTES.
     """
-    alone = list(_alone(memoryview(body)))
+    alone: list[bytes] = []
+    size = 0
+    for request in _alone(memoryview(body)):
+        alone.append(request)
+        size += len(request)
+        if size > max(MOST_BYTES, 2 * len(body)):
+            raise OtlpError(f"the spans of {len(body)} bytes take over {size} with their resource; send fewer at once")
     if len(body) <= PIECE_BYTES:
         return iter(((body, alone),))
     return _grouped(alone)
