@@ -134,6 +134,7 @@ async def test_a_known_prompt_is_not_computed_again(policy: Policy, monkeypatch:
         await collect(scheduler.submit(LONG, "fixer", greedy(2)))
     # The last token of a prompt is fed with the decoding: 47, nothing, the one after the 40 shared ones; 47 again.
     assert computed == [47, 1, 1, 1, 1, 1, 1, 1, 47, 1, 1]
+    assert scheduler.prompt_tokens_computed == 47 + 1 + 1 + (1 + 1) + 47 + 1
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_p": 0.9}])

@@ -13,13 +13,8 @@ from tests.ports import free_port
 from tests.vllm.environment import vllm_program
 
 START_S = 600
-_OPTIONS = {
-    "--dtype": "float32",
-    "--max-model-len": "1024",
-    "--max-lora-rank": "16",
-    "--max-loras": "4",
-    "--host": "127.0.0.1",
-}
+_OPTIONS = ("--dtype", "float32", "--max-model-len", "1024", "--host", "127.0.0.1")
+_ADAPTERS = ("--enable-lora", "--max-lora-rank", "16", "--max-loras", "4")
 _ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
@@ -29,14 +24,14 @@ _ENVIRONMENT = {
 
 
 @contextmanager
-def serve_vllm(model: Path, name: str, log: Path) -> Iterator[str]:
+def serve_vllm(model: Path, name: str, log: Path, *, adapters: bool = True) -> Iterator[str]:
     """Its base URL, ending in `/v1`, once it answers, which takes a minute or two. Ends it, and what it started."""
     port = free_port()
-    options = [word for option in _OPTIONS.items() for word in option]
+    options = [*_OPTIONS, *(_ADAPTERS if adapters else ())]
     command = [str(vllm_program()), "serve", str(model), "--served-model-name", name, "--port", str(port)]
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*command, "--enable-lora", *options],
+            [*command, *options],
             env=os.environ | _ENVIRONMENT,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -7,7 +7,7 @@ layer. Here the tokens of one adapter stand side by side, so a layer is three ma
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -17,6 +17,7 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor
 
 from agl.errors import TrainingError
+from agl_trainer.products import FrozenProduct
 
 BASE = "__base__"
 """Adapter name of the base model alone (PEFT's own spelling)."""
@@ -36,35 +37,60 @@ class Routing:
             self.runs = [(adapter, sum(1 for _ in run)) for adapter, run in groupby(adapters)]
 
 
+@dataclass(frozen=True, slots=True)
+class _Delta:
+    """What one adapter adds to a layer: `down` [r, in], `up` [out, r], the very parameters that are trained."""
+
+    down: Tensor
+    up: Tensor
+    scaling: float
+
+    def add_to(self, out: Tensor, x: Tensor) -> None:
+        """In place, to `out` [N, out] for `x` [N, in]."""
+        inner = (x.to(self.down.dtype) @ self.down.T).to(out.dtype)
+        out.addmm_(inner, self.up.T.to(out.dtype), alpha=self.scaling)
+
+
 def route_layers(model: PeftModel, routing: Routing) -> None:
-    """Let every LoRA layer of `model` follow `routing`. Raises TrainingError for a layer that is not a plain Linear."""
+    """Let every LoRA layer of `model`, which has all its adapters, follow `routing`.
+
+    Raises TrainingError for a layer that is not a plain Linear.
+    """
     for name, module in model.named_modules():
         if isinstance(module, Linear):
-            # The base may be kept in fewer bits than the residual stream.
-            kept_as = module.get_parameter("base_layer.weight").dtype
-            module.forward = functools.partial(_forward, module, kept_as, routing)
+            base = _product(module.get_base_layer())
+            module.forward = functools.partial(_forward, base, _deltas(module), routing)
         elif isinstance(module, LoraLayer):
             raise TrainingError(f"layer {name} is a {type(module).__name__}; only LoRA on linear layers is supported")
 
 
-def _forward(layer: Linear, kept_as: torch.dtype, routing: Routing, x: Tensor) -> Tensor:
-    """[..., out] for `x` [..., in]; the base's weights are of type `kept_as`."""
+def _product(layer: torch.nn.Module) -> FrozenProduct:
+    parameters = dict(layer.named_parameters())
+    return FrozenProduct(parameters["weight"], parameters.get("bias"))
+
+
+def _deltas(layer: Linear) -> dict[str, _Delta]:
+    return {
+        adapter: _Delta(
+            layer.get_parameter(f"lora_A.{adapter}.weight"),
+            layer.get_parameter(f"lora_B.{adapter}.weight"),
+            layer.scaling[adapter],
+        )
+        for adapter in layer.lora_A
+    }
+
+
+def _forward(base: FrozenProduct, deltas: Mapping[str, _Delta], routing: Routing, x: Tensor) -> Tensor:
+    """[..., out] for `x` [..., in]."""
     rows = x.flatten(0, -2)
-    out = layer.base_layer(rows.to(kept_as)).to(x.dtype)
-    if len(routing.runs) == 1:
-        return _add_delta(layer, routing.runs[0][0], rows, out).view(*x.shape[:-1], -1)
-    pieces, start = [], 0
+    # The base may be kept in fewer bits than the residual stream.
+    out = base(rows.to(base.weight.dtype)).to(x.dtype)
+    start = 0
     for adapter, count in routing.runs:
         run = slice(start, start + count)
-        pieces.append(_add_delta(layer, adapter, rows[run], out[run]))
+        if adapter != BASE and count == len(out):
+            deltas[adapter].add_to(out, rows)  # of a view the backward pass would copy gradients
+        elif adapter != BASE:
+            deltas[adapter].add_to(out[run], rows[run])
         start += count
-    return torch.cat(pieces).view(*x.shape[:-1], -1)
-
-
-def _add_delta(layer: Linear, adapter: str, hidden: Tensor, out: Tensor) -> Tensor:
-    """[N, out] for `hidden` [N, in] and what the base made of it."""
-    if adapter == BASE:
-        return out
-    down, up = layer.lora_A[adapter].get_parameter("weight"), layer.lora_B[adapter].get_parameter("weight")
-    inner = (hidden.to(down.dtype) @ down.T).to(out.dtype)
-    return torch.addmm(out, inner, up.T.to(out.dtype), alpha=layer.scaling[adapter])
+    return out.view(*x.shape[:-1], -1)

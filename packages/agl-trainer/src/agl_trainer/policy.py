@@ -1,6 +1,7 @@
 """The policy: one frozen base model, one LoRA adapter per role, shared by the engine and the trainer.
 
-Nothing is copied: the engine samples from the same modules that the trainer updates. `lock` keeps the two apart.
+The engine samples from the same modules that the trainer updates, and `lock` keeps the two apart. On a CPU the frozen
+weights lie in memory twice once something was sampled (`products`); adapters never do.
 """
 
 import re
@@ -18,6 +19,7 @@ from agl.config import RoleConfig
 from agl.errors import ConfigError, TrainingError
 from agl_trainer.attention import NAME, AttentionPlan
 from agl_trainer.lora import BASE, Routing, route_layers
+from agl_trainer.products import FrozenProduct
 
 
 class Policy:
@@ -53,6 +55,7 @@ class Policy:
         self.output_weight: Tensor = model.get_output_embeddings().weight  # type: ignore[assignment]  # typed Module
         self.output_softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         """Logits become softcap * tanh(logit / softcap)."""
+        self._output = FrozenProduct(self.output_weight)
         self.config = model.config
 
     @property
@@ -88,6 +91,10 @@ class Policy:
         mask = torch.arange(rows.shape[1], device=rows.device) < torch.tensor(lengths, device=rows.device)[:, None]
         inputs = {"input_ids": rows, "attention_mask": mask.long()}
         return self._body(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, V] for final hidden states [N, H]."""
+        return self._output(hidden)
 
     def parameters(self, role: str) -> list[torch.nn.Parameter]:
         """The LoRA matrices of `role`, in a fixed order."""

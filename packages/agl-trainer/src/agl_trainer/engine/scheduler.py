@@ -112,6 +112,8 @@ class Scheduler:
         self._died = False
         self._thread = self._new_thread()
         self.tokens_sampled = 0
+        self.prompt_tokens_computed = 0
+        """Each kept prefix counts once, and the last token of every prompt."""
 
     def __enter__(self) -> "Scheduler":
         self._thread.start()
@@ -240,6 +242,7 @@ class Scheduler:
             self._running.append(sequence)
         if admitted:
             self._plan = None
+            self.prompt_tokens_computed += len(admitted)
             self._prefill()
         readers = Counter(node for sequence in self._running for node in _held(sequence.leaf).path())
         for sequence in admitted:
@@ -264,6 +267,7 @@ class Scheduler:
         if plan.tokens:
             self._policy.hidden_states(torch.tensor(plan.tokens), torch.tensor(plan.positions), plan.adapters, plan)
             plan.finish()
+            self.prompt_tokens_computed += len(plan.tokens)
         for tree in self._trees.values():
             tree.shrink(PREFIX_TOKENS // len(self._trees))
 
@@ -280,7 +284,7 @@ class Scheduler:
         positions = torch.tensor([len(sequence.prompt) - 1 + sequence.sampled for sequence in running])
         adapters = [sequence.adapter for sequence in running]
         hidden = self._policy.hidden_states(tokens, positions, adapters, self._plan)
-        logits = torch.nn.functional.linear(hidden, self._policy.output_weight)
+        logits = self._policy.logits(hidden)
         sampled = sample(logits, [s.params for s in running], [s.source for s in running])
         for sequence, token in zip(running, sampled, strict=True):
             sequence.take(token)

@@ -1,0 +1,263 @@
+"""Tokens a second of the in-process engine beside vLLM on the CPU and transformers' `generate`. Prints Markdown.
+
+    .venv/bin/python -m benchmarks.engine
+
+Each round asks every engine in turn for one token each of a warm-up and then for 48 tokens after each of 8, and of 32,
+prompts that share their first 300 tokens and have 12 of their own, all at once, at temperature 1 from the whole
+distribution. Prompts are random tokens, new in every round, so that nothing is left of an earlier one. All compute in
+float32 unless the table says otherwise. Ours and vLLM answer over HTTP (`/v1/completions`); `generate` gets the whole
+batch in one call, in the process of the client. `two adapters` sends every other request to another LoRA of rank 16.
+
+An answer may end early, so tokens are counted. The prompt tokens that ours computed are counted by the engine, and its
+logprobs are compared with those that the trainer's forward pass gives for the same tokens.
+"""
+
+import argparse
+import asyncio
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+import torch
+from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from agl.config import RoleConfig
+from agl.server import AppThread
+from agl_trainer.batch import TrainingRow
+from agl_trainer.engine.api import engine_app
+from agl_trainer.engine.scheduler import Scheduler
+from agl_trainer.logprobs import row_logprobs
+from agl_trainer.lora import BASE
+from agl_trainer.models import load_model, model_folder, use_bfloat16_products
+from agl_trainer.policy import Policy
+from tests.vllm.environment import TORCH, VLLM
+from tests.vllm.serving import serve_vllm
+
+MODEL = "smollm2"
+CONCURRENT = (8, 32)
+SHARED, OWN, NEW = 300, 12, 48
+MAX_MODEL_LEN = 1024
+TARGET = 1.3
+Prompts = Sequence[list[int]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Token ids of one sequence, and its logprobs where they were told."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+
+@dataclass
+class Contestant:
+    """An engine, and what was measured of it: for each number of requests, tokens a second of every round."""
+
+    name: str
+    sample: Callable[[Prompts], list[Answer]]
+    rates: dict[int, list[float]] = field(default_factory=lambda: {count: [] for count in CONCURRENT})
+
+    def measure(self, prompts: Prompts) -> list[Answer]:
+        start = time.perf_counter()
+        answers = self.sample(prompts)
+        taken = time.perf_counter() - start
+        self.rates[len(prompts)].append(sum(len(answer.tokens) for answer in answers) / taken)
+        return answers
+
+
+@dataclass
+class Ours:
+    """The engine of a policy, and how well its logprobs agree with the trainer's."""
+
+    policy: Policy
+    scheduler: Scheduler
+    url: str
+    computed: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """For each number of requests, prompt tokens computed in one round, and sent."""
+    differences: list[float] = field(default_factory=list)
+
+    def contestant(self, name: str, models: Sequence[str]) -> Contestant:
+        return Contestant(name, lambda prompts: self._sample(prompts, models))
+
+    def _sample(self, prompts: Prompts, models: Sequence[str]) -> list[Answer]:
+        before = self.scheduler.prompt_tokens_computed
+        answers = over_http(self.url, prompts, models)
+        self.computed[len(prompts)] = (self.scheduler.prompt_tokens_computed - before, sum(map(len, prompts)))
+        return answers
+
+    def compare(self, prompts: Prompts, answers: Sequence[Answer], models: Sequence[str]) -> None:
+        """Note how far the logprobs of `answers` are from the trainer's own."""
+        for model in models:
+            asked = range(list(models).index(model), len(prompts), len(models))
+            rows = [_row(prompts[i], answers[i]) for i in asked]
+            with torch.no_grad():
+                found = row_logprobs(self.policy, BASE if model == MODEL else model, rows)
+            told = torch.cat([torch.tensor(answers[i].logprobs) for i in asked])
+            self.differences += (found.logprobs[found.mask] - told).abs().tolist()
+
+
+def _row(prompt: list[int], answer: Answer) -> TrainingRow:
+    return TrainingRow(prompt + answer.tokens, [0] * len(prompt) + [1] * len(answer.tokens), 1.0)
+
+
+def over_http(url: str, prompts: Prompts, models: Sequence[str]) -> list[Answer]:
+    """All `prompts` at once, each to the next of `models`."""
+
+    async def ask(client: httpx.AsyncClient, index: int) -> Answer:
+        wanted = {"max_tokens": NEW, "temperature": 1.0, "logprobs": 0, "return_token_ids": True}
+        body = {"model": models[index % len(models)], "prompt": prompts[index], **wanted}
+        response = await client.post(f"{url}/completions", json=body)
+        response.raise_for_status()
+        (choice,) = response.json()["choices"]
+        return Answer(choice["token_ids"], choice["logprobs"]["token_logprobs"])
+
+    async def ask_all() -> list[Answer]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(timeout=600, limits=limits) as client:
+            return await asyncio.gather(*(ask(client, index) for index in range(len(prompts))))
+
+    return asyncio.run(ask_all())
+
+
+def generate(model: PreTrainedModel, prompts: Prompts) -> list[Answer]:
+    """transformers' own sampling, the whole batch at once; prompts are of one length, so nothing is padded."""
+    ids = torch.tensor(prompts)
+    options: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": NEW}
+    sample: Any = model.generate  # a module's attributes are taken for tensors
+    with torch.inference_mode():
+        out = sample(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)[:, ids.shape[1] :]
+    end = model.generation_config.eos_token_id
+    return [Answer(_until(row, end), []) for row in out.tolist()]
+
+
+def _until(tokens: list[int], end: Any) -> list[int]:
+    """`tokens` with the first `end`, if there is one, and nothing after it."""
+    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+
+def draw_prompts(source: random.Random, count: int) -> list[list[int]]:
+    """Ordinary tokens: the first ids of a vocabulary are special ones."""
+    shared = source.choices(range(1000, 40_000), k=SHARED)
+    return [shared + source.choices(range(1000, 40_000), k=OWN) for _ in range(count)]
+
+
+@contextmanager
+def open_ours(*, bfloat16: bool) -> Iterator[Ours]:
+    model, tokenizer = load_model(model_folder(MODEL))
+    if bfloat16:
+        use_bfloat16_products(model)
+    roles = {role: RoleConfig(lora_r=16) for role in ("planner", "executor")}
+    policy = Policy(model, tokenizer, roles, base_name=MODEL, seed=0)
+    with torch.no_grad():
+        for role in roles:
+            for parameter in policy.parameters(role):
+                torch.nn.init.normal_(parameter, std=0.02)
+    server = AppThread()
+    with Scheduler(policy, max_batch=max(CONCURRENT), max_model_len=MAX_MODEL_LEN) as scheduler:
+        app = engine_app(scheduler, tokenizer, served_name=MODEL, max_model_len=MAX_MODEL_LEN, default_max_tokens=NEW)
+        url = server.add(app)
+        with server:
+            yield Ours(policy, scheduler, f"{url}/v1")
+
+
+def run_rounds(
+    contestants: Sequence[Contestant], checked: Mapping[str, tuple[Ours, Sequence[str]]], rounds: int
+) -> None:
+    source = random.Random(0)
+    for contestant in contestants:
+        contestant.sample(draw_prompts(source, 1))
+    for number in range(rounds):
+        for count in CONCURRENT:
+            prompts = draw_prompts(source, count)
+            for contestant in contestants:
+                answers = contestant.measure(prompts)
+                if contestant.name in checked:
+                    ours, models = checked[contestant.name]
+                    ours.compare(prompts, answers, models)
+            told = ", ".join(f"{one.name} {one.rates[count][-1]:.0f}" for one in contestants)
+            print(f"round {number + 1}, {count} requests: {told}", file=sys.stderr, flush=True)
+
+
+def print_table(contestants: Sequence[Contestant]) -> None:
+    print(f"| engine | {' | '.join(f'{count} requests, tokens/s' for count in CONCURRENT)} |")
+    print(f"|---|{'---:|' * len(CONCURRENT)}")
+    for one in contestants:
+        rates = [one.rates[count] for count in CONCURRENT]
+        cells = [f"{median(found):.0f} ({min(found):.0f} to {max(found):.0f})" for found in rates]
+        print(f"| {one.name} | {' | '.join(cells)} |")
+    print()
+
+
+def print_ratios(ours: Contestant, peers: Sequence[Contestant]) -> None:
+    for count in CONCURRENT:
+        # Rounds are compared one by one: other work on the machine falls on all engines of a round alike.
+        ratios = [
+            own / max(theirs)
+            for own, *theirs in zip(ours.rates[count], *(peer.rates[count] for peer in peers), strict=True)
+        ]
+        met = "met" if median(ratios) >= TARGET else "missed"
+        print(
+            f"{count} requests: {ours.name} samples {median(ratios):.1f} times what the better of the others does "
+            f"({min(ratios):.1f} to {max(ratios):.1f}). The target, {TARGET} times, is {met}.\n"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--without-peers", action="store_true", help="only ours")
+    arguments = parser.parse_args()
+    disable_progress_bar()
+    adapters = ["planner", "executor"]
+    print(
+        f"Medians of {arguments.rounds} rounds, with the lowest and highest. Python {platform.python_version()}, "
+        f"{TORCH}, transformers {version('transformers')}, {VLLM}. {torch.get_num_threads()} threads. "
+        f"Load at the start {os.getloadavg()[0]:.1f}.\n"
+    )
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        peers: list[Contestant] = []
+        if not arguments.without_peers:
+            log = Path(folder) / "vllm.log"
+            url = stack.enter_context(serve_vllm(model_folder(MODEL), MODEL, log, adapters=False))
+            peers.append(Contestant("vLLM", lambda prompts: over_http(url, prompts, [MODEL])))
+            plain, _ = load_model(model_folder(MODEL))
+            peers.append(Contestant("transformers, generate", lambda prompts: generate(plain, prompts)))
+        ours = stack.enter_context(open_ours(bfloat16=False))
+        rounded = stack.enter_context(open_ours(bfloat16=True))
+        entered = [
+            (ours, "agl", [MODEL]),
+            (ours, "agl, two adapters", adapters),
+            (rounded, "agl, products in bfloat16, two adapters", adapters),
+        ]
+        own = [engine.contestant(name, models) for engine, name, models in entered]
+        checked = {name: (engine, models) for engine, name, models in entered}
+        run_rounds([*own, *peers], checked, arguments.rounds)
+        print_table([*own, *peers])
+        if peers:
+            print_ratios(own[0], peers)
+        for count, (computed, sent) in ours.computed.items():
+            if count in CONCURRENT:
+                print(f"{count} requests: {sent:,} prompt tokens sent, {computed:,} computed for each adapter set.\n")
+        for name, engine in (("float32", ours), ("products in bfloat16", rounded)):
+            gaps = sorted(engine.differences)
+            print(
+                f"Logprobs, {name}: {len(gaps):,} tokens differ from the trainer's by {gaps[-1]:.1g} at most, "
+                f"{median(gaps):.1g} in the median.\n"
+            )
+    print(f"Load at the end {os.getloadavg()[0]:.1f}.")
+
+
+if __name__ == "__main__":
+    main()
