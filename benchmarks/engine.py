@@ -84,17 +84,17 @@ class Ours:
     policy: Policy
     scheduler: Scheduler
     url: str
-    computed: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """For each number of requests, prompt tokens computed in one round, and sent."""
+    computed: dict[tuple[str, int], int] = field(default_factory=dict)
+    """Prompt tokens computed in the last round, by the contestant's name and the number of requests."""
     differences: list[float] = field(default_factory=list)
 
     def contestant(self, name: str, models: Sequence[str]) -> Contestant:
-        return Contestant(name, lambda prompts: self._sample(prompts, models))
+        return Contestant(name, lambda prompts: self._sample(name, prompts, models))
 
-    def _sample(self, prompts: Prompts, models: Sequence[str]) -> list[Answer]:
+    def _sample(self, name: str, prompts: Prompts, models: Sequence[str]) -> list[Answer]:
         before = self.scheduler.prompt_tokens_computed
         answers = over_http(self.url, prompts, models)
-        self.computed[len(prompts)] = (self.scheduler.prompt_tokens_computed - before, sum(map(len, prompts)))
+        self.computed[name, len(prompts)] = self.scheduler.prompt_tokens_computed - before
         return answers
 
     def compare(self, prompts: Prompts, answers: Sequence[Answer], models: Sequence[str]) -> None:
@@ -247,9 +247,10 @@ def main() -> None:
         print_table([*own, *peers])
         if peers:
             print_ratios(own[0], peers)
-        for count, (computed, sent) in ours.computed.items():
+        for (name, count), computed in ours.computed.items():
             if count in CONCURRENT:
-                print(f"{count} requests: {sent:,} prompt tokens sent, {computed:,} computed for each adapter set.\n")
+                sent = count * (SHARED + OWN)
+                print(f"{name}, {count} requests: {computed:,} of {sent:,} prompt tokens were computed.\n")
         for name, engine in (("float32", ours), ("products in bfloat16", rounded)):
             gaps = sorted(engine.differences)
             print(
