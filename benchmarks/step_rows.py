@@ -100,6 +100,8 @@ class Measured:
     """What a process says of its steps."""
 
     seconds: list[float]
+    cpu_seconds: list[float]
+    """Of all threads: what counts where other work ran beside it."""
     grad_norm: float
     sgemm: float
     """FLOP/s."""

@@ -7,12 +7,14 @@ layers of SmolLM2-135M, float32). Every way has a process of its own, one after 
 peak memory, the model included. The norm of the gradient shows that all have computed the same.
 
 - a: 8 rollouts of one 512-token prompt, 48 tokens each
-- b: the same with 4 answers each, 64 tokens of a tool between them; TRL has a row for each answer, 4 rows in a batch
+- b: the same with 4 answers each, 64 tokens of a tool between them; TRL has a row for each answer, 4 rows in a
+  batch, all padded alike: one batch of the eight is measured
 - c: 8 different prompts of 64 tokens, 128 tokens each: nothing is shared
 """
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
@@ -47,13 +49,13 @@ class Way:
     tokens: int = 4096
     is_padded: bool = False
     trl_rows: int = 0
+    trl_batches: int = 1
+    """How many of its batches TRL takes; where there are more, its time is multiplied."""
 
     def measure(self, shape: str, rounds: int) -> Measured:
         if self.trl_rows:
             python, module = python_with("trl", f"trl=={TRL}"), "benchmarks.trl_step"
-            # A step of TRL over several batches takes minutes.
-            rounds = rounds if self.trl_rows >= len(rollouts(SHAPES[shape])) else 1
-            arguments = [shape, str(model_folder("smollm2")), str(self.trl_rows), str(rounds)]
+            arguments = [shape, str(model_folder("smollm2")), str(self.trl_rows), str(rounds), str(self.trl_batches)]
         else:
             python, module = Path(sys.executable), "benchmarks.trainer"
             arguments = ["--measure", self.name, "--rounds", str(rounds), shape]
@@ -63,7 +65,11 @@ class Way:
 
 WAYS = {
     "a": [Way("agl, packed"), Way("agl, padded rows", is_padded=True), Way(f"TRL {TRL}", trl_rows=8)],
-    "b": [Way("agl, packed"), Way("agl, packed, 1024 tokens at once", tokens=1024), Way(f"TRL {TRL}", trl_rows=4)],
+    "b": [
+        Way("agl, packed"),
+        Way("agl, packed, 1024 tokens at once", tokens=1024),
+        Way(f"TRL {TRL}, one of 8 batches, times 8", trl_rows=4),
+    ],
     "c": [Way("agl, packed"), Way("agl, padded rows", is_padded=True), Way(f"TRL {TRL}", trl_rows=8)],
 }
 
@@ -75,18 +81,19 @@ def measure(shape: Shape, way: Way, rounds: int) -> Measured:
     policy = Policy(model, tokenizer, {_ROLE: RoleConfig()}, base_name="smollm2", seed=0, packs=not way.is_padded)
     optimizer = torch.optim.AdamW(policy.parameters(_ROLE), lr=2e-4, weight_decay=0.0)
     draw_adapter(model)
-    rows, seconds, norm, sgemm = _rows(shape, policy), [], 0.0, 0.0
+    rows, seconds, cpu_seconds, norm, sgemm = _rows(shape, policy), [], [], 0.0, 0.0
     for number in range(rounds + 1):  # the first warms up
         draw_adapter(model)
         sgemm = sgemm or sgemm_flops()
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         update = update_role(
             policy, _ROLE, optimizer, rows, Objective(LossOptions(epsilon=1e9)), pack_tokens=way.tokens, max_grad_norm=1
         )
         norm = update.metrics["grad_norm"]
         if number:
             seconds.append(time.perf_counter() - started)
-    return Measured(seconds, norm, sgemm, peak_mb())
+            cpu_seconds.append(time.process_time() - cpu_started)
+    return Measured(seconds, cpu_seconds, norm, sgemm, peak_mb())
 
 
 def _rows(shape: Shape, policy: Policy) -> list[SampledRow]:
@@ -119,8 +126,8 @@ def needed_flops(shape: Shape) -> float:
 
 
 def table(shape: str, rounds: int) -> None:
-    print("| rows | way | s a step | of TRL | peak GB | of TRL | FLOP/s of sgemm | gradient |")
-    print("|---|---|---:|---:|---:|---:|---:|---:|")
+    print("| rows | way | s a step | of TRL | CPU s | of TRL | peak GB | of TRL | FLOP/s of sgemm | gradient |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     found = [(way, way.measure(shape, rounds)) for way in reversed(WAYS[shape])]
     base = next(measured for way, measured in found if way.trl_rows)
     for way, measured in reversed(found):
@@ -135,10 +142,12 @@ def _line(shape: str, way: Way, measured: Measured, base: Measured) -> str:
         way.name,
         f"{seconds:.2f}",
         f"1/{median(base.seconds) / seconds:.1f}",
+        f"{median(measured.cpu_seconds):.1f}",
+        f"1/{median(base.cpu_seconds) / median(measured.cpu_seconds):.1f}",
         f"{measured.peak_mb / 1024:.2f}",
         f"1/{base.peak_mb / measured.peak_mb:.1f}",
         f"{achieved:.0%} of {measured.sgemm / 1e9:.0f} G",
-        f"{measured.grad_norm:.5f}",
+        "" if math.isnan(measured.grad_norm) else f"{measured.grad_norm:.5f}",
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -1,10 +1,11 @@
 """The training step of TRL's GRPOTrainer over the rows of a shape; `benchmarks.trainer` runs it where TRL is installed.
 
 The trainer's own `training_step` is called with what its `_generate_and_score_completions` would have made of the same
-rollouts: one row for each answer. Gradient checkpointing, which TRL switches on, is off: a step is faster without it,
-and takes more memory.
+rollouts: one row for each answer. All batches of a step are equally large, so some may stand for all. Gradient
+checkpointing, which TRL switches on, is off: a step is faster without it, and takes more memory.
 """
 
+import math
 import sys
 import tempfile
 import time
@@ -75,23 +76,26 @@ def _batch(rows: list[tuple[list[int], list[int], float]], longest: int) -> Batc
 
 
 def main() -> None:
-    name, folder, size, steps = sys.argv[1:]
+    name, folder, size, steps, measured = sys.argv[1:]
     parts = batches(SHAPES[name], int(size))
     made = trainer(folder, int(size), len(parts))
+    whole = len(parts) / int(measured)
+    parts = parts[: int(measured)]
     model = made.model_wrapped
-    made.training_step(model, parts[0], None)
+    made.training_step(model, {name: tensor[:1] for name, tensor in parts[0].items() if tensor.dim()}, None)
     made.optimizer.zero_grad()
-    sgemm, seconds, norm = sgemm_flops(), [], 0.0
+    sgemm, seconds, cpu_seconds, norm = sgemm_flops(), [], [], 0.0
     for _ in range(int(steps)):
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         for part in parts:
             made.training_step(model, part, None)
         norm = float(made.accelerator.clip_grad_norm_(model.parameters(), 1.0))
         made.optimizer.step()
         made.optimizer.zero_grad()
-        seconds.append(time.perf_counter() - started)
+        seconds.append((time.perf_counter() - started) * whole)
+        cpu_seconds.append((time.process_time() - cpu_started) * whole)
         draw_adapter(model)
-    Measured(seconds, norm, sgemm, peak_mb()).say()
+    Measured(seconds, cpu_seconds, norm if whole == 1 else math.nan, sgemm, peak_mb()).say()
 
 
 if __name__ == "__main__":
