@@ -61,15 +61,25 @@ def trained_span(
 
 
 def collect_trained(spans: Iterable[Span]) -> dict[str, list[Trained]]:
-    """What steps did with each call, by the call's span id, in the order in which they did it."""
+    """What steps did with each call, by the call's span id: one training after the other, each in order of its steps.
+
+    Not by the clock within a training: a step that is done again after a crash is not written anew.
+    """
+    told = [(span, word) for span in spans if (word := _read(span))]
+    started: dict[str | None, int] = {}
+    for span, (_, word) in told:
+        started[word.run] = min(span.start_ns, started.get(word.run, span.start_ns))
     found: dict[str, list[Trained]] = {}
-    for span in sorted(spans, key=lambda span: span.start_ns):
-        call_id, step = span.text(semconv.TRAINED_CALL), read_number(span, semconv.TRAINED_STEP)
-        if span.name == semconv.SPAN_TRAINED and call_id and step is not None:
-            advantage, weight = (
-                read_number(span, name) for name in (semconv.TRAINED_ADVANTAGE, semconv.TRAINED_WEIGHT)
-            )
-            reason = span.text(semconv.TRAINED_REASON)
-            made = Trained(int(step), advantage, reason, weight, span.text(semconv.TRAINED_RUN))
-            found.setdefault(call_id, []).append(made)
+    for _, (call_id, word) in sorted(told, key=lambda one: (started[one[1][1].run], one[1][1].step)):
+        found.setdefault(call_id, []).append(word)
     return found
+
+
+def _read(span: Span) -> tuple[str, Trained] | None:
+    """The call's span id and the word on it; None for other spans."""
+    call_id, step = span.text(semconv.TRAINED_CALL), read_number(span, semconv.TRAINED_STEP)
+    if span.name != semconv.SPAN_TRAINED or not call_id or step is None:
+        return None
+    advantage, weight = (read_number(span, name) for name in (semconv.TRAINED_ADVANTAGE, semconv.TRAINED_WEIGHT))
+    reason, run = span.text(semconv.TRAINED_REASON), span.text(semconv.TRAINED_RUN)
+    return call_id, Trained(int(step), advantage, reason, weight, run)
