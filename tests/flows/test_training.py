@@ -561,15 +561,6 @@ def test_a_trainer_works_only_while_it_is_open(tmp_path: Path) -> None:
 
 # --- several devices ------------------------------------------------------------------------------------------------
 
-TRAIN_IN_FLOAT32 = """
-import sys
-from agl.cli import main
-from agl_trainer import session
-session.use_bfloat16_products = lambda model: None
-sys.exit(main(["train", sys.argv[1]]))
-"""
-"""`agl train`, without the rounding of a CPU that multiplies in bfloat16: it would hide what is compared here."""
-
 
 def test_torchrun_trains_with_the_same_configuration_to_the_same_adapters(tmp_path: Path) -> None:
     found = []
@@ -580,7 +571,7 @@ def test_torchrun_trains_with_the_same_configuration_to_the_same_adapters(tmp_pa
         path.write_text(config_in(folder, steps=1, groups_per_step=2, deterministic=True, seed=3).to_yaml())
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
         launcher = [*torchrun, "--nproc-per-node", "2"] if devices > 1 else []
-        command = [*launcher, sys.executable, "-c", TRAIN_IN_FLOAT32, str(path)]
+        command = [*launcher, str(Path(sys.executable).with_name("agl")), "train", str(path)]
         done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=240)
         assert done.stdout.count("adapters:") == 1
         found.append((metrics_of(folder)[-1], load_file(folder / "run/adapters/solver@1/adapter_model.safetensors")))

@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
 
+from agl.config import Config
 from agl.errors import ConfigError
 from agl_trainer.models import check_sampled, check_trainable, model_folder
+from agl_trainer.session import open_policy
 from tests.trainer.small_model import small_model
 
 
@@ -43,3 +45,16 @@ def test_an_output_layer_that_does_more_is_refused() -> None:
     biased.lm_head = torch.nn.Linear(24, 400)
     with pytest.raises(ConfigError, match=r"lm_head.bias"):
         check_trainable(biased)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_frozen_weights_are_rounded_only_where_that_is_asked_for_and_the_cpu_can(
+    bf16: bool, tmp_path: Path
+) -> None:
+    toy = {"agent": "tests.flows.toy_agent:answer", "tasks": "tests.flows.toy_agent:tasks"}
+    train = {"model": "tiny", "bf16": bf16, "output_dir": str(tmp_path), **toy}
+    policy = open_policy(Config.parse({"agent_roles": {"solver": {}}, "train": train}))
+    layers = [module for module in policy._body.modules() if isinstance(module, torch.nn.Linear)]
+    frozen = {layer.weight.dtype for layer in layers if not layer.weight.requires_grad}
+    rounds = bf16 and any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    assert frozen == {torch.bfloat16 if rounds else torch.float32}

@@ -403,6 +403,8 @@ class TrainConfig(LossConfig):
     """Run the rollouts of the next steps while this one trains, up to `max_staleness` steps ahead."""
     engine_retries: Annotated[int, Field(ge=0)] = 2
     """How often a rollout is run again whose engine failed."""
+    bf16: bool = False
+    """Multiply with the frozen weights in bfloat16 where a CPU does that in hardware; a GPU always does."""
     seed: int = 0
     deterministic: bool = False
     """One agent and one sequence at a time, so that the same seed gives bitwise the same adapters."""

@@ -144,7 +144,8 @@ def open_policy(config: Config, *, samples: bool = False) -> Policy:
     packs = takes_trie(model)
     if samples:
         check_sampled(model.config, config.engine.max_model_len, packs=packs)
-    use_bfloat16_products(model)
+    if train.bf16:
+        use_bfloat16_products(model)
     name = Path(train.model).name
     return Policy(model, tokenizer, config.agent_roles.roles, base_name=name, seed=train.seed, packs=packs)
 
