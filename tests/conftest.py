@@ -1,5 +1,7 @@
 """Finished spans in memory, for the tests of every package."""
 
+import signal
+
 import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
@@ -7,6 +9,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from agl.context import RolloutProcessor
+
+# A shell lets what it runs in the background ignore Ctrl-C, and what that starts with it; several tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
