@@ -27,9 +27,9 @@ def test_pass_at_k_is_the_share_of_subsets_that_hold_a_solution(samples: int, so
 def test_a_task_is_the_mean_of_its_rollouts_and_a_failed_one_counts_0() -> None:
     scores = [TaskScore(1.0, {"goal": 1.0, "form": 0.5}), None, TaskScore(0.5, {"goal": 0.0, "form": 1.0})]
     found = task_score(scores, ["goal", "form"], Sampling(3, pass_at=(1, 2), success=0.9))
-    assert found.reward == pytest.approx(0.5)
+    assert found.reward == pytest.approx(0.5) and found.failed == 1
     assert found.parts == pytest.approx({"goal": 1 / 3, "form": 0.5, "pass@1": 1 / 3, "pass@2": 2 / 3})
-    assert task_score([None], ["goal"], Sampling()) == TaskScore(0.0, {"goal": 0.0})
+    assert task_score([None], ["goal"], Sampling()) == TaskScore(0.0, {"goal": 0.0}, failed=1)
 
 
 def test_rewards_of_roles_are_parts() -> None:

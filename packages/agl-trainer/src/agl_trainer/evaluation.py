@@ -39,6 +39,8 @@ class TaskScore:
 
     reward: float
     parts: Mapping[str, float] = field(default_factory=dict)
+    failed: int = 0
+    """Rollouts that came to no end, by an error or out of time, and count 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,11 @@ class EvalResult:
     def parts(self) -> list[str]:
         """Reward parts in the order in which they were first given."""
         return list(dict.fromkeys(part for score in self.tasks.values() for part in score.parts))
+
+    @property
+    def failed(self) -> int:
+        """Rollouts that count 0 since they failed."""
+        return sum(score.failed for score in self.tasks.values())
 
     def scores(self, part: str | None = None) -> dict[str, float]:
         """Task id to its reward, or to one part of it for the tasks that have this part."""
@@ -119,7 +126,13 @@ def comparison_table(results: Sequence[EvalResult]) -> str:
     parts = list(dict.fromkeys(part for result in results for part in result.parts))
     header = ["", *(result.label for result in results), *(f"{b.label} - {a.label}" for a, b in pairwise(results))]
     rows = [[part or "reward", *_cells(results, part, total)] for part in (None, *parts)]
-    return f"{_align([header, *rows])}\nmean over {total} tasks, 95 % bootstrap intervals; differences paired by task"
+    failures = [
+        f"\n{result.label}: {result.failed} rollouts failed and count 0; the log says how each did"
+        for result in results
+        if result.failed
+    ]
+    conditions = f"mean over {total} tasks, 95 % bootstrap intervals; differences paired by task"
+    return f"{_align([header, *rows])}\n{conditions}{''.join(failures)}"
 
 
 def comparison_json(results: Sequence[EvalResult]) -> str:
@@ -127,7 +140,7 @@ def comparison_json(results: Sequence[EvalResult]) -> str:
     said: dict[str, dict[str, Any]] = {}
     for result in results:
         means = {part: result.mean(part) for part in result.parts}
-        said[result.label] = {"reward": result.mean(), "tasks": len(result.tasks)} | means
+        said[result.label] = {"reward": result.mean(), "tasks": len(result.tasks), "failed": result.failed} | means
     for before, after in pairwise(results):
         parts = [None, *(part for part in after.parts if before.scores(part).keys() & after.scores(part).keys())]
         said[f"{after.label} - {before.label}"] = {

@@ -55,12 +55,13 @@ def task_score(scores: Sequence[TaskScore | None], parts: Iterable[str], samplin
 
     A part that only some of the others have is a mean over these.
     """
-    made = [score or TaskScore(0.0, dict.fromkeys(parts, 0.0)) for score in scores]
+    made = [score or TaskScore(0.0, dict.fromkeys(parts, 0.0), failed=1) for score in scores]
     names = dict.fromkeys(name for score in made for name in score.parts)
     means = {name: _mean([score.parts[name] for score in made if name in score.parts]) for name in names}
     solved = sum(score is not None and score.reward >= sampling.success for score in scores)
     passes = {f"pass@{k}": pass_at_k(len(made), solved, k) for k in sampling.pass_at}
-    return TaskScore(_mean([score.reward for score in made]), means | passes)
+    failed = sum(score.failed for score in made)
+    return TaskScore(_mean([score.reward for score in made]), means | passes, failed)
 
 
 def pass_at_k(samples: int, solved: int, k: int) -> float:
