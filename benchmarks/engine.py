@@ -102,7 +102,7 @@ class Ours:
         for model in models:
             asked = range(list(models).index(model), len(prompts), len(models))
             rows = [_row(prompts[i], answers[i]) for i in asked]
-            with torch.no_grad():
+            with self.scheduler.paused(), torch.no_grad():
                 found = row_logprobs(self.policy, BASE if model == MODEL else model, rows)
             told = torch.cat([torch.tensor(answers[i].logprobs) for i in asked])
             self.differences += (found.logprobs[found.mask] - told).abs().tolist()

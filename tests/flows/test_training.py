@@ -362,14 +362,14 @@ def test_an_engine_that_dies_is_started_again_and_its_rollouts_run_again(
     trainer = Trainer(config_in(tmp_path, steps=1))
     with trainer.open():
         policy = trainer.session.policy
-        sound, deaths = policy.hidden_states, [SystemExit()]
+        sound, deaths = policy.sampled_states, [SystemExit()]
 
         def deadly(*arguments: Any) -> torch.Tensor:
             if deaths:
                 raise deaths.pop()
             return sound(*arguments)
 
-        monkeypatch.setattr(policy, "hidden_states", deadly)
+        monkeypatch.setattr(policy, "sampled_states", deadly)
         trainer.grpo()
     (metrics,) = metrics_of(tmp_path)
     lost = int(metrics["rollouts/failed"])

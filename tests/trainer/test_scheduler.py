@@ -121,13 +121,13 @@ async def test_prompts_in_use_outlive_a_full_cache_and_no_others(
 
 async def test_a_known_prompt_is_not_computed_again(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[int] = []
-    through = policy.hidden_states
+    through = policy.sampled_states
 
     def counted(tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
         computed.append(len(tokens))
         return through(tokens, *rest)
 
-    monkeypatch.setattr(policy, "hidden_states", counted)
+    monkeypatch.setattr(policy, "sampled_states", counted)
     async with engine(policy) as scheduler:
         for prompt in (LONG, LONG, [*LONG[:40], 4, 5]):
             await collect(scheduler.submit(prompt, "writer", greedy(2)))
@@ -324,6 +324,24 @@ async def test_a_version_is_that_of_admission(policy: Policy) -> None:
 # --- failing --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("at_once", "wakes"), [(False, [1, 1, 1, 1]), (True, [4])])
+async def test_a_caller_that_wants_all_at_once_sleeps_until_the_end(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, at_once: bool, wakes: list[int]
+) -> None:
+    arrived: list[int] = []
+    through = scheduler_module._put_all
+
+    def count(batch: Any) -> None:
+        arrived.extend(len(item) for _, item in batch if item)
+        through(batch)
+
+    monkeypatch.setattr(scheduler_module, "_put_all", count)
+    async with engine(policy) as scheduler:
+        found = await answer(scheduler.submit([7, 8], "writer", greedy(4, at_once=at_once)))
+    assert found == plain_answer(policy, "writer", [7, 8], 4)
+    assert arrived == wakes
+
+
 async def test_an_error_reaches_every_caller_and_the_engine_goes_on(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,7 +350,7 @@ async def test_an_error_reaches_every_caller_and_the_engine_goes_on(
         waiting = scheduler.submit(LONG, "writer", greedy(2))
         await first_tokens(running, 1)
         with monkeypatch.context() as broken:
-            broken.setattr(policy, "hidden_states", lambda *_: 1 / 0)
+            broken.setattr(policy, "sampled_states", lambda *_: 1 / 0)
             for generation in (running, waiting):
                 with pytest.raises(EngineError, match="sampling failed: ZeroDivisionError: division by zero"):
                     await collect(generation)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from agl_trainer.kernels import Part, Scores, kernel_for
+from agl_trainer.kernels import Part, Scores, join, kernel_for
 from agl_trainer.tree import PackedRows, Segment
 
 NAME = "agl_tree"
@@ -58,34 +58,6 @@ def _forward(
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, _forward)
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Keys and values [Hkv, S, D] that the queries [start, stop) see; causally by the first S of them if `causal`."""
-
-    start: int
-    stop: int
-    key: Tensor
-    value: Tensor
-    causal: bool
-
-
-def attend_blocks(query: Tensor, blocks: Sequence[Block], scale: float) -> tuple[Tensor, Tensor]:
-    """Output [Hkv, N, G, D] and log-sum-exp [Hkv, N, G] of `query` over all its blocks.
-
-    A query that no block covers gets 0 and -inf.
-    """
-    scored = [(block, _scores(query, block, scale)) for block in blocks]
-    normaliser = torch.full(query.shape[:3], -torch.inf, dtype=query.dtype, device=query.device)
-    for block, scores in scored:
-        seen = normaliser[:, block.start : block.stop]
-        torch.logaddexp(seen, scores.logsumexp(-1), out=seen)
-    out = torch.zeros_like(query)
-    for block, scores in scored:
-        weights = scores.sub_(normaliser[:, block.start : block.stop, :, None]).exp_()
-        _rows(out, block).baddbmm_(weights.flatten(1, 2), block.value)
-    return out, normaliser
 
 
 class Prefix(Protocol):
@@ -135,8 +107,7 @@ class _TreeAttention(torch.autograd.Function):
         for part in _parts(rows.segments, start):
             seen = (slice(None), slice(None), _behind(part.queries, start))
             own, own_normaliser = kernel.forward(part, query[seen], key[:, part.keys], value[:, part.keys])
-            out[seen].lerp_(own, torch.sigmoid(own_normaliser - normaliser[seen]).to(own)[..., None])
-            torch.logaddexp(normaliser[seen], own_normaliser, out=normaliser[seen])
+            join(out[seen], normaliser[seen], own, own_normaliser)
         ctx.save_for_backward(query, key, value, out, normaliser)
         ctx.rows, ctx.start, ctx.kernel = rows, start, kernel
         return out
@@ -176,19 +147,3 @@ def _parts(segments: Sequence[Segment], start: int) -> Iterator[Part]:
 
 def _behind(places: slice, start: int) -> slice:
     return slice(places.start - start, places.stop - start)
-
-
-def _scores(query: Tensor, block: Block, scale: float) -> Tensor:
-    """Scaled scores [Hkv, Q, G, S], -inf where a causal block hides the key."""
-    length = block.key.shape[1]
-    scores = (_rows(query, block) @ block.key.mT).mul_(scale).view(len(query), block.stop - block.start, -1, length)
-    if block.causal and length > 1:
-        future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu_(1)
-        scores[:, :length].masked_fill_(future[:, None], -torch.inf)
-    return scores
-
-
-def _rows(tensor: Tensor, block: Block) -> Tensor:
-    """View [Hkv, Q * G, D] of the tokens that see `block`."""
-    heads, _, _, width = tensor.shape
-    return tensor[:, block.start : block.stop].view(heads, -1, width)

@@ -50,6 +50,33 @@ def kernel_for(scores: Scores, positions: Tensor) -> Kernel:
     return FlashKernel(scores.scale) if is_plain and positions.device.type == "cpu" else PlainKernel(scores, positions)
 
 
+def attend_rows(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, is_causal: bool = False, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Output [B, H, Q, D] and log-sum-exp [B, H, Q] of query [B, H, Q, D] on key and value [B, H, S, D].
+
+    `mask` [B, 1, Q, S] is added to the scores; `is_causal`: of Q = S tokens each sees those up to itself.
+    """
+    if query.device.type == "cpu":
+        out, normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
+        )
+        return out, normaliser.view(query.shape[:3])
+    scores = (query @ key.mT).float().mul_(scale)
+    if is_causal:
+        scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).triu_(1), -torch.inf)
+    if mask is not None:
+        scores.add_(mask)
+    normaliser = scores.logsumexp(-1)
+    return scores.sub_(normaliser[..., None]).exp_().to(value) @ value, normaliser
+
+
+def join(out: Tensor, normaliser: Tensor, part: Tensor, part_normaliser: Tensor) -> None:
+    """Take another part of an attention into `out` [..., D] and its log-sum-exp [...], in place."""
+    out.lerp_(part, torch.sigmoid(part_normaliser - normaliser).to(part)[..., None])
+    torch.logaddexp(normaliser, part_normaliser, out=normaliser)
+
+
 @dataclass(frozen=True, slots=True)
 class FlashKernel:
     """torch's own for CPUs, which never holds all scores."""
@@ -57,10 +84,8 @@ class FlashKernel:
     scale: float
 
     def forward(self, part: Part, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        out, normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, _of_heads(key, query), _of_heads(value, query), 0.0, part.is_causal, scale=self.scale
-        )
-        return out, normaliser.view(query.shape[:3])
+        heads = _of_heads(key, query), _of_heads(value, query)
+        return attend_rows(query, *heads, self.scale, is_causal=part.is_causal)
 
     def backward(
         self, part: Part, query: Tensor, key: Tensor, value: Tensor, grad: Tensor, out: Tensor, normaliser: Tensor

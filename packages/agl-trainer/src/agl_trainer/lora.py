@@ -6,9 +6,8 @@ layer. Here the tokens of one adapter stand side by side, so a layer is three ma
     y = W x + scaling * B (A x)        (LoRA, arXiv 2106.09685, section 4.1)
 """
 
-import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -51,15 +50,42 @@ class _Delta:
         out.addmm_(inner, self.up.T.to(out.dtype), alpha=self.scaling)
 
 
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """A linear layer, and what each adapter adds to it."""
+
+    base: FrozenProduct
+    deltas: Mapping[str, _Delta] = field(default_factory=dict)
+    routing: Routing = field(default_factory=Routing)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., out] for `x` [..., in]."""
+        rows = x.flatten(0, -2)
+        # The base may be kept in fewer bits than the residual stream.
+        out = self.base(rows.to(self.base.weight.dtype)).to(x.dtype)
+        self.add_deltas(out, rows)
+        return out.view(*x.shape[:-1], -1)
+
+    def add_deltas(self, out: Tensor, x: Tensor) -> None:
+        """In place, to `out` [N, out] for `x` [N, in], what the adapter of each row adds."""
+        start = 0
+        for adapter, count in self.routing.runs:
+            run = slice(start, start + count)
+            if adapter != BASE and count == len(out):
+                self.deltas[adapter].add_to(out, x)  # of a view the backward pass would copy gradients
+            elif adapter != BASE:
+                self.deltas[adapter].add_to(out[run], x[run])
+            start += count
+
+
 def route_layers(model: PeftModel, routing: Routing) -> None:
-    """Let every LoRA layer of `model`, which has all its adapters, follow `routing`.
+    """Let every LoRA layer of `model`, which has all its adapters, follow `routing`: its `forward` is a `Routed`.
 
     Raises TrainingError for a layer that is not a plain Linear.
     """
     for name, module in model.named_modules():
         if isinstance(module, Linear):
-            base = _product(module.get_base_layer())
-            module.forward = functools.partial(_forward, base, _deltas(module), routing)
+            module.forward = Routed(_product(module.get_base_layer()), _deltas(module), routing)
         elif isinstance(module, LoraLayer):
             raise TrainingError(f"layer {name} is a {type(module).__name__}; only LoRA on linear layers is supported")
 
@@ -78,19 +104,3 @@ def _deltas(layer: Linear) -> dict[str, _Delta]:
         )
         for adapter in layer.lora_A
     }
-
-
-def _forward(base: FrozenProduct, deltas: Mapping[str, _Delta], routing: Routing, x: Tensor) -> Tensor:
-    """[..., out] for `x` [..., in]."""
-    rows = x.flatten(0, -2)
-    # The base may be kept in fewer bits than the residual stream.
-    out = base(rows.to(base.weight.dtype)).to(x.dtype)
-    start = 0
-    for adapter, count in routing.runs:
-        run = slice(start, start + count)
-        if adapter != BASE and count == len(out):
-            deltas[adapter].add_to(out, rows)  # of a view the backward pass would copy gradients
-        elif adapter != BASE:
-            deltas[adapter].add_to(out[run], rows[run])
-        start += count
-    return out.view(*x.shape[:-1], -1)

@@ -1,9 +1,11 @@
 """Products with the frozen weights of the base model, in the layout that this processor's kernels read fastest.
 
 A product of few rows with a plain weight spends most of its time on bringing the weight into the kernel's layout. On
-CPUs each weight is therefore kept a second time in that layout, made when it is first needed: by sampling, and by
-whatever else runs without gradients. Half the time of 8 rows in float32, and three quarters of it with 32.
+CPUs each weight is therefore kept a second time in that layout, made when sampling first needs it. Half the time of 8
+rows in float32, and three quarters of it with 32.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,23 +14,47 @@ _ROWS = 32
 """For which number of rows a layout is chosen; it serves any."""
 
 
+class PackedProduct:
+    """x W^T + bias without gradients, for the rows of several weights [out, in] at once."""
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+        """Raises no error: `has_packed_kernel` has to hold for each weight."""
+        self._dtype = weights[0].dtype
+        whole = torch.cat([weight.detach() for weight in weights])
+        self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(whole, _ROWS)
+        self._bias = _joined(weights, biases)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., sum of out] for `x` [..., in], which may be of another precision."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(self._dtype), self._packed, self._bias, "none", [], "")
+        return out.to(x.dtype)
+
+
 class FrozenProduct:
     """x W^T + bias for a weight [out, in] that never changes."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = weight
-        self._bias = bias
-        self._packed: Tensor | None = None
+        self.bias = bias
+        self._packed: PackedProduct | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., out] for `x` [..., in]; differentiable in `x`."""
-        if torch.is_grad_enabled() or not _has_packed_kernel(self.weight):
-            return torch.nn.functional.linear(x, self.weight, self._bias)
+        if not torch.is_inference_mode_enabled() or not has_packed_kernel(self.weight):
+            return torch.nn.functional.linear(x, self.weight, self.bias)
         if self._packed is None:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), _ROWS)
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+            self._packed = PackedProduct([self.weight], [self.bias])
+        return self._packed(x)
 
 
-def _has_packed_kernel(weight: Tensor) -> bool:
+def has_packed_kernel(weight: Tensor) -> bool:
+    """Whether products with `weight` can be packed where it is."""
     kernels = torch.backends.mkldnn.is_available() and weight.device.type == "cpu"
     return kernels and weight.dtype in (torch.float32, torch.bfloat16)
+
+
+def _joined(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
+    if all(bias is None for bias in biases):
+        return None
+    pairs = zip(weights, biases, strict=True)
+    return torch.cat([weight.new_zeros(len(weight)) if bias is None else bias.detach() for weight, bias in pairs])

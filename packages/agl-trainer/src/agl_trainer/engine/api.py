@@ -171,6 +171,7 @@ class _Api:
             seed=None if asked.seed is None else asked.seed + number,
             stop_token_ids=self._template.stop_token_ids | special,
             top_logprobs=asked.alternatives,
+            at_once=not asked.stream and not stops,
         )
         generation = self._sampler.submit(prompt_ids, asked.model or self._served_name, params)
         return Choice(index, prompt_ids, generation, self._tokenizer, stops, params.stop_token_ids)

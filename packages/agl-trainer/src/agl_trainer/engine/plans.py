@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agl_trainer.attention import Block, attend_blocks
 from agl_trainer.engine.kv import PrefixNode, PrefixTree, Slab
-from agl_trainer.kernels import Scores
+from agl_trainer.kernels import Scores, attend_rows, join
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +32,22 @@ class PrefillPlan:
                 self._visit(adapter, child)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        blocks = []
+        out = torch.zeros_like(query)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        normaliser = torch.full(query.shape[:3], -torch.inf, dtype=dtype, device=query.device)
         for seen in self._seen:
-            kept_key, kept_value = seen.node.kv[layer]
             if seen.node.pending:
                 own = slice(seen.start, seen.start + len(seen.node.tokens))
+                kept_key, kept_value = seen.node.kv[layer]
                 kept_key.copy_(key[:, own])
                 kept_value.copy_(value[:, own])
-            blocks.append(Block(seen.start, seen.stop, kept_key, kept_value, causal=seen.node.pending))
-        return attend_blocks(query, blocks, scores.scale)[0]
+                found = _attend_itself(query[:, own], seen.node.kv[layer], scores.scale)
+                join(out[:, own], normaliser[:, own], *found)
+            below = slice(seen.start + len(seen.node.tokens) * seen.node.pending, seen.stop)
+            if below.start < below.stop:
+                found = _attend_node(query[:, below], seen.node.kv[layer], scores.scale)
+                join(out[:, below], normaliser[:, below], *found)
+        return out
 
     def finish(self) -> None:
         """Call after the pass: what was pending is now kept."""
@@ -64,9 +70,8 @@ class PrefillPlan:
 class DecodePlan:
     """One new token for each of N sequences: shared prompt prefixes in the trees, the rest in the slab.
 
-    Sequences come in an order in which those that share a prefix stand side by side (`order`). The scores of a shared
-    run are one product for all that share it. All scores of a token stand in one row, first those of its prefix, then
-    those of its slot, so that one softmax takes them.
+    Sequences come in an order in which those that share a prefix stand side by side (`order`). A shared run is read
+    once for all that share it, and joined with what each has in its slot.
     """
 
     def __init__(self, anchors: Sequence[PrefixNode], slots: Sequence[int], slab: Slab) -> None:
@@ -76,10 +81,8 @@ class DecodePlan:
         self._in_slot = self._slots.argsort()
         """The sequence in each slot."""
         self._seen = _runs([anchor.path() for anchor in anchors])
-        self._prefix = max(seen.node.depth + len(seen.node.tokens) for seen in self._seen) if self._seen else 0
         self._kept = self._slots
         self._hidden = torch.zeros(0)
-        self._rows = torch.zeros(0)
         self._length = 0
 
     def feed(self, kept: Sequence[int]) -> None:
@@ -90,40 +93,39 @@ class DecodePlan:
         by_slot = self._kept[self._in_slot]
         hidden = torch.arange(self._length, device=by_slot.device) > by_slot[:, None]
         self._hidden = torch.zeros_like(hidden, dtype=self._slab.shape.dtype).masked_fill_(hidden, -torch.inf)
-        self._rows = torch.zeros(0)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        out, normaliser = self._attend_slots(layer, query, key, value, scores.scale)
+        for seen in self._seen:
+            run = slice(seen.start, seen.stop)
+            join(out[:, run], normaliser[:, run], *_attend_node(query[:, run], seen.node.kv[layer], scores.scale))
+        return out
+
+    def _attend_slots(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """What each sequence makes of its slot, once its new token is there."""
         keys, values = self._slab.layers[layer]
         keys[self._slots, :, self._kept] = key.transpose(0, 1)
         values[self._slots, :, self._kept] = value.transpose(0, 1)
         held = slice(0, len(self._slots)), slice(None), slice(0, self._length)
-        query = query * scores.scale
-        rows = self._room(query)
-        for seen in self._seen:
-            node_keys = seen.node.kv[layer, 0]
-            scored = query[:, seen.start : seen.stop].flatten(1, 2) @ node_keys.mT
-            self._columns(rows, seen).copy_(scored.view(len(scored), -1, query.shape[2], len(seen.node.tokens)))
-        own = query.index_select(1, self._in_slot).transpose(0, 1) @ keys[held].mT
-        rows[..., self._prefix :] = own.add_(self._hidden[:, None, None]).index_select(0, self._slots).transpose(0, 1)
-        weights = rows.softmax(-1)
-        own = weights[..., self._prefix :].index_select(1, self._in_slot).transpose(0, 1) @ values[held]
-        out = own.transpose(0, 1).index_select(1, self._slots)
-        for seen in self._seen:
-            taken = self._columns(weights, seen).flatten(1, 2)
-            out[:, seen.start : seen.stop].view(len(out), -1, out.shape[3]).baddbmm_(taken, seen.node.kv[layer, 1])
-        return out
+        asked = query.transpose(0, 1).index_select(0, self._in_slot)
+        mask = self._hidden[:, None, None].expand(-1, 1, asked.shape[2], -1)
+        out, normaliser = attend_rows(asked, keys[held], values[held], scale, mask=mask)
+        return out.index_select(0, self._slots).transpose(0, 1), normaliser.index_select(0, self._slots).transpose(0, 1)
 
-    def _room(self, query: Tensor) -> Tensor:
-        """[Hkv, N, G, columns]; -inf for ever where a sequence has no shared prefix."""
-        if not len(self._rows):
-            shape = (*query.shape[:3], self._prefix + self._length)
-            self._rows = query.new_full(shape, -torch.inf)
-        return self._rows
 
-    def _columns(self, rows: Tensor, seen: _Seen) -> Tensor:
-        """View [Hkv, Q, G, S] of what the sequences of `seen` have for its node in `rows` [Hkv, N, G, columns]."""
-        start = seen.node.depth
-        return rows[:, seen.start : seen.stop, :, start : start + len(seen.node.tokens)]
+def _attend_node(query: Tensor, kv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output [Hkv, Q, G, D] and log-sum-exp [Hkv, Q, G] of queries [Hkv, Q, G, D] on all of a node [2, Hkv, S, D]."""
+    out, normaliser = attend_rows(query.flatten(1, 2)[None], kv[0][None], kv[1][None], scale)
+    return out.view(query.shape), normaliser.view(query.shape[:3])
+
+
+def _attend_itself(query: Tensor, kv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As `_attend_node` for the tokens of the node itself, which see each other causally."""
+    heads = [part[:, None].expand(-1, query.shape[2], -1, -1) for part in kv]
+    out, normaliser = attend_rows(query.transpose(1, 2), *heads, scale, is_causal=True)
+    return out.transpose(1, 2), normaliser.transpose(1, 2)
 
 
 def order(sequences: Sequence[tuple[str, PrefixNode]]) -> list[int]:

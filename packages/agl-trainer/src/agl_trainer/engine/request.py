@@ -30,7 +30,8 @@ class SamplingParams:
     """How to sample one sequence.
 
     `temperature` 0 is greedy. `seed` None samples from fresh randomness. `top_logprobs` is the number of
-    alternatives to report with each token.
+    alternatives to report with each token. `at_once`: the caller has no use for a token before the last, and gets all
+    with it, which leaves it asleep meanwhile.
     """
 
     max_tokens: int
@@ -39,6 +40,7 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: frozenset[int] = frozenset()
     top_logprobs: int = 0
+    at_once: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from agl_trainer.engine.request import (
 from agl_trainer.engine.sampling import sample
 from agl_trainer.lora import BASE
 from agl_trainer.policy import Policy
+from agl_trainer.threads import give_back_workers
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,10 @@ SHARED_RUN = 32
 SHARED_BY = 4
 """A run of fewer prompt tokens, or of fewer running sequences, is copied to each of them: a decoding step reads the
 copies at once and the shared runs one by one."""
+
+
+Arrival = list[SampledToken] | EngineError | None
+"""What a caller gets: some tokens, or why there will be none, or None at the end."""
 
 
 @dataclass(slots=True, eq=False)
@@ -65,7 +70,9 @@ class _Sequence:
     """Tokens in its slot."""
     next_token: int = -1
     sampled: int = 0
-    _arrived: asyncio.Queue[SampledToken | EngineError | None] = field(default_factory=asyncio.Queue)
+    held: list[SampledToken] = field(default_factory=list)
+    """Sampled, and not yet handed to the caller."""
+    _arrived: asyncio.Queue[Arrival] = field(default_factory=asyncio.Queue)
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -74,14 +81,21 @@ class _Sequence:
         while (item := await self._arrived.get()) is not None:
             if isinstance(item, EngineError):
                 raise item
-            yield item
+            for token in item:
+                yield token
 
-    def put(self, item: SampledToken | EngineError | None) -> None:
+    def put(self, item: Arrival) -> None:
         """Hand `item` to the caller; only on the caller's event loop."""
         self._arrived.put_nowait(item)
 
+    def hand_over(self) -> list[SampledToken]:
+        """What the caller has not got yet."""
+        given, self.held = self.held, []
+        return given
+
     def take(self, token: SampledToken) -> None:
         """Account for a new token."""
+        self.held.append(token)
         self.next_token = token.token_id
         self.kept += 1
         self.sampled += 1
@@ -116,6 +130,7 @@ class Scheduler:
         """Each kept prefix counts once, and the last token of every prompt."""
 
     def __enter__(self) -> "Scheduler":
+        give_back_workers()
         self._thread.start()
         return self
 
@@ -174,7 +189,8 @@ class Scheduler:
     def paused(self) -> Iterator[None]:
         """Wait for running sequences to end, then hold new ones back: the time to update weights.
 
-        Kept prompts are forgotten at the end, because their keys and values belong to the old weights.
+        The caller may compute meanwhile, and has no workers afterwards. Kept prompts are forgotten at the end, because
+        their keys and values belong to the old weights.
         """
         with self._wake:
             self._paused += 1
@@ -186,6 +202,7 @@ class Scheduler:
                 self._trees.clear()
                 self._paused -= 1
                 self._wake.notify()
+            give_back_workers()
 
     def _adapter(self, model: str) -> str:
         name, pinned, _ = model.partition("@")
@@ -217,6 +234,7 @@ class Scheduler:
                 if self._running or (self._waiting and not self._paused):
                     self._idle.clear()
                     return True
+                give_back_workers()
                 self._idle.set()
                 self._wake.wait()
             return False
@@ -265,7 +283,7 @@ class Scheduler:
     def _prefill(self) -> None:
         plan = PrefillPlan(list(self._trees.items()))
         if plan.tokens:
-            self._policy.hidden_states(torch.tensor(plan.tokens), torch.tensor(plan.positions), plan.adapters, plan)
+            self._policy.sampled_states(torch.tensor(plan.tokens), torch.tensor(plan.positions), plan.adapters, plan)
             plan.finish()
             self.prompt_tokens_computed += len(plan.tokens)
         for tree in self._trees.values():
@@ -283,20 +301,22 @@ class Scheduler:
         tokens = torch.tensor([sequence.next_token for sequence in running])
         positions = torch.tensor([len(sequence.prompt) - 1 + sequence.sampled for sequence in running])
         adapters = [sequence.adapter for sequence in running]
-        hidden = self._policy.hidden_states(tokens, positions, adapters, self._plan)
+        hidden = self._policy.sampled_states(tokens, positions, adapters, self._plan)
         logits = self._policy.logits(hidden)
         sampled = sample(logits, [s.params for s in running], [s.source for s in running])
         for sequence, token in zip(running, sampled, strict=True):
             sequence.take(token)
         self.tokens_sampled += len(sampled)
-        _deliver(list(zip(running, sampled, strict=True)))
+        due = [sequence for sequence in running if sequence.finish_reason or not sequence.params.at_once]
+        _deliver([(sequence, sequence.hand_over()) for sequence in due])
         self._drop([sequence for sequence in running if sequence.finish_reason])
 
     def _drop(self, ended: Sequence[_Sequence]) -> None:
         """Free the slots of `ended`; the last slots move into the holes, so that used slots stay the first ones."""
         for sequence in ended:
-            self._running.remove(sequence)
             self._trees[sequence.adapter].release(_held(sequence.leaf))
+        for sequence in sorted(ended, key=lambda sequence: -sequence.slot):  # so that none is moved that ends too
+            self._running.remove(sequence)
             last = max(self._running, key=lambda other: other.slot, default=None)
             if last is not None and last.slot > sequence.slot:
                 self._slab.move(last.slot, sequence.slot)
@@ -315,9 +335,9 @@ class Scheduler:
         _deliver([(sequence, error) for sequence in lost])
 
 
-def _deliver(items: Sequence[tuple[_Sequence, SampledToken | EngineError | None]]) -> None:
+def _deliver(items: Sequence[tuple[_Sequence, Arrival]]) -> None:
     """Hand items to their callers, one wake-up for each event loop."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Sequence, SampledToken | EngineError | None]]] = {}
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Sequence, Arrival]]] = {}
     for item in items:
         by_loop.setdefault(item[0].loop, []).append(item)
     for loop, batch in by_loop.items():
@@ -329,7 +349,7 @@ def _deliver(items: Sequence[tuple[_Sequence, SampledToken | EngineError | None]
                 sequence.cancel()
 
 
-def _put_all(batch: Sequence[tuple[_Sequence, SampledToken | EngineError | None]]) -> None:
+def _put_all(batch: Sequence[tuple[_Sequence, Arrival]]) -> None:
     for sequence, item in batch:
         sequence.put(item)
 
