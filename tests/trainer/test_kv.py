@@ -152,7 +152,7 @@ def numbered(tokens: int, first: int) -> PrefixNode:
     return PrefixNode(list(range(tokens)), kv, depth=0)
 
 
-def test_a_slot_is_filled_with_nodes_in_turn_and_moved() -> None:
+def test_a_slot_is_filled_with_nodes_in_turn_moved_and_shortened() -> None:
     slab = Slab(SHAPE, slots=3)
     assert slab.fill(2, [numbered(2, first=0), numbered(1, first=100)]) == 3
     expected = [[0, 1, 100], [2, 3, 101], [4, 5, 102], [6, 7, 103]]
@@ -160,6 +160,8 @@ def test_a_slot_is_filled_with_nodes_in_turn_and_moved() -> None:
     slab.move(2, 0)
     assert slab_row(slab, 0, 3) == expected
     assert slab_row(slab, 1, 3) == [[0, 0, 0]] * 4
+    slab.forget(2, 1, kept=3)
+    assert slab_row(slab, 2, 2) == [row[1:] for row in expected]
 
 
 def test_a_slab_that_grows_keeps_what_it_holds_and_is_zero_elsewhere() -> None:

@@ -9,14 +9,15 @@ from agl_trainer.products import FrozenProduct
 @pytest.mark.parametrize("rows", [1, 7, 32, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("biased", [False, True])
-def test_a_product_without_gradients_is_that_of_torch(rows: int, dtype: torch.dtype, biased: bool) -> None:
+@pytest.mark.parametrize("outputs", [40, 1500])
+def test_a_sampling_product_is_that_of_torch(rows: int, dtype: torch.dtype, biased: bool, outputs: int) -> None:
     torch.manual_seed(rows)
-    weight, x = torch.randn(40, 24, dtype=dtype), torch.randn(1, rows, 24, dtype=dtype)
-    bias = torch.randn(40, dtype=dtype) if biased else None
+    weight, x = torch.randn(outputs, 24, dtype=dtype), torch.randn(1, rows, 24, dtype=dtype)
+    bias = torch.randn(outputs, dtype=dtype) if biased else None
     product = FrozenProduct(weight, bias)
     expected = torch.nn.functional.linear(x, weight, bias)
     for _ in range(2):
-        with torch.no_grad():
+        with torch.inference_mode():
             assert torch.allclose(product(x), expected, atol=1e-5)
 
 

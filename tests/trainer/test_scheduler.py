@@ -103,6 +103,19 @@ async def test_a_running_sequence_keeps_its_prefix_when_others_split_it(policy: 
     assert answers == [plain_answer(policy, "writer", prompt, 4) for prompt in PROMPTS]
 
 
+async def test_who_came_first_reads_the_shared_prefix_with_those_that_came_later(policy: Policy) -> None:
+    async with engine(policy) as scheduler:
+        first = scheduler.submit([*LONG, 9], "writer", greedy(40))
+        rest = await first_tokens(first, 2)
+        assert first.kept > len(LONG)
+        others = [scheduler.submit([*LONG, token], "writer", greedy(4)) for token in range(4)]
+        answers = await asyncio.gather(*map(answer, others))
+        tail = [token.token_id async for token in rest]
+    assert first.kept < len(LONG)
+    assert tail == plain_answer(policy, "writer", [*LONG, 9], 40)[2:]
+    assert answers == [plain_answer(policy, "writer", [*LONG, token], 4) for token in range(4)]
+
+
 async def test_prompts_in_use_outlive_a_full_cache_and_no_others(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,11 @@ class PrefixNode:
     users: int = 0
     last_used: int = 0
 
+    @property
+    def end(self) -> int:
+        """Tokens from the first of the prompt to the last of this run."""
+        return self.depth + len(self.tokens)
+
     def split_path(self, is_shared: Callable[["PrefixNode"], bool]) -> tuple["PrefixNode", list["PrefixNode"]]:
         """The last node on the path that `is_shared` (else the root), and the nodes after it."""
         node, tail = self, []
@@ -102,7 +107,7 @@ class PrefixTree:
             stack.extend(node.children.values())
 
     def _grow(self, parent: PrefixNode, tokens: list[int]) -> PrefixNode:
-        node = PrefixNode(tokens, self._shape.empty(len(tokens)), parent.depth + len(parent.tokens), parent)
+        node = PrefixNode(tokens, self._shape.empty(len(tokens)), parent.end, parent)
         parent.children[tokens[0]] = node
         self.size += len(tokens)
         return node
@@ -164,6 +169,11 @@ class Slab:
                 values[slot, :, start:end] = node_values
             start = end
         return length
+
+    def forget(self, slot: int, count: int, kept: int) -> None:
+        """Drop the first `count` of the `kept` tokens in `slot`."""
+        for tensor in itertools.chain.from_iterable(self.layers):
+            tensor[slot, :, : kept - count] = tensor[slot, :, count:kept].clone()
 
     def move(self, source: int, target: int) -> None:
         """Copy slot `source` over slot `target`."""

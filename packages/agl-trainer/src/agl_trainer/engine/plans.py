@@ -59,7 +59,7 @@ class PrefillPlan:
         start = len(self.tokens)
         if node.pending:
             self.tokens.extend(node.tokens)
-            self.positions.extend(range(node.depth, node.depth + len(node.tokens)))
+            self.positions.extend(range(node.depth, node.end))
             self.adapters.extend([adapter] * len(node.tokens))
         for child in node.children.values():
             self._visit(adapter, child)
@@ -123,8 +123,8 @@ def _attend_node(query: Tensor, kv: Tensor, scale: float) -> tuple[Tensor, Tenso
 
 def _attend_itself(query: Tensor, kv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """As `_attend_node` for the tokens of the node itself, which see each other causally."""
-    heads = [part[:, None].expand(-1, query.shape[2], -1, -1) for part in kv]
-    out, normaliser = attend_rows(query.transpose(1, 2), *heads, scale, is_causal=True)
+    key, value = kv[:, :, None].expand(-1, -1, query.shape[2], -1, -1)
+    out, normaliser = attend_rows(query.transpose(1, 2), key, value, scale, is_causal=True)
     return out.transpose(1, 2), normaliser.transpose(1, 2)
 
 

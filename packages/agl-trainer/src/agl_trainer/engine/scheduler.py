@@ -262,12 +262,20 @@ class Scheduler:
             self._plan = None
             self.prompt_tokens_computed += len(admitted)
             self._prefill()
+            self._share(admitted)
+
+    def _share(self, admitted: Sequence[_Sequence]) -> None:
+        """Let every sequence read what it shares with enough others from the tree, and keep the rest in its slot."""
         readers = Counter(node for sequence in self._running for node in _held(sequence.leaf).path())
-        for sequence in admitted:
-            sequence.anchor, tail = _held(sequence.leaf).split_path(
+        for sequence in self._running:
+            anchor, tail = _held(sequence.leaf).split_path(
                 lambda node: len(node.tokens) >= SHARED_RUN and readers[node] >= SHARED_BY
             )
-            sequence.kept = self._slab.fill(sequence.slot, tail)
+            if sequence in admitted:
+                sequence.anchor, sequence.kept = anchor, self._slab.fill(sequence.slot, tail)
+            elif (copied := anchor.end - _held(sequence.anchor).end) > 0:  # it came before the others
+                self._slab.forget(sequence.slot, copied, sequence.kept)
+                sequence.anchor, sequence.kept = anchor, sequence.kept - copied
 
     def _may_start(self, sequence: _Sequence) -> bool:
         """Stamp the version that will answer; False for a sequence that nobody wants any more or that cannot be met."""
