@@ -7,7 +7,8 @@ with ids and logprobs; ours commits each call to a SQLite file before it ends, L
 
 - Added latency: calls that take a while at the engine, as sampling does, so many at once; direct and through the
   gateway in turns. What is added is the difference of the percentiles. An engine that answers at once would measure
-  throughput: 32 clients that never wait queue up behind each other.
+  throughput: 32 clients that never wait queue up behind each other. On a virtual machine an idle core takes
+  milliseconds to wake up, several times a call; `--awake` gives each core something to do that makes way at once.
 - Throughput: 32 clients, an engine that answers at once.
 """
 
@@ -74,6 +75,20 @@ def _answers(url: str) -> bool:
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return probe.getsockname()[1]
+
+
+@contextmanager
+def cores_awake() -> Iterator[None]:
+    """No core sleeps: each has a process that runs only while nothing else wants to."""
+    spin = "import os; os.sched_setaffinity(0, {%d}); os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))"
+    commands = [[sys.executable, "-c", f"{spin % core}\nwhile True: pass"] for core in os.sched_getaffinity(0)]
+    processes = [subprocess.Popen(command) for command in commands]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 @contextmanager
@@ -220,6 +235,7 @@ def main() -> None:
     parser.add_argument("--waves", type=int, default=10)
     parser.add_argument("--only", choices=PARTS, action="append", help="this part; may be given again")
     parser.add_argument("--folder", help="where the store lies; /dev/shm has no disk to wait for")
+    parser.add_argument("--awake", action="store_true", help="let no core fall asleep between calls")
     arguments = parser.parse_args()
     names = ("uvicorn", "starlette", "aiohttp", "uvloop")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
@@ -228,6 +244,8 @@ def main() -> None:
         f"Load at the start {os.getloadavg()[0]:.1f}.\n"
     )
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder, ExitStack() as stack:
+        if arguments.awake:
+            stack.enter_context(cores_awake())
         engine = stack.enter_context(null_engine())
         url, process, store = stack.enter_context(ours(Path(folder), engine))
         parts = arguments.only or PARTS

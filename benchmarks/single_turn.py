@@ -1,0 +1,189 @@
+"""GRPO beside TRL's GRPOTrainer: the same task, model and number of samples. Prints Markdown.
+
+    .venv/bin/python -m benchmarks.single_turn 0 1 2
+
+The SQL example in one turn: a question in, a query out, scored by the example's own reward. For each seed our SFT
+teaches SmolLM2-135M the gold answers once; both trainers start from that adapter (rank 16, all linear layers) and take
+the same number of steps over the same tasks in the same order, with the same samples a step, temperature, learning
+rate, loss and clipping of gradients, in float32 on both cores. Ours is trained as users do it: an agent with OpenAI's
+client talks to the gateway, each call becomes a span in a SQLite store, and the trainer reads it there. TRL calls its
+reward function and nothing else, with its cache of keys on and gradient checkpointing off, which is faster.
+
+What is timed is the training, from the first sample to the last optimizer step: neither loading nor evaluation. The
+final adapters are both evaluated by our engine: one greedy answer to each of the 96 held-out tasks. Whatever is done
+for a seed stays in `--folder`, so the same command goes on where it was stopped.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from openai import OpenAI
+from safetensors.torch import load_file
+
+from agl.config import Config
+from agl_trainer.evaluation import EvalResult, Interval, mean_interval, paired_difference
+from agl_trainer.models import model_folder
+from agl_trainer.trainer import Trainer
+from benchmarks.trainer import TRL
+from examples.sql_agent.prompts import extract_sql, writer_messages
+from examples.sql_agent.tasks import gold_examples
+from tests.venv import python_with
+
+STEPS, GROUPS, GROUP_SIZE = 8, 4, 8
+LEARNING_RATE, MAX_TOKENS = 5e-4, 48
+ROLE = "writer"
+
+
+@dataclass(frozen=True, slots=True)
+class Took:
+    """A training, from its first sample to its last optimizer step."""
+
+    wall_s: float
+    cpu_s: float
+
+
+def answer(task: dict[str, Any]) -> dict[str, Any]:
+    """The agent: one call."""
+    message = _client().chat.completions.create(model=ROLE, messages=writer_messages(task["question"]))  # type: ignore[arg-type]  # plain dicts
+    return {"sql": extract_sql(message.choices[0].message.content or "")}
+
+
+@lru_cache(maxsize=1)
+def _client() -> OpenAI:
+    return OpenAI()
+
+
+def examples() -> list[dict[str, Any]]:
+    return [example for example in gold_examples() if example["role"] == ROLE]
+
+
+def config(folder: Path, seed: int, steps: int) -> Config:
+    return Config.model_validate(
+        {
+            "store_uri": f"sqlite:///{folder / 'agl.db'}",
+            "rewards": {"syntax": 0.3, "efficiency": 0.4, "goal": 0.3},
+            "agent_roles": {ROLE: {"lora_r": 16, "lora_alpha": 32}},
+            "engine": {"max_batch": 32, "max_model_len": 320},
+            "train": {
+                "model": "smollm2",
+                "agent": "benchmarks.single_turn:answer",
+                "tasks": "examples.sql_agent.tasks:train_tasks",
+                "eval_tasks": "examples.sql_agent.tasks:eval_tasks",
+                "reward": "examples.sql_agent.reward:score",
+                "group_size": GROUP_SIZE,
+                "groups_per_step": GROUPS,
+                "steps": steps,
+                "shuffle": False,
+                "loss_type": "grpo",
+                "scale_rewards": "group",
+                "learning_rate": LEARNING_RATE,
+                "max_tokens": MAX_TOKENS,
+                "timeout_s": 900,
+                "seed": seed,
+                "output_dir": str(folder / "run"),
+            },
+            "sft": {"examples": "benchmarks.single_turn:examples", "epochs": 2, "batch_size": 8, "learning_rate": 1e-3},
+        }
+    )
+
+
+def train_ours(folder: Path, seed: int, steps: int) -> None:
+    """SFT and GRPO; what comes of each is evaluated."""
+    trainer = Trainer(config(folder, seed, steps))
+    with trainer.open():
+        trainer.sft()
+        start = folder / "run" / "adapters" / trainer.session.policy.version_name(ROLE)
+        (folder / "start").symlink_to(start.resolve(), target_is_directory=True)
+        trainer.evaluate("sft").save(folder / "sft.json")
+        began, cpu_began = time.perf_counter(), time.process_time()
+        trainer.grpo()
+        took = Took(time.perf_counter() - began, time.process_time() - cpu_began)
+        trainer.evaluate("agl").save(folder / "agl.json")
+    (folder / "agl-took.json").write_text(json.dumps(asdict(took)))
+
+
+def evaluate_trl(folder: Path, seed: int, steps: int) -> None:
+    trainer = Trainer(config(folder, seed, steps))
+    with trainer.open():
+        trainer.session.policy.load_adapter(ROLE, load_file(folder / "trl" / "adapter_model.safetensors"), 10_000)
+        trainer.evaluate("trl").save(folder / "trl.json")
+
+
+def run_seed(folder: Path, seed: int, steps: int) -> None:
+    """All that is left to do for a seed, each part in a process of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ours = [sys.executable, "-m", "benchmarks.single_turn", str(seed), "--folder", str(folder.parent)]
+    ours += ["--steps", str(steps), "--only"]
+    if not (folder / "agl-took.json").exists():
+        subprocess.run([*ours, "agl"], check=True)
+    if not (folder / "trl-took.json").exists():
+        python = python_with("trl", f"trl=={TRL}")
+        arguments = [str(model_folder("smollm2")), str(folder), str(seed), str(steps)]
+        subprocess.run([python, "-m", "benchmarks.single_turn_trl", *arguments], check=True)
+    if not (folder / "trl.json").exists():
+        subprocess.run([*ours, "trl"], check=True)
+
+
+def took(folder: Path, name: str) -> Took:
+    return Took(**json.loads((folder / f"{name}-took.json").read_text()))
+
+
+def row(folder: Path, seed: int) -> str:
+    sft, ours, trl = (_scores(folder, label) for label in ("sft", "agl", "trl"))
+    own, other = took(folder, "agl"), took(folder, "trl")
+    means = [f"{fmean(scores.values()):.3f}" for scores in (sft, ours, trl)]
+    ratios = [f"1/{other.wall_s / own.wall_s:.1f}", f"1/{other.cpu_s / own.cpu_s:.1f}"]
+    times = [f"{own.wall_s:.0f}", f"{other.wall_s:.0f}", *ratios]
+    return f"| {seed} | {' | '.join([*means, _say(paired_difference(trl, ours)), *times])} |"
+
+
+def print_sum(folders: list[Path]) -> None:
+    """Over all seeds: the difference of rewards, by task and seed, and the ratio of times."""
+    pairs = [(_scores(folder, "agl"), _scores(folder, "trl")) for folder in folders]
+    differences = [ours[task] - trl[task] for ours, trl in pairs for task in ours]
+    ratio = median(took(folder, "agl").wall_s / took(folder, "trl").wall_s for folder in folders)
+    print(
+        f"\nOver all seeds ours ends {_say(mean_interval(differences))} above TRL (mean, 95 % interval by task), in "
+        f"1/{1 / ratio:.1f} of its time (median)."
+    )
+
+
+def _scores(folder: Path, label: str) -> dict[str, float]:
+    return EvalResult.load(folder / f"{label}.json").scores()
+
+
+def _say(gain: Interval) -> str:
+    return f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("seeds", type=int, nargs="+")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--folder", type=Path, default=Path("runs/single_turn"))
+    parser.add_argument("--only", choices=("agl", "trl"), help="one part of one seed, in this process")
+    arguments = parser.parse_args()
+    folders = [arguments.folder.resolve() / f"seed{seed}" for seed in arguments.seeds]
+    if arguments.only:
+        run = train_ours if arguments.only == "agl" else evaluate_trl
+        run(folders[0], arguments.seeds[0], arguments.steps)
+        return
+    print(f"{arguments.steps} steps of {GROUPS} tasks x {GROUP_SIZE} answers; learning rate {LEARNING_RATE}.\n")
+    print("| seed | after SFT | agl | TRL | agl - TRL | agl s | TRL s | wall | CPU |")
+    print(f"|---:|{'---:|' * 8}")
+    for folder, seed in zip(folders, arguments.seeds, strict=True):
+        run_seed(folder, seed, arguments.steps)
+        print(row(folder, seed), flush=True)
+    print_sum(folders)
+
+
+if __name__ == "__main__":
+    main()
