@@ -28,6 +28,7 @@ from typing import Any
 from openai import OpenAI
 from safetensors.torch import load_file
 
+import agl
 from agl.config import Config
 from agl_trainer.evaluation import EvalResult, Interval, mean_interval, paired_difference
 from agl_trainer.models import model_folder
@@ -51,9 +52,10 @@ class Took:
 
 
 def answer(task: dict[str, Any]) -> dict[str, Any]:
-    """The agent: one call."""
-    message = _client().chat.completions.create(model=ROLE, messages=writer_messages(task["question"]))  # type: ignore[arg-type]  # plain dicts
-    return {"sql": extract_sql(message.choices[0].message.content or "")}
+    """The agent: one call, which says to which rollout it belongs."""
+    messages: Any = writer_messages(task["question"])
+    answered = _client().chat.completions.create(model=ROLE, messages=messages, extra_headers=agl.headers())
+    return {"sql": extract_sql(answered.choices[0].message.content or "")}
 
 
 @lru_cache(maxsize=1)

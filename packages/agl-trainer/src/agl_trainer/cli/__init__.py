@@ -1,7 +1,6 @@
 """The commands that this package adds to `agl`: train, sft, eval and demo."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +10,6 @@ from agl.cli.command import add_command, add_json_option
 from agl.config import Config
 
 EXAMPLE = Path("examples/sql_agent")
-
-# Read by torch's OpenMP when it loads. Its threads spin for long at every barrier, and agents, gateway and engine share
-# the cores: a spinning thread holds up the one it waits for. Seen on 2 cores beside one busy process: decoding 64
-# sequences took 620 ms a token instead of 800, at 275 instead of 250 with the cores free.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def train_command(subparsers: Any) -> None:
