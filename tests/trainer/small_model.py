@@ -58,9 +58,18 @@ def small_policy(
     *,
     adapter_std: float = 0.2,
     packs: bool = True,
+    recomputes: bool = False,
 ) -> Policy:
     """A policy whose adapters change what the model says (fresh ones do not)."""
-    policy = Policy(model or small_model(), small_tokenizer(), roles, base_name="small", seed=0, packs=packs)
+    policy = Policy(
+        model or small_model(),
+        small_tokenizer(),
+        roles,
+        base_name="small",
+        seed=0,
+        packs=packs,
+        recomputes=recomputes,
+    )
     for role in roles:
         for parameter in policy.parameters(role):
             torch.nn.init.normal_(parameter, std=adapter_std)

@@ -405,6 +405,8 @@ class TrainConfig(LossConfig):
     """How often a rollout is run again whose engine failed."""
     bf16: bool = False
     """Multiply with the frozen weights in bfloat16 where a CPU does that in hardware; a GPU always does."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     seed: int = 0
     deterministic: bool = False
     """One agent and one sequence at a time, so that the same seed gives bitwise the same adapters."""

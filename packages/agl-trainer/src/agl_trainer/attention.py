@@ -81,7 +81,7 @@ class PackedPlan:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         if self.record is not None:
-            self.record[layer] = key, value
+            self.record.setdefault(layer, (key, value))  # recomputed ones are not those that were taken
         start = 0
         if self.prefix is not None:
             keys, values = zip(*self.prefix.attended(layer), strict=True)

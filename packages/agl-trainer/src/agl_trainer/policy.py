@@ -21,6 +21,7 @@ from agl_trainer.attention import NAME, AttentionPlan
 from agl_trainer.fused import FusedDecoder, can_be_fused
 from agl_trainer.lora import BASE, Routing, route_layers
 from agl_trainer.products import FrozenProduct
+from agl_trainer.recompute import recompute_layers
 
 
 class Policy:
@@ -35,7 +36,9 @@ class Policy:
         base_name: str,
         seed: int,
         packs: bool = True,
+        recomputes: bool = False,
     ) -> None:
+        """`recomputes`: the backward pass computes activations again. Raises ConfigError."""
         _check_names(roles, base_name)
         torch.manual_seed(seed)
         self.packs = packs
@@ -53,6 +56,8 @@ class Policy:
         self._routing = Routing()
         route_layers(self._peft, self._routing)
         self._body = model.get_decoder()
+        if recomputes:
+            recompute_layers(self._body, self._routing)
         self._can_be_fused = can_be_fused(self._body)
         self._fused: FusedDecoder | None = None
         self.output_weight: Tensor = model.get_output_embeddings().weight  # type: ignore[assignment]  # typed Module

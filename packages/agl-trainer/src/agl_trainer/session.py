@@ -147,7 +147,15 @@ def open_policy(config: Config, *, samples: bool = False) -> Policy:
     if train.bf16:
         use_bfloat16_products(model)
     name = Path(train.model).name
-    return Policy(model, tokenizer, config.agent_roles.roles, base_name=name, seed=train.seed, packs=packs)
+    return Policy(
+        model,
+        tokenizer,
+        config.agent_roles.roles,
+        base_name=name,
+        seed=train.seed,
+        packs=packs,
+        recomputes=train.gradient_checkpointing,
+    )
 
 
 @contextmanager

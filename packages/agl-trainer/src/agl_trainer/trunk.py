@@ -77,12 +77,12 @@ def run_parts(
 
 def _grow(policy: Policy, role: str, part: "Trunk[Row]", below: Grown | None) -> Grown:
     packed = pack_rows([part.row.token_ids[: part.end]]).to(policy.device)
-    grown, made = Grown(part.start, part.end, below), {}
+    grown = Grown(part.start, part.end, below)
     new = slice(part.start, part.end)
     hidden = policy.hidden_states(
-        packed.token_ids[new], packed.positions[new], [role], PackedPlan(packed, below, record=made)
+        packed.token_ids[new], packed.positions[new], [role], PackedPlan(packed, below, record=grown.keys_and_values)
     )
     grown.hidden = grown.leaf(hidden)
-    for layer, (key, value) in made.items():
+    for layer, (key, value) in list(grown.keys_and_values.items()):
         grown.keys_and_values[layer] = grown.leaf(key), grown.leaf(value)
     return grown
