@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from agl_trainer.evaluation import EvalResult, Interval, mean_interval, paired_difference
+from agl_trainer.evaluation import EvalResult, mean_interval, paired_difference
 
 PHASES = ("base", "sft", "grpo")
 
@@ -35,12 +35,8 @@ def _row(seed: int, options: list[str]) -> str:
     minutes = (time.monotonic() - started) / 60
     base, sft, grpo = (EvalResult.load(folder / "eval" / f"{phase}.json").scores() for phase in PHASES)
     means = [f"{mean_interval(list(scores.values())).mean:.3f}" for scores in (base, sft, grpo)]
-    gains = [_say(paired_difference(base, sft)), _say(paired_difference(sft, grpo))]
+    gains = [paired_difference(base, sft).signed(), paired_difference(sft, grpo).signed()]
     return f"| {seed} | {' | '.join([*means, *gains])} | {minutes:.1f} |"
-
-
-def _say(gain: Interval) -> str:
-    return f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, median
@@ -33,25 +33,17 @@ from safetensors.torch import load_file
 
 import agl
 from agl.config import Config
-from agl_trainer.evaluation import EvalResult, Interval, mean_interval, paired_difference
+from agl_trainer.evaluation import EvalResult, mean_interval, paired_difference
 from agl_trainer.models import model_folder
 from agl_trainer.trainer import Trainer
+from benchmarks.single_turn_task import GROUP_SIZE, GROUPS, LEARNING_RATE, MAX_TOKENS, WEIGHTS, Took
 from benchmarks.trainer import TRL
 from examples.sql_agent.prompts import extract_sql, writer_messages
 from examples.sql_agent.tasks import gold_examples
 from tests.venv import python_with
 
-STEPS, GROUPS, GROUP_SIZE = 8, 4, 8
-LEARNING_RATE, MAX_TOKENS = 5e-4, 48
+STEPS = 8
 ROLE = "writer"
-
-
-@dataclass(frozen=True, slots=True)
-class Took:
-    """A training, from its first sample to its last optimizer step."""
-
-    wall_s: float
-    cpu_s: float
 
 
 def answer(task: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +66,7 @@ def config(folder: Path, seed: int, steps: int) -> Config:
     return Config.model_validate(
         {
             "store_uri": f"sqlite:///{folder / 'agl.db'}",
-            "rewards": {"syntax": 0.3, "efficiency": 0.4, "goal": 0.3},
+            "rewards": WEIGHTS,
             "agent_roles": {ROLE: {"lora_r": 16, "lora_alpha": 32}},
             "engine": {"max_batch": 32, "max_model_len": 320},
             "train": {
@@ -149,7 +141,7 @@ def row(folder: Path, seed: int) -> str:
     means = [f"{fmean(scores.values()):.3f}" for scores in (sft, ours, trl)]
     ratios = [f"1/{other.wall_s / own.wall_s:.1f}", f"1/{other.cpu_s / own.cpu_s:.1f}"]
     times = [f"{own.wall_s:.0f}", f"{other.wall_s:.0f}", *ratios]
-    gains = [_say(paired_difference(*pair)) for pair in ((sft, ours), (sft, trl))]
+    gains = [paired_difference(*pair).signed() for pair in ((sft, ours), (sft, trl))]
     return f"| {seed} | {' | '.join([*means, *gains, *times])} |"
 
 
@@ -160,17 +152,13 @@ def print_sum(folders: list[Path]) -> None:
     differences = [fmean(ours[task] - trl[task] for ours, trl in pairs) for task in pairs[0][0]]
     ratio = median(took(folder, "trl").wall_s / took(folder, "agl").wall_s for folder in folders)
     print(
-        f"\nOver all seeds ours ends {_say(mean_interval(differences))} above TRL (mean, 95 % interval by task), in "
+        f"\nOver all seeds ours ends {mean_interval(differences).signed()} above TRL (mean, 95 % interval by task), in "
         f"1/{ratio:.1f} of its time (median)."
     )
 
 
 def _scores(folder: Path, label: str) -> dict[str, float]:
     return EvalResult.load(folder / f"{label}.json").scores()
-
-
-def _say(gain: Interval) -> str:
-    return f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
 
 
 def main() -> None:

@@ -12,12 +12,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.single_turn import GROUP_SIZE, GROUPS, LEARNING_RATE, MAX_TOKENS, Took
+from benchmarks.single_turn_task import GROUP_SIZE, GROUPS, LEARNING_RATE, MAX_TOKENS, WEIGHTS, Took
 from examples.sql_agent.prompts import extract_sql, writer_messages
 from examples.sql_agent.reward import score
 from examples.sql_agent.tasks import train_tasks
-
-_WEIGHTS = {"syntax": 0.3, "efficiency": 0.4, "goal": 0.3}
 
 
 def reward(completions: list[list[dict[str, str]]], gold: list[str], **_: object) -> list[float]:
@@ -25,7 +23,7 @@ def reward(completions: list[list[dict[str, str]]], gold: list[str], **_: object
         score({"gold": wanted}, {"sql": extract_sql(completion[0]["content"])})
         for completion, wanted in zip(completions, gold, strict=True)
     ]
-    return [sum(_WEIGHTS[part] * value for part, value in parts.items()) for parts in scored]
+    return [sum(WEIGHTS[part] * value for part, value in parts.items()) for parts in scored]
 
 
 def arguments(folder: Path, seed: int, steps: int) -> GRPOConfig:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from agl_trainer.kernels import Part, Scores, join, kernel_for
+from agl_trainer.kernels import Part, Scores, join, kernel_for, nothing_seen
 from agl_trainer.tree import PackedRows, Segment
 
 NAME = "agl_tree"
@@ -101,9 +101,7 @@ class _TreeAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, start: int, scores: Scores
     ) -> Tensor:
         kernel = kernel_for(scores, rows.positions)
-        out = torch.zeros_like(query)
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        normaliser = torch.full(query.shape[:3], -torch.inf, dtype=dtype, device=query.device)
+        out, normaliser = nothing_seen(query)
         for part in _parts(rows.segments, start):
             seen = (slice(None), slice(None), _behind(part.queries, start))
             own, own_normaliser = kernel.forward(part, query[seen], key[:, part.keys], value[:, part.keys])

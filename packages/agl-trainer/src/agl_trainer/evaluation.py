@@ -32,6 +32,10 @@ class Interval:
     def half_width(self) -> float:
         return (self.high - self.low) / 2
 
+    def signed(self) -> str:
+        """A difference, as `+0.041 [-0.010, +0.093]`."""
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
 
 @dataclass(frozen=True, slots=True)
 class TaskScore:
@@ -163,7 +167,7 @@ def _mean_cell(interval: Interval, total: int) -> str:
 
 
 def _difference_cell(interval: Interval, total: int) -> str:
-    return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]{_over(interval, total)}"
+    return f"{interval.signed()}{_over(interval, total)}"
 
 
 def _over(interval: Interval, total: int) -> str:

@@ -71,6 +71,12 @@ def attend_rows(
     return scores.sub_(normaliser[..., None]).exp_().to(value) @ value, normaliser
 
 
+def nothing_seen(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Output [..., D] and log-sum-exp [...] of an attention of `query` [..., D] before its first part."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return torch.zeros_like(query), torch.full(query.shape[:-1], -torch.inf, dtype=dtype, device=query.device)
+
+
 def join(out: Tensor, normaliser: Tensor, part: Tensor, part_normaliser: Tensor) -> None:
     """Take another part of an attention into `out` [..., D] and its log-sum-exp [...], in place."""
     out.lerp_(part, torch.sigmoid(part_normaliser - normaliser).to(part)[..., None])

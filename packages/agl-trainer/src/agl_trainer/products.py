@@ -13,8 +13,6 @@ from torch import Tensor
 
 _ROWS = 32
 """For which number of rows a layout is chosen; it serves any."""
-
-
 _NARROW = 1024
 """Outputs, up to which a transpose is read faster than what is packed."""
 
@@ -23,7 +21,7 @@ class PackedProduct:
     """x W^T + bias without gradients, for the rows of several weights [out, in] at once."""
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
-        """Raises no error: `has_packed_kernel` has to hold for each weight."""
+        """`has_packed_kernel` has to hold for each weight."""
         self._dtype = weights[0].dtype
         self._bias = _joined(weights, biases)
         whole = torch.cat([weight.detach() for weight in weights])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from agl_trainer.engine.kv import PrefixNode, PrefixTree, Slab
-from agl_trainer.kernels import Scores, attend_rows, join
+from agl_trainer.kernels import Scores, attend_rows, join, nothing_seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,7 @@ class PrefillPlan:
                 self._visit(adapter, child)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        out = torch.zeros_like(query)
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        normaliser = torch.full(query.shape[:3], -torch.inf, dtype=dtype, device=query.device)
+        out, normaliser = nothing_seen(query)
         for seen in self._seen:
             if seen.node.pending:
                 own = slice(seen.start, seen.start + len(seen.node.tokens))
