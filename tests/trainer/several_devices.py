@@ -1,6 +1,6 @@
 """Steps of a small policy, taken by as many processes as torchrun starts; what came of them goes to the file named.
 
-python -m tests.trainer.several_devices RESULT.json
+python -m tests.trainer.several_devices RESULT.json [fsdp] [recompute] [padded] [failing]
 """
 
 import json
@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from agl.errors import TrainingError
 from agl_trainer.batch import SampledRow
@@ -25,23 +27,29 @@ OPTIONS = LossOptions(beta=0.05, top_entropy_quantile=0.5, vllm_importance_sampl
 """All that has to be looked up beforehand, in a pass of its own."""
 
 
-def policy() -> Policy:
-    return small_policy(small_model(dtype=torch.float64))
+def policy(model: PreTrainedModel | None = None) -> Policy:
+    shards = "fsdp" in sys.argv and count() > 1
+    recomputes, packs = "recompute" in sys.argv, "padded" not in sys.argv
+    model = model or small_model(dtype=torch.float64)
+    return small_policy(model, packs=packs, recomputes=recomputes, shards=shards)
 
 
 def rows() -> list[SampledRow]:
-    """Of different lengths, so that shares are not alike; two are the same."""
+    """Of different lengths, so that shares are not alike; two are the same. One is alone and long, one ends where
+    others go on."""
+    answers = [[100 + number % 4, *range(number % 4), 7] for number in range(5)]
+    given = [*((PREFIX, answer) for answer in answers), (PREFIX[:38], PREFIX[38:]), ([8], list(range(60, 130)))]
     made = []
-    for number in range(5):
-        answer = [100 + number % 4, *range(number % 4), 7]
-        mask = [0] * len(PREFIX) + [1] * len(answer)
+    for number, (prompt, answer) in enumerate(given):
+        mask = [0] * len(prompt) + [1] * len(answer)
         advantage, recorded = [0.3 * number - 0.5] * len(mask), [-2.0] * len(mask)
-        made.append(SampledRow([*PREFIX, *answer], mask, 0.05, recorded, advantage))
+        made.append(SampledRow([*prompt, *answer], mask, 0.05, recorded, advantage))
     return made
 
 
 def train() -> dict[str, object]:
-    trained = policy()
+    model = small_model(dtype=torch.float64)
+    trained = policy(model)
     optimizer = torch.optim.AdamW(trained.parameters("writer"), lr=1e-2)
     losses, norms = [], []
     for number in range(3):
@@ -53,10 +61,16 @@ def train() -> dict[str, object]:
     update = update_role(trained, "writer", optimizer, rows()[:1], sft_loss, pack_tokens=48, max_grad_norm=0.5)
     losses.append(update.metrics["loss"])
     weights = torch.cat([parameter.detach().flatten() for parameter in trained.parameters("writer")])
-    return {"devices": count(), "losses": losses, "norms": norms, "weights": weights.tolist(), "failure": failure()}
+    return {
+        "devices": count(),
+        "sharded": sorted(name for name, value in model.named_parameters() if isinstance(value, DTensor)),
+        "losses": losses,
+        "norms": norms,
+        "weights": weights.tolist(),
+    }
 
 
-def failure() -> str:
+def fail() -> dict[str, object]:
     """What is said of a row that only one of the devices cannot take; the next step is taken again."""
     trained = policy()
     optimizer = torch.optim.SGD(trained.parameters("writer"), lr=0.1)
@@ -69,12 +83,12 @@ def failure() -> str:
     except (TrainingError, ValueError) as error:
         said = str(error)
     update_role(trained, "writer", optimizer, rows(), sft_loss, **options)
-    return said
+    return {"failure": said}
 
 
 def main() -> None:
     def lead() -> None:
-        Path(sys.argv[1]).write_text(json.dumps(train()))
+        Path(sys.argv[1]).write_text(json.dumps(fail() if "failing" in sys.argv else train()))
 
     lead_or_follow(lead, policy)
 

@@ -12,17 +12,46 @@ MODULE = "tests.trainer.several_devices"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def run(folder: Path, *launcher: str) -> dict[str, Any]:
-    result = folder / f"{len(launcher)}.json"
-    subprocess.run([sys.executable, *launcher, "-m", MODULE, str(result)], check=True, timeout=240)
-    return json.loads(result.read_text())
+def run(folder: Path, devices: int, *options: str) -> subprocess.CompletedProcess[str]:
+    launcher = TORCHRUN if devices == 2 else []
+    command = [sys.executable, *launcher, "-m", MODULE, str(result(folder, devices)), *options]
+    return subprocess.run(command, check=False, timeout=240, text=True, capture_output=True)
 
 
-def test_two_devices_train_as_one_does(tmp_path: Path) -> None:
-    one, two = run(tmp_path), run(tmp_path, *TORCHRUN)
+def result(folder: Path, devices: int) -> Path:
+    return folder / f"{devices}.json"
+
+
+def came(folder: Path, devices: int, *options: str) -> dict[str, Any]:
+    ended = run(folder, devices, *options)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(result(folder, devices).read_text())
+
+
+@pytest.mark.parametrize("options", [(), ("fsdp",), ("fsdp", "recompute"), ("fsdp", "padded")], ids="-".join)
+def test_two_devices_train_as_one_does(tmp_path: Path, options: tuple[str, ...]) -> None:
+    one, two = came(tmp_path, 1, *options), came(tmp_path, 2, *options)
     assert (one["devices"], two["devices"]) == (1, 2)
     for name in ("losses", "norms", "weights"):
         assert two[name] == pytest.approx(one[name], rel=1e-9, abs=1e-12), name
+    assert not one["sharded"]
+    if "fsdp" in options:
+        kept = [name for name in two["sharded"] if "lora_" in name or ".layers." not in name]
+        # Seven linear layers and two norms of each of two layers.
+        assert (len(two["sharded"]), kept) == (18, [])
+
+
+def test_what_one_device_cannot_do_is_said_and_the_next_step_taken(tmp_path: Path) -> None:
+    one, two = came(tmp_path, 1, "failing"), came(tmp_path, 2, "failing")
     assert "first token has mask 1" in one["failure"]
     assert "a training step failed on 1 of 2 devices: device" in two["failure"]
     assert "first token has mask 1" in two["failure"]
+
+
+def test_with_sharded_layers_a_device_that_fails_ends_the_training(tmp_path: Path) -> None:
+    """The others wait for its part of a layer: none can go on."""
+    ended = run(tmp_path, 2, "failing", "fsdp")
+    assert ended.returncode != 0
+    assert "a training step failed on device" in ended.stderr
+    assert "first token has mask 1" in ended.stderr
+    assert not result(tmp_path, 2).exists()

@@ -13,7 +13,7 @@ from agl_trainer.logprobs import row_logprobs
 from agl_trainer.loss_options import LossOptions
 from agl_trainer.objective import Objective, prepare
 from agl_trainer.policy import Policy
-from agl_trainer.trunk import Grown, run_parts
+from agl_trainer.trunk import Grown, Passes
 from tests.trainer.small_model import small_model, small_policy
 
 PREFIX = list(range(10, 18))
@@ -45,7 +45,7 @@ def run(
         loss.backward()
         loss_sum += loss.item()
 
-    run_parts(policy, "writer", cut(rows, pack_tokens), take)
+    Passes(policy, "writer", take).take(cut(rows, pack_tokens))
     grads = [parameter.grad for parameter in policy.parameters("writer") if parameter.grad is not None]
     gradient = torch.cat([grad.flatten() for grad in grads])
     for parameter in policy.parameters("writer"):

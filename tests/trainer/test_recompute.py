@@ -16,7 +16,7 @@ from agl_trainer.policy import Policy
 from agl_trainer.recompute import Recomputed, recompute_layers
 from agl_trainer.sft import sft_loss
 from agl_trainer.tree import pack_rows
-from agl_trainer.trunk import Grown, run_parts
+from agl_trainer.trunk import Grown, Passes
 from tests.trainer.small_model import small_model, small_policy
 from tests.trainer.test_packing import odd_model
 from tests.trainer.test_trunk import rows
@@ -31,7 +31,7 @@ def gradient(policy: Policy, role: str, pack_tokens: int) -> Tensor:
         loss.backward()
 
     parts = cut(rows(), pack_tokens) if policy.packs else padded_passes(rows(), pack_tokens)
-    run_parts(policy, role, parts, run)
+    Passes(policy, role, run).take(parts)
     found = [parameter.grad for parameter in policy.parameters(role) if parameter.grad is not None]
     return torch.cat([grad.flatten() for grad in found])
 

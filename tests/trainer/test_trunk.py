@@ -11,7 +11,7 @@ from agl_trainer.cut import Trunk, cut
 from agl_trainer.logprobs import row_logprobs
 from agl_trainer.policy import Policy
 from agl_trainer.sft import sft_loss
-from agl_trainer.trunk import Grown, run_parts
+from agl_trainer.trunk import Grown, Passes
 from tests.trainer.small_model import small_model, small_policy
 
 
@@ -43,7 +43,7 @@ def step(policy: Policy, pack_tokens: int) -> tuple[float, Tensor, int]:
 
     parts = cut(rows(), pack_tokens)
     assert any(isinstance(part, Trunk) for part in parts) == (pack_tokens < 1000)
-    trunks = run_parts(policy, "writer", parts, run)
+    trunks = Passes(policy, "writer", run).take(parts)
     grads = [parameter.grad for parameter in policy.parameters("writer") if parameter.grad is not None]
     assert len(grads) == 28
     for parameter in policy.parameters("writer"):
@@ -72,7 +72,7 @@ def logprobs(policy: Policy, pack_tokens: int) -> dict[tuple[int, ...], float]:
             found[tuple(row.token_ids)] = values.sum().item()
 
     with torch.no_grad():
-        run_parts(policy, "writer", cut(rows(), pack_tokens), run)
+        Passes(policy, "writer", run).take(cut(rows(), pack_tokens))
     return found
 
 

@@ -407,6 +407,10 @@ class TrainConfig(LossConfig):
     """Multiply with the frozen weights in bfloat16 where a CPU does that in hardware; a GPU always does."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    load_in_4bit: bool = False
+    """Keep the linear layers of the base model in 4 bits (QLoRA); needs bitsandbytes."""
+    fsdp: bool = False
+    """Where torchrun starts several processes, keep a part of each layer of the base model on each device."""
     seed: int = 0
     deterministic: bool = False
     """One agent and one sequence at a time, so that the same seed gives bitwise the same adapters."""
@@ -423,6 +427,8 @@ class TrainConfig(LossConfig):
             raise ValueError("asynchronous needs max_staleness: how many steps ahead rollouts may begin")
         if self.asynchronous and self.deterministic:
             raise ValueError("asynchronous and deterministic exclude each other")
+        if self.load_in_4bit and (self.bf16 or self.fsdp):
+            raise ValueError(f"load_in_4bit and {'bf16' if self.bf16 else 'fsdp'} exclude each other")
         if self.early_stop and not self.eval_every:
             raise ValueError("early_stop does nothing without eval_every")
         if self.min_reward is not None and self.algorithm != "rejection":

@@ -9,7 +9,6 @@ A model takes part by `model.set_attn_implementation(NAME)`; every forward passe
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -70,23 +69,32 @@ class Prefix(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
 class PackedPlan:
-    """Attention for a training pass over packed rows; differentiable. The pass has the tokens behind `prefix`."""
+    """Attention for a training pass over packed rows; differentiable. The pass has the tokens behind `prefix`.
 
-    rows: PackedRows
-    prefix: Prefix | None = None
-    record: dict[int, tuple[Tensor, Tensor]] | None = field(default=None, kw_only=True)
-    """Where each layer leaves the keys and values of this pass."""
+    Not a dataclass: FSDP looks into those for tensors, and hands copies of them on to the layers.
+    """
+
+    def __init__(
+        self,
+        rows: PackedRows,
+        prefix: Prefix | None = None,
+        *,
+        record: dict[int, tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        """`record`: where each layer leaves the keys and values of this pass."""
+        self._rows = rows
+        self._prefix = prefix
+        self._record = record
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        if self.record is not None:
-            self.record.setdefault(layer, (key, value))  # recomputed ones are not those that were taken
+        if self._record is not None:
+            self._record.setdefault(layer, (key, value))  # recomputed ones are not those that were taken
         start = 0
-        if self.prefix is not None:
-            keys, values = zip(*self.prefix.attended(layer), strict=True)
-            key, value, start = torch.cat([*keys, key], 1), torch.cat([*values, value], 1), self.prefix.end
-        out = _TreeAttention.apply(query.transpose(1, 2), key, value, self.rows, start, scores)
+        if self._prefix is not None:
+            keys, values = zip(*self._prefix.attended(layer), strict=True)
+            key, value, start = torch.cat([*keys, key], 1), torch.cat([*values, value], 1), self._prefix.end
+        out = _TreeAttention.apply(query.transpose(1, 2), key, value, self._rows, start, scores)
         return out.transpose(1, 2)  # type: ignore[no-any-return]  # untyped in torch
 
 

@@ -7,8 +7,8 @@ one pass over all rows.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
-from typing import Generic
+from itertools import groupby, pairwise, zip_longest
+from typing import Final, Generic
 
 from agl_trainer.batch import Row
 
@@ -28,6 +28,11 @@ class Trunk(Generic[Row]):
 
 Part = Trunk[Row] | list[Row]
 """A trunk, or the rows of a pass."""
+
+
+Shape = tuple["Shape", ...]
+"""Of parts: for each a `PASS`, or the shape of those on the trunk."""
+PASS: Final[Shape] = ()
 
 
 def cut(rows: Iterable[Row], pack_tokens: int) -> "list[Part[Row]]":
@@ -60,6 +65,15 @@ def shares(rows: Sequence[Row], count: int) -> list[list[Row]]:
         found[min(int((done + new / 2) * count / total), count - 1)].append(row)
         done += new
     return found
+
+
+def shape(parts: "Sequence[Part[Row]]") -> Shape:
+    return tuple(shape(part.parts) if isinstance(part, Trunk) else PASS for part in parts)
+
+
+def joined(shapes: Sequence[Shape]) -> Shape:
+    """The smallest shape that has a place for each part of all `shapes`; a pass may take the first on a trunk."""
+    return tuple(joined([inner for inner in place if inner is not None]) for place in zip_longest(*shapes))
 
 
 def _cut(rows: list[Row], start: int, pack_tokens: int) -> "list[Part[Row]]":

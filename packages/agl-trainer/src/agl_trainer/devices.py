@@ -6,6 +6,7 @@ the adapter as it is now, and the gradients that the jobs leave in it are summed
 nothing from one job to the next, and no other part of the training knows of it.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,10 @@ class _Failure:
     said: str
 
 
+class _OutOfStepError(TrainingError):
+    """A device cannot go on where all have to, so that none can."""
+
+
 def count() -> int:
     """How many devices take part."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -61,8 +66,12 @@ def lead_or_follow(lead: Callable[[], None], open_policy: Callable[[], Policy]) 
             return False
         try:
             lead()
-        finally:
+        except _OutOfStepError:
+            raise  # the others wait in the middle of a pass, until torchrun ends them
+        except BaseException:
             _receive([None] * count())
+            raise
+        _receive([None] * count())
         return True
 
 
@@ -72,6 +81,13 @@ def run_everywhere(policy: Policy, jobs: "Sequence[Job[Result]]") -> list[Result
     The gradients that they leave in the adapter are summed in the leader's. Raises TrainingError where one fails.
     """
     return [jobs[0].run(policy)] if count() == 1 else _take_part(policy, _receive(list(jobs)))
+
+
+def everyones(value: Any) -> list[Any]:
+    """What each device has to say, asked of all of them."""
+    values: list[Any] = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
 
 
 @contextmanager
@@ -84,6 +100,8 @@ def _joined() -> Iterator[None]:
     try:
         yield
     finally:
+        # Sharded layers refer to each other in circles, and to the group, without which a process has to end.
+        gc.collect()
         dist.destroy_process_group()
 
 
@@ -94,6 +112,8 @@ def _follow(open_policy: Callable[[], Policy]) -> None:
         policy = policy or open_policy()
         try:
             _take_part(policy, job)
+        except _OutOfStepError:
+            raise
         except TrainingError:
             continue  # the leader raises it too
 
@@ -111,10 +131,11 @@ def _take_part(policy: Policy, job: "Job[Result]") -> list[Result]:
         _send(parameters)
     try:
         said: Any = job.run(policy)
-    except Exception as error:  # noqa: BLE001 - the others wait for an answer; it is raised below
+    except Exception as error:  # the others wait for an answer; it is raised below
         said = _Failure(f"{type(error).__name__}: {error}")
-    answers: list[Any] = [None] * count()
-    dist.all_gather_object(answers, said)
+        if policy.is_sharded:
+            raise _OutOfStepError(f"a training step failed on device {dist.get_rank()}: {said.said}") from error
+    answers = everyones(said)
     failures = [f"device {rank}: {answer.said}" for rank, answer in enumerate(answers) if isinstance(answer, _Failure)]
     if failures:
         raise TrainingError(f"a training step failed on {len(failures)} of {count()} devices: {'; '.join(failures)}")

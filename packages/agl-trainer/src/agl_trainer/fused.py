@@ -101,9 +101,8 @@ class _Product:
 
     def __init__(self, *layers: Any) -> None:
         self._parts = [_routed(layer) for layer in layers]
-        bases = [part.base for part in self._parts]
-        self._product = PackedProduct([base.weight for base in bases], [base.bias for base in bases])
-        self._sizes = [len(base.weight) for base in bases]
+        self._product = PackedProduct([layer.weight for layer in layers], [layer.bias for layer in layers])
+        self._sizes = [len(layer.weight) for layer in layers]
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, out of all] for `x` [N, in]."""
@@ -115,7 +114,7 @@ class _Product:
 
 def _routed(layer: Any) -> Routed:
     """A linear layer with what adapters add to it, which is nothing where it has none."""
-    return layer.forward if isinstance(layer.forward, Routed) else Routed(FrozenProduct(layer.weight, layer.bias))
+    return layer.forward if isinstance(layer.forward, Routed) else Routed(FrozenProduct(layer))
 
 
 def _norm(norm: Any) -> Callable[[Tensor], Tensor]:

@@ -12,7 +12,7 @@ from agl_trainer.devices import count, run_everywhere
 from agl_trainer.logprobs import RowLogprobs, row_logprobs
 from agl_trainer.memory import within_memory
 from agl_trainer.policy import Policy
-from agl_trainer.trunk import Grown, run_parts
+from agl_trainer.trunk import Grown, Passes
 
 PassLoss = Callable[[RowLogprobs, Sequence[Row]], tuple[Tensor, dict[str, float]]]
 """Loss of the rows of one pass, a sum over their weighted tokens, and statistics that are means over tokens."""
@@ -64,8 +64,7 @@ class _GradientJob(Generic[Row]):
                 loss.backward()
                 gathered.add(result, loss, stats)
 
-            trunks = run_parts(policy, self.role, parts, run)
-            gathered.distinct += trunks
+            gathered.distinct += Passes(policy, self.role, run).take(parts)
             return gathered
 
         return within_memory(policy, self.rows, self.pack_tokens, attempt)

@@ -6,13 +6,14 @@ layer. Here the tokens of one adapter stand side by side, so a layer is three ma
     y = W x + scaling * B (A x)        (LoRA, arXiv 2106.09685, section 4.1)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from agl.errors import TrainingError
@@ -54,15 +55,14 @@ class _Delta:
 class Routed:
     """A linear layer, and what each adapter adds to it."""
 
-    base: FrozenProduct
+    base: Callable[[Tensor], Tensor]
     deltas: Mapping[str, _Delta] = field(default_factory=dict)
     routing: Routing = field(default_factory=Routing)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., out] for `x` [..., in]."""
         rows = x.flatten(0, -2)
-        # The base may be kept in fewer bits than the residual stream.
-        out = self.base(rows.to(self.base.weight.dtype)).to(x.dtype)
+        out = self.base(rows)
         self.add_deltas(out, rows)
         return out.view(*x.shape[:-1], -1)
 
@@ -81,21 +81,19 @@ class Routed:
 def route_layers(model: PeftModel, routing: Routing) -> None:
     """Let every LoRA layer of `model`, which has all its adapters, follow `routing`: its `forward` is a `Routed`.
 
-    Raises TrainingError for a layer that is not a plain Linear.
+    Raises TrainingError for a layer that is not linear.
     """
     for name, module in model.named_modules():
-        if isinstance(module, Linear):
-            module.forward = Routed(_product(module.get_base_layer()), _deltas(module), routing)
-        elif isinstance(module, LoraLayer):
-            raise TrainingError(f"layer {name} is a {type(module).__name__}; only LoRA on linear layers is supported")
+        if isinstance(module, LoraLayer):
+            base = module.get_base_layer()
+            if not isinstance(base, torch.nn.Linear):
+                raise TrainingError(f"layer {name} is a {type(base).__name__}; only LoRA on linear layers is supported")
+            # What is kept in fewer bits, as by bitsandbytes, unpacks its weight itself.
+            product = FrozenProduct(base) if base.weight.is_floating_point() else base
+            module.forward = Routed(product, _deltas(module), routing)
 
 
-def _product(layer: torch.nn.Module) -> FrozenProduct:
-    parameters = dict(layer.named_parameters())
-    return FrozenProduct(parameters["weight"], parameters.get("bias"))
-
-
-def _deltas(layer: Linear) -> dict[str, _Delta]:
+def _deltas(layer: Any) -> dict[str, _Delta]:
     return {
         adapter: _Delta(
             layer.get_parameter(f"lora_A.{adapter}.weight"),

@@ -34,6 +34,11 @@ def within_memory(
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
+            if policy.is_sharded:
+                raise TrainingError(
+                    f"out of memory with passes of {tokens} tokens ({error}); the other devices wait in the middle of "
+                    "theirs, so lower train.pack_tokens and start again: the training goes on from its last checkpoint"
+                ) from error
             if tokens <= longest:
                 raise TrainingError(
                     f"out of memory with a pass of one row of {longest} tokens ({error}); lower engine.max_model_len "

@@ -5,13 +5,16 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    import torch
+    from torch.nn import Module
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _UNTRAINABLE = ("logit_scale", "logits_scaling")
 _UNSAMPLED = ("attn_logit_softcapping", "final_logit_softcapping")
@@ -70,15 +73,51 @@ def _unsupported(config: "PretrainedConfig", used: dict[str, object], advice: st
     return ConfigError(f"train.model: a {config.model_type} model with {said} is not supported here; {advice}")
 
 
-def load_model(folder: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """The frozen base model in float32 on the CPU (bfloat16 on a GPU), and its tokenizer."""
+def decoder_layers(body: "Module", option: str) -> "Sequence[Module]":
+    """Those that the decoder `body` is a stack of. Raises ConfigError for `train.<option>` where none is marked."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(
+            f"train.{option}: a {type(body).__name__} has no layers that transformers marks as such; leave it out, or "
+            "choose another model"
+        )
+    return layers
+
+
+def load_model(
+    folder: Path, *, on_cpu: bool = False, in_4bit: bool = False
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """The frozen base model in float32 on the CPU (bfloat16 for and, unless `on_cpu`, on a GPU), and its tokenizer.
+
+    `in_4bit`: its linear layers are kept in 4 bits. Raises ConfigError where that cannot be.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    device = "cpu" if on_cpu else device
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device).eval()
+    options = {"quantization_config": _in_4bit(dtype)} if in_4bit else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device, **options).eval()
+    if in_4bit:
+        for module in model.modules():
+            if hasattr(module, packs := "support_avx512bf16_for_cpu"):
+                # Without a gradient it would bring its weight into a layout through which no later one flows.
+                setattr(module, packs, False)
     return model.requires_grad_(False), tokenizer
+
+
+def _in_4bit(dtype: "torch.dtype") -> "BitsAndBytesConfig":
+    """NF4 with quantised scales, as in QLoRA (arXiv 2305.14314, sections 3 and 4), multiplied in `dtype`."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("train.load_in_4bit needs bitsandbytes: pip install 'agl-trainer[qlora]'")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def use_bfloat16_products(model: "PreTrainedModel") -> None:

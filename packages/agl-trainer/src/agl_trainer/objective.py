@@ -17,7 +17,7 @@ from agl_trainer.losses import StepScale, TokenBatch, token_loss
 from agl_trainer.memory import within_memory
 from agl_trainer.policy import Policy
 from agl_trainer.ratios import high_entropy_threshold
-from agl_trainer.trunk import Grown, run_parts
+from agl_trainer.trunk import Grown, Passes
 
 OfRow = Mapping[Hashable, Tensor]
 """`key` of a row to values [T] of its trained tokens."""
@@ -110,7 +110,7 @@ class _LookJob:
                     # On the CPU: they may go to another device.
                     found.logprobs[row.key], found.entropies[row.key] = (of_row[mask].cpu() for of_row in values)
 
-            run_parts(policy, self.role, parts, run)
+            Passes(policy, self.role, run).take(parts)
             return found
 
         return within_memory(policy, self.rows, self.pack_tokens, attempt)

@@ -22,6 +22,7 @@ from agl_trainer.fused import FusedDecoder, can_be_fused
 from agl_trainer.lora import BASE, Routing, route_layers
 from agl_trainer.products import FrozenProduct
 from agl_trainer.recompute import recompute_layers
+from agl_trainer.sharding import shard_layers
 
 
 class Policy:
@@ -37,8 +38,10 @@ class Policy:
         seed: int,
         packs: bool = True,
         recomputes: bool = False,
+        shards: bool = False,
     ) -> None:
-        """`recomputes`: the backward pass computes activations again. Raises ConfigError."""
+        """`recomputes`: the backward pass computes activations again. `shards`: of the layers of `model`, which is on
+        the CPU, each of several devices keeps a part. Raises ConfigError."""
         _check_names(roles, base_name)
         torch.manual_seed(seed)
         self.packs = packs
@@ -58,12 +61,17 @@ class Policy:
         self._body = model.get_decoder()
         if recomputes:
             recompute_layers(self._body, self._routing)
+        self.is_sharded = shards
+        """A pass is a matter of all devices, see `sharding`."""
+        if shards:
+            shard_layers(self._peft, self._body)
         self._can_be_fused = can_be_fused(self._body)
         self._fused: FusedDecoder | None = None
-        self.output_weight: Tensor = model.get_output_embeddings().weight  # type: ignore[assignment]  # typed Module
+        output = model.get_output_embeddings()
+        self.output_weight: Tensor = output.weight  # type: ignore[assignment]  # typed Module
         self.output_softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         """Logits become softcap * tanh(logit / softcap)."""
-        self._output = FrozenProduct(self.output_weight)
+        self._output = FrozenProduct(output)
         self.config = model.config
 
     @property

@@ -7,6 +7,7 @@ oneDNN packs, half the time of the plain one with 8 rows and three quarters with
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,17 +42,26 @@ class PackedProduct:
 
 
 class FrozenProduct:
-    """x W^T + bias for a weight [out, in] that never changes."""
+    """x W^T + bias for the weight [out, in] of a layer that never changes."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.weight = weight
-        self.bias = bias
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
         self._packed: PackedProduct | None = None
 
+    # Asked of the layer each time: of one that is sharded, `weight` is the whole only during a pass.
+    @property
+    def weight(self) -> Tensor:
+        return self._layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self._layer, "bias", None)
+
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., out] for `x` [..., in]; differentiable in `x`."""
-        if not torch.is_inference_mode_enabled() or not has_packed_kernel(self.weight):
-            return torch.nn.functional.linear(x, self.weight, self.bias)
+        """[..., out] for `x` [..., in], which may be of another precision; differentiable in `x`."""
+        weight = self.weight
+        if not torch.is_inference_mode_enabled() or not has_packed_kernel(weight):
+            return torch.nn.functional.linear(x.to(weight.dtype), weight, self.bias).to(x.dtype)
         if self._packed is None:
             self._packed = PackedProduct([self.weight], [self.bias])
         return self._packed(x)

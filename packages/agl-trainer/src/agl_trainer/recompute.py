@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from agl.errors import ConfigError
 from agl_trainer.lora import Routing
+from agl_trainer.models import decoder_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +37,5 @@ class Recomputed:
 
 def recompute_layers(body: torch.nn.Module, routing: Routing) -> None:
     """Let each layer of the decoder `body` be `Recomputed`. Raises ConfigError where none is marked as one."""
-    layers = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise ConfigError(
-            f"train.gradient_checkpointing: a {type(body).__name__} has no layers that transformers can recompute; "
-            "leave it out, or choose another model"
-        )
-    for layer in layers:
+    for layer in decoder_layers(body, "gradient_checkpointing"):
         layer.forward = Recomputed(layer.forward, routing)

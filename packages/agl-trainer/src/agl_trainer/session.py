@@ -20,6 +20,7 @@ from agl.gateway.engine import read_key
 from agl.server import ServerThread
 from agl.store import Store, open_store
 from agl_trainer.copied_engine import CopiedEngine
+from agl_trainer.devices import count
 from agl_trainer.engine.api import engine_app
 from agl_trainer.engine.chat import ChatTemplate
 from agl_trainer.engine.scheduler import Scheduler
@@ -139,7 +140,8 @@ def open_policy(config: Config, *, samples: bool = False) -> Policy:
     """
     train = config.require_train()
     disable_progress_bar()  # the line of `progress` is the only one that moves
-    model, tokenizer = load_model(base_folder(config))
+    shards = train.fsdp and count() > 1 and not samples
+    model, tokenizer = load_model(base_folder(config), on_cpu=shards, in_4bit=train.load_in_4bit)
     check_trainable(model)
     packs = takes_trie(model)
     if samples:
@@ -155,6 +157,7 @@ def open_policy(config: Config, *, samples: bool = False) -> Policy:
         seed=train.seed,
         packs=packs,
         recomputes=train.gradient_checkpointing,
+        shards=shards,
     )
 
 
@@ -165,8 +168,13 @@ def _serve_local(config: Config, store: Store) -> Iterator[tuple[Policy, Engine,
             "gateway names an engine, but engine.kind is local: training updates the in-process engine. Leave "
             "gateway.upstream and gateway.engines out, or set `engine: vllm` if that is what they name"
         )
+    train = config.require_train()
+    if train.fsdp and count() > 1 and not train.asynchronous:
+        raise ConfigError(
+            f"train.fsdp: the layers of the policy lie on {count()} devices, so the in-process engine cannot sample "
+            "from it; set `engine: {kind: vllm}`, or `train.asynchronous: true`, with which the engine has its own copy"
+        )
     with open_engine(config) as (sampling, scheduler, app), _serve(config, config.gateway, store, app) as server:
-        train = config.require_train()
         if train.asynchronous:
             policy = open_policy(config)
             yield policy, CopiedEngine(policy, sampling, scheduler), server

@@ -6,13 +6,16 @@ as leaves; what flows back into the leaves adds up over the passes, and goes dow
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Generic
 
 import torch
 from torch import Tensor
 
 from agl_trainer.attention import PackedPlan
 from agl_trainer.batch import Row
-from agl_trainer.cut import Part, Trunk
+from agl_trainer.cut import PASS, Part, Shape, Trunk, joined, shape
+from agl_trainer.devices import everyones
 from agl_trainer.policy import Policy
 from agl_trainer.tree import pack_rows
 
@@ -49,30 +52,62 @@ class Grown:
     def backward(self) -> None:
         """Take what the passes left in the leaves down to the weights, and to the leaves of the trunk below."""
         used = [(end, leaf.grad) for end, leaf in self._ends if leaf.grad is not None]
+        if used and self.hidden.grad is None:
+            # Layers are gathered in the order in which gradients leave them: from the end of the last one on.
+            used += [(end, torch.zeros_like(end)) for end, leaf in self._ends if leaf is self.hidden]
         if used:
             torch.autograd.backward([end for end, _ in used], [grad for _, grad in used])
 
 
-def run_parts(
-    policy: Policy,
-    role: str,
-    parts: "Sequence[Part[Row]]",
-    run: Callable[[list[Row], Grown | None], None],
-    below: Grown | None = None,
-) -> int:
-    """Call `run` with the rows of each pass and the trunk it stands on; returns how many tokens the trunks have.
+@dataclass(frozen=True, slots=True)
+class Passes(Generic[Row]):
+    """The passes of a step, in the order and number in which all devices take them where layers are sharded."""
 
-    `run` takes its pass all the way back, or all of it runs under `torch.no_grad`.
-    """
-    tokens = 0
-    for part in parts:
-        if isinstance(part, Trunk):
-            grown = _grow(policy, role, part, below)
-            tokens += part.end - part.start + run_parts(policy, role, part.parts, run, grown)
-            grown.backward()
-        else:
-            run(part, below)
-    return tokens
+    policy: Policy
+    role: str
+    run: Callable[[list[Row], Grown | None], None]
+    """Called with the rows of each pass and the trunk it stands on; takes the pass all the way back, or all of them run
+    under `torch.no_grad`."""
+
+    def take(self, parts: "Sequence[Part[Row]]") -> int:
+        """Run `parts`; returns how many tokens their trunks have."""
+        own = shape(parts)
+        return self._take(parts, joined(everyones(own)) if self.policy.is_sharded else own, None)
+
+    def _take(self, parts: "Sequence[Part[Row]]", wanted: Shape, below: Grown | None) -> int:
+        """`wanted` has a place for each of `parts`, and those of other devices."""
+        tokens = 0
+        for part, inner in zip_longest(parts, wanted):
+            if isinstance(part, Trunk):
+                grown = _grow(self.policy, self.role, part, below)
+                tokens += part.end - part.start + self._take(part.parts, inner, grown)
+                grown.backward()
+            elif inner == PASS:
+                self._pass(part, below)
+            else:
+                idle = self._idle()
+                tokens += self._take([] if part is None else [part], inner, below)
+                _back(idle)
+        return tokens
+
+    def _pass(self, rows: "list[Row] | None", below: Grown | None) -> None:
+        if rows is not None:
+            self.run(rows, below)
+        computes = rows is not None and (below is None or any(len(row.token_ids) > below.end for row in rows))
+        if self.policy.is_sharded and not computes:
+            _back(self._idle())
+
+    def _idle(self) -> Tensor:
+        """Go through all layers with one token, of which nothing is learnt, because other devices do."""
+        token = pack_rows([[0]]).to(self.policy.device)
+        if not self.policy.packs:
+            return self.policy.padded_states(token.token_ids, [1], self.role)
+        return self.policy.hidden_states(token.token_ids, token.positions, [self.role], PackedPlan(token))
+
+
+def _back(hidden: Tensor) -> None:
+    if hidden.requires_grad:
+        hidden.backward(torch.zeros_like(hidden))
 
 
 def _grow(policy: Policy, role: str, part: "Trunk[Row]", below: Grown | None) -> Grown:
