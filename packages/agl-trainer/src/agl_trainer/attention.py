@@ -3,7 +3,8 @@
 In the depth-first layout of `tree.pack_rows` the ancestor mask is a list of rectangles: the keys of a segment are seen
 causally by the segment itself and fully by its subtree, which follows it directly. The softmax over all parts of a
 query is joined through the log-sum-exp, as in FlashAttention (arXiv 2205.14135). No mask of N x N is ever made and no
-key is copied, however many rows share it.
+key is copied, however many rows share it. On a GPU, where each of many small parts would cost several calls, all of
+them are one call with a mask of blocks (`flex`).
 
 A model takes part by `model.set_attn_implementation(NAME)`; every forward passes its `plan`, an `AttentionPlan`.
 """
@@ -13,8 +14,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from agl_trainer import flex
 from agl_trainer.kernels import Part, Scores, join, kernel_for, nothing_seen
 from agl_trainer.tree import PackedRows, Segment
 
@@ -86,6 +89,8 @@ class PackedPlan:
         self._rows = rows
         self._prefix = prefix
         self._record = record
+        self._masks: dict[int | None, BlockMask] = {}
+        """Of each window that layers have: all of them share it, also when they are recomputed."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         if self._record is not None:
@@ -94,8 +99,17 @@ class PackedPlan:
         if self._prefix is not None:
             keys, values = zip(*self._prefix.attended(layer), strict=True)
             key, value, start = torch.cat([*keys, key], 1), torch.cat([*values, value], 1), self._prefix.end
-        out = _TreeAttention.apply(query.transpose(1, 2), key, value, self._rows, start, scores)
+        query = query.transpose(1, 2)
+        if flex.takes(query):
+            out = flex.attend_masked(query, key, value, self._mask(start, scores.window), scores)
+        else:
+            out = _TreeAttention.apply(query, key, value, self._rows, start, scores)
         return out.transpose(1, 2)  # type: ignore[no-any-return]  # untyped in torch
+
+    def _mask(self, start: int, window: int | None) -> BlockMask:
+        if window not in self._masks:
+            self._masks[window] = flex.tree_mask(self._rows, start, window)
+        return self._masks[window]
 
 
 class _TreeAttention(torch.autograd.Function):
