@@ -59,6 +59,7 @@ def small_policy(
     adapter_std: float = 0.2,
     packs: bool = True,
     recomputes: bool = False,
+    compiles: bool = False,
 ) -> Policy:
     """A policy whose adapters change what the model says (fresh ones do not)."""
     policy = Policy(
@@ -69,6 +70,7 @@ def small_policy(
         seed=0,
         packs=packs,
         recomputes=recomputes,
+        compiles=compiles,
     )
     for role in roles:
         for parameter in policy.parameters(role):

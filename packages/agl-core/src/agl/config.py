@@ -407,6 +407,8 @@ class TrainConfig(LossConfig):
     """Multiply with the frozen weights in bfloat16 where a CPU does that in hardware; a GPU always does."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    compile: bool = False
+    """Compile the layers for training passes (torch.compile)."""
     seed: int = 0
     deterministic: bool = False
     """One agent and one sequence at a time, so that the same seed gives bitwise the same adapters."""

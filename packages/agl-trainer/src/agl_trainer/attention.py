@@ -31,6 +31,7 @@ class AttentionPlan(Protocol):
         ...
 
 
+@torch.compiler.disable  # what is compiled serves every layer and every tree of tokens
 def _forward(
     module: torch.nn.Module,
     query: Tensor,

@@ -50,7 +50,8 @@ class FrozenProduct:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., out] for `x` [..., in]; differentiable in `x`."""
-        if not torch.is_inference_mode_enabled() or not has_packed_kernel(self.weight):
+        # torch.compile cannot ask for inference mode; where gradients are taken it need not.
+        if torch.is_grad_enabled() or not torch.is_inference_mode_enabled() or not has_packed_kernel(self.weight):
             return torch.nn.functional.linear(x, self.weight, self.bias)
         if self._packed is None:
             self._packed = PackedProduct([self.weight], [self.bias])

@@ -38,11 +38,18 @@ class Recomputed:
 
 def recompute_layers(body: torch.nn.Module, routing: Routing) -> None:
     """Let each layer of the decoder `body` be `Recomputed`. Raises ConfigError where none is marked as one."""
-    layers = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in marked_layers(body, "train.gradient_checkpointing"):
+        layer.forward = Recomputed(layer.forward, routing)
+
+
+def marked_layers(body: torch.nn.Module, option: str) -> list[torch.nn.Module]:
+    """The layers of the decoder `body` that transformers marks. Raises ConfigError, for `option`, where it has none."""
+    layers: list[torch.nn.Module] = [
+        module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
     if not layers:
         raise ConfigError(
-            f"train.gradient_checkpointing: a {type(body).__name__} has no layers that transformers can recompute; "
-            "leave it out, or choose another model"
+            f"{option}: a {type(body).__name__} has no layers that transformers can recompute; leave it out, or choose "
+            "another model"
         )
-    for layer in layers:
-        layer.forward = Recomputed(layer.forward, routing)
+    return layers
