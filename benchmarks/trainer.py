@@ -1,6 +1,7 @@
 """A training step beside TRL's GRPOTrainer: time, peak memory and achieved FLOP/s. Prints Markdown.
 
 .venv/bin/python -m benchmarks.trainer a b c
+.venv/bin/python -m benchmarks.trainer a --compile
 
 A step is forward, loss, backward and optimizer over the same rows with the same LoRA matrices (rank 16 on all linear
 layers of SmolLM2-135M, float32). Every way has a process of its own, one after the other: what it holds at most is its
@@ -10,6 +11,8 @@ peak memory, the model included. The norm of the gradient shows that all have co
 - b: the same with 4 answers each, 64 tokens of a tool between them; TRL has a row for each answer, 4 rows in a
   batch, all padded alike: one batch of the eight is measured
 - c: 8 different prompts of 64 tokens, 128 tokens each: nothing is shared
+
+With --compile our packed step is taken with and without `train.compile`, in turn in one process.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -74,26 +78,61 @@ WAYS = {
 }
 
 
-def measure(shape: Shape, way: Way, rounds: int) -> Measured:
-    """Our step in this process."""
+@dataclass(frozen=True, slots=True)
+class _Step:
+    seconds: float
+    cpu_seconds: float
+    grad_norm: float
+
+
+def _stepper(shape: Shape, way: Way, *, compiles: bool = False) -> Callable[[], _Step]:
+    """Takes our step in this process, each time with the same adapter."""
     torch.set_num_threads(2)
     model, tokenizer = load_model(model_folder("smollm2"))
-    policy = Policy(model, tokenizer, {_ROLE: RoleConfig()}, base_name="smollm2", seed=0, packs=not way.is_padded)
+    packs = not way.is_padded
+    roles = {_ROLE: RoleConfig()}
+    policy = Policy(model, tokenizer, roles, base_name="smollm2", seed=0, packs=packs, compiles=compiles)
     optimizer = torch.optim.AdamW(policy.parameters(_ROLE), lr=2e-4, weight_decay=0.0)
     draw_adapter(model)
-    rows, seconds, cpu_seconds, norm, sgemm = _rows(shape, policy), [], [], 0.0, 0.0
-    for number in range(rounds + 1):  # the first warms up
+    rows, objective = _rows(shape, policy), Objective(LossOptions(epsilon=1e9))
+
+    def take() -> _Step:
         draw_adapter(model)
-        sgemm = sgemm or sgemm_flops()
         started, cpu_started = time.perf_counter(), time.process_time()
-        update = update_role(
-            policy, _ROLE, optimizer, rows, Objective(LossOptions(epsilon=1e9)), pack_tokens=way.tokens, max_grad_norm=1
-        )
-        norm = update.metrics["grad_norm"]
-        if number:
-            seconds.append(time.perf_counter() - started)
-            cpu_seconds.append(time.process_time() - cpu_started)
-    return Measured(seconds, cpu_seconds, norm, sgemm, peak_mb())
+        update = update_role(policy, _ROLE, optimizer, rows, objective, pack_tokens=way.tokens, max_grad_norm=1)
+        return _Step(time.perf_counter() - started, time.process_time() - cpu_started, update.metrics["grad_norm"])
+
+    return take
+
+
+def measure(shape: Shape, way: Way, rounds: int) -> Measured:
+    """Our step in this process."""
+    take, sgemm = _stepper(shape, way), sgemm_flops()
+    take()  # warms up
+    steps = [take() for _ in range(rounds)]
+    seconds, cpu_seconds = [step.seconds for step in steps], [step.cpu_seconds for step in steps]
+    return Measured(seconds, cpu_seconds, steps[-1].grad_norm, sgemm, peak_mb())
+
+
+def compare_compiled(shape: str, rounds: int) -> None:
+    """Our packed step with and without `train.compile`, in turn in this process."""
+    steppers = [_stepper(SHAPES[shape], WAYS[shape][0], compiles=compiles) for compiles in (False, True)]
+    firsts = [take() for take in steppers]
+    turns = list(zip(*([take() for take in steppers] for _ in range(rounds)), strict=True))
+    print("| rows | train.compile | first step s | s a step | lowest to highest | CPU s | gradient |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    for said, first, steps in zip(("false", "true"), firsts, turns, strict=True):
+        seconds = sorted(step.seconds for step in steps)
+        cells = [
+            shape,
+            said,
+            f"{first.seconds:.2f}",
+            f"{median(seconds):.2f}",
+            f"{seconds[0]:.2f} to {seconds[-1]:.2f}",
+            f"{median(step.cpu_seconds for step in steps):.1f}",
+            f"{steps[-1].grad_norm:.5f}",
+        ]
+        print(f"| {' | '.join(cells)} |")
 
 
 def _rows(shape: Shape, policy: Policy) -> list[SampledRow]:
@@ -156,6 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="+", choices=sorted(SHAPES))
     parser.add_argument("--rounds", type=int, default=3, help="measured steps, of which the median counts")
+    parser.add_argument("--compile", action="store_true", help="our step with and without train.compile")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -164,7 +204,7 @@ def main() -> None:
         return
     _say_versions()
     for shape in arguments.shapes:
-        table(shape, arguments.rounds)
+        (compare_compiled if arguments.compile else table)(shape, arguments.rounds)
 
 
 def _say_versions() -> None:

@@ -60,6 +60,7 @@ def small_policy(
     packs: bool = True,
     recomputes: bool = False,
     shards: bool = False,
+    compiles: bool = False,
 ) -> Policy:
     """A policy whose adapters change what the model says (fresh ones do not)."""
     policy = Policy(
@@ -71,6 +72,7 @@ def small_policy(
         packs=packs,
         recomputes=recomputes,
         shards=shards,
+        compiles=compiles,
     )
     for role in roles:
         for parameter in policy.parameters(role):

@@ -411,6 +411,8 @@ class TrainConfig(LossConfig):
     """Keep the linear layers of the base model in 4 bits (QLoRA); needs bitsandbytes."""
     fsdp: bool = False
     """Where torchrun starts several processes, keep a part of each layer of the base model on each device."""
+    compile: bool = False
+    """Compile the layers for training passes (torch.compile)."""
     seed: int = 0
     deterministic: bool = False
     """One agent and one sequence at a time, so that the same seed gives bitwise the same adapters."""

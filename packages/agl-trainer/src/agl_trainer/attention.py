@@ -33,6 +33,7 @@ class AttentionPlan(Protocol):
         ...
 
 
+@torch.compiler.disable  # what is compiled serves every layer and every tree of tokens
 def _forward(
     module: torch.nn.Module,
     query: Tensor,

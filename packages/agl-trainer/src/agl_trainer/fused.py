@@ -114,7 +114,8 @@ class _Product:
 
 def _routed(layer: Any) -> Routed:
     """A linear layer with what adapters add to it, which is nothing where it has none."""
-    return layer.forward if isinstance(layer.forward, Routed) else Routed(FrozenProduct(layer))
+    owner = layer.forward.__self__
+    return owner if isinstance(owner, Routed) else Routed(FrozenProduct(layer))
 
 
 def _norm(norm: Any) -> Callable[[Tensor], Tensor]:

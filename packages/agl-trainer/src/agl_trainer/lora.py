@@ -25,16 +25,22 @@ BASE = "__base__"
 
 @dataclass(slots=True)
 class Routing:
-    """Which adapter the tokens of the present pass go through: runs of (adapter, number of tokens)."""
+    """Which adapter the tokens of the present pass go through: runs of (adapter, places).
 
-    runs: Sequence[tuple[str, int]] = ()
+    The places of the only run are None, all that there are: compiled code is for one value of what stands here.
+    """
 
-    def set(self, adapters: Sequence[str], tokens: int) -> None:
-        """`adapters` names one adapter for all `tokens`, or one for each of them."""
-        if len(adapters) == 1:
-            self.runs = [(adapters[0], tokens)]
-        else:
-            self.runs = [(adapter, sum(1 for _ in run)) for adapter, run in groupby(adapters)]
+    runs: Sequence[tuple[str, slice | None]] = ()
+
+    def set(self, adapters: Sequence[str]) -> None:
+        """`adapters` names one adapter for all tokens, or one for each of them."""
+        runs: list[tuple[str, slice | None]] = []
+        start = 0
+        for adapter, run in groupby(adapters):
+            end = start + sum(1 for _ in run)
+            runs.append((adapter, slice(start, end)))
+            start = end
+        self.runs = [(adapters[0], None)] if len(runs) == 1 else runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +74,15 @@ class Routed:
 
     def add_deltas(self, out: Tensor, x: Tensor) -> None:
         """In place, to `out` [N, out] for `x` [N, in], what the adapter of each row adds."""
-        start = 0
-        for adapter, count in self.routing.runs:
-            run = slice(start, start + count)
-            if adapter != BASE and count == len(out):
+        for adapter, run in self.routing.runs:
+            if adapter != BASE and run is None:
                 self.deltas[adapter].add_to(out, x)  # of a view the backward pass would copy gradients
             elif adapter != BASE:
                 self.deltas[adapter].add_to(out[run], x[run])
-            start += count
 
 
 def route_layers(model: PeftModel, routing: Routing) -> None:
-    """Let every LoRA layer of `model`, which has all its adapters, follow `routing`: its `forward` is a `Routed`.
+    """Let every LoRA layer of `model`, which has all its adapters, follow `routing`: its `forward` is a `Routed`'s.
 
     Raises TrainingError for a layer that is not linear.
     """
@@ -90,7 +93,8 @@ def route_layers(model: PeftModel, routing: Routing) -> None:
                 raise TrainingError(f"layer {name} is a {type(base).__name__}; only LoRA on linear layers is supported")
             # What is kept in fewer bits, as by bitsandbytes, unpacks its weight itself.
             product = FrozenProduct(base) if base.weight.is_floating_point() else base
-            module.forward = Routed(product, _deltas(module), routing)
+            routed = Routed(product, _deltas(module), routing)
+            module.forward = routed.__call__  # a method, of which compiled code is for any object
 
 
 def _deltas(layer: Any) -> dict[str, _Delta]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from agl.config import RoleConfig
 from agl.errors import ConfigError, TrainingError
 from agl_trainer.attention import NAME, AttentionPlan
+from agl_trainer.compiled import compile_layers
 from agl_trainer.fused import FusedDecoder, can_be_fused
 from agl_trainer.lora import BASE, Routing, route_layers
 from agl_trainer.products import FrozenProduct
@@ -38,10 +39,14 @@ class Policy:
         seed: int,
         packs: bool = True,
         recomputes: bool = False,
+        compiles: bool = False,
         shards: bool = False,
     ) -> None:
-        """`recomputes`: the backward pass computes activations again. `shards`: of the layers of `model`, which is on
-        the CPU, each of several devices keeps a part. Raises ConfigError."""
+        """`recomputes`: the backward pass computes activations again. `compiles`: training passes are compiled.
+        `shards`: of the layers of `model`, which is on the CPU, each of several devices keeps a part.
+
+        Raises ConfigError.
+        """
         _check_names(roles, base_name)
         torch.manual_seed(seed)
         self.packs = packs
@@ -59,6 +64,8 @@ class Policy:
         self._routing = Routing()
         route_layers(self._peft, self._routing)
         self._body = model.get_decoder()
+        if compiles:
+            compile_layers(self._body)
         if recomputes:
             recompute_layers(self._body, self._routing)
         self.is_sharded = shards
@@ -95,15 +102,16 @@ class Policy:
 
         `adapters` names one adapter for all tokens, or one for each, those of one adapter side by side.
         """
-        self._route(adapters, len(tokens))
-        inputs = {"input_ids": tokens[None], "position_ids": positions[None]}
+        self._route(adapters)
+        # Compiled code is for positions that are a view of all of something, or for those that are not.
+        inputs = {"input_ids": tokens[None], "position_ids": positions.clone()[None]}
         return self._body(**inputs, use_cache=False, plan=plan).last_hidden_state[0]
 
     def sampled_states(self, tokens: Tensor, positions: Tensor, adapters: Sequence[str], plan: AttentionPlan) -> Tensor:
         """As `hidden_states`, for sampling: without gradients, and faster where this decoder can be fused."""
         if not self._can_be_fused:
             return self.hidden_states(tokens, positions, adapters, plan)
-        self._route(adapters, len(tokens))
+        self._route(adapters)
         self._fused = self._fused or FusedDecoder(self._body)
         return self._fused(tokens, positions, plan)
 
@@ -111,7 +119,7 @@ class Policy:
         """Final hidden states [B * T, H] for B rows of these `lengths` padded on the right to T, by the model's own
         attention."""
         rows = tokens.view(len(lengths), -1)
-        self._route([role], len(tokens))
+        self._route([role])
         mask = torch.arange(rows.shape[1], device=rows.device) < torch.tensor(lengths, device=rows.device)[:, None]
         inputs = {"input_ids": rows, "attention_mask": mask.long()}
         return self._body(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
@@ -120,8 +128,8 @@ class Policy:
         """[N, V] for final hidden states [N, H]."""
         return self._output(hidden)
 
-    def _route(self, adapters: Sequence[str], tokens: int) -> None:
-        self._routing.set([self._owner.get(adapter, adapter) for adapter in adapters], tokens)
+    def _route(self, adapters: Sequence[str]) -> None:
+        self._routing.set([self._owner.get(adapter, adapter) for adapter in adapters])
 
     def parameters(self, role: str) -> list[torch.nn.Parameter]:
         """The LoRA matrices of `role`, in a fixed order."""

@@ -60,7 +60,8 @@ class FrozenProduct:
     def __call__(self, x: Tensor) -> Tensor:
         """[..., out] for `x` [..., in], which may be of another precision; differentiable in `x`."""
         weight = self.weight
-        if not torch.is_inference_mode_enabled() or not has_packed_kernel(weight):
+        # torch.compile cannot ask for inference mode; where gradients are taken it need not.
+        if torch.is_grad_enabled() or not torch.is_inference_mode_enabled() or not has_packed_kernel(weight):
             return torch.nn.functional.linear(x.to(weight.dtype), weight, self.bias).to(x.dtype)
         if self._packed is None:
             self._packed = PackedProduct([self.weight], [self.bias])

@@ -157,6 +157,7 @@ def open_policy(config: Config, *, samples: bool = False) -> Policy:
         seed=train.seed,
         packs=packs,
         recomputes=train.gradient_checkpointing,
+        compiles=train.compile,
         shards=shards,
     )
 
