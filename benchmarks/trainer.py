@@ -47,11 +47,15 @@ _ROLE = "writer"
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How a step is taken: packed in passes of so many tokens, padded rows, or TRL's batches of so many rows."""
+    """How a step is taken: packed in passes of so many tokens, padded rows, or TRL's batches of so many rows.
+
+    `recomputes`: with `train.gradient_checkpointing`.
+    """
 
     name: str
     tokens: int = 4096
     is_padded: bool = False
+    recomputes: bool = False
     trl_rows: int = 0
     trl_batches: int = 1
     """How many of its batches TRL takes; where there are more, its time is multiplied."""
@@ -68,7 +72,12 @@ class Way:
 
 
 WAYS = {
-    "a": [Way("agl, packed"), Way("agl, padded rows", is_padded=True), Way(f"TRL {TRL}", trl_rows=8)],
+    "a": [
+        Way("agl, packed"),
+        Way("agl, packed, recomputed", recomputes=True),
+        Way("agl, padded rows", is_padded=True),
+        Way(f"TRL {TRL}", trl_rows=8),
+    ],
     "b": [
         Way("agl, packed"),
         Way("agl, packed, 1024 tokens at once", tokens=1024),
@@ -89,9 +98,16 @@ def _stepper(shape: Shape, way: Way, *, compiles: bool = False) -> Callable[[int
     """Takes our step in this process, each time with the same adapter and all rows from the one of a number on."""
     torch.set_num_threads(2)
     model, tokenizer = load_model(model_folder("smollm2"))
-    packs = not way.is_padded
-    roles = {_ROLE: RoleConfig()}
-    policy = Policy(model, tokenizer, roles, base_name="smollm2", seed=0, packs=packs, compiles=compiles)
+    policy = Policy(
+        model,
+        tokenizer,
+        {_ROLE: RoleConfig()},
+        base_name="smollm2",
+        seed=0,
+        packs=not way.is_padded,
+        recomputes=way.recomputes,
+        compiles=compiles,
+    )
     optimizer = torch.optim.AdamW(policy.parameters(_ROLE), lr=2e-4, weight_decay=0.0)
     draw_adapter(model)
     rows, objective = _rows(shape, policy), Objective(LossOptions(epsilon=1e9))

@@ -1,23 +1,20 @@
 """The loss of one optimizer step of a role: what has to be known of all its rows before the first pass."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from agl_trainer.batch import SampledRow
-from agl_trainer.cut import Part, shares
-from agl_trainer.devices import count, run_everywhere
-from agl_trainer.logprobs import RowLogprobs, row_logprobs
+from agl_trainer.logprobs import RowLogprobs
+from agl_trainer.lookup import Values, look_up
 from agl_trainer.lora import BASE
 from agl_trainer.loss_options import LossOptions
 from agl_trainer.losses import StepScale, TokenBatch, token_loss
-from agl_trainer.memory import within_memory
 from agl_trainer.policy import Policy
 from agl_trainer.ratios import high_entropy_threshold
-from agl_trainer.trunk import Grown, Passes
 
 OfRow = Mapping[Hashable, Tensor]
 """`key` of a row to values [T] of its trained tokens."""
@@ -70,10 +67,10 @@ def prepare(
     policy as it is now.
     """
     tokens = sum(sum(row.loss_mask) for row in rows)
-    reference = _look(policy, BASE, rows, pack_tokens).logprobs if options.beta != 0 else None
-    now = _Values()
+    reference = look_up(policy, BASE, rows, pack_tokens).logprobs if options.beta != 0 else None
+    now = Values()
     if options.top_entropy_quantile < 1 or (moves and options.vllm_importance_sampling_mode is not None):
-        now = _look(policy, role, rows, pack_tokens)
+        now = look_up(policy, role, rows, pack_tokens)
     threshold = None
     if options.top_entropy_quantile < 1:
         entropies = torch.cat([now.entropies[row.key] for row in rows])
@@ -81,48 +78,6 @@ def prepare(
         tokens = int((entropies >= threshold).sum())
     began = now.logprobs if moves and options.vllm_importance_sampling_mode is not None else None
     return Objective(options, 1 / max(tokens, 1), threshold, reference, began)
-
-
-@dataclass(frozen=True, slots=True)
-class _Values:
-    """Of the trained tokens of rows, by their keys."""
-
-    logprobs: dict[Hashable, Tensor] = field(default_factory=dict)
-    entropies: dict[Hashable, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _LookJob:
-    """Logprobs and entropies of `rows` under `role`, without a gradient."""
-
-    role: str
-    rows: Sequence[SampledRow]
-    pack_tokens: int
-
-    @torch.no_grad()
-    def run(self, policy: Policy) -> _Values:
-        def attempt(parts: Sequence[Part[SampledRow]]) -> _Values:
-            found = _Values()
-
-            def run(part: list[SampledRow], trunk: Grown | None) -> None:
-                result = row_logprobs(policy, self.role, part, trunk=trunk)
-                for row, *values, mask in zip(part, result.logprobs, result.entropies, result.mask, strict=True):
-                    # On the CPU: they may go to another device.
-                    found.logprobs[row.key], found.entropies[row.key] = (of_row[mask].cpu() for of_row in values)
-
-            Passes(policy, self.role, run).take(parts)
-            return found
-
-        return within_memory(policy, self.rows, self.pack_tokens, attempt)
-
-
-def _look(policy: Policy, role: str, rows: Sequence[SampledRow], pack_tokens: int) -> _Values:
-    """Logprobs and entropies of the trained tokens of `rows` under `role`; each device looks up its share."""
-    job, found = _LookJob(role, rows, pack_tokens), _Values()
-    for values in run_everywhere(policy, [replace(job, rows=share) for share in shares(rows, count())]):
-        found.logprobs.update(values.logprobs)
-        found.entropies.update(values.entropies)
-    return found
 
 
 def _of_rows(values: OfRow | None, rows: Sequence[SampledRow], like: Tensor) -> Tensor | None:

@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from agl.errors import TrainingError
 from agl_trainer.batch import TrainingRow
 from agl_trainer.checkpoint import save_adapter
-from agl_trainer.logprobs import row_logprobs
+from agl_trainer.lookup import look_up
 from agl_trainer.lora import BASE
 from agl_trainer.policy import Policy
 from agl_trainer.vllm.proof import CANARY, prove
@@ -107,8 +106,8 @@ class VllmEngine:
     def _logprobs(self, adapter: str) -> Tensor:
         """[T - 1] of the canary's tokens but the first."""
         row = TrainingRow(self._canary, [0] + [1] * (len(self._canary) - 1), 1.0)
-        with torch.no_grad(), self._policy.lock:
-            return row_logprobs(self._policy, adapter, [row]).logprobs[0].float().cpu()
+        with self._policy.lock:
+            return look_up(self._policy, adapter, [row], len(self._canary)).logprobs[row.key].float()
 
 
 def _base_name(server: VllmServer, policy: Policy) -> str:
