@@ -80,7 +80,9 @@ WAYS = {
     ],
     "b": [
         Way("agl, packed"),
+        Way("agl, packed, 2048 tokens at once", tokens=2048),
         Way("agl, packed, 1024 tokens at once", tokens=1024),
+        Way("agl, packed, recomputed", recomputes=True),
         Way(f"TRL {TRL}, one of 8 batches, times 8", trl_rows=4),
     ],
     "c": [Way("agl, packed"), Way("agl, padded rows", is_padded=True), Way(f"TRL {TRL}", trl_rows=8)],

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 from agl.errors import ConfigError
 from agl_trainer.attention import PackedPlan
-from agl_trainer.compiled import Compiled, compile_layers
+from agl_trainer.compiled import Compiled, compile_layers, refusal
 from agl_trainer.policy import Policy
 from agl_trainer.tree import pack_rows
 from tests.trainer.small_model import small_model, small_policy
@@ -122,5 +122,6 @@ def test_a_model_without_marked_layers_is_refused() -> None:
 def test_without_a_compiler_it_is_said_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     missing = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
+    monkeypatch.setattr("agl_trainer.compiled.refusal", refusal.__wrapped__)
     with missing, pytest.raises(ConfigError, match=r"train.compile: .*No working C\+\+ compiler.*install"):
         small_policy(compiles=True)

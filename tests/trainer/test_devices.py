@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+from agl.config import Config
+from agl.errors import ConfigError
+from agl_trainer.session import open_session
+
 MODULE = "tests.trainer.several_devices"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -46,6 +50,18 @@ def test_what_one_device_cannot_do_is_said_and_the_next_step_taken(tmp_path: Pat
     assert "first token has mask 1" in one["failure"]
     assert "a training step failed on 1 of 2 devices: device" in two["failure"]
     assert "first token has mask 1" in two["failure"]
+
+
+def test_the_engine_that_samples_from_the_policy_itself_is_refused_sharded_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agl_trainer.session.count", lambda: 2)
+    train = {"model": "smollm2", "agent": "tests.flows.toy_agent:run", "fsdp": True, "output_dir": str(tmp_path)}
+    config = Config.model_validate(
+        {"store_uri": f"sqlite:///{tmp_path}/agl.db", "agent_roles": {"writer": {}}, "train": train}
+    )
+    with pytest.raises(ConfigError, match=r"lie on 2 devices.*engine: \{kind: vllm\}"), open_session(config):
+        pass
 
 
 def test_with_sharded_layers_a_device_that_fails_ends_the_training(tmp_path: Path) -> None:

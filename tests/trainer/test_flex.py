@@ -132,7 +132,12 @@ def test_a_policy_has_the_same_loss_and_gradient(
     assert len({(id(packed), window) for packed, window in made}) == len(made)
 
 
-def test_only_gpus_take_it_and_only_heads_of_common_widths() -> None:
+@pytest.mark.parametrize("why", [None, "torch cannot compile here: no compiler"])
+def test_only_gpus_take_it_and_only_heads_of_common_widths(
+    why: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(flex, "refusal", lambda _: why)
+    flex.is_compiled.cache_clear()
     with FakeTensorMode():
         found = [
             (device, width)
@@ -140,4 +145,6 @@ def test_only_gpus_take_it_and_only_heads_of_common_widths() -> None:
             for width in (8, 16, 64, 96, 128, 512)
             if flex.takes(torch.empty(1, 3, 5, width, device=device))
         ]
-    assert found == [("cuda", 16), ("cuda", 64), ("cuda", 128)]
+    flex.is_compiled.cache_clear()
+    assert found == ([] if why else [("cuda", 16), ("cuda", 64), ("cuda", 128)])
+    assert [record.getMessage().partition(": until")[0] for record in caplog.records] == ([why] if why else [])

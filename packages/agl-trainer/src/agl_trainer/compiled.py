@@ -5,6 +5,7 @@ makes the number of tokens a variable in it. Attention over a trie stands outsid
 else that changes from pass to pass; an adapter has a code of its own.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -40,18 +41,19 @@ def compile_layers(body: torch.nn.Module) -> None:
     Raises ConfigError where none is marked as one, or where torch cannot compile on this machine.
     """
     layers = decoder_layers(body, "compile")
-    _try_out(next(body.parameters()).device)
+    if why := refusal(next(body.parameters()).device.type):
+        raise ConfigError(f"train.compile: {why}; install that, or leave train.compile out")
     torch._dynamo.config.cache_size_limit = max(_CODES, torch._dynamo.config.cache_size_limit)
     for layer in layers:
         layer.forward = Compiled(layer.forward, torch.compile(layer.forward))
 
 
-def _try_out(device: torch.device) -> None:
+@functools.cache
+def refusal(device: str) -> str | None:
+    """Why torch cannot compile for devices of this type; None where it can."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except RuntimeError as error:
-        needed = "a C++ compiler, as g++ or what $CXX names" if device.type == "cpu" else "Triton and a C compiler"
-        raise ConfigError(
-            f"train.compile: torch cannot compile here: {str(error).splitlines()[0]}; it needs {needed}: install "
-            "that, or leave train.compile out"
-        ) from error
+        needed = "a C++ compiler, as g++ or what $CXX names" if device == "cpu" else "Triton and a C compiler"
+        return f"torch cannot compile here: {str(error).splitlines()[0]}; it needs {needed}"
+    return None

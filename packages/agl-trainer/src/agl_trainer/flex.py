@@ -4,6 +4,7 @@ A query sees the keys of its own row up to itself: those no later in the packed 
 """
 
 import functools
+import logging
 from collections.abc import Callable
 
 import torch
@@ -11,8 +12,11 @@ from torch import Tensor
 from torch._dynamo import config as compiler
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from agl_trainer.compiled import refusal
 from agl_trainer.kernels import Scores
 from agl_trainer.tree import PackedRows
+
+logger = logging.getLogger(__name__)
 
 _WIDTHS = (16, 32, 64, 128, 256)
 """Of heads. torch refuses narrower ones, older versions of it all but powers of two, and wider ones outgrow the shared
@@ -23,8 +27,19 @@ numbers of blocks happen to be one, or equal. Its own limit of 8 is soon reached
 
 
 def takes(query: Tensor) -> bool:
-    """Whether the compiled kernel computes attention of `query` [..., D], and its gradient, where it is."""
-    return query.is_cuda and query.shape[-1] in _WIDTHS
+    """Whether the compiled kernel computes attention of `query` [..., D], and its gradient, where it is.
+
+    Where it could, had torch all that it needs to compile, a warning says so.
+    """
+    return query.is_cuda and query.shape[-1] in _WIDTHS and is_compiled(query.device.type)
+
+
+@functools.cache
+def is_compiled(device: str) -> bool:
+    why = refusal(device)
+    if why:
+        logger.warning("%s: until that is installed, attention takes many small steps in the place of one", why)
+    return why is None
 
 
 def tree_mask(rows: PackedRows, start: int, window: int | None) -> BlockMask:

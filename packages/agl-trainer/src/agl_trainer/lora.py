@@ -86,15 +86,15 @@ def route_layers(model: PeftModel, routing: Routing) -> None:
 
     Raises TrainingError for a layer that is not linear.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            base = module.get_base_layer()
-            if not isinstance(base, torch.nn.Linear):
-                raise TrainingError(f"layer {name} is a {type(base).__name__}; only LoRA on linear layers is supported")
-            # What is kept in fewer bits, as by bitsandbytes, unpacks its weight itself.
-            product = FrozenProduct(base) if base.weight.is_floating_point() else base
-            routed = Routed(product, _deltas(module), routing)
-            module.forward = routed.__call__  # a method, of which compiled code is for any object
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    for name, layer in layers.items():
+        base = layer.get_base_layer()
+        if not isinstance(base, torch.nn.Linear):
+            raise TrainingError(f"layer {name} is a {type(base).__name__}; only LoRA on linear layers is supported")
+        # What is kept in fewer bits, as by bitsandbytes, unpacks its weight itself.
+        product = FrozenProduct(base) if base.weight.is_floating_point() else base
+        routed = Routed(product, _deltas(layer), routing)
+        layer.forward = routed.__call__  # a method, of which compiled code is for any object
 
 
 def _deltas(layer: Any) -> dict[str, _Delta]:
