@@ -1,11 +1,15 @@
 """GRPO and SFT over recorded agent spans: one LoRA adapter per role on one frozen base model."""
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from agl_trainer.trainer import Trainer
 
 __all__ = ["Trainer"]
+
+# PEFT imports it where it is installed, whereupon it asks for kernels that know no gradients.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

@@ -64,7 +64,8 @@ class _GradientJob(Generic[Row]):
                 loss.backward()
                 gathered.add(result, loss, stats)
 
-            gathered.distinct += Passes(policy, self.role, run).take(parts)
+            trunks = Passes(policy, self.role, run).take(parts)
+            gathered.distinct += trunks
             return gathered
 
         return within_memory(policy, self.rows, self.pack_tokens, attempt)
