@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from agl_trainer import cut as module
 from agl_trainer.batch import SampledRow, TrainingRow
-from agl_trainer.cut import Part, Trunk, cut, padded_passes
+from agl_trainer.cut import PASS, Part, Trunk, cut, joined, padded_passes, shape
 from agl_trainer.tree import pack_rows
 
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), max_size=12)
@@ -88,3 +88,12 @@ def test_padded_passes_hold_few_tokens_padding_included(rows: list[list[int]], p
 def test_the_values_of_trained_tokens() -> None:
     sampled = SampledRow([1, 2, 3], [0, 1, 1], 1.0, [0.0, -1.0, -2.0], [0.0, 3.0, 4.0])
     assert sampled.trained(sampled.logprobs) == [-1.0, -2.0]
+
+
+def test_shapes_are_joined_so_that_each_has_a_place_for_its_parts() -> None:
+    on_a_trunk = shape([Trunk(row([1, 2, 3]), 0, 2, [[row([1, 2, 3])], [row([1, 2, 4])]]), [row([5])]])
+    assert on_a_trunk == ((PASS, PASS), PASS)
+    assert joined([on_a_trunk, (PASS,)]) == ((PASS, PASS), PASS)
+    assert joined([(PASS, PASS, PASS), on_a_trunk]) == ((PASS, PASS), PASS, PASS)
+    assert joined([((PASS, (PASS, PASS)),), on_a_trunk]) == ((PASS, (PASS, PASS)), PASS)
+    assert joined([(), ()]) == ()
