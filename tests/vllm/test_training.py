@@ -1,6 +1,7 @@
 """`agl train` of the SQL example with vLLM as its engine: two steps, adapters pushed after each."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ train:
   model: smollm2
   agent: examples.sql_agent.agent:run
   tasks: examples.sql_agent.tasks:train_tasks
-  reward: tests.vllm.test_training:brevity
+  reward: tests.vllm.test_training:chance
   instrument: [agl_langchain]
   group_size: {group_size}
   groups_per_step: {groups}
@@ -36,25 +37,38 @@ train:
 """
 
 
-def brevity(task: object, answer: object) -> float:
-    """A reward that hardly two of the base model's answers share: so each step has something to learn from."""
-    return 1 / (1 + len(str(answer)))
+def chance(task: object, answer: object) -> float:
+    """A reward that no two rollouts share, whatever the base model answers: so each step has something to train on."""
+    return random.random()
 
 
 @pytest.fixture(scope="module")
 def trained(vllm_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the training."""
-    folder = tmp_path_factory.mktemp("training")
+    return train(tmp_path_factory.mktemp("training"), vllm_url)
+
+
+def train(folder: Path, vllm_url: str, options: str = "") -> Path:
     config = folder / "config.yaml"
-    config.write_text(CONFIG.format(folder=folder, url=vllm_url, group_size=GROUP_SIZE, groups=GROUPS, steps=STEPS))
+    given = CONFIG.format(folder=folder, url=vllm_url, group_size=GROUP_SIZE, groups=GROUPS, steps=STEPS)
+    config.write_text(given + options)
     command = [Path(sys.executable).with_name("agl"), "train", str(config)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line)["metrics"] for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+
+
+def live(vllm_url: str) -> set[str]:
+    with VllmServer(vllm_url) as server:
+        return {model for model in server.models() if "@" in model}
+
+
 def test_both_roles_are_trained_in_both_steps(trained: Path) -> None:
-    lines = [json.loads(line)["metrics"] for line in (trained / "run/metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(trained)
     assert len(lines) == STEPS
     for metrics in lines:
         assert metrics["calls/trained"] > 0
@@ -76,7 +90,15 @@ def test_every_call_was_sampled_by_the_version_of_its_step_with_its_token_ids(tr
 
 def test_the_last_versions_are_live_when_the_training_is_over(trained: Path, vllm_url: str) -> None:
     published = {path.name for path in (trained / "run/adapters").iterdir()}
-    with VllmServer(vllm_url) as server:
-        loaded = {model for model in server.models() if "@" in model}
-    assert loaded == {f"writer@{STEPS}", f"fixer@{STEPS}"}
-    assert loaded <= published
+    assert live(vllm_url) == {f"writer@{STEPS}", f"fixer@{STEPS}"}
+    assert live(vllm_url) <= published
+
+
+def test_rollouts_run_beside_the_step_that_trains(tmp_path: Path, vllm_url: str) -> None:
+    folder = train(tmp_path, vllm_url, "  asynchronous: true\n  max_staleness: 1\n")
+    lines = metrics_of(folder)
+    assert [metrics["writer/staleness_max"] for metrics in lines] == [0, 1]
+    for metrics in lines:
+        assert metrics["calls/trained"] > 0
+        assert metrics["rollouts/failed"] == 0
+    assert "writer@2" in live(vllm_url)
