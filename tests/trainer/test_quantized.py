@@ -81,7 +81,7 @@ def test_sampling_sees_the_same_and_gradients_flow_after_it(folder: Path) -> Non
     assert torch.equal(gradient(policy)[1], before)
 
 
-def test_linear_layers_take_a_seventh_of_the_memory(tmp_path: Path) -> None:
+def test_linear_layers_take_a_seventh_of_the_memory() -> None:
     def size(model: PreTrainedModel) -> int:
         layers = [module for module in model.get_decoder().modules() if isinstance(module, torch.nn.Linear)]
         return sum(layer.weight.nbytes for layer in layers)

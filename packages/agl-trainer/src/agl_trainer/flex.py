@@ -27,15 +27,13 @@ numbers of blocks happen to be one, or equal. Its own limit of 8 is soon reached
 
 
 def takes(query: Tensor) -> bool:
-    """Whether the compiled kernel computes attention of `query` [..., D], and its gradient, where it is.
-
-    Where it could, had torch all that it needs to compile, a warning says so.
-    """
+    """Whether the compiled kernel computes attention of `query` [..., D], and its gradient, where it is."""
     return query.is_cuda and query.shape[-1] in _WIDTHS and is_compiled(query.device.type)
 
 
 @functools.cache
 def is_compiled(device: str) -> bool:
+    """Whether torch can compile the kernel for devices of this type; where it lacks something, a warning says so."""
     why = refusal(device)
     if why:
         logger.warning("%s: until that is installed, attention takes many small steps in the place of one", why)

@@ -64,14 +64,14 @@ class Policy:
         self._routing = Routing()
         route_layers(self._peft, self._routing)
         self._body = model.get_decoder()
-        if compiles:
-            compile_layers(self._body)
-        if recomputes:
-            recompute_layers(self._body, self._routing)
         self.is_sharded = shards
         """A pass is a matter of all devices, see `sharding`."""
         if shards:
             shard_layers(self._peft, self._body)
+        if compiles:  # for the device that the layers are on by now
+            compile_layers(self._body)
+        if recomputes:
+            recompute_layers(self._body, self._routing)
         self._can_be_fused = can_be_fused(self._body)
         self._fused: FusedDecoder | None = None
         output = model.get_output_embeddings()

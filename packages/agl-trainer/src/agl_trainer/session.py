@@ -140,7 +140,7 @@ def open_policy(config: Config, *, samples: bool = False) -> Policy:
     """
     train = config.require_train()
     disable_progress_bar()  # the line of `progress` is the only one that moves
-    shards = train.fsdp and count() > 1 and not samples
+    shards = _is_spread(train) and not samples
     model, tokenizer = load_model(base_folder(config), on_cpu=shards, in_4bit=train.load_in_4bit)
     check_trainable(model)
     packs = takes_trie(model)
@@ -162,6 +162,11 @@ def open_policy(config: Config, *, samples: bool = False) -> Policy:
     )
 
 
+def _is_spread(train: TrainConfig) -> bool:
+    """Whether the policy that trains lies on several devices."""
+    return train.fsdp and count() > 1
+
+
 @contextmanager
 def _serve_local(config: Config, store: Store) -> Iterator[tuple[Policy, Engine, ServerThread]]:
     if config.gateway.upstream != LOCAL or config.gateway.engines:
@@ -170,7 +175,7 @@ def _serve_local(config: Config, store: Store) -> Iterator[tuple[Policy, Engine,
             "gateway.upstream and gateway.engines out, or set `engine: vllm` if that is what they name"
         )
     train = config.require_train()
-    if train.fsdp and count() > 1 and not train.asynchronous:
+    if _is_spread(train) and not train.asynchronous:
         raise ConfigError(
             f"train.fsdp: the layers of the policy lie on {count()} devices, so the in-process engine cannot sample "
             "from it; set `engine: {kind: vllm}`, or `train.asynchronous: true`, with which the engine has its own copy"
