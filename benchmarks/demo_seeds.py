@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from agl_trainer.evaluation import EvalResult, mean_interval, paired_difference
+from agl_trainer.report.evaluation import EvalResult, mean_interval, paired_difference
 
 PHASES = ("base", "sft", "grpo")
 

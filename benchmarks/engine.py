@@ -34,14 +34,14 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from agl.config import RoleConfig
-from agl.server import AppThread
-from agl_trainer.batch import TrainingRow
-from agl_trainer.engine.api import engine_app
-from agl_trainer.engine.scheduler import Scheduler
-from agl_trainer.logprobs import row_logprobs
-from agl_trainer.lora import BASE
-from agl_trainer.models import load_model, model_folder, use_bfloat16_products
-from agl_trainer.policy import Policy
+from agl.server_thread import AppThread
+from agl_trainer.compute.logprobs import row_logprobs
+from agl_trainer.data.rows import TrainingRow
+from agl_trainer.engine.http.api import engine_app
+from agl_trainer.engine.local.scheduler import Scheduler
+from agl_trainer.model.base_model import load_model, model_folder, use_bfloat16_products
+from agl_trainer.model.lora import BASE
+from agl_trainer.model.policy import Policy
 from tests.vllm.environment import TORCH, VLLM
 from tests.vllm.serving import serve_vllm
 

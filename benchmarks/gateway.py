@@ -30,7 +30,7 @@ from statistics import median
 
 from agl import semconv
 from agl.store import open_store
-from agl.tokens import unpack_ids
+from agl.tokens.packing import unpack_ids
 from benchmarks.http_load import number
 from benchmarks.null_engine import prompt_ids, token_ids
 from tests.venv import python_with

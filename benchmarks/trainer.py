@@ -30,14 +30,14 @@ from statistics import median
 import torch
 
 from agl.config import RoleConfig
-from agl_trainer.batch import SampledRow, TrainingRow
-from agl_trainer.logprobs import row_logprobs
-from agl_trainer.loss_options import LossOptions
-from agl_trainer.models import load_model, model_folder
-from agl_trainer.objective import Objective
-from agl_trainer.policy import Policy
-from agl_trainer.tree import pack_rows
-from agl_trainer.update import update_role
+from agl_trainer.algo.options import LossOptions
+from agl_trainer.compute.logprobs import row_logprobs
+from agl_trainer.compute.objective import Objective
+from agl_trainer.compute.update import update_role
+from agl_trainer.data.rows import SampledRow, TrainingRow
+from agl_trainer.data.trie import pack_rows
+from agl_trainer.model.base_model import load_model, model_folder
+from agl_trainer.model.policy import Policy
 from benchmarks.step_rows import SHAPES, Measured, Shape, draw_adapter, peak_mb, rollouts, sgemm_flops
 from tests.venv import python_with
 

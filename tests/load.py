@@ -10,7 +10,7 @@ import httpx
 from agl import otlp
 from agl.collector.http import PROTOBUF
 from agl.store import Store, open_store
-from agl.store.row import read
+from agl.store.span_row import read
 from tests.store.spans import make_span
 from tests.waiting import wait_until
 

@@ -33,7 +33,7 @@ from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.trace import ReadableSpan
 
 import agl
-from agl.server import ServerThread
+from agl.server_thread import ServerThread
 from agl.store import open_store
 from agl.trajectory import build_trajectory
 from benchmarks.situations.desk import TRACER, Desk, Situations, expect

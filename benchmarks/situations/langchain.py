@@ -29,7 +29,7 @@ from opentelemetry import trace
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 
 import agl
-from agl.server import ServerThread
+from agl.server_thread import ServerThread
 from agl.store import open_store
 from agl.trajectory import build_trajectory
 from benchmarks.situations.desk import TRACER, Desk, Situations, expect

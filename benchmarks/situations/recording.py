@@ -8,7 +8,7 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 
-from agl.tokens import pack_ids
+from agl.tokens.packing import pack_ids
 
 _KIND_ATTRIBUTES = (
     "gen_ai.operation.name",

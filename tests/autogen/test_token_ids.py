@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 import agl
 from agl.otlp import decode
-from agl.tokens import pack_ids, pack_logprobs
+from agl.tokens.packing import pack_ids, pack_logprobs
 from agl.trajectory import build_trajectory
 from tests.autogen.conftest import MODEL_INFO, SwitchOn
 from tests.autogen.span_tree import attributes, only

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from agl.bearer import BearerTokens
 from agl.config import CollectorConfig
 from agl.errors import InputError, StoreError
-from agl.server import ServerThread
+from agl.server.bearer import BearerTokens
+from agl.server_thread import ServerThread
 from agl.store import open_store
-from agl.store.row import SpanRow
+from agl.store.span_row import SpanRow
 
 
 class RefusingStore:

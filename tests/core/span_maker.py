@@ -6,7 +6,7 @@ from typing import Any
 
 from agl import semconv
 from agl.span import AttributeValue, Span, Status
-from agl.tokens import pack_ids, pack_logprobs
+from agl.tokens.packing import pack_ids, pack_logprobs
 
 TRACE = "a" * 32
 OTHER_TRACE = "b" * 32

@@ -17,15 +17,15 @@ import trustme
 from starlette.applications import Starlette
 
 from agl import otlp
-from agl.api import client, routes
-from agl.api.client import HttpStore
-from agl.api.routes import Api
-from agl.api.verb import JSON, PREFIX, PROTOBUF, VERBS
-from agl.bearer import TOKEN_VARIABLE, BearerTokens
 from agl.config import CollectorConfig, TlsConfig
 from agl.errors import StoreError, TransitionError, UnknownIdError
-from agl.server import AppThread, ServerThread
+from agl.server.bearer import TOKEN_VARIABLE, BearerTokens
+from agl.server_thread import AppThread, ServerThread
 from agl.store import AttemptState, Resource, Rollout, Store, open_store
+from agl.store.http import client, routes
+from agl.store.http.client import HttpStore
+from agl.store.http.routes import Api
+from agl.store.http.verb import JSON, PREFIX, PROTOBUF, VERBS
 from tests.ports import free_port
 from tests.store.spans import make_span
 

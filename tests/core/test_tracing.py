@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 import agl
 from agl import semconv
 from agl.errors import ConfigError
-from agl.tokens import pack_ids, pack_logprobs, unpack_ids, unpack_logprobs
+from agl.tokens.packing import pack_ids, pack_logprobs, unpack_ids, unpack_logprobs
 from tests.core.otlp_sink import OtlpSink, attributes
 
 

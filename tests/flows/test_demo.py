@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from agl.store import open_store
 from agl.trajectory import build_trajectory
-from agl_trainer.evaluation import EvalResult, paired_difference
+from agl_trainer.report.evaluation import EvalResult, paired_difference
 
 ROOT = Path(__file__).parents[2]
 AGL = Path(sys.executable).with_name("agl")

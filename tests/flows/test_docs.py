@@ -38,7 +38,7 @@ from agl.config import (
     TrainConfig,
     UpstreamConfig,
 )
-from agl.server import ServerThread
+from agl.server_thread import ServerThread
 from agl.store import open_store
 from agl.trajectory import DropReason
 from tests.core.fake_engine import FakeEngine

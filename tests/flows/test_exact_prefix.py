@@ -9,12 +9,12 @@ import httpx
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from agl.cli.inspection import Inspection
 from agl.config import GatewayConfig
-from agl.inspection import Inspection
-from agl.server import ServerThread
+from agl.server_thread import ServerThread
 from agl.store import Store, open_store
 from agl.trajectory import Call, Drift, build_trajectory
-from agl_trainer.engine.api import engine_app
+from agl_trainer.engine.http.api import engine_app
 from tests.trainer.scripted_sampler import PLAIN_TEMPLATE, Script, ScriptedSampler, events, small_tokenizer
 
 TRIMMING = PLAIN_TEMPLATE.replace("m['content']", "m['content'] | trim")

@@ -11,9 +11,9 @@ import pytest
 
 import agl
 from agl import semconv
-from agl.bearer import TOKEN_VARIABLE
+from agl.server.bearer import TOKEN_VARIABLE
 from agl.store import AttemptState, Rollout, RolloutState, open_store
-from agl_trainer.runner import Runner
+from agl_trainer.rollout.runner import Runner
 
 TOKEN = "of-this-test"
 

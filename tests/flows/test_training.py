@@ -18,16 +18,16 @@ from safetensors.torch import load_file
 
 from agl import semconv
 from agl.cli import main
+from agl.cli.inspection import Inspection
 from agl.config import Config
 from agl.errors import ConfigError, TrainingError
-from agl.inspection import Inspection
 from agl.span import Span
 from agl.store import RolloutState, Store, open_store
 from agl.trajectory import DropReason, Trajectory, build_trajectory, collect_trained
 from agl_trainer import Trainer
-from agl_trainer import trainer as trainer_module
-from agl_trainer.checkpoint import load_checkpoint
-from agl_trainer.evaluation import EvalResult
+from agl_trainer.loop import trainer as trainer_module
+from agl_trainer.loop.checkpoint import load_checkpoint
+from agl_trainer.report.evaluation import EvalResult
 from tests.core.span_maker import gateway_call
 from tests.flows import toy_agent
 from tests.trainer.scripted_judge import ScriptedJudge
@@ -439,7 +439,7 @@ RUN_DEMOS = """
 import os, sys
 from pathlib import Path
 from agl.config import Config
-from agl_trainer.demo import Demo
+from agl_trainer.loop.demo import Demo
 
 for line in sys.stdin:
     child = os.fork()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from agl.server import AppThread, ServerThread
+from agl.server_thread import AppThread, ServerThread
 from agl.store import Store, open_store
 from agl.trajectory import Row, Trajectory, build_trajectory
 from tests.foreign import engine

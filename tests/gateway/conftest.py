@@ -6,7 +6,7 @@ import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from agl.config import GatewayConfig
-from agl.server import ServerThread
+from agl.server_thread import ServerThread
 from tests.core.fake_engine import FakeEngine
 from tests.gateway.serving import Setup, Store
 

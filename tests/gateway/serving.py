@@ -13,11 +13,11 @@ import openai
 from agl import otlp, semconv
 from agl.config import GatewayConfig
 from agl.errors import StoreError
-from agl.server import AppThread, ServerThread
+from agl.server_thread import AppThread, ServerThread
 from agl.span import Span
-from agl.store.row import SpanRow
+from agl.store.span_row import SpanRow
 from agl.store.sqlite import SqliteStore
-from agl.tokens import unpack_ids, unpack_logprobs
+from agl.tokens.packing import unpack_ids, unpack_logprobs
 from tests.core.fake_engine import PROMPT_IDS, FakeEngine, logprob, token_id
 
 IDS = [token_id(0, position) for position in range(3)]

@@ -12,8 +12,8 @@ from agl import semconv
 from agl.config import UpstreamConfig
 from agl.errors import ConfigError
 from agl.gateway.engine import Engine
-from agl.gateway.refusal import Refusal
 from agl.gateway.routing import Routes
+from agl.server.refusal import Refusal
 from tests.core.fake_engine import FakeEngine
 from tests.gateway.serving import Setup, assert_tokens, chat_body, gateway, serving, wait_until
 

@@ -15,12 +15,12 @@ from opentelemetry.trace import format_span_id
 
 import agl
 from agl import semconv
-from agl.capture import Asked, Capture, strip
+from agl.cli.inspection import Inspection
 from agl.gateway.request import Seeds, prepare
-from agl.gateway.wire import split_events
-from agl.inspection import Inspection
-from agl.server import ServerThread
+from agl.gateway.sse import split_events
+from agl.server_thread import ServerThread
 from agl.store import Rollout
+from agl.tokens.capture import Asked, Capture, strip
 from tests.core.fake_engine import WORDS
 from tests.gateway.serving import (
     IDS,

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from agl import semconv
 from agl.config import GatewayConfig
-from agl.drift import Drifted
-from agl.server import AppThread
+from agl.server_thread import AppThread
+from agl.tokens.drift import Drifted
 from agl.trajectory import build_trajectory
 from tests.core.fake_engine import END, PROMPT_IDS, TURN, WORDS
 from tests.gateway.serving import IDS, Setup, assert_tokens, chat_body, gateway, ids, parsed

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from agl.gateway.slots import Slots
+from agl.gateway.fair_queue import Slots
 
 
 async def settle() -> None:

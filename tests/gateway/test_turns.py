@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from agl import semconv
-from agl.drift import Drift, Drifted, first_difference
+from agl.gateway.drift_kind import kind_of_drift
 from agl.gateway.history import Held, Histories, Said
-from agl.gateway.wording import kind_of_drift
 from agl.span import Span
-from agl.tokens import pack_ids
+from agl.tokens.drift import Drift, Drifted, first_difference
+from agl.tokens.packing import pack_ids
 from tests.core.fake_engine import END, PROMPT_IDS, TURN, WORDS, FakeEngine
 from tests.gateway.serving import IDS, Setup, chat_body, gateway, ids
 

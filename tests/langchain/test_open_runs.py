@@ -12,7 +12,7 @@ from opentelemetry import trace
 from opentelemetry.context import get_current
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from agl.content import Content
+from agl.content.content import Content
 from agl_langchain import AglCallbackHandler
 from agl_langchain._open_runs import OPEN_RUNS, OpenRuns
 from agl_langchain._role import Actor

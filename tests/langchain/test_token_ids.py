@@ -20,7 +20,7 @@ from pydantic import BaseModel
 import agl
 from agl.errors import ConfigError
 from agl.otlp import decode
-from agl.tokens import pack_ids, pack_logprobs
+from agl.tokens.packing import pack_ids, pack_logprobs
 from agl.trajectory import Trajectory, build_trajectory
 from agl_langchain import AglCallbackHandler, capture_token_ids
 from tests.autogen.span_tree import attributes, named, only, tree

@@ -5,10 +5,10 @@ from contextlib import closing, contextmanager
 
 from agl.config import QueueConfig
 from agl.queue import SpanQueue, WriterPool
-from agl.server import ServerThread
+from agl.server_thread import ServerThread
 from agl.span import Span
 from agl.store import Store, open_store
-from agl.store.row import SpanRow
+from agl.store.span_row import SpanRow
 
 TRACE = "a" * 32
 

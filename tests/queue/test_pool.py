@@ -19,7 +19,7 @@ from agl.collector.http import PROTOBUF
 from agl.config import QueueConfig
 from agl.queue import SpanQueue, WriterPool
 from agl.queue.pool import next_size
-from agl.server import ServerThread
+from agl.server_thread import ServerThread
 from agl.store import open_store
 from tests.queue.collecting import collecting, make_rows, make_spans, numbers_in
 from tests.queue.conftest import NewConfig

@@ -15,7 +15,7 @@ from agl.errors import ConfigError, InputError, QueueError, StoreError
 from agl.queue import SpanQueue, WriterPool
 from agl.queue.writer import Writer
 from agl.store import open_store
-from agl.store.row import SpanRow
+from agl.store.span_row import SpanRow
 from tests.ports import free_port
 from tests.queue.collecting import make_rows, numbers_in
 from tests.queue.conftest import NewConfig

@@ -9,9 +9,9 @@ from pathlib import Path
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from agl.api.routes import Api
-from agl.server import AppThread
+from agl.server_thread import AppThread
 from agl.store import open_store
+from agl.store.http.routes import Api
 
 NewUri = Callable[[], str]
 """Makes the URI of another, empty store on each call."""

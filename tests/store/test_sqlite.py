@@ -11,7 +11,7 @@ import pytest
 
 from agl.errors import InputError, StoreError
 from agl.store import AttemptState, Resource, Rollout, RolloutState, open_store
-from agl.store.row import SpanRow
+from agl.store.span_row import SpanRow
 from agl.store.sqlite import spans, upkeep
 from agl.store.sqlite.database import Database
 from agl.store.sqlite.schema import MIGRATIONS

@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from agl_trainer.engine.request import EngineError, FinishReason, SampledToken, SamplingParams, UnknownModelError
+from agl_trainer.engine.protocol import EngineError, FinishReason, SampledToken, SamplingParams, UnknownModelError
 
 PLAIN_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

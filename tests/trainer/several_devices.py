@@ -13,13 +13,13 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from agl.errors import TrainingError
-from agl_trainer.batch import SampledRow
-from agl_trainer.devices import count, lead_or_follow
-from agl_trainer.loss_options import LossOptions
-from agl_trainer.objective import prepare
-from agl_trainer.policy import Policy
-from agl_trainer.sft import sft_loss
-from agl_trainer.update import update_role
+from agl_trainer.algo.options import LossOptions
+from agl_trainer.compute.devices import count, lead_or_follow
+from agl_trainer.compute.objective import prepare
+from agl_trainer.compute.update import update_role
+from agl_trainer.data.rows import SampledRow
+from agl_trainer.data.sft_examples import sft_loss
+from agl_trainer.model.policy import Policy
 from tests.trainer.small_model import small_model, small_policy
 
 PREFIX = list(range(10, 50))

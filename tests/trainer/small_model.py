@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from agl.config import RoleConfig
-from agl_trainer.lora import BASE
-from agl_trainer.policy import Policy
+from agl_trainer.model.lora import BASE
+from agl_trainer.model.policy import Policy
 from tests.trainer.scripted_sampler import small_tokenizer
 
 VOCABULARY = 400

@@ -14,13 +14,13 @@ import torch
 from agl import semconv
 from agl.config import Config
 from agl.span import Span
-from agl.tokens import pack_logprobs
+from agl.tokens.packing import pack_logprobs
 from agl.trajectory import Trajectory
-from agl_trainer.attention import PackedPlan
-from agl_trainer.grpo import grpo_batch
-from agl_trainer.policy import Policy
-from agl_trainer.step import batch_options, role_states, train_batch
-from agl_trainer.tree import pack_rows
+from agl_trainer.algo.batch_builder import grpo_batch
+from agl_trainer.compute.step import batch_options, role_states, train_batch
+from agl_trainer.data.trie import pack_rows
+from agl_trainer.model.attention import PackedPlan
+from agl_trainer.model.policy import Policy
 from tests.trainer.rollout_maker import call, reward_on, trajectory
 from tests.trainer.small_model import small_policy
 

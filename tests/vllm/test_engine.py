@@ -8,11 +8,11 @@ import torch
 
 from agl.config import RoleConfig
 from agl.errors import TrainingError
-from agl_trainer.checkpoint import save_adapter
-from agl_trainer.models import load_model, model_folder
-from agl_trainer.policy import Policy
-from agl_trainer.vllm.engine import VllmEngine
-from agl_trainer.vllm.server import VllmServer
+from agl_trainer.engine.vllm.engine import VllmEngine
+from agl_trainer.engine.vllm.server import VllmServer
+from agl_trainer.loop.checkpoint import save_adapter
+from agl_trainer.model.base_model import load_model, model_folder
+from agl_trainer.model.policy import Policy
 from tests.vllm.conftest import BASE
 
 pytestmark = pytest.mark.timeout(2400)  # the first test waits until vLLM is installed and has started

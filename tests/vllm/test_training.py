@@ -10,7 +10,7 @@ import pytest
 
 from agl.store import open_store
 from agl.trajectory import build_trajectory
-from agl_trainer.vllm.server import VllmServer
+from agl_trainer.engine.vllm.server import VllmServer
 
 pytestmark = pytest.mark.timeout(2400)  # vLLM is slow on a CPU that others use too
 

@@ -6,8 +6,8 @@ import httpx
 import pytest
 
 from agl import semconv
-from agl.drift import Drift, Drifted
 from agl.span import Span
+from agl.tokens.drift import Drift, Drifted
 from agl.trajectory import build_trajectory
 from tests.gateway.serving import Setup, gateway, ids, output
 from tests.vllm.conftest import BASE

@@ -6,7 +6,7 @@ from typing import Any
 from opentelemetry.util.types import AttributeValue
 
 from agl import semconv
-from agl.tokens import pack_ids, pack_logprobs
+from agl.tokens.packing import pack_ids, pack_logprobs
 
 
 class Answer:

@@ -9,7 +9,7 @@ from typing import Any
 from opentelemetry.context import Context, get_current
 from opentelemetry.trace import INVALID_SPAN, NoOpTracer, Span
 
-from agl.content import Content
+from agl.content.content import Content
 from agl_autogen._span import marked_once
 
 TraceBlock = Callable[..., AbstractContextManager[Span]]

@@ -7,8 +7,8 @@ from autogen_core.models import CreateResult, LLMMessage
 from opentelemetry.context import Context, create_key, get_value, set_value
 from opentelemetry.trace import Span, set_span_in_context
 
-from agl.boundary import never_raises
-from agl.content import Content
+from agl.content.content import Content
+from agl.failsafe import never_raises
 from agl_autogen._answer import Answer
 from agl_autogen._attributes import request_content, result_attributes, result_content
 

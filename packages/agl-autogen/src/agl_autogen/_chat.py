@@ -11,7 +11,7 @@ from opentelemetry.instrumentation.utils import is_instrumentation_enabled
 from opentelemetry.trace import SpanKind
 
 from agl import semconv
-from agl.boundary import never_raises
+from agl.failsafe import never_raises
 from agl_autogen._attributes import Attributes, request_attributes
 from agl_autogen._call import Call, current_call
 from agl_autogen._settings import Settings

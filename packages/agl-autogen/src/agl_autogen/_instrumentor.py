@@ -9,7 +9,7 @@ from typing import Any
 from opentelemetry import trace
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor
 
-from agl.content import Content
+from agl.content.content import Content
 from agl.role_map import RoleMap
 from agl_autogen._patch import Patches
 from agl_autogen._settings import Settings

@@ -6,7 +6,7 @@ from typing import Any
 
 from opentelemetry.trace import get_current_span
 
-from agl.content import Content
+from agl.content.content import Content
 from agl.context import mark_error
 
 Call = Callable[..., Awaitable[Any]]

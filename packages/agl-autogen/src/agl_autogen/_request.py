@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import agl
-from agl.boundary import never_raises
+from agl.failsafe import never_raises
 from agl_autogen._call import current_call
 from agl_autogen._settings import Settings
 

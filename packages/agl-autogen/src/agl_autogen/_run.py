@@ -13,8 +13,8 @@ from opentelemetry.instrumentation.utils import is_instrumentation_enabled
 from opentelemetry.trace import SpanKind, get_current_span, set_span_in_context
 
 from agl import semconv
-from agl.boundary import never_raises
 from agl.context import stated_role
+from agl.failsafe import never_raises
 from agl_autogen._settings import Settings
 from agl_autogen._span import mark_abandoned, open_span
 from agl_autogen._stream import IsolatedStream

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from opentelemetry.trace import Tracer
 
-from agl.content import Content
+from agl.content.content import Content
 from agl.role_map import RoleMap
 
 

@@ -7,9 +7,9 @@ from opentelemetry import trace
 from opentelemetry.util.types import AttributeValue
 
 from agl import semconv
-from agl.boundary import never_raises
-from agl.content import Content
+from agl.content.content import Content
 from agl.context import mark_error
+from agl.failsafe import never_raises
 from agl_autogen._settings import Settings
 
 

@@ -11,8 +11,8 @@ from opentelemetry.instrumentation.utils import is_instrumentation_enabled
 from opentelemetry.trace import Span
 
 from agl import semconv
-from agl.boundary import never_raises
 from agl.context import with_inferred_role
+from agl.failsafe import never_raises
 from agl_autogen._settings import Settings
 from agl_autogen._span import marked_once
 from agl_autogen._stream import isolated

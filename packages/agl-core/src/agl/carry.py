@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
 
-from agl.boundary import never_raises
 from agl.context import headers, joined
+from agl.failsafe import never_raises
 from agl.tracing import flush, init, settings
 
 Parameters = ParamSpec("Parameters")

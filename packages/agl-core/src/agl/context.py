@@ -21,9 +21,9 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from agl import semconv
-from agl.boundary import never_raises
-from agl.content import Content
+from agl.content.content import Content
 from agl.errors import TelemetryError
+from agl.failsafe import never_raises
 
 Mode = Literal["train", "eval", "prod"]
 Value = TypeVar("Value", covariant=True)

@@ -88,7 +88,7 @@ POLICY_VERSION: Final = "agl.policy.version"
 # --- Tokens --------------------------------------------------------------------------------------------------------
 
 PROMPT_TOKEN_IDS: Final = "agl.prompt.token_ids"
-"""bytes: int32 little-endian, packed (see `agl.tokens`)."""
+"""bytes: int32 little-endian, packed (see `agl.tokens.packing`)."""
 RESPONSE_TOKEN_IDS: Final = "agl.response.token_ids"
 """bytes: int32 little-endian, packed."""
 RESPONSE_LOGPROBS: Final = "agl.response.logprobs"
@@ -139,9 +139,9 @@ request was translated for the engine, all that it got."""
 GATEWAY_RETRIES: Final = "agl.gateway.retries"
 """Array of str: why each try before the last came to nothing."""
 GATEWAY_DRIFT: Final = "agl.gateway.drift"
-"""str: where the call continues another, but not with the tokens sampled there: JSON object of `kind` (`agl.drift`),
-`position` of the first other token in the prompt, `sampled` and `prompt` (id and text of the two), and `after`, the
-span id of the call before."""
+"""str: set where the call continues another call, but its prompt differs from the tokens sampled there. JSON object of
+`kind` (`agl.tokens.drift`), `position` of the first token in the prompt that differs, `sampled` and `prompt` (id and
+text of the two tokens), and `after`, the span id of the call before."""
 GATEWAY_PREFIX: Final = "agl.gateway.prefix"
 """str: with `gateway.exact_prefix`, where the call continues another: `exact` for a prompt made of the tokens held,
 else why the engine's chat template made it."""

@@ -16,11 +16,11 @@ from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 
-from agl.content import redaction_in_use, use_redaction
+from agl.content.content import redaction_in_use, use_redaction
+from agl.content.redaction import Redact
 from agl.context import RolloutProcessor, join_environment
 from agl.emit.reward import use_weights, weights_in_use
 from agl.errors import ConfigError
-from agl.redaction import Redact
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def init(
     `endpoint`: base URL of the collector, `/v1/traces` is appended (default: `$OTEL_EXPORTER_OTLP_ENDPOINT`, else
     http://localhost:4318). `reward_weights`: weight of each reward dimension (see `emit_reward`). `redact`: a function
     from str to str that sees each text before it is on a span of the emitters, or of a plug-in that was given none of
-    its own (see `agl.content`).
+    its own (see `agl.content.content`).
     A global SDK provider that is already set stays, with its name and its exporters; ours is added to it.
     A process that was started with `agl.environment()` goes on in the rollout that was in force there.
     Raises ConfigError for an endpoint that is no URL, a `redact` that is no function or a provider that is not the

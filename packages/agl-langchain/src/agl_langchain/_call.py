@@ -9,7 +9,7 @@ from langchain_core.outputs import ChatGeneration, Generation, LLMResult
 from opentelemetry.util.types import AttributeValue
 
 from agl import semconv
-from agl.capture import Capture, Choice
+from agl.tokens.capture import Capture, Choice
 from agl_langchain._messages import finish_reason, output_messages, to_json
 
 Attributes = dict[str, AttributeValue]

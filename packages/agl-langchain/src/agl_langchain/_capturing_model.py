@@ -11,8 +11,8 @@ from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_openai.chat_models.base import BaseChatOpenAI
 
-from agl.boundary import never_raises
-from agl.capture import Asked, Capture, Json, says_nothing, strip
+from agl.failsafe import never_raises
+from agl.tokens.capture import Asked, Capture, Json, says_nothing, strip
 from agl_langchain._open_runs import OPEN_RUNS
 from agl_langchain._run import run_in_force
 

@@ -13,9 +13,9 @@ from langchain_core.tools import ToolException
 from opentelemetry.trace import TracerProvider
 
 from agl import semconv
-from agl.boundary import log_failure
-from agl.content import Content
-from agl.redaction import Redact
+from agl.content.content import Content
+from agl.content.redaction import Redact
+from agl.failsafe import log_failure
 from agl.role_map import RoleMap
 from agl_langchain._messages import input_messages, prompt_messages, retrieved, to_json, tool_result
 from agl_langchain._recorder import Recorder, Start
@@ -60,8 +60,8 @@ class AglCallbackHandler(BaseCallbackHandler):
 
         `capture_content` says whether messages, tool arguments, results and what errors say go on the spans; None
         leaves it to `OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT`, and without that they do. `redact` is given
-        each text of these before it is on a span, and gives back what may leave the process (see `agl.content`); None
-        leaves it to `agl.init`.
+        each text of these before it is on a span, and gives back what may leave the process (see
+        `agl.content.content`); None leaves it to `agl.init`.
 
         Raises ConfigError for a pattern that is no regular expression, or a `redact` that is no function.
         """

@@ -14,7 +14,7 @@ from opentelemetry.instrumentation.utils import is_instrumentation_enabled
 from opentelemetry.trace import SpanKind, TracerProvider
 
 from agl import semconv
-from agl.content import Content
+from agl.content.content import Content
 from agl.context import mark_error, stated_role
 from agl.role_map import RoleMap
 from agl_langchain._call import (

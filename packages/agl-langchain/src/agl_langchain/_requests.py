@@ -9,7 +9,7 @@ from typing import Any
 from opentelemetry.instrumentation.utils import is_instrumentation_enabled
 
 import agl
-from agl.boundary import never_raises
+from agl.failsafe import never_raises
 from agl_langchain._patch import Undo, replace
 from agl_langchain._run import run_in_force
 

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from agl import semconv
-from agl.boundary import never_raises
+from agl.failsafe import never_raises
 from agl_langchain._patch import Undo, replace
 from agl_langchain._run import run_in_force
 

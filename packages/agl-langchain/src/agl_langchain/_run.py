@@ -20,7 +20,7 @@ from opentelemetry.context import Context, attach, create_key, get_current, set_
 from opentelemetry.util.types import AttributeValue
 
 from agl import semconv
-from agl.content import Content
+from agl.content.content import Content
 from agl.context import mark_error
 from agl_langchain._call import Attributes, CapturedCall
 from agl_langchain._open_runs import OPEN_RUNS

@@ -4,7 +4,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from agl_trainer.trainer import Trainer
+    from agl_trainer.loop.trainer import Trainer
 
 __all__ = ["Trainer"]
 
@@ -15,7 +15,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 def __getattr__(name: str) -> Any:
     # Loaded when asked for: importing the trainer takes torch's seconds, and the `agl` program looks in here often.
     if name == "Trainer":
-        from agl_trainer.trainer import Trainer
+        from agl_trainer.loop.trainer import Trainer
 
         return Trainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from agl import otlp
+from agl.config import DEFAULT_STORE_URI
 from agl.errors import CommandError
 from agl.span import Span
-from agl.store import DEFAULT_URI, Store, open_store
+from agl.store import Store, open_store
 
 _WIDTH = 100
 
@@ -31,7 +32,9 @@ def add_command(
 
 
 def add_store_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--store", metavar="URI", default=DEFAULT_URI, help=f"the store (default: {DEFAULT_URI})")
+    parser.add_argument(
+        "--store", metavar="URI", default=DEFAULT_STORE_URI, help=f"the store (default: {DEFAULT_STORE_URI})"
+    )
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 
 from agl.cli.command import add_command, add_json_option, print_json
 from agl.cli.serve import ENGINES, add_listen_options
+from agl.cli.terminal import align, counted, printable
 from agl.config import Config
 from agl.errors import AglError
 from agl.store import open_store
-from agl.table import align, counted, printable
 
 CHECKS = "agl.checks"
 """Entry point group of further checks: name to `Config -> Iterator[Check]`."""

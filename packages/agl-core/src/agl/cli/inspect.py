@@ -12,7 +12,7 @@ from agl.cli.command import (
     print_json,
     spans_of,
 )
-from agl.inspection import Inspection
+from agl.cli.inspection import Inspection
 
 
 def register(subparsers: Any) -> None:

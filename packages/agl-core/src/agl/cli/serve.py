@@ -10,16 +10,16 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
-from agl.bearer import TOKEN_VARIABLE, BearerTokens
 from agl.cli.command import add_command
 from agl.config import Config, QueueConfig
 from agl.errors import CommandError
+from agl.server.bearer import TOKEN_VARIABLE, BearerTokens
 from agl.store import Store, open_store
 from agl.store.watchdog import watching
 
 if TYPE_CHECKING:
     from agl.queue import SpanQueue
-    from agl.server import ServerThread
+    from agl.server_thread import ServerThread
 
 ENGINES = "agl.engines"
 """Entry point group of engines: name to `(Config, Store) -> ContextManager[ASGI app]`."""
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _server_class() -> "type[ServerThread]":
     # Imported late: the servers are an extra, and `agl serve --help` needs none.
     try:
-        from agl.server import ServerThread
+        from agl.server_thread import ServerThread
     except ImportError as error:
         raise CommandError(f"the servers are not installed ({error}): pip install 'agl-core[server]'") from error
     return ServerThread

@@ -16,10 +16,10 @@ from agl.cli.command import (
     print_json,
     rows_of_rollouts,
 )
+from agl.cli.terminal import counted
 from agl.errors import CommandError, OtlpError
 from agl.store import open_store
-from agl.store.row import SpanRow, read_json
-from agl.table import counted
+from agl.store.span_row import SpanRow, read_json
 
 _SPANS_PER_LINE = 100
 

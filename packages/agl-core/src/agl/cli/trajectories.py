@@ -14,7 +14,7 @@ from agl.cli.command import (
     print_json,
     spans_of_rollouts,
 )
-from agl.table import align, counted, printable
+from agl.cli.terminal import align, counted, printable
 from agl.trajectory import Drop, Row, Trajectory, build_trajectory
 
 _HEAD = ("rollout", "role", "policy", "tokens", "trained", "calls", "reward")

@@ -7,9 +7,9 @@ from typing import Final, NoReturn
 import grpc
 
 from agl.collector.receiver import IDENTITY, Receiver, Refusal
-from agl.collector.tls import grpc_credentials
 from agl.errors import AglError
-from agl.store import row
+from agl.server.tls import grpc_credentials
+from agl.store import span_row
 
 _TRACES: Final = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
 _OTHER_SIGNALS: Final = (
@@ -78,7 +78,7 @@ class GrpcReceiver(grpc.GenericRpcHandler):
             with self._receiver.admit(_authorization(context)) as room:
                 message = next(requests, b"")
                 self._receiver.hold(room, len(message))
-                answer = self._receiver.keep(message, _encoding(message), row.read, room)
+                answer = self._receiver.keep(message, _encoding(message), span_row.read, room)
         except Refusal as refusal:
             _abort(context, refusal)
         return answer.SerializeToString()

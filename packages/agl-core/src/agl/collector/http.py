@@ -12,9 +12,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from agl.collector.pending import Room
 from agl.collector.receiver import IDENTITY, RETRY_AFTER_S, ZLIB_WINDOWS, Read, Receiver, Refusal
-from agl.store import row
+from agl.server.pending import Room
+from agl.store import span_row
 
 PROTOBUF: Final = "application/x-protobuf"
 JSON: Final = "application/json"
@@ -23,7 +23,7 @@ Headers = Mapping[bytes, bytes]
 
 _TRACES = "/v1/traces"
 _OTHER_SIGNALS = ("/v1/metrics", "/v1/logs")
-_READERS: dict[str, Read] = {PROTOBUF: row.read, JSON: row.read_json}
+_READERS: dict[str, Read] = {PROTOBUF: span_row.read, JSON: span_row.read_json}
 _ENCODINGS = (IDENTITY, *ZLIB_WINDOWS)
 _COMMITS_AT_ONCE = 16
 """Requests that wait for the store at once, each in a thread; the store commits together what waits together."""

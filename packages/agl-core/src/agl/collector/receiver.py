@@ -13,11 +13,11 @@ from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
-from agl.bearer import BearerTokens
-from agl.collector.pending import PendingBytes, Room
 from agl.config import CollectorConfig
 from agl.errors import InputError, OtlpError, StoreError
-from agl.store.row import Intake, SpanRow
+from agl.server.bearer import BearerTokens
+from agl.server.pending import PendingBytes, Room
+from agl.store.span_row import Intake, SpanRow
 
 logger = logging.getLogger(__name__)
 

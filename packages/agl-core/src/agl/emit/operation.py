@@ -11,12 +11,12 @@ from typing import Any, TypeVar, overload
 from opentelemetry import trace
 
 from agl import semconv
-from agl.boundary import never_raises, raises_if_strict
-from agl.content import Content
+from agl.content.content import Content
 from agl.context import TRACER, Scope, ending, open_span
 from agl.emit.attributes import flat_attributes, json_text
 from agl.emit.generators import Body, wrap_async_generator, wrap_generator
 from agl.errors import TelemetryError
+from agl.failsafe import never_raises, raises_if_strict
 from agl.span import AttributeValue
 
 _CONTENT = Content()

@@ -7,10 +7,10 @@ from typing import Any
 
 from opentelemetry import trace
 
-from agl.boundary import raises_if_strict
-from agl.content import Content
+from agl.content.content import Content
 from agl.context import TRACER, current_rollout, mark_error
 from agl.emit.attributes import flat_attributes
+from agl.failsafe import raises_if_strict
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ continuation  calls that continue a conversation: `history` holds what was sampl
            comes behind it, `wording` names the kind of drift
 control    pause, resume, and which version a name stands for, over HTTP
 
-`agl.capture` reads the tokens of an answer, and makes of it what the client asked for.
+`agl.tokens.capture` reads the tokens of an answer, and makes of it what the client asked for.
 """
 
 from agl.gateway.proxy import Gateway

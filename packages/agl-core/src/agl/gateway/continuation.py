@@ -7,18 +7,18 @@ from typing import Final
 
 import aiohttp
 
-from agl.capture import Json
 from agl.config import GatewayConfig
-from agl.drift import PREFIX_EXACT, Drift, Drifted, first_difference
+from agl.gateway.call import Call
+from agl.gateway.drift_kind import kind_of_drift
 from agl.gateway.engine import Engine
 from agl.gateway.history import Held, Histories, Place, Said
 from agl.gateway.identity import Caller
-from agl.gateway.record import Call
-from agl.gateway.suffix import NoSuffixError, suffix_ids, variants
+from agl.gateway.template_suffix import NoSuffixError, suffix_ids, variants
 from agl.gateway.tokenizer import Tokenizer, TokenizerError
-from agl.gateway.wording import kind_of_drift
 from agl.span import Span
-from agl.tokens import ID_BYTES, pack_ids, unpack_ids
+from agl.tokens.capture import Json
+from agl.tokens.drift import PREFIX_EXACT, Drift, Drifted, first_difference
+from agl.tokens.packing import ID_BYTES, pack_ids, unpack_ids
 
 _NOT_HELD: Final = "no call is held whose messages these continue"
 _EDITED: Final = "the answer was sent back changed"

@@ -8,8 +8,8 @@ from starlette.responses import JSONResponse
 from starlette.routing import BaseRoute, Route
 
 from agl.gateway.gate import Gate
-from agl.gateway.refusal import Refusal
 from agl.gateway.routing import Routes
+from agl.server.refusal import Refusal
 
 PREFIX: Final = "/api/gateway"
 

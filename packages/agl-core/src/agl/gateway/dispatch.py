@@ -11,11 +11,11 @@ from typing import Final
 import aiohttp
 
 from agl.config import GatewayConfig
-from agl.gateway.answer import Answer
 from agl.gateway.engine import Engine
 from agl.gateway.gate import Gate
-from agl.gateway.refusal import Refusal
 from agl.gateway.routing import Routes
+from agl.gateway.upstream_response import Answer
+from agl.server.refusal import Refusal
 
 _RETRIED: Final = frozenset({429, 502, 503, 504})
 """Statuses of engines that cannot now, and may later or elsewhere."""

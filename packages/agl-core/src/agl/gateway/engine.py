@@ -6,8 +6,8 @@ from typing import Final
 
 from agl.config import UpstreamConfig
 from agl.errors import ConfigError
-from agl.gateway.shape import SHAPES
-from agl.gateway.slots import Slots
+from agl.gateway.engine_kind import SHAPES
+from agl.gateway.fair_queue import Slots
 
 _CREDENTIALS: Final = frozenset({"authorization", "x-api-key", "api-key", "cookie"})
 

@@ -10,18 +10,18 @@ import aiohttp
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from agl.capture import Json
 from agl.config import RecordMode
 from agl.errors import AglError
-from agl.gateway.answer import Answer, forwarded
+from agl.gateway.call import Call
 from agl.gateway.continuation import Continuations
 from agl.gateway.dialect import Dialect
 from agl.gateway.dispatch import Dispatch
 from agl.gateway.history import Place
-from agl.gateway.record import Call
 from agl.gateway.recorder import Recorder
-from agl.gateway.refusal import Refusal
-from agl.gateway.wire import DONE, NOT_RECORDED, event_data, split_events
+from agl.gateway.sse import DONE, NOT_RECORDED, event_data, split_events
+from agl.gateway.upstream_response import Answer, forwarded
+from agl.server.refusal import Refusal
+from agl.tokens.capture import Json
 
 logger = logging.getLogger(__name__)
 

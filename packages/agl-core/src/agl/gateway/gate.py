@@ -3,7 +3,7 @@
 import asyncio
 from typing import Final
 
-from agl.gateway.refusal import Refusal
+from agl.server.refusal import Refusal
 
 _RETRY_AFTER_S: Final = 1
 

@@ -9,11 +9,11 @@ from typing import Any, Final
 import aiohttp
 from starlette.responses import JSONResponse, Response
 
-from agl.capture import Json
-from agl.gateway.answer import engine_failure, forwarded
 from agl.gateway.engine import Engine
-from agl.gateway.refusal import Refusal
 from agl.gateway.routing import Routes
+from agl.gateway.upstream_response import engine_failure, forwarded
+from agl.server.refusal import Refusal
+from agl.tokens.capture import Json
 
 _TIMEOUT_S: Final = 2
 _MODELS_TIMEOUT_S: Final = 30

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from agl.capture import Choice, Json
+from agl.tokens.capture import Choice, Json
 
 Key = tuple[str, str, str]
 """Rollout, attempt and model; where no rollout is named, the trace in place of the first two."""

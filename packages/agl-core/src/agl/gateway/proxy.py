@@ -15,10 +15,9 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from agl import semconv
-from agl.capture import Json
 from agl.config import GatewayConfig
 from agl.errors import AglError
-from agl.gateway.answer import forwarded
+from agl.gateway.call import Call
 from agl.gateway.continuation import Continuations
 from agl.gateway.control import Control
 from agl.gateway.dialect import DIALECTS, Dialect
@@ -28,13 +27,14 @@ from agl.gateway.exchange import Exchange
 from agl.gateway.gate import Gate
 from agl.gateway.health import Health, list_models
 from agl.gateway.identity import Caller, Callers
-from agl.gateway.record import Call
 from agl.gateway.recorder import Recorder
-from agl.gateway.refusal import Refusal, refuse_route
 from agl.gateway.request import Seeds, changes, prepare
 from agl.gateway.routing import Routes
-from agl.guard import project_of
+from agl.gateway.upstream_response import forwarded
+from agl.server.auth import project_of
+from agl.server.refusal import Refusal, refuse_route
 from agl.store import Store
+from agl.tokens.capture import Json
 
 _KEEPALIVE_S: Final = 4
 """Shorter than engines keep idle connections (uvicorn: 5 s), so that no request meets a connection being closed."""

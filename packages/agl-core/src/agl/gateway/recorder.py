@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from agl.span import Span
 from agl.store import Store
-from agl.store.row import SpanRow
+from agl.store.span_row import SpanRow
 
 _Waiting = tuple[list[SpanRow], asyncio.Future[None]]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from agl import semconv
-from agl.capture import Asked, Json
+from agl.tokens.capture import Asked, Json
 
 _ALIASES = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 """Two names of the OpenAI API for one setting."""

@@ -4,8 +4,8 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 
 from agl.gateway.engine import Engine
-from agl.gateway.refusal import Refusal
-from agl.gateway.shape import SHAPES, Shape
+from agl.gateway.engine_kind import SHAPES, Shape
+from agl.server.refusal import Refusal
 
 
 class Routes:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import aiohttp
 
-from agl.capture import Json
 from agl.errors import GatewayError
 from agl.gateway.engine import Engine
+from agl.tokens.capture import Json
 
 _TEMPLATE_FIELDS = ("model", "tools", "chat_template", "chat_template_kwargs")
 _LONGEST_ERROR = 200

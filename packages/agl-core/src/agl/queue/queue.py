@@ -15,7 +15,7 @@ from agl.config import QueueConfig
 from agl.errors import QueueError
 from agl.queue.connection import BLOCK_MS, address, connect, node_of, speaking
 from agl.queue.durability import check_durability
-from agl.store.row import SpanRow
+from agl.store.span_row import SpanRow
 
 _GROUP: Final = "writers"
 _ENTRY_BYTES: Final = 2**20

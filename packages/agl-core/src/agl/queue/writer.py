@@ -11,7 +11,7 @@ from agl.config import QueueConfig
 from agl.errors import AglError, InputError, OtlpError, StoreError
 from agl.queue.queue import ENTRIES_AT_ONCE, Entry, SpanQueue
 from agl.store import Store
-from agl.store.row import SpanRow, read
+from agl.store.span_row import SpanRow, read
 
 logger = logging.getLogger(__name__)
 

@@ -1,14 +1,11 @@
 """Stores: one protocol, one class for each backend, opened by URI."""
 
-from typing import Final
-
 from agl.errors import StoreError
 from agl.store.protocol import Collected, Resource, Store
 from agl.store.rollout import Attempt, Rollout
 from agl.store.states import AttemptState, RolloutState
 
 __all__ = [
-    "DEFAULT_URI",
     "Attempt",
     "AttemptState",
     "Collected",
@@ -18,9 +15,6 @@ __all__ = [
     "Store",
     "open_store",
 ]
-
-DEFAULT_URI: Final = "sqlite:///agl.db"
-"""Where a store is that nobody names otherwise."""
 
 
 def open_store(uri: str) -> Store:
@@ -35,7 +29,7 @@ def open_store(uri: str) -> Store:
 
         return SqliteStore(path.removeprefix("/"), uri=uri)
     if scheme in ("http", "https"):
-        from agl.api.client import HttpStore
+        from agl.store.http.client import HttpStore
 
         return HttpStore(uri)
     if scheme == "memory":

@@ -7,7 +7,7 @@ from typing import Any, Final, Protocol
 from agl import otlp
 from agl.span import Span
 from agl.store.rollout import Attempt, Rollout
-from agl.store.row import SpanRow
+from agl.store.span_row import SpanRow
 from agl.store.states import AttemptState, RolloutState
 
 QUIET_S: Final = 600.0

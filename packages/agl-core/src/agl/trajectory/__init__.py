@@ -1,6 +1,6 @@
 """Trajectories: what the spans of a rollout say that a policy can learn from."""
 
-from agl.drift import Difference, Drift
+from agl.tokens.drift import Difference, Drift
 from agl.trajectory.call import Call
 from agl.trajectory.drop import Drop, DropReason
 from agl.trajectory.reward import Reward

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from agl import semconv
 from agl.span import AttributeValue, Span
-from agl.tokens import unpack_ids, unpack_logprobs
+from agl.tokens.packing import unpack_ids, unpack_logprobs
 
 ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
     semconv.GEN_AI_AGENT_NAME: ("agent.name",),

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from agl import semconv
-from agl.drift import Drifted
 from agl.span import Span
+from agl.tokens.drift import Drifted
 from agl.trajectory.agent import agent_of
 from agl.trajectory.aliases import read, read_ids, read_logprobs, read_number, read_text, read_texts
 from agl.trajectory.reward import Reward, collect_rewards, rewards_by_target

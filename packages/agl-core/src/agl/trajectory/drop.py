@@ -93,7 +93,7 @@ def _call_fault(call: Call, is_repeated: bool) -> _Fault:
 def _token_fault(call: Call, unjoined: bool) -> _Fault:
     prompt, response, logprobs = call.prompt_ids, call.response_ids, call.logprobs
     if call.malformed is not None:
-        return DropReason.MALFORMED, f"{call.malformed}; write them as agl.tokens packs them"
+        return DropReason.MALFORMED, f"{call.malformed}; write them as agl.tokens.packing packs them"
     if _is_empty(call):
         return DropReason.EMPTY_RESPONSE, f"the model answered without a token (finish reason: {call.finish_reason})"
     if not prompt or response is None:

@@ -9,8 +9,8 @@ starts a row of its own, so every sampled token stands with mask 1 in exactly on
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from agl.drift import Difference, Drift, first_difference
-from agl.tokens import ID_BYTES, pack_ids
+from agl.tokens.drift import Difference, Drift, first_difference
+from agl.tokens.packing import ID_BYTES, pack_ids
 from agl.trajectory.call import Call
 from agl.trajectory.reward import Reward, last_reward
 

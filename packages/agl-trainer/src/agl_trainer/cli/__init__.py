@@ -87,8 +87,8 @@ def _sft(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from agl_trainer.evaluation import EvalResult, comparison_json, comparison_table
-    from agl_trainer.scoring import Sampling
+    from agl_trainer.report.evaluation import EvalResult, comparison_json, comparison_table
+    from agl_trainer.report.scoring import Sampling
 
     trainer = _trainer(arguments)
     folder = trainer.folder / "eval"
@@ -105,8 +105,8 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from agl_trainer.demo import Demo
-    from agl_trainer.evaluation import comparison_json
+    from agl_trainer.loop.demo import Demo
+    from agl_trainer.report.evaluation import comparison_json
 
     name, config = ("demo-tiny", "tiny.yaml") if arguments.tiny else ("demo", "config.yaml")
     demo = Demo.of(EXAMPLE / config, arguments.output or Path("runs") / name, seed=arguments.seed)
@@ -124,15 +124,15 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _trainer(arguments: argparse.Namespace) -> Any:
     config = Config.load(arguments.config)
     # Not before the configuration is known to be right: this loads torch.
-    from agl_trainer.trainer import Trainer
+    from agl_trainer.loop.trainer import Trainer
 
     return Trainer(config)
 
 
 def _lead(trainer: Any, lead: Callable[[], None]) -> int:
     """Train in this process, or, where torchrun started several, do what the first of them asks for."""
-    from agl_trainer.devices import lead_or_follow
-    from agl_trainer.session import open_policy
+    from agl_trainer.compute.devices import lead_or_follow
+    from agl_trainer.loop.session import open_policy
 
     return _say_where(trainer.folder) if lead_or_follow(lead, lambda: open_policy(trainer.config)) else 0
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from agl.cli.command import add_command, add_json_option, print_json
+from agl.cli.terminal import align
 from agl.config import Config
-from agl.table import align
-from agl_trainer.adapters import Adapter, export_adapter, find_adapters, merge_adapter, pick_adapter
+from agl_trainer.loop.adapters import Adapter, export_adapter, find_adapters, merge_adapter, pick_adapter
 
 _EXAMPLE = "examples/sql_agent/config.yaml"
 _HEAD = ("adapter", "rank", "alpha", "parameters", "kept in")
@@ -69,7 +69,7 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 def _write(arguments: argparse.Namespace, write: Callable[[Adapter, Path, Path], None]) -> int:
     # Not before it is needed: this loads torch.
-    from agl_trainer.session import base_folder
+    from agl_trainer.loop.session import base_folder
 
     config = Config.load(arguments.config)
     adapter = pick_adapter(find_adapters(_output_dir(config)), arguments.adapter)

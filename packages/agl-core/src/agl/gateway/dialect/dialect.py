@@ -4,8 +4,8 @@ from typing import ClassVar, Protocol
 
 from starlette.responses import Response
 
-from agl.capture import Json
-from agl.gateway.refusal import Refusal
+from agl.server.refusal import Refusal
+from agl.tokens.capture import Json
 
 
 class Dialect(Protocol):

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any, Final
 
-from agl.capture import Json
 from agl.gateway.dialect.translated import tool_call
+from agl.tokens.capture import Json
 
 _PARTS: Final = {"input_text": "text", "output_text": "text", "refusal": "refusal"}
 

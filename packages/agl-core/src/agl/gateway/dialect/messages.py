@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterator
 from typing import Any, Final
 
-from agl.capture import Choice, Json
 from agl.gateway.dialect.translated import Translated, function_tool, text_of, tool_call
-from agl.gateway.refusal import Refusal, error_message
-from agl.gateway.wire import to_event
+from agl.gateway.sse import to_event
+from agl.server.refusal import Refusal, error_message
+from agl.tokens.capture import Choice, Json
 
 _TAKEN: Final = frozenset(
     {"model", "messages", "system", "stop_sequences", "tools", "tool_choice", "thinking", "metadata", "stream"}

@@ -7,10 +7,10 @@ from typing import ClassVar
 from starlette.responses import Response
 
 from agl import semconv
-from agl.capture import Asked, Json, says_nothing, strip
 from agl.gateway.dialect.dialect import Dialect
-from agl.gateway.refusal import Refusal
-from agl.gateway.wire import to_event
+from agl.gateway.sse import to_event
+from agl.server.refusal import Refusal
+from agl.tokens.capture import Asked, Json, says_nothing, strip
 
 
 class _Plain(Dialect):

@@ -4,11 +4,11 @@ import json
 import time
 from typing import Any, Final
 
-from agl.capture import Json
 from agl.gateway.dialect.input_items import to_messages
 from agl.gateway.dialect.translated import Translated, function_tool
-from agl.gateway.refusal import Refusal
-from agl.gateway.wire import to_event
+from agl.gateway.sse import to_event
+from agl.server.refusal import Refusal
+from agl.tokens.capture import Json
 
 _TAKEN: Final = frozenset(
     {"model", "input", "instructions", "max_output_tokens", "tools", "tool_choice", "text", "reasoning", "include"}

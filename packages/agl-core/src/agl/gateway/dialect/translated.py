@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 from starlette.responses import JSONResponse, Response
 
 from agl import semconv
-from agl.capture import Capture, Choice, Json
 from agl.gateway.dialect.dialect import Dialect
-from agl.gateway.refusal import Refusal, error_message
+from agl.server.refusal import Refusal, error_message
+from agl.tokens.capture import Capture, Choice, Json
 
 
 class Translated(Dialect):

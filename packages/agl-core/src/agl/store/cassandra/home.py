@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from agl.store.cassandra.database import Database, Row
-from agl.store.row import SpanRow
+from agl.store.span_row import SpanRow
 
 MOST_SPANS: Final = 20_000
 MOST_BYTES: Final = 32 * 2**20

@@ -13,8 +13,8 @@ from uuid import UUID, uuid4
 
 from agl.errors import StoreError
 from agl.store.cassandra.database import Database, Statement
+from agl.store.columns import to_resource
 from agl.store.protocol import Resource
-from agl.store.record import to_resource
 
 Result = TypeVar("Result")
 

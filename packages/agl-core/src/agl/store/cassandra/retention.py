@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
 
-from agl.store.cassandra import membership, rollouts
+from agl.store.cassandra import membership, partition
 from agl.store.cassandra.database import Database, Statement
 from agl.store.cassandra.home import Placed
 from agl.store.cassandra.membership import Members
-from agl.store.cassandra.rollouts import Kept
+from agl.store.cassandra.partition import Kept
 from agl.store.protocol import QUIET_S, Collected
 from agl.store.states import RolloutState
 
@@ -122,7 +122,7 @@ class _Sweep:
 
     def _look(self, name: str) -> _Look:
         members = membership.members(self.db, name)
-        (kept,) = rollouts.read(self.db, [name])
+        (kept,) = partition.read(self.db, [name])
         return _Look(members, membership.owners(self.db, members), kept)
 
     def _judge(self, name: str, look: _Look) -> None:
@@ -174,7 +174,7 @@ class _Sweep:
 
 def delete_rollouts(db: Database, rollout_ids: Sequence[str]) -> None:
     """Forget these rollouts with their attempts."""
-    found = [kept for kept in rollouts.read(db, rollout_ids) if kept]
+    found = [kept for kept in partition.read(db, rollout_ids) if kept]
     db.run([(_DELETE_ROLLOUT, (kept.rollout.rollout_id,)) for kept in found])
     grouped = [(kept.rollout.group_id, kept.place, kept.rollout.rollout_id) for kept in found]
     db.run([(_DELETE_OF_GROUP, key) for key in grouped if key[0] is not None])

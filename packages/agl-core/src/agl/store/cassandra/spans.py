@@ -10,7 +10,7 @@ from agl.errors import InputError
 from agl.store.cassandra import home
 from agl.store.cassandra.database import Database, Statement
 from agl.store.cassandra.membership import members
-from agl.store.row import SpanRow
+from agl.store.span_row import SpanRow
 
 Partition = tuple[str, int]
 

@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from agl.store import record
-from agl.store.cassandra import queue, resources, retention, rollouts, spans
+from agl.store import columns
+from agl.store.cassandra import partition, resources, retention, spans
+from agl.store.cassandra import rollouts as rollout_rows
 from agl.store.cassandra.database import Database
 from agl.store.protocol import Collected, Resource, Store
 from agl.store.rollout import Attempt, Rollout
-from agl.store.row import SpanRow
+from agl.store.span_row import SpanRow
 from agl.store.states import AttemptState, RolloutState
 from agl.store.waiting import Endings
 
@@ -34,7 +35,7 @@ class CassandraStore(Store):
 
     def append_rows(self, rows: Sequence[SpanRow]) -> int:
         now_ns = self._database.now_ns()
-        queue.beat_by_spans(self._database, spans.attempt_ids(rows), now_ns)
+        rollout_rows.beat_by_spans(self._database, spans.attempt_ids(rows), now_ns)
         return spans.insert(self._database, rows, now_ns, self._filling)
 
     def query_rows(self, rollout_id: str) -> list[bytes]:
@@ -50,26 +51,26 @@ class CassandraStore(Store):
         return spans.rollout_ids(self._database)
 
     def enqueue_rollouts(self, rollouts: Sequence[Rollout]) -> None:
-        rows = [record.to_row(rollout) for rollout in rollouts]
-        queue.enqueue(self._database, rows, self._database.now_ns())
+        rows = [columns.to_row(rollout) for rollout in rollouts]
+        rollout_rows.enqueue(self._database, rows, self._database.now_ns())
 
     def lease_rollout(self, worker_id: str, rollout_id: str | None = None) -> tuple[Rollout, Attempt] | None:
-        return queue.lease(self._database, worker_id, rollout_id, self._database.now_ns())
+        return rollout_rows.lease(self._database, worker_id, rollout_id, self._database.now_ns())
 
     def heartbeat(self, attempt_ids: Sequence[str]) -> list[str]:
-        return queue.heartbeat(self._database, attempt_ids, self._database.now_ns())
+        return rollout_rows.heartbeat(self._database, attempt_ids, self._database.now_ns())
 
     def finish_attempt(self, attempt_id: str, state: AttemptState, error: str | None = None) -> Rollout:
-        rollout = queue.finish(self._database, attempt_id, state, error, self._database.now_ns())
+        rollout = rollout_rows.finish(self._database, attempt_id, state, error, self._database.now_ns())
         self._endings.announce()
         return rollout
 
     def cancel_rollouts(self, rollout_ids: Sequence[str]) -> None:
-        queue.cancel(self._database, rollout_ids, self._database.now_ns())
+        rollout_rows.cancel(self._database, rollout_ids, self._database.now_ns())
         self._endings.announce()
 
     def end_overdue_attempts(self, now_ns: int | None = None) -> list[Attempt]:
-        ended = queue.end_overdue(self._database, now_ns or self._database.now_ns())
+        ended = rollout_rows.end_overdue(self._database, now_ns or self._database.now_ns())
         self._endings.announce()
         return ended
 
@@ -78,28 +79,28 @@ class CassandraStore(Store):
 
         def read() -> list[Rollout]:
             left = [rollout_id for rollout_id in rollout_ids if rollout_id not in over]
-            found = {kept.rollout.rollout_id: kept.rollout for kept in rollouts.need(self._database, left)}
+            found = {kept.rollout.rollout_id: kept.rollout for kept in partition.need(self._database, left)}
             over.update({name: rollout for name, rollout in found.items() if rollout.state.is_over})
             return [over.get(rollout_id) or found[rollout_id] for rollout_id in rollout_ids]
 
         return self._endings.wait_until_over(read, timeout_s)
 
     def get_rollout(self, rollout_id: str) -> Rollout | None:
-        (kept,) = rollouts.read(self._database, [rollout_id])
+        (kept,) = partition.read(self._database, [rollout_id])
         return kept.rollout if kept else None
 
     def query_rollouts(self, group_id: str) -> list[Rollout]:
-        return queue.query_group(self._database, group_id)
+        return rollout_rows.query_group(self._database, group_id)
 
     def query_attempts(self, rollout_id: str) -> list[Attempt]:
-        (kept,) = rollouts.read(self._database, [rollout_id])
+        (kept,) = partition.read(self._database, [rollout_id])
         return list(kept.attempts) if kept else []
 
     def count_rollouts(self) -> dict[RolloutState, int]:
-        return queue.count(self._database)
+        return rollout_rows.count(self._database)
 
     def put_resource(self, resource: Resource) -> None:
-        resources.put(self._database, record.to_resource_row(resource))
+        resources.put(self._database, columns.to_resource_row(resource))
 
     def get_resource(self, name: str, version: int | None = None) -> Resource | None:
         return resources.get(self._database, name, version)

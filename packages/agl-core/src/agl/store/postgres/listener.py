@@ -7,7 +7,7 @@ from typing import Final
 import psycopg
 
 from agl.store.postgres.database import Database
-from agl.store.postgres.queue import ENDINGS
+from agl.store.postgres.rollouts import ENDINGS
 from agl.store.waiting import Endings
 
 _LOOK_EVERY_S: Final = 0.5

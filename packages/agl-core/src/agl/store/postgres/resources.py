@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from agl.store.columns import RESOURCE_COLUMNS, to_resource
 from agl.store.postgres.database import LOCK, Connection
 from agl.store.protocol import Resource
-from agl.store.record import RESOURCE_COLUMNS, to_resource
 
 _PUT = f"""
 INSERT INTO resources ({RESOURCE_COLUMNS}) VALUES (%s, %s, %s, %s)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
-from agl.store.postgres import queue, spans
+from agl.store.postgres import rollouts, spans
 from agl.store.postgres.database import Connection, Database
 from agl.store.protocol import QUIET_S, Collected
 
@@ -121,7 +121,7 @@ class _Sweep:
     def _over_since(self, db: Connection, name: str, keys: list[Key]) -> int | None:
         """When a rollout ended or was last heard of; None where it may go on."""
         last_ns = max(_last_arrival(db, key) for key in keys)
-        rollout = queue.get(db, name)
+        rollout = rollouts.get(db, name)
         if rollout is not None:
             return max(last_ns, rollout.ended_ns or 0) if rollout.state.is_over else None
         return last_ns if last_ns < self.now_ns - QUIET_S * 1e9 else None

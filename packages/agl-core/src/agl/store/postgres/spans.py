@@ -6,7 +6,7 @@ from typing import Any, Final
 from psycopg.errors import CheckViolation
 
 from agl.store.postgres.database import LOCK, Connection
-from agl.store.row import SpanRow
+from agl.store.span_row import SpanRow
 
 DAY_NS: Final = 86_400 * 10**9
 

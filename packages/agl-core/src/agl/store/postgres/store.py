@@ -3,14 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from agl.store import record
-from agl.store.postgres import queue, resources, retention, spans
+from agl.store import columns
+from agl.store.postgres import resources, retention, spans
+from agl.store.postgres import rollouts as rollout_rows
 from agl.store.postgres.database import Connection, Database
 from agl.store.postgres.listener import Listener
 from agl.store.postgres.schema import MIGRATIONS
 from agl.store.protocol import Collected, Resource, Store
 from agl.store.rollout import Attempt, Rollout
-from agl.store.row import SpanRow
+from agl.store.span_row import SpanRow
 from agl.store.states import AttemptState, RolloutState
 from agl.store.waiting import Endings
 
@@ -36,7 +37,7 @@ class PostgresStore(Store):
         kept, attempt_ids = spans.once(rows), spans.attempt_ids(rows)
 
         def append(db: Connection) -> int:
-            queue.beat_by_spans(db, attempt_ids, now_ns)
+            rollout_rows.beat_by_spans(db, attempt_ids, now_ns)
             return spans.insert(db, kept, now_ns)
 
         try:
@@ -58,44 +59,46 @@ class PostgresStore(Store):
         return self._database.read(spans.rollout_ids)
 
     def enqueue_rollouts(self, rollouts: Sequence[Rollout]) -> None:
-        rows = [record.to_row(rollout) for rollout in rollouts]
-        self._database.write(lambda db: queue.enqueue(db, rows))
+        rows = [columns.to_row(rollout) for rollout in rollouts]
+        self._database.write(lambda db: rollout_rows.enqueue(db, rows))
 
     def lease_rollout(self, worker_id: str, rollout_id: str | None = None) -> tuple[Rollout, Attempt] | None:
-        return self._database.write(lambda db: queue.lease(db, worker_id, rollout_id, self._database.now_ns()))
+        return self._database.write(lambda db: rollout_rows.lease(db, worker_id, rollout_id, self._database.now_ns()))
 
     def heartbeat(self, attempt_ids: Sequence[str]) -> list[str]:
-        return self._database.write(lambda db: queue.heartbeat(db, attempt_ids, self._database.now_ns()))
+        return self._database.write(lambda db: rollout_rows.heartbeat(db, attempt_ids, self._database.now_ns()))
 
     def finish_attempt(self, attempt_id: str, state: AttemptState, error: str | None = None) -> Rollout:
-        return self._database.write(lambda db: queue.finish(db, attempt_id, state, error, self._database.now_ns()))
+        return self._database.write(
+            lambda db: rollout_rows.finish(db, attempt_id, state, error, self._database.now_ns())
+        )
 
     def cancel_rollouts(self, rollout_ids: Sequence[str]) -> None:
-        self._database.write(lambda db: queue.cancel(db, rollout_ids, self._database.now_ns()))
+        self._database.write(lambda db: rollout_rows.cancel(db, rollout_ids, self._database.now_ns()))
 
     def end_overdue_attempts(self, now_ns: int | None = None) -> list[Attempt]:
-        return self._database.write(lambda db: queue.end_overdue(db, now_ns or self._database.now_ns()))
+        return self._database.write(lambda db: rollout_rows.end_overdue(db, now_ns or self._database.now_ns()))
 
     def wait_for_rollouts(self, rollout_ids: Sequence[str], timeout_s: float | None = None) -> list[Rollout]:
         self._listener.start()
         return self._endings.wait_until_over(
-            lambda: self._database.read(lambda db: queue.read(db, rollout_ids)), timeout_s
+            lambda: self._database.read(lambda db: rollout_rows.read(db, rollout_ids)), timeout_s
         )
 
     def get_rollout(self, rollout_id: str) -> Rollout | None:
-        return self._database.read(lambda db: queue.get(db, rollout_id))
+        return self._database.read(lambda db: rollout_rows.get(db, rollout_id))
 
     def query_rollouts(self, group_id: str) -> list[Rollout]:
-        return self._database.read(lambda db: queue.query_group(db, group_id))
+        return self._database.read(lambda db: rollout_rows.query_group(db, group_id))
 
     def query_attempts(self, rollout_id: str) -> list[Attempt]:
-        return self._database.read(lambda db: queue.query_attempts(db, rollout_id))
+        return self._database.read(lambda db: rollout_rows.query_attempts(db, rollout_id))
 
     def count_rollouts(self) -> dict[RolloutState, int]:
-        return self._database.read(queue.count)
+        return self._database.read(rollout_rows.count)
 
     def put_resource(self, resource: Resource) -> None:
-        row = record.to_resource_row(resource)
+        row = columns.to_resource_row(resource)
         self._database.write(lambda db: resources.put(db, row))
 
     def get_resource(self, name: str, version: int | None = None) -> Resource | None:

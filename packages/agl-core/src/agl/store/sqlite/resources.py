@@ -5,8 +5,8 @@ import sqlite3
 from collections.abc import Iterable
 from typing import Any
 
+from agl.store.columns import RESOURCE_COLUMNS, to_resource
 from agl.store.protocol import Resource
-from agl.store.record import RESOURCE_COLUMNS, to_resource
 
 _FIND = f"""
 SELECT {RESOURCE_COLUMNS} FROM resources

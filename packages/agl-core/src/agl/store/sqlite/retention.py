@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agl.store.protocol import QUIET_S, Collected
-from agl.store.sqlite import queue, spans
+from agl.store.sqlite import rollouts, spans
 from agl.store.sqlite.database import Database
 
 _SPANS_PER_STEP = 200
@@ -115,7 +115,7 @@ class _Step:
     def _over_since(self, db: sqlite3.Connection, name: str, keys: list[Any]) -> int | None:
         """When a rollout ended or was last heard of; None where it may go on."""
         last_ns = max(db.execute(_LAST_ARRIVAL, {"key": key}).fetchone()[0] or 0 for key in keys)
-        rollout = queue.get(db, name)
+        rollout = rollouts.get(db, name)
         if rollout is None:
             return last_ns if last_ns < self.limits.now_ns - QUIET_S * 1e9 else None
         return max(last_ns, rollout.ended_ns or 0) if rollout.state.is_over else None

@@ -7,7 +7,7 @@ from functools import cache
 from itertools import chain
 from typing import Any, Self
 
-from agl.store.row import SpanRow
+from agl.store.span_row import SpanRow
 
 _INSERT = """
 INSERT INTO spans (trace_id, span_id, rollout_id, start_ns, arrived_ns, asked, answered, otlp)

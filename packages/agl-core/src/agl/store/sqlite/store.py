@@ -5,11 +5,12 @@ import time
 from collections.abc import Mapping, Sequence
 
 from agl.errors import StoreError
+from agl.store.columns import to_resource_row, to_row
 from agl.store.protocol import Collected, Resource, Store
-from agl.store.record import to_resource_row, to_row
 from agl.store.rollout import Attempt, Rollout
-from agl.store.row import SpanRow
-from agl.store.sqlite import queue, resources, retention, spans
+from agl.store.span_row import SpanRow
+from agl.store.sqlite import resources, retention, spans
+from agl.store.sqlite import rollouts as rollout_rows
 from agl.store.sqlite.database import Database
 from agl.store.sqlite.schema import MIGRATIONS
 from agl.store.states import AttemptState, RolloutState
@@ -35,7 +36,7 @@ class SqliteStore(Store):
         attempt_ids = {row.attempt_id for row in rows if row.attempt_id}
 
         def append(db: sqlite3.Connection) -> int:
-            queue.beat_by_spans(db, attempt_ids, now_ns)
+            rollout_rows.beat_by_spans(db, attempt_ids, now_ns)
             return spans.insert(db, values)
 
         return self._database.write(append) if rows else 0
@@ -58,45 +59,45 @@ class SqliteStore(Store):
 
     def enqueue_rollouts(self, rollouts: Sequence[Rollout]) -> None:
         rows = [to_row(rollout) for rollout in rollouts]
-        self._database.write(lambda db: queue.enqueue(db, rows))
+        self._database.write(lambda db: rollout_rows.enqueue(db, rows))
 
     def lease_rollout(self, worker_id: str, rollout_id: str | None = None) -> tuple[Rollout, Attempt] | None:
-        return self._database.write(lambda db: queue.lease(db, worker_id, rollout_id, time.time_ns()))
+        return self._database.write(lambda db: rollout_rows.lease(db, worker_id, rollout_id, time.time_ns()))
 
     def heartbeat(self, attempt_ids: Sequence[str]) -> list[str]:
-        return self._database.write(lambda db: queue.heartbeat(db, attempt_ids, time.time_ns()))
+        return self._database.write(lambda db: rollout_rows.heartbeat(db, attempt_ids, time.time_ns()))
 
     def finish_attempt(self, attempt_id: str, state: AttemptState, error: str | None = None) -> Rollout:
-        rollout = self._database.write(lambda db: queue.finish(db, attempt_id, state, error, time.time_ns()))
+        rollout = self._database.write(lambda db: rollout_rows.finish(db, attempt_id, state, error, time.time_ns()))
         self._endings.announce()
         return rollout
 
     def cancel_rollouts(self, rollout_ids: Sequence[str]) -> None:
-        self._database.write(lambda db: queue.cancel(db, rollout_ids, time.time_ns()))
+        self._database.write(lambda db: rollout_rows.cancel(db, rollout_ids, time.time_ns()))
         self._endings.announce()
 
     def end_overdue_attempts(self, now_ns: int | None = None) -> list[Attempt]:
-        ended = self._database.write(lambda db: queue.end_overdue(db, now_ns or time.time_ns()))
+        ended = self._database.write(lambda db: rollout_rows.end_overdue(db, now_ns or time.time_ns()))
         self._endings.announce()
         return ended
 
     def wait_for_rollouts(self, rollout_ids: Sequence[str], timeout_s: float | None = None) -> list[Rollout]:
         def read() -> list[Rollout]:
-            return self._database.read(lambda db: [queue.need(db, rollout_id) for rollout_id in rollout_ids])
+            return self._database.read(lambda db: [rollout_rows.need(db, rollout_id) for rollout_id in rollout_ids])
 
         return self._endings.wait_until_over(read, timeout_s)
 
     def get_rollout(self, rollout_id: str) -> Rollout | None:
-        return self._database.read(lambda db: queue.get(db, rollout_id))
+        return self._database.read(lambda db: rollout_rows.get(db, rollout_id))
 
     def query_rollouts(self, group_id: str) -> list[Rollout]:
-        return self._database.read(lambda db: queue.query_group(db, group_id))
+        return self._database.read(lambda db: rollout_rows.query_group(db, group_id))
 
     def query_attempts(self, rollout_id: str) -> list[Attempt]:
-        return self._database.read(lambda db: queue.query_attempts(db, rollout_id))
+        return self._database.read(lambda db: rollout_rows.query_attempts(db, rollout_id))
 
     def count_rollouts(self) -> dict[RolloutState, int]:
-        return self._database.read(queue.count)
+        return self._database.read(rollout_rows.count)
 
     def put_resource(self, resource: Resource) -> None:
         row = to_resource_row(resource)

@@ -1,0 +1,35 @@
+"""The configuration as a typed tree: a file for each section of the YAML, and `file` for the whole."""
+
+from agl.config.collector import CollectorConfig
+from agl.config.engine import EngineConfig
+from agl.config.file import DEFAULT_STORE_URI, Config
+from agl.config.gateway import GatewayConfig, RecordMode, TimeoutsConfig, UpstreamConfig
+from agl.config.judge import JudgeConfig
+from agl.config.loss import LossConfig
+from agl.config.queue import Appendfsync, QueueConfig
+from agl.config.roles import AgentRoles, RoleConfig
+from agl.config.sft import SftConfig, SftTracesConfig, TracesConfig
+from agl.config.tls import TlsConfig
+from agl.config.train import TrainConfig
+
+__all__ = [
+    "DEFAULT_STORE_URI",
+    "AgentRoles",
+    "Appendfsync",
+    "CollectorConfig",
+    "Config",
+    "EngineConfig",
+    "GatewayConfig",
+    "JudgeConfig",
+    "LossConfig",
+    "QueueConfig",
+    "RecordMode",
+    "RoleConfig",
+    "SftConfig",
+    "SftTracesConfig",
+    "TimeoutsConfig",
+    "TlsConfig",
+    "TracesConfig",
+    "TrainConfig",
+    "UpstreamConfig",
+]

@@ -1,0 +1,121 @@
+"""The whole configuration: one YAML file, one typed tree. Unknown keys are errors that name the key and its neighbours.
+
+The tree is part of agl-core so that it can be read and checked without torch; each section says which command reads it.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Final, Self
+
+import yaml
+from pydantic import AliasChoices, BaseModel, Field, ValidationError, model_validator
+
+from agl.config.collector import CollectorConfig
+from agl.config.engine import EngineConfig
+from agl.config.gateway import GatewayConfig, TimeoutsConfig, UpstreamConfig
+from agl.config.judge import JudgeConfig
+from agl.config.queue import QueueConfig
+from agl.config.roles import AgentRoles, RoleConfig
+from agl.config.section import Section
+from agl.config.sft import SftConfig, SftTracesConfig
+from agl.config.tls import TlsConfig
+from agl.config.train import TrainConfig
+from agl.errors import ConfigError
+
+DEFAULT_STORE_URI: Final = "sqlite:///agl.db"
+"""The store where the user names none."""
+
+
+class Config(Section):
+    """The whole file."""
+
+    store_uri: str = Field(default=DEFAULT_STORE_URI, validation_alias=AliasChoices("store_uri", "lightning_store_uri"))
+    queue_uri: str | None = None
+    """`redis://host:port`: a durable queue between receivers and the store."""
+    rewards: dict[str, float] = Field(default_factory=dict)
+    """Weight of each reward dimension in the scalar reward."""
+    agent_roles: AgentRoles = Field(default_factory=AgentRoles)
+    collector: CollectorConfig = Field(default_factory=CollectorConfig)
+    queue: QueueConfig = Field(default_factory=QueueConfig)
+    gateway: GatewayConfig = Field(default_factory=GatewayConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    train: TrainConfig | None = None
+    sft: SftConfig | None = None
+    judge: JudgeConfig | None = None
+
+    @model_validator(mode="after")
+    def _weighs_its_judge(self) -> Self:
+        if self.judge is not None and self.rewards and "judge" not in self.rewards:
+            raise ValueError("rewards has no weight for the dimension judge")
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a YAML file. Raises ConfigError that names the file and every wrong key or value."""
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path} holds {type(data).__name__}, expected a mapping of sections")
+        return cls.parse(data, source=str(path))
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], source: str = "configuration") -> Self:
+        """Check `data`. Raises ConfigError that names `source` and every wrong key or value."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError("\n".join(f"{source}: {_say(item)}" for item in error.errors())) from error
+
+    def require_train(self) -> TrainConfig:
+        """The `train` section. Raises ConfigError where the file has none."""
+        if self.train is None:
+            raise ConfigError(
+                "the configuration has no `train` section; this command needs train.model and train.agent"
+            )
+        return self.train
+
+    def to_yaml(self) -> str:
+        """The resolved tree as YAML that `load` reads back."""
+        data = self.model_dump(mode="json", exclude_none=True)
+        roles = data["agent_roles"].pop("roles")
+        data["agent_roles"].update(roles)
+        return yaml.safe_dump(data, sort_keys=False)
+
+
+def _say(item: Any) -> str:
+    """One pydantic error as a sentence with the path of the key."""
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] != "extra_forbidden":
+        return f"{path}: {item['msg']} (got {item['input']!r})"
+    known = _keys_beside(item["loc"])
+    close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+    return f"{path}: unknown key; {hint}"
+
+
+def _keys_beside(loc: tuple[str | int, ...]) -> list[str]:
+    """Keys that the section holding `loc` knows."""
+    section: type[BaseModel] = Config
+    for part in (part for part in loc[:-1] if isinstance(part, str)):
+        section = _SECTIONS.get(part, RoleConfig)
+    return sorted(section.model_fields)
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "agent_roles": AgentRoles,
+    "collector": CollectorConfig,
+    "tls": TlsConfig,
+    "queue": QueueConfig,
+    "gateway": GatewayConfig,
+    "timeouts": TimeoutsConfig,
+    "engines": UpstreamConfig,
+    "engine": EngineConfig,
+    "train": TrainConfig,
+    "sft": SftConfig,
+    "traces": SftTracesConfig,
+    "judge": JudgeConfig,
+}

@@ -1,0 +1,1 @@
+"""Content of spans: whether prompts and answers are recorded, as which JSON, and redacted how."""

@@ -1,0 +1,168 @@
+"""The verbs of `agl.store.Store` as HTTP has them: one table for server, client and OpenAPI document.
+
+What a verb takes and returns stands in its signature in the protocol, and nowhere else. Arguments and answers are
+JSON, `{"result": ...}` is the answer; spans are OTLP protobuf, as they are everywhere else.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from inspect import signature
+from typing import Any, Final, Literal, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from agl.errors import InputError, StoreError, TransitionError, UnknownIdError
+from agl.store import Store
+from agl.store.span_row import read
+
+PREFIX: Final = "/api/v1"
+JSON: Final = "application/json"
+PROTOBUF: Final = "application/x-protobuf"
+
+LONGEST_WAIT_S: Final = 20.0
+"""A waiting verb answers by then, and whoever wants to wait for longer asks again: proxies cut silent connections."""
+
+INVALID: Final = "invalid"
+UNAVAILABLE: Final = "unavailable"
+ERRORS: Final[Mapping[str, tuple[int, type[StoreError]]]] = {
+    "unknown_id": (404, UnknownIdError),
+    "refused_transition": (409, TransitionError),
+    INVALID: (422, InputError),
+    UNAVAILABLE: (503, StoreError),
+}
+"""Code of an error to its HTTP status, and to what the client raises."""
+
+# Strict JSON has no NaN, and metrics have.
+_CONFIG = ConfigDict(extra="forbid", ser_json_inf_nan="strings", use_attribute_docstrings=True)
+
+
+class Answer(BaseModel):
+    """What a verb answers in JSON."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings", use_attribute_docstrings=True)
+
+    result: Any
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb. A GET takes its arguments from the query, a POST from a JSON object."""
+
+    name: str
+    method: Literal["GET", "POST"] = "POST"
+    is_repeatable: bool = True
+    """Whether a caller that got no answer may ask again without knowing if the verb was done."""
+    path_name: str = ""
+    takes_spans: bool = False
+    returns_spans: bool = False
+
+    @property
+    def path(self) -> str:
+        return f"{PREFIX}/{self.path_name or self.name}"
+
+    @property
+    def content_type(self) -> str:
+        """Of the body that it takes."""
+        return PROTOBUF if self.takes_spans else JSON
+
+    @property
+    def waits(self) -> bool:
+        return "timeout_s" in signature(self.function).parameters
+
+    @cached_property
+    def function(self) -> Callable[..., Any]:
+        """The verb in the protocol."""
+        return getattr(Store, self.name)
+
+    @cached_property
+    def arguments(self) -> type[BaseModel]:
+        """A field for each argument."""
+        hints, parameters = get_type_hints(self.function), list(signature(self.function).parameters.values())[1:]
+        fields: dict[str, Any] = {
+            p.name: (hints[p.name], ... if p.default is p.empty else p.default) for p in parameters
+        }
+        return create_model(self._camel("Arguments"), __config__=_CONFIG, **fields)
+
+    @cached_property
+    def answer(self) -> type[Answer]:
+        """An Answer whose `result` is what the verb returns."""
+        hint = get_type_hints(self.function)["return"]
+        return create_model(self._camel("Answer"), __base__=Answer, result=(hint, Field()))
+
+    def write_arguments(self, arguments: Mapping[str, Any]) -> bytes | dict[str, str]:
+        """A body, or a query. Raises InputError for what JSON cannot carry."""
+        try:
+            written = self.arguments(**arguments).model_dump_json(exclude_none=self.method == "GET", warnings=False)
+        except (ValueError, RecursionError) as error:  # of validation, of serialization, of half a surrogate pair
+            raise InputError(f"{self.name} cannot take these arguments: {error}") from error
+        return written.encode() if self.method == "POST" else {n: str(v) for n, v in json.loads(written).items()}
+
+    def read_arguments(self, sent: bytes | Mapping[str, str]) -> dict[str, Any]:
+        """Arguments from a body, or a query. Raises InputError or OtlpError saying what is wrong with them."""
+        model = self.arguments
+        try:
+            if not isinstance(sent, bytes):
+                given = model.model_validate(dict(sent))
+            elif self.takes_spans:
+                return {"rows": read(sent).all_rows()}
+            else:
+                given = model.model_validate_json(sent)
+        except ValidationError as error:
+            raise InputError(f"{self.name}: {_say(error)}") from error
+        return {name: getattr(given, name) for name in model.model_fields}
+
+    def write_result(self, result: Any) -> bytes:
+        if self.returns_spans:
+            return b"".join(result)
+        return self.answer.model_construct(result=result).model_dump_json(warnings=False).encode()
+
+    def read_result(self, answer: bytes) -> Any:
+        """The result in a JSON answer. Raises StoreError where it is none."""
+        try:
+            return self.answer.model_validate_json(answer).result
+        except ValidationError as error:
+            raise StoreError(f"what was answered to {self.name} is not of this version: {_say(error)}") from error
+
+    def _camel(self, suffix: str) -> str:
+        return self.name.title().replace("_", "") + suffix
+
+
+VERBS: Final = {
+    verb.name: verb
+    for verb in (
+        Verb("append_rows", path_name="append_spans", takes_spans=True),
+        Verb("query_rows", "GET", path_name="query_spans", returns_spans=True),
+        Verb("count_spans", "GET"),
+        Verb("last_rollout_id", "GET"),
+        Verb("rollout_ids", "GET"),
+        Verb("enqueue_rollouts"),
+        # Done twice it would lease two, and the worker know of one.
+        Verb("lease_rollout", is_repeatable=False),
+        Verb("heartbeat"),
+        Verb("finish_attempt"),
+        Verb("cancel_rollouts"),
+        Verb("end_overdue_attempts"),
+        Verb("wait_for_rollouts"),
+        Verb("wait_for_group"),
+        Verb("get_rollout", "GET"),
+        Verb("query_rollouts", "GET"),
+        Verb("query_attempts", "GET"),
+        Verb("count_rollouts", "GET"),
+        Verb("put_resource"),
+        Verb("get_resource", "GET"),
+        Verb("lease_resource"),
+        Verb("release_resource"),
+        # Done twice it would return nothing, and what was collected never be deleted.
+        Verb("collect_resources", is_repeatable=False),
+        Verb("append_metrics"),
+        Verb("query_metrics", "GET"),
+        Verb("gc"),
+    )
+}
+
+
+def _say(error: ValidationError) -> str:
+    found = error.errors(include_url=False, include_input=False)
+    return "; ".join(f"{'.'.join(map(str, item['loc'])) or 'the body'}: {item['msg']}" for item in found)

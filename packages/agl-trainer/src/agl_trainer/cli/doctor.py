@@ -1,0 +1,24 @@
+"""What `agl doctor` asks of the trainer: is the model there?"""
+
+from collections.abc import Iterator
+
+from agl.cli.doctor import Check
+from agl.config import Config
+from agl.errors import ConfigError
+from agl_trainer.model.base_model import model_folder
+
+_MADE_FOR_EACH_RUN = "tiny"
+
+
+def check_model(config: Config) -> Iterator[Check]:
+    """One check where the configuration names a model; the first look at `smollm2` unpacks it."""
+    if config.train is None:
+        return
+    name = config.train.model
+    if name == _MADE_FOR_EACH_RUN:
+        yield Check("model", f"{name} is made by the run that needs it")
+        return
+    try:
+        yield Check("model", f"{name} in {model_folder(name)}")
+    except ConfigError as error:
+        yield Check("model", f"{name} is not there", str(error))

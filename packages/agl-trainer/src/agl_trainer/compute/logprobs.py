@@ -1,0 +1,152 @@
+"""Logprobs of the trained tokens of packed rows: the output layer only where a loss is taken, in chunks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agl_trainer.compute.trunk import Grown
+from agl_trainer.data.rows import TrainingRow
+from agl_trainer.data.trie import PackedRows, pack_rows, pad_rows
+from agl_trainer.model.attention import PackedPlan
+from agl_trainer.model.policy import Policy
+
+_CHUNK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class RowLogprobs:
+    """For each row given, the tokens with mask 1: a ragged batch padded to [B, T]."""
+
+    logprobs: Tensor
+    """[B, T] float32 (float64 for a float64 model), 0 where padded; carries the gradient."""
+    entropies: Tensor
+    """[B, T], in nats, of the whole distribution at each token; a gradient only where it was asked for."""
+    mask: Tensor
+    """[B, T] bool."""
+    distinct_tokens: int
+    """Tokens that were computed."""
+
+
+def row_logprobs(
+    policy: Policy,
+    role: str,
+    rows: Sequence[TrainingRow],
+    *,
+    trunk: Grown | None = None,
+    entropy_gradient: bool = False,
+) -> RowLogprobs:
+    """Logprobs under the adapter of `role` of the tokens of `rows` whose mask is 1; every distinct token runs once.
+
+    What `trunk` holds of them, the first tokens of every row, is not computed again.
+
+    They are of softmax(logits / temperature), the distribution that a row's `temperatures` make. Raises ValueError
+    where the first token of a row is masked 1: nothing predicts it.
+    """
+    if bad := [index for index, row in enumerate(rows) if row.loss_mask[0]]:
+        raise ValueError(f"row {bad[0]}: its first token has mask 1, but no token before it can predict it")
+    packed = (pack_rows if policy.packs else pad_rows)([row.token_ids for row in rows]).to(policy.device)
+    hidden = _hidden_states(policy, role, packed, trunk)
+    before = torch.empty_like(packed.token_ids)
+    trained_of_row, temperatures = [], []
+    for index, row in zip(packed.row_index, rows, strict=True):
+        before[index[1:]] = index[:-1]
+        trained_of_row.append(index[torch.tensor(row.loss_mask, dtype=torch.bool)])
+        temperatures += row.trained(row.temperatures) if row.temperatures else [1.0] * len(trained_of_row[-1])
+    # A token that several rows share is looked up once for each temperature at which they sampled it.
+    steps = hidden.new_tensor(temperatures, dtype=torch.float64)
+    wanted = torch.stack([torch.cat(trained_of_row).double(), steps])
+    distinct, place_of = wanted.unique(dim=1, return_inverse=True)
+    trained = distinct[0].long()
+    logprobs, entropies = _TokenLogprobs.apply(
+        hidden[before[trained]],
+        policy.output_weight,
+        policy.output_softcap,
+        packed.token_ids[trained],
+        distinct[1],
+        entropy_gradient,
+    )
+    places = place_of.split([len(index) for index in trained_of_row])
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(place) for place in places], batch_first=True).bool()
+    place = torch.nn.utils.rnn.pad_sequence(places, batch_first=True)
+    computed = len(packed.token_ids) - (trunk.end if trunk else 0)
+    return RowLogprobs(logprobs[place] * mask, entropies[place] * mask, mask, computed)
+
+
+def _hidden_states(policy: Policy, role: str, packed: PackedRows, trunk: Grown | None) -> Tensor:
+    """[N, H] of the packed tokens."""
+    if not policy.packs:
+        return policy.padded_states(packed.token_ids, [len(index) for index in packed.row_index], role)
+    if trunk is None:
+        return policy.hidden_states(packed.token_ids, packed.positions, [role], PackedPlan(packed))
+    known = trunk.states()
+    new = packed.token_ids[trunk.end :]
+    if len(new):
+        known.append(policy.hidden_states(new, packed.positions[trunk.end :], [role], PackedPlan(packed, trunk)))
+    return torch.cat(known)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log softmax(z / tau)[target] and the entropy, for hidden [M, H], frozen W [V, H], targets and tau [M].
+
+    The logits z = hidden W^T are capped where there is a cap c: c tanh(z / c), with the slope s = 1 - tanh(z / c)^2,
+    else 1. No [M, V] tensor is kept; what the backward pass needs is taken at once, in chunks. With p = softmax:
+
+        d logprob / d hidden = (s[target] W[target] - (s p) W) / tau
+        d entropy / d hidden = -(s p * (log p + entropy)) W / tau      only where `entropy_gradient`
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        softcap: float | None,
+        targets: Tensor,
+        temperatures: Tensor,
+        entropy_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs = hidden.new_empty(len(targets), dtype=dtype)
+        entropies = torch.empty_like(logprobs)
+        slopes = torch.empty_like(hidden)
+        entropy_slopes = torch.empty_like(hidden) if entropy_gradient else None
+        for start in range(0, len(targets), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            target, tau = targets[chunk, None], temperatures[chunk, None].to(dtype)
+            logits, slope = _capped((hidden[chunk] @ weight.T).to(dtype), softcap)
+            log_softmax = logits.div_(tau).log_softmax(-1)
+            logprobs[chunk] = log_softmax.gather(1, target)[:, 0]
+            softmax = log_softmax.exp()
+            entropies[chunk] = -torch.linalg.vecdot(softmax, log_softmax)
+            of_target = weight[targets[chunk]]
+            if slope is not None:
+                of_target = of_target * slope.gather(1, target).to(weight)
+            acting = softmax if slope is None else softmax * slope
+            slopes[chunk] = (of_target - acting.to(weight) @ weight) / tau.to(weight)
+            if entropy_slopes is not None:
+                surprise = log_softmax.add_(entropies[chunk, None]).mul_(acting)
+                entropy_slopes[chunk] = -(surprise.to(weight) @ weight) / tau.to(weight)
+        ctx.save_for_backward(slopes, entropy_slopes)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        slopes, entropy_slopes = ctx.saved_tensors
+        grad = grads[0].to(slopes)[:, None] * slopes
+        if entropy_slopes is not None:
+            grad = grad + grads[1].to(slopes)[:, None] * entropy_slopes
+        return grad, None, None, None, None, None
+
+
+def _capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """`logits`, which are overwritten, capped, and the slope there; None: 1 everywhere."""
+    if softcap is None:
+        return logits, None
+    logits.div_(softcap).tanh_()
+    slope = 1 - logits.square()
+    return logits.mul_(softcap), slope

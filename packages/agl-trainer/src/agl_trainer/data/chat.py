@@ -1,0 +1,142 @@
+"""Messages and tools -> token ids, with the tokenizer's own chat template.
+
+Messages and tools are the plain mappings of the OpenAI API, their contents strings. A template that writes tools in the
+`<tool_call>` format gets them as they are; for any other the tools are described in the system message, calls are
+written into the assistant's text, and tool results become user turns.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from agl_trainer.data.tool_call import OPEN, ToolCall
+from agl_trainer.engine.protocol import EngineError
+
+Message = Mapping[str, Any]
+Tool = Mapping[str, Any]
+
+_MARK = "agl_probe"
+
+
+class ChatTemplateError(EngineError):
+    """The model has no chat template, or its template refuses these messages."""
+
+
+class ChatTemplate:
+    """How one tokenizer writes conversations. Found out by rendering probes, not by the model's name."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self.writes_tools = self._probe_tools()
+        """Whether the template itself writes tools in the `<tool_call>` format."""
+        self.end_of_turn = self._probe_end_of_turn()
+        """The token that ends an assistant's answer; None where neither template nor tokenizer has one."""
+
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """Tokens at which an answer ends."""
+        ids = (self.end_of_turn, self._tokenizer.eos_token_id)
+        return frozenset(token_id for token_id in ids if isinstance(token_id, int))
+
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
+        """Token ids up to where the assistant's answer starts. Raises ChatTemplateError."""
+        return self.encode(self.prompt_text(messages, tools))
+
+    def prompt_text(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
+        """The same as text. Raises ChatTemplateError."""
+        if self.writes_tools:
+            return self._render([_native(message) for message in messages], tools)
+        return self._render(list(_plain(messages, tools)))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of text that already holds its special tokens."""
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), add_generation_prompt: bool = True
+    ) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except TemplateError as error:
+            raise ChatTemplateError(f"the model's chat template refuses these messages: {error}") from error
+        except ValueError as error:
+            raise ChatTemplateError(f"the model has no usable chat template; use /v1/completions ({error})") from error
+        assert isinstance(text, str)
+        return text
+
+    def _probe_tools(self) -> bool:
+        tool = {"type": "function", "function": {"name": _MARK, "description": "", "parameters": {"type": "object"}}}
+        try:
+            text = self._render([{"role": "user", "content": ""}], [tool])
+        except ChatTemplateError:
+            return False
+        return _MARK in text and OPEN in text
+
+    def _probe_end_of_turn(self) -> int | None:
+        turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": _MARK}]
+        try:
+            tail = self._render(turns, add_generation_prompt=False).rpartition(_MARK)[2]
+        except ChatTemplateError:
+            tail = ""
+        special = set(special_tokens(self._tokenizer).values())
+        eos = self._tokenizer.eos_token_id
+        return next((i for i in self.encode(tail) if i in special), eos if isinstance(eos, int) else None)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Ids of all special tokens by their text, those without a job such as `eos` included."""
+    added = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+
+
+def answer_text(message: Message) -> str:
+    """An assistant message as the model writes it: content, then tool calls."""
+    functions = [call["function"] for call in message.get("tool_calls") or ()]
+    calls = "\n".join(ToolCall(function["name"], function["arguments"]).text() for function in functions)
+    return (message.get("content") or "") + calls
+
+
+def _native(message: Message) -> dict[str, Any]:
+    """For a template that knows tools; like most, it expects arguments as an object."""
+    native = {"content": "", **message}
+    if calls := message.get("tool_calls"):
+        native["tool_calls"] = [{**call, "function": _with_object(call["function"])} for call in calls]
+    return native
+
+
+def _with_object(function: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        arguments = function["arguments"]
+    return {**function, "arguments": arguments}
+
+
+def _plain(messages: Sequence[Message], tools: Sequence[Tool]) -> Iterator[dict[str, str]]:
+    """Turns for a template that knows system, user and assistant only."""
+    rest = list(messages)
+    if tools:
+        system = rest.pop(0)["content"] + "\n\n" if rest and rest[0]["role"] == "system" else ""
+        yield {"role": "system", "content": system + _describe(tools)}
+    for is_result, turns in groupby(rest, key=lambda message: message["role"] == "tool"):
+        if is_result:
+            results = [f"<tool_response>\n{turn['content']}\n</tool_response>" for turn in turns]
+            yield {"role": "user", "content": "\n".join(results)}
+        else:
+            yield from ({"role": turn["role"], "content": answer_text(turn)} for turn in turns)
+
+
+def _describe(tools: Sequence[Tool]) -> str:
+    fields = ("name", "description", "parameters")
+    functions = ({field: tool["function"][field] for field in fields if field in tool["function"]} for tool in tools)
+    listed = "\n".join(json.dumps(function, ensure_ascii=False) for function in functions)
+    return f"You can call these tools:\n{listed}\nTo call one, answer with {ToolCall('tool name', '{...}').text()}"

@@ -1,0 +1,283 @@
+"""Requests of the OpenAI API as this engine understands them. What it cannot do it refuses, naming the parameter."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from agl_trainer.engine.protocol import EngineError
+
+
+class RequestError(EngineError):
+    """A request that cannot be read, or asks for what this engine does not do. `param` is the parameter at fault."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+def _texts(content: Any) -> Any:
+    """Content parts as one string, joined by line breaks as vLLM joins them."""
+    if not isinstance(content, list):
+        return content
+    return "\n".join(_part_text(part) for part in content)
+
+
+def _part_text(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    text = part.get(kind) if isinstance(part, dict) and kind in ("text", "refusal") else None
+    if not isinstance(text, str):
+        raise ValueError(f"content part of type {kind!r} is not supported; this engine reads text only")
+    return text
+
+
+def _strings(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+def _prompts(prompt: Any) -> Any:
+    """Any of the four forms of `prompt` as a list of texts and token-id lists."""
+    whole = [prompt] if isinstance(prompt, str) or _is_ids(prompt) else prompt
+    if not isinstance(whole, list) or not whole or not all(isinstance(item, str) or _is_ids(item) for item in whole):
+        raise ValueError("expected a text, a list of texts, a list of token ids, or a list of such lists")
+    return whole
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int and item >= 0 for item in value)
+
+
+class _Part(BaseModel):
+    """A piece of a request; fields that change nothing for sampling are let through."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class CalledFunction(_Part):
+    name: str
+    arguments: str = "{}"
+
+
+class MessageToolCall(_Part):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(_Part):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str | None, BeforeValidator(_texts)] = None
+    name: str | None = None
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: str | None = None
+    function_call: None = None
+
+    @model_validator(mode="after")
+    def _only_assistants_may_be_silent(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of role {self.role!r} needs content")
+        return self
+
+    def turn(self) -> dict[str, Any]:
+        """The message for a chat template."""
+        role = "system" if self.role == "developer" else self.role
+        return self.model_dump(exclude_none=True) | {"role": role}
+
+
+class ToolFunction(_Part):
+    name: Annotated[str, Field(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class ToolSpec(_Part):
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class ChosenFunction(_Part):
+    name: str
+
+
+class ToolChoice(_Part):
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+class StreamOptions(_Part):
+    include_usage: bool = False
+
+
+class GivenPrompt(_Part):
+    """vLLM's place for a prompt in tokens."""
+
+    prompt_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+
+
+class _Request(BaseModel):
+    """What both endpoints share."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    model: str | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_strings)] = []
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool = False
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only allowed with stream: true")
+        return self
+
+    @property
+    def wants_usage_chunk(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(_Request):
+    """Body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    tools: list[ToolSpec] = []
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    kv_transfer_params: GivenPrompt | None = None
+
+    @model_validator(mode="after")
+    def _parameters_agree(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs is only allowed with logprobs: true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens differ; send one of them")
+        names = [tool.function.name for tool in self.tools]
+        if self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice is 'required', but the request has no tools")
+        if self.forced_tool is not None and self.forced_tool not in names:
+            raise ValueError(f"tool_choice names {self.forced_tool!r}, which is not among the tools {names}")
+        return self
+
+    @property
+    def forced_tool(self) -> str | None:
+        """The tool that `tool_choice` names."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """The tools that the answer may call."""
+        tools = [] if self.tool_choice == "none" else self.tools
+        return [tool.model_dump(exclude_none=True) for tool in tools]
+
+    @property
+    def given_ids(self) -> list[int] | None:
+        """The prompt where it is given in tokens; `messages` then make none."""
+        return self.kv_transfer_params.prompt_token_ids if self.kv_transfer_params else None
+
+    @property
+    def answer_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def alternatives(self) -> int:
+        return self.top_logprobs
+
+
+class CompletionRequest(_Request):
+    """Body of POST /v1/completions."""
+
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @property
+    def answer_limit(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def alternatives(self) -> int:
+        return self.logprobs or 0
+
+
+class TokenizeRequest(_Part):
+    """Body of POST /tokenize."""
+
+    model: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    tools: list[ToolSpec] = []
+    add_generation_prompt: Literal[True] = True
+
+
+class DetokenizeRequest(_Part):
+    """Body of POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+}
+"""Parameters that this engine does not have, with the values that mean the same as leaving them out."""
+
+_IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
+"""Book-keeping of the OpenAI service; it changes no answer."""
+
+_INSTEAD = {"response_format": "decoding is not constrained; ask for the format in the prompt, or offer a tool"}
+
+RequestT = TypeVar("RequestT", ChatRequest, CompletionRequest)
+BodyT = TypeVar("BodyT", bound=BaseModel)
+
+
+def parse_request(model: type[BodyT], data: object) -> BodyT:
+    """Check a decoded JSON body. Raises RequestError that names every wrong parameter."""
+    if not isinstance(data, dict):
+        raise RequestError(f"the request body is {type(data).__name__}, expected a JSON object")
+    try:
+        return model.model_validate(_supported(data))
+    except ValidationError as error:
+        items = error.errors()
+        param = ".".join(map(str, items[0]["loc"][:1])) or None
+        raise RequestError("; ".join(_say(item) for item in items), param) from error
+
+
+def _supported(data: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` without what changes nothing. Null means the default, as in the OpenAI API."""
+    for name, neutral in _UNSUPPORTED.items():
+        value = data.get(name)
+        if value is not None and value not in neutral:
+            instead = _INSTEAD.get(name, "leave it out")
+            raise RequestError(f"{name} = {_short(value)} is not supported by this engine; {instead}", name)
+    dropped = _IGNORED | _UNSUPPORTED.keys()
+    return {name: value for name, value in data.items() if value is not None and name not in dropped}
+
+
+def _say(item: Any) -> str:
+    """One pydantic error as a sentence with the path of the parameter."""
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{path}: this engine does not know the parameter; leave it out"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{path}: {message} (got {_short(item['input'])})" if path else message
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,1 @@
+"""The training from start to end: session, steps, checkpoints."""

@@ -1,0 +1,266 @@
+"""Checkpoints from which a training goes on exactly: one folder for each step, whole or not there.
+
+    <folder>/step-000012/
+        adapters/<role>/adapter_model.safetensors, adapter_config.json    a plain PEFT adapter
+        optimizer.safetensors                                             moments of every role's optimizer
+        state.json                                                        step, phase, position, RNG, versions, config
+        SHA256SUMS                                                        of all of these, as sha256sum(1) reads it
+
+A folder is written under a hidden name, synced to disk, then renamed: a process killed at any moment leaves the last
+whole one as it was. Nothing is pickled.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from agl.errors import TrainingError
+from agl_trainer.loop import optimizer_state, rng
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step-(\d+)(\.old)?")
+_SUMS = "SHA256SUMS"
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingState:
+    """All that the next step depends on."""
+
+    step: int
+    """Steps done, over all phases that share the folder: the highest one is the newest."""
+    phase: str
+    position: int
+    """Tasks or examples drawn so far."""
+    versions: dict[str, int]
+    """Version of each role's policy."""
+    adapters: Mapping[str, Tensors]
+    """Role to the tensors of its adapter, named as PEFT names them."""
+    adapter_configs: Mapping[str, Mapping[str, Any]]
+    """Role to `LoraConfig.to_dict()`."""
+    optimizers: Mapping[str, dict[str, Any]]
+    """Role to `optimizer.state_dict()`."""
+    config: str
+    """`Config.to_yaml()`."""
+    phase_step: int = 0
+    """Steps done in the phase."""
+    baselines: dict[str, float] = field(default_factory=dict)
+    """Role to the running mean of its rewards."""
+    best: dict[str, Any] | None = None
+    """The best evaluation so far: the fields of `best.Best`."""
+    rng: dict[str, Any] = field(default_factory=rng.capture)
+    """`rng.capture()`, taken when the state is made; the caller hands it to `rng.restore`."""
+
+
+def save_checkpoint(folder: Path, state: TrainingState) -> Path:
+    """Write `state` below `folder`; returns its folder. One already there for the same step is replaced."""
+    target = checkpoint_of(folder, state.step)
+    draft = folder / f".writing-{target.name}"
+    _remove(draft)
+    for role, tensors in state.adapters.items():
+        save_adapter(draft / "adapters" / role, tensors, state.adapter_configs[role])
+    _write(draft / "optimizer.safetensors", _pack_optimizers(state.optimizers))
+    _write(draft / "state.json", _to_json(_plain_state(state)))
+    _write(draft / _SUMS, "".join(f"{_digest(path)}  {path.relative_to(draft)}\n" for path in _files(draft)).encode())
+    _sync_folders(draft)
+    _swap(draft, target)
+    return target
+
+
+def save_adapter(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> None:
+    """Write a PEFT adapter that `PeftModel.from_pretrained` and vLLM load."""
+    _write(folder / "adapter_model.safetensors", save(_own(tensors), metadata={"format": "pt"}))
+    _write(folder / "adapter_config.json", _to_json(config))
+
+
+def load_latest(folder: Path) -> TrainingState | None:
+    """The newest whole checkpoint below `folder`; None where there is none at all.
+
+    A damaged one is named in a warning and the one before it is used. Raises TrainingError where all are damaged.
+    """
+    found = _checkpoints(folder)
+    for path in reversed(found):
+        try:
+            return load_checkpoint(path)
+        except TrainingError as error:
+            logger.warning("%s; trying the checkpoint before it", error)
+    if found:
+        raise TrainingError(f"all {len(found)} checkpoints in {folder} are damaged; remove the folder to start again")
+    return None
+
+
+def load_checkpoint(path: Path) -> TrainingState:
+    """The state kept in the folder `path`. Raises TrainingError naming the file that is missing or changed."""
+    try:
+        _verify(path)
+        plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        roles = plain.pop("roles")
+        return TrainingState(
+            **plain,
+            adapters={role: _read_tensors(path / "adapters" / role / "adapter_model.safetensors") for role in roles},
+            adapter_configs={
+                role: json.loads((path / "adapters" / role / "adapter_config.json").read_text(encoding="utf-8"))
+                for role in roles
+            },
+            optimizers=_unpack_optimizers(path / "optimizer.safetensors"),
+        )
+    except OSError as error:
+        raise TrainingError(f"checkpoint {path}: cannot read {error.filename}: {error.strerror}") from error
+
+
+def prune(folder: Path, keep: int = 2) -> None:
+    """Remove all but the newest `keep` (at least 1) checkpoints, and what a killed process left half-removed."""
+    _discard(folder, _checkpoints(folder)[:-keep])
+
+
+def keep_only(folder: Path, step: int) -> None:
+    """Remove all checkpoints but that of `step`, and what a killed process left half-removed."""
+    _discard(folder, [path for path in _checkpoints(folder) if path != checkpoint_of(folder, step)])
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}"
+
+
+def _discard(folder: Path, checkpoints: Iterable[Path]) -> None:
+    for path in folder.glob(".removing-*"):
+        _remove(path)
+    for path in checkpoints:
+        # Renamed first, so that a kill half-way leaves no folder that looks like a damaged checkpoint.
+        _remove(path.rename(path.with_name(f".removing-{path.name}")))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders from the oldest to the newest; one that is being replaced stands before its successor."""
+    named = [(match, path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for match, path in sorted(named, key=lambda item: (int(item[0][1]), item[0][2] is None))]
+
+
+def _swap(draft: Path, target: Path) -> None:
+    old = target.with_name(f"{target.name}.old")
+    if target.exists():
+        _remove(old)
+        target.rename(old)
+    draft.rename(target)
+    _sync(target.parent)
+    _remove(old)
+
+
+def _verify(path: Path) -> None:
+    lines = (path / _SUMS).read_text(encoding="utf-8").splitlines()
+    written = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    there = {str(file.relative_to(path)) for file in _files(path)} - {_SUMS}
+    if there != set(written):
+        missing = ", ".join(sorted(set(written) ^ there))
+        raise TrainingError(f"checkpoint {path}: {missing} is missing or not listed in {_SUMS}")
+    for name, digest in written.items():
+        if _digest(path / name) != digest:
+            raise TrainingError(f"checkpoint {path}: {name} is not as it was written (sha256 differs)")
+
+
+def _plain_state(state: TrainingState) -> dict[str, Any]:
+    return {
+        "step": state.step,
+        "phase": state.phase,
+        "position": state.position,
+        "phase_step": state.phase_step,
+        "baselines": state.baselines,
+        "best": state.best,
+        "versions": state.versions,
+        "roles": list(state.adapters),
+        "config": state.config,
+        "rng": state.rng,
+    }
+
+
+def _pack_optimizers(optimizers: Mapping[str, dict[str, Any]]) -> bytes:
+    tensors: dict[str, torch.Tensor] = {}
+    texts: dict[str, str] = {}
+    for role, state in optimizers.items():
+        parts, texts[role] = optimizer_state.flatten(state)
+        tensors |= {f"{role}/{name}": tensor for name, tensor in parts.items()}
+    return save(_own(tensors), metadata=texts or None)  # an empty mapping makes it write a broken header
+
+
+def _unpack_optimizers(path: Path) -> dict[str, dict[str, Any]]:
+    tensors = _read_tensors(path)
+    with safe_open(path, framework="pt") as file:
+        texts: dict[str, str] = file.metadata() or {}
+    return {
+        role: optimizer_state.unflatten(
+            {name.removeprefix(f"{role}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{role}/")},
+            text,
+        )
+        for role, text in texts.items()
+    }
+
+
+def _own(tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Copies on the CPU: safetensors takes neither views of one storage nor strided tensors."""
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is not a mapping
+
+
+def _to_json(value: Any) -> bytes:
+    return json.dumps(value, indent=1, default=_listed).encode()
+
+
+def _listed(value: Any) -> Any:
+    """JSON form of a set, which PEFT uses for `target_modules`."""
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    raise TypeError(f"a checkpoint cannot hold {type(value).__name__}: {value!r}")
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folders(folder: Path) -> None:
+    for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        _sync(path)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

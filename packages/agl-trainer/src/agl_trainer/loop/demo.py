@@ -1,0 +1,82 @@
+"""The main job from start to end: evaluate the base model, teach it by examples, evaluate, reinforce, evaluate."""
+
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from agl.config import Config
+from agl.errors import ConfigError
+from agl.store import open_store
+from agl_trainer.loop.trainer import Trainer
+from agl_trainer.report.curve import save_curve, terminal_curve
+from agl_trainer.report.evaluation import EvalResult, comparison_table
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """A training of one example in one folder. What was done before it was stopped is not done again."""
+
+    config: Config
+    folder: Path
+
+    @classmethod
+    def of(cls, config_path: Path, folder: Path, *, seed: int) -> Self:
+        """The example of `config_path`, with its store and checkpoints in `folder`. Raises ConfigError."""
+        if not config_path.exists():
+            raise ConfigError(f"{config_path} is not there; run the demo from the folder of the project")
+        config = Config.load(config_path)
+        train = config.require_train().model_copy(update={"output_dir": str(folder), "seed": seed})
+        store_uri = f"sqlite:///{folder / 'agl.db'}"
+        return cls(config.model_copy(update={"train": train, "store_uri": store_uri}), folder)
+
+    def start_over(self) -> None:
+        """Forget what an earlier run left in the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def run(self) -> list[EvalResult]:
+        """Every phase that is left; returns the evaluations `base`, `sft`, `grpo`."""
+        trainer = Trainer(self.config)
+        with trainer.open():
+            base = self._evaluated(trainer, "base")
+            trainer.sft()
+            sft = self._evaluated(trainer, "sft")
+            trainer.grpo()
+            grpo = self._evaluated(trainer, "grpo")
+        return [base, sft, grpo]
+
+    def report(self, results: Sequence[EvalResult]) -> str:
+        """Table, curve and where to look further; draws the curve as PNG where matplotlib is installed."""
+        store = open_store(self.config.store_uri)
+        try:
+            points = store.query_metrics(self.folder.name).get("reward/mean", [])
+        finally:
+            store.close()
+        curve = self.folder / "reward.png"
+        levels = {f"{result.label}, held out": sum(result.scores().values()) / len(result.tasks) for result in results}
+        with suppress(ConfigError):
+            save_curve(curve, {"training reward": points}, title="Reward of each GRPO step", levels=levels)
+        lines = [comparison_table(results), "", "reward of each GRPO step", terminal_curve(points), ""]
+        if curve.exists():
+            lines.append(f"curve     {curve}")
+        lines += [
+            f"store     {self.config.store_uri}",
+            f"adapters  {self.folder / 'adapters'}",
+            "",
+            "to look further:",
+            f"  agl inspect --last --store {self.config.store_uri}",
+            f"  agl trajectories --last --store {self.config.store_uri} --json",
+            f"  tensorboard --logdir {self.folder / 'tensorboard'}",
+        ]
+        return "\n".join(lines)
+
+    def _evaluated(self, trainer: Trainer, label: str) -> EvalResult:
+        """The kept result of `label`, else a new one. It stands for the weights that the trainer has now."""
+        path = self.folder / "eval" / f"{label}.json"
+        if path.exists():
+            return EvalResult.load(path)
+        result = trainer.evaluate(label)
+        result.save(path)
+        return result

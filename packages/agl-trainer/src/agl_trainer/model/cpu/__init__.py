@@ -1,0 +1,1 @@
+"""Faster forward passes on a CPU."""

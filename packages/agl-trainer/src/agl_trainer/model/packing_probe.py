@@ -1,0 +1,52 @@
+"""Whether a model takes rows packed as a trie, found out by trying."""
+
+import logging
+
+import torch
+from transformers import PreTrainedModel
+
+from agl_trainer.data.trie import pack_rows
+from agl_trainer.model.attention import NAME, PackedPlan
+
+logger = logging.getLogger(__name__)
+
+_ROWS = [[1, 2, 3, 4, 6], [1, 2, 5, 6], [1, 2, 3, 5]]
+_TOLERANCE = 0.05
+"""Relative distance of hidden states. Rounding of bfloat16 stays well below it, states of other tokens far above."""
+
+
+@torch.no_grad()
+def takes_trie(model: PreTrainedModel) -> bool:
+    """Whether packed rows have the hidden states that `model` gives each row alone, up to rounding.
+
+    They have not where a layer looks at neighbours by other means than attention (Mamba), where attention does more
+    than queries, keys and a window say (sinks, ALiBi), or where it cannot be replaced. A warning says so. Leaves the
+    model as it was.
+    """
+    body, own_attention = model.get_decoder(), model.config._attn_implementation or "eager"
+    rows = [torch.tensor(row, device=model.device) for row in _ROWS]
+    expected = [body(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
+    model.set_attn_implementation(NAME)
+    try:
+        if model.config._attn_implementation != NAME:
+            return _say(model, "its attention cannot be replaced")
+        packed = pack_rows(_ROWS).to(model.device)
+        inputs = {"input_ids": packed.token_ids[None], "position_ids": packed.positions[None]}
+        found = body(**inputs, use_cache=False, plan=PackedPlan(packed)).last_hidden_state[0]
+    except (TypeError, ValueError, AttributeError) as error:
+        return _say(model, f"it does not run with another attention ({error})")
+    finally:
+        model.set_attn_implementation(own_attention)
+    distance = max(
+        float((found[index] - row).norm() / row.norm()) for index, row in zip(packed.row_index, expected, strict=True)
+    )
+    return distance < _TOLERANCE or _say(model, f"packed, its hidden states are off by {distance:.2g} of their size")
+
+
+def _say(model: PreTrainedModel, why: str) -> bool:
+    logger.warning(
+        "train.model: rows of a %s model are padded instead of packed, so that shared tokens are computed again: %s",
+        model.config.model_type,
+        why,
+    )
+    return False

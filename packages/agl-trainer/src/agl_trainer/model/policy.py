@@ -1,0 +1,198 @@
+"""The policy: one frozen base model, one LoRA adapter per role, shared by the engine and the trainer.
+
+The engine samples from the same modules that the trainer updates, and `lock` keeps the two apart. On a CPU the frozen
+weights lie in memory twice once something was sampled (`products`); adapters never do.
+"""
+
+import re
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from agl.config import RoleConfig
+from agl.errors import ConfigError, TrainingError
+from agl_trainer.model.attention import NAME, AttentionPlan
+from agl_trainer.model.compiled import compile_layers
+from agl_trainer.model.cpu.fused import FusedDecoder, can_be_fused
+from agl_trainer.model.cpu.products import FrozenProduct
+from agl_trainer.model.lora import BASE, Routing, route_layers
+from agl_trainer.model.recompute import recompute_layers
+from agl_trainer.model.sharding import shard_layers
+
+
+class Policy:
+    """Base model with an adapter for each role, or one that several share, and the version of each role's policy."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        roles: Mapping[str, RoleConfig],
+        *,
+        base_name: str,
+        seed: int,
+        packs: bool = True,
+        recomputes: bool = False,
+        compiles: bool = False,
+        shards: bool = False,
+    ) -> None:
+        """`recomputes`: the backward pass computes activations again. `compiles`: training passes are compiled.
+        `shards`: of the layers of `model`, which is on the CPU, each of several devices keeps a part.
+
+        Raises ConfigError.
+        """
+        _check_names(roles, base_name)
+        torch.manual_seed(seed)
+        self.packs = packs
+        """Rows are packed as a trie; else they are padded, for a model whose attention cannot take one."""
+        self.pack_limit: int | None = None
+        """Tokens of a pass that are known to fit the memory, where `train.pack_tokens` did not."""
+        if packs:
+            model.set_attn_implementation(NAME)
+        self.tokenizer = tokenizer
+        self.base_name = base_name
+        self.versions = dict.fromkeys(roles, 0)
+        self._owner = {role: config.adapter or role for role, config in roles.items()}
+        self.lock = threading.RLock()
+        self._peft = _with_adapters(model, {role: config for role, config in roles.items() if not config.adapter})
+        self._routing = Routing()
+        route_layers(self._peft, self._routing)
+        self._body = model.get_decoder()
+        self.is_sharded = shards
+        """A pass is a matter of all devices, see `sharding`."""
+        if shards:
+            shard_layers(self._peft, self._body)
+        if compiles:  # for the device that the layers are on by now
+            compile_layers(self._body)
+        if recomputes:
+            recompute_layers(self._body, self._routing)
+        self._can_be_fused = can_be_fused(self._body)
+        self._fused: FusedDecoder | None = None
+        output = model.get_output_embeddings()
+        self.output_weight: Tensor = output.weight  # type: ignore[assignment]  # typed Module
+        self.output_softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        """Logits become softcap * tanh(logit / softcap)."""
+        self._output = FrozenProduct(output)
+        self.config = model.config
+
+    @property
+    def roles(self) -> list[str]:
+        return list(self.versions)
+
+    @property
+    def adapters(self) -> dict[str, list[str]]:
+        """Each role that has an adapter of its own, with all the roles that share it."""
+        found: dict[str, list[str]] = {}
+        for role, owner in self._owner.items():
+            found.setdefault(owner, []).append(role)
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        return self.output_weight.device
+
+    def hidden_states(self, tokens: Tensor, positions: Tensor, adapters: Sequence[str], plan: AttentionPlan) -> Tensor:
+        """Final hidden states [N, H] for N tokens at `positions`.
+
+        `adapters` names one adapter for all tokens, or one for each, those of one adapter side by side.
+        """
+        self._route(adapters)
+        # Compiled code is for positions that are a view of all of something, or for those that are not.
+        inputs = {"input_ids": tokens[None], "position_ids": positions.clone()[None]}
+        return self._body(**inputs, use_cache=False, plan=plan).last_hidden_state[0]
+
+    def sampled_states(self, tokens: Tensor, positions: Tensor, adapters: Sequence[str], plan: AttentionPlan) -> Tensor:
+        """As `hidden_states`, for sampling: without gradients, and faster where this decoder can be fused."""
+        if not self._can_be_fused:
+            return self.hidden_states(tokens, positions, adapters, plan)
+        self._route(adapters)
+        self._fused = self._fused or FusedDecoder(self._body)
+        return self._fused(tokens, positions, plan)
+
+    def padded_states(self, tokens: Tensor, lengths: Sequence[int], role: str) -> Tensor:
+        """Final hidden states [B * T, H] for B rows of these `lengths` padded on the right to T, by the model's own
+        attention."""
+        rows = tokens.view(len(lengths), -1)
+        self._route([role])
+        mask = torch.arange(rows.shape[1], device=rows.device) < torch.tensor(lengths, device=rows.device)[:, None]
+        inputs = {"input_ids": rows, "attention_mask": mask.long()}
+        return self._body(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, V] for final hidden states [N, H]."""
+        return self._output(hidden)
+
+    def _route(self, adapters: Sequence[str]) -> None:
+        self._routing.set([self._owner.get(adapter, adapter) for adapter in adapters])
+
+    def parameters(self, role: str) -> list[torch.nn.Parameter]:
+        """The LoRA matrices of `role`, in a fixed order."""
+        owner = self._owner[role]
+        ends = (f".lora_A.{owner}.weight", f".lora_B.{owner}.weight")
+        return [parameter for name, parameter in self._peft.named_parameters() if name.endswith(ends)]
+
+    def adapter(self, role: str) -> dict[str, Tensor]:
+        """The adapter of `role` as PEFT saves it: name without the role to tensor."""
+        state = get_peft_model_state_dict(self._peft, adapter_name=self._owner[role])
+        return {name: tensor.detach().contiguous() for name, tensor in state.items()}
+
+    def adapter_config(self, role: str) -> dict[str, object]:
+        """Content of `adapter_config.json` for `role`."""
+        config = self._peft.peft_config[self._owner[role]].to_dict()
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+
+    def load_adapter(self, role: str, adapter: Mapping[str, Tensor], version: int) -> None:
+        """Take over saved weights for `role` as its `version`. Raises TrainingError for weights of another shape."""
+        got = {name: tuple(tensor.shape) for name, tensor in adapter.items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in self.adapter(role).items()}
+        if got != expected:
+            name = next(name for name in expected | got if got.get(name) != expected.get(name))
+            raise TrainingError(
+                f"the saved adapter of role {role!r} does not fit: {name} is {got.get(name, 'missing')}, expected "
+                f"{expected.get(name, 'no such tensor')}; was it trained with another lora_r or train.model?"
+            )
+        set_peft_model_state_dict(self._peft, dict(adapter), adapter_name=self._owner[role])
+        self.versions[role] = version
+
+    def version_name(self, adapter: str) -> str:
+        """`<role-or-model>@<n>`."""
+        return f"{self.base_name}@0" if adapter == BASE else f"{adapter}@{self.versions[adapter]}"
+
+
+def _check_names(roles: Mapping[str, RoleConfig], base_name: str) -> None:
+    if not roles:
+        raise ConfigError("agent_roles names no role to train; add e.g. `agent_roles: {writer: {lora_r: 16}}`")
+    if base_name in roles:
+        raise ConfigError(f"agent_roles has a role named {base_name!r} like the base model; give it another name")
+    for role in roles:
+        # A role is a folder, the part of a model's name before @, and a torch submodule, which no method may share.
+        if not re.fullmatch(r"[^\W_][\w-]*", role) or hasattr(torch.nn.ModuleDict, role):
+            raise ConfigError(
+                f"agent_roles has a role named {role!r}: expected a letter or digit, then letters, digits, _ and -, "
+                "and not a method of dict or torch.nn.Module"
+            )
+
+
+def _with_adapters(model: PreTrainedModel, roles: Mapping[str, RoleConfig]) -> PeftModel:
+    configs = {
+        role: LoraConfig(
+            r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        for role, config in roles.items()
+    }
+    (first, config), *others = configs.items()
+    with warnings.catch_warnings():
+        # PEFT asks for an attribute that transformers has renamed; nothing that a user could mend.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        peft = get_peft_model(model, config, adapter_name=first)
+        for role, other in others:
+            peft.add_adapter(role, other)
+    for name, parameter in peft.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return peft.eval()  # type: ignore[return-value]  # get_peft_model's annotation is wider than what it returns

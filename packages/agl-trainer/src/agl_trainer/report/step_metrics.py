@@ -1,0 +1,89 @@
+"""What a GRPO step says of itself: rewards, lengths, staleness, tokens and time, by their usual names."""
+
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+from agl.trajectory import Call, Trajectory
+from agl_trainer.algo.batch_builder import GrpoBatch, RoleState, Verdict, version_number
+from agl_trainer.compute.update import Update
+
+
+class Stopwatch:
+    """Where the time of a step goes."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self.laps: dict[str, float] = {}
+        """Seconds by name."""
+
+    def lap(self, name: str) -> None:
+        """The time since the lap before was that of `name`."""
+        now = time.monotonic()
+        self.laps[name], self._since = max(now - self._since, 1e-9), now
+
+    def metrics(self) -> dict[str, float]:
+        return {f"time/{name}_s": seconds for name, seconds in self.laps.items()}
+
+
+def reward_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Mean and standard deviation of the last reward on each rollout and on each role in it, and of their parts."""
+    values: dict[str, list[float]] = {}
+    for trajectory in trajectories:
+        last = {reward.role: reward for reward in trajectory.rewards if reward.target is None}
+        for role, reward in last.items():
+            prefix = "reward" if role is None else f"{role}/reward"
+            values.setdefault(f"{prefix}/mean", []).append(reward.value)
+            for part, value in reward.dimensions.items():
+                values.setdefault(f"{prefix}/{part}", []).append(value)
+    means = {name: statistics.fmean(found) for name, found in values.items()}
+    return means | {_std_of(name): statistics.pstdev(found) for name, found in values.items()}
+
+
+def batch_metrics(batch: GrpoBatch, roles: Mapping[str, RoleState]) -> dict[str, float]:
+    """What each role earned, how long its calls were, and how many versions behind those that train."""
+    metrics: dict[str, float] = {}
+    for role, credits in batch.credits.items():
+        metrics[f"{role}/credit_mean"] = statistics.fmean(credits)
+        metrics[f"{role}/credit_std"] = statistics.pstdev(credits)
+    for role in dict.fromkeys(verdict.call.role for verdict in batch.verdicts):
+        own = [verdict for verdict in batch.verdicts if verdict.call.role == role]
+        metrics |= {f"{role}/{name}": value for name, value in _lengths(verdict.call for verdict in own).items()}
+        version = roles[role].version if role in roles else None
+        behind = _staleness(own, version) if version is not None else []
+        if behind:
+            metrics[f"{role}/staleness_mean"], metrics[f"{role}/staleness_max"] = statistics.fmean(behind), max(behind)
+    return metrics
+
+
+def update_metrics(updates: Mapping[str, Update], seconds: float) -> dict[str, float]:
+    """What the optimizer steps of the adapters say, and how fast the rows were computed in `seconds`."""
+    metrics = {f"{owner}/{name}": value for owner, update in updates.items() for name, value in update.metrics.items()}
+    distinct = sum(update.distinct_tokens for update in updates.values())
+    total = sum(update.total_tokens for update in updates.values())
+    tokens = {"distinct": float(distinct), "total": float(total), "trained_per_s": total / seconds}
+    return metrics | {f"tokens/{name}": value for name, value in tokens.items()}
+
+
+def _std_of(name: str) -> str:
+    return f"{name.removesuffix('mean')}std" if name.endswith("reward/mean") else f"{name}_std"
+
+
+def _lengths(calls: Iterable[Call]) -> dict[str, float]:
+    known = [call for call in calls if call.input_tokens is not None and call.output_tokens is not None]
+    if not known:
+        return {}
+    answers = [float(call.output_tokens or 0) for call in known]
+    return {
+        "prompt_tokens_mean": statistics.fmean(call.input_tokens or 0 for call in known),
+        "response_tokens_mean": statistics.fmean(answers),
+        "response_tokens_min": min(answers),
+        "response_tokens_max": max(answers),
+        "truncated": statistics.fmean(call.finish_reason == "length" for call in known),
+    }
+
+
+def _staleness(verdicts: Iterable[Verdict], version: int) -> list[float]:
+    numbers = [version_number(verdict.call.policy_version) for verdict in verdicts if verdict.reason is None]
+    # A higher number is of another training: rollouts of a store may be.
+    return [float(version - number) for number in numbers if number is not None and number <= version]

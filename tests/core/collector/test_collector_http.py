@@ -1,0 +1,270 @@
+"""OTLP/HTTP over loopback: raw bodies, and every refusal."""
+
+import gzip
+import json
+import socket
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from google.rpc.status_pb2 import Status
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+
+from agl import otlp, semconv
+from agl.collector.http import JSON, PROTOBUF
+from agl.server_thread import ServerThread
+from agl.span import Span
+from agl.store import open_store
+from tests.core.collecting import RefusingStore, collecting
+
+TRACE = "5b8efff798038103d269b633813fc60c"
+LIMIT = 100_000
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[RefusingStore, str]]:
+    with collecting(max_body_bytes=LIMIT) as (store, server):
+        yield store, server.otlp_url
+
+
+def make_spans(first: int, count: int = 1) -> list[Span]:
+    return [Span(TRACE, f"{number:016x}", None, "chat", 1, 2) for number in range(first, first + count)]
+
+
+def post(url: str, body: bytes | str, content_type: str = PROTOBUF, **headers: str) -> httpx.Response:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return httpx.post(f"{url}/v1/traces", content=body, headers={"content-type": content_type} | named)
+
+
+def test_success_means_stored_and_is_empty_in_the_encoding_of_the_request(server: tuple[RefusingStore, str]) -> None:
+    store, url = server
+    before = store.count_spans()
+    answer = post(url, otlp.encode(make_spans(100, 2)))
+    assert (answer.status_code, answer.content, answer.headers["content-type"]) == (200, b"", PROTOBUF)
+    assert store.count_spans() == before + 2
+    answer = post(url, otlp.encode_json(make_spans(101, 2)), "application/json; charset=utf-8")
+    assert (answer.status_code, answer.json(), answer.headers["content-type"]) == (200, {}, JSON)
+    assert store.count_spans() == before + 3
+
+
+def test_gzipped_json_is_understood(server: tuple[RefusingStore, str]) -> None:
+    store, url = server
+    before = store.count_spans()
+    answer = post(url, gzip.compress(otlp.encode_json(make_spans(200)).encode()), JSON, content_encoding="gzip")
+    assert answer.status_code == 200
+    assert store.count_spans() == before + 1
+
+
+@pytest.mark.parametrize(
+    ("body", "encoding", "status", "message"),
+    [
+        (b"\x0a\xff\xff", "identity", 400, "not a protobuf"),
+        (b"not gzip", "gzip", 400, "not valid gzip"),
+        (gzip.compress(otlp.encode(make_spans(300)))[:-4], "gzip", 400, "not one whole gzip stream"),
+        (gzip.compress(b"") + b"more", "gzip", 400, "not one whole gzip stream"),
+        (b"", "br", 415, "content encoding 'br'"),
+        (b"x" * (LIMIT + 1), "identity", 413, f"over {LIMIT} bytes"),
+        (gzip.compress(bytes(50_000_000)), "gzip", 413, f"over {LIMIT} bytes"),
+        (zlib.compress(bytes(50_000_000)), "deflate", 413, f"over {LIMIT} bytes"),
+    ],
+)
+def test_a_bad_body_gets_a_status_in_protobuf(
+    server: tuple[RefusingStore, str], body: bytes, encoding: str, status: int, message: str
+) -> None:
+    store, url = server
+    before = store.count_spans()
+    answer = post(url, body, content_encoding=encoding)
+    assert (answer.status_code, answer.headers["content-type"]) == (status, PROTOBUF)
+    assert message in Status.FromString(answer.content).message
+    assert "retry-after" not in answer.headers
+    assert store.count_spans() == before
+
+
+def test_bad_json_gets_a_status_in_json(server: tuple[RefusingStore, str]) -> None:
+    _, url = server
+    answer = post(url, '{"resourceSpans": 7}', JSON)
+    assert (answer.status_code, answer.headers["content-type"]) == (400, JSON)
+    assert answer.json()["code"] == 3
+    assert "not an OTLP/JSON trace request" in answer.json()["message"]
+
+
+def test_other_content_types_are_named(server: tuple[RefusingStore, str]) -> None:
+    _, url = server
+    answer = post(url, b"x", "text/plain")
+    assert answer.status_code == 415
+    assert "content type 'text/plain'" in answer.json()["message"]
+
+
+def test_a_store_that_refuses_asks_the_sender_to_retry(server: tuple[RefusingStore, str]) -> None:
+    store, url = server
+    store.refusals = 1
+    answer = post(url, otlp.encode(make_spans(400)))
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    status = Status.FromString(answer.content)
+    assert (status.code, status.message) == (14, "the disk is full")
+    assert post(url, otlp.encode(make_spans(400))).status_code == 200
+
+
+def test_a_span_with_an_id_that_no_store_can_index_is_refused_and_those_beside_it_kept(
+    server: tuple[RefusingStore, str],
+) -> None:
+    store, url = server
+    before = store.count_spans()
+    odd = Span(TRACE, "f" * 16, None, "odd", 1, 2, {semconv.ROLLOUT_ID: "x" * 501})
+    answer = post(url, otlp.encode([odd, *make_spans(900)]))
+    partial = ExportTraceServiceResponse.FromString(answer.content).partial_success
+    assert (answer.status_code, partial.rejected_spans, store.count_spans() - before) == (200, 1, 1)
+    assert "501 characters, expected at most 500" in partial.error_message
+
+
+def test_what_the_store_can_never_keep_is_not_asked_for_again(server: tuple[RefusingStore, str]) -> None:
+    store, url = server
+    store.refuses_for_good = True
+    try:
+        answer = post(url, otlp.encode(make_spans(950)))
+    finally:
+        store.refuses_for_good = False
+    assert answer.status_code == 400
+    assert "retry-after" not in answer.headers
+    assert Status.FromString(answer.content).message == "nobody can keep that"
+
+
+@pytest.mark.parametrize("signal", ["metrics", "logs"])
+def test_other_signals_are_answered_politely(server: tuple[RefusingStore, str], signal: str) -> None:
+    _, url = server
+    answer = httpx.post(f"{url}/v1/{signal}", content=b"\x0a\x00", headers={"content-type": PROTOBUF})
+    assert (answer.status_code, answer.content, answer.headers["content-type"]) == (200, b"", PROTOBUF)
+    answer = httpx.post(f"{url}/v1/{signal}", content=b"{}", headers={"content-type": JSON})
+    assert (answer.status_code, answer.json()) == (200, {})
+
+
+def test_a_sender_that_goes_away_half_way_leaves_nothing(
+    server: tuple[RefusingStore, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    store, url = server
+    before = store.count_spans()
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST /v1/traces HTTP/1.1\r\nHost: x\r\nContent-Type: {PROTOBUF}\r\nContent-Length: 1000\r\n\r\n"
+        connection.sendall(head.encode() + b"\x0a\x01")
+    assert post(url, otlp.encode(make_spans(600))).status_code == 200
+    assert store.count_spans() == before + 1
+    assert "Traceback" not in caplog.text
+
+
+def test_acknowledged_spans_are_in_the_file(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/agl.db"
+    store = open_store(uri)
+    with ServerThread(store, port=0, otlp_http_port=0) as server:
+        assert (
+            post(server.otlp_url, json.dumps(json.loads(otlp.encode_json(make_spans(1, 3)))), JSON).status_code == 200
+        )
+        reader = open_store(uri)
+        assert reader.count_spans() == 3
+        reader.close()
+    store.close()
+
+
+def test_spans_that_can_never_be_kept_are_a_partial_success(server: tuple[RefusingStore, str]) -> None:
+    """The good ones of a request are kept; a sender that sent it again would change nothing."""
+    store, url = server
+    bad, good = Span(TRACE, "00" * 8, None, "chat", 1, 2), *make_spans(7000)
+    before = store.count_spans()
+    answer = post(url, otlp.encode([bad, good]))
+    partial = ExportTraceServiceResponse.FromString(answer.content).partial_success
+    assert (answer.status_code, partial.rejected_spans) == (200, 1)
+    assert "span id" in partial.error_message
+    assert store.count_spans() == before + 1
+    assert good in store.query_spans(TRACE)
+
+
+def test_a_refusal_that_asks_for_another_try_says_so_in_json_too(server: tuple[RefusingStore, str]) -> None:
+    store, url = server
+    store.refusals = 1
+    answer = post(url, otlp.encode_json(make_spans(800)), JSON)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert answer.json()["details"] == [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "1s"}]
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/traces", 405), ("POST", "/v1/trace", 404)])
+def test_other_paths_and_methods_are_named(
+    server: tuple[RefusingStore, str], method: str, path: str, status: int
+) -> None:
+    _, url = server
+    answer = httpx.request(method, url + path)
+    assert (answer.status_code, path in answer.json()["message"]) == (status, True)
+
+
+@contextmanager
+def head_only(url: str, *lines: str) -> Iterator[socket.socket]:
+    """A connection on which the head of a request was sent, and nothing of its body."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        head = ["POST /v1/traces HTTP/1.1", "Host: x", f"Content-Type: {PROTOBUF}", *lines]
+        connection.sendall("\r\n".join([*head, "", ""]).encode())
+        yield connection
+
+
+@pytest.mark.parametrize(
+    ("lines", "status"),
+    [
+        ([f"Content-Length: {LIMIT + 1}"], 413),
+        (["Content-Length: 1000", "Content-Encoding: br"], 415),
+        (["Content-Length: 1000", "Expect: 100-continue", "Content-Type: text/plain"], 415),
+    ],
+)
+def test_what_the_head_tells_is_refused_before_the_body_is_read(
+    server: tuple[RefusingStore, str], lines: list[str], status: int
+) -> None:
+    _, url = server
+    with head_only(url, *lines) as connection:
+        assert connection.recv(1000).startswith(f"HTTP/1.1 {status} ".encode())
+
+
+def test_senders_without_a_token_are_refused_before_the_body_is_read() -> None:
+    with collecting("secret") as (_, server):
+        with head_only(server.otlp_url, "Content-Length: 1000") as connection:
+            answer = connection.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 401 ")
+        assert b"\r\nwww-authenticate: Bearer\r\n" in answer
+        assert post(server.otlp_url, otlp.encode(make_spans(1)), authorization="Bearer secret").status_code == 200
+
+
+def test_over_the_limit_of_pending_bytes_senders_are_asked_to_retry() -> None:
+    """What others announced counts; it is given back when they go away."""
+    body = otlp.encode([Span(TRACE, f"{1:016x}", None, "x" * 2000, 1, 2)])
+    with collecting(max_body_bytes=LIMIT, max_pending_bytes=2 * LIMIT) as (store, server):
+        with (
+            head_only(server.otlp_url, f"Content-Length: {LIMIT}"),
+            head_only(server.otlp_url, f"Content-Length: {LIMIT - 1000}"),
+        ):
+            answer = until(server.otlp_url, 503, body)
+            assert answer.headers["retry-after"] == "1"
+            assert "on their way to the store" in Status.FromString(answer.content).message
+        assert until(server.otlp_url, 200, body).content == b""
+        assert store.count_spans() == 1
+
+
+def until(url: str, status: int, body: bytes, **headers: str) -> httpx.Response:
+    """The first answer of `status`: a server notices in its own time what its connections do."""
+    for _ in range(100):
+        if (answer := post(url, body, **headers)).status_code == status:
+            return answer
+        time.sleep(0.02)
+    raise AssertionError(f"never {status}")
+
+
+def test_a_body_that_would_inflate_past_what_is_pending_is_asked_to_come_again() -> None:
+    body = gzip.compress(otlp.encode([Span(TRACE, f"{1:016x}", None, "x" * 90_000, 1, 2)]))
+    with collecting(max_body_bytes=LIMIT, max_pending_bytes=2 * LIMIT) as (_, server):
+        with (
+            head_only(server.otlp_url, f"Content-Length: {LIMIT}"),
+            head_only(server.otlp_url, f"Content-Length: {LIMIT // 2}"),
+        ):
+            until(server.otlp_url, 503, body, content_encoding="gzip")
+            assert post(server.otlp_url, otlp.encode(make_spans(2))).status_code == 200
+        until(server.otlp_url, 200, body, content_encoding="gzip")

@@ -1,0 +1,36 @@
+import json
+from datetime import datetime
+
+import pytest
+
+from agl.content.content_json import content_json
+
+
+def test_it_is_compact_and_keeps_every_script():
+    assert content_json([{"role": "user", "content": "für 七"}]) == '[{"role":"user","content":"für 七"}]'
+
+
+@pytest.mark.parametrize(
+    ("value", "read_back"),
+    [
+        ("half a pair \ud83d", "half a pair \ud83d"),
+        ({"many": 2**70}, {"many": 2**70}),
+        ({7: "a key that is a number"}, {"7": "a key that is a number"}),
+        ([float("nan")], [None]),
+        ([datetime(2026, 1, 2)], ["2026-01-02 00:00:00"]),
+        (
+            {
+                "a": {
+                    1,
+                }
+            },
+            {"a": "{1}"},
+        ),
+    ],
+)
+def test_what_json_does_not_know_is_written_all_the_same(value, read_back):
+    assert json.loads(content_json(value)) == read_back
+
+
+def test_the_caller_says_what_stands_for_the_unknown():
+    assert content_json([1j], default=lambda value: {"imaginary": value.imag}) == '[{"imaginary":1.0}]'

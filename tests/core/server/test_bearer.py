@@ -1,0 +1,61 @@
+"""Tokens: where they are from, what opens, and who can reach a host."""
+
+from pathlib import Path
+
+import pytest
+
+from agl.errors import ConfigError
+from agl.server.bearer import BearerTokens, is_loopback
+
+
+def test_the_token_and_those_of_the_file_open(tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("one\n\n  two\n")
+    tokens = BearerTokens.read("three", tmp_path / "tokens")
+    assert [tokens.admit(f"Bearer {token}".encode()) for token in ("one", "two", "three", "four", "")] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("header", [None, b"", b"one", b"Basic one", b"Bearer", b"Bearer on", b"Bearer one two"])
+def test_anything_else_does_not(header: bytes | None) -> None:
+    assert not BearerTokens(["one"]).admit(header)
+
+
+def test_the_scheme_may_be_written_in_any_case() -> None:
+    assert BearerTokens(["one"]).admit(b"bEARER  one")
+
+
+def test_without_tokens_everybody_is_let_in() -> None:
+    tokens = BearerTokens.read(None, None)
+    assert not tokens
+    assert tokens.admit(None)
+
+
+def test_an_empty_token_is_no_token_by_mistake(tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("\n")
+    for token, path, said in [(" ", None, "empty"), (None, tmp_path / "tokens", "holds no token")]:
+        with pytest.raises(ConfigError, match=said):
+            BearerTokens.read(token, path)
+    with pytest.raises(ConfigError, match=r"cannot read the tokens in .*nowhere"):
+        BearerTokens.read(None, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.8.8", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        ("store-host", False),
+    ],
+)
+def test_loopback(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected

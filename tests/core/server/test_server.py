@@ -1,0 +1,134 @@
+"""The server thread: ports, health, start and stop."""
+
+import socket
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from agl import otlp
+from agl.collector.http import PROTOBUF
+from agl.errors import AglError
+from agl.server_thread import AppThread, ServerThread
+from agl.span import Span
+from agl.store import open_store
+from tests.core.fake_engine import FakeEngine
+
+
+def test_it_serves_gateway_health_and_receiver_before_an_engine_of_its_own() -> None:
+    store, engine = open_store("memory://"), FakeEngine()
+    with ServerThread(store, port=0, otlp_http_port=0, upstream=engine.app) as server:
+        body = otlp.encode([Span("a" * 32, "b" * 16, None, "chat", 1, 2)])
+        answer = httpx.post(f"{server.otlp_url}/v1/traces", content=body, headers={"content-type": PROTOBUF})
+        assert answer.status_code == 200
+        health = httpx.get(f"{server.base_url}/api/health").json()
+        assert health["spans"] == 1
+        (engine_state,) = health["engines"]
+        assert engine_state.pop("url").startswith("http://127.0.0.1:")
+        assert engine_state == {"answers": True, "calls": 0, "waiting": 0}
+        assert httpx.get(f"{server.base_url}/v1/models").json()["data"][0]["id"] == "writer@3"
+    store.close()
+
+
+def test_health_says_that_no_engine_answers() -> None:
+    upstream = "http://127.0.0.1:9/v1"
+    store = open_store("memory://")
+    with ServerThread(store, port=0, otlp_http_port=0, upstream=upstream) as server:
+        assert httpx.get(f"{server.base_url}/api/health").json() == {
+            "spans": 0,
+            "engines": [{"url": upstream, "answers": False, "calls": 0, "waiting": 0}],
+        }
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("busy", "name"),
+    [("port", "the gateway cannot listen"), ("otlp_http_port", "the OTLP/HTTP receiver cannot listen")],
+)
+def test_a_port_in_use_is_named_and_the_other_ports_are_given_back(busy: str, name: str) -> None:
+    store = open_store("memory://")
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as other:
+        ports = {"port": other.getsockname()[1], "otlp_http_port": other.getsockname()[1]}
+        ports[busy] = taken.getsockname()[1]
+        other.close()
+        with pytest.raises(AglError, match=rf"{name} on 127\.0\.0\.1:{ports[busy]}: Address already in use"):
+            ServerThread(store, **ports)
+        socket.create_server(("127.0.0.1", other_port(ports, busy))).close()
+    store.close()
+
+
+def other_port(ports: dict[str, int], busy: str) -> int:
+    (port,) = (port for name, port in ports.items() if name != busy)
+    return port
+
+
+def test_small_answers_on_a_kept_connection_do_not_wait_for_a_delayed_acknowledgement() -> None:
+    server = AppThread()
+    url = server.add(Starlette(routes=[Route("/", lambda _: PlainTextResponse("ok"), methods=["POST"])]))
+    with server, httpx.Client() as client:
+        times = [client.post(url, json={"n": number}).elapsed.total_seconds() for number in range(10)]
+    # The kernel holds an acknowledgement back for 40 ms.
+    assert min(times[1:]) < 0.03
+
+
+def test_stop_gives_the_port_back_and_ends_the_thread() -> None:
+    others = threading.enumerate()
+    store = open_store("memory://")
+    server = ServerThread(store, port=0, otlp_http_port=0)
+    server.start()
+    port = int(server.base_url.rpartition(":")[2])
+    server.stop()
+    server.stop()
+    socket.create_server(("127.0.0.1", port)).close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "agl-server" and thread not in others]
+    store.close()
+
+
+def test_a_server_that_was_never_started_can_be_stopped() -> None:
+    store = open_store("memory://")
+    ServerThread(store, port=0, otlp_http_port=0).stop()
+    store.close()
+
+
+def test_a_host_that_is_not_ours_is_named() -> None:
+    with pytest.raises(AglError, match=r"the engine cannot listen on 192\.0\.2\.1:0"):
+        AppThread().add(Starlette(), host="192.0.2.1", name="engine")
+
+
+def test_an_app_that_does_not_start_is_an_error() -> None:
+    @asynccontextmanager
+    async def broken(_: Starlette) -> AsyncIterator[None]:
+        raise RuntimeError("no weights")
+        yield
+
+    server = AppThread()
+    server.add(Starlette())
+    server.add(Starlette(lifespan=broken))
+    with pytest.raises(AglError, match="the server did not start"):
+        server.start()
+
+
+def test_a_request_under_way_is_finished_before_the_server_stops() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def slow(_: Request) -> PlainTextResponse:
+        entered.set()
+        leave.wait(5)
+        return PlainTextResponse("done")
+
+    server = AppThread()
+    url = server.add(Starlette(routes=[Route("/", slow)]))
+    answers: list[str] = []
+    with server:
+        client = threading.Thread(target=lambda: answers.append(httpx.get(url).text))
+        client.start()
+        entered.wait(5)
+        threading.Timer(0.2, leave.set).start()
+    client.join()
+    assert answers == ["done"]

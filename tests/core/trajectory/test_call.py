@@ -1,0 +1,220 @@
+"""Calls from the spans of gateway and framework: how they are joined, and what is read from which."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from agl import semconv
+from agl.span import Span
+from agl.tokens.packing import pack_ids, pack_logprobs
+from agl.trajectory import Call
+from agl.trajectory.call import collect_calls
+from tests.core.span_maker import OTHER_TRACE, ROLLOUT, chat, gateway_call, reward, span, tokens
+
+
+def calls_of(*spans: Span) -> list[Call]:
+    return collect_calls(spans, ROLLOUT)
+
+
+def test_a_gateway_span_below_an_http_span_joins_the_chat_span_above() -> None:
+    asked = chat(attributes={semconv.ROLE: "planner"})
+    http = span("POST", parent=asked)
+    answered = gateway_call([1, 2], [3], parent=http, role="other")
+    (call,) = calls_of(asked, http, answered)
+    assert (call.span_id, call.chat_span_id, call.role) == (answered.span_id, asked.span_id, "planner")
+    assert (call.prompt_ids, call.response_ids, call.logprobs) == ([1, 2], [3], [-0.5])
+    assert (call.policy_version, call.finish_reason, call.rollout_id) == ("writer@3", "stop", ROLLOUT)
+
+
+def test_the_nearest_chat_span_is_joined() -> None:
+    """Two instrumentations of one request: the framework's around the client library's."""
+    outer = chat(attributes={semconv.ROLE: "planner"})
+    inner = chat(parent=outer)
+    (call,) = calls_of(outer, inner, gateway_call(parent=inner))
+    assert (call.chat_span_id, call.role) == (inner.span_id, "planner")
+
+
+def test_an_engine_span_below_the_gateway_is_no_second_call() -> None:
+    answered = gateway_call(parent=chat())
+    assert len(calls_of(answered, chat(parent=answered))) == 1
+
+
+def test_the_response_id_joins_across_traces() -> None:
+    asked = chat(attributes={semconv.GEN_AI_RESPONSE_ID: "chatcmpl-7", semconv.ROLE: "planner"})
+    answered = gateway_call(trace_id=OTHER_TRACE, attributes={semconv.GEN_AI_RESPONSE_ID: "chatcmpl-7"})
+    (call,) = calls_of(answered, asked)
+    assert (call.chat_span_id, call.role, call.trace_id) == (asked.span_id, "planner", OTHER_TRACE)
+
+
+def test_traceparent_wins_over_a_response_id_that_repeats() -> None:
+    attributes = {semconv.GEN_AI_RESPONSE_ID: "same"}
+    first, second = chat(attributes=attributes), chat(attributes=attributes)
+    calls = calls_of(
+        first,
+        second,
+        gateway_call(parent=second, attributes=attributes),
+        gateway_call(parent=first, attributes=attributes),
+    )
+    assert {call.chat_span_id for call in calls} == {first.span_id, second.span_id}
+
+
+def test_a_span_that_is_not_joined_is_a_call_of_its_own() -> None:
+    asked, answered = chat(), gateway_call(trace_id=OTHER_TRACE)
+    from_framework, from_gateway = calls_of(asked, answered)
+    assert (from_framework.span_id, from_framework.response_ids) == (asked.span_id, None)
+    assert (from_gateway.span_id, from_gateway.chat_span_id) == (answered.span_id, None)
+    assert (from_framework.through_gateway, from_gateway.through_gateway) == (False, True)
+
+
+def test_choices_and_tries_of_one_request_are_calls_of_their_own() -> None:
+    asked = chat()
+    failed = gateway_call(parent=asked, status="error", message="502")
+    choices = [gateway_call([1], [i], parent=asked, attributes={semconv.GATEWAY_CHOICE: i}) for i in (2, 0, 1)]
+    calls = calls_of(asked, failed, *choices)
+    assert [call.error for call in calls] == ["502", None, None, None]
+    assert len({call.span_id for call in calls}) == 4
+    assert {call.choice: call.response_ids for call in calls[1:]} == {0: [0], 1: [1], 2: [2]}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_calls_at_the_same_time_stand_in_one_order_however_they_arrive(order: int) -> None:
+    spans = [gateway_call(start=5), gateway_call(start=5), gateway_call(start=4)]
+    expected = [spans[2].span_id, spans[0].span_id, spans[1].span_id]
+    assert [call.span_id for call in calls_of(*spans[::order])] == expected
+
+
+def test_time_is_the_agents_where_the_gateways_clock_is_behind() -> None:
+    first, second = chat(start=10), chat(start=20)
+    late = [gateway_call(parent=first, start=9), gateway_call(parent=second, start=1)]
+    assert [call.chat_span_id for call in calls_of(first, second, *late)] == [first.span_id, second.span_id]
+
+
+def roles(*, on_chat: str = "", on_agent: str = "", agent_name: str = "", on_gateway: str = "") -> str:
+    agent = span("invoke_agent", {semconv.ROLE: on_agent, semconv.GEN_AI_AGENT_NAME: agent_name})
+    asked = chat(parent=agent, attributes={semconv.ROLE: on_chat})
+    (call,) = calls_of(agent, asked, gateway_call(parent=asked, role=on_gateway, version="policy@3"))
+    return call.role
+
+
+def test_the_role_is_the_word_of_the_framework_then_of_the_gateway_then_of_the_policy() -> None:
+    everything = {"on_chat": "a", "on_agent": "b", "agent_name": "c", "on_gateway": "d"}
+    assert roles(**everything) == "a"
+    assert roles(**everything | {"on_chat": ""}) == "b"
+    assert roles(agent_name="c", on_gateway="d") == "c"
+    assert roles(on_gateway="d") == "d"
+    assert roles() == "policy"
+
+
+def test_a_gateway_call_alone_takes_its_own_role_or_that_of_the_agent_above() -> None:
+    agent = span("invoke_agent", {semconv.GEN_AI_AGENT_NAME: "executor"})
+    named, unnamed = gateway_call(parent=agent, role="planner"), gateway_call(parent=agent)
+    assert [call.role for call in calls_of(agent, named, unnamed)] == ["planner", "executor"]
+
+
+def test_without_any_name_the_role_is_the_requested_model_or_default() -> None:
+    asked, unnamed = chat(attributes={semconv.GEN_AI_REQUEST_MODEL: "writer@12"}), chat()
+    assert [call.role for call in calls_of(asked, unnamed)] == ["writer", "default"]
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        tokens([1, 2], [3, 4]),
+        {
+            semconv.PROMPT_TOKEN_IDS: [1, 2],
+            semconv.RESPONSE_TOKEN_IDS: [3.0, 4.0],
+            semconv.RESPONSE_LOGPROBS: [-0.5, -0.5],
+        },
+        {"prompt_token_ids": [1, 2], "response_token_ids": pack_ids([3, 4]), "response_logprobs": [-0.5, -0.5]},
+        {
+            "prompt_token_ids": "[1, 2]",
+            "response_token_ids": "[3, 4]",
+            "logprobs.content": json.dumps([{"token": "a", "logprob": -0.5}, {"token": "b", "logprob": -0.5}]),
+        },
+    ],
+    ids=["packed", "arrays", "other names", "json"],
+)
+def test_ids_are_read_in_every_spelling_from_a_framework_span(attributes: dict) -> None:
+    (call,) = calls_of(chat(attributes=attributes))
+    assert (call.prompt_ids, call.response_ids, call.logprobs) == ([1, 2], [3, 4], [-0.5, -0.5])
+    assert (call.input_tokens, call.output_tokens, call.malformed) == (2, 2, None)
+
+
+def test_the_gateways_ids_count_where_both_have_some() -> None:
+    asked = chat(attributes=tokens([1], [2]))
+    (call,) = calls_of(asked, gateway_call([1, 2, 3], [4], parent=asked))
+    assert (call.prompt_ids, call.response_ids) == ([1, 2, 3], [4])
+
+
+@pytest.mark.parametrize(
+    ("attributes", "said"),
+    [
+        ({semconv.RESPONSE_TOKEN_IDS: b"\x01\x00\x00"}, "3 bytes"),
+        ({semconv.RESPONSE_TOKEN_IDS: [0.5]}, "whole numbers"),
+        ({semconv.RESPONSE_TOKEN_IDS: [float("inf")]}, "infinity"),
+        ({semconv.RESPONSE_TOKEN_IDS: [-1]}, "-1"),
+        ({semconv.RESPONSE_TOKEN_IDS: 7}, "int"),
+        ({semconv.RESPONSE_TOKEN_IDS: "x"}, "Expecting value"),
+        ({semconv.RESPONSE_TOKEN_IDS: "[null]"}, "NoneType"),
+        ({semconv.RESPONSE_LOGPROBS: pack_logprobs([float("nan"), 0.0])}, "not finite"),
+    ],
+)
+def test_broken_ids_are_named_and_never_half_read(attributes: dict, said: str) -> None:
+    (call,) = calls_of(chat(attributes=tokens([1], [2, 3]) | attributes))
+    assert call.malformed is not None
+    assert said in call.malformed
+    assert (call.prompt_ids, call.response_ids, call.logprobs) == (None, None, None)
+
+
+def test_token_counts_come_from_the_usage_where_there_are_no_ids() -> None:
+    usage = {semconv.GEN_AI_USAGE_INPUT_TOKENS: 40, semconv.GEN_AI_USAGE_OUTPUT_TOKENS: 2}
+    (call,) = calls_of(chat(attributes=usage))
+    assert (call.input_tokens, call.output_tokens, call.response_ids) == (40, 2, None)
+
+
+def test_counts_and_finish_reasons_are_read_in_other_spellings() -> None:
+    openinference = {"llm.token_count.prompt": 40, "llm.token_count.completion": 2, "llm.finish_reason": "stop"}
+    agentops = {"gen_ai.usage.prompt_tokens": 40, "gen_ai.usage.completion_tokens": 2}
+    for attributes in (openinference, agentops | {"gen_ai.response.finish_reasons": '["stop"]'}):
+        (call,) = calls_of(chat(attributes=attributes))
+        assert (call.input_tokens, call.output_tokens, call.finish_reason) == (40, 2, "stop")
+
+
+def test_the_version_is_the_answering_models_where_it_has_a_number() -> None:
+    for model, version in (("writer@3", "writer@3"), ("gpt-5", None)):
+        (call,) = calls_of(chat(attributes={semconv.GEN_AI_RESPONSE_MODEL: model}))
+        assert call.policy_version == version
+
+
+def test_an_error_of_either_span_is_the_calls() -> None:
+    asked = chat(status="error", message="TimeoutError: no answer")
+    (call,) = calls_of(asked, gateway_call(parent=asked))
+    assert call.error == "TimeoutError: no answer"
+    (call,) = calls_of(chat(attributes={semconv.ERROR_TYPE: "502"}, status="error", message="engine gone"))
+    assert call.error == "502: engine gone"
+
+
+def test_a_reward_finds_its_call_by_response_id_or_by_either_span_id() -> None:
+    asked = chat()
+    answered = gateway_call(parent=asked, attributes={semconv.GEN_AI_RESPONSE_ID: "chatcmpl-7"})
+    other = gateway_call()
+    names = ["chatcmpl-7", asked.span_id, answered.span_id, "unknown"]
+    rewards = [reward(value, {semconv.REWARD_TARGET: name}) for value, name in enumerate(names)]
+    call, untouched = calls_of(asked, answered, other, *rewards)
+    assert sorted(found.value for found in call.rewards) == [0, 1, 2]
+    assert untouched.rewards == ()
+
+
+def test_the_attempt_is_read_from_the_nearest_span_that_names_one() -> None:
+    root = span(semconv.SPAN_ROLLOUT, {semconv.ATTEMPT_ID: "r-1-a2"})
+    asked = chat(parent=root)
+    (call,) = calls_of(root, asked, gateway_call(parent=asked))
+    assert call.attempt_id == "r-1-a2"
+
+
+def test_spans_that_are_their_own_ancestors_do_no_harm() -> None:
+    asked, agent = chat(), span("invoke_agent", {semconv.ROLE: "planner"})
+    asked, agent = replace(asked, parent_id=agent.span_id), replace(agent, parent_id=asked.span_id)
+    (call,) = calls_of(asked, agent)
+    assert call.role == "planner"

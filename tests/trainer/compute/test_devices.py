@@ -1,0 +1,77 @@
+"""Two processes take the steps that one takes: the same losses, the same weights."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agl.config import Config
+from agl.errors import ConfigError
+from agl_trainer.loop.session import open_session
+
+MODULE = "tests.trainer.several_devices"
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def run(folder: Path, devices: int, *options: str) -> subprocess.CompletedProcess[str]:
+    launcher = TORCHRUN if devices == 2 else []
+    command = [sys.executable, *launcher, "-m", MODULE, str(result(folder, devices)), *options]
+    return subprocess.run(command, check=False, timeout=240, text=True, capture_output=True)
+
+
+def result(folder: Path, devices: int) -> Path:
+    return folder / f"{devices}.json"
+
+
+def came(folder: Path, devices: int, *options: str) -> dict[str, Any]:
+    ended = run(folder, devices, *options)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(result(folder, devices).read_text())
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process does. How a step is computed makes no difference to it: tests of their own show that."""
+    return came(tmp_path_factory.mktemp("one"), 1)
+
+
+@pytest.mark.parametrize("options", [(), ("fsdp",), ("fsdp", "recompute"), ("fsdp", "padded")], ids="-".join)
+def test_two_devices_train_as_one_does(one: dict[str, Any], tmp_path: Path, options: tuple[str, ...]) -> None:
+    two = came(tmp_path, 2, *options)
+    assert (one["devices"], two["devices"]) == (1, 2)
+    for name in ("losses", "norms", "weights"):
+        assert two[name] == pytest.approx(one[name], rel=1e-9, abs=1e-12), name
+    assert not one["sharded"]
+    if "fsdp" in options:
+        kept = [name for name in two["sharded"] if "lora_" in name or ".layers." not in name]
+        # Seven linear layers and two norms of each of two layers.
+        assert (len(two["sharded"]), kept) == (18, [])
+    else:
+        # What one device cannot do is said, and the next step taken.
+        assert "first token has mask 1" in one["failure"]
+        assert "a training step failed on 1 of 2 devices: device" in two["failure"]
+        assert "first token has mask 1" in two["failure"]
+
+
+def test_the_engine_that_samples_from_the_policy_itself_is_refused_sharded_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agl_trainer.loop.session.count", lambda: 2)
+    train = {"model": "smollm2", "agent": "examples.sql_agent.agent:run", "fsdp": True, "output_dir": str(tmp_path)}
+    config = Config.model_validate(
+        {"store_uri": f"sqlite:///{tmp_path}/agl.db", "agent_roles": {"writer": {}}, "train": train}
+    )
+    with pytest.raises(ConfigError, match=r"lie on 2 devices.*engine: \{kind: vllm\}"), open_session(config):
+        pass
+
+
+def test_with_sharded_layers_a_device_that_fails_ends_the_training(tmp_path: Path) -> None:
+    """The others wait for its part of a layer: none can go on."""
+    ended = run(tmp_path, 2, "failing", "fsdp")
+    assert ended.returncode != 0
+    assert "a training step failed on device" in ended.stderr
+    assert "first token has mask 1" in ended.stderr
+    assert not result(tmp_path, 2).exists()

@@ -1,0 +1,57 @@
+"""Out of memory: smaller passes, the same step."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from agl.errors import TrainingError
+from agl_trainer.compute.logprobs import RowLogprobs
+from agl_trainer.compute.update import Update, update_role
+from agl_trainer.data.sft_examples import sft_loss
+from agl_trainer.model.policy import Policy
+from tests.trainer.compute.test_update import ROWS
+from tests.trainer.small_model import small_model, small_policy
+
+ERRORS = [
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 1 bytes"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    MemoryError(),
+]
+
+
+def step(policy: Policy, memory: float, error: Exception, pack_tokens: int = 4096) -> tuple[Update, list[Tensor], int]:
+    """A step on a machine where a pass of more than `memory` tokens fails; and how often it did."""
+    fails = 0
+
+    def loss(result: RowLogprobs, rows: list) -> tuple[Tensor, dict[str, float]]:
+        nonlocal fails
+        if result.distinct_tokens > memory:
+            fails += 1
+            raise error
+        return sft_loss(result, rows)
+
+    optimizer = torch.optim.SGD(policy.parameters("writer"), lr=0.1)
+    update = update_role(policy, "writer", optimizer, ROWS, loss, pack_tokens=pack_tokens, max_grad_norm=1e9)
+    return update, [parameter.detach().clone() for parameter in policy.parameters("writer")], fails
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["cpu", "gpu", "python"])
+def test_passes_become_smaller_and_the_step_stays_the_same(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    whole, parts = (small_policy(small_model(dtype=torch.float64)) for _ in range(2))
+    expected, weights, _ = step(whole, 1000, error)
+    found, other, fails = step(parts, 30, error, pack_tokens=100)
+    assert fails == 2 and parts.pack_limit == 25
+    assert "out of memory with passes of 50 tokens; going on with 25 (train.pack_tokens is 100)" in caplog.text
+    assert found.metrics["loss"] == pytest.approx(expected.metrics["loss"], rel=1e-12)
+    assert all(torch.allclose(one, two, atol=1e-12) for one, two in zip(other, weights, strict=True))
+    assert step(parts, 30, error, pack_tokens=100)[2] == 0
+
+
+def test_a_row_that_does_not_fit_alone_is_named() -> None:
+    with pytest.raises(TrainingError, match=r"one row of 23 tokens .*lower engine.max_model_len"):
+        step(small_policy(), 10, ERRORS[1])
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        step(small_policy(), 10, RuntimeError("shapes do not fit"))

@@ -1,0 +1,91 @@
+"""A GRPO step of a whole configuration: which adapters move, and what is said of calls whose step was not taken."""
+
+import math
+from typing import Any
+
+import torch
+
+from agl.config import Config
+from agl.trajectory import DropReason, Trajectory
+from agl_trainer.algo.batch_builder import GrpoBatch, grpo_batch
+from agl_trainer.compute.step import batch_options, role_states, train_batch
+from agl_trainer.model.policy import Policy
+from tests.trainer.rollout_maker import call, reward_on, trajectory
+from tests.trainer.small_model import small_policy
+
+TRAIN = {"model": "tiny", "agent": "a:b", "tasks": "a:b"}
+
+
+def config_of(agent_roles: dict[str, Any], **train: Any) -> Config:
+    return Config.parse({"agent_roles": agent_roles, "train": TRAIN | {"scale_rewards": "none"} | train})
+
+
+def team(index: int, value: float) -> Trajectory:
+    calls = call("writer", [10 + index, 11]), call("fixer", [20, 21 + index])
+    return trajectory(f"r{index}", *calls, reward_on(None, value), group_id=f"g{index // 2}")
+
+
+def step(config: Config, policy: Policy, number: int = 0, rewards: tuple[float, ...] = (1.0, 0.0)) -> GrpoBatch:
+    states = role_states(config, policy, number, {})
+    batch = grpo_batch([team(i, value) for i, value in enumerate(rewards)], states, batch_options(config))
+    optimizers = {owner: torch.optim.SGD(policy.parameters(owner), lr=0.1) for owner in policy.adapters}
+    train_batch(policy, optimizers, batch, config)
+    return batch
+
+
+def moved(config: Config, number: int = 0) -> list[str]:
+    """Adapters that step `number` changes."""
+    policy = small_policy(roles=config.agent_roles.roles)
+    before = {owner: [p.detach().clone() for p in policy.parameters(owner)] for owner in policy.adapters}
+    step(config, policy, number)
+    return [
+        owner for owner, parameters in before.items() if not all(map(torch.equal, parameters, policy.parameters(owner)))
+    ]
+
+
+def test_roles_train_together_in_turn_or_not_at_all() -> None:
+    both: dict[str, Any] = {"writer": {"lora_r": 2}, "fixer": {"lora_r": 2}}
+    assert moved(config_of(both)) == ["writer", "fixer"]
+    alternating = config_of(both, alternate_steps=2)
+    assert [moved(alternating, number) for number in range(5)] == [
+        [name] for name in ["writer", "writer", "fixer", "fixer", "writer"]
+    ]
+    frozen = both | {"fixer": {"lora_r": 2, "frozen": True}}
+    assert moved(config_of(frozen)) == ["writer"]
+    assert moved(config_of(frozen, alternate_steps=1), 1) == ["writer"]
+
+
+def test_roles_that_share_an_adapter_take_one_step_with_the_sum_of_their_gradients() -> None:
+    shared = config_of({"gamma": 1.0, "writer": {"lora_r": 2}, "fixer": {"adapter": "writer"}}, max_grad_norm=1e9)
+    policies = [small_policy(roles=shared.agent_roles.roles) for _ in range(3)]
+    start = [p.detach().clone() for p in policies[0].parameters("writer")]
+    step(shared, policies[0])
+    for policy, role in zip(policies[1:], ("writer", "fixer"), strict=True):
+        states = {role: role_states(shared, policy, 0, {})[role]}
+        batch = grpo_batch([team(0, 1.0), team(1, 0.0)], states, batch_options(shared))
+        optimizer = torch.optim.SGD(policy.parameters("writer"), lr=0.1)
+        train_batch(policy, {"writer": optimizer}, batch, shared)
+    for begun, both, one, other in zip(start, *(p.parameters("writer") for p in policies), strict=True):
+        assert torch.allclose(both - begun, (one - begun) + (other - begun), rtol=1e-3, atol=1e-6)
+
+
+def test_calls_of_a_step_that_was_not_taken_are_counted_so() -> None:
+    config = config_of({"writer": {"lora_r": 2}, "fixer": {"lora_r": 2}}, minibatches=2)
+    policy = small_policy(roles=config.agent_roles.roles)
+    with torch.no_grad():
+        policy.parameters("fixer")[0].fill_(math.nan)
+    batch = step(config, policy, rewards=(1.0, 0.0, 1.0, 0.0))
+    assert batch.dropped() == {DropReason.SKIPPED_STEP: 4}
+    assert {verdict.call.role for verdict in batch.verdicts if verdict.reason is None} == {"writer"}
+    assert sum(batch.dropped().values()) + 4 == len(batch.verdicts) == 8
+
+
+def test_the_configuration_reaches_the_loss() -> None:
+    """With a weight on the divergence from the base model everything trains; the loss of a sequence is another."""
+    agent_roles: dict[str, Any] = {"writer": {"lora_r": 2}, "fixer": {"lora_r": 2}}
+    policy = small_policy(roles=config_of(agent_roles).agent_roles.roles)
+    assert step(config_of(agent_roles), policy, rewards=(1.0, 1.0)).dropped() == {DropReason.ZERO_ADVANTAGE: 4}
+    assert step(config_of(agent_roles, beta=0.1), policy, rewards=(1.0, 1.0)).dropped() == {}
+    everything = {"loss": "dapo", "loss_type": "dapo", "entropy_coef": 0.01, "top_entropy_quantile": 0.5, "delta": 3.0}
+    correction = {"importance_sampling_mode": "sequence_truncate", "importance_sampling_level": "sequence"}
+    assert step(config_of(agent_roles, **everything, **correction), policy).dropped() == {}

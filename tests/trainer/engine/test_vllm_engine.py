@@ -1,0 +1,89 @@
+"""Adapters at servers that come and go; with real vLLM: tests/vllm."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from agl.errors import TrainingError
+from agl_trainer.compute.logprobs import row_logprobs
+from agl_trainer.data.rows import TrainingRow
+from agl_trainer.engine.vllm import server as server_module
+from agl_trainer.engine.vllm.engine import VllmEngine
+from agl_trainer.engine.vllm.server import VllmServer
+from agl_trainer.model.lora import BASE
+from agl_trainer.model.policy import Policy
+from tests.trainer.small_model import small_policy
+
+
+class ServedPolicy(VllmServer):
+    """A server with a policy of its own, which takes adapters from folders and forgets them when it is started anew."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"http://{name}/v1")
+        self.policy = small_policy()
+        self.loaded: list[str] = []
+        self.absent = 0
+        """How many more times it does not answer."""
+
+    def models(self) -> list[str]:
+        if self.absent:
+            self.absent -= 1
+            raise TrainingError(f"vLLM at {self.url} does not answer")
+        return ["small", *self.loaded]
+
+    def load(self, name: str, folder: Path) -> None:
+        assert name not in self.loaded, "vLLM refuses a name that it knows"
+        self.policy.load_adapter(name.partition("@")[0], load_file(folder / "adapter_model.safetensors"), 0)
+        self.loaded.append(name)
+
+    def unload(self, name: str) -> None:
+        self.loaded.remove(name)
+
+    def prompt_logprobs(self, model: str, token_ids: Sequence[int]) -> torch.Tensor:
+        row = TrainingRow(token_ids, [0] + [1] * (len(token_ids) - 1), 1.0)
+        with torch.no_grad():
+            return row_logprobs(self.policy, BASE if model == "small" else model.partition("@")[0], [row]).logprobs[0]
+
+
+def engine_of(policy: Policy, servers: list[ServedPolicy], folder: Path) -> tuple[VllmEngine, list[tuple[str, str]]]:
+    routed: list[tuple[str, str]] = []
+
+    def route(role: str, name: str) -> None:
+        routed.append((role, name))
+
+    return VllmEngine(servers, policy, folder, tolerance=0.05, route=route), routed
+
+
+def test_a_server_that_was_started_anew_gets_its_adapters_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "_ASK_EVERY_S", 0.0)
+    policy, servers = small_policy(), [ServedPolicy("one"), ServedPolicy("two")]
+    engine, routed = engine_of(policy, servers, tmp_path)
+    engine.make_live()
+    names = ["writer@0", "fixer@0"]
+    assert [server.loaded for server in servers] == [names, names]
+    engine.revive()
+    engine.make_live()
+    assert len(routed) == 2  # nothing had died: nothing is loaded again
+    servers[1].loaded, servers[1].absent = [], 3
+    engine.revive()
+    assert servers[0].loaded == []
+    engine.make_live()
+    assert [server.loaded for server in servers] == [names, names]
+    assert routed == [("writer", "writer@0"), ("fixer", "fixer@0")] * 2
+
+
+def test_a_server_that_stays_away_ends_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_ASK_EVERY_S", 0.0)
+    server = ServedPolicy("one")
+    server.absent = 10**9
+    with pytest.raises(TrainingError, match="does not answer"):
+        server.wait(0.01)
+    server.absent = 0
+    found: Any = server.wait(0.01)
+    assert found == ["small"]

@@ -1,0 +1,165 @@
+"""The account of every call: steps, metrics and `agl inspect` add up to the calls, whatever the rollouts are like."""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agl import semconv
+from agl.cli.inspection import Inspection
+from agl.span import Span
+from agl.store import open_store
+from agl.trajectory import DropReason, build_trajectory, trained_span
+from agl_trainer.algo.batch_builder import BatchOptions, GrpoBatch, RoleState, Verdict, grpo_batch
+from agl_trainer.loop.account import Account, call_metrics, warn_of_missing_rewards
+from tests.core.span_maker import chat, reward, span
+from tests.trainer.rollout_maker import call, reward_on, trajectory
+
+ROLES = ("writer", "fixer", "frozen", "unknown")
+KINDS = ("plain", "no ids", "cut", "old", "failed", "empty", "foreign")
+CALLS = st.tuples(
+    st.sampled_from(ROLES), st.sampled_from(KINDS), st.sampled_from([None, 0.5]), st.sampled_from([1, 2]), st.booleans()
+)
+ROLLOUTS = st.lists(
+    st.tuples(st.lists(CALLS, max_size=5), st.sampled_from([None, 0.0, 1.0]), st.booleans()), max_size=6
+)
+OPTIONS = st.fixed_dictionaries(
+    {
+        "advantage": st.sampled_from(["grpo", "rloo", "reinforce++", "max@k", "ema"]),
+        "minibatches": st.sampled_from([1, 2]),
+        "max_staleness": st.sampled_from([None, 1]),
+        "max_row_tokens": st.sampled_from([None, 4]),
+        "mask_truncated_completions": st.booleans(),
+        "keeps_zero_advantage": st.booleans(),
+        "loss_type": st.sampled_from([None, "dapo"]),
+    }
+)
+
+
+def made_call(role: str, kind: str, attempt: int, place: int, prompt: Sequence[int]) -> Span:
+    own: dict[str, Any] = {semconv.ATTEMPT_ID: f"r-a{attempt}"}
+    if kind == "no ids":
+        return chat(attributes=own | {semconv.ROLE: role})
+    if kind == "cut":
+        own[semconv.GEN_AI_RESPONSE_FINISH_REASONS] = ["length"]
+    own[semconv.POLICY_VERSION] = f"{role}@{1 if kind == 'old' else 5}"
+    response = [] if kind == "empty" else [90 + place] if kind == "foreign" else [10 + place]
+    made = call(role, response, prompt=prompt, **own)
+    if kind == "failed":
+        made = span(made.name, dict(made.attributes), status="error", message="503")
+    return made
+
+
+def spans_of(calls: list[tuple[str, str, float | None, int, bool]], value: float | None, failed: bool) -> list[Span]:
+    """Calls of two attempts; `goes_on`: the call continues the one before it, in one row where that can be."""
+    spans, said = [], [1, 2]
+    for place, (role, kind, own, attempt, goes_on) in enumerate(calls):
+        made = made_call(role, kind, attempt, place, said if goes_on else [1, 2, 30 + place])
+        said = [*said, 10 + place, 7] if goes_on else said
+        spans += [made] if own is None else [made, reward_on(made, own)]
+    return spans if value is None else [*spans, reward(value, {semconv.ATTEMPT_ID: "r-a2"})]
+
+
+@settings(deadline=None, max_examples=150)
+@given(ROLLOUTS, OPTIONS, st.booleans(), st.booleans())
+def test_verdicts_metrics_and_inspection_add_up_to_the_calls(
+    rollouts: Any, options: dict[str, Any], is_skipped: bool, is_replaced: bool
+) -> None:
+    told, made = [], []
+    for index, (calls, value, failed) in enumerate(rollouts):
+        spans = spans_of(calls, value, failed)
+        made.append(trajectory(f"r{index}", *spans, group_id=f"g{index % 2}", failed=failed))
+        told.append(spans)
+    roles = {"writer": RoleState(version=5), "fixer": RoleState(version=5), "frozen": RoleState(trains=False)}
+    replaced = frozenset(["g0"] if is_replaced else [])
+    batch = grpo_batch(made, roles, BatchOptions(vocabulary=90, **options), replaced_groups=replaced)
+    if is_skipped:
+        batch.skip(["writer"], 0)
+    calls = [call for one in made for call in one.calls]
+    assert sorted(verdict.call.span_id for verdict in batch.verdicts) == sorted(call.span_id for call in calls)
+    check_weights(batch)
+
+    metrics = call_metrics(batch.verdicts)
+    assert metrics["calls"] == len(calls) == sum(metrics.values()) - metrics["calls"]
+    ends: Counter[str] = Counter()
+    for spans, one in zip(told, made, strict=True):
+        words = [verdict for verdict in batch.verdicts if verdict.call.rollout_id == one.rollout_id]
+        trained = [trained_span(word.call, 7, word.advantage, word.reason, weight=word.weight) for word in words]
+        if spans:
+            ends += Inspection([*spans, *trained]).ends
+    named = {name.removeprefix("calls/").removeprefix("dropped/"): count for name, count in metrics.items()}
+    assert dict(ends) == {name: count for name, count in named.items() if name != "calls" and count}
+
+
+def check_weights(batch: GrpoBatch) -> None:
+    """What trains has an advantage and the weight of its row, what does not has neither; and no token but theirs."""
+    trained = [verdict for verdict in batch.verdicts if verdict.reason is None]
+    for verdict in batch.verdicts:
+        assert (verdict.reason is None) == (verdict.advantage is not None) == (verdict.weight is not None)
+    weights = {row.weight for rows in batch.rows.values() for row in rows}
+    if not any(verdict.reason is DropReason.SKIPPED_STEP for verdict in batch.verdicts):
+        assert {verdict.weight for verdict in trained} == weights
+    assert all(max(row.token_ids) < 90 for rows in batch.rows.values() for row in rows)
+
+
+def test_a_row_is_cut_where_it_gets_too_long() -> None:
+    """The first turn still trains; nothing is computed for the one that ends beyond the limit."""
+    turns = call("writer", [3], prompt=[1]), call("writer", [5, 6], prompt=[1, 3, 4])
+    made = [
+        trajectory("r1", *turns, reward_on(None, 1.0)),
+        trajectory("r2", call("writer", [9], prompt=[1]), reward_on(None, 0.0)),
+    ]
+    batch = grpo_batch(made, {"writer": RoleState()}, BatchOptions(scale_rewards="none", max_row_tokens=4))
+    assert [(verdict.reason, verdict.advantage) for verdict in batch.verdicts] == [
+        (None, 0.5),
+        (DropReason.TOO_LONG, None),
+        (None, -0.5),
+    ]
+    row = batch.rows["writer"][0]
+    assert (list(row.token_ids), list(row.loss_mask), list(row.logprobs)) == ([1, 3], [0, 1], [0.0, -0.5])
+
+
+def test_a_row_of_another_models_tokens_says_so() -> None:
+    made = [trajectory(f"r{i}", call("writer", [3, 400 * i]), reward_on(None, float(i))) for i in range(2)]
+    batch = grpo_batch(made, {"writer": RoleState()}, BatchOptions(scale_rewards="none", vocabulary=400))
+    assert [verdict.reason for verdict in batch.verdicts] == [None, DropReason.UNKNOWN_TOKENS]
+
+
+def test_a_call_that_arrives_after_its_rollout_was_counted_is_counted_once_in_the_next_step(tmp_path: Path) -> None:
+    store = open_store(f"sqlite:///{tmp_path / 'agl.db'}")
+    account = Account(store, "shop")
+    early, late = (call("writer", **{semconv.ROLLOUT_ID: "hung"}) for _ in range(2))
+    store.append_spans([early])
+    assert account.late_calls() == []
+    verdicts = [Verdict(made, None, DropReason.FAILED_ROLLOUT) for made in build_trajectory([early]).calls]
+    account.record(3, verdicts, unfinished=["hung", "silent"])
+    store.append_spans([late])
+    found = account.late_calls()
+    assert [(verdict.call.span_id, verdict.reason) for verdict in found] == [(late.span_id, DropReason.LATE)]
+    account.record(4, found)
+    assert account.late_calls() == []
+    ends = Inspection(store.query_spans("hung")).ends
+    store.close()
+    assert ends == {"failed_rollout": 1, "late": 1}
+
+
+def test_rollouts_that_no_reward_reaches_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    turns = call("writer", [3], prompt=[1]), call("writer", [5, 6], prompt=[1, 3, 4])
+    made = [
+        trajectory("with", call("writer"), reward_on(None, 1.0)),
+        trajectory("partly", *turns, reward_on(turns[1], 1.0)),
+        trajectory("without", call("writer"), call("fixer")),
+    ]
+    batch = grpo_batch(made, {"writer": RoleState(), "fixer": RoleState()}, BatchOptions())
+    with caplog.at_level(logging.WARNING):
+        assert warn_of_missing_rewards(batch.verdicts) == 1
+    assert "no reward reaches 1 rollouts (without): they are left out" in caplog.text
+    caplog.clear()
+    others = [verdict for verdict in batch.verdicts if verdict.call.rollout_id != "without"]
+    assert warn_of_missing_rewards(others) == 0
+    assert caplog.text == ""

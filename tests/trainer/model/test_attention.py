@@ -1,0 +1,91 @@
+"""Attention over a trie is attention with a mask: values and gradients, whatever the kernel."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from agl_trainer.data.trie import PackedRows, pack_rows
+from agl_trainer.model.attention import PackedPlan
+from agl_trainer.model.attention_parts import FlashKernel, PlainKernel, Scores, kernel_for
+
+KV_HEADS, GROUPS, WIDTH = 2, 3, 8
+SCORES = [Scores(0.3), Scores(0.3, window=6), Scores(0.3, softcap=2.0), Scores(0.3, window=1, softcap=0.5)]
+
+
+def rows() -> PackedRows:
+    draw = random.Random(0)
+    prompt, other = draw.choices(range(50), k=9), draw.choices(range(50), k=3)
+    turn = prompt + draw.choices(range(50), k=5)
+    return pack_rows([[*prompt, 60], [*prompt, 61, 62], [*turn, 1], [*turn, 2, 3, 4], [*other, 5], other])
+
+
+def tensors(packed: PackedRows) -> list[Tensor]:
+    """Query, key, value and the gradient of the output."""
+    generator, count = torch.Generator().manual_seed(0), len(packed.token_ids)
+    shapes = [(KV_HEADS, count, GROUPS, WIDTH), *[(KV_HEADS, count, WIDTH)] * 2, (KV_HEADS, count, GROUPS, WIDTH)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def seen(packed: PackedRows, window: int | None) -> Tensor:
+    """[N, N]: the query's row holds the key no later than itself, and no further away than `window`."""
+    found = torch.zeros(len(packed.token_ids), len(packed.token_ids), dtype=torch.bool)
+    for index in packed.row_index:
+        for depth, place in enumerate(index.tolist()):
+            found[place, index[: depth + 1]] = True
+    before = packed.positions[:, None] - packed.positions
+    return found & (before < (window or len(found)))
+
+
+def dense(packed: PackedRows, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    made = torch.einsum("hngd,hmd->hngm", query, key) * scores.scale
+    if scores.softcap is not None:
+        made = torch.tanh(made / scores.softcap) * scores.softcap
+    hidden = ~seen(packed, scores.window)
+    return torch.einsum("hngm,hmd->hngd", made.masked_fill(hidden[:, None], -torch.inf).softmax(-1), value)
+
+
+@pytest.mark.parametrize("scores", SCORES, ids=["plain", "window", "softcap", "both"])
+def test_values_and_gradients_are_those_of_a_mask(scores: Scores) -> None:
+    packed = rows()
+    query, key, value, grad = tensors(packed)
+    found = PackedPlan(packed).attend(0, query, key, value, scores)
+    expected = dense(packed, query, key, value, scores)
+    assert torch.allclose(found, expected, atol=1e-12)
+    grads = [torch.autograd.grad(out, (query, key, value), grad) for out in (found, expected)]
+    for one, other in zip(*grads, strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+
+
+def test_the_kernels_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU computes is tested on this CPU."""
+    packed = rows()
+    *given, grad = tensors(packed)
+    plan, found = PackedPlan(packed), []
+    for kernel in (FlashKernel(0.3), PlainKernel(Scores(0.3), packed.positions)):
+        monkeypatch.setattr("agl_trainer.model.attention.kernel_for", lambda *_, kernel=kernel: kernel)
+        out = plan.attend(0, given[0], given[1], given[2], Scores(0.3))
+        found.append([out, *torch.autograd.grad(out, given, grad)])
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+
+
+@pytest.mark.parametrize("scores", [Scores(0.3), Scores(0.3, window=6, softcap=2.0)], ids=["flash", "plain"])
+def test_bfloat16_rounds_no_more_than_it_has_to(scores: Scores) -> None:
+    packed = rows()
+    *given, grad = tensors(packed)
+    halves = [tensor.detach().bfloat16().requires_grad_() for tensor in given]
+    out = PackedPlan(packed).attend(0, halves[0], halves[1], halves[2], scores)
+    expected = dense(packed, given[0], given[1], given[2], scores)
+    found = [out, *torch.autograd.grad(out, halves, grad.bfloat16())]
+    for one, other in zip(found, [expected, *torch.autograd.grad(expected, given, grad)], strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one.double() - other).norm() < 0.02 * other.norm()
+
+
+def test_torchs_own_kernel_is_taken_where_it_knows_the_scores() -> None:
+    positions = torch.arange(3)
+    assert isinstance(kernel_for(Scores(1.0), positions), FlashKernel)
+    assert isinstance(kernel_for(Scores(1.0, window=2), positions), PlainKernel)
+    assert isinstance(kernel_for(Scores(1.0), positions.to("meta")), PlainKernel)

@@ -1,0 +1,60 @@
+"""Which base models are taken, and what a refusal says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
+
+from agl.config import Config
+from agl.errors import ConfigError
+from agl_trainer.loop.session import open_policy
+from agl_trainer.model.base_model import check_sampled, check_trainable, model_folder
+from tests.trainer.small_model import small_model
+
+
+def test_a_missing_model_is_named_with_what_was_expected(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere.*smollm2.*config.json"):
+        model_folder(str(tmp_path / "nowhere"))
+
+
+def test_a_window_is_not_sampled_from_where_rows_are_longer_than_it() -> None:
+    check_sampled(MistralConfig(sliding_window=4096), 2048, packs=True)
+    with pytest.raises(ConfigError, match=r"mistral.*sliding_window=1024.*kind: vllm"):
+        check_sampled(MistralConfig(sliding_window=1024), 2048, packs=True)
+
+
+def test_a_window_that_is_switched_off_is_no_window() -> None:
+    check_sampled(Qwen2Config(sliding_window=16, use_sliding_window=False), 2048, packs=True)
+
+
+def test_capped_scores_and_an_attention_of_its_own_are_not_sampled_from() -> None:
+    with pytest.raises(ConfigError, match="attn_logit_softcapping"):
+        check_sampled(Gemma2Config(), 2048, packs=True)
+    with pytest.raises(ConfigError, match="llama model with attention=of its own"):
+        check_sampled(LlamaConfig(), 2048, packs=False)
+
+
+def test_an_output_layer_that_does_more_is_refused() -> None:
+    check_trainable(small_model("gemma2"))
+    model = small_model()
+    model.config.logit_scale = 0.5
+    with pytest.raises(ConfigError, match=r"llama model with logit_scale=0.5"):
+        check_trainable(model)
+    biased = small_model()
+    biased.lm_head = torch.nn.Linear(24, 400)
+    with pytest.raises(ConfigError, match=r"lm_head.bias"):
+        check_trainable(biased)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_frozen_weights_are_rounded_only_where_that_is_asked_for_and_the_cpu_can(
+    bf16: bool, tmp_path: Path
+) -> None:
+    toy = {"agent": "tests.flows.toy_agent:answer", "tasks": "tests.flows.toy_agent:tasks"}
+    train = {"model": "tiny", "bf16": bf16, "output_dir": str(tmp_path), **toy}
+    policy = open_policy(Config.parse({"agent_roles": {"solver": {}}, "train": train}))
+    layers = [module for module in policy._body.modules() if isinstance(module, torch.nn.Linear)]
+    frozen = {layer.weight.dtype for layer in layers if not layer.weight.requires_grad}
+    rounds = bf16 and any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    assert frozen == {torch.bfloat16 if rounds else torch.float32}

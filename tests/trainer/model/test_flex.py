@@ -1,0 +1,150 @@
+"""The mask that a GPU takes for a trie gives what its segments give: values and gradients, on this CPU."""
+
+import functools
+import random
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.flex_attention import BlockMask
+
+from agl_trainer.data.trie import PackedRows, pack_rows
+from agl_trainer.model import flex
+from agl_trainer.model.attention import PackedPlan
+from agl_trainer.model.attention_parts import Scores
+from tests.trainer.compute.test_trunk import step
+from tests.trainer.model.test_attention import SCORES
+from tests.trainer.small_model import small_model, small_policy
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+KV_HEADS, GROUPS, WIDTH = 2, 3, 16
+
+
+@pytest.fixture(autouse=True)
+def _gradients_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses them, but knows them all the same where it makes no kernel."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+
+
+def tree(prompt_tokens: int) -> list[list[int]]:
+    """Rows with forks inside forks and ends in the middle of others."""
+    draw = random.Random(prompt_tokens)
+    prompt = draw.choices(range(50), k=prompt_tokens)
+    turn = prompt + draw.choices(range(50), k=45)
+    return [[*prompt, 60], prompt + draw.choices(range(50), k=90), [*turn, 1], [*turn, 2, 3, 4], turn, prompt[:-20]]
+
+
+class Known:
+    """Keys and values of the first tokens, in two pieces, as a trunk on a trunk has them."""
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        self.end = key.shape[1]
+        self._pieces = list(zip(key.split(60, 1), value.split(60, 1), strict=True))
+
+    def attended(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+        return self._pieces
+
+
+def attend(packed: PackedRows, start: int, scores: Scores) -> list[Tensor]:
+    """Output for the tokens from `start` on, and the gradients of query, key and value."""
+    generator, count = torch.Generator().manual_seed(0), len(packed.token_ids)
+    shapes = [(KV_HEADS, count - start, GROUPS, WIDTH), *[(KV_HEADS, count, WIDTH)] * 2]
+    query, key, value = (torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes)
+    known = Known(key[:, :start], value[:, :start]) if start else None
+    out = PackedPlan(packed, known).attend(0, query, key[:, start:], value[:, start:], scores)
+    grad = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    return [out, *torch.autograd.grad(out, (query, key, value), grad)]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("scores", SCORES, ids=["plain", "window", "softcap", "both"])
+@pytest.mark.parametrize("start", [0, 100], ids=["whole", "on a trunk"])
+def test_a_mask_gives_what_segments_give(start: int, scores: Scores, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = pack_rows(tree(150) if start else [*tree(150), *tree(70)])
+    expected = attend(packed, start, scores)
+    monkeypatch.setattr(flex, "takes", lambda _: True)
+    assert_same(attend(packed, start, scores), expected)
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
+    """Compiles as for a GPU, but for the kernel itself: the graphs of forward and backward pass run as they are.
+
+    Uncompiled, torch gives no right gradient where the attention is computed again in the backward pass.
+    """
+    torch.compiler.reset()
+    found = CompileCounterWithBackend("aot_eager")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend=found))
+        compiled = flex.compiled_attention.__wrapped__()
+    monkeypatch.setattr(flex, "flex_attention", compiled)
+    return found
+
+
+def test_compiled_once_it_takes_other_lengths_windows_and_caps(
+    counter: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = []
+    for prompt_tokens, start, window, cap in [
+        (300, 0, None, 2.0),
+        (420, 150, 7, 2.0),
+        (350, 0, 5, 3.0),
+        (600, 9, 6, 0.5),
+    ]:
+        packed, scores = pack_rows(tree(prompt_tokens)), Scores(0.3, window, cap)
+        expected = attend(packed, start, scores)
+        with monkeypatch.context() as patch:
+            patch.setattr(flex, "takes", lambda _: True)
+            assert_same(attend(packed, start, scores), expected)
+        graphs.append(counter.frame_count)
+    whole, on_a_trunk, *others = graphs
+    assert 0 < whole < on_a_trunk
+    assert set(others) == {on_a_trunk}
+
+
+@pytest.mark.usefixtures("counter")
+@pytest.mark.parametrize("recomputes", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("pack_tokens", [4096, 130], ids=["one pass", "trunk on trunk"])
+def test_a_policy_has_the_same_loss_and_gradient(
+    pack_tokens: int, recomputes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With layers that have a window and layers that have none; each pass makes one mask for either."""
+    policy = small_policy(small_model("gemma2", dtype=torch.float64), recomputes=recomputes)
+    loss, gradient, _ = step(policy, pack_tokens)
+    make, made = flex.tree_mask, []
+
+    def tree_mask(packed: PackedRows, start: int, window: int | None) -> BlockMask:
+        made.append((packed, window))
+        return make(packed, start, window)
+
+    monkeypatch.setattr(flex, "takes", lambda _: True)
+    monkeypatch.setattr(flex, "tree_mask", tree_mask)
+    other_loss, other_gradient, _ = step(policy, pack_tokens)
+    assert other_loss == pytest.approx(loss, rel=1e-9)
+    assert (other_gradient - gradient).norm() < 1e-9 * gradient.norm()
+    assert {window for _, window in made} == {12, None}
+    assert len({(id(packed), window) for packed, window in made}) == len(made)
+
+
+@pytest.mark.parametrize("why", [None, "torch cannot compile here: no compiler"])
+def test_only_gpus_take_it_and_only_heads_of_common_widths(
+    why: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(flex, "refusal", lambda _: why)
+    flex.is_compiled.cache_clear()
+    with FakeTensorMode():
+        found = [
+            (device, width)
+            for device in ("cpu", "cuda")
+            for width in (8, 16, 64, 96, 128, 512)
+            if flex.takes(torch.empty(1, 3, 5, width, device=device))
+        ]
+    flex.is_compiled.cache_clear()
+    assert found == ([] if why else [("cuda", 16), ("cuda", 64), ("cuda", 128)])
+    assert [record.getMessage().partition(": until")[0] for record in caplog.records] == ([why] if why else [])

@@ -1,0 +1,34 @@
+"""Products with frozen weights: those of torch, whatever layout the weight is kept in."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from agl_trainer.model.cpu.products import FrozenProduct
+
+
+@pytest.mark.parametrize("rows", [1, 7, 32, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("outputs", [40, 1500])
+def test_a_sampling_product_is_that_of_torch(rows: int, dtype: torch.dtype, biased: bool, outputs: int) -> None:
+    torch.manual_seed(rows)
+    weight, x = torch.randn(outputs, 24, dtype=dtype), torch.randn(1, rows, 24, dtype=dtype)
+    bias = torch.randn(outputs, dtype=dtype) if biased else None
+    product = FrozenProduct(SimpleNamespace(weight=weight, bias=bias))
+    expected = torch.nn.functional.linear(x, weight, bias)
+    for _ in range(2):
+        with torch.inference_mode():
+            assert torch.allclose(product(x), expected, atol=1e-5)
+
+
+def test_after_sampling_gradients_still_flow() -> None:
+    """The kept layout knows no gradients: a pass that wants them must not take it."""
+    weight, x = torch.randn(5, 3), torch.randn(2, 3, requires_grad=True)
+    product = FrozenProduct(SimpleNamespace(weight=weight))
+    with torch.inference_mode():
+        product(x)
+    product(x).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, weight.sum(0).expand(2, -1))

@@ -1,0 +1,34 @@
+"""Workers of OpenMP: with those of two threads, more than there are cores, each operation would end in a sleep."""
+
+import os
+import threading
+
+import torch
+
+from agl_trainer.model.cpu.threads import give_back_workers
+
+
+def compute() -> None:
+    torch.randn(512, 512) @ torch.randn(512, 512)
+
+
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_workers_are_gone_once_they_are_given_back() -> None:
+    found: list[int] = []
+
+    def work() -> None:
+        found.append(threads())
+        for _ in range(2):
+            compute()
+            found.append(threads())
+            give_back_workers()
+            found.append(threads())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    alone, *rest = found
+    assert rest == [alone + torch.get_num_threads() - 1, alone] * 2

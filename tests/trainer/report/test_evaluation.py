@@ -1,0 +1,108 @@
+"""Intervals against values known from theory, pairing by task, and the table that a user reads."""
+
+import math
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+
+from agl.errors import TrainingError
+from agl_trainer.report.evaluation import EvalResult, TaskScore, comparison_table, mean_interval, paired_difference
+
+
+def result(label: str, rewards: list[float], **parts: list[float]) -> EvalResult:
+    tasks = {
+        f"q{index}": TaskScore(reward, {name: values[index] for name, values in parts.items()})
+        for index, reward in enumerate(rewards)
+    }
+    return EvalResult(label, tasks)
+
+
+def test_the_interval_is_the_normal_one_where_the_sample_is_large() -> None:
+    sample = np.random.default_rng(1).normal(0.5, 0.2, size=400)
+    interval = mean_interval(sample.tolist())
+    half_width = NormalDist().inv_cdf(0.975) * sample.std() / math.sqrt(400)
+    assert interval.mean == pytest.approx(sample.mean())
+    assert interval.half_width == pytest.approx(half_width, rel=0.03)
+    assert (interval.low + interval.high) / 2 == pytest.approx(sample.mean(), abs=0.001)
+
+
+def test_the_interval_covers_the_true_mean_about_95_times_in_100() -> None:
+    draw = np.random.default_rng(2)
+    intervals = [mean_interval(draw.uniform(size=64).tolist(), seed=index) for index in range(200)]
+    covered = sum(interval.low <= 0.5 <= interval.high for interval in intervals)
+    assert 0.90 <= covered / 200 <= 0.99
+
+
+def test_the_same_values_always_give_the_same_interval() -> None:
+    values = np.random.default_rng(3).uniform(size=20).tolist()
+    assert mean_interval(values) == mean_interval(values)
+    assert mean_interval(values) != mean_interval(values, seed=1)
+
+
+def test_equal_values_have_an_interval_of_no_width() -> None:
+    interval = mean_interval([0.25] * 10)
+    assert (interval.low, interval.mean, interval.high, interval.count) == (0.25, 0.25, 0.25, 10)
+
+
+def test_one_value_says_nothing_of_the_spread() -> None:
+    interval = mean_interval([0.25])
+    assert (interval.low, interval.high) == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize("values", [[], [0.5, math.nan]])
+def test_no_mean_without_finite_values(values: list[float]) -> None:
+    with pytest.raises(TrainingError, match="finite values"):
+        mean_interval(values)
+
+
+def test_a_paired_difference_does_not_see_how_hard_the_tasks_are() -> None:
+    """Each task gains 0.1, tasks differ by up to 10: unpaired noise would drown it."""
+    before = {f"q{index}": float(index) for index in range(10)}
+    after = {task: value + 0.1 for task, value in reversed(before.items())}
+    difference = paired_difference(before, after)
+    assert (difference.low, difference.high) == (pytest.approx(0.1), pytest.approx(0.1))
+
+
+def test_only_tasks_of_both_are_compared() -> None:
+    difference = paired_difference({"a": 0.0, "b": 0.0, "gone": 9.0}, {"b": 1.0, "a": 0.5, "new": -9.0})
+    assert (difference.mean, difference.count) == (0.75, 2)
+    with pytest.raises(TrainingError, match="none of them the same"):
+        paired_difference({"a": 1.0}, {"b": 1.0})
+
+
+def test_a_result_survives_its_file(tmp_path: Path) -> None:
+    saved = result("sft", [0.5, 1.0], syntax=[1.0, 1.0], goal=[0.0, 1.0])
+    saved.save(tmp_path / "eval" / "sft.json")
+    assert EvalResult.load(tmp_path / "eval" / "sft.json") == saved
+    assert [path.name for path in (tmp_path / "eval").iterdir()] == ["sft.json"]
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"label": "x", "tasks": {"q": {"score": 1}}}'])
+def test_a_file_that_is_no_result_is_named(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "base.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(TrainingError, match=r"base\.json is not an evaluation result"):
+        EvalResult.load(path)
+
+
+def test_the_table_shows_means_and_paired_differences() -> None:
+    base = result("base", [0.25] * 4, syntax=[0.5] * 4)
+    sft = result("sft", [0.5] * 4, syntax=[1.0] * 4)
+    rl = EvalResult("rl", {"q0": TaskScore(1.0, {"goal": 1.0}), "q1": TaskScore(1.0, {"goal": 1.0})})
+    assert comparison_table([base, sft, rl]).splitlines() == [
+        "        base           sft            rl                   sft - base               rl - sft",
+        "reward  0.250 ± 0.000  0.500 ± 0.000  1.000 ± 0.000 (n=2)  +0.250 [+0.250, +0.250]  "
+        "+0.500 [+0.500, +0.500] (n=2)",
+        "syntax  0.500 ± 0.000  1.000 ± 0.000  -                    +0.500 [+0.500, +0.500]  -",
+        "goal    -              -              1.000 ± 0.000 (n=2)  -                        -",
+        "mean over 4 tasks, 95 % bootstrap intervals; differences paired by task",
+    ]
+
+
+def test_the_table_says_how_many_rollouts_failed() -> None:
+    base = EvalResult("base", {"q0": TaskScore(0.0, failed=2), "q1": TaskScore(0.5, failed=1)})
+    *_, last = comparison_table([base, result("sft", [0.5, 0.5])]).splitlines()
+    assert last == "base: 3 rollouts failed and count 0; the log says how each did"

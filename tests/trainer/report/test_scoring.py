@@ -1,0 +1,55 @@
+"""Scores of tasks: parts of roles, failed rollouts, and pass@k against what counting subsets gives."""
+
+from itertools import combinations
+
+import pytest
+
+from agl import semconv
+from agl.errors import ConfigError, TrainingError
+from agl.store import RolloutState
+from agl_trainer.report.evaluation import TaskScore
+from agl_trainer.report.scoring import Sampling, pass_at_k, rollout_score, task_score
+from agl_trainer.rollout.runner import Outcome
+from tests.core.span_maker import reward
+from tests.trainer.rollout_maker import call, trajectory
+
+
+def outcome(value: float | None = None, error: str | None = None, **parts: float) -> Outcome:
+    return Outcome("r", RolloutState.FAILED if error else RolloutState.SUCCEEDED, error, None, value, parts)
+
+
+@pytest.mark.parametrize(("samples", "solved", "k"), [(5, 2, 1), (5, 2, 3), (5, 0, 2), (5, 5, 2), (6, 4, 3), (4, 1, 4)])
+def test_pass_at_k_is_the_share_of_subsets_that_hold_a_solution(samples: int, solved: int, k: int) -> None:
+    subsets = list(combinations([place < solved for place in range(samples)], k))
+    assert pass_at_k(samples, solved, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_a_task_is_the_mean_of_its_rollouts_and_a_failed_one_counts_0() -> None:
+    scores = [TaskScore(1.0, {"goal": 1.0, "form": 0.5}), None, TaskScore(0.5, {"goal": 0.0, "form": 1.0})]
+    found = task_score(scores, ["goal", "form"], Sampling(3, pass_at=(1, 2), success=0.9))
+    assert found.reward == pytest.approx(0.5) and found.failed == 1
+    assert found.parts == pytest.approx({"goal": 1 / 3, "form": 0.5, "pass@1": 1 / 3, "pass@2": 2 / 3})
+    assert task_score([None], ["goal"], Sampling()) == TaskScore(0.0, {"goal": 0.0}, failed=1)
+
+
+def test_rewards_of_roles_are_parts() -> None:
+    of_role = reward(0.25, {semconv.ROLE: "writer", f"{semconv.REWARD_PREFIX}form": 0.5})
+    made = trajectory("r", call("writer"), of_role, reward(0.8, {f"{semconv.REWARD_PREFIX}goal": 1.0}))
+    assert rollout_score(outcome(), made) == TaskScore(0.8, {"goal": 1.0, "writer": 0.25, "writer/form": 0.5})
+    by_function = rollout_score(outcome(0.5, goal=0.5), made)
+    assert by_function == TaskScore(0.5, {"goal": 0.5, "writer": 0.25, "writer/form": 0.5})
+    assert rollout_score(outcome(error="boom"), made) is None
+
+
+def test_a_rollout_without_a_reward_is_no_zero() -> None:
+    with pytest.raises(TrainingError, match=r"rollout r ended without a reward; set train\.reward"):
+        rollout_score(outcome(), trajectory("r", call("writer")))
+
+
+def test_samples_that_would_say_nothing_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"4 samples of each task are the same at temperature 0; set train.eval"):
+        Sampling(4).check(0.0)
+    with pytest.raises(ConfigError, match=r"pass@8 needs 8 samples of each task or more, got 4"):
+        Sampling(4, pass_at=(1, 8)).check(0.7)
+    Sampling(4, pass_at=(1, 4)).check(0.7)
+    Sampling(1, pass_at=(1,)).check(0.0)
