@@ -3,11 +3,11 @@
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import urllib3
 from starlette.types import ASGIApp
@@ -33,39 +33,10 @@ from agl_trainer.model.tiny import build_tiny_model
 from agl_trainer.rollout.import_function import load_function
 from agl_trainer.rollout.instrumentors import instrumented
 from agl_trainer.rollout.runner import Runner
+from agl_trainer.rollout.serving import Serving, TrainingEngine
 
 TINY, LOCAL = "tiny", "local"
 _DRAIN_S = 60.0
-
-
-class Engine(Protocol):
-    """What samples for the rollouts of a training."""
-
-    @property
-    def tokens_sampled(self) -> int | None:
-        """Since it was opened; None: it does not tell."""
-        ...
-
-    def make_live(self) -> None:
-        """From here on answer by the present weights. Raises TrainingError where it does not."""
-        ...
-
-    def paused(self) -> AbstractContextManager[None]:
-        """The time in which weights may change."""
-        ...
-
-    def revive(self) -> None:
-        """Bring it back where it has died. Raises TrainingError where it cannot be."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Serving:
-    """What makes new rollouts."""
-
-    engine: Engine
-    runner: Runner
-    server: ServerThread
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +76,7 @@ def open_session(config: Config) -> Iterator[Session]:
             timeout_s=train.timeout_s,
         )
         stack.enter_context(runner)
-        yield Session(store, policy, ChatTemplate(policy.tokenizer), Serving(engine, runner, server))
+        yield Session(store, policy, ChatTemplate(policy.tokenizer), Serving(engine, runner))
 
 
 @contextmanager
@@ -168,7 +139,7 @@ def _is_spread(train: TrainConfig) -> bool:
 
 
 @contextmanager
-def _serve_local(config: Config, store: Store) -> Iterator[tuple[Policy, Engine, ServerThread]]:
+def _serve_local(config: Config, store: Store) -> Iterator[tuple[Policy, TrainingEngine, ServerThread]]:
     if config.gateway.upstream != LOCAL or config.gateway.engines:
         raise ConfigError(
             "gateway names an engine, but engine.kind is local: training updates the in-process engine. Leave "
@@ -189,7 +160,7 @@ def _serve_local(config: Config, store: Store) -> Iterator[tuple[Policy, Engine,
 
 
 @contextmanager
-def _serve_vllm(config: Config, store: Store) -> Iterator[tuple[Policy, Engine, ServerThread]]:
+def _serve_vllm(config: Config, store: Store) -> Iterator[tuple[Policy, TrainingEngine, ServerThread]]:
     train = config.require_train()
     engines = config.gateway.engines or [UpstreamConfig(url=config.gateway.upstream)]
     gateway = config.gateway.model_copy(update={"engines": engines})

@@ -12,9 +12,8 @@ from agl import semconv
 from agl.span import Span
 from agl.store import Rollout, Store
 from agl.trajectory import Trajectory, build_trajectory
-from agl_trainer.loop.session import Serving
-from agl_trainer.report.progress import Progress
 from agl_trainer.rollout.runner import Outcome
+from agl_trainer.rollout.serving import ProgressLine, Serving
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class Rollouts:
 
     store: Store
     serving: Serving
-    progress: Progress
+    progress: ProgressLine
     engine_retries: int = 0
     """How often a rollout is run again whose engine failed."""
     _lock: threading.Lock = field(default_factory=threading.Lock)

@@ -1,0 +1,44 @@
+"""The engine and the runner that produce rollouts during a training."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from agl_trainer.rollout.runner import Runner
+
+
+class TrainingEngine(Protocol):
+    """Samples the calls of rollouts while the policy trains: in this process, or on vLLM servers."""
+
+    @property
+    def tokens_sampled(self) -> int | None:
+        """Tokens sampled since the engine was opened; None if the engine does not count them."""
+        ...
+
+    def make_live(self) -> None:
+        """Answer later calls with the policy's current weights. Raises TrainingError if the engine cannot."""
+        ...
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Context in which the policy's weights may change: no call samples from them."""
+        ...
+
+    def revive(self) -> None:
+        """Restart a dead engine; a running one is left as it is. Raises TrainingError if it cannot be restarted."""
+        ...
+
+
+class ProgressLine(Protocol):
+    """The progress line on the user's terminal; `report.progress.Progress` implements it."""
+
+    def update(self, **changes: Any) -> None:
+        """Change the named fields of the line."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """Engine and runner of a training."""
+
+    engine: TrainingEngine
+    runner: Runner
