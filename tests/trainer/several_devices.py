@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 
 from agl.errors import TrainingError
 from agl_trainer.algo.options import LossOptions
+from agl_trainer.algo.sft_loss import sft_loss
 from agl_trainer.compute.devices import count, lead_or_follow
 from agl_trainer.compute.objective import prepare
 from agl_trainer.compute.update import update_role
 from agl_trainer.data.rows import SampledRow
-from agl_trainer.data.sft_examples import sft_loss
 from agl_trainer.model.policy import Policy
 from tests.trainer.small_model import small_model, small_policy
 

@@ -10,7 +10,7 @@ from agl.config import RoleConfig
 from agl.errors import TrainingError
 from agl_trainer.engine.vllm.engine import VllmEngine
 from agl_trainer.engine.vllm.server import VllmServer
-from agl_trainer.loop.checkpoint import save_adapter
+from agl_trainer.model.adapter_files import save_adapter
 from agl_trainer.model.base_model import load_model, model_folder
 from agl_trainer.model.policy import Policy
 from tests.vllm.conftest import BASE

@@ -15,8 +15,8 @@ from agl.trajectory import DropReason, Trajectory
 from agl_trainer.algo.batch_builder import BatchOptions, GrpoBatch, RoleState, Verdict, grpo_batch, zero_variance_groups
 from agl_trainer.algo.losses import policy_loss
 from agl_trainer.algo.options import LossOptions
-from agl_trainer.compute.logprobs import RowLogprobs
 from agl_trainer.compute.objective import Objective
+from agl_trainer.data.rows import RowLogprobs
 from tests.core.span_maker import chat
 from tests.trainer.rollout_maker import call, reward_on, trajectory
 

@@ -10,10 +10,10 @@ from agl.errors import ConfigError
 from agl.trajectory import DropReason, Trajectory
 from agl_trainer.algo.batch_builder import BatchOptions, RoleState, grpo_batch, zero_variance_groups
 from agl_trainer.algo.rejection import Rejection
+from agl_trainer.algo.sft_loss import sft_loss
 from agl_trainer.compute.step import batch_options, train_batch
 from agl_trainer.compute.update import update_role
 from agl_trainer.data.rows import TrainingRow
-from agl_trainer.data.sft_examples import sft_loss
 from tests.trainer.rollout_maker import call, reward_on, trajectory
 from tests.trainer.small_model import small_policy
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from agl_trainer.compute.logprobs import RowLogprobs, row_logprobs
-from agl_trainer.data.rows import TrainingRow
+from agl_trainer.compute.logprobs import row_logprobs
+from agl_trainer.data.rows import RowLogprobs, TrainingRow
 from agl_trainer.model.policy import Policy
 from tests.trainer.small_model import plain_logits, plain_model, small_model, small_policy
 

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from agl.errors import TrainingError
-from agl_trainer.compute.logprobs import RowLogprobs
+from agl_trainer.algo.sft_loss import sft_loss
 from agl_trainer.compute.update import Update, update_role
-from agl_trainer.data.sft_examples import sft_loss
+from agl_trainer.data.rows import RowLogprobs
 from agl_trainer.model.policy import Policy
 from tests.trainer.compute.test_update import ROWS
 from tests.trainer.small_model import small_model, small_policy

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from agl_trainer.algo.sft_loss import sft_loss
 from agl_trainer.compute.logprobs import row_logprobs
 from agl_trainer.compute.trunk import Grown, Passes
 from agl_trainer.data.cut import Trunk, cut
 from agl_trainer.data.rows import TrainingRow
-from agl_trainer.data.sft_examples import sft_loss
 from agl_trainer.model.policy import Policy
 from tests.trainer.small_model import small_model, small_policy
 

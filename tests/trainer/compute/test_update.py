@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from agl_trainer.algo.options import LossOptions
-from agl_trainer.compute.logprobs import RowLogprobs, row_logprobs
+from agl_trainer.algo.sft_loss import sft_loss
+from agl_trainer.compute.logprobs import row_logprobs
 from agl_trainer.compute.objective import Objective
 from agl_trainer.compute.update import PassLoss, Update, update_role
-from agl_trainer.data.rows import SampledRow, TrainingRow
-from agl_trainer.data.sft_examples import sft_loss
+from agl_trainer.data.rows import RowLogprobs, SampledRow, TrainingRow
 from agl_trainer.model.policy import Policy
 from tests.trainer.small_model import small_model, small_policy
 

@@ -8,18 +8,11 @@ import pytest
 import torch
 
 from agl.errors import ConfigError
-from agl_trainer.compute.logprobs import RowLogprobs, row_logprobs
+from agl_trainer.algo.sft_loss import sft_loss
+from agl_trainer.compute.logprobs import row_logprobs
 from agl_trainer.data.chat import ChatTemplate
-from agl_trainer.data.rows import TrainingRow
-from agl_trainer.data.sft_examples import (
-    Lesson,
-    batches,
-    check_examples,
-    example_lesson,
-    example_row,
-    sft_loss,
-    sft_rows,
-)
+from agl_trainer.data.rows import RowLogprobs, TrainingRow
+from agl_trainer.data.sft_examples import Lesson, batches, check_examples, example_lesson, example_row, sft_rows
 from agl_trainer.engine.http.api import engine_app
 from tests.trainer.scripted_sampler import PLAIN_TEMPLATE, TOOL_TEMPLATE, ScriptedSampler, serving, small_tokenizer
 from tests.trainer.small_model import small_policy

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agl_trainer.data.chat import answer_text
-from agl_trainer.data.tool_call import ToolCall, ToolCallReader, forced_start, parse
+from agl_trainer.data.tool_call import ToolCall, forced_start
 from agl_trainer.engine.http.detokenizer import Detokenizer, StopStrings, decode
+from agl_trainer.engine.http.tool_call_parser import ToolCallReader, parse
 from tests.trainer.scripted_sampler import small_tokenizer
 
 tokenizer = functools.cache(small_tokenizer)

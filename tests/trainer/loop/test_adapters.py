@@ -14,7 +14,8 @@ from agl.cli import main
 from agl.config import Config, RoleConfig
 from agl_trainer.compute.logprobs import row_logprobs
 from agl_trainer.data.rows import TrainingRow
-from agl_trainer.loop.checkpoint import TrainingState, save_adapter, save_checkpoint
+from agl_trainer.loop.checkpoint import TrainingState, save_checkpoint
+from agl_trainer.model.adapter_files import save_adapter
 from agl_trainer.model.policy import Policy
 from agl_trainer.model.tiny import build_tiny_model
 

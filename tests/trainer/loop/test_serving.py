@@ -12,8 +12,8 @@ import torch
 from agl.config import Config
 from agl.errors import ConfigError, TrainingError
 from agl.store import Resource, Store, open_store
-from agl_trainer.loop.checkpoint import save_adapter
 from agl_trainer.loop.serving import local_engine
+from agl_trainer.model.adapter_files import save_adapter
 from agl_trainer.model.base_model import load_model
 from agl_trainer.model.lora import BASE
 from agl_trainer.model.policy import Policy

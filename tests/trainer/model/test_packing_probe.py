@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from agl_trainer.algo.sft_loss import sft_loss
 from agl_trainer.compute.update import update_role
-from agl_trainer.data.sft_examples import sft_loss
 from agl_trainer.model.packing_probe import takes_trie
 from tests.trainer.compute.test_update import ROWS
 from tests.trainer.small_model import small_model, small_policy

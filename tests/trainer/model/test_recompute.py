@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from agl.errors import ConfigError
+from agl_trainer.algo.sft_loss import sft_loss
 from agl_trainer.compute.logprobs import row_logprobs
 from agl_trainer.compute.trunk import Grown, Passes
 from agl_trainer.data.cut import cut, padded_passes
-from agl_trainer.data.sft_examples import sft_loss
 from agl_trainer.data.trie import pack_rows
 from agl_trainer.model.attention import PackedPlan
 from agl_trainer.model.lora import Routing

@@ -7,11 +7,11 @@ from typing import Any, Generic
 from torch import Tensor
 
 from agl_trainer.compute.devices import count, run_everywhere
-from agl_trainer.compute.logprobs import RowLogprobs, row_logprobs
+from agl_trainer.compute.logprobs import row_logprobs
 from agl_trainer.compute.memory import within_memory
 from agl_trainer.compute.trunk import Grown, Passes
 from agl_trainer.data.cut import Part, shares
-from agl_trainer.data.rows import Row
+from agl_trainer.data.rows import Row, RowLogprobs
 from agl_trainer.model.policy import Policy
 
 PassLoss = Callable[[RowLogprobs, Sequence[Row]], tuple[Tensor, dict[str, float]]]

@@ -1,33 +1,18 @@
 """Logprobs of the trained tokens of packed rows: the output layer only where a loss is taken, in chunks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from agl_trainer.compute.trunk import Grown
-from agl_trainer.data.rows import TrainingRow
+from agl_trainer.data.rows import RowLogprobs, TrainingRow
 from agl_trainer.data.trie import PackedRows, pack_rows, pad_rows
 from agl_trainer.model.attention import PackedPlan
 from agl_trainer.model.policy import Policy
 
 _CHUNK = 256
-
-
-@dataclass(frozen=True, slots=True)
-class RowLogprobs:
-    """For each row given, the tokens with mask 1: a ragged batch padded to [B, T]."""
-
-    logprobs: Tensor
-    """[B, T] float32 (float64 for a float64 model), 0 where padded; carries the gradient."""
-    entropies: Tensor
-    """[B, T], in nats, of the whole distribution at each token; a gradient only where it was asked for."""
-    mask: Tensor
-    """[B, T] bool."""
-    distinct_tokens: int
-    """Tokens that were computed."""
 
 
 def row_logprobs(

@@ -10,9 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 from agl_trainer.algo.losses import StepScale, TokenBatch, token_loss
 from agl_trainer.algo.options import LossOptions
 from agl_trainer.algo.ratios import high_entropy_threshold
-from agl_trainer.compute.logprobs import RowLogprobs
 from agl_trainer.compute.lookup import Values, look_up
-from agl_trainer.data.rows import SampledRow
+from agl_trainer.data.rows import RowLogprobs, SampledRow
 from agl_trainer.model.lora import BASE
 from agl_trainer.model.policy import Policy
 

@@ -9,9 +9,9 @@ from agl_trainer.algo.batch_builder import BatchOptions, GrpoBatch, RoleState
 from agl_trainer.algo.credit import Overlong
 from agl_trainer.algo.options import LossOptions
 from agl_trainer.algo.rejection import Rejection
+from agl_trainer.algo.sft_loss import sft_loss
 from agl_trainer.compute.objective import prepare
 from agl_trainer.compute.update import Update, merge_updates, update_role
-from agl_trainer.data.sft_examples import sft_loss
 from agl_trainer.model.policy import Policy
 
 

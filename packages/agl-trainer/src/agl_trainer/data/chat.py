@@ -13,8 +13,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from agl.errors import AglError
 from agl_trainer.data.tool_call import OPEN, ToolCall
-from agl_trainer.engine.protocol import EngineError
 
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
@@ -22,7 +22,7 @@ Tool = Mapping[str, Any]
 _MARK = "agl_probe"
 
 
-class ChatTemplateError(EngineError):
+class ChatTemplateError(AglError):
     """The model has no chat template, or its template refuses these messages."""
 
 

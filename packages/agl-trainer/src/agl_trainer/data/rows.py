@@ -4,6 +4,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from torch import Tensor
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingRow:
@@ -38,3 +40,17 @@ class SampledRow(TrainingRow):
 
 
 Row = TypeVar("Row", bound=TrainingRow)
+
+
+@dataclass(frozen=True, slots=True)
+class RowLogprobs:
+    """For each row given, the tokens with mask 1: a ragged batch padded to [B, T]."""
+
+    logprobs: Tensor
+    """[B, T] float32 (float64 for a float64 model), 0 where padded; carries the gradient."""
+    entropies: Tensor
+    """[B, T], in nats, of the whole distribution at each token; a gradient only where it was asked for."""
+    mask: Tensor
+    """[B, T] bool."""
+    distinct_tokens: int
+    """Tokens that were computed."""

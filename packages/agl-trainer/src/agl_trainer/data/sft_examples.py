@@ -5,15 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from pydantic import ValidationError
 
 from agl.config import RoleConfig, SftTracesConfig
 from agl.errors import ConfigError
 from agl.trajectory import Call, DropReason, Row, Trajectory
-from agl_trainer.compute.logprobs import RowLogprobs
 from agl_trainer.data.chat import ChatTemplate
+from agl_trainer.data.messages import Conversation, describe
 from agl_trainer.data.rows import TrainingRow
-from agl_trainer.engine.http.validation import ChatRequest, RequestError, parse_request
 
 Example = Mapping[str, Any]
 """`role`, OpenAI-style `messages`, the assistant's `completion`, and optionally `tools`."""
@@ -83,8 +82,8 @@ def _row_fault(row: Row, wanted: SftTracesConfig, limits: TraceLimits) -> DropRe
 
 def example_row(template: ChatTemplate, example: Example) -> tuple[list[int], list[int]]:
     """Token ids and loss mask of an example, written as the engine writes prompts; it ends with the end of the turn."""
-    asked = _request(example)
-    prompt = template.prompt_ids([message.turn() for message in asked.messages], asked.offered_tools)
+    conversation = _conversation(example)
+    prompt = template.prompt_ids(conversation.turns(), conversation.tool_definitions())
     end = [template.end_of_turn] if template.end_of_turn is not None else []
     answer = template.encode(example["completion"]) + end
     return prompt + answer, [0] * len(prompt) + [1] * len(answer)
@@ -100,15 +99,16 @@ def check_examples(examples: list[Example], roles: Sequence[str], source: str) -
             known = ", ".join(roles)
             raise ConfigError(f"sft.examples: example {index} has role {example['role']!r}; agent_roles has {known}")
         try:
-            _request(example)
-        except RequestError as error:
-            raise ConfigError(f"sft.examples: {source}: example {index}: {error}") from error
+            _conversation(example)
+        except ValidationError as error:
+            raise ConfigError(f"sft.examples: {source}: example {index}: {describe(error)}") from error
     return examples
 
 
-def _request(example: Example) -> ChatRequest:
-    """The request that the engine would have answered with the completion. Raises RequestError."""
-    return parse_request(ChatRequest, {"messages": example["messages"], "tools": example.get("tools")})
+def _conversation(example: Example) -> Conversation:
+    """The part of the example that is the prompt. Raises ValidationError."""
+    fields = {name: example[name] for name in ("messages", "tools") if example.get(name) is not None}
+    return Conversation.model_validate(fields)
 
 
 def batches(lessons: Sequence[Lesson], batch_size: int, epoch: int, seed: int) -> list[list[Lesson]]:
@@ -129,9 +129,3 @@ def sft_rows(batch: Sequence[Lesson]) -> list[TrainingRow]:
     """Rows of a batch, weighted so that the loss is a mean over tokens."""
     tokens = sum(sum(lesson.loss_mask) for lesson in batch)
     return [TrainingRow(lesson.token_ids, lesson.loss_mask, 1 / tokens) for lesson in batch]
-
-
-def sft_loss(result: RowLogprobs, rows: Sequence[TrainingRow]) -> tuple[Tensor, dict[str, float]]:
-    """Negative log-likelihood of the trained tokens, times the weights of their rows."""
-    weights = result.logprobs.new_tensor([row.weight for row in rows])[:, None]
-    return -(result.logprobs * weights).sum(), {}

@@ -17,8 +17,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from agl.errors import CommandError
+from agl_trainer.model.adapter_files import CONFIG, WEIGHTS
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PUBLISHED = "adapters"
 """Folder of what a phase of training leaves to be served."""
 

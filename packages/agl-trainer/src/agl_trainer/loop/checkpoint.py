@@ -27,13 +27,21 @@ from safetensors.torch import save
 
 from agl.errors import TrainingError
 from agl_trainer.loop import optimizer_state, rng
+from agl_trainer.model.adapter_files import (
+    CONFIG,
+    WEIGHTS,
+    Tensors,
+    contiguous_copies,
+    read_tensors,
+    save_adapter,
+    to_json,
+    write_synced,
+)
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d+)(\.old)?")
 _SUMS = "SHA256SUMS"
-
-Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +80,14 @@ def save_checkpoint(folder: Path, state: TrainingState) -> Path:
     _remove(draft)
     for role, tensors in state.adapters.items():
         save_adapter(draft / "adapters" / role, tensors, state.adapter_configs[role])
-    _write(draft / "optimizer.safetensors", _pack_optimizers(state.optimizers))
-    _write(draft / "state.json", _to_json(_plain_state(state)))
-    _write(draft / _SUMS, "".join(f"{_digest(path)}  {path.relative_to(draft)}\n" for path in _files(draft)).encode())
+    write_synced(draft / "optimizer.safetensors", _pack_optimizers(state.optimizers))
+    write_synced(draft / "state.json", to_json(_plain_state(state)))
+    write_synced(
+        draft / _SUMS, "".join(f"{_digest(path)}  {path.relative_to(draft)}\n" for path in _files(draft)).encode()
+    )
     _sync_folders(draft)
     _swap(draft, target)
     return target
-
-
-def save_adapter(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> None:
-    """Write a PEFT adapter that `PeftModel.from_pretrained` and vLLM load."""
-    _write(folder / "adapter_model.safetensors", save(_own(tensors), metadata={"format": "pt"}))
-    _write(folder / "adapter_config.json", _to_json(config))
 
 
 def load_latest(folder: Path) -> TrainingState | None:
@@ -110,10 +114,9 @@ def load_checkpoint(path: Path) -> TrainingState:
         roles = plain.pop("roles")
         return TrainingState(
             **plain,
-            adapters={role: _read_tensors(path / "adapters" / role / "adapter_model.safetensors") for role in roles},
+            adapters={role: read_tensors(path / "adapters" / role / WEIGHTS) for role in roles},
             adapter_configs={
-                role: json.loads((path / "adapters" / role / "adapter_config.json").read_text(encoding="utf-8"))
-                for role in roles
+                role: json.loads((path / "adapters" / role / CONFIG).read_text(encoding="utf-8")) for role in roles
             },
             optimizers=_unpack_optimizers(path / "optimizer.safetensors"),
         )
@@ -192,11 +195,11 @@ def _pack_optimizers(optimizers: Mapping[str, dict[str, Any]]) -> bytes:
     for role, state in optimizers.items():
         parts, texts[role] = optimizer_state.flatten(state)
         tensors |= {f"{role}/{name}": tensor for name, tensor in parts.items()}
-    return save(_own(tensors), metadata=texts or None)  # an empty mapping makes it write a broken header
+    return save(contiguous_copies(tensors), metadata=texts or None)  # an empty mapping makes it write a broken header
 
 
 def _unpack_optimizers(path: Path) -> dict[str, dict[str, Any]]:
-    tensors = _read_tensors(path)
+    tensors = read_tensors(path)
     with safe_open(path, framework="pt") as file:
         texts: dict[str, str] = file.metadata() or {}
     return {
@@ -206,37 +209,6 @@ def _unpack_optimizers(path: Path) -> dict[str, dict[str, Any]]:
         )
         for role, text in texts.items()
     }
-
-
-def _own(tensors: Tensors) -> dict[str, torch.Tensor]:
-    """Copies on the CPU: safetensors takes neither views of one storage nor strided tensors."""
-    return {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is not a mapping
-
-
-def _to_json(value: Any) -> bytes:
-    return json.dumps(value, indent=1, default=_listed).encode()
-
-
-def _listed(value: Any) -> Any:
-    """JSON form of a set, which PEFT uses for `target_modules`."""
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    raise TypeError(f"a checkpoint cannot hold {type(value).__name__}: {value!r}")
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync_folders(folder: Path) -> None:

@@ -12,6 +12,7 @@ from agl.config import Config
 from agl.errors import ConfigError
 from agl.store import Store
 from agl_trainer.loop.session import open_engine
+from agl_trainer.model.adapter_files import WEIGHTS
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def local_engine(config: Config, store: Store) -> Iterator[ASGIApp]:
             if resource is None:
                 log.warning("role %r has no adapter in %s yet: it answers as the base model", role, store.uri)
                 continue
-            weights = Path(resource.uri) / "adapter_model.safetensors"
+            weights = Path(resource.uri) / WEIGHTS
             if not weights.exists():
                 raise ConfigError(f"{store.uri} says that {role}@{resource.version} lies in {weights}: it is not there")
             policy.load_adapter(role, load_file(weights), resource.version)

@@ -17,6 +17,7 @@ from agl.store import Resource
 from agl.trajectory import DropReason, Trajectory, build_trajectory
 from agl_trainer.algo.advantages import next_baseline
 from agl_trainer.algo.batch_builder import GrpoBatch, RoleState, Verdict, grpo_batch, zero_variance_groups
+from agl_trainer.algo.sft_loss import sft_loss
 from agl_trainer.compute.step import batch_options, role_states, train_batch
 from agl_trainer.compute.update import Update, update_role
 from agl_trainer.data.sft_examples import (
@@ -25,7 +26,6 @@ from agl_trainer.data.sft_examples import (
     batches,
     check_examples,
     example_lesson,
-    sft_loss,
     sft_rows,
     trace_lessons,
 )
@@ -39,10 +39,10 @@ from agl_trainer.loop.checkpoint import (
     load_checkpoint,
     load_latest,
     prune,
-    save_adapter,
     save_checkpoint,
 )
 from agl_trainer.loop.session import Session, load_list, open_session, open_store_session
+from agl_trainer.model.adapter_files import save_adapter
 from agl_trainer.report.evaluation import EvalResult, TaskScore
 from agl_trainer.report.metrics import MetricsLog
 from agl_trainer.report.progress import Progress

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol
 
-from agl_trainer.data.tool_call import ToolCall, ToolCallReader
+from agl_trainer.data.tool_call import ToolCall
 from agl_trainer.engine.http.choice import Choice, Step
+from agl_trainer.engine.http.tool_call_parser import ToolCallReader
 from agl_trainer.engine.http.validation import ChatRequest, CompletionRequest, RequestT
 from agl_trainer.engine.protocol import SampledToken
 

@@ -115,8 +115,7 @@ class _Api:
 
     async def tokenize(self, request: Request) -> Response:
         asked = await _read(request, TokenizeRequest)
-        tools = [tool.model_dump(exclude_none=True) for tool in asked.tools]
-        ids = self._template.prompt_ids([message.turn() for message in asked.messages], tools)
+        ids = self._template.prompt_ids(asked.turns(), asked.tool_definitions())
         return JSONResponse({"count": len(ids), "max_model_len": self._max_model_len, "tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
@@ -140,7 +139,7 @@ class _Api:
     def _chat_ids(self, asked: ChatRequest) -> list[int]:
         if asked.given_ids is not None:
             return self._known(asked.given_ids)
-        return self._template.prompt_ids([message.turn() for message in asked.messages], asked.offered_tools)
+        return self._template.prompt_ids(asked.turns(), asked.offered_tools)
 
     def _known(self, ids: list[int]) -> list[int]:
         """`ids`, if the vocabulary has all of them."""

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from agl_trainer.data.messages import ApiObject, Conversation, describe_field, shorten
 from agl_trainer.engine.protocol import EngineError
 
 
@@ -14,21 +15,6 @@ class RequestError(EngineError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
-
-
-def _texts(content: Any) -> Any:
-    """Content parts as one string, joined by line breaks as vLLM joins them."""
-    if not isinstance(content, list):
-        return content
-    return "\n".join(_part_text(part) for part in content)
-
-
-def _part_text(part: Any) -> str:
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    text = part.get(kind) if isinstance(part, dict) and kind in ("text", "refusal") else None
-    if not isinstance(text, str):
-        raise ValueError(f"content part of type {kind!r} is not supported; this engine reads text only")
-    return text
 
 
 def _strings(stop: Any) -> Any:
@@ -47,68 +33,20 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(item) is int and item >= 0 for item in value)
 
 
-class _Part(BaseModel):
-    """A piece of a request; fields that change nothing for sampling are let through."""
-
-    model_config = ConfigDict(strict=True, frozen=True)
-
-
-class CalledFunction(_Part):
-    name: str
-    arguments: str = "{}"
-
-
-class MessageToolCall(_Part):
-    id: str
-    type: Literal["function"] = "function"
-    function: CalledFunction
-
-
-class ChatMessage(_Part):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, BeforeValidator(_texts)] = None
-    name: str | None = None
-    tool_calls: list[MessageToolCall] | None = None
-    tool_call_id: str | None = None
-    function_call: None = None
-
-    @model_validator(mode="after")
-    def _only_assistants_may_be_silent(self) -> Self:
-        if self.content is None and self.role != "assistant":
-            raise ValueError(f"a message of role {self.role!r} needs content")
-        return self
-
-    def turn(self) -> dict[str, Any]:
-        """The message for a chat template."""
-        role = "system" if self.role == "developer" else self.role
-        return self.model_dump(exclude_none=True) | {"role": role}
-
-
-class ToolFunction(_Part):
-    name: Annotated[str, Field(min_length=1)]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-
-
-class ToolSpec(_Part):
-    type: Literal["function"]
-    function: ToolFunction
-
-
-class ChosenFunction(_Part):
+class ChosenFunction(ApiObject):
     name: str
 
 
-class ToolChoice(_Part):
+class ToolChoice(ApiObject):
     type: Literal["function"]
     function: ChosenFunction
 
 
-class StreamOptions(_Part):
+class StreamOptions(ApiObject):
     include_usage: bool = False
 
 
-class GivenPrompt(_Part):
+class GivenPrompt(ApiObject):
     """vLLM's place for a prompt in tokens."""
 
     prompt_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
@@ -141,11 +79,9 @@ class _Request(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class ChatRequest(_Request):
+class ChatRequest(Conversation, _Request):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    tools: list[ToolSpec] = []
     tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"
     parallel_tool_calls: bool = True
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -174,8 +110,7 @@ class ChatRequest(_Request):
     @property
     def offered_tools(self) -> list[dict[str, Any]]:
         """The tools that the answer may call."""
-        tools = [] if self.tool_choice == "none" else self.tools
-        return [tool.model_dump(exclude_none=True) for tool in tools]
+        return [] if self.tool_choice == "none" else self.tool_definitions()
 
     @property
     def given_ids(self) -> list[int] | None:
@@ -206,16 +141,14 @@ class CompletionRequest(_Request):
         return self.logprobs or 0
 
 
-class TokenizeRequest(_Part):
+class TokenizeRequest(Conversation):
     """Body of POST /tokenize."""
 
     model: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    tools: list[ToolSpec] = []
     add_generation_prompt: Literal[True] = True
 
 
-class DetokenizeRequest(_Part):
+class DetokenizeRequest(ApiObject):
     """Body of POST /detokenize."""
 
     model: str | None = None
@@ -264,20 +197,14 @@ def _supported(data: Mapping[str, Any]) -> dict[str, Any]:
         value = data.get(name)
         if value is not None and value not in neutral:
             instead = _INSTEAD.get(name, "leave it out")
-            raise RequestError(f"{name} = {_short(value)} is not supported by this engine; {instead}", name)
+            raise RequestError(f"{name} = {shorten(value)} is not supported by this engine; {instead}", name)
     dropped = _IGNORED | _UNSUPPORTED.keys()
     return {name: value for name, value in data.items() if value is not None and name not in dropped}
 
 
 def _say(item: Any) -> str:
     """One pydantic error as a sentence with the path of the parameter."""
-    path = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
+        path = ".".join(str(part) for part in item["loc"])
         return f"{path}: this engine does not know the parameter; leave it out"
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{path}: {message} (got {_short(item['input'])})" if path else message
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return describe_field(item)

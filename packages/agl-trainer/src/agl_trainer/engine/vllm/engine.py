@@ -12,7 +12,7 @@ from agl_trainer.compute.lookup import look_up
 from agl_trainer.data.rows import TrainingRow
 from agl_trainer.engine.vllm.proof import CANARY, prove
 from agl_trainer.engine.vllm.server import VllmServer
-from agl_trainer.loop.checkpoint import save_adapter
+from agl_trainer.model.adapter_files import save_adapter
 from agl_trainer.model.lora import BASE
 from agl_trainer.model.policy import Policy
 

@@ -1,0 +1,55 @@
+"""The files of a PEFT adapter, and how they are written: synced to disk, without pickle."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def save_adapter(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> None:
+    """Write a PEFT adapter folder that `PeftModel.from_pretrained` and vLLM can load."""
+    write_synced(folder / WEIGHTS, save(contiguous_copies(tensors), metadata={"format": "pt"}))
+    write_synced(folder / CONFIG, to_json(config))
+
+
+def contiguous_copies(tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Copies on the CPU; safetensors rejects tensors that share storage or are strided."""
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, on the CPU."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is not a mapping
+
+
+def to_json(value: Any) -> bytes:
+    """JSON text of `value`; sets become sorted lists."""
+    return json.dumps(value, indent=1, default=_sorted_set).encode()
+
+
+def _sorted_set(value: Any) -> Any:
+    """JSON form of a set, which PEFT uses for `target_modules`."""
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    raise TypeError(f"a checkpoint cannot hold {type(value).__name__}: {value!r}")
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and sync it to disk; missing folders are created."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
