@@ -15,8 +15,8 @@ from agl.span import Span
 from agl.store import Store, open_store
 from agl.trajectory import Trajectory, build_trajectory
 from agl_trainer.rollout.judge import Judge, disagreement
-from agl_trainer.rollout.judged import Judged
-from agl_trainer.rollout.sources import Drawn
+from agl_trainer.rollout.judged_source import JudgedSource
+from agl_trainer.rollout.sources import RolloutBatch
 from tests.core.span_maker import gateway_call, reward, span
 from tests.trainer.scripted_judge import ScriptedJudge, attempts_of
 
@@ -102,10 +102,10 @@ class Given:
         self.store, self.names = store, names
         self.ahead: list[int] = []
 
-    def draw(self, step: int, position: int, groups: range) -> Drawn:
-        return Drawn([], [build_trajectory(self.store.query_spans(name)) for name in self.names])
+    def draw(self, step: int, position: int, groups: range) -> RolloutBatch:
+        return RolloutBatch([], [build_trajectory(self.store.query_spans(name)) for name in self.names])
 
-    def run_ahead(self, step: int) -> None:
+    def prefetch(self, step: int) -> None:
         self.ahead.append(step)
 
 
@@ -143,7 +143,7 @@ def test_a_group_is_ranked_and_each_rollout_gets_its_rank_beside_what_it_had(sto
     keep(store, "alone", {"writer": "x"}, group="h")
     source = Given(store, ["r1", "r2", "r3", "failed", "alone"])
     with ScriptedJudge(longest_first) as server:
-        drawn = Judged(source, judge_of(server), store).draw(0, 0, range(1))
+        drawn = JudgedSource(source, judge_of(server), store).draw(0, 0, range(1))
     by_name = {made.rollout_id: made for made in drawn.trajectories}
     assert rewards_of(by_name["r1"])[-1] == (0.5, {"goal": 1.0, "judge": 0.0})
     assert rewards_of(by_name["r2"])[-1] == (0.75, {"reward": 0.5, "judge": 1.0})
@@ -163,7 +163,7 @@ def test_a_group_is_ranked_and_each_rollout_gets_its_rank_beside_what_it_had(sto
     assert "reward 0.5 (goal 1, judge 0)" in Inspection(store.query_spans("r1")).text()
     # Judged again, the rank is not taken for a dimension that was there before.
     with ScriptedJudge(longest_first) as server:
-        again = Judged(source, judge_of(server), store).draw(0, 0, range(1)).trajectories
+        again = JudgedSource(source, judge_of(server), store).draw(0, 0, range(1)).trajectories
     assert rewards_of(again[1])[-1] == (0.75, {"reward": 0.5, "judge": 1.0})
 
 
@@ -174,9 +174,9 @@ def test_roles_are_ranked_each_by_its_own_part(store: Store) -> None:
     source = Given(store, ["r1", "r2", "r3"])
     weights = {"judge": 2.0, "goal": 1.0}
     with ScriptedJudge(longest_first) as server:
-        judged = Judged(source, judge_of(server), store, ["writer", "fixer"], weights)
+        judged = JudgedSource(source, judge_of(server), store, ["writer", "fixer"], weights)
         made = judged.draw(0, 0, range(1)).trajectories
-        judged.run_ahead(4)
+        judged.prefetch(4)
     assert [rewards_of(one, "writer")[0][0] for one in made] == [2.0, 0.0, 1.0]
     assert [rewards_of(one, "fixer") for one in made] == [[(0.0, {"judge": 0.0})], [(2.0, {"judge": 1.0})], []]
     assert all(rewards_of(one) == [] for one in made)
@@ -187,7 +187,7 @@ def test_a_group_that_is_not_judged_keeps_what_it_has(store: Store, caplog: pyte
     keep(store, "r1", {"writer": "a"}, reward(1.0))
     keep(store, "r2", {"writer": "b"})
     with ScriptedJudge(lambda *_: "no idea") as server:
-        drawn = Judged(Given(store, ["r1", "r2"]), judge_of(server), store).draw(0, 0, range(1))
+        drawn = JudgedSource(Given(store, ["r1", "r2"]), judge_of(server), store).draw(0, 0, range(1))
     assert [rewards_of(made) for made in drawn.trajectories] == [[(1.0, {})], []]
     assert (drawn.metrics["judge/groups"], drawn.metrics["judge/failed"]) == (0, 1)
     assert "group g is not judged: the judge at" in caplog.text

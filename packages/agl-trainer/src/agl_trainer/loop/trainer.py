@@ -50,10 +50,10 @@ from agl_trainer.report.scoring import Sampling, rollout_score, task_score
 from agl_trainer.report.step_metrics import Stopwatch, batch_metrics, reward_metrics, update_metrics
 from agl_trainer.report.trackers import open_trackers
 from agl_trainer.rollout.judge import Judge
-from agl_trainer.rollout.judged import Judged
+from agl_trainer.rollout.judged_source import JudgedSource
 from agl_trainer.rollout.rollouts import Rollouts
 from agl_trainer.rollout.runner import Outcome
-from agl_trainer.rollout.sources import Agents, AgentsAhead, Deck, Source, StoredRollouts
+from agl_trainer.rollout.sources import AgentSource, AsyncAgentSource, RolloutSource, StoreSource, TaskStream
 from agl_trainer.rollout.traces import read_traces, stored_groups
 
 SFT, GRPO = "sft", "grpo"
@@ -246,11 +246,11 @@ class Trainer:
                 self._progress.update(step=step + 1, waiting_for=None)
         self._publish()
 
-    def _grpo_step(self, step: int, source: Source) -> None:
+    def _grpo_step(self, step: int, source: RolloutSource) -> None:
         clock, tokens_before = Stopwatch(), self._tokens_sampled()
         roles = role_states(self.config, self.session.policy, step, self._standing.baselines)
         sample = self._sample(step, source, roles)
-        source.run_ahead(step)
+        source.prefetch(step)
         clock.lap("rollouts")
         batch = self._batch(sample, roles)
         clock.lap("batch")
@@ -294,7 +294,7 @@ class Trainer:
             standing.baselines[role] = next_baseline(baseline, torch.tensor(credits), self.train.ema_decay)
         return updates
 
-    def _sample(self, step: int, source: Source, roles: Mapping[str, RoleState]) -> "_Sample":
+    def _sample(self, step: int, source: RolloutSource, roles: Mapping[str, RoleState]) -> "_Sample":
         """The rollouts of a step. Groups without a difference are replaced, `train.dynamic_sampling` times at most."""
         sample, wanted = _Sample(), self.train.groups_per_step
         for _ in range(1 + self.train.dynamic_sampling):
@@ -312,28 +312,28 @@ class Trainer:
         return sample
 
     @contextmanager
-    def _source(self, *, from_store: bool) -> Iterator[Source]:
+    def _source(self, *, from_store: bool) -> Iterator[RolloutSource]:
         with self._unjudged(from_store=from_store) as source:
             judge, weights = self.config.judge, self.config.rewards
             if judge is None:
                 yield source
             else:
                 asked = Judge(judge, self.train.seed)
-                yield Judged(source, asked, self.session.store, judge.roles, weights)
+                yield JudgedSource(source, asked, self.session.store, judge.roles, weights)
 
     @contextmanager
-    def _unjudged(self, *, from_store: bool) -> Iterator[Source]:
+    def _unjudged(self, *, from_store: bool) -> Iterator[RolloutSource]:
         if from_store:
             stored = stored_groups(self.session.store, self.train.traces)
-            yield StoredRollouts(self.session.store, Deck.of(stored, self.train))
+            yield StoreSource(self.session.store, TaskStream.of(stored, self.train))
             return
-        tasks = Deck.of(load_list(self.train.tasks, "train.tasks"), self.train)
-        agents = Agents(self._rollouts, tasks, self.run, self.train.group_size)
+        tasks = TaskStream.of(load_list(self.train.tasks, "train.tasks"), self.train)
+        agents = AgentSource(self._rollouts, tasks, self.run, self.train.group_size)
         if not self.train.asynchronous:
             yield agents
             return
         left = self.train.steps - self._standing.phase_step
-        with AgentsAhead.open(agents, self.train, self._standing.position, left) as ahead:
+        with AsyncAgentSource.open(agents, self.train, self._standing.position, left) as ahead:
             yield ahead
 
     def _check_calls(self, batch: GrpoBatch, outcomes: Sequence[Outcome]) -> None:
@@ -362,7 +362,8 @@ class Trainer:
         ]
         self._progress.start(f"evaluating {label}", steps=len(rollouts))
         self._rollouts.make_live()
-        scores = [self._score(outcome) for outcome in self._rollouts.run(rollouts, counts_steps=True).outcomes]
+        outcomes = self._rollouts.run(rollouts, counts_steps=True)[: len(rollouts)]
+        scores = [self._score(outcome) for outcome in outcomes]
         parts = list(dict.fromkeys(part for score in scores if score for part in score.parts))
         size = sampling.samples
         made = {

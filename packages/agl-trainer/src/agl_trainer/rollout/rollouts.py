@@ -1,4 +1,4 @@
-"""The rollouts of a step or an evaluation: named, run, run again where it was the engine that failed, and read back."""
+"""Runs the rollouts of a step or an evaluation, repeats those whose engine failed, and reads their trajectories."""
 
 import logging
 import threading
@@ -19,66 +19,61 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
-    """How rollouts ended, in the order in which they were asked for."""
-
-    outcomes: list[Outcome]
-    lost: list[Outcome] = field(default_factory=list)
-    """Those whose engine failed, and in whose place others were run."""
-
-
-@dataclass(frozen=True, slots=True)
 class Rollouts:
-    """Runs rollouts on what `serving` serves, and says on `progress` what it waits for."""
+    """Makes and runs rollouts on `serving`; `progress` shows how many are left. Thread-safe."""
 
     store: Store
     serving: Serving
     progress: ProgressLine
     engine_retries: int = 0
-    """How often a rollout is run again whose engine failed."""
+    """How often a rollout is repeated whose engine failed."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def make(self, name: str, task: Any, group_id: str | None, mode: str) -> Rollout:
-        """A rollout whose id no earlier run has used.
+        """A rollout with the id `name`, or `name~n` if earlier ones with that id were cut short.
 
-        `~n` marks the repetition of one that was cut short; the gateway leaves it out of the seeds, so that the
-        repetition samples the same.
+        The gateway strips `~n` before it derives a seed, so the repetition samples the same tokens.
         """
-        free = next(
+        unused = next(
             candidate
             for repetition in range(10_000)
             if self.store.get_rollout(candidate := f"{name}~{repetition}" if repetition else name) is None
         )
-        return Rollout(free, task, group_id=group_id, mode=mode)
+        return Rollout(unused, task, group_id=group_id, mode=mode)
 
     def make_live(self) -> None:
-        """From here on calls are answered by the present weights. Safe for several threads."""
+        """Answer later calls with the policy's current weights."""
         with self._lock:
             self.serving.engine.make_live()
 
-    def run(self, rollouts: Sequence[Rollout], *, counts_steps: bool = False, is_said: bool = True) -> Ran:
-        """Run `rollouts`. `counts_steps`: each is a step of the progress line; `is_said`: it says what is waited for.
+    def run(
+        self, rollouts: Sequence[Rollout], *, counts_steps: bool = False, shows_progress: bool = True
+    ) -> list[Outcome]:
+        """One outcome per rollout, in the same order, then the outcomes of runs that were repeated.
 
-        Safe for several threads.
+        `counts_steps`: each rollout is a step of the progress line.
         """
-        on_done = self._say(len(rollouts), counts_steps=counts_steps) if is_said else _say_nothing
-        outcomes, lost = self.serving.runner.run(rollouts, on_done=on_done), list[Outcome]()
+        on_done = self._show_progress(len(rollouts), counts_steps=counts_steps) if shows_progress else _ignore
+        outcomes, failed = self.serving.runner.run(rollouts, on_done=on_done), list[Outcome]()
         for _ in range(self.engine_retries):
-            places = [place for place, outcome in enumerate(outcomes) if self._was_lost(outcome)]
-            if not places:
+            repeated = [index for index, outcome in enumerate(outcomes) if self._engine_failed(outcome)]
+            if not repeated:
                 break
-            logger.warning("the engine failed %d of %d rollouts; running them again", len(places), len(outcomes))
-            lost += [outcomes[place] for place in places]
+            logger.warning("the engine failed %d of %d rollouts; running them again", len(repeated), len(outcomes))
+            failed += [outcomes[index] for index in repeated]
             with self._lock:
                 self.serving.engine.revive()
             self.make_live()
-            repeated = self.serving.runner.run([self._again(rollouts[place]) for place in places])
-            for place, outcome in zip(places, repeated, strict=True):
-                outcomes[place] = outcome
-        return Ran(outcomes, lost)
+            new = self.serving.runner.run([self._repetition(rollouts[index]) for index in repeated])
+            for index, outcome in zip(repeated, new, strict=True):
+                outcomes[index] = outcome
+        return outcomes + failed
 
     def trajectories(self, outcomes: Sequence[Outcome]) -> list[Trajectory]:
-        """Those of the rollouts that left any span: an agent that hangs may leave none, and no word of its failure."""
+        """Trajectories of the rollouts that left spans, with the outcome's error if the spans have none.
+
+        An agent that hangs may leave no span, or none that records its failure.
+        """
         found = []
         for outcome in outcomes:
             if spans := self.store.query_spans(outcome.rollout_id):
@@ -86,8 +81,8 @@ class Rollouts:
                 found.append(replace(trajectory, error=trajectory.error or outcome.error))
         return found
 
-    def _say(self, count: int, *, counts_steps: bool) -> Callable[[Outcome], None]:
-        """What to do as each of `count` rollouts ends."""
+    def _show_progress(self, count: int, *, counts_steps: bool) -> Callable[[Outcome], None]:
+        """Callback that updates the progress line as each of `count` rollouts ends."""
         engine, started, left = self.serving.engine, time.monotonic(), count
         before = engine.tokens_sampled
 
@@ -102,19 +97,19 @@ class Rollouts:
 
         return on_done
 
-    def _again(self, rollout: Rollout) -> Rollout:
+    def _repetition(self, rollout: Rollout) -> Rollout:
         return self.make(rollout.rollout_id.partition("~")[0], rollout.input, rollout.group_id, rollout.mode)
 
-    def _was_lost(self, outcome: Outcome) -> bool:
+    def _engine_failed(self, outcome: Outcome) -> bool:
         return outcome.error is not None and any(map(_is_engine_failure, self.store.query_spans(outcome.rollout_id)))
 
 
-def _say_nothing(_: Outcome) -> None:
+def _ignore(_: Outcome) -> None:
     pass
 
 
 def _is_engine_failure(span: Span) -> bool:
-    """A call that the gateway could not have answered: the engine failed, or was not there."""
+    """Whether `span` is a gateway call that ended with a server error (5xx)."""
     if span.name != semconv.SPAN_GATEWAY_CALL or span.status != "error":
         return False
     status = span.number(semconv.HTTP_RESPONSE_STATUS_CODE)

@@ -19,7 +19,7 @@ from agl.span import AttributeValue, Span
 from agl.store import Store
 from agl.trajectory import Reward, Trajectory, build_trajectory
 from agl_trainer.rollout.judge import Judge, Judgement
-from agl_trainer.rollout.sources import Drawn, Source
+from agl_trainer.rollout.sources import RolloutBatch, RolloutSource
 
 logger = logging.getLogger(__name__)
 
@@ -29,20 +29,20 @@ _AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class JudgedSource:
     """The groups of `source`, ranked by `judge`: for each of `roles` by its part alone, or, with none, as a whole.
 
     A group that cannot be judged keeps the rewards that it has, and a warning says why.
     """
 
-    source: Source
+    source: RolloutSource
     judge: Judge
     store: Store
     roles: Sequence[str] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
     """Of the dimensions of a reward."""
 
-    def draw(self, step: int, position: int, groups: range) -> Drawn:
+    def draw(self, step: int, position: int, groups: range) -> RolloutBatch:
         drawn = self.source.draw(step, position, groups)
         by_group: dict[str, list[Trajectory]] = {}
         for trajectory in drawn.trajectories:
@@ -56,10 +56,10 @@ class Judged:
             build_trajectory(self.store.query_spans(one.rollout_id)) if one.rollout_id in judged else one
             for one in drawn.trajectories
         ]
-        return Drawn(drawn.outcomes, again, {**drawn.metrics, **_metrics(judgements)})
+        return RolloutBatch(drawn.outcomes, again, {**drawn.metrics, **_metrics(judgements)})
 
-    def run_ahead(self, step: int) -> None:
-        self.source.run_ahead(step)
+    def prefetch(self, step: int) -> None:
+        self.source.prefetch(step)
 
     def _judge_group(self, members: Sequence[Trajectory], role: str | None) -> Judgement | None:
         told = [(made, self.store.query_spans(made.rollout_id)) for made in members]
