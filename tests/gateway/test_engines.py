@@ -13,7 +13,7 @@ from agl.config import UpstreamConfig
 from agl.errors import ConfigError
 from agl.gateway.engine import Engine
 from agl.gateway.routing import Routes
-from agl.server.refusal import Refusal
+from agl.server.api_error import ApiError
 from tests.core.fake_engine import FakeEngine
 from tests.gateway.serving import Setup, assert_tokens, chat_body, gateway, serving, wait_until
 
@@ -65,7 +65,7 @@ def test_an_engine_gets_the_models_that_it_serves_in_every_version() -> None:
     table = routes(["planner"], ["executor", "base"])
     for model, place in [("planner", 0), ("planner@7", 0), ("executor@1", 1), ("base", 1)]:
         assert table.choose(model, "r") is table.engines[place]
-    with pytest.raises(Refusal, match="no engine of the gateway is configured to serve 'judge'") as caught:
+    with pytest.raises(ApiError, match="no engine of the gateway is configured to serve 'judge'") as caught:
         table.choose("judge", "r")
     assert (caught.value.http_status, caught.value.code) == (404, "model_not_found")
 

@@ -20,7 +20,7 @@ from agl.gateway.request import Seeds, prepare
 from agl.gateway.sse import split_events
 from agl.server_thread import ServerThread
 from agl.store import Rollout
-from agl.tokens.capture import Asked, Capture, strip
+from agl.tokens.capture import Capture, RequestedFields, strip
 from tests.core.fake_engine import WORDS
 from tests.gateway.serving import (
     IDS,
@@ -232,8 +232,8 @@ def test_fields_can_be_forced_left_out_or_left_alone() -> None:
     assert body == {"max_completion_tokens": 5, "temperature": 0.2, "seed": 1}
     assert prepare({"logprobs": 0}, "text_completion", ids=ids, extra_body={}, forced={}, seed=None)["logprobs"] == 0
     assert prepare({}, "text_completion", ids=ids, extra_body={}, forced={}, seed=None)["logprobs"] == 1
-    assert Asked.read({"logprobs": 0}, "text_completion").logprobs
-    assert not Asked.read({"logprobs": False}, "chat").logprobs
+    assert RequestedFields.read({"logprobs": 0}, "text_completion").logprobs
+    assert not RequestedFields.read({"logprobs": False}, "chat").logprobs
 
 
 # --- Whose call it is ------------------------------------------------------------------------------------------------
@@ -476,5 +476,5 @@ def test_logprobs_of_an_engine_may_be_infinite() -> None:
 )
 def test_the_client_sees_the_model_name_it_asked_for(asked: str | None, answered: str, seen: str) -> None:
     answer = {"model": answered, "choices": []}
-    changed = strip(answer, Asked(token_ids=False, logprobs=False, model=asked))
+    changed = strip(answer, RequestedFields(token_ids=False, logprobs=False, model=asked))
     assert (answer["model"], changed) == (seen, answered != seen)

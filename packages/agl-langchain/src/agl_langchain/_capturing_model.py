@@ -12,7 +12,7 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_openai.chat_models.base import BaseChatOpenAI
 
 from agl.failsafe import never_raises
-from agl.tokens.capture import Asked, Capture, Json, says_nothing, strip
+from agl.tokens.capture import Capture, Json, RequestedFields, is_empty_chunk, strip
 from agl_langchain._open_runs import OPEN_RUNS
 from agl_langchain._run import run_in_force
 
@@ -24,7 +24,7 @@ Value = TypeVar("Value")
 _LOST = "token ids of a model answer are not on its span"
 
 
-_NOTHING = Asked(token_ids=False, logprobs=False)
+_NOTHING = RequestedFields(token_ids=False, logprobs=False)
 
 
 @dataclass(slots=True)
@@ -33,14 +33,14 @@ class _Request:
 
     captured: Capture
     streams: bool
-    asked: Asked = _NOTHING
+    asked: RequestedFields = _NOTHING
 
     def ask(self, payload: Json) -> None:
         """Ask for ids and logprobs as well. The Responses API, which has no `messages`, knows neither."""
         if "messages" not in payload:
             return
         extra = payload.get("extra_body") or {}
-        self.asked = Asked(bool(extra.get("return_token_ids")), bool(payload.get("logprobs")))
+        self.asked = RequestedFields(bool(extra.get("return_token_ids")), bool(payload.get("logprobs")))
         payload["extra_body"] = {**extra, "return_token_ids": True}
         payload["logprobs"] = True
 
@@ -60,7 +60,7 @@ class _Request:
         self.captured.add(answer)
         if not self.asked.logprobs and str(chunk.get("type")).startswith("logprobs."):
             return False
-        return not (strip(answer, self.asked) and says_nothing(answer))
+        return not (strip(answer, self.asked) and is_empty_chunk(answer))
 
 
 _REQUEST: ContextVar[_Request | None] = ContextVar("agl_langchain_request", default=None)

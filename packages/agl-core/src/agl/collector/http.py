@@ -1,7 +1,7 @@
 """OTLP/HTTP: `POST /v1/traces` in protobuf or JSON, plain, gzip or deflate."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from agl.collector.receiver import IDENTITY, RETRY_AFTER_S, ZLIB_WINDOWS, Read, Receiver, Refusal
+from agl.server.body import read_body
 from agl.server.pending import Room
 from agl.store import span_row
 
@@ -75,20 +76,9 @@ class HttpReceiver:
     async def _read_body(self, receive: Receive, room: Room) -> bytes:
         try:
             async with asyncio.timeout(_BODY_TIMEOUT_S):
-                return b"".join([piece async for piece in self._pieces(receive, room)])
+                return await read_body(receive, lambda size: self._receiver.hold(room, size))
         except TimeoutError as error:
             raise Refusal(408, DEADLINE_EXCEEDED, f"the body was not here after {_BODY_TIMEOUT_S} s") from error
-
-    async def _pieces(self, receive: Receive, room: Room) -> AsyncIterator[bytes]:
-        size, more = 0, True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnect
-            piece, more = message.get("body", b""), message.get("more_body", False)
-            size += len(piece)
-            self._receiver.hold(room, size)
-            yield piece
 
 
 def _check_route(scope: Scope) -> None:

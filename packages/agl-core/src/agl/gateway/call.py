@@ -10,7 +10,7 @@ from typing import Any
 from agl import semconv
 from agl.gateway.dispatch import Trip
 from agl.gateway.identity import Caller
-from agl.server.refusal import error_message
+from agl.server.api_error import error_message
 from agl.span import AttributeValue, Span
 from agl.tokens.capture import Capture, Choice, Json
 from agl.tokens.drift import Drifted

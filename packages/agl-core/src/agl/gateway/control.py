@@ -9,7 +9,7 @@ from starlette.routing import BaseRoute, Route
 
 from agl.gateway.gate import Gate
 from agl.gateway.routing import Routes
-from agl.server.refusal import Refusal
+from agl.server.api_error import ApiError
 
 PREFIX: Final = "/api/gateway"
 
@@ -77,4 +77,4 @@ async def _read(request: Request, kind: type[Body]) -> Body:
         return kind.model_validate_json(await request.body() or b"{}")
     except ValidationError as error:
         said = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise Refusal(422, "invalid", f"{request.url.path}: {said}") from error
+        raise ApiError(422, "invalid", f"{request.url.path}: {said}") from error

@@ -15,7 +15,7 @@ from agl.gateway.engine import Engine
 from agl.gateway.gate import Gate
 from agl.gateway.routing import Routes
 from agl.gateway.upstream_response import Answer
-from agl.server.refusal import Refusal
+from agl.server.api_error import ApiError
 
 _RETRIED: Final = frozenset({429, 502, 503, 504})
 """Statuses of engines that cannot now, and may later or elsewhere."""
@@ -51,7 +51,7 @@ class Dispatch:
         self._config = config
 
     def engine_for(self, trip: Trip) -> Engine:
-        """An engine like the one that gets `trip`. Raises Refusal where none serves its model, or all are paused."""
+        """An engine like the one that gets `trip`. Raises ApiError where none serves its model, or all are paused."""
         self._gate.check()
         return self._routes.choose(trip.model, trip.rollout)
 
@@ -59,7 +59,7 @@ class Dispatch:
     async def answer(self, session: aiohttp.ClientSession, trip: Trip) -> AsyncIterator[Answer]:
         """The answer to `trip` from the engine that gives one first, whatever it says; closed at the end.
 
-        A try that fails before anything of its answer could be passed on is followed by another. Raises Refusal when
+        A try that fails before anything of its answer could be passed on is followed by another. Raises ApiError when
         the last one fails.
         """
         visit = await self._visit_until_answered(session, trip)
@@ -76,7 +76,7 @@ class Dispatch:
             last = retry == self._config.retries
             try:
                 visit = await self._hedged(session, trip, tried, deadline)
-            except Refusal as refusal:
+            except ApiError as refusal:
                 if last or refusal.code not in _RETRIED_FAILURES:
                     raise
                 reason, after_s = str(refusal), 0.0
@@ -138,7 +138,7 @@ class Dispatch:
                 session, engine.url, trip.path, trip.body, headers, self._config.timeouts, deadline
             )
         except BaseException as error:
-            if isinstance(error, Refusal) and error.code == "engine_unreachable":
+            if isinstance(error, ApiError) and error.code == "engine_unreachable":
                 engine.answers = False
             self._gate.leave()
             engine.slots.give_back()
@@ -152,7 +152,7 @@ class Dispatch:
             async with asyncio.timeout(queue_s):
                 await engine.slots.take(trip.rollout or "")
         except TimeoutError as error:
-            raise Refusal(
+            raise ApiError(
                 429,
                 "engine_busy",
                 f"the engine at {engine.url} had no place for {queue_s:g} s: {engine.slots.limit} calls are there "

@@ -20,7 +20,7 @@ from agl.gateway.history import Place
 from agl.gateway.recorder import Recorder
 from agl.gateway.sse import DONE, NOT_RECORDED, event_data, split_events
 from agl.gateway.upstream_response import Answer, forwarded
-from agl.server.refusal import Refusal
+from agl.server.api_error import ApiError
 from agl.tokens.capture import Json
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Exchange:
         """Sample, record, end the answer. Whatever happens to a call that was let in, it is recorded once."""
         try:
             ending = await self._ask(session)
-        except Refusal as refusal:
+        except ApiError as refusal:
             if refusal.code == "paused":  # It has met no engine, and comes again.
                 return await self._refuse(refusal)(scope, receive, self._send)
             self._call.fail(refusal.code, str(refusal))
@@ -77,7 +77,7 @@ class Exchange:
         await ending(scope, receive, self._send)
 
     async def _ask(self, session: aiohttp.ClientSession) -> ASGIApp:
-        """Have the call answered up to its end; returns what sends the end. Raises Refusal when the engine fails."""
+        """Have the call answered up to its end; returns what sends the end. Raises ApiError when the engine fails."""
         call, place = self._call, self._place
         if place is None:
             async with self._dispatch.answer(session, call.trip) as answer:
@@ -98,7 +98,7 @@ class Exchange:
         return ending
 
     async def _relay(self, answer: Answer) -> ASGIApp:
-        """Relay the answer up to its end; returns what sends the end. Raises Refusal when the engine fails."""
+        """Relay the answer up to its end; returns what sends the end. Raises ApiError when the engine fails."""
         self._call.http_status = answer.status
         if answer.is_stream:
             return await self._relay_events(answer)
@@ -143,23 +143,23 @@ class Exchange:
             self._call.answer(answer)
             return render(answer)
         except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-            raise Refusal(
+            raise ApiError(
                 502, "engine_error", f"the engine at {self._call.upstream} sent what is not an OpenAI answer: {error}"
             ) from error
 
-    async def _record(self) -> Refusal | None:
-        """Write the call durably; a Refusal that says why where that cannot be done."""
+    async def _record(self) -> ApiError | None:
+        """Write the call durably; a ApiError that says why where that cannot be done."""
         spans = self._call.spans()
         try:
             await self._recorder.record(spans)
         except (AglError, TypeError, OverflowError) as error:
             logger.error("a call could not be recorded (gateway.record: %s): %s", self._mode, error)
-            return Refusal(500, "not_recorded", f"the call could not be recorded, its answer is withheld: {error}")
+            return ApiError(500, "not_recorded", f"the call could not be recorded, its answer is withheld: {error}")
         if self._place is not None:
             self._continuations.keep(self._call, self._place, spans)
         return None
 
-    def _refuse(self, refusal: Refusal) -> ASGIApp:
+    def _refuse(self, refusal: ApiError) -> ASGIApp:
         return _LastBody(self._dialect.error(refusal)) if self._streaming else self._dialect.refusal(refusal)
 
     def _admit(self, ending: ASGIApp) -> ASGIApp:

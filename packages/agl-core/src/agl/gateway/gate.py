@@ -3,7 +3,7 @@
 import asyncio
 from typing import Final
 
-from agl.server.refusal import Refusal
+from agl.server.api_error import ApiError
 
 _RETRY_AFTER_S: Final = 1
 
@@ -18,14 +18,14 @@ class Gate:
         self._empty.set()
 
     def check(self) -> None:
-        """Raises Refusal, which says when to ask again, while the gate is closed."""
+        """Raises ApiError, which says when to ask again, while the gate is closed."""
         if self.is_closed:
-            raise Refusal(
+            raise ApiError(
                 429, "paused", "the gateway is paused while weights change; ask again", retry_after_s=_RETRY_AFTER_S
             )
 
     def enter(self) -> None:
-        """Let a call through, until `leave`. Raises Refusal while the gate is closed."""
+        """Let a call through, until `leave`. Raises ApiError while the gate is closed."""
         self.check()
         self.inside += 1
         self._empty.clear()

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from agl.gateway.engine import Engine
 from agl.gateway.routing import Routes
 from agl.gateway.upstream_response import engine_failure, forwarded
-from agl.server.refusal import Refusal
+from agl.server.api_error import ApiError
 from agl.tokens.capture import Json
 
 _TIMEOUT_S: Final = 2
@@ -63,14 +63,14 @@ class Health:
         try:
             answer = await _get_models(self._session, engine, {}, _TIMEOUT_S)
             engine.answers = answer.status_code == 200
-        except Refusal:
+        except ApiError:
             engine.answers = False
 
 
 async def list_models(session: aiohttp.ClientSession, routes: Routes, headers: Mapping[str, str]) -> Response:
     """What `/v1/models` answers: the engine's own list, or one of all engines and of the names that stand for others.
 
-    Engines that fail are left out as long as one does not. Raises Refusal where there is none, or all fail.
+    Engines that fail are left out as long as one does not. Raises ApiError where there is none, or all fail.
     """
     if len(routes.engines) == 1 and not routes.names:
         return await _get_models(session, routes.engines[0], headers, _MODELS_TIMEOUT_S)

@@ -31,8 +31,9 @@ from agl.gateway.recorder import Recorder
 from agl.gateway.request import Seeds, changes, prepare
 from agl.gateway.routing import Routes
 from agl.gateway.upstream_response import forwarded
+from agl.server.api_error import ApiError, unknown_route
 from agl.server.auth import project_of
-from agl.server.refusal import Refusal, refuse_route
+from agl.server.body import read_body
 from agl.store import Store
 from agl.tokens.capture import Json
 
@@ -73,7 +74,7 @@ class Gateway:
         return Starlette(
             routes=[*routes, *Control(self.gate, self.routes).routes(), *more_routes],
             lifespan=self._lifespan,
-            exception_handlers={HTTPException: refuse_route, AglError: _refuse},
+            exception_handlers={HTTPException: unknown_route, AglError: _refuse},
         )
 
     async def engine_states(self) -> list[Json]:
@@ -81,17 +82,17 @@ class Gateway:
         return await self._health.states()
 
     async def read_body(self, request: Request) -> bytes:
-        """Raises Refusal where it is over the limit, ClientDisconnect where it does not come."""
-        limit, pieces, size = self._config.max_body_bytes, list[bytes](), 0
-        async for piece in request.stream():
-            size += len(piece)
+        """Raises ApiError for a body over the limit, ClientDisconnect for one that does not come."""
+        limit = self._config.max_body_bytes
+
+        def check_size(size: int) -> None:
             if size > limit:
-                raise Refusal(413, "too_large", f"the request is over {limit} bytes (gateway.max_body_bytes)")
-            pieces.append(piece)
-        return b"".join(pieces)
+                raise ApiError(413, "too_large", f"the request is over {limit} bytes (gateway.max_body_bytes)")
+
+        return await read_body(request.receive, check_size)
 
     async def exchange(self, request: Request, data: bytes, kind: type[Dialect], send: Send) -> None:
-        """Answer one call. Raises Refusal for a request that cannot be sent on."""
+        """Answer one call. Raises ApiError for a request that cannot be sent on."""
         text, body = _read_json(data)
         asked = body["model"] if isinstance(body.get("model"), str) else None
         model = asked and self.routes.resolve(asked)
@@ -178,7 +179,7 @@ class _CallEndpoint:
         except ClientDisconnect:
             return
         except AglError as error:
-            refusal = error if isinstance(error, Refusal) else Refusal(500, "gateway_error", str(error))
+            refusal = error if isinstance(error, ApiError) else ApiError(500, "gateway_error", str(error))
             await self._dialect.refusal(refusal)(scope, receive, send)
 
     async def _exchange(self, request: Request, body: bytes, receive: Receive, send: Send) -> None:
@@ -209,7 +210,7 @@ async def _disconnect(receive: Receive) -> None:
 
 
 async def _refuse(_request: Request, error: Exception) -> Response:
-    refusal = error if isinstance(error, Refusal) else Refusal(500, "gateway_error", str(error))
+    refusal = error if isinstance(error, ApiError) else ApiError(500, "gateway_error", str(error))
     return refusal.response()
 
 
@@ -219,7 +220,7 @@ def _read_json(body: bytes) -> tuple[str, Json]:
         text = body.decode()
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Refusal(400, "invalid_json", f"the request body is not valid JSON: {error}") from error
+        raise ApiError(400, "invalid_json", f"the request body is not valid JSON: {error}") from error
     if not isinstance(data, dict):
-        raise Refusal(400, "invalid_json", f"the request body is {type(data).__name__}, expected a JSON object")
+        raise ApiError(400, "invalid_json", f"the request body is {type(data).__name__}, expected a JSON object")
     return text, data

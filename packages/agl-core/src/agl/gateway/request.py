@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from agl import semconv
-from agl.tokens.capture import Asked, Json
+from agl.tokens.capture import Json, RequestedFields
 
 _ALIASES = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 """Two names of the OpenAI API for one setting."""
@@ -29,7 +29,7 @@ def prepare(
     `extra_body` is added where the client set nothing; a None in it leaves a field out that capture would add, for
     engines that refuse the field. `forced` is set whatever the client said. `seed` is used where nobody names one.
     """
-    asked = Asked.read(body, operation)
+    asked = RequestedFields.read(body, operation)
     capture = {**ids, "logprobs": True if operation == semconv.OPERATION_CHAT else 1}
     asked_for = {"logprobs": asked.logprobs} | {name: bool(body.get(name)) for name in ids}
     sent = dict(body)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from agl.gateway.engine import Engine
 from agl.gateway.engine_kind import SHAPES, Shape
-from agl.server.refusal import Refusal
+from agl.server.api_error import ApiError
 
 
 class Routes:
@@ -32,7 +32,7 @@ class Routes:
         """The engine for a call: of those that serve `model` one that answers, sooner one that was not `tried`.
 
         Calls of a `rollout` get the same engine as long as it answers (rendezvous hashing); others the one with
-        most room. Raises Refusal where no engine serves the model.
+        most room. Raises ApiError where no engine serves the model.
         """
         serving = [engine for engine in self.engines if engine.serves(model)]
         if not serving:
@@ -45,10 +45,12 @@ class Routes:
             return min(equal, key=lambda engine: (engine.slots.in_use + engine.slots.waiting) / engine.slots.limit)
         return max(equal, key=lambda engine: _weight(engine, rollout))
 
-    def _refuse(self, model: str) -> Refusal:
+    def _refuse(self, model: str) -> ApiError:
         if not self.engines:
-            return Refusal(503, "no_engine", "the gateway has no engine; start it with --upstream URL or train with it")
-        return Refusal(404, "model_not_found", f"no engine of the gateway is configured to serve {model!r}")
+            return ApiError(
+                503, "no_engine", "the gateway has no engine; start it with --upstream URL or train with it"
+            )
+        return ApiError(404, "model_not_found", f"no engine of the gateway is configured to serve {model!r}")
 
 
 def _weight(engine: Engine, rollout: str) -> bytes:

@@ -9,7 +9,7 @@ from typing import Final, Self
 import aiohttp
 
 from agl.config import TimeoutsConfig
-from agl.server.refusal import Refusal, error_message
+from agl.server.api_error import ApiError, error_message
 from agl.tokens.capture import Json
 
 _EVENT_STREAM: Final = "text/event-stream"
@@ -51,7 +51,7 @@ class Answer:
     ) -> Self:
         """Ask for `path` below `url`, and wait for the first byte (not streaming: for all).
 
-        `deadline` is when it has to be over, by the event loop's clock. Raises Refusal when the engine fails.
+        `deadline` is when it has to be over, by the event loop's clock. Raises ApiError when the engine fails.
         """
         now = asyncio.get_running_loop().time()
         try:
@@ -68,11 +68,11 @@ class Answer:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise engine_failure(error, url, f"first_byte_s: {timeouts.first_byte_s:g}") from error
         if 300 <= answer.status < 400:
-            raise Refusal(502, "engine_redirects", f"the engine at {url} redirects; redirects are not followed")
+            raise ApiError(502, "engine_redirects", f"the engine at {url} redirects; redirects are not followed")
         return answer
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """What has come of the stream, piece by piece. Raises Refusal when the engine breaks off or stops sending."""
+        """What has come of the stream, piece by piece. Raises ApiError when the engine breaks off or stops sending."""
         yield self.body
         content, loop = self._response.content, asyncio.get_running_loop()
         limit = ""
@@ -120,14 +120,14 @@ def forwarded(headers: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in headers.items() if name.lower() not in _NOT_FORWARDED}
 
 
-def engine_failure(error: Exception, url: str, limit: str) -> Refusal:
+def engine_failure(error: Exception, url: str, limit: str) -> ApiError:
     """How an engine that cannot be talked to is told to the client; `limit` is the timeout that was waited for."""
     if isinstance(error, TimeoutError):
-        return Refusal(504, "engine_timeout", f"the engine at {url} did not answer in time (gateway.timeouts.{limit})")
+        return ApiError(504, "engine_timeout", f"the engine at {url} did not answer in time (gateway.timeouts.{limit})")
     if isinstance(error, aiohttp.ClientConnectorError):
         return _unreachable(url)
-    return Refusal(502, "engine_error", f"the engine at {url} broke off: {error or type(error).__name__}")
+    return ApiError(502, "engine_error", f"the engine at {url} broke off: {error or type(error).__name__}")
 
 
-def _unreachable(url: str) -> Refusal:
-    return Refusal(503, "engine_unreachable", f"no engine answers at {url}; is it running?")
+def _unreachable(url: str) -> ApiError:
+    return ApiError(503, "engine_unreachable", f"no engine answers at {url}; is it running?")

@@ -4,8 +4,8 @@ from typing import Final
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from agl.server.api_error import ApiError
 from agl.server.bearer import BearerTokens, Right
-from agl.server.refusal import Refusal
 
 HEALTH: Final = "/api/health"
 _PROJECT: Final = "agl.project"
@@ -31,24 +31,24 @@ class Guard:
             return await self._app(scope, receive, send)
         try:
             scope = self._admit(scope)
-        except Refusal as refusal:
+        except ApiError as refusal:
             return await refusal.response()(scope, receive, send)
         await self._app(scope, receive, send)
 
     def _admit(self, scope: Scope) -> Scope:
-        """The scope as the app gets it: without the token, with its project. Raises Refusal."""
+        """The scope as the app gets it: without the token, with its project. Raises ApiError."""
         headers = dict(scope["headers"])
         origin = headers.get(b"origin")
         if origin is not None and origin.partition(b"://")[2] != headers.get(b"host"):
-            raise Refusal(403, "cross_origin", f"pages of {origin.decode('latin-1')} may not call this server")
+            raise ApiError(403, "cross_origin", f"pages of {origin.decode('latin-1')} may not call this server")
         if not self._tokens:
             return scope
         given = headers.get(_AUTHORIZATION) or (b"Bearer " + headers[_API_KEY] if _API_KEY in headers else None)
         grant, right = self._tokens.grant(given), _needed(scope)
         if grant is None:
-            raise Refusal(401, "invalid_api_key", "a token is needed: set the client's api_key to it")
+            raise ApiError(401, "invalid_api_key", "a token is needed: set the client's api_key to it")
         if not grant.allows(right):
-            raise Refusal(403, "insufficient_scope", f"{scope['method']} {scope['path']} needs the scope {right}")
+            raise ApiError(403, "insufficient_scope", f"{scope['method']} {scope['path']} needs the scope {right}")
         kept = [(name, value) for name, value in scope["headers"] if name not in (_AUTHORIZATION, _API_KEY)]
         return {**scope, "headers": kept, _PROJECT: grant.project}
 

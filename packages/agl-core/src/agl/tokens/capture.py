@@ -24,7 +24,7 @@ _ENVELOPE = frozenset({"id", "object", "created", "model", "choices", "usage"})
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RequestedFields:
     """What the client asked for itself: the model's name, and which of the captured fields it wants to see."""
 
     token_ids: bool
@@ -160,7 +160,7 @@ class Capture:
         return [self._choices[index] for index in sorted(self._choices)]
 
 
-def strip(answer: Json, asked: Asked) -> bool:
+def strip(answer: Json, asked: RequestedFields) -> bool:
     """Make of a whole answer or a chunk, in place, what the client asked for. True: it has changed."""
     # Clients compare the name with the one they asked for; which version of it answered is the gateway's to keep.
     changed = asked.model is not None and _is_version_of(str(answer.get("model")), asked)
@@ -175,7 +175,7 @@ def strip(answer: Json, asked: Asked) -> bool:
     return _strip_sglext(answer, asked) or changed
 
 
-def _strip_sglext(answer: Json, asked: Asked) -> bool:
+def _strip_sglext(answer: Json, asked: RequestedFields) -> bool:
     tokens = answer.get("sglext")
     unasked = [name for name in SGLANG_FIELDS.values() if tokens and name in tokens and name not in asked.sglext]
     if not tokens or not unasked:
@@ -187,14 +187,14 @@ def _strip_sglext(answer: Json, asked: Asked) -> bool:
     return True
 
 
-def _is_version_of(answered: str, asked: Asked) -> bool:
+def _is_version_of(answered: str, asked: RequestedFields) -> bool:
     """Whether a name other than the one asked for is that of its version."""
     if asked.sent_model is not None and answered.partition("@")[0] == asked.sent_model.partition("@")[0]:
         return True
     return answered.startswith(f"{asked.model}@")
 
 
-def says_nothing(chunk: Json) -> bool:
+def is_empty_chunk(chunk: Json) -> bool:
     """Whether a stripped chunk only carried what was taken out of it: an engine would not send it by itself.
 
     So it is with chat tokens that have no text yet (half a character, a tool call being read); completions send every

@@ -4,7 +4,7 @@ from typing import ClassVar, Protocol
 
 from starlette.responses import Response
 
-from agl.server.refusal import Refusal
+from agl.server.api_error import ApiError
 from agl.tokens.capture import Json
 
 
@@ -24,7 +24,7 @@ class Dialect(Protocol):
     def __init__(self, body: Json, model: str | None) -> None:
         """Read the client's request; `model` is the name by which engines know the one it asks for.
 
-        Raises Refusal for what cannot be asked of an engine.
+        Raises ApiError for what cannot be asked of an engine.
         """
 
     def whole(self, raw: bytes, answer: Json) -> bytes:
@@ -39,12 +39,12 @@ class Dialect(Protocol):
         """What ends the stream; `done` is the event by which the engine did, empty where it just stopped."""
         ...
 
-    def error(self, refusal: Refusal) -> bytes:
+    def error(self, refusal: ApiError) -> bytes:
         """The event that ends a stream that fails."""
         ...
 
     @classmethod
-    def refusal(cls, refusal: Refusal) -> Response:
+    def refusal(cls, refusal: ApiError) -> Response:
         """The answer to a call that fails before anything of it was sent."""
         ...
 

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from agl.gateway.dialect.translated import Translated, function_tool, text_of, tool_call
 from agl.gateway.sse import to_event
-from agl.server.refusal import Refusal, error_message
+from agl.server.api_error import ApiError, error_message
 from agl.tokens.capture import Choice, Json
 
 _TAKEN: Final = frozenset(
@@ -147,11 +147,11 @@ class Messages(Translated):
     # --- Errors -------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def error_body(cls, refusal: Refusal) -> Json:
+    def error_body(cls, refusal: ApiError) -> Json:
         kind = _ERROR_TYPES.get(refusal.http_status, "api_error")
         return {"type": "error", "error": {"type": kind, "message": str(refusal), "code": refusal.code}}
 
-    def error(self, refusal: Refusal) -> bytes:
+    def error(self, refusal: ApiError) -> bytes:
         return _event(self.error_body(refusal))
 
     def refused(self, raw: bytes, status: int) -> bytes:
@@ -159,7 +159,7 @@ class Messages(Translated):
             message = error_message(json.loads(raw)["error"])
         except (ValueError, TypeError, KeyError):
             message = raw.decode(errors="replace")
-        return json.dumps(self.error_body(Refusal(status, str(status), message))).encode()
+        return json.dumps(self.error_body(ApiError(status, str(status), message))).encode()
 
 
 def _event(data: Json) -> bytes:

@@ -9,8 +9,8 @@ from starlette.responses import Response
 from agl import semconv
 from agl.gateway.dialect.dialect import Dialect
 from agl.gateway.sse import to_event
-from agl.server.refusal import Refusal
-from agl.tokens.capture import Asked, Json, says_nothing, strip
+from agl.server.api_error import ApiError
+from agl.tokens.capture import Json, RequestedFields, is_empty_chunk, strip
 
 
 class _Plain(Dialect):
@@ -19,7 +19,7 @@ class _Plain(Dialect):
 
     def __init__(self, body: Json, model: str | None) -> None:
         self.request = body
-        self._asked = Asked.read(body, self.operation)
+        self._asked = RequestedFields.read(body, self.operation)
         if model != self._asked.model:
             self.request = body | {"model": model}
             self._asked = replace(self._asked, sent_model=model)
@@ -30,16 +30,16 @@ class _Plain(Dialect):
     def chunk(self, event: bytes, chunk: Json) -> bytes:
         if not strip(chunk, self._asked):
             return event + b"\n\n"
-        return b"" if says_nothing(chunk) else to_event(chunk)
+        return b"" if is_empty_chunk(chunk) else to_event(chunk)
 
     def end(self, done: bytes) -> bytes:
         return done and done + b"\n\n"
 
-    def error(self, refusal: Refusal) -> bytes:
+    def error(self, refusal: ApiError) -> bytes:
         return to_event(refusal.body())
 
     @classmethod
-    def refusal(cls, refusal: Refusal) -> Response:
+    def refusal(cls, refusal: ApiError) -> Response:
         return refusal.response()
 
     def refused(self, raw: bytes, status: int) -> bytes:

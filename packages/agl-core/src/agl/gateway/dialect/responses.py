@@ -7,7 +7,7 @@ from typing import Any, Final
 from agl.gateway.dialect.input_items import to_messages
 from agl.gateway.dialect.translated import Translated, function_tool
 from agl.gateway.sse import to_event
-from agl.server.refusal import Refusal
+from agl.server.api_error import ApiError
 from agl.tokens.capture import Json
 
 _TAKEN: Final = frozenset(
@@ -225,10 +225,10 @@ class Responses(Translated):
     # --- Errors -------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def error_body(cls, refusal: Refusal) -> Json:
+    def error_body(cls, refusal: ApiError) -> Json:
         return refusal.body()
 
-    def error(self, refusal: Refusal) -> bytes:
+    def error(self, refusal: ApiError) -> bytes:
         return self._event("error", {"code": refusal.code, "message": str(refusal), "param": None}, False)
 
     def refused(self, raw: bytes, status: int) -> bytes:

@@ -7,7 +7,7 @@ from starlette.responses import JSONResponse, Response
 
 from agl import semconv
 from agl.gateway.dialect.dialect import Dialect
-from agl.server.refusal import Refusal, error_message
+from agl.server.api_error import ApiError, error_message
 from agl.tokens.capture import Capture, Choice, Json
 
 
@@ -41,9 +41,9 @@ class Translated(Dialect):
         """The events for what a chunk adds to the answer; `capture` has it already."""
 
     @classmethod
-    def cannot(cls, why: str) -> Refusal:
+    def cannot(cls, why: str) -> ApiError:
         """The refusal of a request that cannot be translated."""
-        return Refusal(
+        return ApiError(
             400, "not_translatable", f"this request to {cls.api} cannot be asked as a chat completion: {why}"
         )
 
@@ -54,7 +54,7 @@ class Translated(Dialect):
 
     def chunk(self, event: bytes, chunk: Json) -> bytes:
         if chunk.get("error"):
-            raise Refusal(502, "engine_error", error_message(chunk["error"]))
+            raise ApiError(502, "engine_error", error_message(chunk["error"]))
         self.capture.add(chunk)
         return b"".join(self.delta(choice, choice.get("delta") or {}) for choice in chunk.get("choices") or ())
 
@@ -67,12 +67,12 @@ class Translated(Dialect):
         )
 
     @classmethod
-    def refusal(cls, refusal: Refusal) -> Response:
+    def refusal(cls, refusal: ApiError) -> Response:
         return JSONResponse(cls.error_body(refusal), refusal.http_status, refusal.headers())
 
     @classmethod
     @abstractmethod
-    def error_body(cls, refusal: Refusal) -> Json:
+    def error_body(cls, refusal: ApiError) -> Json:
         """A refusal as the API has errors."""
 
 

@@ -13,8 +13,9 @@ from starlette.routing import BaseRoute, Route
 
 from agl.config import CollectorConfig
 from agl.errors import AglError, StoreError
+from agl.server.api_error import ApiError
+from agl.server.body import read_body
 from agl.server.pending import PendingBytes, Room
-from agl.server.refusal import Refusal
 from agl.store import Rollout, Store
 from agl.store.http.openapi import document
 from agl.store.http.verb import ERRORS, INVALID, JSON, LONGEST_WAIT_S, PREFIX, PROTOBUF, UNAVAILABLE, VERBS, Verb
@@ -57,7 +58,7 @@ class Api:
                     return await self._answer(verb, request, room)
             except ClientDisconnect:
                 return Response(status_code=400)  # Nobody reads it.
-            except Refusal as refusal:
+            except ApiError as refusal:
                 return _refuse(refusal)
 
         return answer
@@ -75,21 +76,15 @@ class Api:
         if (
             given != verb.content_type
         ):  # Which also keeps web pages out: a browser asks before it sends these elsewhere.
-            raise Refusal(415, "unknown_content_type", f"{verb.path} takes {verb.content_type}, got {given!r}")
-        pieces: list[bytes] = []
-        size = 0
-        async for piece in request.stream():
-            size += len(piece)
-            self._hold(room, size)
-            pieces.append(piece)
-        return b"".join(pieces)
+            raise ApiError(415, "unknown_content_type", f"{verb.path} takes {verb.content_type}, got {given!r}")
+        return await read_body(request.receive, lambda size: self._hold(room, size))
 
     def _hold(self, room: Room, size: int) -> None:
         limit = self._config.max_body_bytes
         if size > limit:
-            raise Refusal(413, "too_large", f"the body is over {limit} bytes; send less at once")
+            raise ApiError(413, "too_large", f"the body is over {limit} bytes; send less at once")
         if not room.hold(size):
-            raise Refusal(503, UNAVAILABLE, "too much is on its way to the store; send it again")
+            raise ApiError(503, UNAVAILABLE, "too much is on its way to the store; send it again")
 
     def _perform(self, verb: Verb, sent: bytes | Mapping[str, str]) -> bytes:
         return verb.write_result(self._call(verb, _read(verb, sent)))
@@ -117,19 +112,19 @@ def _read(verb: Verb, sent: bytes | Mapping[str, str]) -> dict[str, Any]:
     try:
         return verb.read_arguments(sent)
     except AglError as error:
-        raise Refusal(ERRORS[INVALID][0], INVALID, str(error)) from error
+        raise ApiError(ERRORS[INVALID][0], INVALID, str(error)) from error
 
 
-def _refusal(error: StoreError) -> Refusal:
+def _refusal(error: StoreError) -> ApiError:
     """The nearest of ERRORS; what none of them names is a store that may do better the next time."""
     for code, (status, kind) in ERRORS.items():
         if kind is not StoreError and isinstance(error, kind):
-            return Refusal(status, code, str(error))
+            return ApiError(status, code, str(error))
     logger.error("a verb was refused, to be repeated: %s", error)
-    return Refusal(ERRORS[UNAVAILABLE][0], UNAVAILABLE, str(error))
+    return ApiError(ERRORS[UNAVAILABLE][0], UNAVAILABLE, str(error))
 
 
-def _refuse(refusal: Refusal) -> Response:
+def _refuse(refusal: ApiError) -> Response:
     answer = refusal.response()
     if refusal.code == UNAVAILABLE:
         answer.headers["retry-after"] = str(_RETRY_AFTER_S)

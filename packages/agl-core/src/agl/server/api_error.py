@@ -1,4 +1,4 @@
-"""Errors of the gateway itself, as an OpenAI client reads them."""
+"""Errors that a server answers with, in the form that clients of OpenAI's API read."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from agl.tokens.capture import Json
 _SERVER_ERROR = 500
 
 
-class Refusal(GatewayError):
-    """Why a call is not answered: HTTP status, message and a code for programs.
+class ApiError(GatewayError):
+    """A request fails with this HTTP status, message, and code for programs.
 
-    `retry_after_s`: the same call may be answered that much later.
+    `retry_after_s`: seconds after which the client may repeat the same request; None: no hint.
     """
 
     def __init__(self, http_status: int, code: str, message: str, *, retry_after_s: int | None = None) -> None:
@@ -35,12 +35,12 @@ class Refusal(GatewayError):
 
 
 def error_message(error: Any) -> str:
-    """The message of an OpenAI-style `error` value."""
+    """The message in the `error` field of an OpenAI-style error body."""
     return str(error.get("message", error)) if isinstance(error, dict) else str(error)
 
 
-async def refuse_route(request: Request, error: Exception) -> JSONResponse:
-    """Exception handler for paths and methods that no route has (Starlette's HTTPException)."""
+async def unknown_route(request: Request, error: Exception) -> JSONResponse:
+    """Starlette exception handler for a path or method without a route (HTTPException 404 or 405)."""
     status = getattr(error, "status_code", _SERVER_ERROR)
-    refusal = Refusal(status, "unknown_url", f"the gateway does not serve {request.method} {request.url.path}")
-    return refusal.response()
+    message = f"the gateway does not serve {request.method} {request.url.path}"
+    return ApiError(status, "unknown_url", message).response()
