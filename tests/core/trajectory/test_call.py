@@ -8,13 +8,12 @@ import pytest
 from agl import semconv
 from agl.span import Span
 from agl.tokens.packing import pack_ids, pack_logprobs
-from agl.trajectory import Call
-from agl.trajectory.call import collect_calls
+from agl.trajectory import Call, build_trajectory
 from tests.core.span_maker import OTHER_TRACE, ROLLOUT, chat, gateway_call, reward, span, tokens
 
 
 def calls_of(*spans: Span) -> list[Call]:
-    return collect_calls(spans, ROLLOUT)
+    return build_trajectory(spans).calls
 
 
 def test_a_gateway_span_below_an_http_span_joins_the_chat_span_above() -> None:

@@ -12,9 +12,9 @@ from agl.span import Span
 from agl.tokens.drift import PREFIX_EXACT
 from agl.trajectory import Call, Drop, Reward, SpanTree, Trained, Trajectory, Turn, build_trajectory, collect_trained
 from agl.trajectory.agent import agent_of
-from agl.trajectory.call import say_error
+from agl.trajectory.call import error_of
 from agl.trajectory.clock import in_one_clock
-from agl.trajectory.reward import collect_rewards
+from agl.trajectory.reward import read_reward
 
 TRAINED, PENDING = "trained", "pending"
 _HEAD = ("span", "role", "tokens", "policy", "time", "")
@@ -195,8 +195,9 @@ def _notes(span: Span, account: Account | None, mode: str) -> Iterator[str]:
             yield f"not from the tokens held: {account.call.prefix}"
         yield from (_say_reward(reward) for reward in account.call.rewards)
     if span.status == "error":
-        yield f"error: {say_error(span)}"
-    yield from (_say_reward(reward) for reward in collect_rewards([span]))
+        yield f"error: {error_of(span)}"
+    if reward := read_reward(span):
+        yield _say_reward(reward)
     source, target = span.text(semconv.HANDOFF_SOURCE), span.text(semconv.HANDOFF_TARGET)
     if source and target:
         yield f"{source} → {target}"
@@ -246,5 +247,5 @@ def _span_to_json(span: Span, depth: int) -> dict[str, Any]:
         "role": agent_of(span),
         "start_ns": span.start_ns,
         "end_ns": span.end_ns,
-        "error": say_error(span) if span.status == "error" else None,
+        "error": error_of(span) if span.status == "error" else None,
     }

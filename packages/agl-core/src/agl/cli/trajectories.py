@@ -121,7 +121,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         printable(row.rollout_id),
         printable(row.role),
         printable(row.version or "?"),
-        str(len(row.token_ids)),
+        str(len(row.ids)),
         str(sum(row.loss_mask)),
         str(len(row.turns)),
         "none" if row.reward is None else f"{row.reward:.3g}",

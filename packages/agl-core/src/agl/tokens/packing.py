@@ -20,11 +20,16 @@ def pack_ids(ids: Iterable[int]) -> bytes:
 def unpack_ids(value: bytes | Sequence[int] | Sequence[float]) -> list[int]:
     """Ids from packed bytes or from an array of ints or doubles. Raises ValueError on a broken length or value."""
     if isinstance(value, bytes):
-        return _unpack("i", value).tolist()
+        return array_of_ids(value).tolist()
     ids = [int(item) for item in value]
     if any(number != item for number, item in zip(ids, value, strict=True)):
         raise ValueError("token ids must be whole numbers")
     return ids
+
+
+def array_of_ids(packed: bytes) -> "array[int]":
+    """Packed ids as an array of int32. Raises ValueError on a broken length."""
+    return _unpack("i", packed)
 
 
 def pack_logprobs(logprobs: Iterable[float]) -> bytes:

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from agl import semconv
 from agl.span import AttributeValue, Span
-from agl.tokens.packing import unpack_ids, unpack_logprobs
+from agl.tokens.packing import array_of_ids, pack_ids, unpack_ids, unpack_logprobs
 
 ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
     semconv.GEN_AI_AGENT_NAME: ("agent.name",),
@@ -64,15 +64,15 @@ def read_number(span: Span, name: str) -> float | None:
     return float(value)
 
 
-def read_ids(span: Span, name: str) -> list[int] | None:
-    """Token ids from packed bytes, an array of numbers or a JSON array. Raises ValueError where they are broken."""
+def read_ids(span: Span, name: str) -> bytes | None:
+    """Token ids as packed bytes, from packed bytes, an array or a JSON array. Raises ValueError if they are broken."""
     value = _decoded(span, name)
     if value is None:
         return None
-    ids = unpack_ids(value)
+    ids = array_of_ids(value) if isinstance(value, bytes) else unpack_ids(value)
     if ids and not 0 <= min(ids) <= max(ids) <= _LARGEST_ID:
         raise ValueError(f"{name} holds {min(ids)} to {max(ids)}, expected ids from 0 to {_LARGEST_ID}")
-    return ids
+    return value if isinstance(value, bytes) else pack_ids(ids)
 
 
 def read_logprobs(span: Span, name: str) -> list[float] | None:

@@ -1,89 +1,79 @@
-"""One clock for the spans of a rollout: hosts disagree on the time, and order decides what is trained.
+"""Corrects clock skew between the processes of a rollout, since the order of its spans decides how they train.
 
-Within a process order is that of its clock. Between processes a span tells of the other's clock: a child does not
-begin before its parent, and what its parent waits for (the server's side of a request, a gateway's call) ends before
-it. The clock of a process is moved as little as makes that so for all its spans alike, which keeps their own order.
+Spans of one process are in the order of its clock. Spans of two processes bound the offset between their clocks: a
+span does not start before the span that caused it, and the server's side of a request, such as a gateway call, ends
+before the client's. All times of a process are shifted by the one offset nearest to 0 within its bounds, so the order
+within a process is kept.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from agl import semconv
 from agl.span import AttributeValue, Span
+from agl.trajectory.join import causes
 
-Clock = tuple[AttributeValue | None, ...]
-"""What tells processes apart. A gateway's spans name no service: all gateways count as one."""
+Process = tuple[AttributeValue | None, ...]
+"""Resource attributes that identify a process. Gateway spans have none, so all gateways count as one process."""
 
 _SERVER_KIND = 2
-_PROCESS = ("service.name", "service.instance.id", "host.name")
+_PROCESS_ATTRIBUTES = ("service.name", "service.instance.id", "host.name")
 
 
 @dataclass(slots=True)
 class _Bounds:
-    """By how many nanoseconds a clock may be moved, as seen from another."""
+    """Bounds on the offset, in ns, from one process's clock to another's."""
 
-    least: float = -math.inf
-    most: float = math.inf
+    lower: float = -math.inf
+    upper: float = math.inf
 
     @property
-    def nearest_to_none(self) -> int:
-        """That a cause comes first counts most, where both cannot be."""
-        return int(max(self.least, min(self.most, 0)))
+    def nearest_to_zero(self) -> int:
+        """The offset nearest to 0 within the bounds; if they conflict, the lower one wins."""
+        return int(max(self.lower, min(self.upper, 0)))
+
+    def tighten(self, cause: Span, effect: Span) -> None:
+        self.lower = max(self.lower, cause.start_ns - effect.start_ns)
+        if effect.kind == _SERVER_KIND or effect.name == semconv.SPAN_GATEWAY_CALL:
+            self.upper = min(self.upper, cause.end_ns - effect.end_ns)
 
 
 def in_one_clock(spans: Sequence[Span]) -> list[Span]:
-    """`spans`, with the times of other processes moved to the clock of the process that began the rollout."""
-    if len({_clock(span) for span in spans}) < 2:
+    """`spans` with all times on the clock of the process that started the rollout."""
+    if len({_process(span) for span in spans}) < 2:
         return list(spans)
-    edges = list(_edges(spans))
-    offsets = _offsets(edges, _first_clock(spans, edges))
-    return [_moved(span, offsets.get(_clock(span), 0)) for span in spans]
+    edges = list(causes(spans))
+    offsets = _offsets(edges, _first_process(spans, edges))
+    return [_shifted(span, offsets.get(_process(span), 0)) for span in spans]
 
 
-def _edges(spans: Sequence[Span]) -> Iterator[tuple[Span, Span]]:
-    """Each span after the one that caused it, by parentage or as the answer to its request."""
-    by_key = {(span.trace_id, span.span_id): span for span in spans}
-    asked = {span.response_id: span for span in spans if span.name != semconv.SPAN_GATEWAY_CALL and span.response_id}
-    for span in spans:
-        above = by_key.get((span.trace_id, span.parent_id or ""))
-        if above is None and span.name == semconv.SPAN_GATEWAY_CALL:
-            above = asked.get(span.response_id or "")
-        if above is not None:
-            yield above, span
-
-
-def _first_clock(spans: Sequence[Span], edges: Sequence[tuple[Span, Span]]) -> Clock:
-    """That of a span that nothing caused: the rollout's own, where it is there."""
-    caused = {id(below) for _, below in edges}
+def _first_process(spans: Sequence[Span], edges: Sequence[tuple[Span, Span]]) -> Process:
+    """The process of the rollout's own span, else of the first span that no other span caused."""
+    caused = {id(effect) for _, effect in edges}
     roots = [span for span in spans if id(span) not in caused] or list(spans)
-    return _clock(next((span for span in roots if span.name == semconv.SPAN_ROLLOUT), roots[0]))
+    return _process(next((span for span in roots if span.name == semconv.SPAN_ROLLOUT), roots[0]))
 
 
-def _offsets(edges: Sequence[tuple[Span, Span]], first: Clock) -> dict[Clock, int]:
-    """What to add to the times of each clock that can be reached from the first."""
-    bounds: dict[tuple[Clock, Clock], _Bounds] = {}
-    for above, below in edges:
-        if _clock(above) != _clock(below):
-            _tighten(bounds.setdefault((_clock(above), _clock(below)), _Bounds()), above, below)
+def _offsets(edges: Sequence[tuple[Span, Span]], first: Process) -> dict[Process, int]:
+    """Nanoseconds to add to the times of each process that a chain of causes links to `first`."""
+    bounds: dict[tuple[Process, Process], _Bounds] = {}
+    for cause, effect in edges:
+        pair = _process(cause), _process(effect)
+        if pair[0] != pair[1]:
+            bounds.setdefault(pair, _Bounds()).tighten(cause, effect)
     offsets, reached = {first: 0}, [first]
-    for clock in reached:
-        for (above, below), bound in bounds.items():
-            if above == clock and below not in offsets:
-                offsets[below] = offsets[clock] + bound.nearest_to_none
-                reached.append(below)
+    for process in reached:
+        for (cause, effect), bound in bounds.items():
+            if cause == process and effect not in offsets:
+                offsets[effect] = offsets[process] + bound.nearest_to_zero
+                reached.append(effect)
     return offsets
 
 
-def _tighten(bounds: _Bounds, above: Span, below: Span) -> None:
-    bounds.least = max(bounds.least, above.start_ns - below.start_ns)
-    if below.kind == _SERVER_KIND or below.name == semconv.SPAN_GATEWAY_CALL:
-        bounds.most = min(bounds.most, above.end_ns - below.end_ns)
-
-
-def _moved(span: Span, by_ns: int) -> Span:
+def _shifted(span: Span, by_ns: int) -> Span:
     return replace(span, start_ns=span.start_ns + by_ns, end_ns=span.end_ns + by_ns) if by_ns else span
 
 
-def _clock(span: Span) -> Clock:
-    return tuple(span.resource.get(name) for name in _PROCESS)
+def _process(span: Span) -> Process:
+    return tuple(span.resource.get(name) for name in _PROCESS_ATTRIBUTES)

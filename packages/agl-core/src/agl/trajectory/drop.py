@@ -91,24 +91,26 @@ def _call_fault(call: Call, is_repeated: bool) -> _Fault:
 
 
 def _token_fault(call: Call, unjoined: bool) -> _Fault:
-    prompt, response, logprobs = call.prompt_ids, call.response_ids, call.logprobs
+    logprobs = call.logprobs
     if call.malformed is not None:
         return DropReason.MALFORMED, f"{call.malformed}; write them as agl.tokens.packing packs them"
     if _is_empty(call):
         return DropReason.EMPTY_RESPONSE, f"the model answered without a token (finish reason: {call.finish_reason})"
-    if not prompt or response is None:
+    if not call.packed_prompt or call.packed_response is None:
         return DropReason.NO_IDS, _say_no_ids(call, unjoined)
     if logprobs is None:
         return DropReason.NO_LOGPROBS, "set logprobs: true in the request; the engine must return them"
-    if len(logprobs) != len(response):
-        counts = f"{len(response)} response tokens but {len(logprobs)} logprobs"
+    if len(logprobs) != call.output_tokens:
+        counts = f"{call.output_tokens} response tokens but {len(logprobs)} logprobs"
         return DropReason.LENGTH_MISMATCH, f"{counts}; the engine must return one for each token"
     return None
 
 
 def _is_empty(call: Call) -> bool:
-    """No token was sampled. An engine that sends ids may then leave those of the answer out."""
-    return call.response_ids == [] or bool(call.prompt_ids and call.response_ids is None and not call.output_tokens)
+    """No token was sampled. An engine that returns token ids may leave out an empty list of them."""
+    if call.packed_response is None:
+        return bool(call.packed_prompt) and not call.output_tokens
+    return call.packed_response == b""
 
 
 def _say_no_ids(call: Call, unjoined: bool) -> str:

@@ -1,4 +1,4 @@
-"""Rewards as spans carry them."""
+"""Rewards, read from the spans that carry them."""
 
 import re
 from collections.abc import Iterable
@@ -12,32 +12,42 @@ _NOT_DIMENSIONS = {semconv.REWARD_VALUE, semconv.REWARD_TARGET}
 _NUMBERED = re.compile(r"agentlightning\.reward\.(\d+)\.name")
 """agentlightning's dimensions: `agentlightning.reward.<i>.name` and `.value`; number 0 is the scalar."""
 _LINK = re.compile(r"agentlightning\.link\.(\d+)\.key_match")
-"""agentlightning's targets: the spans whose attribute `.key_match` is `.value_match`."""
+"""agentlightning's targets: the spans whose attribute `.key_match` has the value `.value_match`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """A reward as it was emitted: on one call (`target`), on a role, or, with neither, on the rollout."""
+    """A reward as emitted: for one call (`target`), for a role or, with neither, for the rollout."""
 
     value: float
     dimensions: dict[str, float]
     target: str | None
-    """Response id or span id. agentlightning links also by other attributes; those targets are no call's."""
+    """Response id or span id. agentlightning can link by other attributes; such a target matches no call."""
     role: str | None
 
 
-def collect_rewards(spans: Iterable[Span]) -> list[Reward]:
-    """The rewards that `spans` carry, in their order."""
-    return [_to_reward(span, value) for span in spans if (value := read_number(span, semconv.REWARD_VALUE)) is not None]
+def read_reward(span: Span) -> Reward | None:
+    """The reward that `span` carries, if any."""
+    value = read_number(span, semconv.REWARD_VALUE)
+    if value is None:
+        return None
+    dimensions = {
+        name.removeprefix(semconv.REWARD_PREFIX): number
+        for name in span.attributes
+        if name.startswith(semconv.REWARD_PREFIX) and name not in _NOT_DIMENSIONS
+        if (number := span.number(name)) is not None
+    }
+    target = span.text(semconv.REWARD_TARGET) or _linked_target(span)
+    return Reward(value, dimensions | _numbered_dimensions(span), target, span.role)
 
 
 def last_reward(rewards: Iterable[Reward], role: str | None) -> float | None:
-    """The last value given to `role` as a whole, or, for None, to the rollout as a whole."""
+    """The last value given to `role` as a whole or, for None, to the rollout as a whole."""
     values = [reward.value for reward in rewards if reward.target is None and reward.role == role]
     return values[-1] if values else None
 
 
-def rewards_by_target(rewards: Iterable[Reward]) -> dict[str, list[Reward]]:
+def by_target(rewards: Iterable[Reward]) -> dict[str, list[Reward]]:
     found: dict[str, list[Reward]] = {}
     for reward in rewards:
         if reward.target:
@@ -45,19 +55,8 @@ def rewards_by_target(rewards: Iterable[Reward]) -> dict[str, list[Reward]]:
     return found
 
 
-def _to_reward(span: Span, value: float) -> Reward:
-    dimensions = {
-        name.removeprefix(semconv.REWARD_PREFIX): number
-        for name in span.attributes
-        if name.startswith(semconv.REWARD_PREFIX) and name not in _NOT_DIMENSIONS
-        if (number := span.number(name)) is not None
-    }
-    target = span.text(semconv.REWARD_TARGET) or _linked(span)
-    return Reward(value, dimensions | _numbered(span), target, span.role)
-
-
-def _numbered(span: Span) -> dict[str, float]:
-    """agentlightning's dimensions by name; a scalar is one that it calls primary."""
+def _numbered_dimensions(span: Span) -> dict[str, float]:
+    """agentlightning's dimensions by name, without the scalar, which it names `primary`."""
     indices = [found[1] for name in span.attributes if (found := _NUMBERED.fullmatch(name))]
     named = {
         span.text(f"agentlightning.reward.{index}.name"): span.number(f"agentlightning.reward.{index}.value")
@@ -66,7 +65,7 @@ def _numbered(span: Span) -> dict[str, float]:
     return {name: value for name, value in named.items() if name not in (None, "primary") and value is not None}
 
 
-def _linked(span: Span) -> str | None:
+def _linked_target(span: Span) -> str | None:
     """The target that agentlightning's links name."""
     indices = [found[1] for name in span.attributes if (found := _LINK.fullmatch(name))]
     links = {

@@ -6,11 +6,12 @@ trained on in its place. What cannot continue (an edited history, a second answe
 starts a row of its own, so every sampled token stands with mask 1 in exactly one row.
 """
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from agl.tokens.drift import Difference, Drift, first_difference
-from agl.tokens.packing import ID_BYTES, pack_ids
+from agl.tokens.packing import ID_BYTES, array_of_ids
 from agl.trajectory.call import Call
 from agl.trajectory.reward import Reward, last_reward
 
@@ -36,12 +37,22 @@ class Row:
     role: str
     version: str | None
     """Policy version that sampled every answer in it."""
-    token_ids: list[int]
+    packed_ids: bytes
+    """Token ids, packed (see `agl.tokens.packing`)."""
     loss_mask: list[int]
     logprobs: list[float]
     turns: tuple[Turn, ...]
     reward: float | None
     """The last reward on its role, else the rollout's. Rewards on single calls stand on `turns[i].call.rewards`."""
+
+    @property
+    def ids(self) -> "array[int]":
+        """Token ids as an array of int32: packed, but with a length, slices and a maximum."""
+        return array_of_ids(self.packed_ids)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.ids.tolist()
 
     @property
     def call_ids(self) -> list[str]:
@@ -69,14 +80,12 @@ def build_rows(calls: Sequence[Call], rewards: Sequence[Reward]) -> list[Row]:
 
 
 class _Node:
-    """A call in the graph. Its tokens are bytes: to compare prefixes is then to compare memory."""
+    """A call in the graph. Its tokens stay packed, so that comparing prefixes is comparing memory."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self.ids = [*(call.prompt_ids or ()), *(call.response_ids or ())]
-        self.prompt_length = len(call.prompt_ids or ())
-        self.context = pack_ids(self.ids)
-        self.prompt = self.context[: self.prompt_length * ID_BYTES]
+        self.prompt = call.packed_prompt or b""
+        self.context = self.prompt + (call.packed_response or b"")
 
     @property
     def policy(self) -> tuple[str, str | None]:
@@ -101,11 +110,12 @@ class _OpenRow:
 
     def append(self, node: _Node, drift: Drift | None, difference: Difference | None = None) -> None:
         self.last = node
-        self.turns.append(Turn(node.call, node.prompt_length, len(node.ids), drift, difference))
+        start, end = len(node.prompt) // ID_BYTES, len(node.context) // ID_BYTES
+        self.turns.append(Turn(node.call, start, end, drift, difference))
 
     def close(self, rewards: Sequence[Reward]) -> Row:
-        ids, call = self.last.ids, self.last.call
-        mask, logprobs = [0] * len(ids), [0.0] * len(ids)
+        ids, call = self.last.context, self.last.call
+        mask, logprobs = [0] * self.turns[-1].end, [0.0] * self.turns[-1].end
         for turn in self.turns:
             mask[turn.start : turn.end] = [1] * (turn.end - turn.start)
             logprobs[turn.start : turn.end] = turn.call.logprobs or ()

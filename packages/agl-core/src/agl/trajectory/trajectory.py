@@ -1,4 +1,4 @@
-"""From the spans of a rollout to training rows and an account of every call."""
+"""Builds a trajectory from the spans of a rollout: training rows, and a reason for each call that is in none."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from agl import semconv
 from agl.errors import TrajectoryError
 from agl.span import Span
-from agl.trajectory.call import Call, collect_calls, say_error
+from agl.trajectory.call import Call, error_of, read_call
 from agl.trajectory.clock import in_one_clock
 from agl.trajectory.drop import Drop, find_drops
-from agl.trajectory.reward import Reward, collect_rewards, last_reward
+from agl.trajectory.join import CallSpans, join_calls
+from agl.trajectory.reward import Reward, by_target, last_reward, read_reward
 from agl.trajectory.row import Row, build_rows
+from agl.trajectory.tree import SpanTree
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,44 +25,45 @@ class Trajectory:
     group_id: str | None
     mode: str
     error: str | None
-    """What went wrong with the rollout as a whole."""
+    """The error of the rollout as a whole."""
     calls: list[Call]
-    """Those of all attempts, by start time."""
+    """Calls of all attempts, by start time."""
     rewards: list[Reward]
-    """Those of the last attempt, by time."""
+    """Rewards of the last attempt, by time."""
     rows: list[Row]
     drops: list[Drop]
 
     @property
     def reward(self) -> float | None:
-        """The rollout's own scalar: the last reward with neither target nor role."""
+        """The rollout's scalar reward: the last one with neither target nor role."""
         return last_reward(self.rewards, role=None)
 
 
 def build_trajectory(spans: Iterable[Span]) -> Trajectory:
-    """The trajectory of the rollout that `spans` tell of; where it has several attempts, of the last.
+    """The trajectory of the rollout of `spans`; if it has several attempts, of the last.
 
-    Raises TrajectoryError for no spans or spans that name several rollouts.
+    Raises TrajectoryError if there are no spans or if they name several rollouts.
     """
-    told = in_one_clock([span for span in spans if span.name != semconv.SPAN_TRAINED])
-    spans = sorted(told, key=lambda span: span.start_ns)
-    rollout_id = _only_rollout(spans)
-    attempt_id = _last_attempt(spans)
-    calls = collect_calls(spans, rollout_id)
-    current = _of_attempt(spans, attempt_id)
-    rewards = collect_rewards(current)
+    tree = SpanTree(in_one_clock([span for span in spans if span.name != semconv.SPAN_TRAINED]))
+    joined = join_calls(tree)
+    rollout_id = _only_rollout(tree.spans)
+    attempt_id = _last_attempt(tree.spans)
+    current = _of_attempt(tree.spans, joined, attempt_id)
+    rewards = {id(span): reward for span in tree.spans if (reward := read_reward(span))}
+    targets = by_target(rewards.values())
+    calls = [read_call(tree, spans_of_call, rollout_id, targets) for spans_of_call in joined]
+    current_rewards = [rewards[id(span)] for span in current if id(span) in rewards]
     drops = find_drops(calls, attempt_id)
     dropped = {id(drop.call) for drop in drops}
-    rows = build_rows([call for call in calls if id(call) not in dropped], rewards)
     return Trajectory(
         rollout_id=rollout_id,
         attempt_id=attempt_id,
         group_id=_first_text(current, semconv.GROUP_ID),
         mode=_first_text(current, semconv.MODE) or "prod",
-        error=next((say_error(span) for span in current if _is_failed_rollout(span)), None),
+        error=next((error_of(span) for span in current if _is_failed_rollout(span)), None),
         calls=calls,
-        rewards=rewards,
-        rows=rows,
+        rewards=current_rewards,
+        rows=build_rows([call for call in calls if id(call) not in dropped], current_rewards),
         drops=drops,
     )
 
@@ -75,28 +78,28 @@ def _only_rollout(spans: Sequence[Span]) -> str:
 
 
 def _last_attempt(spans: Sequence[Span]) -> str | None:
-    """By the number that ends an attempt id (`<rollout>-a2`), then by its first span: clocks of hosts differ."""
+    """The attempt with the largest number at the end of its id (`<rollout>-a2`); of equals, the last to start."""
     found = dict.fromkeys(name for span in spans if (name := span.attempt_id))
     # max takes the first of equals, and the later attempt is wanted.
     return max(reversed(found), key=_attempt_number, default=None)
 
 
-def _of_attempt(spans: Sequence[Span], attempt_id: str | None) -> list[Span]:
-    """Spans that name the attempt, and those that name none but for another attempt that their trace is of.
+def _of_attempt(spans: Sequence[Span], joined: Sequence[CallSpans], attempt_id: str | None) -> list[Span]:
+    """Spans that name the attempt, and spans that name none unless their trace belongs to another attempt.
 
-    Spans of other instrumentations name none; the gateway's calls do, in the same trace or for the same answers.
+    A trace belongs to the attempts that its spans, or the spans that they are joined with, name: spans of other
+    instrumentations name no attempt, while the gateway's do.
     """
-    named = {id(span): span.attempt_id for span in spans}
-    of_answer = {span.response_id: named[id(span)] for span in spans if named[id(span)]}
-    of_trace: dict[str, set[str | None]] = {}
-    for span in spans:
-        if attempt := named[id(span)] or of_answer.get(span.response_id or ""):
-            of_trace.setdefault(span.trace_id, set()).add(attempt)
+    attempts_of_trace: dict[str, set[str]] = {}
+    for group in [*((span,) for span in spans), *(call.spans for call in joined)]:
+        if attempt := next((name for span in group if (name := span.attempt_id)), None):
+            for span in group:
+                attempts_of_trace.setdefault(span.trace_id, set()).add(attempt)
     return [
         span
         for span in spans
-        if named[id(span)] == attempt_id
-        or (named[id(span)] is None and attempt_id in of_trace.get(span.trace_id, {attempt_id}))
+        if (named := span.attempt_id) == attempt_id
+        or (named is None and attempt_id in attempts_of_trace.get(span.trace_id, {attempt_id}))
     ]
 
 

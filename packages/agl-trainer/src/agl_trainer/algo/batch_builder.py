@@ -263,8 +263,8 @@ class _RoleBatch:
         mean_discount = sum(credit.discount for credit in earned) / len(earned)
         drafts = []
         for row in member.rows(self.role):
-            draft = _Draft(row, minibatch, [0] * len(row.token_ids), [0.0] * len(row.token_ids))
-            is_known = self.options.vocabulary is None or max(row.token_ids) < self.options.vocabulary
+            draft = _Draft(row, minibatch, [0] * len(row.ids), [0.0] * len(row.ids))
+            is_known = self.options.vocabulary is None or max(row.ids) < self.options.vocabulary
             for turn in row.turns:
                 credit = member.credits[turn.call.span_id]
                 reason = self._turn_fault(turn, credit) if is_known else DropReason.UNKNOWN_TOKENS
@@ -341,7 +341,7 @@ class _Draft:
                 # A greedy engine divides by nothing.
                 temperatures[turn.start : turn.end] = [turn.call.temperature or 1.0] * (turn.end - turn.start)
         return SampledRow(
-            self.row.token_ids[:end],
+            self.row.ids[:end],
             self.mask[:end],
             weight,
             self.row.logprobs[:end],

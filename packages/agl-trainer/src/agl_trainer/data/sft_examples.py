@@ -57,7 +57,7 @@ def trace_lessons(
             reason = DropReason.FAILED_ROLLOUT if trajectory.error else _row_fault(row, wanted, limits)
             calls = tuple(turn.call for turn in row.turns)
             if reason is None:
-                lessons.append(Lesson(row.role, row.token_ids, row.loss_mask, calls))
+                lessons.append(Lesson(row.role, row.ids, row.loss_mask, calls))
             else:
                 dropped += [(call, reason) for call in calls]
     return lessons, dropped
@@ -69,9 +69,9 @@ def _row_fault(row: Row, wanted: SftTracesConfig, limits: TraceLimits) -> DropRe
         return DropReason.ROLE_NOT_TRAINED
     if (limits.roles[role.adapter] if role.adapter else role).frozen:
         return DropReason.ROLE_FROZEN
-    if max(row.token_ids) >= limits.vocabulary:
+    if max(row.ids) >= limits.vocabulary:
         return DropReason.UNKNOWN_TOKENS
-    if len(row.token_ids) > limits.max_tokens:
+    if len(row.ids) > limits.max_tokens:
         return DropReason.TOO_LONG
     if wanted.min_reward is None:
         return None

@@ -1,0 +1,90 @@
+"""Joins the spans of one model request: the gateway's, which has the tokens, and the framework's, which has the role.
+
+A gateway span belongs to the nearest chat span above it, since the plug-ins send `traceparent` with each request; if
+there is none, to the first chat span with the same response id. Either of the two spans may be missing.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from agl import semconv
+from agl.span import Span
+from agl.trajectory.aliases import read_number
+from agl.trajectory.tree import SpanTree
+
+_CHAT_OPERATIONS = {semconv.OPERATION_CHAT, semconv.OPERATION_TEXT_COMPLETION}
+_REQUEST_TYPES = {"chat", "completion"}
+"""Values of `llm.request.type`, which OpenLLMetry wrote before it adopted the standard's operation names."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallSpans:
+    """The spans of one model request; at least one of the two is present."""
+
+    gateway: Span | None
+    chat: Span | None
+    """The framework's span."""
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The spans that are present, the gateway's first."""
+        return tuple(span for span in (self.gateway, self.chat) if span is not None)
+
+    @property
+    def choice(self) -> int:
+        return int(read_number(self.spans[0], semconv.GATEWAY_CHOICE) or 0)
+
+    @property
+    def order(self) -> tuple[int, int, int, str]:
+        """Sort key: time by the agent's clock if its span is present, as for rewards and hand-offs."""
+        first, last = self.spans[0], self.spans[-1]
+        return last.start_ns, first.start_ns, self.choice, first.span_id
+
+
+def join_calls(tree: SpanTree) -> list[CallSpans]:
+    """The spans of each model request in `tree`, in order of time."""
+    chats = _innermost_chats(tree)
+    by_response = {answer: chat for chat in reversed(chats) if (answer := chat.response_id)}
+    calls = [
+        CallSpans(span, _chat_above(tree, span) or by_response.get(span.response_id or ""))
+        for span in tree.spans
+        if _is_gateway_call(span)
+    ]
+    joined = {id(call.chat) for call in calls}
+    calls += [CallSpans(None, chat) for chat in chats if id(chat) not in joined]
+    return sorted(calls, key=lambda call: call.order)
+
+
+def causes(spans: Iterable[Span]) -> Iterator[tuple[Span, Span]]:
+    """Pairs of a span and the span that caused it, the cause first: its parent or, for a gateway span that has none
+    here, the chat span that it is joined with."""
+    tree = SpanTree(spans)
+    chats = {id(call.gateway): call.chat for call in join_calls(tree)}
+    for span in tree.spans:
+        if cause := tree.parent(span) or chats.get(id(span)):
+            yield cause, span
+
+
+def _innermost_chats(tree: SpanTree) -> list[Span]:
+    """Framework spans of requests. A chat span around another is an outer view of the same request; one below a
+    gateway span is the engine's view of it."""
+    chats = [span for span in tree.spans if _is_chat(span) and not any(map(_is_gateway_call, tree.ancestors(span)))]
+    outer = {id(above) for chat in chats for above in tree.ancestors(chat)}
+    return [chat for chat in chats if id(chat) not in outer]
+
+
+def _chat_above(tree: SpanTree, span: Span) -> Span | None:
+    return next((above for above in tree.ancestors(span) if _is_chat(above)), None)
+
+
+def _is_gateway_call(span: Span) -> bool:
+    return span.name == semconv.SPAN_GATEWAY_CALL
+
+
+def _is_chat(span: Span) -> bool:
+    return not _is_gateway_call(span) and (
+        span.text(semconv.GEN_AI_OPERATION_NAME) in _CHAT_OPERATIONS
+        or span.text("openinference.span.kind") == "LLM"
+        or span.text("llm.request.type") in _REQUEST_TYPES
+        or span.name == "openai.chat.completion"  # agentlightning's
+    )
