@@ -12,7 +12,7 @@ from opentelemetry import trace
 from opentelemetry.context import get_current
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from agl.content.content import Content
+from agl.content.filter import ContentFilter
 from agl_langchain import AglCallbackHandler
 from agl_langchain._open_runs import OPEN_RUNS, OpenRuns
 from agl_langchain._role import Actor
@@ -22,7 +22,7 @@ from tests.autogen.span_tree import attributes, only
 
 def start(runs: OpenRuns, name: str) -> Run:
     span = trace.get_tracer("test").start_span(name)
-    run = Run(uuid4(), span, Actor(), None, True, get_current(), get_current(), Content())
+    run = Run(uuid4(), span, Actor(), None, True, get_current(), get_current(), ContentFilter())
     runs.add(run.run_id, run)
     return run
 

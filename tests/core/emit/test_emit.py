@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 import agl
-from agl.content.content import use_redaction
+from agl.content.redaction import use_redaction
 from agl.emit.annotation import annotation_attributes
 from agl.emit.attributes import flat_attributes
 from agl.emit.exception import exception_attributes
@@ -120,7 +120,7 @@ def only_id(spans: InMemorySpanExporter, name: str) -> str:
         ({}, "reward is an empty mapping"),
         ({"syntax": math.nan}, "reward dimension 'syntax' is nan"),
         ({"syntax": "good"}, "reward dimension 'syntax' is str"),
-        ({"tidiness": 1.0}, "dimension tidiness has no weight; weighted are efficiency, goal, syntax"),
+        ({"tidiness": 1.0}, "dimension tidiness has no weight; weights exist for efficiency, goal, syntax"),
         ({"value": 1.0}, "reward dimension 'value' cannot be used"),
         ({"target": 1.0}, "reward dimension 'target' cannot be used"),
         ({"": 1.0}, "reward dimension '' cannot be used"),

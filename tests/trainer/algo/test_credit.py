@@ -44,7 +44,7 @@ def test_a_role_may_weigh_the_parts_of_a_reward_in_its_own_way() -> None:
     parts.attributes.update({"agl.reward.goal": 1.0, "agl.reward.brevity": 0.0})
     weights = {"planner": {"goal": 0.75, "brevity": 0.25}}
     assert credits_of(*calls, parts, gamma=1.0, weights=weights) == [0.75, 0.5]
-    with pytest.raises(TelemetryError, match="reward dimension brevity has no weight; weighted are goal"):
+    with pytest.raises(TelemetryError, match="reward dimension brevity has no weight; weights exist for goal"):
         credits_of(*calls, parts, weights={"planner": {"goal": 1.0}})
 
 

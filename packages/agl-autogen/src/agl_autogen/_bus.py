@@ -9,7 +9,7 @@ from typing import Any
 from opentelemetry.context import Context, get_current
 from opentelemetry.trace import INVALID_SPAN, NoOpTracer, Span
 
-from agl.content.content import Content
+from agl.content.filter import ContentFilter
 from agl_autogen._span import marked_once
 
 TraceBlock = Callable[..., AbstractContextManager[Span]]
@@ -36,7 +36,7 @@ def with_context(original: Callable[[], Any]) -> Callable[[], Any]:
     return get_telemetry_envelope_metadata
 
 
-def delivering(original: TraceBlock, content: Content) -> TraceBlock:
+def delivering(original: TraceBlock, content: ContentFilter) -> TraceBlock:
     """`TraceHelper.trace_block`, which a runtime opens around the delivery of a message, with its metadata as parent.
 
     The receiver finds the sender's context there, which is not yet in force: the runtime gives every message a task of
@@ -58,6 +58,8 @@ def delivering(original: TraceBlock, content: Content) -> TraceBlock:
             _SENT_IN.set(getattr(parent, _FIELD, None))
         if isinstance(helper.tracer, NoOpTracer):
             return nullcontext(INVALID_SPAN)
-        return (original if content.is_whole else silent_block)(helper, operation, destination, parent, **options)
+        return (original if content.records_everything else silent_block)(
+            helper, operation, destination, parent, **options
+        )
 
     return trace_block

@@ -7,7 +7,7 @@ from autogen_core.models import CreateResult, LLMMessage
 from opentelemetry.context import Context, create_key, get_value, set_value
 from opentelemetry.trace import Span, set_span_in_context
 
-from agl.content.content import Content
+from agl.content.filter import ContentFilter
 from agl.failsafe import never_raises
 from agl_autogen._answer import Answer
 from agl_autogen._attributes import request_content, result_attributes, result_content
@@ -18,7 +18,7 @@ _CALL = create_key("agl-autogen-call")
 class Call:
     """A model call, from its request to its answer."""
 
-    def __init__(self, span: Span, content: Content) -> None:
+    def __init__(self, span: Span, content: ContentFilter) -> None:
         self.answer = Answer()
         self.result: CreateResult | None = None
         self.hidden: frozenset[str] = frozenset()
@@ -33,7 +33,7 @@ class Call:
 
     def describe_request(self, messages: Sequence[LLMMessage], options: Mapping[str, Any]) -> None:
         with never_raises("a model request is not on its span"):
-            self._content.put(self._span, lambda: request_content(messages, options))
+            self._content.set_content(self._span, lambda: request_content(messages, options))
 
     def describe_answer(self) -> None:
         with never_raises("a model answer is not on its span"):
@@ -41,7 +41,7 @@ class Call:
             try:
                 if (result := self.result) is not None and self._span.is_recording():
                     said |= result_attributes(result)
-                    said |= self._content.told(lambda: result_content(result))
+                    said |= self._content.filtered(lambda: result_content(result))
             finally:  # all at once: a span takes longer over each time than over each attribute
                 self._span.set_attributes(said)
 

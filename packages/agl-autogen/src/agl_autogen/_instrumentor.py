@@ -9,7 +9,7 @@ from typing import Any
 from opentelemetry import trace
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor
 
-from agl.content.content import Content
+from agl.content.filter import ContentFilter
 from agl.role_map import RoleMap
 from agl_autogen._patch import Patches
 from agl_autogen._settings import Settings
@@ -46,7 +46,7 @@ class AutoGenInstrumentor(BaseInstrumentor):
         settings = Settings(
             tracer=trace.get_tracer("agl_autogen", version("agl-autogen"), kwargs.get("tracer_provider")),
             roles=RoleMap(kwargs.get("roles")),
-            content=Content.of(kwargs.get("capture_content"), kwargs.get("redact")),
+            content=ContentFilter.of(kwargs.get("capture_content"), kwargs.get("redact")),
             captures_token_ids=bool(kwargs.get("capture_token_ids")),
         )
         try:

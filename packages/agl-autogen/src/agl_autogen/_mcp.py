@@ -6,8 +6,7 @@ from typing import Any
 
 from opentelemetry.trace import get_current_span
 
-from agl.content.content import Content
-from agl.context import mark_error
+from agl.content.filter import ContentFilter
 
 Call = Callable[..., Awaitable[Any]]
 
@@ -16,18 +15,18 @@ class McpToolError(Exception):
     """What a server answered that calls its answer an error."""
 
 
-def marking_errors(original: Call, content: Content) -> Call:
+def marking_errors(original: Call, content: ContentFilter) -> Call:
     """`McpSessionActor.call`: what it returns of a `call_tool` is awaited in the tool's span, which errors mark."""
 
     async def marked(answer: Awaitable[Any]) -> Any:
         try:
             result = await answer
         except Exception as error:
-            mark_error(get_current_span(), error, content)
+            content.mark_error(get_current_span(), error)
             raise
         if result.isError:
             said = " ".join(getattr(part, "text", "") for part in result.content)
-            mark_error(get_current_span(), McpToolError(said), content)
+            content.mark_error(get_current_span(), McpToolError(said))
         return result
 
     @functools.wraps(original)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from opentelemetry.trace import Tracer
 
-from agl.content.content import Content
+from agl.content.filter import ContentFilter
 from agl.role_map import RoleMap
 
 
@@ -14,7 +14,7 @@ class Settings:
 
     tracer: Tracer
     roles: RoleMap
-    content: Content
+    content: ContentFilter
     captures_token_ids: bool = False
     """Whether requests ask the server for token ids and logprobs."""
 

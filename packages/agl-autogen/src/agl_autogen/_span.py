@@ -7,8 +7,7 @@ from opentelemetry import trace
 from opentelemetry.util.types import AttributeValue
 
 from agl import semconv
-from agl.content.content import Content
-from agl.context import mark_error
+from agl.content.filter import ContentFilter
 from agl.failsafe import never_raises
 from agl_autogen._settings import Settings
 
@@ -29,7 +28,7 @@ def open_span(
     except GeneratorExit:  # whether a reader who closes a generator misses anything, only the block knows
         raise
     except BaseException as error:
-        mark_error(span, error, settings.content)
+        settings.content.mark_error(span, error)
         raise
     finally:
         with never_raises(f"span {name!r} was not ended"):
@@ -37,7 +36,7 @@ def open_span(
 
 
 @contextmanager
-def marked_once(opened: AbstractContextManager[trace.Span], content: Content) -> Iterator[trace.Span]:
+def marked_once(opened: AbstractContextManager[trace.Span], content: ContentFilter) -> Iterator[trace.Span]:
     """AutoGen's span around the block; an exception marks it as it marks ours, and goes on.
 
     AutoGen would record the exception twice, with all that it says, and a cancellation not at all.
@@ -49,7 +48,7 @@ def marked_once(opened: AbstractContextManager[trace.Span], content: Content) ->
         except GeneratorExit:
             raise
         except BaseException as error:
-            mark_error(span, error, content)
+            content.mark_error(span, error)
             stack.close()  # AutoGen ends its span, and has not seen the exception
             raise
 

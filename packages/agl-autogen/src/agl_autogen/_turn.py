@@ -72,7 +72,7 @@ def as_content(original: SpanOf, settings: Settings) -> SpanOf:
     def trace_tool_span(*args: Any, tool_description: str | None = None, **options: Any) -> Iterator[Span]:
         with marked_once(original(*args, **options), settings.content) as span:
             if tool_description is not None:
-                settings.content.put(span, lambda: {semconv.GEN_AI_TOOL_DESCRIPTION: tool_description})
+                settings.content.set_content(span, lambda: {semconv.GEN_AI_TOOL_DESCRIPTION: tool_description})
             yield span
 
     return trace_tool_span

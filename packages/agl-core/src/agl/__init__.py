@@ -1,7 +1,7 @@
-"""Train the agent you already have: its runs as OpenTelemetry spans with rollouts, roles and rewards."""
+"""Train the agent you already have: record its runs as OpenTelemetry spans with rollouts, roles and rewards."""
 
 from agl.carry import carry
-from agl.context import current_role, current_rollout, environment, headers, joined, role, rollout
+from agl.context import current_role, current_rollout, role, rollout
 from agl.emit import (
     emit_annotation,
     emit_exception,
@@ -11,6 +11,7 @@ from agl.emit import (
     emit_reward,
     operation,
 )
+from agl.propagation import environment, headers, joined
 from agl.tracing import flush, init, shutdown
 
 __all__ = [

@@ -1,50 +1,53 @@
-"""Work for the threads and processes of a pool, which know nothing of the rollout that it is part of."""
+"""`agl.carry`: the workers of a thread or process pool run a function in the rollout of the code that submits it."""
 
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
 
-from agl.context import headers, joined
 from agl.failsafe import never_raises
-from agl.tracing import flush, init, settings
+from agl.propagation import headers, joined
+from agl.tracing import export_settings, flush, init
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
-class Carried(Generic[Parameters, Result]):
-    """A function with the context in which it shall run. Pickles if the function does."""
+class CarriedFunction(Generic[Parameters, Result]):
+    """A function together with the context to run it in. It can be pickled if the function can."""
 
     function: Callable[Parameters, Result]
     headers: Mapping[str, str]
-    settings: Mapping[str, Any] | None
-    """How the process exports in which it was made."""
-    process: int
+    export_settings: Mapping[str, Any] | None
+    """Arguments of `init` in the submitting process; None if it exports nothing."""
+    process_id: int
+    """Of the submitting process."""
 
     def __call__(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         with joined(self.headers):
-            if os.getpid() == self.process:
+            if os.getpid() == self.process_id:
                 return self.function(*args, **kwargs)
-            return self._run_elsewhere(*args, **kwargs)
+            return self._run_in_worker_process(*args, **kwargs)
 
-    def _run_elsewhere(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+    def _run_in_worker_process(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         with never_raises("the spans of a worker process are not exported"):
-            if self.settings is not None:
-                init(**self.settings)
+            if self.export_settings is not None:
+                init(**self.export_settings)
         try:
             return self.function(*args, **kwargs)
         finally:
-            if self.settings is not None:
-                flush()  # Pools end their workers without notice.
+            if self.export_settings is not None:
+                flush()  # pools terminate their workers without notice
 
 
 def carry(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """`function`, to be called by the worker of a pool in the rollout, role and span that are in force here and now.
+    """A function that calls `function` in the current rollout, role and span, from any thread or process.
 
-    `pool.submit(agl.carry(work), task)`. In another process, forked or spawned, spans go where those of this process
-    go, redacted as here, and are sent before the call returns; the pool needs to pickle `function`, and the `redact` of
-    `agl.init`: functions of a module, not lambdas.
+        pool.submit(agl.carry(work), task)
+
+    In a worker process, forked or spawned, spans are exported and redacted as in this process, and are sent before the
+    call returns. A process pool pickles `function` and the `redact` of `agl.init`, so both must be functions of a
+    module, not lambdas.
     """
-    return Carried(function, headers(), settings(), os.getpid())
+    return CarriedFunction(function, headers(), export_settings(), os.getpid())

@@ -1,4 +1,4 @@
-"""The boundary between telemetry and the agent: what goes wrong on our side is logged, never raised."""
+"""The boundary between telemetry and the agent: failures on the telemetry side are logged, never raised."""
 
 import logging
 import os
@@ -12,19 +12,19 @@ from agl.errors import AglError
 logger = logging.getLogger("agl")
 
 STRICT: Final = "AGL_STRICT"
-"""Environment variable for the tests of an agent: with `1` in it, what an emitter cannot record is raised."""
+"""Environment variable for an agent's tests: with the value 1, emitters raise values that they cannot record."""
 
 
 class never_raises:
-    """Log an exception from the body as `<what>: <error>` and go on after the `with`.
+    """Log an exception of the block as `<failure>: <error>` and continue after the block.
 
-    Put only telemetry inside, never the agent's own code: its exceptions are not ours to swallow.
+    Put only telemetry code inside: exceptions of the agent's own code must reach the agent.
     """
 
-    __slots__ = ("_what",)  # no generator: it stands around every event of an agent, and that would cost thrice as much
+    __slots__ = ("_failure",)  # a class: a generator-based one takes three times as long, and this runs for each event
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+    def __init__(self, failure: str) -> None:
+        self._failure = failure
 
     def __enter__(self) -> None:
         pass
@@ -34,23 +34,23 @@ class never_raises:
     ) -> bool:
         if not isinstance(error, Exception):
             return False
-        log_failure(self._what, error)
+        log_failure(self._failure, error)
         return True
 
 
-def log_failure(what: str, error: Exception) -> None:
-    """Log what went wrong on our side and must not stop the agent: a defect of ours with its traceback."""
+def log_failure(failure: str, error: Exception) -> None:
+    """Log `failure` with the message of an AglError, or with the traceback of another exception, which is a defect."""
     if isinstance(error, AglError):
-        logger.error("%s: %s", what, error)
+        logger.error("%s: %s", failure, error)
     else:
-        logger.error("%s", what, exc_info=error)
+        logger.error("%s", failure, exc_info=error)
 
 
 @contextmanager
-def raises_if_strict(what: str) -> Iterator[None]:
-    """`never_raises`, but with `AGL_STRICT=1` the exception goes on. For what the agent itself hands us."""
+def raises_if_strict(failure: str) -> Iterator[None]:
+    """`never_raises`, except that `AGL_STRICT=1` lets the exception through. For values that the agent passes in."""
     if os.environ.get(STRICT) == "1":
         yield
         return
-    with never_raises(what):
+    with never_raises(failure):
         yield

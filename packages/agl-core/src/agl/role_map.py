@@ -1,4 +1,4 @@
-"""Roles by the name of an agent, for agents that are not to be called by their own name."""
+"""Roles by agent name, for agents whose role is not their own name."""
 
 import re
 from collections.abc import Mapping
@@ -8,15 +8,14 @@ from agl.errors import ConfigError
 
 
 class RoleMap:
-    """Roles by the name of a graph node, agent or chain: `{"writer": "write_query|rewrite.*"}`.
+    """Maps the name of a graph node, agent or chain to a role: `{"writer": "write_query|rewrite.*"}`.
 
-    A pattern must match the whole name; the first role that matches is taken. Raises ConfigError for a pattern that is
-    no regular expression.
+    A pattern must match the whole name; the first matching role wins. Raises ConfigError for an invalid pattern.
     """
 
     def __init__(self, roles: Mapping[str, str] | None) -> None:
         self._patterns = [(role, _compile(role, pattern)) for role, pattern in (roles or {}).items()]
-        self.match = lru_cache(maxsize=1024)(self._match)  # bounded: some agents are named anew for each run
+        self.match = lru_cache(maxsize=1024)(self._match)  # bounded: some frameworks generate new names for each run
 
     def _match(self, name: str) -> str | None:
         return next((role for role, pattern in self._patterns if pattern.fullmatch(name)), None)

@@ -1,4 +1,4 @@
-"""Spans on their way to the collector: the exporter, its queue, and the tracer provider they hang on."""
+"""Export of spans to the collector: the tracer provider, the queue of ended spans, and the OTLP exporter."""
 
 import logging
 import os
@@ -16,20 +16,20 @@ from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 
-from agl.content.content import redaction_in_use, use_redaction
-from agl.content.redaction import Redact
-from agl.context import RolloutProcessor, join_environment
-from agl.emit.reward import use_weights, weights_in_use
+from agl.content.redaction import Redact, process_redact, use_redaction
+from agl.context import RolloutProcessor
+from agl.emit.reward import process_weights, use_weights
 from agl.errors import ConfigError
+from agl.propagation import join_environment
 
 logger = logging.getLogger(__name__)
 
 QUEUE_SPANS = 65_536
-"""Spans that may wait for the collector; the SDK's 2,048 are less than one burst of a training step."""
+"""Capacity of the queue. The SDK's default of 2,048 is less than one burst of a training step."""
 BATCH_SPANS = 128
-"""Spans in one request: small enough that long prompts stay below the exporter's 64 MiB a request."""
+"""Spans in one request: few enough that long prompts stay below the exporter's limit of 64 MiB a request."""
 DELAY_MS = 1_000
-"""Longest wait before a batch that is not full is sent."""
+"""Longest time that a batch waits to be full."""
 
 
 def init(
@@ -39,17 +39,21 @@ def init(
     reward_weights: Mapping[str, float] | None = None,
     redact: Redact | None = None,
 ) -> TracerProvider:
-    """Send the spans of this process to a collector. Called again it changes what it is given of the last two.
+    """Send the spans of this process to a collector.
+
+        agl.init(service_name="my-agent")
 
     `service_name`: `service.name` of the resource (default: `$OTEL_SERVICE_NAME`, else `agent`).
     `endpoint`: base URL of the collector, `/v1/traces` is appended (default: `$OTEL_EXPORTER_OTLP_ENDPOINT`, else
     http://localhost:4318). `reward_weights`: weight of each reward dimension (see `emit_reward`). `redact`: a function
-    from str to str that sees each text before it is on a span of the emitters, or of a plug-in that was given none of
-    its own (see `agl.content.content`).
-    A global SDK provider that is already set stays, with its name and its exporters; ours is added to it.
-    A process that was started with `agl.environment()` goes on in the rollout that was in force there.
-    Raises ConfigError for an endpoint that is no URL, a `redact` that is no function or a provider that is not the
-    SDK's, TelemetryError for a weight.
+    from str to str, applied to each text that an emitter or a plug-in records; a plug-in may have its own instead (see
+    `agl.content.filter`). A second call may change `reward_weights` and `redact` only.
+
+    An SDK provider that is already the global one stays, with its name and exporters, and our exporter is added. In a
+    process started with `agl.environment()` the rollout of the parent process continues.
+
+    Raises ConfigError for an endpoint that is not an http(s) URL, a `redact` that is not callable, or a global provider
+    that is not the SDK's, and TelemetryError for a weight that is not a finite number.
     """
     url = _traces_url(endpoint)
     with _lock:
@@ -64,20 +68,20 @@ def init(
 
 
 def flush(timeout_s: float = 30.0) -> bool:
-    """Send every span that has ended. True when the collector took them all, and lost none since the last flush."""
+    """Send all ended spans. True if the collector accepted every span since the last flush."""
     collector = _collectors.get(trace.get_tracer_provider())
     return collector is not None and collector.force_flush(round(timeout_s * 1000))
 
 
 def shutdown() -> None:
-    """Send what waits and stop exporting; `init` starts again. Runs by itself when the process ends."""
+    """Send the queued spans and stop exporting, until `init` is called again. Runs automatically at process exit."""
     collector = _collectors.get(trace.get_tracer_provider())
     if collector is not None:
         collector.shutdown()
 
 
-def settings() -> dict[str, Any] | None:
-    """What `init` must be given in another process to export as this one does; None where nothing is exported."""
+def export_settings() -> dict[str, Any] | None:
+    """Arguments with which `init` exports from another process as from this one; None if nothing is exported."""
     provider = trace.get_tracer_provider()
     collector = _collectors.get(provider)
     if collector is None or not collector.is_open or not isinstance(provider, TracerProvider):
@@ -86,19 +90,19 @@ def settings() -> dict[str, Any] | None:
     return {
         "service_name": str(name),
         "endpoint": collector.url,
-        "reward_weights": weights_in_use(),
-        "redact": redaction_in_use(),
+        "reward_weights": process_weights(),
+        "redact": process_redact(),
     }
 
 
 class CollectorExporter(SpanExporter):
-    """OTLP over HTTP that counts what the collector did not take, so that `flush` can tell.
+    """OTLP over HTTP; counts the spans that the collector did not accept, for the result of `flush`.
 
-    `url` None leaves the choice to the standard variables (`OTEL_EXPORTER_OTLP_ENDPOINT` and its kin).
+    `url` None: the standard environment variables decide (`OTEL_EXPORTER_OTLP_ENDPOINT` and related ones).
     """
 
     def __init__(self, url: str | None) -> None:
-        # Imported here because it loads an HTTP client, and not every process that imports agl exports.
+        # Imported here because it loads an HTTP client, which a process that exports nothing does not need.
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
         self.url = url
@@ -109,7 +113,7 @@ class CollectorExporter(SpanExporter):
         result = self._otlp.export(spans)
         if result is not SpanExportResult.SUCCESS:
             self.lost += len(spans)
-            logger.error("%d spans are lost: the collector did not take them; is `agl serve` running?", len(spans))
+            logger.error("%d spans are lost: the collector did not accept them; is `agl serve` running?", len(spans))
         return result
 
     def shutdown(self) -> None:
@@ -117,12 +121,12 @@ class CollectorExporter(SpanExporter):
 
 
 class CollectorProcessor(SpanProcessor):
-    """Queue and exporter, plugged in by `open` and out by `shutdown`: a provider never gives a processor back."""
+    """Queue and exporter, created by `open` and dropped by `shutdown`: a provider cannot remove a processor."""
 
     def __init__(self) -> None:
         self._exporter: CollectorExporter | None = None
         self._batch: BatchSpanProcessor | None = None
-        self._told_lost = 0
+        self._lost_at_last_flush = 0
 
     @property
     def is_open(self) -> bool:
@@ -133,19 +137,19 @@ class CollectorProcessor(SpanProcessor):
         return self._exporter.url if self._exporter else None
 
     def reopen(self) -> None:
-        """In a forked child: connections, queue and thread are the parent's. What waited there is sent there."""
+        """Start anew in a forked child: connections and thread stay with the parent, which also sends its own queue."""
         if self._exporter is not None:
             url, self._exporter, self._batch = self._exporter.url, None, None
             self.open(url)
 
     def open(self, url: str | None) -> None:
-        """Start exporting to `url`; does nothing while it exports already."""
+        """Start exporting to `url`. Does nothing if already exporting."""
         if self._exporter is not None:
             if url not in (None, self._exporter.url):
-                logger.warning("spans go on to %s, not to %s: call agl.shutdown() first", self._exporter.url, url)
+                logger.warning("spans still go to %s, not to %s: call agl.shutdown() first", self._exporter.url, url)
             return
         self._exporter = CollectorExporter(url)
-        self._told_lost = 0
+        self._lost_at_last_flush = 0
         self._batch = BatchSpanProcessor(self._exporter, QUEUE_SPANS, DELAY_MS, BATCH_SPANS)
 
     def on_end(self, span: ReadableSpan) -> None:
@@ -156,11 +160,11 @@ class CollectorProcessor(SpanProcessor):
         batch, exporter = self._batch, self._exporter
         if batch is None or exporter is None:
             return False
-        # The SDK's own flush takes no notice of its timeout.
+        # A thread, because the SDK's own flush ignores its timeout.
         flushing = threading.Thread(target=batch.force_flush, daemon=True)
         flushing.start()
         flushing.join(timeout_millis / 1000)
-        lost, self._told_lost = exporter.lost - self._told_lost, exporter.lost
+        lost, self._lost_at_last_flush = exporter.lost - self._lost_at_last_flush, exporter.lost
         return not flushing.is_alive() and not lost
 
     def shutdown(self) -> None:
@@ -170,7 +174,7 @@ class CollectorProcessor(SpanProcessor):
 
 
 class _Ids(IdGenerator):
-    """Ids from the system's randomness: agents seed Python's own, and the same seed would give the same ids again."""
+    """Ids from the system's randomness: agents seed Python's `random`, and equal seeds would repeat the ids."""
 
     def generate_span_id(self) -> int:
         return secrets.randbits(64) or self.generate_span_id()
@@ -195,7 +199,7 @@ def _traces_url(endpoint: str | None) -> str | None:
 
 
 def _sdk_provider(service_name: str | None) -> TracerProvider:
-    """The global provider, made if there is none."""
+    """The global provider; created if there is none."""
     if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
         name = service_name or os.environ.get(OTEL_SERVICE_NAME, "agent")
         resource = Resource.create({SERVICE_NAME: name})
@@ -210,17 +214,17 @@ def _sdk_provider(service_name: str | None) -> TracerProvider:
 
 
 def _collector_of(provider: TracerProvider) -> CollectorProcessor:
-    """Our exporting processor on `provider`, hung there with the stamping one if it is new."""
+    """Our exporting processor of `provider`; if it is new, it is added together with a `RolloutProcessor`."""
     if provider not in _collectors:
         _collectors[provider] = CollectorProcessor()
         provider.add_span_processor(RolloutProcessor())
         provider.add_span_processor(_collectors[provider])
-        register_after_fork(_collectors[provider], _send_at_the_end)
+        register_after_fork(_collectors[provider], _flush_at_exit)
     return _collectors[provider]
 
 
-def _send_at_the_end(collector: CollectorProcessor) -> None:
-    """A child of multiprocessing ends without the exit handlers of Python, but not without its own."""
+def _flush_at_exit(collector: CollectorProcessor) -> None:
+    """In a multiprocessing child, which skips `atexit` handlers but runs its own finalizers."""
     Finalize(collector, collector.force_flush, exitpriority=0)
 
 

@@ -13,7 +13,7 @@ from langchain_core.tools import ToolException
 from opentelemetry.trace import TracerProvider
 
 from agl import semconv
-from agl.content.content import Content
+from agl.content.filter import ContentFilter
 from agl.content.redaction import Redact
 from agl.failsafe import log_failure
 from agl.role_map import RoleMap
@@ -61,11 +61,11 @@ class AglCallbackHandler(BaseCallbackHandler):
         `capture_content` says whether messages, tool arguments, results and what errors say go on the spans; None
         leaves it to `OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT`, and without that they do. `redact` is given
         each text of these before it is on a span, and gives back what may leave the process (see
-        `agl.content.content`); None leaves it to `agl.init`.
+        `agl.content.filter`); None leaves it to `agl.init`.
 
         Raises ConfigError for a pattern that is no regular expression, or a `redact` that is no function.
         """
-        self._recorder = Recorder(RoleMap(roles), Content.of(capture_content, redact), tracer_provider)
+        self._recorder = Recorder(RoleMap(roles), ContentFilter.of(capture_content, redact), tracer_provider)
 
     @_event
     def on_chain_start(self, serialized: dict[str, Any] | None, inputs: Any, **event: Any) -> None:

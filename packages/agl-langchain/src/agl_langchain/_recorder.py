@@ -14,8 +14,8 @@ from opentelemetry.instrumentation.utils import is_instrumentation_enabled
 from opentelemetry.trace import SpanKind, TracerProvider
 
 from agl import semconv
-from agl.content.content import Content
-from agl.context import mark_error, stated_role
+from agl.content.filter import ContentFilter
+from agl.context import stated_role
 from agl.role_map import RoleMap
 from agl_langchain._call import (
     Attributes,
@@ -65,7 +65,7 @@ class Start:
 class Recorder:
     """Opens and closes the spans of one handler."""
 
-    def __init__(self, roles: RoleMap, content: Content, provider: TracerProvider | None) -> None:
+    def __init__(self, roles: RoleMap, content: ContentFilter, provider: TracerProvider | None) -> None:
         self._roles = roles
         self._content = content
         self._tracer = trace.get_tracer("agl_langchain", version("agl-langchain"), provider)
@@ -135,7 +135,7 @@ class Recorder:
             return
         try:
             if error is not None and not _steers_a_graph(error):
-                mark_error(run.span, error, run.content)
+                run.content.mark_error(run.span, error)
             run.describe(facts, content)
             self._record_choices(run)
         finally:

@@ -20,8 +20,7 @@ from opentelemetry.context import Context, attach, create_key, get_current, set_
 from opentelemetry.util.types import AttributeValue
 
 from agl import semconv
-from agl.content.content import Content
-from agl.context import mark_error
+from agl.content.filter import ContentFilter
 from agl_langchain._call import Attributes, CapturedCall
 from agl_langchain._open_runs import OPEN_RUNS
 from agl_langchain._role import Actor
@@ -44,7 +43,7 @@ class Run:
     """The OpenTelemetry context that the run was started in."""
     context: Context
     """The one inside the run."""
-    content: Content
+    content: ContentFilter
     """Of the handler that opened the run, whichever else hears of it."""
     call: CapturedCall | None = None
     """Of a model call: what the model itself notes of it."""
@@ -79,7 +78,7 @@ class Run:
             if facts is not None:
                 said |= facts()
             if content is not None:
-                said |= self.content.told(content)
+                said |= self.content.filtered(content)
         finally:  # all at once: a span takes longer over each time than over each attribute
             if said:
                 self.span.set_attributes(said)
@@ -111,7 +110,7 @@ class Run:
             return
         outlived = task is self._tasks[0] and not self.over
         if (outlived or task.cancelled()) and OPEN_RUNS.pop(self.run_id) is self:
-            mark_error(self.span, asyncio.CancelledError(), self.content)
+            self.content.mark_error(self.span, asyncio.CancelledError())
             self.end()
 
     def give_up(self) -> None:

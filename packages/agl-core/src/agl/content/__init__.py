@@ -1,1 +1,1 @@
-"""Content of spans: whether prompts and answers are recorded, as which JSON, and redacted how."""
+"""Content of spans (messages, tool arguments, results, errors): whether it is recorded, as JSON, and redacted."""

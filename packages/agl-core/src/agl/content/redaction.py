@@ -1,4 +1,4 @@
-"""What a text may say outside of the process: a function of the user's, put to every text in a span's attributes."""
+"""Redaction: a function of the user's is applied to every text in a span's attributes before they are recorded."""
 
 import json
 import logging
@@ -9,32 +9,53 @@ from typing import Any
 from opentelemetry.util.types import AttributeValue
 
 from agl import semconv
+from agl.errors import ConfigError
 
 Redact = Callable[[str], str]
-"""A text as it may leave the process, made from the text as it is."""
+"""Takes a text and returns the text that may leave the process."""
 
 _STRUCTURE = {"type", "role", "id", "name", "finish_reason", "modality", "mime_type"}
-"""Fields of messages and of their parts that say what something is, not what was said."""
+"""Fields of messages and parts that describe structure, not content."""
 _CONVENTIONS = ("agl.", "gen_ai.", "error.")
-"""What else is under these names is ids, roles, names and numbers."""
+"""Attributes with these prefixes are ids, roles, names and numbers, unless `_REDACTORS` lists them."""
 
 logger = logging.getLogger("agl")
 
+_process_redact: Redact | None = None
 
-def redacted(name: str, value: AttributeValue, redact: Redact) -> AttributeValue | None:
-    """`value` as it may leave the process; None where it may not."""
-    if name not in _REDACTED and name.startswith(_CONVENTIONS):
+
+def use_redaction(redact: Redact | None) -> None:
+    """Redact by `redact` wherever a plug-in has no function of its own. Raises ConfigError if it is not callable."""
+    global _process_redact
+    _process_redact = checked_redact(redact)
+
+
+def process_redact() -> Redact | None:
+    """The function last given to `use_redaction`."""
+    return _process_redact
+
+
+def checked_redact(redact: Redact | None) -> Redact | None:
+    """`redact` unchanged. Raises ConfigError if it is neither None nor callable."""
+    if redact is not None and not callable(redact):
+        raise ConfigError(f"redact is {redact!r}, expected a function from str to str")
+    return redact
+
+
+def redact_attribute(name: str, value: AttributeValue, redact: Redact) -> AttributeValue | None:
+    """`value` of the attribute `name` after redaction; None if redaction failed, which is logged."""
+    if name not in _REDACTORS and name.startswith(_CONVENTIONS):
         return value
     try:
-        return _REDACTED.get(name, _texts)(value, redact)
-    except Exception as error:  # noqa: BLE001 - redact is the user's; its message may quote what it was given
+        return _REDACTORS.get(name, _texts)(value, redact)
+    except Exception as error:  # noqa: BLE001 - the user's function; its message may quote the text, so it is not logged
         where = "".join(traceback.format_tb(error.__traceback__))
         logger.error("%s is left out: it cannot be redacted (%s)\n%s", name, type(error).__qualname__, where)
         return None
 
 
 def _texts(value: Any, redact: Redact) -> Any:
-    """Text, or the texts of a list; other values are no content."""
+    """A string or a list of strings; values of other types are not content."""
     if isinstance(value, str):
         return _text(value, redact)
     return [_texts(item, redact) for item in value] if isinstance(value, list | tuple) else value
@@ -48,7 +69,7 @@ def _text(text: str, redact: Redact) -> str:
 
 
 def _leaves(value: Any, redact: Redact) -> Any:
-    """JSON with every string redacted, except the keys of objects."""
+    """A JSON value with every string redacted except the keys of objects."""
     if isinstance(value, str):
         return _text(value, redact)
     if isinstance(value, list):
@@ -59,7 +80,7 @@ def _leaves(value: Any, redact: Redact) -> Any:
 
 
 def _parts(parts: Any, redact: Redact) -> Any:
-    """Parts of a message, or documents: each with what names it beside what it says."""
+    """Parts of a message, or retrieved documents: fields of structure stay, the others are redacted."""
     return [{key: _field(key, item, redact) for key, item in part.items()} for part in parts]
 
 
@@ -75,7 +96,7 @@ def _field(key: str, item: Any, redact: Redact) -> Any:
 
 
 def _descriptions(value: Any, redact: Redact) -> Any:
-    """A tool's definition with its descriptions redacted; the rest of a schema names types and fields."""
+    """A tool definition with its descriptions redacted; the rest of a JSON schema is names and types."""
     if isinstance(value, list):
         return [_descriptions(item, redact) for item in value]
     if isinstance(value, dict):
@@ -87,12 +108,12 @@ def _descriptions(value: Any, redact: Redact) -> Any:
 
 
 def _json(walk: Callable[[Any, Redact], Any]) -> Callable[[str, Redact], str]:
-    """`walk` over JSON as text."""
+    """`walk`, applied to JSON text."""
     return lambda text, redact: json.dumps(walk(json.loads(text), redact), ensure_ascii=False, separators=(",", ":"))
 
 
 def _text_or_json(text: str, redact: Redact) -> str:
-    """Text, or JSON where it is an object or an array."""
+    """JSON if the text is an object or an array, plain text otherwise."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -100,7 +121,7 @@ def _text_or_json(text: str, redact: Redact) -> str:
     return _json(_leaves)(text, redact) if isinstance(value, dict | list) else _text(text, redact)
 
 
-_REDACTED: dict[str, Callable[[Any, Redact], Any]] = {
+_REDACTORS: dict[str, Callable[[Any, Redact], Any]] = {
     semconv.GEN_AI_INPUT_MESSAGES: _json(_messages),
     semconv.GEN_AI_OUTPUT_MESSAGES: _json(_messages),
     semconv.GEN_AI_SYSTEM_INSTRUCTIONS: _json(_parts),
@@ -116,4 +137,4 @@ _REDACTED: dict[str, Callable[[Any, Redact], Any]] = {
     semconv.OPERATION_INPUT: _json(_leaves),
     semconv.OPERATION_OUTPUT: _json(_leaves),
 }
-"""How the attributes that hold content are redacted. A document, like a part, has an id beside what it says."""
+"""The redactor of each attribute that holds content."""

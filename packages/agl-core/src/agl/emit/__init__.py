@@ -1,9 +1,9 @@
-"""Emitters: one short span each, a child of the current span, in the rollout and role in force.
+"""Emitters: each records one span of no duration below the current span, in the current rollout and role.
 
-They take `attributes` (more span attributes) last, return the span's id (16 hex digits, usable as the `target` of a
-reward), and never raise into the agent: a value that a span cannot carry is logged, nothing is recorded, and None comes
-back. In the tests of an agent set `AGL_STRICT=1`: then it is a TelemetryError. With no rollout active the span's trace
-is the rollout.
+Every emitter takes `attributes` (more span attributes) as its last argument and returns the id of its span (16 hex
+digits; a later reward may name it as its `target`). None raises into the agent: a value that a span cannot hold is
+logged and the emitter returns None. With `AGL_STRICT=1`, for an agent's tests, it raises TelemetryError instead.
+Outside of `agl.rollout`, the trace is the rollout.
 """
 
 from agl.emit.annotation import emit_annotation

@@ -1,4 +1,4 @@
-"""What a span attribute can hold, checked before it is set: the SDK would turn the rest into text or drop it."""
+"""Checks that values fit into span attributes: the SDK would convert other values to text, or drop them."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ _EXPECTED = "expected str, bytes, bool, int, float, a list of one type of them (
 
 
 def flat_attributes(values: Mapping[str, Any], prefix: str = "") -> dict[str, AttributeValue]:
-    """`values` with nested mappings joined by dots. Raises TelemetryError naming the key that cannot be carried."""
+    """`values` with keys of nested mappings joined by dots. Raises TelemetryError, naming the key, for a bad value."""
     if not isinstance(values, Mapping):
         raise TelemetryError(f"attributes are {type(values).__name__}, expected a mapping")
     flat: dict[str, AttributeValue] = {}
@@ -30,12 +30,12 @@ def flat_attributes(values: Mapping[str, Any], prefix: str = "") -> dict[str, At
 
 
 def role_attribute(role: str | None) -> dict[str, str]:
-    """`agl.role`, or nothing for None: the role in force is stamped. Raises TelemetryError for an empty name."""
+    """`agl.role`; empty for None, so the span gets the current role. Raises TelemetryError for an empty name."""
     return {} if role is None else {semconv.ROLE: non_empty("role", role)}
 
 
 def json_text(name: str, value: Any, default: Callable[[Any], Any] | None = None) -> str:
-    """`value` as JSON; `default` stands in for objects that JSON does not know. Raises TelemetryError naming `name`."""
+    """`value` as JSON; `default` converts objects that JSON has no form for. Raises TelemetryError, naming `name`."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=default)
     except (TypeError, ValueError, RecursionError) as error:
@@ -62,7 +62,7 @@ def _scalar(key: str, value: Any) -> str | bool | int | float | bytes:
 
 
 def _array(key: str, values: Sequence[Any]) -> list[str] | list[bool] | list[int] | list[float]:
-    """`values` as an array of one type; ints beside floats become floats."""
+    """`values` as an array of one type; a mix of ints and floats becomes floats."""
     items: list[Any] = [_scalar(f"{key}[{index}]", value) for index, value in enumerate(values)]
     kinds = {next(kind for kind in _SCALARS if isinstance(item, kind)) for item in items}
     if kinds == {int, float}:

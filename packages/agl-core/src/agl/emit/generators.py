@@ -1,4 +1,4 @@
-"""Generators in a span: it is current while the generator's body runs, and not while the reader holds an item."""
+"""Generators in a span: the span is current while the generator's body runs, not while the caller has an item."""
 
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AbstractContextManager
@@ -9,13 +9,13 @@ from opentelemetry import trace
 from opentelemetry.context import attach, detach, get_current
 
 MAX_ITEMS = 1000
-"""Items that are kept for the output of the span; a generator may have no end."""
+"""Items recorded as the output of the span; a generator may be infinite."""
 
 
-class Body:
-    """The OpenTelemetry context of a generator's body: entered for each step, left with the item.
+class GeneratorBody:
+    """The OpenTelemetry context of a generator's body, attached during each step only.
 
-    Left attached between the steps, it would become the context of whoever reads the generator.
+    A generator runs in its caller's context, so a context attached between steps would be the caller's as well.
     """
 
     def __init__(self, span: trace.Span) -> None:
@@ -26,7 +26,7 @@ class Body:
         self._token = attach(self._context)
 
     def __exit__(self, *_: object) -> None:
-        # The body may itself have entered a role or a span that lasts beyond this step.
+        # The body may have entered a role or a span that lasts beyond this step.
         self._context = get_current()
         detach(self._token)
 
@@ -35,15 +35,15 @@ class Body:
             self.items.append(item)
 
 
-Generating = Callable[[tuple[Any, ...], dict[str, Any]], AbstractContextManager[Body]]
+OpenBody = Callable[[tuple[Any, ...], dict[str, Any]], AbstractContextManager[GeneratorBody]]
 """Opens the span of one call from its positional and keyword arguments."""
 
 
-def wrap_generator(function: Callable[..., Any], generating: Generating) -> Callable[..., Any]:
-    """A generator function like `function`; what is sent, thrown and returned passes through."""
+def wrap_generator(function: Callable[..., Any], open_body: OpenBody) -> Callable[..., Any]:
+    """`function` in a span; values sent, thrown and returned pass through."""
 
     def generate(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        with generating(args, kwargs) as body:
+        with open_body(args, kwargs) as body:
             generator = function(*args, **kwargs)
             resume = partial(generator.send, None)
             while True:
@@ -59,17 +59,17 @@ def wrap_generator(function: Callable[..., Any], generating: Generating) -> Call
                     with body:
                         generator.close()
                     raise
-                except BaseException as error:  # noqa: BLE001 - it goes on into the generator
+                except BaseException as error:  # noqa: BLE001 - it is thrown into the generator
                     resume = partial(generator.throw, error)
 
     return generate
 
 
-def wrap_async_generator(function: Callable[..., Any], generating: Generating) -> Callable[..., Any]:
-    """The same for an asynchronous generator function."""
+def wrap_async_generator(function: Callable[..., Any], open_body: OpenBody) -> Callable[..., Any]:
+    """`wrap_generator` for an asynchronous generator function."""
 
     async def generate(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
-        with generating(args, kwargs) as body:
+        with open_body(args, kwargs) as body:
             generator = function(*args, **kwargs)
             resume = partial(generator.asend, None)
             while True:
@@ -85,7 +85,7 @@ def wrap_async_generator(function: Callable[..., Any], generating: Generating) -
                     with body:
                         await generator.aclose()
                     raise
-                except BaseException as error:  # noqa: BLE001 - it goes on into the generator
+                except BaseException as error:  # noqa: BLE001 - it is thrown into the generator
                     resume = partial(generator.athrow, error)
 
     return generate

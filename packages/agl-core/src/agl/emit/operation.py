@@ -1,4 +1,4 @@
-"""A step of the agent as a span with its input and output: a decorator, and a `with` block."""
+"""`operation`: a step of the agent as a span with its input and output; a decorator and a `with` block."""
 
 import functools
 import inspect
@@ -11,22 +11,19 @@ from typing import Any, TypeVar, overload
 from opentelemetry import trace
 
 from agl import semconv
-from agl.content.content import Content
 from agl.context import TRACER, Scope, ending, open_span
 from agl.emit.attributes import flat_attributes, json_text
-from agl.emit.generators import Body, wrap_async_generator, wrap_generator
+from agl.emit.generators import GeneratorBody, wrap_async_generator, wrap_generator
+from agl.emit.record import EMITTED_CONTENT
 from agl.errors import TelemetryError
 from agl.failsafe import never_raises, raises_if_strict
 from agl.span import AttributeValue
-
-_CONTENT = Content()
-"""Captured, whatever the environment says: the caller asked for it."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class ActiveOperation:
-    """The operation whose block is running. Values are kept as JSON, objects that JSON does not know as `repr`."""
+    """A running operation. Values are recorded as JSON, objects that JSON has no form for as their `repr`."""
 
     def __init__(self, span: trace.Span) -> None:
         self.span = span
@@ -39,11 +36,11 @@ class ActiveOperation:
 
     def _set(self, name: str, value: Any) -> None:
         with never_raises(f"{name} was not recorded"):
-            _CONTENT.put(self.span, lambda: {name: _lenient_json(name, value)})
+            EMITTED_CONTENT.set_content(self.span, lambda: {name: _lenient_json(name, value)})
 
 
 class Operation(Scope[ActiveOperation]):
-    """What `agl.operation(name)` returns: a `with` or `async with` block, or a decorator."""
+    """Result of `agl.operation(name)`: a context manager for `with` and `async with`, and a decorator."""
 
     def __init__(self, name: str | None, attributes: Mapping[str, Any] | None) -> None:
         self._name = name
@@ -63,34 +60,37 @@ def operation(name: Function, /) -> Function: ...
 
 
 def operation(name: Any = None, /, *, attributes: Mapping[str, Any] | None = None) -> Any:
-    """A span around a step: `@agl.operation`, `@agl.operation("name")`, or `with agl.operation("name") as step:`.
+    """Record a step as a span: `@agl.operation`, `@agl.operation("name")` or a `with` block.
 
-    Decorates functions, coroutine functions and generators of both kinds, and keeps arguments and result; of a
-    generator, its first items (at most `generators.MAX_ITEMS`). The step's own exceptions go on unchanged.
+        with agl.operation("restock") as step:
+            step.set_output(restock(shelf))
+
+    The decorator takes functions, coroutine functions, generators and async generators, and records their arguments and
+    result; of a generator, the first items (at most `generators.MAX_ITEMS`). Exceptions of the step propagate.
     """
     return _decorate(name, None, attributes) if callable(name) else Operation(name, attributes)
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """A decorated function: what its spans start with."""
+class _DecoratedFunction:
+    """The name, attributes and signature from which a decorated function's spans start."""
 
     attributes: Mapping[str, AttributeValue]
     signature: inspect.Signature | None
 
     @contextmanager
     def running(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[ActiveOperation]:
-        """A call in a span that is current until it returns."""
-        with open_span(semconv.SPAN_OPERATION, _CONTENT.redacted(self.attributes)) as span:
+        """A call in a span that is current until the call returns."""
+        with open_span(semconv.SPAN_OPERATION, EMITTED_CONTENT.redacted(self.attributes)) as span:
             yield self._begin(span, args, kwargs)
 
     @contextmanager
-    def generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Body]:
-        """A generator in a span that is current only inside the body."""
-        attributes = _CONTENT.redacted(self.attributes)
+    def generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[GeneratorBody]:
+        """A generator in a span that is current in the body only."""
+        attributes = EMITTED_CONTENT.redacted(self.attributes)
         with ending(TRACER.start_span(semconv.SPAN_OPERATION, attributes=attributes)) as span:
             active = self._begin(span, args, kwargs)
-            body = Body(span)
+            body = GeneratorBody(span)
             try:
                 yield body
             finally:
@@ -102,33 +102,33 @@ class _Step:
         return active
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments by the names of their parameters, without the object that a method belongs to."""
+        """Arguments by parameter name, without `self` and `cls`."""
         try:
             if self.signature is None:
                 raise TypeError
             named = self.signature.bind(*args, **kwargs).arguments
-        except TypeError:  # no signature to be had, or a wrong call: the call itself will say so
+        except TypeError:  # no signature, or arguments that do not fit it: then the call itself raises
             return {"args": args, "kwargs": kwargs}
         return {name: value for name, value in named.items() if name not in ("self", "cls")}
 
 
 def _decorate(function: Callable[..., Any], name: str | None, attributes: Mapping[str, Any] | None) -> Any:
-    """`function` in a span, as the same kind of function, since frameworks look at the kind."""
-    step = _Step(_first_attributes(name or _name_of(function), attributes), _signature(function))
+    """`function` in a span, as the same kind of function, because frameworks inspect the kind."""
+    decorated = _DecoratedFunction(_first_attributes(name or _name_of(function), attributes), _signature(function))
     if inspect.isasyncgenfunction(function):
-        wrapped = wrap_async_generator(function, step.generating)
+        wrapped = wrap_async_generator(function, decorated.generating)
     elif inspect.isgeneratorfunction(function):
-        wrapped = wrap_generator(function, step.generating)
+        wrapped = wrap_generator(function, decorated.generating)
     elif inspect.iscoroutinefunction(function):
-        wrapped = _wrap_coroutine(function, step)
+        wrapped = _wrap_coroutine(function, decorated)
     else:
-        wrapped = _wrap_function(function, step)
+        wrapped = _wrap_function(function, decorated)
     return functools.wraps(function)(wrapped)
 
 
-def _wrap_function(function: Callable[..., Any], step: _Step) -> Callable[..., Any]:
+def _wrap_function(function: Callable[..., Any], decorated: _DecoratedFunction) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        with step.running(args, kwargs) as active:
+        with decorated.running(args, kwargs) as active:
             result = function(*args, **kwargs)
             active.set_output(result)
             return result
@@ -136,9 +136,9 @@ def _wrap_function(function: Callable[..., Any], step: _Step) -> Callable[..., A
     return call
 
 
-def _wrap_coroutine(function: Callable[..., Any], step: _Step) -> Callable[..., Any]:
+def _wrap_coroutine(function: Callable[..., Any], decorated: _DecoratedFunction) -> Callable[..., Any]:
     async def call(*args: Any, **kwargs: Any) -> Any:
-        with step.running(args, kwargs) as active:
+        with decorated.running(args, kwargs) as active:
             result = await function(*args, **kwargs)
             active.set_output(result)
             return result
@@ -148,7 +148,7 @@ def _wrap_coroutine(function: Callable[..., Any], step: _Step) -> Callable[..., 
 
 @contextmanager
 def _run_block(name: str, attributes: Mapping[str, Any] | None) -> Iterator[ActiveOperation]:
-    with open_span(semconv.SPAN_OPERATION, _CONTENT.redacted(_first_attributes(name, attributes))) as span:
+    with open_span(semconv.SPAN_OPERATION, EMITTED_CONTENT.redacted(_first_attributes(name, attributes))) as span:
         yield ActiveOperation(span)
 
 
@@ -166,12 +166,12 @@ def _name_of(function: Callable[..., Any]) -> str:
 def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
     try:
         return inspect.signature(function)
-    except ValueError:  # some builtins have none
+    except ValueError:  # some builtins have no signature
         return None
 
 
 def _lenient_json(name: str, value: Any) -> str:
     try:
         return json_text(name, value, default=repr)
-    except TelemetryError:  # keys that are not text, a cycle, NaN
+    except TelemetryError:  # keys that are not strings, a reference cycle, or NaN
         return json.dumps(repr(value))

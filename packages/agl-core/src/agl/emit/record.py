@@ -1,4 +1,4 @@
-"""How every emitter records its span."""
+"""`record`: the span of every emitter."""
 
 import functools
 import logging
@@ -7,15 +7,15 @@ from typing import Any
 
 from opentelemetry import trace
 
-from agl.content.content import Content
-from agl.context import TRACER, current_rollout, mark_error
+from agl.content.filter import ContentFilter
+from agl.context import TRACER, current_rollout
 from agl.emit.attributes import flat_attributes
 from agl.failsafe import raises_if_strict
 
 logger = logging.getLogger(__name__)
 
-_CONTENT = Content()
-"""Captured, whatever the environment says: the caller asked for it."""
+EMITTED_CONTENT = ContentFilter()
+"""Captured whatever the environment variable is, because the agent asks for it explicitly."""
 
 
 def record(
@@ -24,27 +24,27 @@ def record(
     attributes: Mapping[str, Any] | None,
     error: BaseException | None = None,
 ) -> str | None:
-    """Record a span `name` of no duration with what `build` returns over `attributes`, and return its id.
+    """Record a span `name` of no duration and return its id. Attributes of `build` override `attributes`.
 
-    What `build` raises is logged with the rollout, and None is returned; with `AGL_STRICT=1` it is raised. `error` is
-    marked on the span.
+    An exception of `build` is logged with the rollout's id and None is returned; with `AGL_STRICT=1` it propagates.
+    `error`, if given, is recorded on the span.
     """
     active = current_rollout()
     with raises_if_strict(f"{name} was not recorded ({f'rollout {active.rollout_id}' if active else 'no rollout'})"):
-        said = flat_attributes(attributes or {}) | flat_attributes(build())
-        span = TRACER.start_span(name, attributes=_CONTENT.redacted(said))
+        own = flat_attributes(attributes or {}) | flat_attributes(build())
+        span = TRACER.start_span(name, attributes=EMITTED_CONTENT.redacted(own))
         if not span.is_recording():
-            _explain_silence()
+            _warn_if_not_initialized()
             return None
         if error is not None:
-            mark_error(span, error, _CONTENT)
+            EMITTED_CONTENT.mark_error(span, error)
         span.end()
         return trace.format_span_id(span.get_span_context().span_id)
     return None
 
 
 @functools.cache
-def _explain_silence() -> None:
-    """Say once in a process that emitters record nothing before `agl.init()`; a sampled-out trace is not worth it."""
+def _warn_if_not_initialized() -> None:
+    """Warn once per process if `agl.init()` was not called. A trace that is not sampled causes no warning."""
     if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
         logger.warning("nothing is recorded: agl.init() was not called in this process")

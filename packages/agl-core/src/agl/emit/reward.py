@@ -1,4 +1,4 @@
-"""How good it was: a number, or several dimensions and their weighted sum."""
+"""`emit_reward`: a number, or several dimensions and their weighted sum."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from agl.emit.record import record
 from agl.errors import TelemetryError
 
 Reward = float | Mapping[str, float]
-"""A number, or a number for each dimension. bool and int count as numbers, and so does anything with `__float__`."""
+"""A number, or a number for each dimension; anything with `__float__` is a number, bool included."""
 
 _RESERVED = {semconv.REWARD_VALUE, semconv.REWARD_TARGET}
 _weights: dict[str, float] = {}
@@ -25,9 +25,12 @@ def emit_reward(
     role: str | None = None,
     attributes: Mapping[str, Any] | None = None,
 ) -> str | None:
-    """Record a reward: on the rollout, on one call (`target`: response id, span id or span), or on one role.
+    """Record a reward of the rollout, of one call (`target`: response id, span id or span), or of one role.
 
-    Dimensions are weighted as given to `agl.init(reward_weights=...)`; where none were given they count alike.
+        agl.emit_reward(1.0)
+        agl.emit_reward({"syntax": 1, "goal": 0.5}, role="executor")
+
+    Dimensions are summed with the weights of `agl.init(reward_weights=...)`; without weights, their mean is taken.
     """
     return record(
         semconv.SPAN_REWARD, lambda: reward_attributes(value, target=target, role=role, weights=_weights), attributes
@@ -35,14 +38,14 @@ def emit_reward(
 
 
 def use_weights(weights: Mapping[str, float]) -> None:
-    """Weigh the dimensions of every later `emit_reward` of this process. Raises TelemetryError for a bad number."""
+    """Set the weights of reward dimensions in this process. Raises TelemetryError for a weight that is not finite."""
     checked = {name: _number(f"weight of {name!r}", weight) for name, weight in weights.items()}
     _weights.clear()
     _weights.update(checked)
 
 
-def weights_in_use() -> dict[str, float]:
-    """What `use_weights` was last given."""
+def process_weights() -> dict[str, float]:
+    """The weights last given to `use_weights`."""
     return dict(_weights)
 
 
@@ -53,7 +56,7 @@ def reward_attributes(
     role: str | None = None,
     weights: Mapping[str, float] | None = None,
 ) -> dict[str, str | float]:
-    """Attributes of the span: the scalar, one float for each dimension, target and role. Raises TelemetryError."""
+    """Attributes of the span: the scalar, one float per dimension, target and role. Raises TelemetryError."""
     parts = _dimensions(value) if isinstance(value, Mapping) else {}
     scalar = weighted_sum(parts, weights or {}) if parts else _number("reward", value)
     found: dict[str, str | float] = {semconv.REWARD_VALUE: scalar}
@@ -64,16 +67,16 @@ def reward_attributes(
 
 
 def weighted_sum(parts: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """Sum of weight times part. With no weights at all, the mean: the scalar stays in the range of its parts.
+    """Sum of weight times part. Without any weights, the mean of the parts, which stays within their range.
 
-    A weighted dimension that is left out adds nothing. Raises TelemetryError for a dimension without a weight.
+    A weighted dimension that `parts` lacks adds 0. Raises TelemetryError for a dimension without a weight.
     """
     if not weights:
         return math.fsum(parts.values()) / len(parts)
     unknown = sorted(parts.keys() - weights.keys())
     if unknown:
         raise TelemetryError(
-            f"reward dimension {', '.join(unknown)} has no weight; weighted are {', '.join(sorted(weights))}"
+            f"reward dimension {', '.join(unknown)} has no weight; weights exist for {', '.join(sorted(weights))}"
             " (config `rewards`, agl.init(reward_weights=...))"
         )
     return math.fsum(weights[name] * part for name, part in parts.items())

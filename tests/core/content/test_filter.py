@@ -11,8 +11,7 @@ from opentelemetry.trace import StatusCode
 
 import agl
 from agl import semconv
-from agl.content.content import CAPTURE_CONTENT, Content
-from agl.context import mark_error
+from agl.content.filter import CAPTURE_CONTENT, ContentFilter
 from agl.errors import ConfigError
 
 PROVIDER = TracerProvider()
@@ -22,25 +21,25 @@ def scrub(text: str) -> str:
     return text.replace("Ada", "***")
 
 
-def put(content: Content, **attributes: str) -> dict[str, Any]:
+def put(content: ContentFilter, **attributes: str) -> dict[str, Any]:
     """What is on a span after `content` was asked to put `attributes`, by the names of their constants, on it."""
     span = PROVIDER.get_tracer("test").start_span("span")
-    content.put(span, lambda: {getattr(semconv, name): value for name, value in attributes.items()})
+    content.set_content(span, lambda: {getattr(semconv, name): value for name, value in attributes.items()})
     return dict(span.attributes or {})  # type: ignore[attr-defined]
 
 
 def redacted(name: str, value: Any, redact: Callable[[str], str] = scrub) -> Any:
     """`value` as JSON, as it comes out of `redact` under the constant `name`."""
-    return json.loads(put(Content(redact=redact), **{name: json.dumps(value)})[getattr(semconv, name)])
+    return json.loads(put(ContentFilter(redact=redact), **{name: json.dumps(value)})[getattr(semconv, name)])
 
 
-def error_on_span(content: Content, error: Exception) -> tuple[dict[str, Any], str, dict[str, Any]]:
+def error_on_span(content: ContentFilter, error: Exception) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """Attributes and status message of the span, and attributes of its event."""
     span: Any = PROVIDER.get_tracer("test").start_span("span")
     try:
         raise error
     except Exception as raised:  # noqa: BLE001 - it needs a stack trace
-        mark_error(span, raised, content)
+        content.mark_error(span, raised)
     (event,) = span.events
     assert span.status.status_code is StatusCode.ERROR and event.name == "exception"
     return dict(span.attributes), span.status.description, dict(event.attributes)
@@ -66,14 +65,14 @@ def test_content_is_captured_unless_the_switch_or_the_environment_says_no(
     if variable is not None:
         monkeypatch.setenv(CAPTURE_CONTENT, variable)
 
-    assert Content.of(switch).captured is captured
+    assert ContentFilter.of(switch).captured is captured
 
 
 def test_what_is_not_captured_is_not_even_described() -> None:
     asked: list[bool] = []
     span = PROVIDER.get_tracer("test").start_span("span")
 
-    Content(captured=False).put(span, lambda: {"said": str(asked.append(True))})
+    ContentFilter(captured=False).set_content(span, lambda: {"said": str(asked.append(True))})
 
     assert asked == [] and not span.attributes  # type: ignore[attr-defined]
 
@@ -129,7 +128,7 @@ def test_queries_and_documents_are_redacted() -> None:
     assert redacted("GEN_AI_RETRIEVAL_DOCUMENTS", [document]) == [
         {"id": "Ada-1", "content": "*** wrote it", "metadata": {"name": "***", "page": 3}}
     ]
-    found = put(Content(redact=scrub), GEN_AI_RETRIEVAL_QUERY_TEXT="who is Ada")
+    found = put(ContentFilter(redact=scrub), GEN_AI_RETRIEVAL_QUERY_TEXT="who is Ada")
     assert found == {"gen_ai.retrieval.query.text": "who is ***"}
 
 
@@ -143,7 +142,7 @@ def test_what_cannot_be_redacted_is_left_out_and_logged_without_the_text(
 ) -> None:
     query, documents = "for Ada", json.dumps([{"id": "1", "content": 7, "metadata": {}}])
 
-    found = put(Content(redact=redact), GEN_AI_RETRIEVAL_QUERY_TEXT=query, GEN_AI_RETRIEVAL_DOCUMENTS=documents)
+    found = put(ContentFilter(redact=redact), GEN_AI_RETRIEVAL_QUERY_TEXT=query, GEN_AI_RETRIEVAL_DOCUMENTS=documents)
 
     assert list(found) == ["gen_ai.retrieval.documents"]  # nothing to redact in it, so nothing left out
     (record,) = caplog.records
@@ -152,7 +151,7 @@ def test_what_cannot_be_redacted_is_left_out_and_logged_without_the_text(
 
 
 def test_an_error_is_redacted_in_its_message_its_stack_trace_and_its_status() -> None:
-    attributes, status, event = error_on_span(Content(redact=scrub), ValueError("no such customer: Ada"))
+    attributes, status, event = error_on_span(ContentFilter(redact=scrub), ValueError("no such customer: Ada"))
 
     assert attributes == {"error.type": "ValueError"}
     assert status == "ValueError: no such customer: ***"
@@ -162,7 +161,7 @@ def test_an_error_is_redacted_in_its_message_its_stack_trace_and_its_status() ->
 
 
 def test_an_error_whose_message_cannot_be_redacted_is_its_type(caplog: pytest.LogCaptureFixture) -> None:
-    attributes, status, event = error_on_span(Content(redact=fails), ConfigError("Ada"))
+    attributes, status, event = error_on_span(ContentFilter(redact=fails), ConfigError("Ada"))
 
     assert attributes == {"error.type": "ConfigError"} and status == "ConfigError"
     assert event == {"exception.type": "agl.errors.ConfigError"}
@@ -171,7 +170,7 @@ def test_an_error_whose_message_cannot_be_redacted_is_its_type(caplog: pytest.Lo
 
 def test_without_captured_content_an_error_is_its_type() -> None:
     """Its message may quote a prompt or an argument, and its stack trace ends with the message."""
-    attributes, status, event = error_on_span(Content(captured=False), ValueError("no such customer: Ada"))
+    attributes, status, event = error_on_span(ContentFilter(captured=False), ValueError("no such customer: Ada"))
 
     assert (attributes, status, event) == ({"error.type": "ValueError"}, "ValueError", {"exception.type": "ValueError"})
 
@@ -192,4 +191,4 @@ def test_a_rollout_that_fails_says_why_as_far_as_the_environment_lets_content_on
 
 def test_a_redact_that_cannot_be_called_is_refused() -> None:
     with pytest.raises(ConfigError, match="redact is 'yes', expected a function from str to str"):
-        Content.of(redact="yes")  # type: ignore[arg-type]
+        ContentFilter.of(redact="yes")  # type: ignore[arg-type]

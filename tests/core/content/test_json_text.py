@@ -3,7 +3,7 @@ from datetime import datetime
 
 import pytest
 
-from agl.content.content_json import content_json
+from agl.content.json_text import content_json
 
 
 def test_it_is_compact_and_keeps_every_script():

@@ -1,0 +1,102 @@
+"""`ContentFilter` decides which content goes on spans: captured or not, and redacted by which function."""
+
+import os
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from opentelemetry.trace import Span, Status, StatusCode
+from opentelemetry.util.types import AttributeValue
+
+from agl import semconv
+from agl.content.redaction import Redact, checked_redact, process_redact, redact_attribute
+from agl.failsafe import never_raises
+
+CAPTURE_CONTENT = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
+"""Environment variable of the OpenTelemetry GenAI conventions: `true`, `false`, or the signal that carries content."""
+
+_NOT_ON_SPANS = {"false", "0", "no", "off", "no_content", "event_only"}
+
+_EXCEPTION_TYPE = "exception.type"
+_EXCEPTION_MESSAGE = "exception.message"
+_EXCEPTION_STACKTRACE = "exception.stacktrace"
+
+
+@dataclass(frozen=True, slots=True)
+class ContentFilter:
+    """Which content of a plug-in or an emitter is recorded. Facts (ids, names, numbers) never pass through here."""
+
+    captured: bool = True
+    redact: Redact | None = None
+    """None: the function given to `agl.init`, if any."""
+
+    @classmethod
+    def of(cls, capture_content: bool | None = None, redact: Redact | None = None) -> "ContentFilter":
+        """The filter for a plug-in's arguments.
+
+        `capture_content` None: the environment variable decides; if it is not set, content is captured, because
+        training reads the messages. (The OpenTelemetry default is not to capture.)
+
+        `redact` receives every text of the content before it is recorded: the texts of messages, every string in tool
+        arguments and results, tool descriptions, queries, documents, and the messages and stack traces of exceptions.
+        It never receives token ids, roles, ids, names of tools and models, or keys of objects. If it raises or does not
+        return a str, the attribute is left out and the failure is logged. None: the function given to `agl.init` is
+        used, also if `agl.init` is called later.
+
+        Raises ConfigError if `redact` is not callable.
+        """
+        if capture_content is None:
+            capture_content = os.environ.get(CAPTURE_CONTENT, "").strip().lower() not in _NOT_ON_SPANS
+        return cls(capture_content, checked_redact(redact))
+
+    @property
+    def records_everything(self) -> bool:
+        """Whether all content is recorded unchanged."""
+        return self.captured and self._redact_in_use is None
+
+    @property
+    def _redact_in_use(self) -> Redact | None:
+        return self.redact or process_redact()
+
+    def set_content(self, span: Span, describe: Callable[[], Mapping[str, AttributeValue]]) -> None:
+        """Set the attributes that `describe` returns on `span`, as far as they may be recorded."""
+        if span.is_recording() and (attributes := self.filtered(describe)):
+            span.set_attributes(attributes)
+
+    def filtered(self, describe: Callable[[], Mapping[str, AttributeValue]]) -> Mapping[str, AttributeValue]:
+        """The redacted attributes of `describe`, which is not called if content is not captured."""
+        return self.redacted(describe()) if self.captured else {}
+
+    def redacted(self, attributes: Mapping[str, AttributeValue]) -> Mapping[str, AttributeValue]:
+        """`attributes` after redaction, without those whose redaction failed."""
+        redact = self._redact_in_use
+        if redact is None:
+            return attributes
+        redacted = {name: redact_attribute(name, value, redact) for name, value in attributes.items()}
+        return {name: value for name, value in redacted.items() if value is not None}
+
+    def mark_error(self, span: Span, error: BaseException) -> None:
+        """Set the status ERROR and `error.type` on `span`, and add an `exception` event.
+
+        An error message often quotes a prompt or a tool argument, and the stack trace ends with the message. Without
+        captured content, status and event therefore have the exception's type only.
+        """
+        with never_raises("an exception was not recorded"):
+            span.set_attribute(semconv.ERROR_TYPE, type(error).__qualname__)
+            status, event = self._error_content(error)
+            span.set_status(Status(StatusCode.ERROR, status))
+            span.add_event("exception", event)
+
+    def _error_content(self, error: BaseException) -> tuple[str, dict[str, AttributeValue]]:
+        """Status message, and attributes of the `exception` event."""
+        kind = type(error)
+        type_name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        content = self.filtered(
+            lambda: {
+                _EXCEPTION_MESSAGE: str(error),
+                _EXCEPTION_STACKTRACE: "".join(traceback.format_exception(error)),
+            }
+        )
+        message = content.get(_EXCEPTION_MESSAGE)
+        status = kind.__name__ if message is None else f"{kind.__name__}: {message}"
+        return status, {_EXCEPTION_TYPE: type_name, **content}
