@@ -1,4 +1,4 @@
-"""Functions named in the configuration, and what is said of each way in which they cannot be loaded."""
+"""Functions named in the configuration, and the error for each reason why one cannot be loaded."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def run(task):
 
 @pytest.fixture(autouse=True)
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with user code, as the current folder; nothing of it stays on sys.path."""
+    """A folder with user code as the current folder; sys.path is restored afterwards."""
     import sys
 
     monkeypatch.chdir(tmp_path)
@@ -41,7 +41,7 @@ def test_a_function_of_a_module_in_a_package_is_found(project: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reference", "said"),
+    ("reference", "message"),
     [
         ("no_such_module:run", "train.agent: no_such_module:run: there is no module 'no_such_module'"),
         ("ref_bad.nothing:run", "there is no module 'ref_bad.nothing'"),
@@ -53,11 +53,11 @@ def test_a_function_of_a_module_in_a_package_is_found(project: Path) -> None:
         ("ref_user", "not of the form module:function"),
     ],
 )
-def test_what_cannot_be_loaded_is_named(project: Path, reference: str, said: str) -> None:
+def test_the_error_names_what_cannot_be_loaded(project: Path, reference: str, message: str) -> None:
     (project / "ref_bad").mkdir()
     write(project, "ref_user", MODULE)
     write(project, "ref_imports", "import no_such_dependency")
     write(project, "ref_raises", "1 / 0")
     write(project, "ref_exits", "raise SystemExit(3)")
-    with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         load_function(reference, "train.agent")

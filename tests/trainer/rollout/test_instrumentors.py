@@ -1,4 +1,4 @@
-"""Instrumentors switched on by the name of their entry point."""
+"""Switching instrumentors on by the name of their entry point."""
 
 import pytest
 
@@ -7,13 +7,13 @@ from agl_langchain import LangChainInstrumentor
 from agl_trainer.rollout.instrumentors import instrumented
 
 
-def test_an_instrumentor_is_on_in_the_block_only() -> None:
+def test_an_instrumentor_is_on_only_in_the_block() -> None:
     with instrumented(["agl_langchain"]):
         assert LangChainInstrumentor().is_instrumented_by_opentelemetry
     assert not LangChainInstrumentor().is_instrumented_by_opentelemetry
 
 
-def test_one_that_was_on_before_stays_on() -> None:
+def test_an_instrumentor_that_was_on_before_stays_on() -> None:
     LangChainInstrumentor().instrument()
     try:
         with instrumented(["agl_langchain"]):
@@ -23,7 +23,7 @@ def test_one_that_was_on_before_stays_on() -> None:
         LangChainInstrumentor().uninstrument()
 
 
-def test_an_unknown_name_lists_those_installed_and_switches_nothing_on() -> None:
+def test_the_error_for_an_unknown_name_lists_the_installed_ones() -> None:
     with pytest.raises(ConfigError, match="no package offers 'langchian'; installed are agl_autogen, agl_langchain"):  # noqa: SIM117
         with instrumented(["agl_langchain", "langchian"]):
             pytest.fail("the block must not run")

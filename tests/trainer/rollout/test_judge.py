@@ -30,7 +30,7 @@ def judge_of(server: ScriptedJudge, **options: Any) -> Judge:
     return Judge(JudgeConfig(url=server.url, model="gpt", criteria="The longer the better.", **options), seed=0)
 
 
-def test_scores_are_mean_ranks_whatever_the_order_in_the_prompt() -> None:
+def test_scores_are_mean_ranks_independent_of_the_order_in_the_prompt() -> None:
     with ScriptedJudge(longest_first) as server:
         judged = judge_of(server, rankings=3).rank("g", "say a", ["aa", "aaaa", "a", "aaa", "aa"])
     assert judged.scores[1:4] == [1.0, 0.0, 0.75]
@@ -41,7 +41,7 @@ def test_scores_are_mean_ranks_whatever_the_order_in_the_prompt() -> None:
     assert all("What counts: The longer the better." in body["messages"][1]["content"] for body in server.requests)
 
 
-def test_a_judge_that_goes_by_the_place_disagrees_with_itself() -> None:
+def test_a_judge_that_ranks_by_position_in_the_prompt_disagrees_with_itself() -> None:
     with ScriptedJudge(lambda attempts, _: '{"ranking": [1, 2, 3, 4]}') as server:
         judged = judge_of(server, rankings=6).rank("g", "t", ["a", "bb", "ccc", "dddd"])
     assert 0.2 < judged.disagreement < 0.8
@@ -51,7 +51,7 @@ def test_a_judge_that_goes_by_the_place_disagrees_with_itself() -> None:
     assert disagreement([[0, 1]]) == 0
 
 
-def test_an_answer_without_a_ranking_is_asked_for_again_and_then_named() -> None:
+def test_an_answer_without_a_ranking_is_requested_again_and_then_reported() -> None:
     def improving(attempts: list[str], number: int) -> str:
         return '{"ranking": [1, 1]}' if number < 3 else '{"ranking": [2, 1]}'
 
@@ -68,7 +68,7 @@ def test_an_answer_without_a_ranking_is_asked_for_again_and_then_named() -> None
         judge_of(server).rank("g", "t", ["a", "b"])
 
 
-def test_the_key_is_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "secret")
     with ScriptedJudge(longest_first) as server:
         judge_of(server, key_env="JUDGE_KEY").rank("g", "t", ["a", "b"])
@@ -95,21 +95,21 @@ def store(tmp_path: Path) -> Iterator[Store]:
     store.close()
 
 
-class Given:
-    """A source of rollouts that are in the store."""
+class FixedSource:
+    """Draws the same rollouts of the store each time."""
 
     def __init__(self, store: Store, names: Sequence[str]) -> None:
         self.store, self.names = store, names
-        self.ahead: list[int] = []
+        self.prefetched: list[int] = []
 
     def draw(self, step: int, position: int, groups: range) -> RolloutBatch:
         return RolloutBatch([], [build_trajectory(self.store.query_spans(name)) for name in self.names])
 
     def prefetch(self, step: int) -> None:
-        self.ahead.append(step)
+        self.prefetched.append(step)
 
 
-def said(role: str, text: str, named: dict[str, Any]) -> Span:
+def answered(role: str, text: str, named: dict[str, Any]) -> Span:
     messages = [{"role": "assistant", "parts": [{"type": "text", "content": text}]}]
     request = {"messages": [{"role": "user", "content": "Say much."}]}
     own = {semconv.GEN_AI_OUTPUT_MESSAGES: json.dumps(messages), semconv.GATEWAY_REQUEST: json.dumps(request)}
@@ -121,7 +121,7 @@ def keep(
 ) -> None:
     named = {semconv.ROLLOUT_ID: name, semconv.GROUP_ID: group, semconv.ATTEMPT_ID: f"{name}-a1", semconv.MODE: "train"}
     whole = span(semconv.SPAN_ROLLOUT, named, status="error" if failed else "unset")
-    store.append_spans([whole, *(said(role, text, named) for role, text in texts.items())])
+    store.append_spans([whole, *(answered(role, text, named) for role, text in texts.items())])
     store.append_spans([Span(**{**_fields(made), "attributes": {**made.attributes, **named}}) for made in rewards])
 
 
@@ -134,14 +134,14 @@ def rewards_of(made: Trajectory, role: str | None = None) -> list[tuple[float, d
     return [(one.value, one.dimensions) for one in made.rewards if one.role == role]
 
 
-def test_a_group_is_ranked_and_each_rollout_gets_its_rank_beside_what_it_had(store: Store) -> None:
+def test_each_rollout_of_a_group_gets_its_rank_beside_its_earlier_dimensions(store: Store) -> None:
     goal = {f"{semconv.REWARD_PREFIX}goal": 1.0}
     keep(store, "r1", {"writer": "short"}, reward(1.0, goal))
     keep(store, "r2", {"writer": "quite long"}, reward(0.5))
     keep(store, "r3", {"writer": "middling"})
     keep(store, "failed", {"writer": "the longest of them all"}, failed=True)
     keep(store, "alone", {"writer": "x"}, group="h")
-    source = Given(store, ["r1", "r2", "r3", "failed", "alone"])
+    source = FixedSource(store, ["r1", "r2", "r3", "failed", "alone"])
     with ScriptedJudge(longest_first) as server:
         drawn = JudgedSource(source, judge_of(server), store).draw(0, 0, range(1))
     by_name = {made.rollout_id: made for made in drawn.trajectories}
@@ -157,21 +157,21 @@ def test_a_group_is_ranked_and_each_rollout_gets_its_rank_beside_what_it_had(sto
         "judge/disagreement": 0.0,
     }
     assert "<task>\n[user] Say much.\n</task>" in server.requests[0]["messages"][1]["content"]
-    (word,) = (one for one in store.query_spans("r1") if one.name == semconv.SPAN_JUDGE)
-    assert word.attributes[semconv.JUDGE_DISAGREEMENT] == 0.0
-    assert word.attributes[semconv.GEN_AI_USAGE_INPUT_TOKENS] == pytest.approx(200 / 3)
+    (judgement,) = (one for one in store.query_spans("r1") if one.name == semconv.SPAN_JUDGE)
+    assert judgement.attributes[semconv.JUDGE_DISAGREEMENT] == 0.0
+    assert judgement.attributes[semconv.GEN_AI_USAGE_INPUT_TOKENS] == pytest.approx(200 / 3)
     assert "reward 0.5 (goal 1, judge 0)" in Inspection(store.query_spans("r1")).text()
-    # Judged again, the rank is not taken for a dimension that was there before.
+    # Judged again: the earlier rank is replaced, not counted as another dimension.
     with ScriptedJudge(longest_first) as server:
         again = JudgedSource(source, judge_of(server), store).draw(0, 0, range(1)).trajectories
     assert rewards_of(again[1])[-1] == (0.75, {"reward": 0.5, "judge": 1.0})
 
 
-def test_roles_are_ranked_each_by_its_own_part(store: Store) -> None:
+def test_each_role_is_ranked_by_its_own_calls(store: Store) -> None:
     keep(store, "r1", {"writer": "long answer", "fixer": "no"})
     keep(store, "r2", {"writer": "short", "fixer": "much better"})
     keep(store, "r3", {"writer": "middling", "judge": "nothing to fix"})
-    source = Given(store, ["r1", "r2", "r3"])
+    source = FixedSource(store, ["r1", "r2", "r3"])
     weights = {"judge": 2.0, "goal": 1.0}
     with ScriptedJudge(longest_first) as server:
         judged = JudgedSource(source, judge_of(server), store, ["writer", "fixer"], weights)
@@ -180,14 +180,14 @@ def test_roles_are_ranked_each_by_its_own_part(store: Store) -> None:
     assert [rewards_of(one, "writer")[0][0] for one in made] == [2.0, 0.0, 1.0]
     assert [rewards_of(one, "fixer") for one in made] == [[(0.0, {"judge": 0.0})], [(2.0, {"judge": 1.0})], []]
     assert all(rewards_of(one) == [] for one in made)
-    assert source.ahead == [4]
+    assert source.prefetched == [4]
 
 
-def test_a_group_that_is_not_judged_keeps_what_it_has(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_group_that_is_not_judged_keeps_its_rewards(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     keep(store, "r1", {"writer": "a"}, reward(1.0))
     keep(store, "r2", {"writer": "b"})
     with ScriptedJudge(lambda *_: "no idea") as server:
-        drawn = JudgedSource(Given(store, ["r1", "r2"]), judge_of(server), store).draw(0, 0, range(1))
+        drawn = JudgedSource(FixedSource(store, ["r1", "r2"]), judge_of(server), store).draw(0, 0, range(1))
     assert [rewards_of(made) for made in drawn.trajectories] == [[(1.0, {})], []]
     assert (drawn.metrics["judge/groups"], drawn.metrics["judge/failed"]) == (0, 1)
     assert "group g is not judged: the judge at" in caplog.text

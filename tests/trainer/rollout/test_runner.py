@@ -1,4 +1,4 @@
-"""Agents of every temper, run for rollouts of a real store, their spans sent over real OTLP."""
+"""Agents that answer, raise, hang or exit, run for rollouts of a real store, with spans over real OTLP."""
 
 import logging
 import signal
@@ -27,7 +27,7 @@ HANGING = ["hang_on_odd", "hang_async_on_odd", "hang_in_a_thread_on_odd", "block
 
 @pytest.fixture
 def make(store: Store) -> Iterator[Make]:
-    """Makes runners on the store, and ends what their agents left hanging."""
+    """Makes runners on the store; at the end it releases agents that hang."""
     made: list[Runner] = []
     agents.release.clear()
 
@@ -52,7 +52,7 @@ def states(outcomes: list[Outcome]) -> list[str]:
     return [outcome.state.value for outcome in outcomes]
 
 
-def test_answers_rewards_and_spans_are_there_when_it_returns(store: Store, make: Make) -> None:
+def test_run_returns_with_answers_rewards_and_spans_stored(store: Store, make: Make) -> None:
     runner = make(agents.double, reward=agents.closeness, reward_weights={"goal": 0.8, "speed": 0.2})
     outcomes = runner.run(rollouts(3, 4, mode="eval"))
     assert outcomes == [
@@ -72,7 +72,7 @@ def test_answers_rewards_and_spans_are_there_when_it_returns(store: Store, make:
     assert [attempt.state for attempt in store.query_attempts("r3")] == [AttemptState.SUCCEEDED]
 
 
-def test_async_agents_and_rewards_run_side_by_side(store: Store, make: Make) -> None:
+def test_async_agents_and_rewards_run_concurrently(store: Store, make: Make) -> None:
     outcomes = make(agents.double_async, reward=agents.judge, concurrency=16).run(rollouts(*range(40)))
     assert [(outcome.answer, outcome.reward, outcome.parts) for outcome in outcomes] == [
         (2 * task, 2 * task / 10, {}) for task in range(40)
@@ -88,7 +88,7 @@ def test_an_agent_keeps_its_event_loop_from_run_to_run(make: Make) -> None:
     assert len(set(answers)) == 1
 
 
-def test_an_agent_that_raises_is_data(store: Store, make: Make) -> None:
+def test_an_agent_that_raises_makes_a_failed_rollout(store: Store, make: Make) -> None:
     outcomes = make(agents.raise_on_odd).run(rollouts(1, 2))
     assert outcomes[0] == Outcome("r1", RolloutState.FAILED, "ValueError: 1 is odd")
     assert states(outcomes) == ["failed", "succeeded"]
@@ -99,14 +99,14 @@ def test_an_agent_that_raises_is_data(store: Store, make: Make) -> None:
     assert "raise_on_odd" in str(span.events[0].attributes["exception.stacktrace"])
 
 
-def test_an_agent_that_exits_does_not_take_the_runner_along(make: Make) -> None:
+def test_an_agent_that_exits_does_not_end_the_runner(make: Make) -> None:
     outcomes = make(agents.leave_on_odd, concurrency=1).run(rollouts(1, 2))
     assert states(outcomes) == ["failed", "succeeded"]
     assert outcomes[0].error is not None and "SystemExit (3)" in outcomes[0].error
 
 
 @pytest.mark.parametrize(
-    ("score", "said"),
+    ("score", "message"),
     [
         (lambda task, answer: answer / 0, "ZeroDivisionError"),
         (lambda task, answer: None, "reward is NoneType, expected a number"),
@@ -114,15 +114,17 @@ def test_an_agent_that_exits_does_not_take_the_runner_along(make: Make) -> None:
         (lambda task, answer: {"style": 1.0}, "reward dimension style has no weight"),
     ],
 )
-def test_a_reward_function_that_fails_is_named(make: Make, score: Callable[[Any, Any], Any], said: str) -> None:
+def test_the_error_names_a_reward_function_that_fails(
+    make: Make, score: Callable[[Any, Any], Any], message: str
+) -> None:
     (outcome,) = make(agents.double, reward=score, reward_weights={"goal": 1.0}).run(rollouts(1))
     assert outcome.state is RolloutState.FAILED
-    assert outcome.error is not None and "the reward function failed" in outcome.error and said in outcome.error
+    assert outcome.error is not None and "the reward function failed" in outcome.error and message in outcome.error
 
 
 @pytest.mark.parametrize("agent", [getattr(agents, name) for name in HANGING])
-def test_agents_that_never_answer_cost_their_time_limit_only(store: Store, make: Make, agent: Any) -> None:
-    """Four that hang, two at once, would use up the concurrency for ever."""
+def test_agents_that_never_answer_cost_only_their_timeout(store: Store, make: Make, agent: Any) -> None:
+    """Four agents that hang, at concurrency 2, would block the runner forever."""
     began = time.monotonic()
     outcomes = make(agent, concurrency=2, timeout_s=0.3).run(rollouts(1, 3, 5, 7, 2, 4))
     assert time.monotonic() - began < 8
@@ -166,7 +168,7 @@ def test_with_concurrency_one_rollouts_run_in_the_order_given(make: Make) -> Non
     assert ended == [outcome.rollout_id for outcome in outcomes] == ["r5", "r1", "r4", "r2", "r3"]
 
 
-def test_no_more_run_at_once_than_allowed(make: Make) -> None:
+def test_at_most_concurrency_rollouts_run_at_a_time(make: Make) -> None:
     lock, running, most = threading.Lock(), [0], [0]
 
     def agent(task: int) -> None:
@@ -181,7 +183,7 @@ def test_no_more_run_at_once_than_allowed(make: Make) -> None:
     assert most == [3]
 
 
-def test_what_others_queued_in_the_same_store_is_left_alone(store: Store, make: Make) -> None:
+def test_rollouts_that_others_queued_in_the_store_are_not_run(store: Store, make: Make) -> None:
     store.enqueue_rollouts(rollouts(9, prefix="other"))
     assert states(make(agents.double).run(rollouts(1))) == ["succeeded"]
     left = store.get_rollout("other9")
@@ -205,12 +207,12 @@ def test_a_rollout_that_another_runner_holds_is_refused(store: Store, make: Make
     assert (held.state, other.state) == (RolloutState.RUNNING, RolloutState.CANCELLED)
 
 
-def test_a_task_that_is_not_json_is_refused_by_name(make: Make) -> None:
+def test_the_error_names_a_rollout_whose_task_is_not_json(make: Make) -> None:
     with pytest.raises(StoreError, match="rollout bad is not a JSON value"):
         make(agents.double).run([Rollout("bad", object())])
 
 
-def test_a_rollout_whose_spans_are_lost_has_not_succeeded(store: Store, make: Make) -> None:
+def test_a_rollout_whose_spans_are_lost_is_cancelled(store: Store, make: Make) -> None:
     agl.shutdown()
     with pytest.raises(TrainingError, match="spans of 1 answered rollouts did not reach the collector"):
         make(agents.double).run(rollouts(1))
@@ -225,13 +227,15 @@ def test_a_long_rollout_keeps_its_heartbeat(store: Store, make: Make, monkeypatc
     assert attempt.heartbeat_ns - attempt.started_ns > 0.3e9
 
 
-def test_a_rollout_that_another_cancels_is_given_up(store: Store, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rollout_that_another_process_cancels_is_given_up(
+    store: Store, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(runner_module, "_HEARTBEAT_S", 0.05)
     timer = threading.Timer(0.2, store.cancel_rollouts, (["r1", "r2"],))
     timer.start()
     outcomes = make(agents.hang_on_odd).run(rollouts(1, 2, 4))
     timer.join()
-    # The second had answered, but was not yet marked: its spans are only looked for at the end.
+    # The second had answered, but is marked as succeeded only at the end, once its spans are stored.
     assert states(outcomes) == ["cancelled", "cancelled", "succeeded"]
     assert [attempt.state.value for attempt in store.query_attempts("r1")] == ["cancelled"]
 
@@ -255,7 +259,7 @@ def hang_first(tries: list[int]) -> Callable[[int], int]:
     return agent
 
 
-def test_ctrl_c_keeps_what_was_answered_and_cancels_the_rest(store: Store, make: Make) -> None:
+def test_ctrl_c_keeps_answered_rollouts_and_cancels_the_rest(store: Store, make: Make) -> None:
     def interrupt(outcome: Outcome) -> None:
         signal.raise_signal(signal.SIGINT)
 

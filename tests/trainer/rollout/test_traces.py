@@ -1,4 +1,4 @@
-"""Rollouts of a store as training data: found once each, filtered, in groups; and what supervised training takes."""
+"""Rollouts of a store as training data: found once each, filtered, grouped, and turned into SFT rows."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -58,8 +58,8 @@ def test_rollouts_are_chosen_by_mode_and_tags(store: Store) -> None:
         stored_groups(store, TracesConfig(modes=["eval"], tags={"team": "bar"}))
 
 
-def test_a_rollout_without_a_name_is_found_once_though_its_call_has_a_trace_of_its_own(store: Store) -> None:
-    """An agent with a handler and no rollout, through the gateway, without `traceparent`."""
+def test_an_implicit_rollout_is_found_once_although_its_call_has_another_trace(store: Store) -> None:
+    """An agent with a callback handler but no `agl.rollout`, calling the gateway without `traceparent`."""
     answer = {semconv.GEN_AI_RESPONSE_ID: "chatcmpl-1"}
     asked, given = chat(attributes=answer), gateway_call(attributes=answer, trace_id=OTHER_TRACE)
     nameless = [replace(one, attributes=_without_rollout(one)) for one in (asked, given)]

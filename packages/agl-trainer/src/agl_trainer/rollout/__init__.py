@@ -1,1 +1,1 @@
-"""Rollouts: agents that run, judges that rank, and rollouts that the store holds."""
+"""Produces rollouts: runs the agents, ranks their attempts with a judge, reads rollouts from the store."""

@@ -1,4 +1,4 @@
-"""The user's agent function, called once for each attempt, with its answer scored inside the rollout."""
+"""Calls the user's agent function for an attempt, and the reward function on its answer, inside `agl.rollout`."""
 
 import inspect
 import logging
@@ -21,32 +21,33 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False, slots=True)
 class AgentRun:
-    """An attempt under way, and what came of it. Filled in by the thread that runs it."""
+    """A running attempt and its result. The thread that runs it fills in the result."""
 
     rollout: Rollout
     attempt: Attempt
     deadline: float
-    """On `time.monotonic`."""
+    """On the clock of `time.monotonic`, in seconds."""
     answer: Any = None
     reward: float | None = None
     parts: dict[str, float] = field(default_factory=dict)
     error: str | None = None
     awaited: Future[Any] | None = None
-    """What the thread waits for, where the agent is async."""
+    """Future of an async agent (or reward function) that the thread waits for."""
     abandoned: bool = False
 
     def abandon(self) -> None:
-        """Cancel what can be cancelled. A thread cannot: it may go on, but nothing of it counts any more."""
+        """Discard the run's result and cancel its coroutine. A thread cannot be cancelled and may go on running."""
         self.abandoned = True
         if self.awaited is not None:
             self.awaited.cancel()
 
 
 class Agent:
-    """`function` (sync or async; it receives the task) and the reward of its answers.
+    """The agent `function` and the `reward` function, each sync or async.
 
-    `reward` (sync or async) is called with the task and the answer and returns a number or `{dimension: number}`,
-    weighed by `weights` as `agl.emit.reward.weighted_sum` says; None: the agent emits its rewards itself.
+    `function` receives the task. `reward` receives the task and the answer and returns a number or
+    `{dimension: number}`, combined by `agl.emit.reward.weighted_sum` with `weights`. If `reward` is None, the agent
+    emits its rewards itself.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Agent:
         self._loop = AgentLoop()
 
     def execute(self, run: AgentRun) -> None:
-        """Call the function in the calling thread, inside `agl.rollout`; never raises: an error stands in `run`."""
+        """Call the function in the calling thread, inside `agl.rollout`. Never raises: an error is kept in `run`."""
         rollout = run.rollout
         try:
             with agl.rollout(
@@ -70,14 +71,14 @@ class Agent:
                 attempt_id=run.attempt.attempt_id,
                 mode=cast(Mode, rollout.mode),
             ):
-                run.answer = self._finish(run, self._function(rollout.input))
+                run.answer = self._resolve(run, self._function(rollout.input))
                 if self._reward is not None and not run.abandoned:
                     self._score(run, self._reward)
-        except BaseException as error:  # noqa: BLE001 - whatever an agent does, sys.exit included, is data
-            run.error = _say(error)
+        except BaseException as error:  # noqa: BLE001 - any failure of the agent, sys.exit included, ends the attempt only
+            run.error = _describe(error)
 
     def renew_blocked_loop(self) -> None:
-        """Give later runs a new event loop where an async agent blocks the present one."""
+        """Start a new event loop for later runs if an async agent blocks the current one."""
         if self._loop.is_blocked():
             logger.warning("an async agent blocks its event loop (a call without await); starting another loop")
             self._loop = AgentLoop()
@@ -87,22 +88,22 @@ class Agent:
 
     def _score(self, run: AgentRun, reward: Callable[[Any, Any], Any]) -> None:
         try:
-            score = self._finish(run, reward(run.rollout.input, run.answer))
+            score = self._resolve(run, reward(run.rollout.input, run.answer))
             attributes = reward_attributes(score, weights=self._weights)
-        except Exception as error:  # the reward function is the user's: whatever it raises is named as its own
-            raise AgentError(f"the reward function failed: {_say(error)}") from error
+        except Exception as error:  # the reward function is the user's: any error of it must name it
+            raise AgentError(f"the reward function failed: {_describe(error)}") from error
         run.reward = float(attributes.pop(semconv.REWARD_VALUE))
         run.parts = {name.removeprefix(semconv.REWARD_PREFIX): float(part) for name, part in attributes.items()}
         agl.emit_reward(run.reward, attributes=attributes)
 
-    def _finish(self, run: AgentRun, result: Any) -> Any:
-        """`result`, awaited on the agents' loop where it is awaitable."""
+    def _resolve(self, run: AgentRun, result: Any) -> Any:
+        """`result`, or the value of an awaitable `result`, which runs on the agents' event loop."""
         if not inspect.isawaitable(result):
             return result
         run.awaited = self._loop.submit(result)
         return run.awaited.result()
 
 
-def _say(error: BaseException) -> str:
-    """Type and message of `error`; its traceback stands in the rollout's span."""
+def _describe(error: BaseException) -> str:
+    """Type and message of `error`; the rollout's span has its traceback."""
     return traceback.format_exception_only(error)[-1].strip()

@@ -1,4 +1,4 @@
-"""The asyncio loop on which async agents run."""
+"""The asyncio event loop of async agents."""
 
 import asyncio
 import threading
@@ -12,24 +12,24 @@ _CLOSE_WITHIN_S = 2.0
 
 
 class AgentLoop:
-    """An event loop in a daemon thread of its own.
+    """An event loop in its own daemon thread, shared by all rollouts and kept as long as the runner.
 
-    All rollouts share one, and it lives as long as its runner: the HTTP clients that an agent keeps (or its framework
-    caches) are bound to the loop that first used them. As a daemon it never keeps the process from ending.
+    One loop for all: an HTTP client that an agent keeps, or its framework caches, is bound to the loop that first used
+    it. A daemon thread does not keep the process alive.
     """
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._loop.set_default_executor(_DaemonThreads())
+        self._loop.set_default_executor(_DaemonExecutor())
         self._thread = threading.Thread(target=self._run, name="agl-agents", daemon=True)
         self._thread.start()
 
     def submit(self, awaitable: Awaitable[Any]) -> Future[Any]:
-        """Run `awaitable` here, in a copy of the calling thread's context; cancelling the future cancels it."""
+        """Run `awaitable` in a copy of the calling thread's context; cancelling the future cancels it."""
         return asyncio.run_coroutine_threadsafe(_guarded(awaitable), self._loop)
 
     def is_blocked(self, wait_s: float = 1.0) -> bool:
-        """Whether the loop does not turn within `wait_s`: something on it blocks without awaiting."""
+        """Whether the loop runs no callback within `wait_s`, because a coroutine blocks without awaiting."""
         try:
             self.submit(asyncio.sleep(0)).result(wait_s)
         except TimeoutError:
@@ -37,7 +37,7 @@ class AgentLoop:
         return False
 
     def close(self) -> None:
-        """Cancel what still runs and end the thread; one that is blocked is left behind."""
+        """Cancel running coroutines and end the thread; a blocked thread is abandoned."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_CLOSE_WITHIN_S)
@@ -47,10 +47,10 @@ class AgentLoop:
             runner.get_loop().run_forever()
 
 
-class _DaemonThreads(ThreadPoolExecutor):
-    """Runs `asyncio.to_thread` and its like, a daemon thread for each call.
+class _DaemonExecutor(ThreadPoolExecutor):
+    """Runs each `asyncio.to_thread` or `run_in_executor` call in its own daemon thread.
 
-    A call that hangs would use up a pool for every later rollout, and the pool would keep the process from ending.
+    Calls that hang would exhaust a thread pool for all later rollouts, and a pool would keep the process alive.
     """
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -64,12 +64,12 @@ def _fulfil(future: Future[Any], fn: Callable[..., Any], args: tuple[Any, ...], 
         return
     try:
         future.set_result(fn(*args, **kwargs))
-    except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits for the future
+    except BaseException as error:  # noqa: BLE001 - the future raises it where it is awaited
         future.set_exception(error)
 
 
 async def _guarded(awaitable: Awaitable[Any]) -> Any:
     try:
         return await awaitable
-    except (SystemExit, KeyboardInterrupt) as error:  # either would end the loop, and every other rollout with it
+    except (SystemExit, KeyboardInterrupt) as error:  # either would stop the loop and all rollouts on it
         raise AgentError(f"it raised {type(error).__name__} ({error})") from error

@@ -1,4 +1,4 @@
-"""Functions that the configuration names as `module:function`."""
+"""Imports functions that the configuration names as `module:function`."""
 
 import importlib
 import os
@@ -11,10 +11,10 @@ from agl.errors import ConfigError
 
 
 def load_function(reference: str | None, key: str) -> Callable[..., Any]:
-    """The function that `reference` (`module:function`) names; modules are found from the current folder too.
+    """Import the function `reference` (`module:function`), from the current folder or `sys.path`.
 
-    `key` is the configuration key that holds the reference, for the message. Raises ConfigError where the module is
-    not there, its import raises, it has no such attribute, or the attribute cannot be called, and for no reference.
+    `key` is the configuration key of the reference, for messages. Raises ConfigError if `reference` is None or
+    malformed, the module does not exist or its import fails, or the attribute is missing or not callable.
     """
     if reference is None:
         raise ConfigError(f"{key} is not set; name a function as module:function")
@@ -42,5 +42,5 @@ def _import(name: str, where: str) -> ModuleType:
         if error.name and f"{name}.".startswith(f"{error.name}."):
             raise ConfigError(f"{where}: there is no module {error.name!r} in {folder} or on sys.path") from error
         raise ConfigError(f"{where}: importing {name} needs {error.name!r}, which is not installed") from error
-    except (Exception, SystemExit) as error:  # the module is the user's: whatever it raises is theirs to see
+    except (Exception, SystemExit) as error:  # the module is the user's: show any error of it
         raise ConfigError(f"{where}: importing {name} raised {type(error).__name__}: {error}") from error

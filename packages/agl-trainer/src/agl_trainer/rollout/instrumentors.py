@@ -1,4 +1,4 @@
-"""Instrumentors switched on around a training, by the name of their OpenTelemetry entry point."""
+"""Switches OpenTelemetry instrumentors on for the time of a training, by the name of their entry point."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,9 +12,9 @@ _GROUP = "opentelemetry_instrumentor"
 
 @contextmanager
 def instrumented(names: Sequence[str]) -> Iterator[None]:
-    """Instrument the frameworks of `names` (`agl_langchain`, ...) in the block; one that already was stays so after it.
+    """Switch on the instrumentors `names` (`agl_langchain`, ...) in the block, and off again if they were off before.
 
-    Raises ConfigError for a name that no installed package offers, or whose framework is not there.
+    Raises ConfigError if no installed package provides a name, or its framework is not installed.
     """
     known = {entry.name: entry for entry in entry_points(group=_GROUP)}
     with ExitStack() as stack:

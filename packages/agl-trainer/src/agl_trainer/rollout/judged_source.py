@@ -1,7 +1,7 @@
-"""The judge's word as a reward: the groups of a step are ranked, and each rollout gets its rank as a dimension.
+"""A source whose groups are ranked by the judge; each rollout's rank becomes the dimension `judge` of its reward.
 
-Span by span: `agl.judge` says what a judgement cost and how sure it was, `agl.reward` below it is the reward, which
-takes the place of the one that the rollout, or the role in it, had before.
+For each rollout (and role, if roles are ranked separately) it appends two spans: `agl.judge` with the cost and the
+disagreement of the judgement, and below it `agl.reward`, which replaces the earlier reward of that rollout or role.
 """
 
 import json
@@ -24,15 +24,15 @@ from agl_trainer.rollout.sources import RolloutBatch, RolloutSource
 logger = logging.getLogger(__name__)
 
 DIMENSION = "judge"
-"""Of the reward."""
-_AT_ONCE = 8
+"""Reward dimension that holds the rank."""
+_CONCURRENCY = 8
 
 
 @dataclass(frozen=True, slots=True)
 class JudgedSource:
-    """The groups of `source`, ranked by `judge`: for each of `roles` by its part alone, or, with none, as a whole.
+    """The groups of `source`, ranked by `judge`: separately for each of `roles`, or as a whole if `roles` is empty.
 
-    A group that cannot be judged keeps the rewards that it has, and a warning says why.
+    A group that cannot be judged keeps its rewards, and a warning gives the reason.
     """
 
     source: RolloutSource
@@ -40,51 +40,54 @@ class JudgedSource:
     store: Store
     roles: Sequence[str] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Of the dimensions of a reward."""
+    """Weights of the reward dimensions."""
 
     def draw(self, step: int, position: int, groups: range) -> RolloutBatch:
-        drawn = self.source.draw(step, position, groups)
+        batch = self.source.draw(step, position, groups)
         by_group: dict[str, list[Trajectory]] = {}
-        for trajectory in drawn.trajectories:
+        for trajectory in batch.trajectories:
             if trajectory.error is None:
                 by_group.setdefault(trajectory.group_id or trajectory.rollout_id, []).append(trajectory)
-        asked = [(made, role) for made in by_group.values() if len(made) > 1 for role in self.roles or (None,)]
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            judgements = list(pool.map(lambda one: self._judge_group(*one), asked))
-        judged = {trajectory.rollout_id for made, _ in asked for trajectory in made}
-        again = [
-            build_trajectory(self.store.query_spans(one.rollout_id)) if one.rollout_id in judged else one
-            for one in drawn.trajectories
+        tasks = [(group, role) for group in by_group.values() if len(group) > 1 for role in self.roles or (None,)]
+        with ThreadPoolExecutor(_CONCURRENCY) as pool:
+            judgements = list(pool.map(lambda task: self._judge_group(*task), tasks))
+        judged = {trajectory.rollout_id for group, _ in tasks for trajectory in group}
+        trajectories = [
+            build_trajectory(self.store.query_spans(old.rollout_id)) if old.rollout_id in judged else old
+            for old in batch.trajectories
         ]
-        return RolloutBatch(drawn.outcomes, again, {**drawn.metrics, **_metrics(judgements)})
+        return RolloutBatch(batch.outcomes, trajectories, {**batch.metrics, **_metrics(judgements)})
 
     def prefetch(self, step: int) -> None:
         self.source.prefetch(step)
 
-    def _judge_group(self, members: Sequence[Trajectory], role: str | None) -> Judgement | None:
-        told = [(made, self.store.query_spans(made.rollout_id)) for made in members]
-        parts = [(made, transcript(made, spans, role)) for made, spans in told]
-        parts = [(made, text) for made, text in parts if text]
-        if len(parts) < 2:
+    def _judge_group(self, group: Sequence[Trajectory], role: str | None) -> Judgement | None:
+        members = [(trajectory, self.store.query_spans(trajectory.rollout_id)) for trajectory in group]
+        transcripts = [(trajectory, transcript(trajectory, spans, role)) for trajectory, spans in members]
+        transcripts = [(trajectory, text) for trajectory, text in transcripts if text]
+        if len(transcripts) < 2:
             return None
-        name = f"group {members[0].group_id}" + (f", role {role}" if role else "")
+        name = f"group {group[0].group_id}" + (f", role {role}" if role else "")
         try:
-            judgement = self.judge.rank(name, task_of(*told[0]), [text for _, text in parts])
+            judgement = self.judge.rank(name, task_of(*members[0]), [text for _, text in transcripts])
         except TrainingError as error:
             logger.warning("%s is not judged: %s", name, error)
             return None
-        for (made, _), score in zip(parts, judgement.scores, strict=True):
-            self.store.append_spans(self._spans(made, role, score, judgement, len(parts)))
+        for (trajectory, _), score in zip(transcripts, judgement.scores, strict=True):
+            self.store.append_spans(self._spans(trajectory, role, score, judgement))
         return judgement
 
-    def _spans(
-        self, made: Trajectory, role: str | None, score: float, judgement: Judgement, members: int
-    ) -> list[Span]:
-        own = [reward for reward in made.rewards if reward.target is None and reward.role == role]
-        dimensions = _dimensions(own[-1] if own else None) | {DIMENSION: score}
-        shared: dict[str, AttributeValue] = {semconv.ROLLOUT_ID: made.rollout_id, semconv.MODE: made.mode}
-        named = {semconv.ATTEMPT_ID: made.attempt_id, semconv.GROUP_ID: made.group_id, semconv.ROLE: role}
-        shared |= {name: value for name, value in named.items() if value is not None}
+    def _spans(self, trajectory: Trajectory, role: str | None, score: float, judgement: Judgement) -> list[Span]:
+        earlier = [reward for reward in trajectory.rewards if reward.target is None and reward.role == role]
+        dimensions = _dimensions(earlier[-1] if earlier else None) | {DIMENSION: score}
+        shared: dict[str, AttributeValue] = {semconv.ROLLOUT_ID: trajectory.rollout_id, semconv.MODE: trajectory.mode}
+        optional = {
+            semconv.ATTEMPT_ID: trajectory.attempt_id,
+            semconv.GROUP_ID: trajectory.group_id,
+            semconv.ROLE: role,
+        }
+        shared |= {name: value for name, value in optional.items() if value is not None}
+        members = len(judgement.scores)
         cost: dict[str, AttributeValue] = {
             semconv.JUDGE_DISAGREEMENT: judgement.disagreement,
             semconv.GEN_AI_USAGE_INPUT_TOKENS: judgement.input_tokens / members,
@@ -92,7 +95,7 @@ class JudgedSource:
         }
         reward: dict[str, AttributeValue] = {semconv.REWARD_VALUE: weighted_sum(dimensions, self.weights)}
         reward |= {semconv.REWARD_PREFIX + name: value for name, value in dimensions.items()}
-        trace_id, judge_id, now = made.calls[-1].trace_id, secrets.token_hex(8), time.time_ns()
+        trace_id, judge_id, now = trajectory.calls[-1].trace_id, secrets.token_hex(8), time.time_ns()
         return [
             Span(trace_id, judge_id, None, semconv.SPAN_JUDGE, now, now, shared | cost),
             Span(trace_id, secrets.token_hex(8), judge_id, semconv.SPAN_REWARD, now, now, shared | reward),
@@ -100,7 +103,7 @@ class JudgedSource:
 
 
 def transcript(trajectory: Trajectory, spans: Sequence[Span], role: str | None) -> str:
-    """What the calls of the last attempt answered, of one role or of all, in order."""
+    """Output messages of the last attempt's calls, in order, one `[role] text` each; of one role or of all (None)."""
     by_id = {span.span_id: span for span in spans}
     lines = []
     for call in trajectory.calls:
@@ -111,13 +114,13 @@ def transcript(trajectory: Trajectory, spans: Sequence[Span], role: str | None) 
 
 
 def task_of(trajectory: Trajectory, spans: Sequence[Span]) -> str:
-    """What the first call of a rollout was asked, as its request says it."""
+    """Messages of the first recorded request of a rollout, as the description of its task."""
     by_id = {span.span_id: span for span in spans}
     for call in trajectory.calls:
         span = by_id.get(call.span_id)
         body = _json(span.text(semconv.GATEWAY_REQUEST)) if span else None
-        asked = body.get("messages") if isinstance(body, dict) else None
-        messages = asked if isinstance(asked, list) else _messages(span, semconv.GEN_AI_INPUT_MESSAGES)
+        requested = body.get("messages") if isinstance(body, dict) else None
+        messages = requested if isinstance(requested, list) else _messages(span, semconv.GEN_AI_INPUT_MESSAGES)
         if text := "\n".join(f"[{message.get('role')}] {_text(message)}" for message in messages):
             return text
     return "(not recorded)"
@@ -136,30 +139,30 @@ def _json(text: str | None) -> object:
 
 
 def _text(message: Mapping[str, object]) -> str:
-    """The text of a message; whatever else it has, e.g. a tool call, as JSON."""
+    """Text of a message; parts that are not text, e.g. tool calls, as JSON."""
     parts = message.get("parts", message.get("content"))
     if isinstance(parts, str):
         return parts
-    found = []
+    texts = []
     for part in parts if isinstance(parts, list) else []:
         content = part.get("content", part.get("text")) if isinstance(part, dict) else None
-        found.append(content if isinstance(content, str) else json.dumps(part))
-    return "\n".join(found)
+        texts.append(content if isinstance(content, str) else json.dumps(part))
+    return "\n".join(texts)
 
 
 def _dimensions(reward: Reward | None) -> dict[str, float]:
-    """Those of the reward that was there; a plain number is dimension `reward`."""
+    """Dimensions of an earlier reward without the judge's; a reward that is a plain number is dimension `reward`."""
     if reward is None:
         return {}
-    before = {name: value for name, value in reward.dimensions.items() if name != DIMENSION}
-    return before or ({} if DIMENSION in reward.dimensions else {"reward": reward.value})
+    others = {name: value for name, value in reward.dimensions.items() if name != DIMENSION}
+    return others or ({} if DIMENSION in reward.dimensions else {"reward": reward.value})
 
 
 def _metrics(judgements: Sequence[Judgement | None]) -> dict[str, float]:
-    made = [judgement for judgement in judgements if judgement is not None]
-    metrics = {"judge/groups": float(len(made)), "judge/failed": float(len(judgements) - len(made))}
-    metrics["judge/input_tokens"] = float(sum(judgement.input_tokens for judgement in made))
-    metrics["judge/output_tokens"] = float(sum(judgement.output_tokens for judgement in made))
-    if made:
-        metrics["judge/disagreement"] = sum(judgement.disagreement for judgement in made) / len(made)
+    done = [judgement for judgement in judgements if judgement is not None]
+    metrics = {"judge/groups": float(len(done)), "judge/failed": float(len(judgements) - len(done))}
+    metrics["judge/input_tokens"] = float(sum(judgement.input_tokens for judgement in done))
+    metrics["judge/output_tokens"] = float(sum(judgement.output_tokens for judgement in done))
+    if done:
+        metrics["judge/disagreement"] = sum(judgement.disagreement for judgement in done) / len(done)
     return metrics

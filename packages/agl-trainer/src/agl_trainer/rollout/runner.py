@@ -1,4 +1,4 @@
-"""Runs an agent function for rollouts, many at once, and records in the store how each of them ended."""
+"""Runs an agent function for many rollouts concurrently, and records in the store how each ended."""
 
 import contextlib
 import contextvars
@@ -27,7 +27,7 @@ _FLUSH_AT_STOP_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a rollout ended. `reward` and its `parts` are there where the runner has a reward function."""
+    """How a rollout ended. `reward` and its `parts` are set if the runner has a reward function."""
 
     rollout_id: str
     state: RolloutState
@@ -38,11 +38,11 @@ class Outcome:
 
 
 class Runner:
-    """Runs `agent` (sync or async; it receives the task) for rollouts, each in a daemon thread of its own.
+    """Runs `agent` (sync or async; it receives the task) for rollouts, each in its own daemon thread.
 
-    `reward` and `reward_weights`: see `Agent`. An agent or a reward function that raises, or is not done within
-    `timeout_s`, makes a failed rollout, never an exception. With `concurrency` 1 rollouts run one by one in the order
-    given. Spans reach the store over `agl.init()`'s exporter.
+    `reward` and `reward_weights`: see `Agent`. If the agent or the reward function raises, or does not finish within
+    `timeout_s`, the rollout fails; the runner raises nothing. With `concurrency` 1 the rollouts run one by one in the
+    given order. Spans reach the store through the exporter of `agl.init()`.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class Runner:
     def run(
         self, rollouts: Sequence[Rollout], *, on_done: Callable[[Outcome], None] = lambda outcome: None
     ) -> list[Outcome]:
-        """Run `rollouts` and return their outcomes in the same order; `on_done` sees each as it ends.
+        """Run `rollouts` and return their outcomes in the same order; `on_done` is called as each ends.
 
-        When it returns, all their spans are in the store. A rollout that the store knows as ended is not run again.
-        KeyboardInterrupt, or any other exception, cancels what has not ended and goes on upwards. Raises StoreError
-        for a rollout that another runner holds, TrainingError where spans did not reach the collector.
+        On return all their spans are in the store. A rollout that has ended according to the store is not run again.
+        Any exception, KeyboardInterrupt included, cancels the rollouts that have not ended and is re-raised. Raises
+        StoreError for a rollout that another runner holds, TrainingError if spans did not reach the collector.
         """
         batch = _Batch(self, on_done)
         try:
@@ -88,7 +88,7 @@ class Runner:
 
 
 class _Batch:
-    """One `Runner.run`: which rollouts wait, which run, and how the others ended."""
+    """State of one `Runner.run`: waiting rollouts, running attempts and outcomes."""
 
     def __init__(self, runner: Runner, on_done: Callable[[Outcome], None]) -> None:
         self._runner = runner
@@ -99,7 +99,7 @@ class _Batch:
         self._answered: dict[str, AgentRun] = {}
         self._ended: queue.SimpleQueue[AgentRun] = queue.SimpleQueue()
         self._outcomes: dict[str, Outcome] = {}
-        self._next_beat = time.monotonic() + _HEARTBEAT_S
+        self._next_heartbeat = time.monotonic() + _HEARTBEAT_S
 
     def run(self, rollouts: Sequence[Rollout]) -> list[Outcome]:
         self._store.enqueue_rollouts(rollouts)
@@ -110,12 +110,15 @@ class _Batch:
             if self._running:
                 self._wait()
             self._expire()
-            self._beat()
+            self._heartbeat()
         self._settle()
         return [self._outcomes[rollout.rollout_id] for rollout in rollouts]
 
     def cancel(self) -> None:
-        """Leave nothing of this batch queued or running in the store; what was answered is kept if its spans are."""
+        """Cancel every rollout of the batch that is queued or running in the store.
+
+        Answered rollouts are kept if their spans reach the collector in time.
+        """
         for run in self._running.values():
             run.abandon()
         self._store.cancel_rollouts([*self._waiting, *(run.rollout.rollout_id for run in self._running.values())])
@@ -128,14 +131,14 @@ class _Batch:
         leased = self._store.lease_rollout(self._runner.worker_id, rollout_id)
         if leased is not None:
             self._start(AgentRun(*leased, deadline=time.monotonic() + self._runner.timeout_s))
-        self._waiting.popleft()  # only now: an interrupt before this cancels it
+        self._waiting.popleft()  # last, so that an interrupt before this line still cancels the rollout
         if leased is None:
             self._done(self._ended_before(rollout_id))
 
     def _start(self, run: AgentRun) -> None:
         self._running[run.attempt.attempt_id] = run
         in_context, name = contextvars.copy_context().run, f"agl {run.attempt.attempt_id}"
-        # A daemon, so that an agent that never answers does not keep the process from ending.
+        # A daemon thread: an agent that never answers does not keep the process alive.
         threading.Thread(target=in_context, args=(self._execute, run), name=name, daemon=True).start()
 
     def _execute(self, run: AgentRun) -> None:
@@ -143,7 +146,7 @@ class _Batch:
         self._ended.put(run)
 
     def _ended_before(self, rollout_id: str) -> Outcome:
-        """Outcome of a rollout that cannot be leased because the store knows its end."""
+        """Outcome, from the store, of a rollout that cannot be leased because it has ended."""
         rollout, attempts = self._store.get_rollout(rollout_id), self._store.query_attempts(rollout_id)
         if rollout is None or rollout.state in (RolloutState.QUEUED, RolloutState.RUNNING):
             holder = attempts[-1].worker_id if attempts else "nobody"
@@ -154,8 +157,8 @@ class _Batch:
         return Outcome(rollout_id, rollout.state, attempts[-1].error if attempts else None)
 
     def _wait(self) -> None:
-        """Until a run ends, one runs out of time, or a heartbeat is due; then take all that have ended."""
-        due = min([self._next_beat, *(run.deadline for run in self._running.values())])
+        """Wait until a run ends, a deadline passes or a heartbeat is due; then handle all runs that have ended."""
+        due = min([self._next_heartbeat, *(run.deadline for run in self._running.values())])
         with contextlib.suppress(queue.Empty):
             self._take(self._ended.get(timeout=max(0.0, due - time.monotonic())))
             while True:
@@ -192,7 +195,7 @@ class _Batch:
             self._done(Outcome(rollout.rollout_id, rollout.state, error))
 
     def _lose(self, run: AgentRun) -> None:
-        """Give up an attempt that somebody else has ended; what the store then knows of its rollout counts."""
+        """Give up an attempt that another process has ended; the rollout's state in the store decides."""
         logger.warning("attempt %s was ended in %s by another", run.attempt.attempt_id, self._store.uri)
         run.abandon()
         del self._running[run.attempt.attempt_id]
@@ -202,17 +205,17 @@ class _Batch:
         self._outcomes[outcome.rollout_id] = outcome
         self._on_done(outcome)
 
-    def _beat(self) -> None:
-        if time.monotonic() < self._next_beat:
+    def _heartbeat(self) -> None:
+        if time.monotonic() < self._next_heartbeat:
             return
-        self._next_beat = time.monotonic() + _HEARTBEAT_S
+        self._next_heartbeat = time.monotonic() + _HEARTBEAT_S
         for attempt_id in self._store.heartbeat([*self._running, *self._answered]):
             if run := self._running.get(attempt_id):
                 self._lose(run)
         self._store.end_overdue_attempts()
 
     def _settle(self) -> None:
-        """Mark what was answered as succeeded, but only once its spans are in the store."""
+        """Mark answered rollouts as succeeded, after their spans have reached the store."""
         if not agl.flush():
             raise TrainingError(
                 f"spans of {len(self._answered)} answered rollouts did not reach the collector; look at its log, and "
@@ -226,6 +229,6 @@ class _Batch:
             rollout_id = run.rollout.rollout_id
             try:
                 state = self._store.finish_attempt(attempt_id, AttemptState.SUCCEEDED).state
-            except TransitionError:  # ended by another since it answered
+            except TransitionError:  # another process ended it after it answered
                 state = self._ended_before(rollout_id).state
             self._outcomes[rollout_id] = replace(self._outcomes[rollout_id], state=state)

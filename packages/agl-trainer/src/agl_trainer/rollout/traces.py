@@ -1,4 +1,4 @@
-"""Rollouts that are in a store already, as something to train on: found, filtered and put into groups."""
+"""Finds, filters and groups rollouts that a store already holds, to train on them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,28 +12,28 @@ from agl.trajectory import Trajectory, build_trajectory
 
 @dataclass(frozen=True, slots=True)
 class StoredGroup:
-    """Rollouts of one task. One that names no group is a group of its own."""
+    """Rollouts of one task. A rollout without a group id is a group by itself."""
 
     group_id: str
     rollout_ids: tuple[str, ...]
 
 
 def read_traces(store: Store, traces: TracesConfig) -> Iterator[Trajectory]:
-    """The rollouts in `store` that `traces` asks for and that made a call, by the arrival of their first spans."""
+    """Rollouts in `store` that match `traces` and made a model call, ordered by the arrival of their first span."""
     seen: set[str] = set()
     for rollout_id in store.rollout_ids():
         spans = store.query_spans(rollout_id)
         if not spans or not _has_tags(spans, traces):
             continue
         trajectory = build_trajectory(spans)
-        # A call without a parent is found by its own trace too, and that is the same rollout once more.
+        # A call without a parent is also listed under its trace id, which yields the same rollout twice.
         if trajectory.mode in traces.modes and trajectory.calls and trajectory.rollout_id not in seen:
             seen.add(trajectory.rollout_id)
             yield trajectory
 
 
 def stored_groups(store: Store, traces: TracesConfig) -> list[StoredGroup]:
-    """The groups of `read_traces`, in the order of their first rollouts. Raises TrainingError where there are none."""
+    """The groups of `read_traces`, ordered by their first rollout. Raises TrainingError if there are none."""
     groups: dict[str, list[str]] = {}
     for trajectory in read_traces(store, traces):
         groups.setdefault(trajectory.group_id or trajectory.rollout_id, []).append(trajectory.rollout_id)
@@ -47,7 +47,7 @@ def stored_groups(store: Store, traces: TracesConfig) -> list[StoredGroup]:
 
 
 def load_groups(store: Store, groups: Sequence[StoredGroup]) -> list[Trajectory]:
-    """The trajectories of all rollouts of `groups` that are still there."""
+    """Trajectories of the rollouts of `groups` whose spans the store still has."""
     found = [store.query_spans(rollout_id) for group in groups for rollout_id in group.rollout_ids]
     return [build_trajectory(spans) for spans in found if spans]
 
