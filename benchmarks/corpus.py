@@ -1,7 +1,7 @@
-"""Spans as agents with tools make them, always the same: OTLP/HTTP bodies made before any clock starts.
+"""Deterministic OTLP/HTTP request bodies with the spans of agents that call tools, built before any clock starts.
 
-A trace is 8 spans: an agent, 4 chats with their messages, 2 tools, a reward. In the corpus `tokens` chats carry token
-ids and logprobs as well: 2.75 KB a span on average, beside 1.3 KB in `light`.
+A trace has 8 spans: one agent, 4 chats with their messages, 2 tools and a reward. In the corpus `tokens`, chats also
+carry token ids and logprobs: 2.75 KB per span on average, compared with 1.3 KB in `light`.
 """
 
 import itertools
@@ -18,11 +18,11 @@ from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Sp
 
 Corpus = Literal["tokens", "light"]
 Body = tuple[int, bytes]
-"""Number of spans, and the request."""
+"""Number of spans, and the serialized request."""
 
 SPANS_PER_TRACE: Final = 8
 _DISTINCT_TRACES: Final = 320
-"""After these they come again, under other ids."""
+"""After so many traces their contents repeat with new ids."""
 _BEGIN_NS: Final = 1_795_000_000_000_000_000
 _WORDS: Final = ("agent", "tool", "result", "order", "refund", "table", "column", "price", "weather", "patch")
 ANYONE: Final = ({"service.name": "benchmark"},)
@@ -31,12 +31,12 @@ ANYONE: Final = ({"service.name": "benchmark"},)
 def bodies(
     corpus: Corpus, spans: int, batch: int, resources: Sequence[Mapping[str, str]] = ANYONE, *, first: int = 0
 ) -> Iterator[Body]:
-    """Spans from number `first` on, in requests of `batch`; traces are of the `resources` in turn.
+    """`spans` spans, starting at number `first`, in requests of `batch` spans. Traces take the `resources` in turn.
 
-    Raises ValueError for a batch in which a trace would come twice.
+    Raises ValueError if a batch is so large that it would contain the same trace object twice.
     """
     if batch > _DISTINCT_TRACES * SPANS_PER_TRACE:
-        raise ValueError(f"batches are of {batch} spans, expected at most {_DISTINCT_TRACES * SPANS_PER_TRACE}")
+        raise ValueError(f"batch is {batch} spans, expected at most {_DISTINCT_TRACES * SPANS_PER_TRACE}")
     traces = range(first // SPANS_PER_TRACE, (first + spans) // SPANS_PER_TRACE)
     ordered = ((span, number % len(resources)) for number in traces for span in _trace(corpus, number))
     for pairs in _chunks(ordered, batch):
@@ -54,7 +54,7 @@ def _chunks(pairs: Iterator[tuple[Span, int]], size: int) -> Iterator[list[tuple
 
 
 def _trace(corpus: Corpus, number: int) -> list[Span]:
-    """Changed in place when it comes again: the caller has written it by then."""
+    """Reuses and changes the cached spans in place, so the caller must serialize them before the contents repeat."""
     spans = _distinct_trace(corpus, number % _DISTINCT_TRACES)
     ids = random.Random(number).randbytes(16 + 8 * SPANS_PER_TRACE)
     for place, span in enumerate(spans):

@@ -1,10 +1,10 @@
-"""Which situations an instrumentation gets right, ours and the peers'. Writes docs/08-correctness.md.
+"""Check the spans of every instrumentation, ours and the peers', in each situation. Writes docs/08-correctness.md.
 
 .venv/bin/python -m benchmarks.correctness
-.venv/bin/python -m benchmarks.correctness --ours --json     # only ours, as JSON, nothing written
+.venv/bin/python -m benchmarks.correctness --ours --json     # check only ours, print JSON, write nothing
 
-Every instrumentation has a process of its own and is asked the same: what its spans should say in each situation of
-`benchmarks/situations/`, whoever made them.
+Each instrumentation runs in a separate process. All face the same checks: the expected spans of each situation in
+`benchmarks/situations/`.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from benchmarks.situations.recording import Recording
 
 PAGE = ROOT / "docs" / "08-correctness.md"
 LIMIT_S = 600
-"""For all situations of one instrumentation."""
+"""Time limit for all situations of one instrumentation."""
 TITLES = {"langchain": "LangChain and LangGraph", "autogen": "AutoGen"}
 FRAMEWORKS = {
     "langchain": ("langchain", "langchain-core", "langchain-openai", "langgraph"),
@@ -36,12 +36,12 @@ FRAMEWORKS = {
 }
 
 Verdicts = dict[str, str | None]
-"""By title of the situation: None where it is right, else what is wrong."""
+"""Result by title of the situation: None if the spans are right, else the reason why they are wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """What one instrumentation gets right, and of which versions that was asked."""
+    """Results of one instrumentation, with the versions of its packages."""
 
     name: str
     versions: list[str]
@@ -53,7 +53,10 @@ def situations(framework: str) -> Situations:
 
 
 def examine(framework: str, instrumentation: Instrumentation) -> Column:
-    """Try every situation in a process that has the instrumentation. Raises CalledProcessError where it has none."""
+    """Check every situation in a process with the instrumentation.
+
+    Raises CalledProcessError if its packages cannot be installed.
+    """
     process = instrumentation.child("benchmarks.correctness", "--child", framework, instrumentation.name)
     try:
         answer, _ = process.communicate(timeout=LIMIT_S)
@@ -71,7 +74,7 @@ def _child(framework: str, name: str) -> None:
     trace.set_tracer_provider(provider)
     switched = instrumentation.switch_on(provider, InMemorySpanExporter())
     rows = situations(framework)
-    gc.freeze()  # what has been imported need not be searched for garbage after every attempt
+    gc.freeze()  # Excludes the imported modules from the garbage collection after every attempt, which saves time.
     with open_desk(switched, recording) as desk:
         verdicts = {one.title: one.verdict(desk) for one in rows}
     print("\n" + json.dumps({"name": name, "versions": instrumentation.versions(), "verdicts": verdicts}))
@@ -79,8 +82,8 @@ def _child(framework: str, name: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ours", action="store_true", help="examine only ours")
-    parser.add_argument("--json", action="store_true", help="print the verdicts, write no page")
+    parser.add_argument("--ours", action="store_true", help="check only our instrumentations")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON and write no page")
     parser.add_argument("--child", nargs=2, metavar=("FRAMEWORK", "NAME"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -91,8 +94,8 @@ def main() -> None:
         for framework in COMPARED
     }
     if arguments.json:
-        said = {framework: {one.name: one.verdicts for one in columns} for framework, columns in found.items()}
-        print(json.dumps(said, indent=1))
+        verdicts = {framework: {one.name: one.verdicts for one in columns} for framework, columns in found.items()}
+        print(json.dumps(verdicts, indent=1))
     else:
         PAGE.write_text(page(found), encoding="utf-8")
 
@@ -104,12 +107,12 @@ def _column(framework: str, instrumentation: Instrumentation, only_ours: bool) -
     try:
         return examine(framework, instrumentation)
     except subprocess.CalledProcessError:
-        print(f"{instrumentation.name} could not be installed and is left out", file=sys.stderr)
+        print(f"{instrumentation.name} is left out: pip could not install it", file=sys.stderr)
         return None
 
 
 def page(found: dict[str, list[Column]]) -> str:
-    """The page: a table for each framework, and below it what each column gets wrong."""
+    """The page: a table for each framework, followed by the reasons for each `no`."""
     parts = [_HEAD]
     for framework, columns in found.items():
         parts += [f"## {TITLES[framework]}\n", _versions(framework, columns), _table(columns)]
@@ -120,22 +123,23 @@ def page(found: dict[str, list[Column]]) -> str:
 _HEAD = """\
 # 8. Correctness
 
-What the spans of an agent say in situations that occur, by whose instrumentation made them. The page is written by
+Whether the spans of an agent are right in situations that occur in practice, for each instrumentation. This command
+writes the page:
 
 ```sh
 .venv/bin/python -m benchmarks.correctness
 ```
 
-which runs every situation of `benchmarks/situations/langchain.py` and `benchmarks/situations/autogen.py` with each
-instrumentation in a process of its own, against a real server on loopback, and asks the same of all of them: a model
-call, a tool call or a retriever is recognised by the attribute with which its instrumentation marks it. A situation is
-tried in every way in which it can occur (`invoke`, `ainvoke`, `stream`, `astream`, `batch`, `abatch`,
-`astream_events`); the reason names those that go wrong, or none where all do. A test holds our own columns to yes
-throughout.
+It runs every situation of `benchmarks/situations/langchain.py` and `benchmarks/situations/autogen.py` with each
+instrumentation in a separate process, against a real server on loopback. All instrumentations face the same checks; a
+model call, a tool call or a retriever is recognised by the attribute with which the instrumentation marks it. A
+situation is tried in every way in which it can occur (`invoke`, `ainvoke`, `stream`, `astream`, `batch`, `abatch`,
+`astream_events`). The reason for a "no" names the ways that fail, or none if all fail. A test requires "yes" in every
+row of our own columns.
 
-Ours are `LangChainInstrumentor().instrument()` and `AutoGenInstrumentor().instrument()`; without a gateway
-`capture_token_ids(model)` besides. The peers are switched on as their documentation says, with the settings they come
-with. What they do not set out to do, as to carry token ids, counts as no all the same.
+Ours are `LangChainInstrumentor().instrument()` and `AutoGenInstrumentor().instrument()`, with
+`capture_token_ids(model)` where no gateway is used. The peers are enabled as their documentation describes, with their
+default settings. A feature that a peer does not intend to have, such as token ids, still counts as "no".
 """
 
 
@@ -167,7 +171,7 @@ def _reasons(column: Column) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without what Markdown would read as its own."""
+    """`text` with the special characters of Markdown escaped."""
     return text.translate({ord(sign): f"\\{sign}" for sign in "*<>[]|"})
 
 

@@ -1,4 +1,4 @@
-"""The demo over several seeds: held-out reward after each phase, paired differences, wall time. Prints Markdown.
+"""Run the demo with several seeds: held-out reward after each phase, paired differences, wall time. Prints Markdown.
 
 .venv/bin/python benchmarks/demo_seeds.py 0 1 2
 .venv/bin/python benchmarks/demo_seeds.py --tiny 0 1 2

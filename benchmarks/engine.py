@@ -1,15 +1,16 @@
-"""Tokens a second of the in-process engine beside vLLM on the CPU and transformers' `generate`. Prints Markdown.
+"""Tokens per second of the in-process engine, vLLM on the CPU and transformers' `generate`. Prints Markdown.
 
     .venv/bin/python -m benchmarks.engine
 
-Each round asks every engine in turn for one token each of a warm-up and then for 48 tokens after each of 8, and of 32,
-prompts that share their first 300 tokens and have 12 of their own, all at once, at temperature 1 from the whole
-distribution. Prompts are random tokens, new in every round, so that nothing is left of an earlier one. All compute in
-float32 unless the table says otherwise. Ours and vLLM answer over HTTP (`/v1/completions`); `generate` gets the whole
-batch in one call, in the process of the client. `two adapters` sends every other request to another LoRA of rank 16.
+Each engine answers one warm-up request. Each round then sends every engine in turn 8 requests at once, and 32 at once,
+and samples 48 tokens for each at temperature 1 from the full distribution. The prompts of a round share their first 300
+tokens and have 12 tokens of their own. They are random and new in every round, so that no engine can reuse the cache of
+an earlier round. All engines compute in float32 unless the table says otherwise. Ours and vLLM answer over HTTP
+(`/v1/completions`); `generate` gets the whole batch in one call, in the process of the client. In the rows `two
+adapters`, requests alternate between two LoRA adapters of rank 16.
 
-An answer may end early, so tokens are counted. The prompt tokens that ours computed are counted by the engine, and its
-logprobs are compared with those that the trainer's forward pass gives for the same tokens.
+Rates count the tokens actually sampled, since an answer may end early. Our engine also reports how many prompt tokens
+it computed, and its logprobs are compared with those of the trainer's forward pass for the same tokens.
 """
 
 import argparse
@@ -55,7 +56,7 @@ Prompts = Sequence[list[int]]
 
 @dataclass(frozen=True)
 class Answer:
-    """Token ids of one sequence, and its logprobs where they were told."""
+    """Sampled token ids of one sequence, and their logprobs; empty if the engine reports none."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -63,7 +64,7 @@ class Answer:
 
 @dataclass
 class Contestant:
-    """An engine, and what was measured of it: for each number of requests, tokens a second of every round."""
+    """An engine and its rates in tokens per second, one per round, by the number of simultaneous requests."""
 
     name: str
     sample: Callable[[Prompts], list[Answer]]
@@ -79,13 +80,13 @@ class Contestant:
 
 @dataclass
 class Ours:
-    """The engine of a policy, and how well its logprobs agree with the trainer's."""
+    """Our engine with its policy, and the differences between its logprobs and the trainer's."""
 
     policy: Policy
     scheduler: Scheduler
     url: str
     computed: dict[tuple[str, int], int] = field(default_factory=dict)
-    """Prompt tokens computed in the last round, by the contestant's name and the number of requests."""
+    """Prompt tokens computed in the last round, by contestant name and number of requests."""
     differences: list[float] = field(default_factory=list)
 
     def contestant(self, name: str, models: Sequence[str]) -> Contestant:
@@ -98,14 +99,14 @@ class Ours:
         return answers
 
     def compare(self, prompts: Prompts, answers: Sequence[Answer], models: Sequence[str]) -> None:
-        """Note how far the logprobs of `answers` are from the trainer's own."""
+        """Record the absolute differences between the logprobs of `answers` and the trainer's."""
         for model in models:
             asked = range(list(models).index(model), len(prompts), len(models))
             rows = [_row(prompts[i], answers[i]) for i in asked]
             with self.scheduler.paused(), torch.no_grad():
                 found = row_logprobs(self.policy, BASE if model == MODEL else model, rows)
-            told = torch.cat([torch.tensor(answers[i].logprobs) for i in asked])
-            self.differences += (found.logprobs[found.mask] - told).abs().tolist()
+            reported = torch.cat([torch.tensor(answers[i].logprobs) for i in asked])
+            self.differences += (found.logprobs[found.mask] - reported).abs().tolist()
 
 
 def _row(prompt: list[int], answer: Answer) -> TrainingRow:
@@ -113,7 +114,7 @@ def _row(prompt: list[int], answer: Answer) -> TrainingRow:
 
 
 def over_http(url: str, prompts: Prompts, models: Sequence[str]) -> list[Answer]:
-    """All `prompts` at once, each to the next of `models`."""
+    """Send all `prompts` at once, to the `models` in turn."""
 
     async def ask(client: httpx.AsyncClient, index: int) -> Answer:
         wanted = {"max_tokens": NEW, "temperature": 1.0, "logprobs": 0, "return_token_ids": True}
@@ -132,10 +133,10 @@ def over_http(url: str, prompts: Prompts, models: Sequence[str]) -> list[Answer]
 
 
 def generate(model: PreTrainedModel, prompts: Prompts) -> list[Answer]:
-    """transformers' own sampling, the whole batch at once; prompts are of one length, so nothing is padded."""
+    """Sample the whole batch with transformers. All prompts have the same length, so nothing is padded."""
     ids = torch.tensor(prompts)
     options: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": NEW}
-    sample: Any = model.generate  # a module's attributes are taken for tensors
+    sample: Any = model.generate  # Any: the type checker takes attributes of a module for tensors
     with torch.inference_mode():
         out = sample(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)[:, ids.shape[1] :]
     end = model.generation_config.eos_token_id
@@ -143,7 +144,7 @@ def generate(model: PreTrainedModel, prompts: Prompts) -> list[Answer]:
 
 
 def _until(tokens: list[int], end: Any) -> list[int]:
-    """`tokens` with the first `end`, if there is one, and nothing after it."""
+    """`tokens` up to and including the first `end`, or all of them if there is none."""
     return tokens[: tokens.index(end) + 1] if end in tokens else tokens
 
 
@@ -186,8 +187,8 @@ def run_rounds(
                 if contestant.name in checked:
                     ours, models = checked[contestant.name]
                     ours.compare(prompts, answers, models)
-            told = ", ".join(f"{one.name} {one.rates[count][-1]:.0f}" for one in contestants)
-            print(f"round {number + 1}, {count} requests: {told}", file=sys.stderr, flush=True)
+            rates = ", ".join(f"{one.name} {one.rates[count][-1]:.0f}" for one in contestants)
+            print(f"round {number + 1}, {count} requests, tokens/s: {rates}", file=sys.stderr, flush=True)
 
 
 def print_table(contestants: Sequence[Contestant]) -> None:
@@ -202,14 +203,14 @@ def print_table(contestants: Sequence[Contestant]) -> None:
 
 def print_ratios(ours: Contestant, peers: Sequence[Contestant]) -> None:
     for count in CONCURRENT:
-        # Rounds are compared one by one: other work on the machine falls on all engines of a round alike.
+        # Ratios are taken within a round: other work on the machine slows all engines of a round alike.
         ratios = [
             own / max(theirs)
             for own, *theirs in zip(ours.rates[count], *(peer.rates[count] for peer in peers), strict=True)
         ]
         met = "met" if median(ratios) >= TARGET else "missed"
         print(
-            f"{count} requests: {ours.name} samples {median(ratios):.1f} times what the better of the others does "
+            f"{count} requests: {ours.name} samples {median(ratios):.1f} times as fast as the better of its peers "
             f"({min(ratios):.1f} to {max(ratios):.1f}). The target, {TARGET} times, is {met}.\n"
         )
 
@@ -217,7 +218,7 @@ def print_ratios(ours: Contestant, peers: Sequence[Contestant]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--without-peers", action="store_true", help="only ours")
+    parser.add_argument("--without-peers", action="store_true", help="measure only our engine")
     arguments = parser.parse_args()
     disable_progress_bar()
     adapters = ["planner", "executor"]
@@ -250,7 +251,7 @@ def main() -> None:
         for (name, count), computed in ours.computed.items():
             if count in CONCURRENT:
                 sent = count * (SHARED + OWN)
-                print(f"{name}, {count} requests: {computed:,} of {sent:,} prompt tokens were computed.\n")
+                print(f"{name}, {count} requests: the engine computed {computed:,} of {sent:,} prompt tokens.\n")
         for name, engine in (("float32", ours), ("products in bfloat16", rounded)):
             gaps = sorted(engine.differences)
             print(

@@ -1,4 +1,4 @@
-"""What one process could do at best with request bodies, without a server: one core, one commit for each body."""
+"""Upper bounds on the ingest rate of one process without a server: one core, one commit per request body."""
 
 import os
 import sqlite3
@@ -15,8 +15,10 @@ Row = tuple[bytes, bytes, str, int, bytes]
 
 
 def measure(bodies: Sequence[Body], folder: Path) -> dict[str, float]:
-    """Spans per second: `parse` of the protobuf alone; `store`: parse, cut into rows, insert and commit in SQLite
-    (WAL, synchronous FULL, a unique index on the ids); `append`: the body written to a file and fsynced.
+    """Spans per second of three programs.
+
+    `parse` parses the protobuf only. `store` parses, cuts the body into rows and commits them to SQLite (WAL,
+    synchronous FULL, a unique index on the ids). `append` writes each body to a file and calls fsync.
     """
     spans = sum(count for count, _ in bodies)
     return {floor.__name__: spans / _time(floor, bodies, folder) for floor in (parse, store, append)}

@@ -1,15 +1,18 @@
-"""What the gateway adds to a call, beside LiteLLM's proxy; and 1,000 rollouts that hold streams open. Prints Markdown.
+"""Latency and throughput of the gateway and of LiteLLM's proxy; 1,000 rollouts with open streams. Prints Markdown.
 
     .venv/bin/python -m benchmarks.gateway [--only latency|throughput|streams]
 
-Engine, proxies and clients are a process each. The engine (`null_engine`) costs next to nothing and answers 16 tokens
-with ids and logprobs; ours commits each call to a SQLite file before it ends, LiteLLM keeps nothing.
+Engine, proxies and clients each have a process of their own. The engine (`null_engine`) costs next to nothing and
+answers 16 tokens with ids and logprobs. Our gateway commits each call to a SQLite file before the call ends; LiteLLM
+stores nothing.
 
-- Added latency: calls that take a while at the engine, as sampling does, so many at once; direct and through the
-  gateway in turns. What is added is the difference of the percentiles. An engine that answers at once would measure
-  throughput: 32 clients that never wait queue up behind each other. On a virtual machine an idle core takes
-  milliseconds to wake up, several times a call; `--awake` gives each core something to do that makes way at once.
-- Throughput: 32 clients, an engine that answers at once.
+- Added latency: 1, 32 or 256 calls at once, with a delay at the engine like that of sampling, sent directly and through
+  the gateway in turn. The added latency is the difference between the percentiles. With an engine that answers
+  immediately this would measure throughput, because 32 clients that never wait form a queue. On a virtual machine an
+  idle core takes milliseconds to wake up, several times per call; `--awake` keeps each core busy with a process that
+  yields to any other.
+- Throughput: 32 clients and an engine that answers immediately.
+- Streams: every rollout holds one stream open, all at the same time, wave after wave.
 """
 
 import argparse
@@ -36,9 +39,9 @@ from benchmarks.null_engine import prompt_ids, token_ids
 from tests.venv import python_with
 
 CONCURRENT = {1: 100, 32: 1000, 256: 1000}
-"""How many calls are made at once, and milliseconds that each takes at the engine."""
+"""Calls at once, and the time in ms that each takes at the engine."""
 KINDS = {"whole": 1, "stream": 2}
-"""How answers come, and how often the engine waits for its delay."""
+"""Kind of answer, and how often the engine sleeps for its delay."""
 PARTS = ("latency", "throughput", "streams")
 LITELLM = "1.106.2"
 _WITHOUT_KEY = "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY"
@@ -47,7 +50,7 @@ _START_S = 120
 
 @contextmanager
 def running(command: Sequence[str | Path], url: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A server, once it answers at `url`."""
+    """Start a server and yield it once it answers at `url`. Kills it at the end."""
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | environment
     )
@@ -79,7 +82,7 @@ def free_port() -> int:
 
 @contextmanager
 def cores_awake() -> Iterator[None]:
-    """No core sleeps: each has a process that runs only while nothing else wants to."""
+    """Keep every core from sleeping with a process that runs only while the core is otherwise idle."""
     spin = "import os; os.sched_setaffinity(0, {%d}); os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))"
     commands = [[sys.executable, "-c", f"{spin % core}\nwhile True: pass"] for core in os.sched_getaffinity(0)]
     processes = [subprocess.Popen(command) for command in commands]
@@ -101,7 +104,7 @@ def null_engine() -> Iterator[str]:
 
 @contextmanager
 def ours(folder: Path, engine: str) -> Iterator[tuple[str, subprocess.Popen[bytes], str]]:
-    """`agl serve` before `engine`: base URL, process and store."""
+    """`agl serve` in front of `engine`: base URL, process and store URI."""
     config, port = folder / "agl.yaml", free_port()
     store = f"sqlite:///{folder}/agl.db"
     settings = {"gateway": {"engines": [{"url": engine, "max_concurrent": 4096}]}, "store_uri": store}
@@ -115,7 +118,7 @@ def ours(folder: Path, engine: str) -> Iterator[tuple[str, subprocess.Popen[byte
 
 @contextmanager
 def litellm(folder: Path, engine: str) -> Iterator[str]:
-    """LiteLLM's proxy before `engine`, with nothing switched on."""
+    """Base URL of LiteLLM's proxy in front of `engine`, with no optional feature enabled."""
     python = python_with("litellm", f"litellm[proxy]=={LITELLM}", over_ours=False)
     config, port = folder / "litellm.json", free_port()
     parameters = {"model": "openai/null", "api_base": engine, "api_key": "none"}
@@ -135,7 +138,7 @@ def load(url: str, clients: int, calls: int, delay_ms: int, kind: str) -> dict[s
 
 
 def cpu_s(process: subprocess.Popen[bytes]) -> float:
-    """User and system time of a process so far."""
+    """User and system time that a process has used so far."""
     fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -165,7 +168,7 @@ def added_latency(direct: str, through: str, rounds: int) -> None:
 
 
 def flush_ms(folder: Path) -> list[float]:
-    """p50 and p99 of a durable write of 4 KB, which every call waits for before it ends."""
+    """p50 and p99 in ms of a durable write of 4 KB. Every call waits for such a write before it ends."""
     times: list[float] = []
     with (folder / "flushed").open("wb", buffering=0) as file:
         for _ in range(300):
@@ -196,7 +199,7 @@ def throughput(proxies: dict[str, str], process: subprocess.Popen[bytes], rounds
 
 
 def hold_streams(url: str, process: subprocess.Popen[bytes], store_uri: str, rollouts: int, waves: int) -> None:
-    """All rollouts stream at once, for seconds, wave after wave; then every call's ids are compared."""
+    """Let all rollouts stream at once for seconds, wave after wave; then compare the recorded ids of every call."""
     print(f"{rollouts:,} rollouts at once, each holding a stream open, in {waves} waves:\n")
     print("| wave | seconds | memory MB |\n|---:|---:|---:|")
     for wave in range(waves):
@@ -207,7 +210,7 @@ def hold_streams(url: str, process: subprocess.Popen[bytes], store_uri: str, rol
 
 
 def count_right(store_uri: str, rollouts: int, waves: int) -> int:
-    """Calls whose ids are those that the engine sent, of rollouts that have one for each wave and no other."""
+    """Number of calls with the ids that the engine sent, over rollouts with exactly one call per wave."""
     store = open_store(store_uri)
     right = 0
     for rollout in range(rollouts):
@@ -233,9 +236,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rollouts", type=int, default=1000)
     parser.add_argument("--waves", type=int, default=10)
-    parser.add_argument("--only", choices=PARTS, action="append", help="this part; may be given again")
-    parser.add_argument("--folder", help="where the store lies; /dev/shm has no disk to wait for")
-    parser.add_argument("--awake", action="store_true", help="let no core fall asleep between calls")
+    parser.add_argument("--only", choices=PARTS, action="append", help="measure this part; may be repeated")
+    parser.add_argument("--folder", help="folder of the store; /dev/shm avoids waiting for a disk")
+    parser.add_argument("--awake", action="store_true", help="keep all cores awake between calls")
     arguments = parser.parse_args()
     names = ("uvicorn", "starlette", "aiohttp", "uvloop")
     versions = ", ".join(f"{name} {version(name)}" for name in names)

@@ -1,12 +1,12 @@
-"""What an instrumentation costs: CPU time per run and per span, ours beside the peers'. Prints Markdown.
+"""CPU time that an instrumentation adds per run and per span, ours and the peers'. Prints Markdown.
 
 .venv/bin/python -m benchmarks.handlers
 .venv/bin/python -m benchmarks.handlers --framework autogen --rounds 3
 
-Every instrumentation has a process of its own, and all take turns in every round, so that other work on the machine
-falls on all alike. Processes are started anew every few rounds: two of the same program differ by a millisecond a run,
-by where their memory came to lie. What is added is the difference to the base of the same round; the table has medians
-over rounds. CPU time is that of the whole process until its spans are exported (to nowhere).
+Each instrumentation runs in a separate process, and all take turns in every round, so that other work on the machine
+slows all alike. The processes are restarted every few rounds, because two processes of the same program differ by up to
+a millisecond per run through their memory layout. The added cost is the difference to the base of the same round; the
+table has medians over rounds. CPU time is that of the whole process until its spans are exported to a no-op exporter.
 """
 
 import argparse
@@ -32,10 +32,10 @@ MEASURED: dict[str, Sequence[Instrumentation]] = {
     "langchain": (NONE, BARE_SPANS, *COMPARED["langchain"]),
     "autogen": (AUTOGEN_ITSELF, *COMPARED["autogen"]),
 }
-"""By framework; the first is the base of the differences."""
+"""Instrumentations by framework. The first is the base of the differences."""
 ROUNDS_OF_A_PROCESS = 4
 TARGET = 1 / 3
-"""Of the cheapest peer's CPU per span, ours at most."""
+"""Highest acceptable ratio of our CPU time per span to that of the cheapest peer."""
 TITLES = {
     "langchain": "LangChain: `create_agent`, 5 model calls, 4 tool calls",
     "autogen": "AutoGen: planner and executor, 6 model calls, 4 tool calls",
@@ -44,7 +44,7 @@ TITLES = {
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn of one instrumentation: per run of the agent, microseconds of CPU and of the clock, and spans."""
+    """One turn of one instrumentation. All values are per run of the agent."""
 
     cpu_us: float
     wall_us: float
@@ -53,7 +53,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """What an instrumentation adds to a run."""
+    """CPU time and spans that an instrumentation adds to a run."""
 
     cpu_us: float
     spans: float
@@ -64,7 +64,7 @@ class Added:
 
 
 class Counting(SpanExporter):
-    """Sends the spans nowhere."""
+    """Counts the spans and discards them."""
 
     def __init__(self) -> None:
         self.spans = 0
@@ -75,7 +75,7 @@ class Counting(SpanExporter):
 
 
 class Worker:
-    """A process with one instrumentation on. Raises CalledProcessError where that cannot be installed."""
+    """A process with one instrumentation enabled. Raises CalledProcessError if it cannot be installed."""
 
     def __init__(self, framework: str, instrumentation: Instrumentation) -> None:
         self.instrumentation = instrumentation
@@ -95,7 +95,7 @@ class Worker:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"the process of {self.instrumentation.name} died")
+            raise SystemExit(f"the process of {self.instrumentation.name} ended early; see its standard error")
         return json.loads(line)
 
 
@@ -103,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--framework", choices=list(MEASURED), action="append")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--runs", type=int, default=3, help="of an agent, in a turn")
+    parser.add_argument("--runs", type=int, default=3, help="runs of an agent per turn")
     parser.add_argument("--measure", nargs=2, metavar=("FRAMEWORK", "NAME"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -114,7 +114,7 @@ def main() -> None:
 
 
 def measure(framework: str, name: str) -> None:
-    """The process of a worker: reads `[workload, runs]`, answers a turn, line by line."""
+    """Main function of a worker's process: reads lines `[workload, runs]` and prints a turn for each, all as JSON."""
     instrumentation = next(one for one in MEASURED[framework] if one.name == name)
     exporter, provider = Counting(), TracerProvider()
     if not instrumentation.brings_processor:
@@ -122,7 +122,7 @@ def measure(framework: str, name: str) -> None:
     trace.set_tracer_provider(provider)
     switched = instrumentation.switch_on(provider, exporter)
     ways = {way.name: way for way in workloads(framework, switched.callbacks)}
-    for way in ways.values():  # what is done once only is not what a run costs
+    for way in ways.values():  # Warm up: one-time work is not part of the cost of a run.
         for _ in range(10 if way.agents == 1 else 1):
             way.run()
     gc.freeze()
@@ -146,7 +146,7 @@ def _turn(way: Workload, runs: int, provider: TracerProvider, exporter: Counting
 
 
 def compare(framework: str, rounds: int, runs: int) -> str:
-    """The tables of one framework."""
+    """Measure all instrumentations of one framework and return their tables."""
     ways = workloads(framework, [])
     turns: dict[tuple[str, str], list[Turn]] = {}
     workers: list[Worker] = []
@@ -156,7 +156,7 @@ def compare(framework: str, rounds: int, runs: int) -> str:
             _close(workers)
             workers = [worker for one in MEASURED[framework] if (worker := _start(framework, one))]
         for way in ways:
-            first = number % len(workers)  # nobody always comes after the same
+            first = number % len(workers)  # Rotated, so that the order is different in each round.
             for worker in workers[first:] + workers[:first]:
                 turn = worker.turn(way.name, runs if way.agents == 1 else 1)
                 turns.setdefault((way.name, worker.instrumentation.name), []).append(turn)
@@ -178,7 +178,7 @@ def _start(framework: str, instrumentation: Instrumentation) -> Worker | None:
     try:
         return Worker(framework, instrumentation)
     except CalledProcessError:
-        print(f"{instrumentation.name} could not be installed and is left out\n")
+        print(f"{instrumentation.name} is left out: pip could not install it\n")
         return None
 
 
@@ -220,8 +220,8 @@ def _verdict(ours: Sequence[Added], peers: Sequence[Added]) -> str:
     per_run = min(one.cpu_us for one in ours) / min(one.cpu_us for one in peers)
     met = "met" if per_span <= TARGET else "missed"
     return (
-        f"Of the cheapest peer's CPU ours takes {per_span:.2f} per span and {per_run:.2f} per run. The target, at most "
-        f"{TARGET:.2f} per span, is {met}."
+        f"Ours takes {per_span:.2f} of the cheapest peer's CPU time per span and {per_run:.2f} per run. The target, at "
+        f"most {TARGET:.2f} per span, is {met}."
     )
 
 

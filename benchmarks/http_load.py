@@ -1,10 +1,10 @@
-"""Many clients at once, as cheap as Python has them: an HTTP/1.1 connection each, which asks again and again.
+"""Many simultaneous clients at the lowest cost that Python allows: each one HTTP/1.1 connection that calls repeatedly.
 
     python -m benchmarks.http_load BASE_URL CLIENTS CALLS DELAY_MS stream|whole
     python -m benchmarks.http_load BASE_URL ROLLOUTS WAVE DELAY_MS rollout
 
-The first prints latencies in milliseconds and calls per second; the second has all rollouts hold a stream open at once,
-each under a URL and with a number of its own, and prints how long that took. None of them ends before all have begun.
+The first form prints latency percentiles in milliseconds and calls per second. In the second, all rollouts hold one
+stream open at once, each with its own URL and number; no stream ends before all have begun. It prints the seconds.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ _LAST_CHUNK = b"0\r\n\r\n"
 
 
 class Client(asyncio.Protocol):
-    """One connection; `call` answers with the body as it came, chunk lengths included."""
+    """One connection. `call` returns the raw response: head and body, with the lengths of chunks."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -48,8 +48,8 @@ class Client(asyncio.Protocol):
 
 
 def request(path: str, number: int, delay_ms: int, *, stream: bool, together: int = 1) -> bytes:
-    said = wish(number, delay_ms, together)
-    body = {"model": "null", "messages": [{"role": "user", "content": said}], "stream": stream}
+    message = {"role": "user", "content": wish(number, delay_ms, together)}
+    body = {"model": "null", "messages": [message], "stream": stream}
     data = json.dumps(body).encode()
     head = f"POST {path}/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     head += "authorization: Bearer none\r\n"
@@ -57,7 +57,7 @@ def request(path: str, number: int, delay_ms: int, *, stream: bool, together: in
 
 
 async def load(url: str, clients: int, calls: int, delay_ms: int, *, stream: bool) -> dict[str, float]:
-    """`calls` calls by `clients` at once, after one each that is not measured."""
+    """Make `calls` calls with `clients` clients at once. Each client first makes one call that is not measured."""
     parts, numbers, latencies = urlsplit(url), count(), list[float]()
     assert parts.hostname is not None and parts.port is not None
     host, port = parts.hostname, parts.port
@@ -69,7 +69,7 @@ async def load(url: str, clients: int, calls: int, delay_ms: int, *, stream: boo
         _check(await client.call(request(parts.path, 0, delay_ms, stream=stream)))
         await ready.wait()
         started.append(time.perf_counter())
-        await asyncio.sleep(delay_ms / 1000 * place / clients)  # as agents are: not in step
+        await asyncio.sleep(delay_ms / 1000 * place / clients)  # Out of step, as real agents are.
         while next(numbers) < calls:
             begin = time.perf_counter()
             answer = await client.call(request(parts.path, 0, delay_ms, stream=stream))
@@ -84,7 +84,7 @@ async def load(url: str, clients: int, calls: int, delay_ms: int, *, stream: boo
 
 
 async def hold(url: str, rollouts: int, wave: int, delay_ms: int) -> dict[str, float]:
-    """Every rollout streams one answer, all at once; call `wave` of rollout r has the number `number(r, wave)`."""
+    """Stream one answer per rollout, all at once. Call `wave` of rollout r asks for the ids of `number(r, wave)`."""
     parts = urlsplit(url)
     host, port = parts.hostname, parts.port
     assert host is not None and port is not None
@@ -99,7 +99,7 @@ async def hold(url: str, rollouts: int, wave: int, delay_ms: int) -> dict[str, f
         transport.close()
         _check(answer)
         if answer.count(b"word ") != TOKENS or b"[DONE]" not in answer:
-            raise ValueError(f"rollout {place}: not all of its stream came: {answer[-300:]!r}")
+            raise ValueError(f"rollout {place}: the stream is incomplete; it ends with {answer[-300:]!r}")
 
     await asyncio.gather(*map(run, range(rollouts)))
     return {"wave": wave, "seconds": time.perf_counter() - begin}
@@ -111,7 +111,7 @@ def number(rollout: int, wave: int) -> int:
 
 def _check(answer: bytes) -> None:
     if not answer.startswith(b"HTTP/1.1 200"):
-        raise ValueError(f"not an answer: {answer[:500]!r}")
+        raise ValueError(f"got {answer[:500]!r}, expected a response with status 200")
 
 
 async def _main(url: str, clients: int, calls: int, delay_ms: int, kind: str) -> dict[str, float]:

@@ -1,12 +1,12 @@
-"""How fast spans are acknowledged and can be queried: our collector, floors below it, peers beside it. Prints Markdown.
+"""Ingest rate of collectors, until all spans can be queried: ours, its upper bounds, and peers. Prints Markdown.
 
 .venv/bin/python -m benchmarks.ingest
 .venv/bin/python -m benchmarks.ingest --quick --only SQLite
 .venv/bin/python -m benchmarks.ingest --peers --corpus tokens --batch 512 --spans 1024
 
-The sender is this process, on the same cores. The clock runs from the first byte sent until the receiver counts all
-spans. Every round measures floors and receivers in turn, each on a new store; the table has medians over rounds, of
-ratios as well.
+This process is the sender and shares the cores with the receiver. The clock runs from the first byte sent until the
+receiver counts all spans. Every round measures the upper bounds (`benchmarks/floors.py`) and the receivers in turn,
+each with a new store. The table has medians over rounds, also of ratios.
 """
 
 import argparse
@@ -38,7 +38,7 @@ _WARM_UP: Final = 160
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is sent."""
+    """Spans of a corpus in batches of a size, over a number of connections."""
 
     corpus: Corpus
     batch: int
@@ -50,19 +50,19 @@ LOADS: Final = tuple(Load(corpus, batch, n) for corpus in ("tokens", "light") fo
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Of one load on one receiver."""
+    """Measurements of one load on one receiver."""
 
     spans_per_s: float
-    """Until they can be queried."""
+    """From the first byte sent until all spans can be queried."""
     of_floor: float
     p50_ms: float
     p99_ms: float
     peak_mb: float
-    """Resident, of all its processes."""
+    """Peak resident memory, summed over all processes of the receiver."""
 
 
 def measure(receiver: Receiver, load: Load, spans: int, floor: float) -> Result:
-    """A load on a new server. `floor` is in spans per second."""
+    """Send a load to a newly started server. `floor` is the upper bound in spans per second."""
     with tempfile.TemporaryDirectory() as folder, receiver.start(Path(folder)) as running:
         _send(running, list(bodies("light", _WARM_UP, 8, running.resources)), load.connections)
         _await(running, _WARM_UP)
@@ -87,7 +87,7 @@ def _await(running: Running, spans: int) -> None:
 
 
 def peak_mb(pid: int) -> float:
-    """Peak resident memory of a process and its children, each for itself; what they share is counted for each."""
+    """Sum of the peak resident memory of a process and its children. Shared pages count once per process."""
     process = psutil.Process(pid)
     total = 0
     for one in (process, *process.children(recursive=True)):
@@ -142,11 +142,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--spans", type=int, default=20_480)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="5,120 spans, once")
-    parser.add_argument("--peers", action="store_true", help="other people's collectors, too; they are installed")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="receivers whose name has one of these words")
-    parser.add_argument("--corpus", choices=("tokens", "light"), help="only this (default: both)")
-    parser.add_argument("--batch", type=int, choices=(512, 8), help="spans of a request (default: both)")
+    parser.add_argument("--quick", action="store_true", help="5,120 spans, one round")
+    parser.add_argument("--peers", action="store_true", help="also install and measure the collectors of peers")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="receivers whose names contain one of these words")
+    parser.add_argument("--corpus", choices=("tokens", "light"), help="only this corpus (default: both)")
+    parser.add_argument("--batch", type=int, choices=(512, 8), help="spans per request (default: both)")
     arguments = parser.parse_args()
     wanted = [
         receiver

@@ -1,4 +1,4 @@
-"""The instrumentations that are compared: ours, the peers', and none. Each is switched on in a process of its own."""
+"""The compared instrumentations: ours, the peers', and none. Each is enabled in a separate process."""
 
 import os
 import subprocess
@@ -20,9 +20,9 @@ _SOURCES = sorted(str(path) for path in (ROOT / "packages").glob("*/src"))
 
 @dataclass(frozen=True, slots=True)
 class Switched:
-    """An instrumentation that is on: the `callbacks` to give to every run, and how to switch it off again.
+    """An enabled instrumentation: the `callbacks` for every run, and `off`, which disables it.
 
-    `capture` is what it offers for a model that talks to its engine without a gateway: takes the model, returns it.
+    `capture` wraps a model that calls its engine without a gateway, so that its token ids are recorded.
     """
 
     callbacks: list[Any] = field(default_factory=list)
@@ -35,21 +35,21 @@ SwitchOn = Callable[[TracerProvider, SpanExporter], Switched]
 
 @dataclass(frozen=True, slots=True)
 class Instrumentation:
-    """One column of the tables. `packages` are what it needs beside the framework, `ours` come from this folder."""
+    """One column of the tables. `packages` are the distributions it needs in addition to the framework."""
 
     name: str
     switch_on: SwitchOn
     packages: tuple[str, ...] = ()
     is_ours: bool = False
     brings_processor: bool = False
-    """Whether its spans go through a processor of its own, which is given the exporter."""
+    """Whether it registers its own span processor, with the exporter passed to `switch_on`."""
 
     def python(self) -> str:
-        """The interpreter that has it. Raises CalledProcessError where it cannot be installed."""
+        """Interpreter of an environment with its packages. Raises CalledProcessError if they cannot be installed."""
         return str(python_with(f"benchmark-{self.name}", *self.packages)) if self.packages else sys.executable
 
     def child(self, *arguments: str) -> subprocess.Popen[str]:
-        """`python -m ...` with it installed; a pipe at both ends, its standard error on ours."""
+        """Start `python -m ...` in its environment, with pipes for input and output and a shared standard error."""
         quiet = {name: value for name, value in os.environ.items() if not name.startswith(("LANGSMITH_", "LANGFUSE_"))}
         paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), *_SOURCES]), "AUTOGEN_DISABLE_RUNTIME_TRACING": "true"}
         return subprocess.Popen(
@@ -61,7 +61,7 @@ class Instrumentation:
         )
 
     def versions(self) -> list[str]:
-        """`package version` of its packages, in the process that has them."""
+        """Its packages as `name version`. Call it in its own process, where they are installed."""
         return [f"{package} {version(package)}" for package in self.packages]
 
 
@@ -146,4 +146,4 @@ COMPARED: dict[str, Sequence[Instrumentation]] = {
         ),
     ),
 }
-"""By framework, ours first. `packages` come from an index, into a virtual environment that only the benchmark uses."""
+"""Instrumentations by framework, ours first. Packages are installed into environments that only benchmarks use."""

@@ -1,5 +1,5 @@
-"""What many spans do to the collector and to its store: memory while they come, and how long a group then takes to
-read as trajectories. Prints Markdown.
+"""A store with many spans: memory of the collector while they arrive, then the time to read a group as trajectories.
+Prints Markdown.
 
 .venv/bin/python -m benchmarks.large_store --spans 2_000_000
 """
@@ -30,7 +30,7 @@ _READS: Final = 9
 
 
 def fill(url: str, pid: int, spans: int) -> None:
-    """Send `spans` spans over four connections, a line for each tenth."""
+    """Send `spans` spans over four connections and print a line after each tenth."""
     print("| spans | spans/s | peak MB |\n|---:|---:|---:|")
     size = spans // _STEPS // 512 * 512
     for step in range(_STEPS):
@@ -41,7 +41,7 @@ def fill(url: str, pid: int, spans: int) -> None:
 
 
 def add_group(store: Store) -> list[str]:
-    """Rollouts of calls whose prompts go on from the answers before, 1,000 tokens on average; returns their ids."""
+    """Append rollouts in which each call's prompt continues the previous one (1,000 tokens on average). Returns ids."""
     names = [f"read-{number}" for number in range(_ROLLOUTS)]
     for number, name in enumerate(names):
         store.append_spans([_named(one, name) for one in _rollout(f"{number + 1:032x}")])
@@ -63,7 +63,7 @@ def _rollout(trace_id: str) -> Iterator[Span]:
 
 
 def read(store: Store, rollout_ids: list[str]) -> tuple[float, float]:
-    """Milliseconds of the clock, and of CPU."""
+    """Build the trajectories of the rollouts. Returns the wall time and the CPU time in ms."""
     begin, begin_cpu = time.perf_counter(), time.process_time()
     built = [build_trajectory(store.query_spans(rollout_id)) for rollout_id in rollout_ids]
     took_ms = (time.perf_counter() - begin) * 1000, (time.process_time() - begin_cpu) * 1000

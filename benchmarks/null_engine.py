@@ -1,10 +1,10 @@
-"""An engine that costs next to nothing: it answers every call with the same number of tokens, at once or after a while.
+"""An engine that costs next to nothing: it answers every call with 16 tokens, immediately or after a delay.
 
     python -m benchmarks.null_engine PORT
 
-A request says in its message what it wants (`wish`): its number n makes the token ids n, n+1, ...; the delay is the
-time to the first token, in a stream also the time between the first half of the tokens and the second. A stream may be
-held there until so many have come so far.
+The message of a request states the wished-for answer (`wish`). Number n yields the token ids n, n+1, ... The delay is
+the time to the first token and, in a stream, also the time between the first and the second half of the tokens. A
+stream can be held between the halves until a given number of streams have reached that point.
 """
 
 import asyncio
@@ -16,13 +16,13 @@ from typing import Any
 TOKENS = 16
 _WISH = re.compile(rb"call (\d+) after (\d+) ms with (\d+)")
 _MEETINGS: dict[int, asyncio.Barrier] = {}
-"""Where streams meet, by how many do."""
+"""Barrier at which streams wait for each other, by the number of streams."""
 _OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
 _STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
 def wish(number: int, delay_ms: int, together: int = 1) -> str:
-    """What a message says to get the ids of `number` after `delay_ms`, in a stream held until it is one of so many."""
+    """Message that asks for the ids of `number` after `delay_ms`; a stream waits until `together` streams are open."""
     return f"call {number} after {delay_ms} ms with {together}"
 
 
@@ -35,7 +35,7 @@ def token_ids(number: int) -> list[int]:
 
 
 class NullEngine(asyncio.Protocol):
-    """One connection."""
+    """One connection of a client."""
 
     def __init__(self) -> None:
         self._received = b""

@@ -1,4 +1,4 @@
-"""The collectors that are compared, each a server of its own on free ports of loopback: ours, and those of peers."""
+"""The compared collectors, ours and those of peers, each a separate server on free ports of loopback."""
 
 import atexit
 import os
@@ -27,20 +27,20 @@ from tests.waiting import wait_until
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A receiver: where spans go, how many it has, the process to look at with its children."""
+    """A started receiver: its URL for spans, a function that counts its spans, and the pid of its main process."""
 
     url: str
     count: Callable[[], int]
     pid: int
     resources: Sequence[Mapping[str, str]] = ANYONE
-    """Resource attributes that its spans need, for the traces in turn."""
+    """Resource attributes that it requires of spans; traces take them in turn."""
     headers: Mapping[str, str] = field(default_factory=dict)
-    """What requests need besides."""
+    """Additional headers that it requires of requests."""
 
 
 @dataclass(frozen=True, slots=True)
 class Receiver:
-    """What can be measured. `start` runs it with its files below a folder, where nothing is yet."""
+    """A receiver that can be measured. `start` runs it with its files below a folder, which is empty at first."""
 
     name: str
     start: Callable[[Path], AbstractContextManager[Running]]
@@ -74,7 +74,7 @@ def _cassandra(_: Path) -> Iterator[Running]:
 
 @cache
 def _cluster() -> CassandraServer:
-    """Three nodes on the same cores, each of which keeps every span. They run to the end: to start them takes long."""
+    """Three nodes on the same cores, each with a copy of every span. They start slowly and so run until exit."""
     cluster = CassandraServer(3)
     atexit.register(cluster.stop)
     return cluster
@@ -82,7 +82,7 @@ def _cluster() -> CassandraServer:
 
 @contextmanager
 def _redis(folder: Path) -> Iterator[Running]:
-    """In front of SQLite; what Redis answers for is on disk."""
+    """Redis as a queue in front of SQLite. Redis acknowledges only what is on disk."""
     redis = RedisServer(folder / "redis")
     redis.start()
     try:
@@ -94,7 +94,7 @@ def _redis(folder: Path) -> Iterator[Running]:
 
 @contextmanager
 def _agentlightning(folder: Path) -> Iterator[Running]:
-    """Its store in memory; it keeps only spans of rollouts that it knows."""
+    """With its in-memory store. It keeps only spans of rollouts that it has created."""
     python, port = python_with("agentlightning", "agentlightning==0.3.0", over_ours=False), free_port()
     command = [str(python), "-m", "agentlightning.cli.store", "--host", "127.0.0.1", "--port", str(port)]
     api = httpx.Client(base_url=f"http://127.0.0.1:{port}/v1/agl", timeout=60)
@@ -107,7 +107,7 @@ def _agentlightning(folder: Path) -> Iterator[Running]:
 
 @contextmanager
 def _mlflow(folder: Path) -> Iterator[Running]:
-    """With one worker, and its store in SQLite."""
+    """With one worker and a SQLite store."""
     python, port = python_with("mlflow", "mlflow==3.17.2", over_ours=False), free_port()
     where = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     store = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--default-artifact-root", f"{folder}/artifacts"]
@@ -120,7 +120,7 @@ def _mlflow(folder: Path) -> Iterator[Running]:
 
 @contextmanager
 def _phoenix(folder: Path) -> Iterator[Running]:
-    """Its store in SQLite. It answers before it has stored anything."""
+    """With a SQLite store. It acknowledges spans before it stores them."""
     python, port = python_with("phoenix", "arize-phoenix==20.26.1", over_ours=False), free_port()
     settings = {
         "PHOENIX_WORKING_DIR": str(folder),
@@ -137,13 +137,13 @@ def _phoenix(folder: Path) -> Iterator[Running]:
 
 
 def _rows(path: Path) -> int:
-    """Spans in a peer's database."""
+    """Number of spans in a peer's database."""
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=60)) as db:
         return db.execute("SELECT count(*) FROM spans").fetchone()[0]
 
 
 def _begin_rollout(api: httpx.Client) -> dict[str, str]:
-    """Resource attributes of its spans."""
+    """Create a rollout; return the resource attributes of its spans."""
     rollout = api.post("/rollouts", json={"input": None}).raise_for_status().json()
     ids = {"rollout_id": rollout["rollout_id"], "attempt_id": rollout["attempt"]["attempt_id"]}
     return {f"agentlightning.{name}": value for name, value in ids.items()}
@@ -153,7 +153,7 @@ def _begin_rollout(api: httpx.Client) -> dict[str, str]:
 def _process(
     command: Sequence[str], folder: Path, settings: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[Any]]:
-    """With its output in a file of `folder`, and `settings` in its environment."""
+    """Run `command` with its output in `folder`/log and with `settings` added to the environment."""
     environment = os.environ | {"NO_PROXY": "*"} | dict(settings or {})
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=environment)

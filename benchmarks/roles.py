@@ -1,8 +1,8 @@
-"""What roles are for: adapters of their own where rewards conflict, and gamma where hand-offs cost nothing else.
+"""Two effects of roles: separate adapters when rewards conflict, and gamma when hand-offs cost nothing otherwise.
 
 .venv/bin/python -m benchmarks.roles 0 1 2
 
-The team of `tests.trainer.toy_team`, 64 rollouts a step. Prints Markdown: a row for each seed.
+Trains the team of `tests.trainer.toy_team` with 64 rollouts per step. Prints Markdown with a row for each seed.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def _trained(team: Team) -> float:
 
 
 def _routed(team: Team) -> float:
-    """How likely the planner is to take the way with three hand-offs."""
+    """Probability that the trained planner chooses the route with three hand-offs."""
     team.train(routes, STEPS)
     return team.odd("planner")
 

@@ -1,4 +1,4 @@
-"""A LangChain chat model that looks up four facts with its tool, then answers; it knows its step from the messages."""
+"""A LangChain chat model with scripted answers for the lookup task. It derives its step from the messages it gets."""
 
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
@@ -11,13 +11,13 @@ from langchain_core.runnables import Runnable
 from langchain_core.tools import StructuredTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
-from benchmarks.workloads import ANSWER, FACT, TOOL_CALLS
+from benchmarks.lookup_task import ANSWER, FACT, TOOL_CALLS
 
 _USAGE = UsageMetadata(input_tokens=100, output_tokens=20, total_tokens=120)
 
 
 class ScriptedModel(BaseChatModel):
-    """Streams word by word, a tool call as a whole."""
+    """Streams text word by word, and a tool call as one chunk."""
 
     model_name: str = "scripted"
 
@@ -34,8 +34,10 @@ class ScriptedModel(BaseChatModel):
 
     def _generate(self, messages: list[BaseMessage], *args: Any, **options: Any) -> ChatResult:
         calls = _calls(messages)
-        said = {"model_name": self.model_name, "id": "chatcmpl-0", "finish_reason": "tool_calls" if calls else "stop"}
-        message = AIMessage("" if calls else ANSWER, tool_calls=calls, usage_metadata=_USAGE, response_metadata=said)
+        reason = "tool_calls" if calls else "stop"
+        metadata = {"model_name": self.model_name, "id": "chatcmpl-0", "finish_reason": reason}
+        text = "" if calls else ANSWER
+        message = AIMessage(text, tool_calls=calls, usage_metadata=_USAGE, response_metadata=metadata)
         return ChatResult(generations=[ChatGeneration(message=message)], llm_output={"model_name": self.model_name})
 
     async def _agenerate(self, messages: list[BaseMessage], *args: Any, **options: Any) -> ChatResult:
@@ -71,8 +73,8 @@ def _chunks(messages: Sequence[BaseMessage]) -> Iterator[ChatGenerationChunk]:
         yield ChatGenerationChunk(message=AIMessageChunk("", tool_calls=calls))
     else:
         yield from (ChatGenerationChunk(message=AIMessageChunk(word + " ")) for word in ANSWER.split())
-    said = {"model_name": "scripted", "finish_reason": "tool_calls" if calls else "stop"}
-    yield ChatGenerationChunk(message=AIMessageChunk("", usage_metadata=_USAGE, response_metadata=said))
+    metadata = {"model_name": "scripted", "finish_reason": "tool_calls" if calls else "stop"}
+    yield ChatGenerationChunk(message=AIMessageChunk("", usage_metadata=_USAGE, response_metadata=metadata))
 
 
 def lookup(key: str) -> str:

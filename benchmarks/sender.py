@@ -1,4 +1,4 @@
-"""What sends bodies to a collector: keep-alive HTTP/1.1 connections, a thread each, every byte made beforehand."""
+"""Sends request bodies to a collector over keep-alive HTTP/1.1 connections, one thread each, all bytes prepared."""
 
 import socket
 import threading
@@ -12,7 +12,7 @@ _AGAIN = (429, 503)
 
 
 class Sender:
-    """One load: `send` returns once all is acknowledged; then `latencies_s` has the time that each answer took."""
+    """One load. `send` returns once all bodies are acknowledged; `latencies_s` then has the latency of each in s."""
 
     def __init__(
         self, url: str, bodies: Sequence[Body], connections: int, headers: Mapping[str, str] | None = None
@@ -27,7 +27,7 @@ class Sender:
         self.refused = 0
 
     def send(self) -> None:
-        """Raises ValueError for an answer that is neither success nor a request to try again."""
+        """Send all bodies. Raises ValueError for a status that means neither success nor retry."""
         waiting, lock = iter(self._requests), threading.Lock()
         failed: list[Exception] = []
         threads = [threading.Thread(target=self._run, args=(waiting, lock, failed)) for _ in range(self._connections)]
@@ -79,5 +79,5 @@ def _read_answer(connection: socket.socket) -> tuple[int, bytes]:
 def _more(connection: socket.socket) -> bytes:
     piece = connection.recv(65_536)
     if not piece:
-        raise ConnectionError("the receiver hung up")
+        raise ConnectionError("the receiver closed the connection before its response was complete")
     return piece

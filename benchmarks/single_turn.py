@@ -1,19 +1,19 @@
-"""GRPO beside TRL's GRPOTrainer: the same task, model and number of samples. Prints Markdown.
+"""Our GRPO and TRL's GRPOTrainer with the same task, model and number of samples. Prints Markdown.
 
     .venv/bin/python -m benchmarks.single_turn 0 1 2
 
-The SQL example in one turn: a question in, a query out, scored by the example's own reward. For each seed our SFT
-teaches SmolLM2-135M the gold answers once; both trainers start from that adapter (rank 16, all linear layers) and take
-the same number of steps over the same tasks in the same order, with the same samples a step, temperature, learning
-rate, loss and clipping of gradients, in float32 on both cores. Ours is trained as users do it: an agent with OpenAI's
-client talks to the gateway, each call becomes a span in a SQLite store, and the trainer reads it there. TRL calls its
-reward function and nothing else: it samples all answers of a step at once, with its cache of keys on, trains in four
-batches of a quarter, with gradient checkpointing off, and saves nothing; ours keeps a checkpoint of each step. The
-learning rate was not searched for.
+The task is the SQL example in one turn: a question in, a query out, scored by the example's reward. For each seed, our
+SFT trains SmolLM2-135M once on the gold answers. Both trainers start from that adapter (rank 16, all linear layers) and
+take the same number of steps over the same tasks in the same order, with the same samples per step, temperature,
+learning rate, loss and gradient clipping, in float32 on both cores. Our side runs as users run it: an agent with
+OpenAI's client calls the gateway, each call becomes a span in SQLite, and the trainer reads the spans. TRL calls
+only its reward function. It samples all answers of a step at once with its KV cache enabled, trains in four batches of
+a quarter each without gradient checkpointing, and saves nothing. Ours saves a checkpoint after each step. The learning
+rate was not tuned.
 
-What is timed is the training, from the first sample to the last optimizer step: neither loading nor evaluation. The
-final adapters are both evaluated by our engine: one greedy answer to each of the 96 held-out tasks. Whatever is done
-for a seed stays in `--folder`, so the same command goes on where it was stopped.
+The measured time runs from the first sample to the last optimizer step, without loading and evaluation. Our engine
+evaluates both final adapters with one greedy answer to each of the 96 held-out tasks. All results of a seed are kept in
+`--folder`, so the same command resumes where it was stopped.
 """
 
 import argparse
@@ -47,7 +47,7 @@ ROLE = "writer"
 
 
 def answer(task: dict[str, Any]) -> dict[str, Any]:
-    """The agent: one call, which says to which rollout it belongs."""
+    """The agent: one call, whose headers name its rollout."""
     messages: Any = writer_messages(task["question"])
     answered = _client().chat.completions.create(model=ROLE, messages=messages, extra_headers=agl.headers())
     return {"sql": extract_sql(answered.choices[0].message.content or "")}
@@ -93,7 +93,7 @@ def config(folder: Path, seed: int, steps: int) -> Config:
 
 
 def train_ours(folder: Path, seed: int, steps: int) -> None:
-    """SFT and GRPO; what comes of each is evaluated."""
+    """Run SFT, then GRPO, and evaluate the adapter after each."""
     trainer = Trainer(config(folder, seed, steps))
     with trainer.open():
         trainer.sft()
@@ -115,9 +115,9 @@ def evaluate_trl(folder: Path, seed: int, steps: int) -> None:
 
 
 def run_seed(folder: Path, seed: int, steps: int) -> None:
-    """All that is left to do for a seed, each part in a process of its own."""
+    """Run the parts of a seed that are not done yet, each in a separate process."""
     if not (folder / "agl-took.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)  # half a training says nothing of its time
+        shutil.rmtree(folder, ignore_errors=True)  # The time of an interrupted training is unknown.
     folder.mkdir(parents=True, exist_ok=True)
     ours = [sys.executable, "-m", "benchmarks.single_turn", str(seed), "--folder", str(folder.parent)]
     ours += ["--steps", str(steps), "--only"]
@@ -146,9 +146,9 @@ def row(folder: Path, seed: int) -> str:
 
 
 def print_sum(folders: list[Path]) -> None:
-    """Over all seeds: the difference of rewards, and the ratio of times."""
+    """Print the difference of rewards and the ratio of times over all seeds."""
     pairs = [(_scores(folder, "agl"), _scores(folder, "trl")) for folder in folders]
-    # A task is one, however many seeds answer it: means over the seeds are what can be drawn again.
+    # The bootstrap resamples tasks: answers of several seeds to one task are not independent, so they are averaged.
     differences = [fmean(ours[task] - trl[task] for ours, trl in pairs) for task in pairs[0][0]]
     ratio = median(took(folder, "trl").wall_s / took(folder, "agl").wall_s for folder in folders)
     print(
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("seeds", type=int, nargs="+")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--folder", type=Path, default=Path("runs/single_turn"))
-    parser.add_argument("--only", choices=("agl", "trl"), help="one part of one seed, in this process")
+    parser.add_argument("--only", choices=("agl", "trl"), help="run one part of one seed in this process")
     arguments = parser.parse_args()
     folders = [arguments.folder.resolve() / f"seed{seed}-steps{arguments.steps}" for seed in arguments.seeds]
     if arguments.only:

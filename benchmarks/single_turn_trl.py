@@ -1,4 +1,4 @@
-"""The part of `benchmarks.single_turn` that TRL does; runs where TRL is installed."""
+"""TRL's part of `benchmarks.single_turn`. It runs in an environment with TRL."""
 
 import json
 import sys

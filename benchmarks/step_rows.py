@@ -1,4 +1,4 @@
-"""What is the same for all who take a measured training step: rows, adapter, and what they say of it."""
+"""Inputs and outputs shared by all measured training steps: rows, initial adapter and the reported measurements."""
 
 import json
 import random
@@ -10,12 +10,15 @@ from dataclasses import asdict, dataclass
 import torch
 
 VOCABULARY = 49152
-"""Of SmolLM2."""
+"""Size of SmolLM2's vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """`groups` prompts of `prompt` tokens with `rollouts` each: `turns` answers with a tool's words between them."""
+    """`groups` prompts of `prompt` tokens, `rollouts` rollouts of each.
+
+    A rollout has `turns` answers of `answer` tokens, with `tool` tokens of a tool's result between two answers.
+    """
 
     name: str
     groups: int
@@ -38,7 +41,7 @@ SHAPES = {
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """Pieces of tokens, prompt first, then answers and a tool's words in turn; every second one trains."""
+    """Token pieces: the prompt, then answers and tool results in turn. Every second piece, an answer, trains."""
 
     pieces: tuple[list[int], ...]
     advantage: float
@@ -52,13 +55,13 @@ class Rollout:
         return [number % 2 for number, piece in enumerate(self.pieces) for _ in piece]
 
     def turns(self) -> Iterator[tuple[list[int], list[int]]]:
-        """Each answer with all that stands before it."""
+        """Each answer, preceded by all tokens before it: pairs (prompt, answer)."""
         for number in range(1, len(self.pieces), 2):
             yield [token for piece in self.pieces[:number] for token in piece], self.pieces[number]
 
 
 def rollouts(shape: Shape) -> list[Rollout]:
-    """Random tokens, always the same."""
+    """Rollouts with random tokens, the same on each call."""
     draw = random.Random(shape.name)
     made = []
     for _ in range(shape.groups):
@@ -73,7 +76,7 @@ def rollouts(shape: Shape) -> list[Rollout]:
 
 
 def draw_adapter(model: torch.nn.Module) -> None:
-    """Fill the LoRA matrices of `model`, whatever its adapter is called: always with the same numbers."""
+    """Fill the LoRA matrices of `model` with the same random numbers on each call, for any adapter name."""
     matrices = {
         f"{name.rpartition('lora_A')[0] or name.rpartition('lora_B')[0]}{'A' if 'lora_A' in name else 'B'}": parameter
         for name, parameter in model.named_parameters()
@@ -85,7 +88,7 @@ def draw_adapter(model: torch.nn.Module) -> None:
 
 
 def sgemm_flops(size: int = 2048, tries: int = 5) -> float:
-    """The best that a product of two large float32 matrices reaches here and now, in FLOP/s."""
+    """Highest rate in FLOP/s of a product of two large float32 matrices, measured now in this process."""
     left, right = torch.randn(size, size), torch.randn(size, size)
     best = 0.0
     for _ in range(tries):
@@ -97,20 +100,20 @@ def sgemm_flops(size: int = 2048, tries: int = 5) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a process says of its steps."""
+    """Measurements that a process reports of its steps."""
 
     seconds: list[float]
     cpu_seconds: list[float]
-    """Of all threads: what counts where other work ran beside it."""
+    """CPU time of all threads, which depends less on other work on the machine than `seconds`."""
     grad_norm: float
     sgemm: float
     """FLOP/s."""
     peak_mb: float
 
-    def say(self) -> None:
+    def print_json(self) -> None:
         print(json.dumps(asdict(self)), flush=True)
 
 
 def peak_mb() -> float:
-    """Of this process."""
+    """Peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

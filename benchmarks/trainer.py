@@ -1,18 +1,18 @@
-"""A training step beside TRL's GRPOTrainer: time, peak memory and achieved FLOP/s. Prints Markdown.
+"""Time, peak memory and achieved FLOP/s of a training step, ours and TRL's GRPOTrainer. Prints Markdown.
 
 .venv/bin/python -m benchmarks.trainer a b c
 .venv/bin/python -m benchmarks.trainer a --compile
 
 A step is forward, loss, backward and optimizer over the same rows with the same LoRA matrices (rank 16 on all linear
-layers of SmolLM2-135M, float32). Every way has a process of its own, one after the other: what it holds at most is its
-peak memory, the model included. The norm of the gradient shows that all have computed the same.
+layers of SmolLM2-135M, float32). Each variant runs in a separate process, one after another, so its peak memory is that
+of the process, model included. Equal gradient norms show that all variants compute the same gradient.
 
 - a: 8 rollouts of one 512-token prompt, 48 tokens each
-- b: the same with 4 answers each, 64 tokens of a tool between them; TRL has a row for each answer, 4 rows in a
-  batch, all padded alike: one batch of the eight is measured
-- c: 8 different prompts of 64 tokens, 128 tokens each: nothing is shared
+- b: as a, with 4 answers each and 64 tokens of tool result between two answers. TRL has one row per answer, 4 rows per
+  batch, all padded to the same length; one of its eight batches is measured
+- c: 8 different prompts of 64 tokens, 128 tokens each; no prefix is shared
 
-With --compile our packed step is taken with and without `train.compile`, in turn in one process.
+--compile measures our packed step with and without `train.compile`, in turn in one process.
 """
 
 import argparse
@@ -47,7 +47,7 @@ _ROLE = "writer"
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How a step is taken: packed in passes of so many tokens, padded rows, or TRL's batches of so many rows.
+    """A variant of the step: packed in passes of `tokens` tokens, padded rows, or TRL with batches of `trl_rows` rows.
 
     `recomputes`: with `train.gradient_checkpointing`.
     """
@@ -58,7 +58,7 @@ class Way:
     recomputes: bool = False
     trl_rows: int = 0
     trl_batches: int = 1
-    """How many of its batches TRL takes; where there are more, its time is multiplied."""
+    """Number of TRL's batches that are measured. The time is extrapolated to all batches of the step."""
 
     def measure(self, shape: str, rounds: int) -> Measured:
         if self.trl_rows:
@@ -97,7 +97,10 @@ class _Step:
 
 
 def _stepper(shape: Shape, way: Way, *, compiles: bool = False) -> Callable[[int], _Step]:
-    """Takes our step in this process, each time with the same adapter and all rows from the one of a number on."""
+    """Returns a function that takes our step in this process, over the rows from a given index on.
+
+    Every step starts from the same adapter.
+    """
     torch.set_num_threads(2)
     model, tokenizer = load_model(model_folder("smollm2"))
     policy = Policy(
@@ -124,7 +127,7 @@ def _stepper(shape: Shape, way: Way, *, compiles: bool = False) -> Callable[[int
 
 
 def measure(shape: Shape, way: Way, rounds: int) -> Measured:
-    """Our step in this process."""
+    """Measure our step in this process."""
     take, sgemm = _stepper(shape, way), sgemm_flops()
     take(0)  # warms up
     steps = [take(0) for _ in range(rounds)]
@@ -133,18 +136,18 @@ def measure(shape: Shape, way: Way, rounds: int) -> Measured:
 
 
 def compare_compiled(shape: str, rounds: int) -> None:
-    """Our packed step with and without `train.compile`, in turn in this process."""
+    """Measure our packed step with and without `train.compile`, in turn in this process, and print the table."""
     steppers = [_stepper(SHAPES[shape], WAYS[shape][0], compiles=compiles) for compiles in (False, True)]
-    # Code for any number of tokens is what trains; torch makes it for the second number that it meets.
+    # Training uses code for any number of tokens, which torch compiles when it meets the second number.
     firsts = [take(1).seconds + take(0).seconds for take in steppers]
     turns = list(zip(*([take(0) for take in steppers] for _ in range(rounds)), strict=True))
     print("| rows | train.compile | first two steps s | s a step | lowest to highest | CPU s | gradient |")
     print("|---|---|---:|---:|---:|---:|---:|")
-    for said, first, steps in zip(("false", "true"), firsts, turns, strict=True):
+    for setting, first, steps in zip(("false", "true"), firsts, turns, strict=True):
         seconds = sorted(step.seconds for step in steps)
         cells = [
             shape,
-            said,
+            setting,
             f"{first:.2f}",
             f"{median(seconds):.2f}",
             f"{seconds[0]:.2f} to {seconds[-1]:.2f}",
@@ -155,7 +158,7 @@ def compare_compiled(shape: str, rounds: int) -> None:
 
 
 def _rows(shape: Shape, policy: Policy) -> list[SampledRow]:
-    """On policy, as TRL takes them: the ratio to what was sampled is 1."""
+    """On-policy rows, as TRL assumes: the probability ratio to the recorded logprobs is 1."""
     made = rollouts(shape)
     rows = [TrainingRow(of.token_ids, of.loss_mask, 1 / (sum(of.loss_mask) * len(made))) for of in made]
     with torch.no_grad():
@@ -170,8 +173,11 @@ def _rows(shape: Shape, policy: Policy) -> list[SampledRow]:
 
 
 def needed_flops(shape: Shape) -> float:
-    """Products that a step over distinct tokens cannot do without: the base forward and back to its inputs, LoRA also
-    to its weights, the output layer for the trained tokens forward and back."""
+    """Minimum FLOPs of a step in which each distinct token is computed once.
+
+    The base model: forward, and backward to its inputs. LoRA: also backward to its weights. The output layer: forward
+    and backward for the trained tokens only.
+    """
     hidden, inner, heads, layers, rank, vocabulary = 576, 1536, 576 + 2 * 192, 30, 16, 49152
     ends = [(hidden, heads), (hidden, hidden), (hidden, 2 * inner), (inner, hidden)]
     base = sum(width * out for width, out in ends) * layers
@@ -213,22 +219,22 @@ def _line(shape: str, way: Way, measured: Measured, base: Measured) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="+", choices=sorted(SHAPES))
-    parser.add_argument("--rounds", type=int, default=3, help="measured steps, of which the median counts")
-    parser.add_argument("--compile", action="store_true", help="our step with and without train.compile")
+    parser.add_argument("--rounds", type=int, default=3, help="number of measured steps; the table has their median")
+    parser.add_argument("--compile", action="store_true", help="measure our step with and without train.compile")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         way = next(way for way in WAYS[arguments.shapes[0]] if way.name == arguments.measure)
-        measure(SHAPES[arguments.shapes[0]], way, arguments.rounds).say()
+        measure(SHAPES[arguments.shapes[0]], way, arguments.rounds).print_json()
         return
-    _say_versions()
+    _print_versions()
     for shape in arguments.shapes:
         (compare_compiled if arguments.compile else table)(shape, arguments.rounds)
 
 
-def _say_versions() -> None:
-    said = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
-    print(f"{said}, TRL {TRL}\n", flush=True)
+def _print_versions() -> None:
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    print(f"{versions}, TRL {TRL}\n", flush=True)
 
 
 if __name__ == "__main__":

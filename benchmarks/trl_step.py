@@ -1,8 +1,8 @@
-"""The training step of TRL's GRPOTrainer over the rows of a shape; `benchmarks.trainer` runs it where TRL is installed.
+"""The training step of TRL's GRPOTrainer over the rows of a shape. `benchmarks.trainer` runs it in TRL's environment.
 
-The trainer's own `training_step` is called with what its `_generate_and_score_completions` would have made of the same
-rollouts: one row for each answer. All batches of a step are equally large, so some may stand for all. Gradient
-checkpointing, which TRL switches on, is off: a step is faster without it, and takes more memory.
+It calls `GRPOTrainer.training_step` with the batches that `_generate_and_score_completions` would build from the same
+rollouts: one row for each answer. All batches of a step have the same size, so the time of some can be extrapolated to
+all. Gradient checkpointing, which TRL enables by default, is disabled: a step is faster and takes more memory.
 """
 
 import math
@@ -22,7 +22,7 @@ Batch = dict[str, torch.Tensor]
 
 
 class Fed(GRPOTrainer):
-    """Takes what it is given, where the trainer would sample."""
+    """Trains on the batch it is given, instead of sampling one."""
 
     def _prepare_inputs(self, generation_batch: Batch) -> Batch:
         return generation_batch
@@ -57,7 +57,7 @@ def trainer(folder: str, batch_size: int, batches: int) -> Fed:
 
 
 def batches(shape: Shape, size: int) -> list[Batch]:
-    """As TRL cuts what it has sampled: padded on the left to the longest prompt of all, then split."""
+    """Batches as TRL builds them: prompts padded on the left to the longest of all rows, then split."""
     rows = [(prompt, answer, made.advantage) for made in rollouts(shape) for prompt, answer in made.turns()]
     longest = max(len(prompt) for prompt, _, _ in rows)
     return [_batch(rows[start : start + size], longest) for start in range(0, len(rows), size)]
@@ -95,7 +95,7 @@ def main() -> None:
         seconds.append((time.perf_counter() - started) * whole)
         cpu_seconds.append((time.process_time() - cpu_started) * whole)
         draw_adapter(model)
-    Measured(seconds, cpu_seconds, norm if whole == 1 else math.nan, sgemm, peak_mb()).say()
+    Measured(seconds, cpu_seconds, norm if whole == 1 else math.nan, sgemm, peak_mb()).print_json()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The agents that are measured: deterministic, without network. One of each framework, run in several ways."""
+"""The measured agents: one per framework, deterministic and without network, each run in several ways."""
 
 import asyncio
 import json
@@ -7,17 +7,12 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-TOOL_CALLS = 4
-PROMPT = "You look up one fact at a time, and answer when you have all four. " * 6
-QUESTION = "Find the four facts, then answer."
-FACT = "a fact that was looked up " * 8
-ANSWER = "The four facts agree and so the answer is forty two ; there is nothing else to do ."
-"""Streamed word by word."""
+from benchmarks.lookup_task import FACT, PROMPT, QUESTION, TOOL_CALLS
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`run` runs `agents` agents to their end."""
+    """`run` runs `agents` agents to completion."""
 
     name: str
     agents: int
@@ -25,13 +20,14 @@ class Workload:
 
 
 def workloads(framework: str, callbacks: list[Any]) -> list[Workload]:
-    """Every way to run the agent of `framework`; `callbacks` are given to each run."""
+    """Every way to run the agent of `framework`. Each LangChain run gets `callbacks`; AutoGen has none."""
     loop = asyncio.new_event_loop()
     return _langchain(loop, {"callbacks": callbacks}) if framework == "langchain" else _autogen(loop)
 
 
 def _langchain(loop: asyncio.AbstractEventLoop, config: Any) -> list[Workload]:
     """`create_agent`: five model calls, four tool calls."""
+    # Here, so that a process that measures AutoGen never loads LangChain.
     from benchmarks.scripted_model import LOOKUP, ScriptedModel
     from langchain.agents import create_agent
 
@@ -56,7 +52,7 @@ def _langchain(loop: asyncio.AbstractEventLoop, config: Any) -> list[Workload]:
 
 
 def _autogen(loop: asyncio.AbstractEventLoop) -> list[Workload]:
-    """Planner and executor: six model calls through AutoGen's OpenAI client, four tool calls."""
+    """A planner and an executor: six model calls through AutoGen's OpenAI client, four tool calls."""
     make_team = _team_maker()
 
     async def run() -> None:
@@ -120,7 +116,7 @@ def _team_maker() -> Callable[..., Any]:
 
 
 def _engine() -> Callable[[Any], Any]:
-    """Answers as the tests' server does, without a socket: who has tools uses them, then ends the run."""
+    """Answers like the tests' server, without a socket: an agent with tools calls them, then ends the run."""
     import httpx2
 
     from tests.vllm_server import Answer, Seen
