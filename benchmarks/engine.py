@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from agl.config import RoleConfig
-from agl.server_thread import AppThread
+from agl.server.app_thread import AppThread
 from agl_trainer.compute.logprobs import row_logprobs
 from agl_trainer.data.rows import TrainingRow
 from agl_trainer.engine.http.api import engine_app

@@ -19,8 +19,9 @@ from starlette.applications import Starlette
 from agl import otlp
 from agl.config import CollectorConfig, TlsConfig
 from agl.errors import StoreError, TransitionError, UnknownIdError
+from agl.server.app_thread import AppThread
 from agl.server.bearer import TOKEN_VARIABLE, BearerTokens
-from agl.server_thread import AppThread, ServerThread
+from agl.server_thread import ServerThread
 from agl.store import AttemptState, Resource, Rollout, Store, open_store
 from agl.store.http import client, routes
 from agl.store.http.client import HttpStore

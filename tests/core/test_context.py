@@ -26,7 +26,7 @@ import agl
 import agl.context
 from agl.context import ActiveRollout, stated_role, with_inferred_role
 from agl.errors import TelemetryError
-from agl.server_thread import AppThread
+from agl.server.app_thread import AppThread
 from tests.core.otlp_sink import OtlpSink, attributes
 
 FOREIGN = trace.get_tracer("some.other.instrumentation")

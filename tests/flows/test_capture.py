@@ -13,7 +13,8 @@ from langgraph.graph import END, START, StateGraph
 from openai import DefaultHttpxClient, OpenAI
 
 import agl
-from agl.server_thread import AppThread, ServerThread
+from agl.server.app_thread import AppThread
+from agl.server_thread import ServerThread
 from agl.store import Store, open_store
 from agl.trajectory import DropReason, Trajectory, build_trajectory
 from agl_autogen import AutoGenInstrumentor

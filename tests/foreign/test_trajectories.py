@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from agl.server_thread import AppThread, ServerThread
+from agl.server.app_thread import AppThread
+from agl.server_thread import ServerThread
 from agl.store import Store, open_store
 from agl.trajectory import Row, Trajectory, build_trajectory
 from tests.foreign import engine

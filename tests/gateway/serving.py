@@ -13,7 +13,8 @@ import openai
 from agl import otlp, semconv
 from agl.config import GatewayConfig
 from agl.errors import StoreError
-from agl.server_thread import AppThread, ServerThread
+from agl.server.app_thread import AppThread
+from agl.server_thread import ServerThread
 from agl.span import Span
 from agl.store.span_row import SpanRow
 from agl.store.sqlite import SqliteStore

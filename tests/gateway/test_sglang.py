@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from agl import semconv
 from agl.config import GatewayConfig
-from agl.server_thread import AppThread
+from agl.server.app_thread import AppThread
 from agl.tokens.drift import Drifted
 from agl.trajectory import build_trajectory
 from tests.core.fake_engine import END, PROMPT_IDS, TURN, WORDS

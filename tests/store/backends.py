@@ -9,7 +9,7 @@ from pathlib import Path
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from agl.server_thread import AppThread
+from agl.server.app_thread import AppThread
 from agl.store import open_store
 from agl.store.http.routes import Api
 

@@ -7,7 +7,7 @@ import pytest
 
 import agl
 from agl.collector import HttpReceiver, Receiver
-from agl.server_thread import AppThread
+from agl.server.app_thread import AppThread
 from agl.store import Store, open_store
 
 

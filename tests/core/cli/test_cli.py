@@ -18,7 +18,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from agl import otlp, semconv
-from agl.server_thread import AppThread
+from agl.server.app_thread import AppThread
 from agl.span import Span
 from agl.store import AttemptState, Rollout, open_store, span_row
 from agl.tokens.drift import Difference, Drift, Drifted

@@ -15,7 +15,8 @@ from starlette.routing import Route
 from agl import otlp
 from agl.collector.http import PROTOBUF
 from agl.errors import AglError
-from agl.server_thread import AppThread, ServerThread
+from agl.server.app_thread import AppThread
+from agl.server_thread import ServerThread
 from agl.span import Span
 from agl.store import open_store
 from tests.core.fake_engine import FakeEngine

@@ -1,7 +1,7 @@
-"""The OTLP collector: one path from bytes to committed spans, and its transports, HTTP and gRPC."""
+"""The OTLP collector: one path from request bodies to committed spans, and its two transports, HTTP and gRPC."""
 
 from agl.collector.grpc import GrpcReceiver
 from agl.collector.http import HttpReceiver
-from agl.collector.receiver import Receiver, Refusal
+from agl.collector.receiver import Receiver, RejectedRequest
 
-__all__ = ["GrpcReceiver", "HttpReceiver", "Receiver", "Refusal"]
+__all__ = ["GrpcReceiver", "HttpReceiver", "Receiver", "RejectedRequest"]

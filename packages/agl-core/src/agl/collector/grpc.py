@@ -6,30 +6,30 @@ from typing import Final, NoReturn
 
 import grpc
 
-from agl.collector.receiver import IDENTITY, Receiver, Refusal
+from agl.collector.receiver import IDENTITY, Receiver, RejectedRequest
 from agl.errors import AglError
 from agl.server.tls import grpc_credentials
 from agl.store import span_row
 
-_TRACES: Final = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
-_OTHER_SIGNALS: Final = (
+_TRACES_METHOD: Final = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
+_OTHER_METHODS: Final = (
     "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export",
     "/opentelemetry.proto.collector.logs.v1.LogsService/Export",
 )
 _REQUESTS_AT_ONCE: Final = 16
-"""Each holds a thread, which costs half of what grpc.aio does for a request."""
+"""Threads. A request costs half as much CPU time in a thread as with grpc.aio."""
 _KEEPALIVE_MS: Final = 30_000
-"""A peer that is gone is noticed so soon; until then its request holds a thread."""
-_CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
-_BEGINNINGS: Final = {b"\x1f": "gzip", b"\x78": "deflate"}
-"""First byte of a compressed message; no ExportTraceServiceRequest begins so."""
+"""A connection that is lost is noticed after this time; until then its request occupies a thread."""
+_STATUS_OF_CODE: Final = {code.value[0]: code for code in grpc.StatusCode}
+_ENCODING_OF_FIRST_BYTE: Final = {b"\x1f": "gzip", b"\x78": "deflate"}
+"""First byte of a compressed message; no ExportTraceServiceRequest begins with one of them."""
 
 
 class GrpcReceiver(grpc.GenericRpcHandler):
-    """The gRPC server of `receiver`. Metrics and logs get the success that senders expect, and are not kept.
+    """The gRPC server of `receiver`. Metrics and logs are answered with success and discarded.
 
-    Methods are declared as streams of requests: so a sender is admitted before its message is read. Messages are
-    inflated by the receiver: gRPC would inflate them whole, whatever they inflate to.
+    The methods are declared as streams of requests, so that a sender is authorized before its message is read.
+    Messages are inflated by the receiver, which limits their size; gRPC does not.
     """
 
     def __init__(self, receiver: Receiver) -> None:
@@ -41,13 +41,13 @@ class GrpcReceiver(grpc.GenericRpcHandler):
             options=[
                 ("grpc.per_message_decompression", 0),
                 ("grpc.max_receive_message_length", receiver.config.max_body_bytes),
-                ("grpc.so_reuseport", 0),  # Else another server shares the port without a word.
+                ("grpc.so_reuseport", 0),  # Otherwise a second server would share the port silently.
                 ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
             ],
         )
 
     def bind(self, host: str, port: int) -> int:
-        """Listen on `port` (0: a free one), which is returned. Raises AglError."""
+        """Listen on `port` (0: any free port) and return it. Raises AglError."""
         address = f"{f'[{host}]' if ':' in host else host}:{port}"
         tls = self._receiver.config.tls
         try:
@@ -61,34 +61,34 @@ class GrpcReceiver(grpc.GenericRpcHandler):
         self._server.start()
 
     def stop(self, grace_s: float) -> None:
-        """Take no more requests; those under way may finish, and are cancelled after `grace_s`."""
+        """Accept no more requests, and cancel those that are not finished after `grace_s` seconds."""
         self._server.stop(grace_s).wait()
         self._pool.shutdown()
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         method = handler_call_details.method
-        if method == _TRACES:
+        if method == _TRACES_METHOD:
             return grpc.stream_unary_rpc_method_handler(self._receive_traces)
-        if method in _OTHER_SIGNALS:
-            return grpc.stream_unary_rpc_method_handler(self._pass_over)
+        if method in _OTHER_METHODS:
+            return grpc.stream_unary_rpc_method_handler(self._discard)
         return None
 
     def _receive_traces(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         try:
-            with self._receiver.admit(_authorization(context)) as room:
+            with self._receiver.admit(_authorization(context)) as reservation:
                 message = next(requests, b"")
-                self._receiver.hold(room, len(message))
-                answer = self._receiver.keep(message, _encoding(message), span_row.read, room)
-        except Refusal as refusal:
-            _abort(context, refusal)
-        return answer.SerializeToString()
+                self._receiver.reserve(reservation, len(message))
+                response = self._receiver.commit(message, _encoding(message), span_row.read, reservation)
+        except RejectedRequest as rejected:
+            _abort(context, rejected)
+        return response.SerializeToString()
 
-    def _pass_over(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+    def _discard(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         try:
             with self._receiver.admit(_authorization(context)):
                 next(requests, None)
-        except Refusal as refusal:
-            _abort(context, refusal)
+        except RejectedRequest as rejected:
+            _abort(context, rejected)
         return b""
 
 
@@ -99,11 +99,11 @@ def _authorization(context: grpc.ServicerContext) -> bytes | None:
 
 
 def _encoding(message: bytes) -> str:
-    return _BEGINNINGS.get(message[:1], IDENTITY)
+    return _ENCODING_OF_FIRST_BYTE.get(message[:1], IDENTITY)
 
 
-def _abort(context: grpc.ServicerContext, refusal: Refusal) -> NoReturn:
-    status = refusal.status()
+def _abort(context: grpc.ServicerContext, rejected: RejectedRequest) -> NoReturn:
+    status = rejected.status()
     context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
-    context.abort(_CODES[status.code], status.message)
+    context.abort(_STATUS_OF_CODE[status.code], status.message)
     raise AssertionError("abort raises")

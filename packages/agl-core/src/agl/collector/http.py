@@ -12,9 +12,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from agl.collector.receiver import IDENTITY, RETRY_AFTER_S, ZLIB_WINDOWS, Read, Receiver, Refusal
+from agl.collector.receiver import IDENTITY, RETRY_AFTER_S, ZLIB_WINDOWS, Parse, Receiver, RejectedRequest
 from agl.server.body import read_body
-from agl.server.pending import Room
+from agl.server.memory_budget import Reservation
 from agl.store import span_row
 
 PROTOBUF: Final = "application/x-protobuf"
@@ -22,12 +22,12 @@ JSON: Final = "application/json"
 
 Headers = Mapping[bytes, bytes]
 
-_TRACES = "/v1/traces"
-_OTHER_SIGNALS = ("/v1/metrics", "/v1/logs")
-_READERS: dict[str, Read] = {PROTOBUF: span_row.read, JSON: span_row.read_json}
+_TRACES_PATH = "/v1/traces"
+_OTHER_PATHS = ("/v1/metrics", "/v1/logs")
+_PARSERS: dict[str, Parse] = {PROTOBUF: span_row.read, JSON: span_row.read_json}
 _ENCODINGS = (IDENTITY, *ZLIB_WINDOWS)
 _COMMITS_AT_ONCE = 16
-"""Requests that wait for the store at once, each in a thread; the store commits together what waits together."""
+"""Threads, each of which waits for the store; the store commits waiting requests together."""
 _BODY_TIMEOUT_S = 60
 _HEADERS_OF_STATUS = {
     401: [(b"www-authenticate", b"Bearer")],
@@ -37,9 +37,9 @@ _HEADERS_OF_STATUS = {
 
 
 class HttpReceiver:
-    """The ASGI app of `receiver`. Metrics and logs get the success that senders expect, and are not kept.
+    """The ASGI app of `receiver`. Metrics and logs are answered with success and discarded.
 
-    A request is refused before its body is read where its head says enough.
+    A request is rejected before its body is read if its headers are reason enough.
     """
 
     def __init__(self, receiver: Receiver) -> None:
@@ -47,7 +47,7 @@ class HttpReceiver:
         self._pool = ThreadPoolExecutor(_COMMITS_AT_ONCE, "agl-otlp-http")
 
     def close(self) -> None:
-        """End the threads; requests under way are finished first."""
+        """End the threads after the requests in progress."""
         self._pool.shutdown()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,36 +56,38 @@ class HttpReceiver:
         headers: Headers = dict(scope["headers"])
         content_type = _text(headers, b"content-type").partition(";")[0].rstrip()
         try:
-            status, answer = 200, await self._answer(scope, headers, content_type, receive)
+            status, response = 200, await self._handle(scope, headers, content_type, receive)
         except ClientDisconnect:
             return
-        except Refusal as refusal:
-            status, answer = refusal.http_status, refusal.status()
-        await _send(send, status, content_type, answer)
+        except RejectedRequest as rejected:
+            status, response = rejected.http_status, rejected.status()
+        await _send(send, status, content_type, response)
 
-    async def _answer(self, scope: Scope, headers: Headers, content_type: str, receive: Receive) -> Message:
+    async def _handle(self, scope: Scope, headers: Headers, content_type: str, receive: Receive) -> Message:
         _check_route(scope)
-        with self._receiver.admit(headers.get(b"authorization"), _content_length(headers)) as room:
-            if scope["path"] in _OTHER_SIGNALS:
+        with self._receiver.admit(headers.get(b"authorization"), _content_length(headers)) as reservation:
+            if scope["path"] in _OTHER_PATHS:
                 return ExportTraceServiceResponse()
-            read, encoding = _reader(content_type), _encoding(headers)
-            body = await self._read_body(receive, room)
+            parse, encoding = _parser(content_type), _encoding(headers)
+            body = await self._read_body(receive, reservation)
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._pool, self._receiver.keep, body, encoding, read, room)
+            return await loop.run_in_executor(self._pool, self._receiver.commit, body, encoding, parse, reservation)
 
-    async def _read_body(self, receive: Receive, room: Room) -> bytes:
+    async def _read_body(self, receive: Receive, reservation: Reservation) -> bytes:
         try:
             async with asyncio.timeout(_BODY_TIMEOUT_S):
-                return await read_body(receive, lambda size: self._receiver.hold(room, size))
+                return await read_body(receive, lambda size: self._receiver.reserve(reservation, size))
         except TimeoutError as error:
-            raise Refusal(408, DEADLINE_EXCEEDED, f"the body was not here after {_BODY_TIMEOUT_S} s") from error
+            raise RejectedRequest(
+                408, DEADLINE_EXCEEDED, f"the body was not complete after {_BODY_TIMEOUT_S} s"
+            ) from error
 
 
 def _check_route(scope: Scope) -> None:
-    if scope["path"] not in (_TRACES, *_OTHER_SIGNALS):
-        raise Refusal(404, NOT_FOUND, f"nothing is at {scope['path']}; spans go to {_TRACES}")
+    if scope["path"] not in (_TRACES_PATH, *_OTHER_PATHS):
+        raise RejectedRequest(404, NOT_FOUND, f"nothing is at {scope['path']}; spans go to {_TRACES_PATH}")
     if scope["method"] != "POST":
-        raise Refusal(405, INVALID_ARGUMENT, f"{scope['path']} takes POST")
+        raise RejectedRequest(405, INVALID_ARGUMENT, f"{scope['path']} takes POST")
 
 
 def _text(headers: Headers, name: bytes) -> str:
@@ -97,23 +99,24 @@ def _content_length(headers: Headers) -> int:
     return int(length) if length.isdecimal() else 0
 
 
-def _reader(content_type: str) -> Read:
-    if content_type not in _READERS:
-        raise Refusal(415, INVALID_ARGUMENT, f"content type {content_type!r}; expected {' or '.join(_READERS)}")
-    return _READERS[content_type]
+def _parser(content_type: str) -> Parse:
+    if content_type not in _PARSERS:
+        raise RejectedRequest(415, INVALID_ARGUMENT, f"content type {content_type!r}; expected {' or '.join(_PARSERS)}")
+    return _PARSERS[content_type]
 
 
 def _encoding(headers: Headers) -> str:
     encoding = _text(headers, b"content-encoding") or IDENTITY
     if encoding not in _ENCODINGS:
-        raise Refusal(415, INVALID_ARGUMENT, f"content encoding {encoding!r}; expected one of {', '.join(_ENCODINGS)}")
+        expected = ", ".join(_ENCODINGS)
+        raise RejectedRequest(415, INVALID_ARGUMENT, f"content encoding {encoding!r}; expected one of {expected}")
     return encoding
 
 
-async def _send(send: Send, status: int, content_type: str, answer: Message) -> None:
-    """Answer in the encoding of the request; where that is none of OTLP's, in JSON."""
+async def _send(send: Send, status: int, content_type: str, response: Message) -> None:
+    """Send `response` as protobuf to a sender of protobuf, else as JSON."""
     in_protobuf = content_type == PROTOBUF
-    body = answer.SerializeToString() if in_protobuf else json_format.MessageToJson(answer, indent=None).encode()
+    body = response.SerializeToString() if in_protobuf else json_format.MessageToJson(response, indent=None).encode()
     headers = [
         (b"content-type", (PROTOBUF if in_protobuf else JSON).encode()),
         (b"content-length", str(len(body)).encode()),

@@ -1,4 +1,4 @@
-"""The path that every request takes, whatever brought it: admitted, inflated, cut into rows, committed, answered."""
+"""The path of every OTLP request, whichever transport it came by: authorize, inflate, split into rows, commit."""
 
 import logging
 import threading
@@ -13,32 +13,32 @@ from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
-from agl.config import CollectorConfig
+from agl.config.collector import CollectorConfig
 from agl.errors import InputError, OtlpError, StoreError
 from agl.server.bearer import BearerTokens
-from agl.server.pending import PendingBytes, Room
+from agl.server.memory_budget import MemoryBudget, Reservation
 from agl.store.span_row import Intake, SpanRow
 
 logger = logging.getLogger(__name__)
 
-Read = Callable[[bytes], Intake]
+Parse = Callable[[bytes], Intake]
 
 IDENTITY: Final = "identity"
 ZLIB_WINDOWS: Final = {"gzip": 31, "deflate": 15}
-"""Encodings that are taken besides `identity`, as `zlib` knows them."""
+"""Content encodings besides `identity`, and the `wbits` of zlib for each."""
 RETRY_AFTER_S: Final = 1
-_LONGEST_MESSAGE = 500
-"""Characters; a message names what was sent, and gRPC carries it in a header."""
-_INFLATED_AT_ONCE = 4 * 2**20
-_READ_ALONE = 2**20
-"""Bytes; a larger body is parsed while no other large one is: parsed it takes many times its size."""
+_MAX_MESSAGE_CHARS = 500
+"""A message may quote the request, and gRPC sends it in a header."""
+_INFLATE_CHUNK_BYTES = 4 * 2**20
+_PARSE_ALONE_BYTES = 2**20
+"""Larger bodies are parsed one at a time: a parsed body takes many times its size in memory."""
 
 
 @dataclass(eq=False)
-class Refusal(Exception):
-    """Why a request is not kept: an HTTP status, a google.rpc.Code and a sentence.
+class RejectedRequest(Exception):
+    """A request is not committed: HTTP status, google.rpc.Code and message.
 
-    A retryable one says that the same request may be taken a second later; any other is final.
+    With the code UNAVAILABLE the sender may repeat the request after RETRY_AFTER_S; other codes are final.
     """
 
     http_status: int
@@ -50,8 +50,8 @@ class Refusal(Exception):
         return self.code == UNAVAILABLE
 
     def status(self) -> Status:
-        """The google.rpc.Status that OTLP answers with, with RetryInfo where it is retryable."""
-        status = Status(code=self.code, message=_sayable(self.message))
+        """The google.rpc.Status of an OTLP error response, with RetryInfo if the request may be repeated."""
+        status = Status(code=self.code, message=_as_protobuf_text(self.message))
         if self.is_retryable:
             info = RetryInfo()
             info.retry_delay.FromSeconds(RETRY_AFTER_S)
@@ -60,105 +60,107 @@ class Refusal(Exception):
 
 
 class Sink(Protocol):
-    """What keeps rows: a store, or a queue before one."""
+    """The store, or the queue in front of it."""
 
     def append_rows(self, rows: Sequence[SpanRow]) -> int:
-        """Keep all of `rows` for good, or none. Raises StoreError: InputError where it never can."""
+        """Persist all of `rows` or none. Raises StoreError; InputError if repeating the call cannot help."""
         ...
 
 
 class Receiver:
-    """Keeps what arrives in `sink`, within the limits of `config`, from senders that `tokens` admit.
+    """Commits spans to `sink`, within the limits of `config`, from senders that have one of `tokens`.
 
-    Success is answered only when the sink has them for good. Over its limit of pending bytes it asks the sender to try
-    again, and holds nothing.
+    A request succeeds only after its spans are committed. Above `max_pending_bytes` senders are asked to retry, and
+    their requests take no memory.
     """
 
     def __init__(self, sink: Sink, config: CollectorConfig | None = None, tokens: BearerTokens | None = None) -> None:
         self.config = config or CollectorConfig()
         self._sink = sink
         self._tokens = tokens or BearerTokens()
-        self._pending = PendingBytes(self.config.max_pending_bytes)
-        self._reading = threading.Lock()
+        self._budget = MemoryBudget(self.config.max_pending_bytes)
+        self._parsing = threading.Lock()
 
-    def admit(self, authorization: bytes | None, size: int = 0) -> Room:
-        """Room for a body of `size` bytes (0: not known yet), before it is read. Raises Refusal."""
+    def admit(self, authorization: bytes | None, size: int = 0) -> Reservation:
+        """Authorize a request and reserve memory for its body of `size` bytes (0: unknown). Raises RejectedRequest."""
         if not self._tokens.admit(authorization):
-            raise Refusal(401, UNAUTHENTICATED, "a bearer token is needed: send the header `Authorization: Bearer ...`")
-        room = Room(self._pending)
-        self.hold(room, max(size, 1))
-        return room
+            raise RejectedRequest(
+                401, UNAUTHENTICATED, "a bearer token is needed: send the header `Authorization: Bearer ...`"
+            )
+        reservation = Reservation(self._budget)
+        self.reserve(reservation, max(size, 1))
+        return reservation
 
-    def hold(self, room: Room, size: int) -> None:
-        """Make room for a body that has grown to `size` bytes. Raises Refusal."""
+    def reserve(self, reservation: Reservation, size: int) -> None:
+        """Reserve memory for a body that has grown to `size` bytes. Raises RejectedRequest."""
         if size > self.config.max_body_bytes:
             raise _too_large(self.config.max_body_bytes)
-        if not room.hold(size):
+        if not reservation.grow_to(size):
             raise _busy()
 
-    def keep(self, body: bytes, encoding: str, read: Read, room: Room) -> ExportTraceServiceResponse:
-        """Commit the spans of a body; `encoding` is `identity` or one of ZLIB_WINDOWS. Raises Refusal.
+    def commit(self, body: bytes, encoding: str, parse: Parse, reservation: Reservation) -> ExportTraceServiceResponse:
+        """Commit the spans of a body; `encoding` is `identity` or one of ZLIB_WINDOWS. Raises RejectedRequest.
 
-        The answer is empty where every span was taken; spans that can never be kept are a partial success.
+        The response is empty if all spans were committed, and a partial success if some of them are invalid.
         """
         try:
-            plain = body if encoding == IDENTITY else self._inflate(body, encoding, room)
-            with self._reading if len(plain) > _READ_ALONE else nullcontext():
-                intake = read(plain)
+            plain = body if encoding == IDENTITY else self._inflate(body, encoding, reservation)
+            with self._parsing if len(plain) > _PARSE_ALONE_BYTES else nullcontext():
+                intake = parse(plain)
             if intake.refused and not intake.rows:
                 raise OtlpError(intake.reason)
             self._sink.append_rows(intake.rows)
         except (OtlpError, InputError) as error:
-            raise Refusal(400, INVALID_ARGUMENT, str(error)) from error
+            raise RejectedRequest(400, INVALID_ARGUMENT, str(error)) from error
         except StoreError as error:
-            logger.error("spans refused, to be sent again: %s", error)
-            raise Refusal(503, UNAVAILABLE, str(error)) from error
-        return _answer(intake)
+            logger.error("spans were not committed, and senders were asked to retry: %s", error)
+            raise RejectedRequest(503, UNAVAILABLE, str(error)) from error
+        return _response(intake)
 
-    def _inflate(self, body: bytes, encoding: str, room: Room) -> bytes:
-        """The plain body; room is made for each piece before the next is inflated."""
+    def _inflate(self, body: bytes, encoding: str, reservation: Reservation) -> bytes:
+        """The plain body. Memory for each chunk is reserved before the next one is inflated."""
         stream = zlib.decompressobj(ZLIB_WINDOWS[encoding])
-        pieces: list[bytes] = []
+        chunks: list[bytes] = []
         size, rest = 0, body
         while not stream.eof:
-            piece = _next_piece(stream, rest, encoding)
-            pieces.append(piece)
-            size, rest = size + len(piece), stream.unconsumed_tail
+            chunk = _next_chunk(stream, rest, encoding)
+            chunks.append(chunk)
+            size, rest = size + len(chunk), stream.unconsumed_tail
             if size > self.config.max_body_bytes:
                 raise _too_large(self.config.max_body_bytes)
-            if not room.hold(len(body) + size):
+            if not reservation.grow_to(len(body) + size):
                 raise _busy()
         if stream.unused_data:
             raise OtlpError(f"the body is not one whole {encoding} stream")
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-def _next_piece(stream: "zlib._Decompress", data: bytes, encoding: str) -> bytes:
+def _next_chunk(stream: "zlib._Decompress", data: bytes, encoding: str) -> bytes:
     try:
-        piece = stream.decompress(data, _INFLATED_AT_ONCE)
+        chunk = stream.decompress(data, _INFLATE_CHUNK_BYTES)
     except zlib.error as error:
         raise OtlpError(f"the body is not valid {encoding}: {error}") from error
-    if not piece and not stream.eof:
+    if not chunk and not stream.eof:
         raise OtlpError(f"the body is not one whole {encoding} stream")
-    return piece
+    return chunk
 
 
-def _answer(intake: Intake) -> ExportTraceServiceResponse:
-    answer = ExportTraceServiceResponse()
+def _response(intake: Intake) -> ExportTraceServiceResponse:
+    response = ExportTraceServiceResponse()
     if intake.refused:
-        answer.partial_success.rejected_spans = intake.refused
-        answer.partial_success.error_message = _sayable(intake.reason)
-    return answer
+        response.partial_success.rejected_spans = intake.refused
+        response.partial_success.error_message = _as_protobuf_text(intake.reason)
+    return response
 
 
-def _sayable(message: str) -> str:
-    """`message` as a protobuf string can hold it: it may quote halves of surrogate pairs that a JSON body escaped."""
-    return message[:_LONGEST_MESSAGE].encode(errors="replace").decode()
+def _as_protobuf_text(message: str) -> str:
+    """`message`, shortened and valid as UTF-8: it may quote unpaired surrogates that a JSON body escaped."""
+    return message[:_MAX_MESSAGE_CHARS].encode(errors="replace").decode()
 
 
-def _too_large(limit: int) -> Refusal:
-    return Refusal(413, INVALID_ARGUMENT, f"the body is over {limit} bytes; send smaller batches")
+def _too_large(limit: int) -> RejectedRequest:
+    return RejectedRequest(413, INVALID_ARGUMENT, f"the body is over {limit} bytes; send smaller batches")
 
 
-def _busy() -> Refusal:
-    return Refusal(503, UNAVAILABLE, "too many spans are on their way to the store; send them again")
+def _busy() -> RejectedRequest:
+    return RejectedRequest(503, UNAVAILABLE, "too many spans are on their way to the store; send them again")

@@ -1,1 +1,1 @@
-"""Bearer tokens, TLS, size limits and errors that every server shares; `agl.server_thread` starts the servers."""
+"""Parts that every HTTP server shares: tokens, TLS, limits, errors. `agl.server_thread` assembles the servers."""

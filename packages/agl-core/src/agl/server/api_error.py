@@ -6,7 +6,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from agl.errors import GatewayError
-from agl.tokens.capture import Json
 
 _SERVER_ERROR = 500
 
@@ -23,7 +22,7 @@ class ApiError(GatewayError):
         self.code = code
         self.retry_after_s = retry_after_s
 
-    def body(self) -> Json:
+    def body(self) -> dict[str, Any]:
         kind = "server_error" if self.http_status >= _SERVER_ERROR else "invalid_request_error"
         return {"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}
 

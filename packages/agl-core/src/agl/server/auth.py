@@ -1,4 +1,4 @@
-"""Who gets to the app: those with a token that allows it, and no page of another site."""
+"""Authentication of HTTP requests by bearer token, and protection against requests from pages of other sites."""
 
 from typing import Final
 
@@ -11,15 +11,16 @@ HEALTH: Final = "/api/health"
 _PROJECT: Final = "agl.project"
 _AUTHORIZATION: Final = b"authorization"
 _API_KEY: Final = b"x-api-key"
-"""Where clients of Anthropic's API put their token."""
-_MODELS: Final = ("/v1/", "/rollout/")
+"""Header in which clients of Anthropic's API send their token."""
+_MODEL_PATHS: Final = ("/v1/", "/rollout/")
 _READING: Final = ("GET", "HEAD")
 
 
-class Guard:
-    """`app` for those who have one of `tokens`, which are ours: engines get to see none. Health is for everybody.
+class AuthMiddleware:
+    """Passes a request on to `app` if it has one of `tokens` with the right that the request needs.
 
-    A request that a browser makes for a page of another site is refused, since no site is allowed (CORS).
+    The token is removed from the request, so that no engine sees it. `/api/health` needs no token. Cross-origin
+    requests of browsers are rejected: no site is allowed (CORS).
     """
 
     def __init__(self, app: ASGIApp, tokens: BearerTokens) -> None:
@@ -30,13 +31,13 @@ class Guard:
         if scope["type"] != "http" or scope["path"] == HEALTH:
             return await self._app(scope, receive, send)
         try:
-            scope = self._admit(scope)
-        except ApiError as refusal:
-            return await refusal.response()(scope, receive, send)
+            scope = self._authorized(scope)
+        except ApiError as error:
+            return await error.response()(scope, receive, send)
         await self._app(scope, receive, send)
 
-    def _admit(self, scope: Scope) -> Scope:
-        """The scope as the app gets it: without the token, with its project. Raises ApiError."""
+    def _authorized(self, scope: Scope) -> Scope:
+        """The scope with the token's project in place of the token. Raises ApiError."""
         headers = dict(scope["headers"])
         origin = headers.get(b"origin")
         if origin is not None and origin.partition(b"://")[2] != headers.get(b"host"):
@@ -44,7 +45,7 @@ class Guard:
         if not self._tokens:
             return scope
         given = headers.get(_AUTHORIZATION) or (b"Bearer " + headers[_API_KEY] if _API_KEY in headers else None)
-        grant, right = self._tokens.grant(given), _needed(scope)
+        grant, right = self._tokens.grant(given), _needed_right(scope)
         if grant is None:
             raise ApiError(401, "invalid_api_key", "a token is needed: set the client's api_key to it")
         if not grant.allows(right):
@@ -54,11 +55,11 @@ class Guard:
 
 
 def project_of(scope: Scope) -> str | None:
-    """The project of the token that a request came with."""
+    """The project of the request's token."""
     return scope.get(_PROJECT)
 
 
-def _needed(scope: Scope) -> Right:
-    if scope["path"].startswith(_MODELS):
+def _needed_right(scope: Scope) -> Right:
+    if scope["path"].startswith(_MODEL_PATHS):
         return Right.AGENT
     return Right.READ if scope["method"] in _READING else Right.TRAINER

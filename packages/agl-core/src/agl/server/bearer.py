@@ -1,4 +1,4 @@
-"""Bearer tokens: who may send to a server that others can reach."""
+"""Bearer tokens of a server, and the rights and the project that each of them grants."""
 
 import hmac
 from collections.abc import Iterable, Mapping
@@ -11,25 +11,25 @@ from typing import Final
 from agl.errors import ConfigError
 
 TOKEN_VARIABLE: Final = "AGL_TOKEN"
-"""Environment variable of the token, for servers and those who call them: other users cannot see it there."""
+"""Environment variable of the token, for servers and clients; unlike an argument, other users cannot see it."""
 
 _SCHEME = b"bearer"
 
 
 class Right(StrEnum):
-    """What a token may do (its scope)."""
+    """A scope of a token."""
 
     AGENT = "agent"
     """Call models and send spans."""
     TRAINER = "trainer"
     """Everything."""
     READ = "read"
-    """Look at what is there."""
+    """Read from the API."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What the holder of a token may do, and for which project; a token of no project is for all."""
+    """The rights of a token, and its project; None: all projects."""
 
     rights: frozenset[Right] = frozenset({Right.TRAINER})
     project: str | None = None
@@ -39,7 +39,7 @@ class Grant:
 
 
 class BearerTokens:
-    """The tokens that open a server, each with what it grants; with none it is open to everyone who reaches it."""
+    """The tokens that a server accepts, and what each grants. Without tokens the server accepts every request."""
 
     def __init__(self, tokens: Iterable[str] | Mapping[str, Grant] = ()) -> None:
         grants = tokens if isinstance(tokens, Mapping) else dict.fromkeys(tokens, Grant())
@@ -47,10 +47,10 @@ class BearerTokens:
 
     @classmethod
     def read(cls, token: str | None, path: Path | None) -> "BearerTokens":
-        """`token`, which grants everything, and those of the file `path`: a line each of token, scopes and project.
+        """`token`, which grants everything, and the tokens in the file `path`, one per line: token, scopes, project.
 
-        The scopes are some of `agent`, `trainer` and `read` with commas between; without any it is everything. Raises
-        ConfigError where a token is empty or a line cannot be read.
+        Scopes are comma-separated: `agent`, `trainer`, `read`; a line without scopes grants everything. Raises
+        ConfigError if the token is empty or a line is invalid.
         """
         if token is not None and not token.strip():
             raise ConfigError("the token is empty; pass the secret itself, or no token at all")
@@ -60,7 +60,7 @@ class BearerTokens:
         return bool(self._grants)
 
     def grant(self, authorization: bytes | None) -> Grant | None:
-        """What this `Authorization` header grants, None if nothing; how long that takes tells nothing of the tokens."""
+        """The grant of an `Authorization` header; None if its token is unknown. Takes the same time for every token."""
         if not self._grants:
             return Grant()
         scheme, _, given = (authorization or b"").partition(b" ")
@@ -74,7 +74,7 @@ class BearerTokens:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that listens on `host`."""
+    """Whether a server that listens on `host` can be reached from this machine only."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -88,7 +88,7 @@ def _read_lines(path: Path) -> dict[str, Grant]:
         raise ConfigError(f"cannot read the tokens in {path}: {error}") from error
     grants = dict(_read_line(path, number, line) for number, line in enumerate(lines, 1) if line.strip())
     if not grants:
-        raise ConfigError(f"{path} holds no token; write one a line, or take token_file out of the configuration")
+        raise ConfigError(f"{path} holds no token; write one per line, or remove token_file from the configuration")
     return grants
 
 
@@ -97,7 +97,7 @@ def _read_line(path: Path, number: int, line: str) -> tuple[str, Grant]:
     known = ", ".join(Right)
     if len(rest) > 2:
         raise ConfigError(
-            f"{path}, line {number}: expected token, scopes ({known}) and project, got {len(rest)} words more"
+            f"{path}, line {number}: expected token, scopes ({known}) and project, got {len(rest)} words after it"
         )
     try:
         rights = frozenset(map(Right, rest[0].split(","))) if rest else Grant().rights

@@ -1,19 +1,19 @@
-"""HTTP/1.1 as uvicorn reads it with httptools, which knows no limit of its own for the head of a request."""
+"""Limits the size of an HTTP/1.1 request head (request line and headers); uvicorn with httptools has no limit."""
 
 from typing import Final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES: Final = 64 * 2**10
-_TOO_LARGE: Final = (
+_RESPONSE: Final = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: text/plain\r\nconnection: close\r\n"
     b"content-length: %d\r\n\r\n%b"
 )
-_SAID: Final = b"the head of the request is over %d bytes" % MAX_HEAD_BYTES
+_MESSAGE: Final = b"the head of the request is over %d bytes" % MAX_HEAD_BYTES
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """Refuses a head (request line and headers) of more than MAX_HEAD_BYTES before all of it is in memory."""
+    """Rejects a head of more than MAX_HEAD_BYTES before all of it is in memory."""
 
     _head_bytes = 0
     _in_head = False
@@ -23,7 +23,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._in_head and not self.transport.is_closing():
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
-                self._refuse()
+                self._reject()
 
     def on_message_begin(self) -> None:
         self._in_head, self._head_bytes = True, 0
@@ -38,10 +38,10 @@ class HttpProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         if self._head_bytes > MAX_HEAD_BYTES:
-            self._refuse()
+            self._reject()
         else:
             super().send_400_response(msg)
 
-    def _refuse(self) -> None:
-        self.transport.write(_TOO_LARGE % (len(_SAID), _SAID))
+    def _reject(self) -> None:
+        self.transport.write(_RESPONSE % (len(_MESSAGE), _MESSAGE))
         self.transport.close()

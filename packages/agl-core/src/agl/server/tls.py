@@ -1,4 +1,4 @@
-"""TLS of the receivers: the files of the configuration, as each transport takes them."""
+"""TLS settings of a server: the configured files in the form that uvicorn and gRPC need."""
 
 import ssl
 from typing import Any
@@ -10,7 +10,7 @@ from agl.errors import ConfigError
 
 
 def uvicorn_options(tls: TlsConfig) -> dict[str, Any]:
-    """Settings of `uvicorn.Config`. Raises ConfigError where the files do not fit together."""
+    """Settings of `uvicorn.Config`. Raises ConfigError if the files cannot be loaded together."""
     _check(tls)
     options = {"ssl_certfile": tls.certificate, "ssl_keyfile": tls.key}
     if tls.client_ca is None:
@@ -19,7 +19,7 @@ def uvicorn_options(tls: TlsConfig) -> dict[str, Any]:
 
 
 def grpc_credentials(tls: TlsConfig) -> grpc.ServerCredentials:
-    """Raises ConfigError where the files do not fit together."""
+    """Credentials of `grpc.Server`. Raises ConfigError if the files cannot be loaded together."""
     _check(tls)
     return grpc.ssl_server_credentials(
         [(tls.key.read_bytes(), tls.certificate.read_bytes())],
@@ -31,7 +31,7 @@ def grpc_credentials(tls: TlsConfig) -> grpc.ServerCredentials:
 def _check(tls: TlsConfig) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        # The empty password: without one OpenSSL asks for it on the terminal.
+        # Without a password, here the empty one, OpenSSL asks for it on the terminal.
         context.load_cert_chain(tls.certificate, tls.key, password="")
         if tls.client_ca is not None:
             context.load_verify_locations(tls.client_ca)

@@ -15,7 +15,7 @@ from agl.config import CollectorConfig
 from agl.errors import AglError, StoreError
 from agl.server.api_error import ApiError
 from agl.server.body import read_body
-from agl.server.pending import PendingBytes, Room
+from agl.server.memory_budget import MemoryBudget, Reservation
 from agl.store import Rollout, Store
 from agl.store.http.openapi import document
 from agl.store.http.verb import ERRORS, INVALID, JSON, LONGEST_WAIT_S, PREFIX, PROTOBUF, UNAVAILABLE, VERBS, Verb
@@ -36,7 +36,7 @@ class Api:
     def __init__(self, store: Store, config: CollectorConfig | None = None) -> None:
         self._store = store
         self._config = config or CollectorConfig()
-        self._pending = PendingBytes(self._config.max_pending_bytes)
+        self._budget = MemoryBudget(self._config.max_pending_bytes)
         self._pool = ThreadPoolExecutor(_VERBS_AT_ONCE, "agl-api")
         self._waiting = ThreadPoolExecutor(_WAITS_AT_ONCE, "agl-api-wait")
 
@@ -54,8 +54,8 @@ class Api:
     def _endpoint(self, verb: Verb) -> Any:
         async def answer(request: Request) -> Response:
             try:
-                with Room(self._pending) as room:
-                    return await self._answer(verb, request, room)
+                with Reservation(self._budget) as reservation:
+                    return await self._answer(verb, request, reservation)
             except ClientDisconnect:
                 return Response(status_code=400)  # Nobody reads it.
             except ApiError as refusal:
@@ -63,27 +63,27 @@ class Api:
 
         return answer
 
-    async def _answer(self, verb: Verb, request: Request, room: Room) -> Response:
-        sent = dict(request.query_params) if verb.method == "GET" else await self._read_body(verb, request, room)
+    async def _answer(self, verb: Verb, request: Request, reservation: Reservation) -> Response:
+        sent = dict(request.query_params) if verb.method == "GET" else await self._read_body(verb, request, reservation)
         if verb.waits:
             body = await self._wait(verb, _read(verb, sent), request)
         else:
             body = await asyncio.get_running_loop().run_in_executor(self._pool, self._perform, verb, sent)
         return Response(body, media_type=PROTOBUF if verb.returns_spans else JSON)
 
-    async def _read_body(self, verb: Verb, request: Request, room: Room) -> bytes:
+    async def _read_body(self, verb: Verb, request: Request, reservation: Reservation) -> bytes:
         given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if (
             given != verb.content_type
         ):  # Which also keeps web pages out: a browser asks before it sends these elsewhere.
             raise ApiError(415, "unknown_content_type", f"{verb.path} takes {verb.content_type}, got {given!r}")
-        return await read_body(request.receive, lambda size: self._hold(room, size))
+        return await read_body(request.receive, lambda size: self._reserve(reservation, size))
 
-    def _hold(self, room: Room, size: int) -> None:
+    def _reserve(self, reservation: Reservation, size: int) -> None:
         limit = self._config.max_body_bytes
         if size > limit:
             raise ApiError(413, "too_large", f"the body is over {limit} bytes; send less at once")
-        if not room.hold(size):
+        if not reservation.grow_to(size):
             raise ApiError(503, UNAVAILABLE, "too much is on its way to the store; send it again")
 
     def _perform(self, verb: Verb, sent: bytes | Mapping[str, str]) -> bytes:
