@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from agl_trainer.data.chat import answer_text
 from agl_trainer.data.tool_call import ToolCall, forced_start
 from agl_trainer.engine.http.detokenizer import Detokenizer, StopStrings, decode
-from agl_trainer.engine.http.tool_call_parser import ToolCallReader, parse
+from agl_trainer.engine.http.tool_call_parser import ToolCallParser, parse
 from tests.trainer.scripted_sampler import small_tokenizer
 
 tokenizer = functools.cache(small_tokenizer)
@@ -128,21 +128,21 @@ def test_a_malformed_call_does_not_hide_the_next_one():
 
 @given(st.lists(st.sampled_from(["a", " ", "\n", "<", "<tool", "_call>", ADD.text(), "<tool_call>", "{"])))
 def test_content_and_calls_are_the_same_however_the_text_arrives(parts: list[str]):
-    reader = ToolCallReader()
+    reader = ToolCallParser()
     said = "".join(map(reader.feed, parts))
     rest, calls = reader.finish()
     assert (said + rest, calls) == parse("".join(parts))
 
 
 def test_content_is_given_out_before_the_answer_ends():
-    reader = ToolCallReader()
+    reader = ToolCallParser()
     assert reader.feed("I add <to") == "I add "
     assert reader.feed("morrow> ") == "<tomorrow> "
     assert reader.feed(ADD.text()) == ""
 
 
 def test_a_forced_call_is_read_together_with_its_start():
-    reader = ToolCallReader(forced_start("add"))
+    reader = ToolCallParser(forced_start("add"))
     assert reader.feed(' {"a": 1, "b": 2}}</tool_call>') == ""
     assert reader.finish() == ("", [ADD])
 

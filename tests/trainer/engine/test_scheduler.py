@@ -337,9 +337,9 @@ async def test_a_version_is_that_of_admission(policy: Policy) -> None:
 # --- failing --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("at_once", "wakes"), [(False, [1, 1, 1, 1]), (True, [4])])
-async def test_a_caller_that_wants_all_at_once_sleeps_until_the_end(
-    policy: Policy, monkeypatch: pytest.MonkeyPatch, at_once: bool, wakes: list[int]
+@pytest.mark.parametrize(("deliver_at_end", "wakes"), [(False, [1, 1, 1, 1]), (True, [4])])
+async def test_a_caller_that_wants_all_deliver_at_end_sleeps_until_the_end(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, deliver_at_end: bool, wakes: list[int]
 ) -> None:
     arrived: list[int] = []
     through = scheduler_module._put_all
@@ -350,7 +350,7 @@ async def test_a_caller_that_wants_all_at_once_sleeps_until_the_end(
 
     monkeypatch.setattr(scheduler_module, "_put_all", count)
     async with engine(policy) as scheduler:
-        found = await answer(scheduler.submit([7, 8], "writer", greedy(4, at_once=at_once)))
+        found = await answer(scheduler.submit([7, 8], "writer", greedy(4, deliver_at_end=deliver_at_end)))
     assert found == plain_answer(policy, "writer", [7, 8], 4)
     assert arrived == wakes
 

@@ -1,1 +1,1 @@
-"""The in-process engine: sampling on the weights being trained, behind an OpenAI-compatible endpoint."""
+"""Engines that sample rollouts: in this process, from the weights that train or a copy of them, or vLLM servers."""

@@ -1,4 +1,4 @@
-"""The seam between the HTTP layer and the sampling loop: what is asked for, what comes back, what can be refused."""
+"""Interface between the HTTP layer and the sampling loop: parameters, sampled tokens and errors."""
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -10,28 +10,28 @@ FinishReason = Literal["stop", "length"]
 
 
 class EngineError(AglError):
-    """The engine cannot sample, or failed while it did."""
+    """Sampling is not possible, or has failed."""
 
 
 class UnknownModelError(EngineError):
-    """A request names a model, role or version that this engine does not hold."""
+    """A request names a model, role or version that this engine does not serve."""
 
 
 class ContextLengthError(EngineError):
-    """A prompt, with the answer asked for, is longer than the engine's `max_model_len`."""
+    """Prompt and requested answer together exceed the engine's `max_model_len`."""
 
 
 class EngineStoppedError(EngineError):
-    """The engine is shutting down or has stopped; the same request may succeed elsewhere or later."""
+    """The engine has stopped or is shutting down; a retry, later or at another engine, may succeed."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to sample one sequence.
 
-    `temperature` 0 is greedy. `seed` None samples from fresh randomness. `top_logprobs` is the number of
-    alternatives to report with each token. `at_once`: the caller has no use for a token before the last, and gets all
-    with it, which leaves it asleep meanwhile.
+    `temperature` 0 is greedy. `seed` None draws a random seed. `top_logprobs` is the number of alternatives reported
+    with each token. `deliver_at_end`: hand over all tokens together after the last one, so that the caller's event loop
+    wakes up once.
     """
 
     max_tokens: int
@@ -40,7 +40,7 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: frozenset[int] = frozenset()
     top_logprobs: int = 0
-    at_once: bool = False
+    deliver_at_end: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +53,11 @@ class SampledToken:
 
 
 class Generation(Protocol):
-    """Handle on one sequence being sampled."""
+    """Handle of one sequence that is being sampled."""
 
     @property
     def version(self) -> str:
-        """The policy that answers, as `<role-or-model>@<n>`."""
+        """The policy version that samples, as `<role-or-model>@<n>`."""
         ...
 
     @property
@@ -66,24 +66,24 @@ class Generation(Protocol):
         ...
 
     def cancel(self) -> None:
-        """Stop sampling; iteration ends. Safe from any thread, more than once, and after the end."""
+        """Stop sampling, which ends the iteration. Thread-safe; may be called repeatedly and after the end."""
         ...
 
     def __aiter__(self) -> AsyncIterator[SampledToken]:
-        """Tokens as they are sampled, once. Raises EngineError when sampling fails."""
+        """Tokens as they are sampled; to be iterated once. Raises EngineError if sampling fails."""
         ...
 
 
 class Sampler(Protocol):
-    """What samples tokens: the engine's scheduler, or a script in a test."""
+    """Samples tokens: the engine's scheduler, or a scripted sampler in tests."""
 
     def submit(self, prompt_ids: Sequence[int], model: str, params: SamplingParams) -> Generation:
-        """Queue one sequence; thread-safe, does not block. `model`: a role, a pinned version or the base model.
+        """Queue one sequence; thread-safe, does not block. `model` is a role, a pinned version or the base model.
 
         Raises UnknownModelError, ContextLengthError, EngineStoppedError.
         """
         ...
 
     def models(self) -> list[str]:
-        """Every name that `submit` accepts now."""
+        """Every name that `submit` currently accepts."""
         ...

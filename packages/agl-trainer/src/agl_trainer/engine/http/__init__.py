@@ -1,1 +1,1 @@
-"""The OpenAI API in front of the in-process engine."""
+"""The OpenAI-compatible HTTP API of the in-process engine."""

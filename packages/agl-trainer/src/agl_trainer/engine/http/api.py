@@ -1,4 +1,4 @@
-"""The engine's HTTP face: the OpenAI API over a sampler, as a Starlette app."""
+"""Starlette app that serves the OpenAI API from a sampler."""
 
 import asyncio
 import functools
@@ -20,10 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from agl.errors import AglError
 from agl_trainer.data.chat import ChatTemplate, ChatTemplateError, special_tokens
 from agl_trainer.data.tool_call import forced_start
-from agl_trainer.engine.http.answer import Answer, ChatAnswer, CompletionAnswer, Json
-from agl_trainer.engine.http.choice import Choice, cancel, run
+from agl_trainer.engine.http.choice_stream import ChoiceStream, cancel_all, merge_deltas
 from agl_trainer.engine.http.detokenizer import decode
-from agl_trainer.engine.http.validation import (
+from agl_trainer.engine.http.openai_request import (
     BodyT,
     ChatRequest,
     CompletionRequest,
@@ -31,6 +30,12 @@ from agl_trainer.engine.http.validation import (
     RequestError,
     TokenizeRequest,
     parse_request,
+)
+from agl_trainer.engine.http.openai_response import (
+    ChatResponseBuilder,
+    CompletionResponseBuilder,
+    Json,
+    ResponseBuilder,
 )
 from agl_trainer.engine.protocol import (
     ContextLengthError,
@@ -53,7 +58,7 @@ _STATUS: tuple[tuple[type[Exception], int, str | None], ...] = (
     (EngineStoppedError, 503, "engine_stopped"),
     (Exception, 500, "engine_error"),
 )
-"""HTTP status and OpenAI error code of each error; the first match counts."""
+"""HTTP status and OpenAI error code of each error class; the first match applies."""
 
 
 def engine_app(
@@ -64,7 +69,7 @@ def engine_app(
     max_model_len: int,
     default_max_tokens: int,
 ) -> Starlette:
-    """The app. `served_name` answers requests that name no model; `default_max_tokens` bounds those without a limit."""
+    """The app. Defaults of a request: model `served_name`, and at most `default_max_tokens` tokens."""
     api = _Api(sampler, tokenizer, served_name, max_model_len, default_max_tokens)
     routes = [
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
@@ -75,12 +80,13 @@ def engine_app(
         Route("/health", api.health),
     ]
     return Starlette(
-        routes=routes, exception_handlers={AglError: _refuse, HTTPException: _refuse_route, Exception: _refuse}
+        routes=routes,
+        exception_handlers={AglError: _error_response, HTTPException: _no_route, Exception: _error_response},
     )
 
 
 class _Api:
-    """The endpoints. One event loop serves them all, and reads the tokenizer."""
+    """The endpoints. They share one event loop, which is the only user of the tokenizer."""
 
     def __init__(
         self,
@@ -100,26 +106,26 @@ class _Api:
         self._token_text = functools.cache(lambda token_id: decode(tokenizer, [token_id], special=True))
 
     async def chat(self, request: Request) -> Response:
-        asked = await _read(request, ChatRequest)
-        must_call = asked.tool_choice == "required" or asked.forced_tool is not None
-        start = forced_start(asked.forced_tool) if must_call else ""
-        choices = self._submit(asked, [self._chat_ids(asked) + self._template.encode(start)])
+        body = await _parse(request, ChatRequest)
+        must_call = body.tool_choice == "required" or body.forced_tool is not None
+        start = forced_start(body.forced_tool) if must_call else ""
+        choices = self._submit(body, [self._chat_ids(body) + self._template.encode(start)])
         name = f"chatcmpl-{_request_id(request)}"
-        return await _respond(request, ChatAnswer(name, asked, choices, self._token_text, answer_start=start))
+        return await _respond(request, ChatResponseBuilder(name, body, choices, self._token_text, answer_start=start))
 
     async def completions(self, request: Request) -> Response:
-        asked = await _read(request, CompletionRequest)
-        choices = self._submit(asked, [self._completion_ids(prompt) for prompt in asked.prompt])
+        body = await _parse(request, CompletionRequest)
+        choices = self._submit(body, [self._completion_ids(prompt) for prompt in body.prompt])
         name = f"cmpl-{_request_id(request)}"
-        return await _respond(request, CompletionAnswer(name, asked, choices, self._token_text))
+        return await _respond(request, CompletionResponseBuilder(name, body, choices, self._token_text))
 
     async def tokenize(self, request: Request) -> Response:
-        asked = await _read(request, TokenizeRequest)
-        ids = self._template.prompt_ids(asked.turns(), asked.tool_definitions())
+        body = await _parse(request, TokenizeRequest)
+        ids = self._template.prompt_ids(body.turns(), body.tool_definitions())
         return JSONResponse({"count": len(ids), "max_model_len": self._max_model_len, "tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
-        ids = self._known((await _read(request, DetokenizeRequest)).tokens)
+        ids = self._check_vocabulary((await _parse(request, DetokenizeRequest)).tokens)
         return JSONResponse({"prompt": decode(self._tokenizer, ids, special=True)})
 
     async def models(self, _: Request) -> Response:
@@ -134,65 +140,67 @@ class _Api:
         ids = prompt if isinstance(prompt, list) else self._tokenizer(prompt)["input_ids"]
         if not ids:
             raise RequestError("prompt: got no token", "prompt")
-        return self._known(ids)
+        return self._check_vocabulary(ids)
 
-    def _chat_ids(self, asked: ChatRequest) -> list[int]:
-        if asked.given_ids is not None:
-            return self._known(asked.given_ids)
-        return self._template.prompt_ids(asked.turns(), asked.offered_tools)
+    def _chat_ids(self, body: ChatRequest) -> list[int]:
+        if body.prompt_ids is not None:
+            return self._check_vocabulary(body.prompt_ids)
+        return self._template.prompt_ids(body.turns(), body.offered_tools)
 
-    def _known(self, ids: list[int]) -> list[int]:
-        """`ids`, if the vocabulary has all of them."""
+    def _check_vocabulary(self, ids: list[int]) -> list[int]:
+        """Return `ids`. Raises RequestError if the vocabulary lacks one of them."""
         unknown = next((token_id for token_id in ids if token_id >= len(self._tokenizer)), None)
         if unknown is not None:
             raise RequestError(f"prompt: got token id {unknown}, the vocabulary has {len(self._tokenizer)}", "prompt")
         return ids
 
-    def _submit(self, asked: ChatRequest | CompletionRequest, prompts: Sequence[list[int]]) -> list[Choice]:
-        """Start `n` sequences for each prompt; none is left running where one is refused."""
-        choices: list[Choice] = []
+    def _submit(self, body: ChatRequest | CompletionRequest, prompts: Sequence[list[int]]) -> list[ChoiceStream]:
+        """Start `n` sequences for each prompt. If one is rejected, the others are cancelled."""
+        choices: list[ChoiceStream] = []
         try:
             for prompt_ids in prompts:
-                for number in range(asked.n):
-                    choices.append(self._choice(asked, prompt_ids, len(choices), number))
+                for number in range(body.n):
+                    choices.append(self._choice(body, prompt_ids, len(choices), number))
         except BaseException:
-            cancel(choices)
+            cancel_all(choices)
             raise
         return choices
 
-    def _choice(self, asked: ChatRequest | CompletionRequest, prompt_ids: list[int], index: int, number: int) -> Choice:
-        stops = [stop for stop in asked.stop if stop not in self._special_ids]
-        special = {self._special_ids[stop] for stop in asked.stop if stop in self._special_ids}
+    def _choice(
+        self, body: ChatRequest | CompletionRequest, prompt_ids: list[int], index: int, number: int
+    ) -> ChoiceStream:
+        stops = [stop for stop in body.stop if stop not in self._special_ids]
+        special = {self._special_ids[stop] for stop in body.stop if stop in self._special_ids}
         params = SamplingParams(
-            max_tokens=self._answer_room(asked, len(prompt_ids)),
-            temperature=asked.temperature,
-            top_p=asked.top_p,
-            seed=None if asked.seed is None else asked.seed + number,
+            max_tokens=self._max_answer_tokens(body, len(prompt_ids)),
+            temperature=body.temperature,
+            top_p=body.top_p,
+            seed=None if body.seed is None else body.seed + number,
             stop_token_ids=self._template.stop_token_ids | special,
-            top_logprobs=asked.alternatives,
-            at_once=not asked.stream and not stops,
+            top_logprobs=body.alternatives_per_token,
+            deliver_at_end=not body.stream and not stops,
         )
-        generation = self._sampler.submit(prompt_ids, asked.model or self._served_name, params)
-        return Choice(index, prompt_ids, generation, self._tokenizer, stops, params.stop_token_ids)
+        generation = self._sampler.submit(prompt_ids, body.model or self._served_name, params)
+        return ChoiceStream(index, prompt_ids, generation, self._tokenizer, stops, params.stop_token_ids)
 
-    def _answer_room(self, asked: ChatRequest | CompletionRequest, prompt_length: int) -> int:
-        """Tokens the answer may have. Raises ContextLengthError where what was asked for does not fit."""
+    def _max_answer_tokens(self, body: ChatRequest | CompletionRequest, prompt_length: int) -> int:
+        """Limit of the answer in tokens. Raises ContextLengthError if the requested number does not fit the context."""
         room = self._max_model_len - prompt_length
-        wanted = asked.answer_limit
+        wanted = body.token_limit
         if room < (wanted or 1):
             raise ContextLengthError(
                 f"this model's maximum context length is {self._max_model_len} tokens: the prompt has {prompt_length}"
-                f" and {wanted or 'at least 1'} are asked for the answer; shorten the messages or lower max_tokens"
+                f" and {wanted or 'at least 1'} are requested for the answer; shorten the messages or lower max_tokens"
             )
         return wanted or min(room, self._default_max_tokens)
 
 
 class _EventStream(StreamingResponse):
-    """An answer as server-sent events. When the client goes, sampling ends at once, not at garbage collection."""
+    """A response as server-sent events. Sampling stops as soon as the client disconnects, not at garbage collection."""
 
-    def __init__(self, answer: Answer) -> None:
-        self._answer = answer
-        self._events = _events(answer)
+    def __init__(self, response: ResponseBuilder) -> None:
+        self._response = response
+        self._events = _events(response)
         super().__init__(self._events, media_type="text/event-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -200,16 +208,16 @@ class _EventStream(StreamingResponse):
             async with aclosing(self._events):
                 await super().__call__(scope, receive, send)
         finally:
-            cancel(self._answer.choices)
+            cancel_all(self._response.choices)
 
 
-async def _events(answer: Answer) -> AsyncGenerator[str]:
+async def _events(response: ResponseBuilder) -> AsyncGenerator[str]:
     try:
-        async with aclosing(run(answer.choices)) as steps:
-            async for step in steps:
-                for chunk in answer.chunks(step):
+        async with aclosing(merge_deltas(response.choices)) as deltas:
+            async for delta in deltas:
+                for chunk in response.chunks(delta):
                     yield _event(chunk)
-        for chunk in answer.closing():
+        for chunk in response.final_chunks():
             yield _event(chunk)
     except AglError as error:
         yield _event(_error_body(error)[1])
@@ -220,26 +228,26 @@ def _event(data: Json) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-async def _respond(request: Request, answer: Answer) -> Response:
-    """The answer, or nothing where the client went before it was complete."""
-    if answer.streamed:
-        return _EventStream(answer)
-    whole, gone = asyncio.ensure_future(_whole(answer)), asyncio.ensure_future(_disconnect(request))
+async def _respond(request: Request, response: ResponseBuilder) -> Response:
+    """The response; status 499 if the client disconnects before it is complete."""
+    if response.is_streamed:
+        return _EventStream(response)
+    whole, gone = asyncio.ensure_future(_whole(response)), asyncio.ensure_future(_disconnect(request))
     try:
         await asyncio.wait({whole, gone}, return_when=asyncio.FIRST_COMPLETED)
         return whole.result() if whole.done() else Response(status_code=_CLIENT_CLOSED_REQUEST)
     finally:
-        cancel(answer.choices)
+        cancel_all(response.choices)
         whole.cancel()
         gone.cancel()
         await asyncio.gather(whole, gone, return_exceptions=True)
 
 
-async def _whole(answer: Answer) -> JSONResponse:
-    async with aclosing(run(answer.choices)) as steps:
-        async for _ in steps:
+async def _whole(response: ResponseBuilder) -> JSONResponse:
+    async with aclosing(merge_deltas(response.choices)) as deltas:
+        async for _ in deltas:
             pass
-    return JSONResponse(answer.body())
+    return JSONResponse(response.body())
 
 
 async def _disconnect(request: Request) -> None:
@@ -247,10 +255,10 @@ async def _disconnect(request: Request) -> None:
         pass
 
 
-async def _read(request: Request, model: type[BodyT]) -> BodyT:
+async def _parse(request: Request, model: type[BodyT]) -> BodyT:
     try:
         data = json.loads(await request.body())
-        json.dumps(data, ensure_ascii=False).encode()  # refuses half surrogate pairs, which no tokenizer reads
+        json.dumps(data, ensure_ascii=False).encode()  # fails for lone surrogates, which no tokenizer accepts
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the request body is not valid JSON: {error}") from error
     return parse_request(model, data)
@@ -260,16 +268,16 @@ def _request_id(request: Request) -> str:
     return request.headers.get("x-request-id") or uuid.uuid4().hex
 
 
-async def _refuse(_: Request, error: Exception) -> JSONResponse:
+async def _error_response(_: Request, error: Exception) -> JSONResponse:
     status, body = _error_body(error)
     return JSONResponse(body, status)
 
 
-async def _refuse_route(request: Request, error: Exception) -> JSONResponse:
-    """A path or method that the app does not have."""
+async def _no_route(request: Request, error: Exception) -> JSONResponse:
+    """Response to an unknown path or method."""
     assert isinstance(error, HTTPException)
     message = f"{error.detail}: {request.method} {request.url.path}"
-    return JSONResponse(_body(message, "invalid_request_error"), error.status_code, error.headers)
+    return JSONResponse(_error_object(message, "invalid_request_error"), error.status_code, error.headers)
 
 
 def _error_body(error: Exception) -> tuple[int, Json]:
@@ -278,8 +286,8 @@ def _error_body(error: Exception) -> tuple[int, Json]:
     if status >= _SERVER_ERROR:
         logger.error("request failed: %s", error)
     kind = "server_error" if status >= _SERVER_ERROR else "invalid_request_error"
-    return status, _body(str(error), kind, error.param if isinstance(error, RequestError) else None, code)
+    return status, _error_object(str(error), kind, error.param if isinstance(error, RequestError) else None, code)
 
 
-def _body(message: str, kind: str, param: str | None = None, code: str | None = None) -> Json:
+def _error_object(message: str, kind: str, param: str | None = None, code: str | None = None) -> Json:
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

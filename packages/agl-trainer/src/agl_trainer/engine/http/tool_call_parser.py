@@ -1,6 +1,7 @@
-"""Reads the tool calls in sampled text, whole or streamed; `data.tool_call` has the format.
+"""Parses the tool calls in sampled text, whole or streamed; `data.tool_call` defines the format.
 
-The text of arguments is kept as the model wrote it, so that a conversation sent back renders to the sampled tokens.
+Arguments keep the text that the model wrote, so that the chat template renders a returned conversation to the
+sampled tokens.
 """
 
 import json
@@ -17,7 +18,7 @@ _JSON = json.JSONDecoder(strict=False)
 
 
 def parse(text: str) -> tuple[str, list[ToolCall]]:
-    """Content and calls of an answer. A malformed block stays in the content; blanks around calls do not."""
+    """Content and tool calls of an answer. The content keeps malformed blocks, but not the blanks around calls."""
     outside: list[str] = []
     calls: list[ToolCall] = []
     begin = position = 0
@@ -34,35 +35,35 @@ def parse(text: str) -> tuple[str, list[ToolCall]]:
     return "".join(piece for piece in outside if piece.strip()), calls
 
 
-class ToolCallReader:
-    """Splits an answer that arrives in pieces: content is given out at once, text that may be a call is held.
+class ToolCallParser:
+    """Splits a streamed answer: content is passed on at once, text that may be a tool call is withheld.
 
-    `start` is the part of the answer that was put before the first sampled token (see `forced_start`).
+    `start` is the part of the answer that the prompt ends with (see `forced_start`).
     """
 
     def __init__(self, start: str = "") -> None:
-        self._held = start
-        self._said_something = False
+        self._withheld = start
+        self._has_content = False
 
     def feed(self, piece: str) -> str:
-        """Content that is certainly not part of a tool call."""
-        self._held += piece
-        start = self._held.find(OPEN)
-        cut = start if start >= 0 else len(self._held) - overlap(self._held, [OPEN])
-        content = self._held[:cut]
-        if not self._said_something and not content.strip():
+        """Content that cannot be part of a tool call."""
+        self._withheld += piece
+        start = self._withheld.find(OPEN)
+        cut = start if start >= 0 else len(self._withheld) - overlap(self._withheld, [OPEN])
+        content = self._withheld[:cut]
+        if not self._has_content and not content.strip():
             return ""
-        self._said_something = True
-        self._held = self._held[cut:]
+        self._has_content = True
+        self._withheld = self._withheld[cut:]
         return content
 
     def finish(self) -> tuple[str, list[ToolCall]]:
-        """The rest of the content, and the calls."""
-        return parse(self._held)
+        """The rest of the content, and the tool calls."""
+        return parse(self._withheld)
 
 
 def _read_block(text: str, position: int) -> tuple[list[ToolCall], int] | None:
-    """Calls of the block whose inside starts at `position`, and where the block ends; None where it is malformed."""
+    """Calls of the block whose content starts at `position`, and the end of the block; None if it is malformed."""
     lead = _LEAD.match(text, position)
     begin = lead.end() if lead else position
     try:
@@ -89,7 +90,7 @@ def _read_call(value: Any, written: str) -> ToolCall | None:
 
 
 def _as_written(arguments: dict[str, Any], written: str) -> str | None:
-    """The text of `arguments` inside `written`, where it is found there and is JSON that any parser accepts."""
+    """The text of `arguments` in `written`, if it is there and is JSON that strict parsers accept."""
     match = _ARGUMENTS.search(written)
     if match is None:
         return None

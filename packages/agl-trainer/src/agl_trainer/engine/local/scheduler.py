@@ -315,7 +315,7 @@ class Scheduler:
         for sequence, token in zip(running, sampled, strict=True):
             sequence.take(token)
         self.tokens_sampled += len(sampled)
-        due = [sequence for sequence in running if sequence.finish_reason or not sequence.params.at_once]
+        due = [sequence for sequence in running if sequence.finish_reason or not sequence.params.deliver_at_end]
         _deliver([(sequence, sequence.hand_over()) for sequence in due])
         self._drop([sequence for sequence in running if sequence.finish_reason])
 

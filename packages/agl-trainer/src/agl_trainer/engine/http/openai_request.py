@@ -1,4 +1,4 @@
-"""Requests of the OpenAI API as this engine understands them. What it cannot do it refuses, naming the parameter."""
+"""Request bodies of the OpenAI API, validated. A parameter that the engine does not support is rejected by name."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -10,19 +10,19 @@ from agl_trainer.engine.protocol import EngineError
 
 
 class RequestError(EngineError):
-    """A request that cannot be read, or asks for what this engine does not do. `param` is the parameter at fault."""
+    """An invalid request, or one with an unsupported parameter. `param` is the parameter at fault."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
 
 
-def _strings(stop: Any) -> Any:
+def _as_list(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
-def _prompts(prompt: Any) -> Any:
-    """Any of the four forms of `prompt` as a list of texts and token-id lists."""
+def _as_prompts(prompt: Any) -> Any:
+    """`prompt` in any of its four forms, as a list of texts and lists of token ids."""
     whole = [prompt] if isinstance(prompt, str) or _is_ids(prompt) else prompt
     if not isinstance(whole, list) or not whole or not all(isinstance(item, str) or _is_ids(item) for item in whole):
         raise ValueError("expected a text, a list of texts, a list of token ids, or a list of such lists")
@@ -46,14 +46,14 @@ class StreamOptions(ApiObject):
     include_usage: bool = False
 
 
-class GivenPrompt(ApiObject):
-    """vLLM's place for a prompt in tokens."""
+class KvTransferParams(ApiObject):
+    """vLLM's field for a prompt given as token ids."""
 
     prompt_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
 
 
-class _Request(BaseModel):
-    """What both endpoints share."""
+class _GenerationRequest(BaseModel):
+    """Parameters that chat and text completions share."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -63,7 +63,7 @@ class _Request(BaseModel):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] = 1
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_strings)] = []
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
@@ -79,7 +79,7 @@ class _Request(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class ChatRequest(Conversation, _Request):
+class ChatRequest(Conversation, _GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
     tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"
@@ -87,7 +87,7 @@ class ChatRequest(Conversation, _Request):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
-    kv_transfer_params: GivenPrompt | None = None
+    kv_transfer_params: KvTransferParams | None = None
 
     @model_validator(mode="after")
     def _parameters_agree(self) -> Self:
@@ -104,7 +104,7 @@ class ChatRequest(Conversation, _Request):
 
     @property
     def forced_tool(self) -> str | None:
-        """The tool that `tool_choice` names."""
+        """The tool that `tool_choice` names, if it names one."""
         return self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
 
     @property
@@ -113,31 +113,31 @@ class ChatRequest(Conversation, _Request):
         return [] if self.tool_choice == "none" else self.tool_definitions()
 
     @property
-    def given_ids(self) -> list[int] | None:
-        """The prompt where it is given in tokens; `messages` then make none."""
+    def prompt_ids(self) -> list[int] | None:
+        """The prompt as token ids, if the request has them; they replace `messages`."""
         return self.kv_transfer_params.prompt_token_ids if self.kv_transfer_params else None
 
     @property
-    def answer_limit(self) -> int | None:
+    def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
-    def alternatives(self) -> int:
+    def alternatives_per_token(self) -> int:
         return self.top_logprobs
 
 
-class CompletionRequest(_Request):
+class CompletionRequest(_GenerationRequest):
     """Body of POST /v1/completions."""
 
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_as_prompts)]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
-    def answer_limit(self) -> int | None:
+    def token_limit(self) -> int | None:
         return self.max_tokens
 
     @property
-    def alternatives(self) -> int:
+    def alternatives_per_token(self) -> int:
         return self.logprobs or 0
 
 
@@ -168,19 +168,19 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
-"""Parameters that this engine does not have, with the values that mean the same as leaving them out."""
+"""Unsupported parameters, each with the values that mean the same as its absence."""
 
 _IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
-"""Book-keeping of the OpenAI service; it changes no answer."""
+"""Parameters that concern the OpenAI service only and do not change the answer."""
 
-_INSTEAD = {"response_format": "decoding is not constrained; ask for the format in the prompt, or offer a tool"}
+_ALTERNATIVE = {"response_format": "decoding is not constrained; ask for the format in the prompt, or offer a tool"}
 
 RequestT = TypeVar("RequestT", ChatRequest, CompletionRequest)
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
 
 def parse_request(model: type[BodyT], data: object) -> BodyT:
-    """Check a decoded JSON body. Raises RequestError that names every wrong parameter."""
+    """Validate a decoded JSON body. Raises RequestError, which names every invalid parameter."""
     if not isinstance(data, dict):
         raise RequestError(f"the request body is {type(data).__name__}, expected a JSON object")
     try:
@@ -188,22 +188,22 @@ def parse_request(model: type[BodyT], data: object) -> BodyT:
     except ValidationError as error:
         items = error.errors()
         param = ".".join(map(str, items[0]["loc"][:1])) or None
-        raise RequestError("; ".join(_say(item) for item in items), param) from error
+        raise RequestError("; ".join(_describe(item) for item in items), param) from error
 
 
 def _supported(data: Mapping[str, Any]) -> dict[str, Any]:
-    """`data` without what changes nothing. Null means the default, as in the OpenAI API."""
+    """`data` without nulls, which mean the default as in the OpenAI API, and without parameters that change nothing."""
     for name, neutral in _UNSUPPORTED.items():
         value = data.get(name)
         if value is not None and value not in neutral:
-            instead = _INSTEAD.get(name, "leave it out")
-            raise RequestError(f"{name} = {shorten(value)} is not supported by this engine; {instead}", name)
+            advice = _ALTERNATIVE.get(name, "leave it out")
+            raise RequestError(f"{name} = {shorten(value)} is not supported by this engine; {advice}", name)
     dropped = _IGNORED | _UNSUPPORTED.keys()
     return {name: value for name, value in data.items() if value is not None and name not in dropped}
 
 
-def _say(item: Any) -> str:
-    """One pydantic error as a sentence with the path of the parameter."""
+def _describe(item: Any) -> str:
+    """A sentence on one pydantic error, with the path of the parameter."""
     if item["type"] == "extra_forbidden":
         path = ".".join(str(part) for part in item["loc"])
         return f"{path}: this engine does not know the parameter; leave it out"

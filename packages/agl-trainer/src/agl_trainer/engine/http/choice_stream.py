@@ -1,4 +1,4 @@
-"""One sequence on its way to the client: tokens from the engine become text, up to a stop string or the end."""
+"""Turns the sampled tokens of one choice into text, up to a stop string or the end of the sequence."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
@@ -11,20 +11,20 @@ from agl_trainer.engine.protocol import EngineError, FinishReason, Generation, S
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """What one sampled token adds to a choice: the token, and the text that is certain with it.
+class ChoiceDelta:
+    """One sampled token and the text that it completes.
 
-    The last step of a choice has no token, but the text that was held back, and `finished` set.
+    The last delta of a choice has no token but the text withheld until then, and `is_last` set.
     """
 
-    choice: "Choice"
+    choice: "ChoiceStream"
     text: str
     token: SampledToken | None = None
-    finished: bool = False
+    is_last: bool = False
 
 
-class Choice:
-    """One of the answers to a request, as far as it has come. `steps` fills it."""
+class ChoiceStream:
+    """One choice of a response. Iterating `deltas` fills in its tokens, text and finish reason."""
 
     def __init__(
         self,
@@ -38,9 +38,9 @@ class Choice:
         self.index = index
         self.prompt_ids = list(prompt_ids)
         self.tokens: list[SampledToken] = []
-        """All sampled tokens: the stop token, and those that completed a stop string, included."""
+        """All sampled tokens, including a stop token and the tokens of a stop string."""
         self.text = ""
-        """The answer, cut before the stop."""
+        """The text before the stop string or stop token."""
         self.finish_reason: FinishReason | None = None
         self._generation = generation
         self._detokenizer = Detokenizer(tokenizer)
@@ -49,64 +49,63 @@ class Choice:
 
     @property
     def version(self) -> str:
-        """The policy that answers; certain from the first token on."""
+        """The policy version that samples the choice; final once the first token has arrived."""
         return self._generation.version
 
     @property
     def stop_string(self) -> str | None:
-        """The stop string that ended the answer."""
+        """The stop string that ended the choice."""
         return self._stops.matched
 
     def cancel(self) -> None:
-        """Stop sampling; harmless after the end."""
+        """Stop sampling; has no effect after the end."""
         self._generation.cancel()
 
-    async def steps(self) -> AsyncGenerator[Step]:
-        """One step for each token, and a last one. Raises EngineError when sampling fails."""
+    async def deltas(self) -> AsyncGenerator[ChoiceDelta]:
+        """One delta for each token, then the last one. Raises EngineError if sampling fails."""
         async for token in self._generation:
             self.tokens.append(token)
             piece = "" if token.token_id in self._stop_token_ids else self._detokenizer.feed(token.token_id)
-            yield self._step(self._stops.feed(piece), token)
+            yield self._delta(self._stops.feed(piece), token)
             if self._stops.matched is not None:
                 break
-        yield self._last_step()
+        yield self._last_delta()
 
-    def _last_step(self) -> Step:
+    def _last_delta(self) -> ChoiceDelta:
         rest = self._stops.feed(self._detokenizer.finish()) + self._stops.finish()
         self.finish_reason = "stop" if self._stops.matched is not None else self._generation.finish_reason
         if self.finish_reason is None:
             raise EngineError(f"{self.version} was stopped after {len(self.tokens)} tokens, before its answer ended")
-        self.cancel()  # a stop string may have come where the engine would go on
-        return self._step(rest, finished=True)
+        self.cancel()  # after a stop string the engine would sample on
+        return self._delta(rest, is_last=True)
 
-    def _step(self, text: str, token: SampledToken | None = None, finished: bool = False) -> Step:
+    def _delta(self, text: str, token: SampledToken | None = None, is_last: bool = False) -> ChoiceDelta:
         self.text += text
-        return Step(self, text, token, finished)
+        return ChoiceDelta(self, text, token, is_last)
 
 
-async def run(choices: Sequence[Choice]) -> AsyncGenerator[Step]:
-    """Steps of all choices as they come. However it ends, nothing is left sampling."""
-    streams = {choice.index: choice.steps() for choice in choices}
+async def merge_deltas(choices: Sequence[ChoiceStream]) -> AsyncGenerator[ChoiceDelta]:
+    """Deltas of all choices as they arrive. However the generator ends, sampling of every choice is stopped."""
+    streams = {choice.index: choice.deltas() for choice in choices}
     waiting = {asyncio.ensure_future(anext(stream)): index for index, stream in streams.items()}
     try:
         while waiting:
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 index = waiting.pop(task)
-                step = task.result()
-                if step.finished:
+                delta = task.result()
+                if delta.is_last:
                     await streams[index].aclose()
                 else:
                     waiting[asyncio.ensure_future(anext(streams[index]))] = index
-                yield step
+                yield delta
     finally:
-        cancel(choices)
+        cancel_all(choices)
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
 
 
-def cancel(choices: Iterable[Choice]) -> None:
-    """Stop sampling all of them; harmless after the end."""
+def cancel_all(choices: Iterable[ChoiceStream]) -> None:
     for choice in choices:
         choice.cancel()
