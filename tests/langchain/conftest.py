@@ -12,7 +12,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from agl_langchain import LangChainInstrumentor
-from agl_langchain._open_runs import OPEN_RUNS
+from agl_langchain._run import OPEN_RUNS
 from tests.vllm_server import VllmServer, running_server
 
 MakeModel = Callable[..., ChatOpenAI]

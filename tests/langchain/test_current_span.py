@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 import agl
 from agl_langchain import AglCallbackHandler
-from agl_langchain._open_runs import OPEN_RUNS
+from agl_langchain._run import OPEN_RUNS
 from tests.autogen.span_tree import attributes, named, only, tree
 from tests.langchain.agents import STOCK, TRACER, two_roles
 from tests.langchain.conftest import MakeModel

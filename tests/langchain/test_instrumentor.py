@@ -28,11 +28,30 @@ from tests.langchain.modes import EVERY_MODE, Mode
 from tests.langchain.test_tree import GOLDEN, QUESTION
 
 
-def test_uninstrument_leaves_the_framework_exactly_as_it_was(spans: InMemorySpanExporter) -> None:
-    def state() -> list[Any]:
-        classes = (BaseChatOpenAI, BaseOpenAI, BaseLLM, AsyncCallbackManager)
-        return [list(context._configure_hooks), *(dict(vars(owner)) for owner in classes)]
+def state() -> list[Any]:
+    """All that the instrumentor changes in the framework."""
+    classes = (BaseChatOpenAI, BaseOpenAI, BaseLLM, AsyncCallbackManager)
+    return [list(context._configure_hooks), *(dict(vars(owner)) for owner in classes)]
 
+
+def test_a_patch_that_fails_undoes_the_earlier_ones(
+    spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a later version of the framework that lacks a method: the agent must not run half patched."""
+    monkeypatch.delattr(BaseChatOpenAI, "_convert_chunk_to_generation_chunk")
+    before = state()
+
+    with pytest.raises(AttributeError, match="_convert_chunk_to_generation_chunk"):
+        LangChainInstrumentor().instrument()
+
+    assert state() == before
+    monkeypatch.undo()
+    LangChainInstrumentor().instrument()
+    assert all(now != was for now, was in zip(state(), before, strict=True))
+    LangChainInstrumentor().uninstrument()
+
+
+def test_uninstrument_leaves_the_framework_exactly_as_it_was(spans: InMemorySpanExporter) -> None:
     before = state()
     instrumentor = LangChainInstrumentor()
 

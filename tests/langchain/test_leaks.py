@@ -11,7 +11,7 @@ from langchain_core.messages import HumanMessage
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from agl_langchain import AglCallbackHandler
-from agl_langchain._open_runs import OPEN_RUNS
+from agl_langchain._run import OPEN_RUNS
 from tests.autogen.span_tree import attributes
 from tests.langchain.agents import two_roles
 from tests.langchain.conftest import MakeModel

@@ -14,9 +14,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from agl.content.filter import ContentFilter
 from agl_langchain import AglCallbackHandler
-from agl_langchain._open_runs import OPEN_RUNS, OpenRuns
 from agl_langchain._role import Actor
-from agl_langchain._run import Run
+from agl_langchain._run import OPEN_RUNS, OpenRuns, Run
 from tests.autogen.span_tree import attributes, only
 
 

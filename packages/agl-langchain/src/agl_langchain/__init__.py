@@ -1,4 +1,4 @@
-"""LangChain and LangGraph runs as OpenTelemetry spans with roles, ready to train."""
+"""Records LangChain and LangGraph runs as OpenTelemetry spans with roles, which a trainer can read."""
 
 from agl_langchain._handler import AglCallbackHandler
 from agl_langchain._instrumentor import LangChainInstrumentor

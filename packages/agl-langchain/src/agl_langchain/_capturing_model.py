@@ -1,4 +1,4 @@
-"""A chat model that asks its engine for token ids, notes them for the span, and hides them from the agent."""
+"""A chat model that requests token ids from its engine, captures them for the span, and hides them from the agent."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from contextlib import aclosing, closing, contextmanager
@@ -13,30 +13,27 @@ from langchain_openai.chat_models.base import BaseChatOpenAI
 
 from agl.failsafe import never_raises
 from agl.tokens.capture import Capture, Json, RequestedFields, is_empty_chunk, strip
-from agl_langchain._open_runs import OPEN_RUNS
-from agl_langchain._run import run_in_force
+from agl_langchain._run import OPEN_RUNS, active_run
 
 Chunks = Generator[ChatGenerationChunk, None, None]
 AsyncChunks = AsyncGenerator[ChatGenerationChunk, None]
 RunManager = CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun | None
 Value = TypeVar("Value")
 
-_LOST = "token ids of a model answer are not on its span"
-
-
+_FAILURE = "token ids of a model answer are not on its span"
 _NOTHING = RequestedFields(token_ids=False, logprobs=False)
 
 
 @dataclass(slots=True)
-class _Request:
-    """A request under way: where its answer is captured, and what the agent itself asked for."""
+class _CapturedRequest:
+    """The current request: the capture of its response, and which captured fields the agent itself asked for."""
 
     captured: Capture
     streams: bool
     asked: RequestedFields = _NOTHING
 
     def ask(self, payload: Json) -> None:
-        """Ask for ids and logprobs as well. The Responses API, which has no `messages`, knows neither."""
+        """Request ids and logprobs as well, except from the Responses API (no `messages`), which has neither."""
         if "messages" not in payload:
             return
         extra = payload.get("extra_body") or {}
@@ -44,8 +41,11 @@ class _Request:
         payload["extra_body"] = {**extra, "return_token_ids": True}
         payload["logprobs"] = True
 
-    def note(self, response: Any) -> None:
-        """Take in a whole answer: JSON, or an object of the `openai` package, which has fields for all but the ids."""
+    def capture(self, response: Any) -> None:
+        """Capture a whole response, and hide what the agent did not ask for.
+
+        `response` is JSON, or an object of the `openai` package, on which the agent sees logprobs but no ids.
+        """
         if isinstance(response, dict):
             self.captured.add(response)
             strip(response, self.asked)
@@ -54,8 +54,8 @@ class _Request:
         for choice in () if self.asked.logprobs else response.choices:
             choice.logprobs = None
 
-    def note_chunk(self, chunk: Json) -> bool:
-        """Take in a chunk of a stream, or an event around one. Whether the agent would have got it without us."""
+    def capture_chunk(self, chunk: Json) -> bool:
+        """Capture a chunk of a stream, or an event that contains one. True: the engine sends it without capture too."""
         answer = chunk.get("chunk") or chunk
         self.captured.add(answer)
         if not self.asked.logprobs and str(chunk.get("type")).startswith("logprobs."):
@@ -63,13 +63,13 @@ class _Request:
         return not (strip(answer, self.asked) and is_empty_chunk(answer))
 
 
-_REQUEST: ContextVar[_Request | None] = ContextVar("agl_langchain_request", default=None)
+_REQUEST: ContextVar[_CapturedRequest | None] = ContextVar("agl_langchain_request", default=None)
 _MANAGER: ContextVar[RunManager] = ContextVar("agl_langchain_manager", default=None)
-"""Of the call under way: where `generate` is to stream, LangChain does not tell `_stream` whose call it is."""
+"""Callback manager of the current call: LangChain passes none to `_stream` if `generate` streams."""
 
 
 class CapturingChatModel(BaseChatOpenAI):
-    """See `capture_token_ids`. The run that a request belongs to is known where it starts, and kept from there on."""
+    """See `capture_token_ids`. The run of a request is determined at its start and kept in a context variable."""
 
     def _generate_with_cache(
         self,
@@ -78,7 +78,7 @@ class CapturingChatModel(BaseChatOpenAI):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        with _under_way(_MANAGER, run_manager):
+        with _current(_MANAGER, run_manager):
             return super()._generate_with_cache(messages, stop, run_manager, **kwargs)
 
     async def _agenerate_with_cache(
@@ -88,7 +88,7 @@ class CapturingChatModel(BaseChatOpenAI):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        with _under_way(_MANAGER, run_manager):
+        with _current(_MANAGER, run_manager):
             return await super()._agenerate_with_cache(messages, stop, run_manager, **kwargs)
 
     def _generate(
@@ -98,7 +98,7 @@ class CapturingChatModel(BaseChatOpenAI):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        with _under_way(_REQUEST, _request(run_manager, streams=False)):
+        with _current(_REQUEST, _request(run_manager, streams=False)):
             return super()._generate(messages, stop, run_manager, **kwargs)
 
     async def _agenerate(
@@ -108,7 +108,7 @@ class CapturingChatModel(BaseChatOpenAI):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        with _under_way(_REQUEST, _request(run_manager, streams=False)):
+        with _current(_REQUEST, _request(run_manager, streams=False)):
             return await super()._agenerate(messages, stop, run_manager, **kwargs)
 
     def _stream(
@@ -121,7 +121,7 @@ class CapturingChatModel(BaseChatOpenAI):
         request = _request(run_manager, streams=True)
         with closing(cast(Chunks, super()._stream(messages, stop, run_manager, **kwargs))) as chunks:
             while True:
-                with _under_way(_REQUEST, request):  # for this step alone: the reader goes on in the same context
+                with _current(_REQUEST, request):  # for this step only: the caller shares the context
                     chunk = next(chunks, None)
                 if chunk is None:
                     return
@@ -137,7 +137,7 @@ class CapturingChatModel(BaseChatOpenAI):
         request = _request(run_manager, streams=True)
         async with aclosing(cast(AsyncChunks, super()._astream(messages, stop, run_manager, **kwargs))) as chunks:
             while True:
-                with _under_way(_REQUEST, request):
+                with _current(_REQUEST, request):
                     chunk = await anext(chunks, None)
                 if chunk is None:
                     return
@@ -153,29 +153,29 @@ class CapturingChatModel(BaseChatOpenAI):
 
     def _create_chat_result(self, response: Any, *args: Any, **kwargs: Any) -> ChatResult:
         request = _REQUEST.get()
-        if request is not None and not request.streams:  # else it is a stream's sum, whose chunks were noted
-            with never_raises(_LOST):
-                request.note(response)
+        if request is not None and not request.streams:  # else it is the sum of a stream whose chunks were captured
+            with never_raises(_FAILURE):
+                request.capture(response)
         return super()._create_chat_result(response, *args, **kwargs)
 
     def _convert_chunk_to_generation_chunk(self, chunk: Json, *args: Any, **kwargs: Any) -> ChatGenerationChunk | None:
         request = _REQUEST.get()
         is_for_agent = True
         if request is not None:
-            with never_raises(_LOST):
-                is_for_agent = request.note_chunk(chunk)
+            with never_raises(_FAILURE):
+                is_for_agent = request.capture_chunk(chunk)
         return super()._convert_chunk_to_generation_chunk(chunk, *args, **kwargs) if is_for_agent else None
 
 
-def _request(manager: RunManager, *, streams: bool) -> _Request | None:
-    """None where no handler of ours hears of the call."""
+def _request(manager: RunManager, *, streams: bool) -> _CapturedRequest | None:
+    """None if no handler of ours traces the call."""
     manager = manager or _MANAGER.get()
-    run = OPEN_RUNS.get(manager.run_id) if manager else run_in_force()
-    return _Request(run.call.answer, streams) if run and run.call else None
+    run = OPEN_RUNS.get(manager.run_id) if manager else active_run()
+    return _CapturedRequest(run.call.captured, streams) if run and run.call else None
 
 
 @contextmanager
-def _under_way(variable: ContextVar[Value], value: Value) -> Iterator[None]:
+def _current(variable: ContextVar[Value], value: Value) -> Iterator[None]:
     token = variable.set(value)
     try:
         yield

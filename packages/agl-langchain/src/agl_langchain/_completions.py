@@ -1,4 +1,4 @@
-"""Async calls of completion models, whose runs LangChain starts in another way than all others."""
+"""Patches of async calls of completion models, whose runs LangChain starts differently from all others."""
 
 import functools
 from collections.abc import Awaitable, Callable
@@ -6,25 +6,23 @@ from typing import Any
 
 from opentelemetry.context import attach, detach, get_current
 
-from agl_langchain._open_runs import OPEN_RUNS
-from agl_langchain._patch import Undo, replace
+from agl.patches import Patches
+from agl_langchain._run import OPEN_RUNS
 
 Coroutine = Callable[..., Awaitable[Any]]
 
 
-def mend_async_completions() -> list[Undo]:
-    """From now on these calls are made inside their run, and every handler hears of their start."""
+def patch_async_completions(patches: Patches) -> None:
+    """Make these calls inside their run, and report their start to every handler."""
     from langchain_core.callbacks import AsyncCallbackManager
     from langchain_core.language_models import BaseLLM
 
-    return [
-        replace(AsyncCallbackManager, "on_llm_start", _telling_all_handlers),
-        replace(BaseLLM, "_agenerate_helper", _inside_its_run),
-    ]
+    patches.replace(AsyncCallbackManager, "on_llm_start", _reporting_to_every_handler)
+    patches.replace(BaseLLM, "_agenerate_helper", _inside_its_run)
 
 
-def _telling_all_handlers(original: Coroutine) -> Coroutine:
-    """Where one handler is inline, as ours is, LangChain tells none of the others, `astream_events` included."""
+def _reporting_to_every_handler(original: Coroutine) -> Coroutine:
+    """If any handler runs inline, as ours does, LangChain reports to the inline ones only, not to `astream_events`."""
 
     @functools.wraps(original)
     async def on_llm_start(manager: Any, serialized: Any, prompts: list[str], run_id: Any = None, **kwargs: Any) -> Any:
@@ -48,7 +46,7 @@ def _with_handlers(manager: Any, handlers: list[Any]) -> Any:
 
 
 def _inside_its_run(original: Coroutine) -> Coroutine:
-    """The run was started in a task of its own, where its span is current for nobody."""
+    """LangChain starts the run in a separate task, whose context is not that of the request."""
 
     @functools.wraps(original)
     async def agenerate_helper(model: Any, prompts: Any, stop: Any, run_managers: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The callback handler: what LangChain reports of a run becomes its span."""
+"""The callback handler: translates LangChain's callbacks into the start and end of runs."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -18,35 +18,37 @@ from agl.content.redaction import Redact
 from agl.failsafe import log_failure
 from agl.role_map import RoleMap
 from agl_langchain._messages import input_messages, prompt_messages, retrieved, to_json, tool_result
-from agl_langchain._recorder import Recorder, Start
+from agl_langchain._recorder import RunRecorder, RunStart
 
 Arguments = ParamSpec("Arguments")
-Event = Callable[Concatenate["AglCallbackHandler", Arguments], None]
+Callback = Callable[Concatenate["AglCallbackHandler", Arguments], None]
 
 
-def _event(record: Event[Arguments]) -> Event[Arguments]:
-    """The boundary to the agent: an event that cannot be recorded is logged."""
-    failed = f"LangChain's {record.__name__} was not recorded"
+def _never_raising(callback: Callback[Arguments]) -> Callback[Arguments]:
+    """`callback`, with its exceptions logged: telemetry must not stop the agent."""
+    failure = f"LangChain's {callback.__name__} was not recorded"
 
-    @functools.wraps(record)
+    @functools.wraps(callback)
     def guarded(handler: "AglCallbackHandler", /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
         try:
-            record(handler, *args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - as `never_raises`, which costs every event of an agent more
-            log_failure(failed, error)
+            callback(handler, *args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - like `never_raises`, which would take longer for each event
+            log_failure(failure, error)
 
     return guarded
 
 
 class AglCallbackHandler(BaseCallbackHandler):
-    """Spans for chains, LangGraph nodes, models, tools and retrievers, with the role of the agent on each call.
+    """Records chains, LangGraph nodes, model calls, tools and retrievers as spans, each call with its agent's role.
 
-    One handler serves any number of runs at once, in threads and in tasks. Telemetry never raises into the agent: what
-    goes wrong is logged. Alone, without `LangChainInstrumentor`, it puts nothing on the requests: a call is joined
-    with the gateway's account of it by response id, which LangChain shows only where it does not stream.
+        agent.invoke(task, config={"callbacks": [AglCallbackHandler()]})
+
+    One handler serves any number of concurrent runs, in threads and in tasks. It never raises into the agent: failures
+    are logged. Without `LangChainInstrumentor`, requests carry no trace headers, and calls are joined with the spans of
+    the gateway by response id, which LangChain does not report for streams.
     """
 
-    run_inline = True  # else every event of an async run goes through a thread, in which nothing can be made current
+    run_inline = True  # else each event of an async run is handled in a thread, where no span can be made current
 
     def __init__(
         self,
@@ -56,73 +58,75 @@ class AglCallbackHandler(BaseCallbackHandler):
         redact: Redact | None = None,
         tracer_provider: TracerProvider | None = None,
     ) -> None:
-        """`roles` maps a role to a regular expression over names of nodes, agents and chains.
+        """All arguments are optional.
 
-        `capture_content` says whether messages, tool arguments, results and what errors say go on the spans; None
-        leaves it to `OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT`, and without that they do. `redact` is given
-        each text of these before it is on a span, and gives back what may leave the process (see
-        `agl.content.filter`); None leaves it to `agl.init`.
+        `roles`: maps a role to a regular expression for names of nodes, agents and chains.
+        `capture_content`: whether spans hold messages, tool arguments, tool results and error messages (default:
+        `OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT`, else True).
+        `redact`: a function from str to str, applied to each text of that content before it is recorded (default: the
+        `redact` of `agl.init`; see `agl.content.filter`).
+        `tracer_provider`: used in place of the global one.
 
-        Raises ConfigError for a pattern that is no regular expression, or a `redact` that is no function.
+        Raises ConfigError for an invalid regular expression or a `redact` that is not callable.
         """
-        self._recorder = Recorder(RoleMap(roles), ContentFilter.of(capture_content, redact), tracer_provider)
+        self._recorder = RunRecorder(RoleMap(roles), ContentFilter.of(capture_content, redact), tracer_provider)
 
-    @_event
+    @_never_raising
     def on_chain_start(self, serialized: dict[str, Any] | None, inputs: Any, **event: Any) -> None:
-        self._recorder.open_chain(Start.of(serialized, event))
+        self._recorder.open_chain(RunStart.of(serialized, event))
 
-    @_event
+    @_never_raising
     def on_chain_end(self, outputs: Any, *, run_id: UUID, **event: Any) -> None:
         self._recorder.close(run_id)
 
-    @_event
+    @_never_raising
     def on_chain_error(self, error: BaseException, *, run_id: UUID, **event: Any) -> None:
         self._recorder.close(run_id, error)
 
-    @_event
+    @_never_raising
     def on_chat_model_start(self, serialized: dict[str, Any], messages: list[list[BaseMessage]], **event: Any) -> None:
-        start = Start.of(serialized, event)
         self._recorder.open_call(
-            semconv.OPERATION_CHAT, start, lambda: {semconv.GEN_AI_INPUT_MESSAGES: to_json(input_messages(messages[0]))}
+            semconv.OPERATION_CHAT,
+            RunStart.of(serialized, event),
+            lambda: {semconv.GEN_AI_INPUT_MESSAGES: to_json(input_messages(messages[0]))},
         )
 
-    @_event
+    @_never_raising
     def on_llm_start(self, serialized: dict[str, Any], prompts: list[str], **event: Any) -> None:
-        start = Start.of(serialized, event)
         self._recorder.open_call(
             semconv.OPERATION_TEXT_COMPLETION,
-            start,
+            RunStart.of(serialized, event),
             lambda: {semconv.GEN_AI_INPUT_MESSAGES: to_json(prompt_messages(prompts[0]))},
         )
 
-    @_event
+    @_never_raising
     def on_llm_new_token(self, token: Any, *, run_id: UUID, **event: Any) -> None:
-        self._recorder.answer_begins(run_id)
+        self._recorder.response_begins(run_id)
 
-    @_event
+    @_never_raising
     def on_stream_event(self, event: Any, *, run_id: UUID, **kwargs: Any) -> None:
-        self._recorder.answer_begins(run_id)
+        self._recorder.response_begins(run_id)
 
-    @_event
+    @_never_raising
     def on_llm_end(self, response: LLMResult, *, run_id: UUID, **event: Any) -> None:
         self._recorder.close_call(run_id, response)
 
-    @_event
+    @_never_raising
     def on_llm_error(self, error: BaseException, *, run_id: UUID, **event: Any) -> None:
-        """`response` holds what a stream had said by then."""
+        """Of a stream that failed, `event["response"]` is the part received before."""
         self._recorder.close_call(run_id, event.get("response") or LLMResult(generations=[]), error)
 
-    @_event
+    @_never_raising
     def on_tool_start(self, serialized: dict[str, Any] | None, input_str: str, **event: Any) -> None:
         inputs = event.get("inputs")
         arguments = input_str if inputs is None else inputs
         self._recorder.open_tool(
-            Start.of(serialized, event | {"name": None}),  # the tool's own name, not that of the run
+            RunStart.of(serialized, event | {"name": None}),  # so that the tool's own name is used, not the run's
             event.get("tool_call_id"),
             lambda: {semconv.GEN_AI_TOOL_CALL_ARGUMENTS: to_json(arguments)},
         )
 
-    @_event
+    @_never_raising
     def on_tool_end(self, output: Any, *, run_id: UUID, **event: Any) -> None:
         failed = isinstance(output, ToolMessage) and output.status == "error"
         error = ToolException("the tool turned its error into an answer") if failed else None
@@ -130,21 +134,22 @@ class AglCallbackHandler(BaseCallbackHandler):
             run_id, error, content=lambda: {semconv.GEN_AI_TOOL_CALL_RESULT: to_json(tool_result(output))}
         )
 
-    @_event
+    @_never_raising
     def on_tool_error(self, error: BaseException, *, run_id: UUID, **event: Any) -> None:
         self._recorder.close(run_id, error)
 
-    @_event
+    @_never_raising
     def on_retriever_start(self, serialized: dict[str, Any] | None, query: str, **event: Any) -> None:
-        start = Start.of(serialized, event)
-        self._recorder.open_retrieval(start, lambda: {semconv.GEN_AI_RETRIEVAL_QUERY_TEXT: query})
+        self._recorder.open_retrieval(
+            RunStart.of(serialized, event), lambda: {semconv.GEN_AI_RETRIEVAL_QUERY_TEXT: query}
+        )
 
-    @_event
+    @_never_raising
     def on_retriever_end(self, documents: Sequence[Document], *, run_id: UUID, **event: Any) -> None:
         self._recorder.close(
             run_id, content=lambda: {semconv.GEN_AI_RETRIEVAL_DOCUMENTS: to_json(retrieved(documents))}
         )
 
-    @_event
+    @_never_raising
     def on_retriever_error(self, error: BaseException, *, run_id: UUID, **event: Any) -> None:
         self._recorder.close(run_id, error)

@@ -1,4 +1,4 @@
-"""The instrumentor: a handler on every run, and headers on every request, with no change to the agent's code."""
+"""`LangChainInstrumentor`: traces every run without a change to the agent's code."""
 
 from collections.abc import Collection
 from contextvars import ContextVar
@@ -6,21 +6,23 @@ from typing import Any
 
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor
 
-from agl_langchain._completions import mend_async_completions
+from agl.patches import Patches
+from agl_langchain._completions import patch_async_completions
 from agl_langchain._handler import AglCallbackHandler
-from agl_langchain._patch import Undo
-from agl_langchain._requests import put_headers_on_requests
-from agl_langchain._response_id import note_ids_of_streams
+from agl_langchain._openai import patch_openai
 
 
 class LangChainInstrumentor(BaseInstrumentor):
-    """`instrument()` traces every LangChain and LangGraph run; `uninstrument()` leaves the framework as it was.
+    """Traces every LangChain and LangGraph run after `instrument()`; `uninstrument()` restores the framework.
 
-    `instrument` takes the arguments of `AglCallbackHandler`: `roles`, `capture_content`, `redact`,
-    `tracer_provider`. A run that is given a handler of its own besides still yields each span once.
+        LangChainInstrumentor().instrument(roles={"executor": "execute.*|tools"})
+
+    `instrument` takes the arguments of `AglCallbackHandler`: `roles`, `capture_content`, `redact`, `tracer_provider`.
+    A run that also has its own `AglCallbackHandler` still yields each span once. If a patch fails, `instrument` undoes
+    the earlier ones and raises.
     """
 
-    _undo: Collection[Undo] = ()
+    _patches = Patches()
 
     def instrumentation_dependencies(self) -> Collection[str]:
         return ("langchain-core >= 1.2.10, < 2",)
@@ -32,25 +34,20 @@ class LangChainInstrumentor(BaseInstrumentor):
             redact=kwargs.get("redact"),
             tracer_provider=kwargs.get("tracer_provider"),
         )
-        self._undo = [
-            _give_to_every_run(handler),
-            *mend_async_completions(),
-            *put_headers_on_requests(),
-            *note_ids_of_streams(),
-        ]
+        with self._patches.all_or_none():
+            _add_to_every_run(self._patches, handler)
+            patch_async_completions(self._patches)
+            patch_openai(self._patches)
 
     def _uninstrument(self, **kwargs: Any) -> None:
-        for undo in self._undo:
-            undo()
-        self._undo = ()
+        self._patches.restore()
 
 
-def _give_to_every_run(handler: AglCallbackHandler) -> Undo:
-    """Have LangChain add `handler` to every run that has no handler of its class."""
+def _add_to_every_run(patches: Patches, handler: AglCallbackHandler) -> None:
+    """Make LangChain add `handler` to every run that has no `AglCallbackHandler`."""
     from langchain_core.tracers import context
 
-    # a variable's default is seen in every thread and task; a set value only in those that inherit it
+    # the default of a variable applies in every thread and task; a set value only where it is inherited
     variable = ContextVar("agl_langchain_handler", default=handler)
     context.register_configure_hook(variable, inheritable=True, handle_class=AglCallbackHandler)
-    hook = context._configure_hooks[-1]
-    return lambda: context._configure_hooks.remove(hook)
+    patches.on_restore(context._configure_hooks.remove, context._configure_hooks[-1])

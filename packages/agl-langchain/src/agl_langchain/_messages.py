@@ -31,7 +31,7 @@ _ROLES: dict[type[BaseMessage], str | None] = {
     ChatMessage: None,
 }
 _TOOL_CALL_BLOCKS = {"tool_call", "tool_use", "tool_call_chunk", "invalid_tool_call", "function_call"}
-"""Content blocks that repeat what stands in `message.tool_calls`."""
+"""Content blocks that repeat the tool calls in `message.tool_calls`."""
 
 
 def input_messages(messages: Sequence[BaseMessage]) -> list[Message]:
@@ -40,20 +40,20 @@ def input_messages(messages: Sequence[BaseMessage]) -> list[Message]:
 
 
 def prompt_messages(prompt: str) -> list[Message]:
-    """The prompt of a completion model, as the one message of a user."""
+    """The prompt of a completion model, as one user message."""
     return [{"role": "user", "parts": [_text(prompt)]}]
 
 
 def output_messages(generations: Sequence[Generation]) -> list[Message]:
-    """The choices of an answer, each with its finish reason."""
+    """The choices of a response, each with its finish reason."""
     return [
-        {"role": "assistant", "parts": _answer_parts(generation), "finish_reason": finish_reason(generation)}
+        {"role": "assistant", "parts": _generation_parts(generation), "finish_reason": finish_reason(generation)}
         for generation in generations
     ]
 
 
 def finish_reason(generation: Generation) -> str:
-    """Why the model stopped; empty where neither the choice nor its message says."""
+    """Why the model stopped; empty if neither the choice nor its message has a reason."""
     reason = (generation.generation_info or {}).get("finish_reason")
     if reason is None and isinstance(generation, ChatGeneration):
         metadata = generation.message.response_metadata
@@ -62,18 +62,18 @@ def finish_reason(generation: Generation) -> str:
 
 
 def retrieved(documents: Sequence[Document]) -> list[dict[str, Any]]:
-    """What a retriever found, best first."""
+    """The documents that a retriever found, best first."""
     return [{"id": item.id, "content": item.page_content, "metadata": item.metadata} for item in documents]
 
 
 def tool_result(output: Any) -> Any:
-    """What a tool gave back: the content where it wrapped it into a message."""
+    """The result of a tool; of a `ToolMessage`, its content."""
     return output.content if isinstance(output, ToolMessage) else output
 
 
 def to_json(value: Any) -> str:
-    """JSON; what JSON does not know is written as its fields (models) or its text."""
-    return content_json(value, _plain)
+    """`value` as JSON. A pydantic model becomes its fields, any other object that JSON has no form for its text."""
+    return content_json(value, _as_fields)
 
 
 def _role(message: BaseMessage) -> str:
@@ -84,10 +84,10 @@ def _parts(message: BaseMessage) -> list[Part]:
     return _parts_of(type(message))(message)
 
 
-# By type, and remembered: pydantic makes every `isinstance` of a message that says no take longer than a short message.
+# Cached by type: with pydantic, an `isinstance` that fails takes longer than the conversion of a short message.
 @cache
 def _role_of(kind: type[BaseMessage]) -> str | None:
-    """None: the message says itself."""
+    """None: the message has a field for it."""
     return next((role for base, role in _ROLES.items() if issubclass(kind, base)), "user")
 
 
@@ -95,7 +95,7 @@ def _role_of(kind: type[BaseMessage]) -> str | None:
 def _parts_of(kind: type[BaseMessage]) -> Callable[[Any], list[Part]]:
     if issubclass(kind, ToolMessage):
         return _tool_parts
-    return _assistant_parts if issubclass(kind, AIMessage) else _said_parts
+    return _assistant_parts if issubclass(kind, AIMessage) else _plain_parts
 
 
 def _tool_parts(message: ToolMessage) -> list[Part]:
@@ -107,18 +107,18 @@ def _assistant_parts(message: AIMessage) -> list[Part]:
     return _content_parts(message.content) + calls
 
 
-def _said_parts(message: BaseMessage) -> list[Part]:
+def _plain_parts(message: BaseMessage) -> list[Part]:
     return _content_parts(message.content)
 
 
-def _answer_parts(generation: Generation) -> list[Part]:
+def _generation_parts(generation: Generation) -> list[Part]:
     if isinstance(generation, ChatGeneration):
         return _parts(generation.message)
     return [_text(generation.text)]
 
 
 def _tool_call(call: Mapping[str, Any]) -> Part:
-    """Arguments are an object, or the text the model wrote where that is no JSON (an invalid tool call)."""
+    """`arguments` is an object; of an invalid tool call, the text that the model wrote."""
     return {"type": "tool_call", "id": call["id"], "name": call["name"], "arguments": call["args"]}
 
 
@@ -133,7 +133,7 @@ def _is_content(block: str | dict[str, Any]) -> bool:
 
 
 def _block_part(block: str | dict[str, Any]) -> Part:
-    """A content block as a part; a kind that the conventions do not name stays as it is."""
+    """A content block as a part; a type that the conventions do not define stays unchanged."""
     if isinstance(block, str):
         return _text(block)
     kind = block.get("type")
@@ -154,7 +154,7 @@ def _text(content: str) -> Part:
     return {"type": "text", "content": content}
 
 
-def _plain(value: Any) -> Any:
+def _as_fields(value: Any) -> Any:
     if isinstance(value, BaseMessage):
         return {"role": _role(value), "parts": _parts(value)}
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else str(value)

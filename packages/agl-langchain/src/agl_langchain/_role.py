@@ -1,4 +1,4 @@
-"""The role of the agent that makes a call."""
+"""The role of the agent that makes a call, from LangChain's and LangGraph's names, tags and metadata."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -6,29 +6,29 @@ from typing import Any, NamedTuple
 from agl.role_map import RoleMap
 
 ROLE_METADATA = "agl_role"
-"""Key of LangChain metadata that gives a role: `config={"metadata": {"agl_role": "planner"}}`."""
+"""Key of LangChain metadata that sets the role: `config={"metadata": {"agl_role": "planner"}}`."""
 ROLE_TAG = "role:"
-"""Prefix of a LangChain tag that gives a role: `config={"tags": ["role:planner"]}`."""
+"""Prefix of a LangChain tag that sets the role: `config={"tags": ["role:planner"]}`."""
 
 _NODE_TAG = "graph:step:"
 """Prefix of the tag that LangGraph gives to the run of a node, and to no run inside it."""
 
 
 class Actor(NamedTuple):
-    """Who acts in a run, as far as names tell. The runs below it inherit it."""
+    """The agent that acts in a run, by its names. Child runs inherit it."""
 
     agent: str | None = None
     """Name of the nearest agent or graph node."""
     mapped_role: str | None = None
-    """Role of the nearest name that the handler's mapping knows."""
+    """Role of the nearest name that the handler's `roles` match."""
     has_steps: bool = False
-    """Whether the run is the graph of one agent (`create_agent`): its nodes are that agent's steps, not agents."""
+    """Whether the run is the graph of one agent (`create_agent`), whose nodes are that agent's steps, not agents."""
 
     @classmethod
     def of_chain(
         cls, name: str, tags: Sequence[str], metadata: Mapping[str, Any], above: "Actor | None", roles: RoleMap
     ) -> tuple["Actor", bool]:
-        """The actor of a chain, graph or node called `name`, below `above`; whether the run is that agent itself."""
+        """The actor of the chain, graph or node `name` below `above`, and whether the run is that agent itself."""
         outer = above or cls.of_metadata(metadata, roles)
         is_node = any(tag.startswith(_NODE_TAG) for tag in tags)
         is_agent = metadata.get("lc_agent_name") == name
@@ -43,19 +43,19 @@ class Actor(NamedTuple):
 
     @classmethod
     def of_metadata(cls, metadata: Mapping[str, Any], roles: RoleMap) -> "Actor":
-        """The actor that LangGraph's metadata names, for a run above which no run is known."""
+        """The actor that LangGraph's metadata names, for a run whose parent is unknown."""
         node, agent = metadata.get("langgraph_node"), metadata.get("lc_agent_name")
         mapped = [role for name in (node, agent) if name and (role := roles.match(name))]
         return cls(agent=agent or node, mapped_role=mapped[0] if mapped else None)
 
 
 def marked_role(tags: Sequence[str], metadata: Mapping[str, Any]) -> str | None:
-    """The role that metadata or a tag gives. LangChain puts the tags nearest to the call last."""
+    """The role set by metadata or a tag. The last tag wins, because LangChain puts the innermost tags last."""
     role = metadata.get(ROLE_METADATA)
     if isinstance(role, str) and role:
         return role
-    return next((tag.removeprefix(ROLE_TAG) for tag in reversed(tags) if _gives_role(tag)), None)
+    return next((tag.removeprefix(ROLE_TAG) for tag in reversed(tags) if _sets_role(tag)), None)
 
 
-def _gives_role(tag: str) -> bool:
+def _sets_role(tag: str) -> bool:
     return tag.startswith(ROLE_TAG) and len(tag) > len(ROLE_TAG)

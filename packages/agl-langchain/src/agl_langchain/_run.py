@@ -1,15 +1,10 @@
-"""A LangChain run under way: its span, and where that span is the current one.
-
-A callback cannot make a span current the usual way. LangChain reports the end of an async run in a copied context,
-where what the start attached cannot be detached; and a generator leaves what it attached to whoever reads it. So what
-is attached is not the span but a `CurrentSpan`: it answers for the run's span while the run is in force, and for the
-span beneath it otherwise. Nothing has to be detached in time, and nothing is ever detached in the wrong place.
-"""
+"""The open runs of LangChain, from start event to end event: each with its span, and whether that span is current."""
 
 import asyncio
+import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -17,71 +12,75 @@ from uuid import UUID
 from langchain_core.runnables.config import var_child_runnable_config
 from opentelemetry import baggage, trace
 from opentelemetry.context import Context, attach, create_key, get_current, set_value
-from opentelemetry.util.types import AttributeValue
 
 from agl import semconv
 from agl.content.filter import ContentFilter
-from agl_langchain._call import Attributes, CapturedCall
-from agl_langchain._open_runs import OPEN_RUNS
+from agl_langchain._current_span import CurrentSpan
+from agl_langchain._model_call import Attributes, ModelCall
 from agl_langchain._role import Actor
 
 Describe = Callable[[], Attributes]
+
+MAX_OPEN = 50_000
+"""Largest number of open runs; beyond it the oldest is abandoned."""
+MAX_SECONDS = 24 * 3600
+"""Largest age of an open run; an older one is abandoned, because its end was never reported."""
 
 _RUN = create_key("agl_langchain.run")
 
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """A run, from its start event to its end event."""
+    """An open run."""
 
     run_id: UUID
     span: trace.Span
     actor: Actor
     role: str | None
     is_chain: bool
-    before: Context
-    """The OpenTelemetry context that the run was started in."""
+    outer_context: Context
+    """The OpenTelemetry context in which the run was started."""
     context: Context
-    """The one inside the run."""
+    """The OpenTelemetry context inside the run."""
     content: ContentFilter
-    """Of the handler that opened the run, whichever else hears of it."""
-    call: CapturedCall | None = None
-    """Of a model call: what the model itself notes of it."""
-    over: bool = False
-    """Whether the span has ceased to be current: the run has ended, or its model has begun to answer."""
+    """Filter of the handler that opened the run, whichever other handlers receive its events."""
+    call: ModelCall | None = None
+    """Set if the run is a model call."""
+    is_over: bool = False
+    """Whether the span can no longer be current: the run has ended, or its model has begun to respond."""
     started: float = field(default_factory=time.monotonic)
     _entered: weakref.ref[Context] | None = None
     _tasks: list[asyncio.Task[Any]] = field(default_factory=list)
 
     def enter(self, *, as_current: bool = True) -> None:
-        """Make the run's context the current one, with its span as the current span of it where `as_current`."""
+        """Attach the run's context; with `as_current`, its span is the current span of that context."""
         if as_current:
-            shown = CurrentSpan(self, trace.get_current_span(self.before))
+            shown = CurrentSpan(self, trace.get_current_span(self.outer_context))
             self.context = trace.set_span_in_context(shown, self.context)
         self.context = set_value(_RUN, self, self.context)
         self._entered = weakref.ref(self.context)
         attach(self.context)
 
     def leave(self) -> None:
-        """Cease to be current. Where this task or thread still has the run's context, it gets back the one before."""
-        self.over = True
+        """Stop being current. If the run's context is attached here, the outer context is attached instead."""
+        self.is_over = True
         current = get_current()
-        if (settled := _settled(current)) is not current:
-            attach(settled)
+        if (unwound := _unwound(current)) is not current:
+            attach(unwound)
 
     def describe(self, facts: Describe | None = None, content: Describe | None = None) -> None:
-        """Put `facts` on the span, and `content` as far as it may go there."""
+        """Set `facts` on the span, and the part of `content` that may be recorded."""
         if (facts is None and content is None) or not self.span.is_recording():
             return
-        said: Attributes = {}
+        attributes: Attributes = {}
         try:
             if facts is not None:
-                said |= facts()
+                attributes |= facts()
             if content is not None:
-                said |= self.content.filtered(content)
-        finally:  # all at once: a span takes longer over each time than over each attribute
-            if said:
-                self.span.set_attributes(said)
+                attributes |= self.content.filtered(content)
+        finally:  # in one call: each call costs more than each attribute
+            if attributes:
+                self.span.set_attributes(attributes)
 
     def end(self) -> None:
         for task in self._tasks:
@@ -89,44 +88,47 @@ class Run:
         self.leave()
         self.span.end()
         self._tasks.clear()
-        self.context = self.before  # the run's own holds the run: a cycle that only the garbage collector would break
+        self.context = self.outer_context  # the inner context refers to the run: a cycle for the garbage collector
 
-    def watch_task(self) -> None:
-        """End with the task that runs here, should it end first.
+    def abandon(self) -> None:
+        """End the span of a run whose end was never reported."""
+        self.span.set_attribute(semconv.ERROR_TYPE, "abandoned")
+        self.span.set_status(trace.StatusCode.ERROR, "the end of the run was never reported")
+        self.end()
 
-        Of a model, tool or retriever whose task is cancelled, LangChain does not report the end.
+    def end_with_task(self) -> None:
+        """End the run when the current asyncio task ends, if it is still open then.
+
+        LangChain does not report the end of a model, tool or retriever whose task is cancelled.
         """
         try:
             task = asyncio.current_task()
-        except RuntimeError:  # no event loop in this thread, so nothing to be cancelled
+        except RuntimeError:  # no event loop in this thread, so nothing can be cancelled
             return
         if task is not None:
             task.add_done_callback(self._task_done)
             self._tasks.append(task)
 
     def _task_done(self, task: asyncio.Task[Any]) -> None:
-        """The task that started the run outlives it; one that makes its request, for it, need not."""
-        if not self._tasks:  # the run has ended since its task did
+        """End the run if its first task is done or any of its tasks was cancelled.
+
+        The first task started the run and outlives it. A later one only makes the request and may end before the run.
+        """
+        if not self._tasks:  # the run has ended since the task did
             return
-        outlived = task is self._tasks[0] and not self.over
+        outlived = task is self._tasks[0] and not self.is_over
         if (outlived or task.cancelled()) and OPEN_RUNS.pop(self.run_id) is self:
             self.content.mark_error(self.span, asyncio.CancelledError())
             self.end()
 
-    def give_up(self) -> None:
-        """End the span of a run whose end nobody reports."""
-        self.span.set_attribute(semconv.ERROR_TYPE, "abandoned")
-        self.span.set_status(trace.StatusCode.ERROR, "the end of the run was never reported")
-        self.end()
+    def is_active(self) -> bool:
+        """Whether the code that runs here and now belongs to the run.
 
-    def in_force(self) -> bool:
-        """Whether code that runs here and now belongs to the run.
-
-        A chain may be a generator, whose reader shares its context between two items. LangChain itself says what runs
-        inside: it keeps the innermost run in a context variable that only the inside sees.
+        A chain may be a generator, which shares its context with its caller between two items. LangChain keeps the
+        innermost run in a context variable that only code inside the run sees.
         """
-        if self.over or not self.is_chain:
-            return not self.over
+        if self.is_over or not self.is_chain:
+            return not self.is_over
         innermost = _innermost_run_id()
         return innermost is not None and OPEN_RUNS.get(innermost, self) is self
 
@@ -134,92 +136,96 @@ class Run:
         """Whether the current span is the run's."""
         return trace.get_current_span().get_span_context() == self.span.get_span_context()
 
-    def has_left(self, context: Context) -> bool:
-        """Whether `context` is the one that the run entered, and the run has ceased to be current."""
-        return self.over and self._entered is not None and self._entered() is context
+    def left(self, context: Context) -> bool:
+        """Whether the run attached `context` and is over."""
+        return self.is_over and self._entered is not None and self._entered() is context
 
-    def holds(self, context: Context) -> bool:
-        """Whether the current span of `context` was opened inside the run, by other code than ours."""
+    def has_user_span(self, context: Context) -> bool:
+        """Whether code of the user opened the current span of `context` inside the run."""
         shown = trace.get_current_span(context)
-        return context.get(_RUN) is self and not (isinstance(shown, CurrentSpan) and shown.run is self)
+        return context.get(_RUN) is self and not (isinstance(shown, CurrentSpan) and shown.owner is self)
 
 
-class CurrentSpan(trace.Span):
-    """What code inside a run gets from `trace.get_current_span()`. It cannot be ended: the run does that."""
+class OpenRuns:
+    """Open runs by id, bounded in number and age."""
 
-    def __init__(self, run: Run, outer: trace.Span) -> None:
-        self.run = run
-        self._outer = outer
+    def __init__(self, max_open: int = MAX_OPEN, max_seconds: float = MAX_SECONDS) -> None:
+        self._runs: dict[UUID, Run] = {}
+        self._lock = threading.Lock()
+        self._max_open = max_open
+        self._max_seconds = max_seconds
 
-    def _answering(self) -> trace.Span:
-        return self.run.span if self.run.in_force() else self._outer
+    def __len__(self) -> int:
+        return len(self._runs)
 
-    def get_span_context(self) -> trace.SpanContext:
-        return self._answering().get_span_context()
+    def __contains__(self, run_id: UUID) -> bool:
+        return run_id in self._runs
 
-    def is_recording(self) -> bool:
-        return self._answering().is_recording()
+    def get(self, run_id: UUID | None, default: Run | None = None) -> Run | None:
+        return default if run_id is None else self._runs.get(run_id, default)
 
-    def end(self, end_time: int | None = None) -> None:
-        pass
+    def add(self, run_id: UUID, run: Run) -> None:
+        """Add `run` under its own id, or under the id of a child run that has no span and is represented by it."""
+        with self._lock:
+            self._runs[run_id] = run
+            stale = [(stale_id, self._runs.pop(stale_id)) for stale_id in self._stale_ids()]
+        for stale_id, run in stale:
+            if run.run_id == stale_id:
+                run.abandon()
 
-    def set_attributes(self, attributes: Mapping[str, AttributeValue]) -> None:
-        self._answering().set_attributes(attributes)
+    def pop(self, run_id: UUID) -> Run | None:
+        """Remove a run. None if it has no span of its own or has already ended."""
+        with self._lock:
+            run = self._runs.pop(run_id, None)
+        return run if run is not None and run.run_id == run_id else None
 
-    def set_attribute(self, key: str, value: AttributeValue) -> None:
-        self._answering().set_attribute(key, value)
-
-    def add_event(self, *args: Any, **kwargs: Any) -> None:
-        self._answering().add_event(*args, **kwargs)
-
-    def add_link(self, *args: Any, **kwargs: Any) -> None:
-        self._answering().add_link(*args, **kwargs)
-
-    def update_name(self, name: str) -> None:
-        self._answering().update_name(name)
-
-    def set_status(self, *args: Any, **kwargs: Any) -> None:
-        self._answering().set_status(*args, **kwargs)
-
-    def record_exception(self, *args: Any, **kwargs: Any) -> None:
-        self._answering().record_exception(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        """What the SDK's spans have beyond the interface, e.g. `attributes`, which span processors of users read."""
-        return getattr(self._answering(), name)
+    def _stale_ids(self) -> list[UUID]:
+        """Ids beyond either limit, oldest first: a dict keeps the order in which runs were added."""
+        oldest_allowed = time.monotonic() - self._max_seconds
+        excess = len(self._runs) - self._max_open
+        stale: list[UUID] = []
+        for run_id, run in self._runs.items():
+            if len(stale) >= excess and run.started >= oldest_allowed:
+                break
+            stale.append(run_id)
+        return stale
 
 
-def settled_context() -> Context:
-    """The current context, without what runs that are over have left on top of it."""
-    return _settled(get_current())
+OPEN_RUNS = OpenRuns()
+"""Shared by all handlers of the process, so that a run that two handlers receive has one span."""
+
+
+def unwound_context() -> Context:
+    """The current context without the contexts that finished runs have left attached."""
+    return _unwound(get_current())
 
 
 def child_context(parent: Run | None, current: Context) -> Context:
-    """The context to start a child of `parent` in: its span is the child's parent, its baggage the child's.
+    """The context in which to start a child of `parent`: it determines the child's parent span and baggage.
 
-    A span opened by user code inside the parent comes between the two. A thread that was started without a copied
-    context knows nothing of the rollout: there the parent's context counts, with the thread's own baggage added.
+    A span that the user opened inside the parent is the child's parent span. A thread started without a copied context
+    lacks the rollout's baggage: there, the parent's context is used, with the thread's own baggage added.
     """
-    if parent is None or parent.holds(current):
+    if parent is None or parent.has_user_span(current):
         return current
-    context = current if _RUN in current else _joined(parent.context, current)
+    context = current if _RUN in current else _with_baggage_of(current, parent.context)
     return trace.set_span_in_context(parent.span, context)
 
 
-def run_in_force() -> Run | None:
-    """The run whose context is the current one, if code here and now belongs to it."""
+def active_run() -> Run | None:
+    """The run whose context is the current one, if the code that runs here and now belongs to it."""
     run = get_current().get(_RUN)
-    return run if isinstance(run, Run) and run.in_force() else None
+    return run if isinstance(run, Run) and run.is_active() else None
 
 
-def _settled(context: Context) -> Context:
-    while isinstance(run := context.get(_RUN), Run) and run.has_left(context):
-        context = run.before
+def _unwound(context: Context) -> Context:
+    while isinstance(run := context.get(_RUN), Run) and run.left(context):
+        context = run.outer_context
     return context
 
 
-def _joined(context: Context, addition: Context) -> Context:
-    for name, value in baggage.get_all(addition).items():
+def _with_baggage_of(source: Context, context: Context) -> Context:
+    for name, value in baggage.get_all(source).items():
         context = baggage.set_baggage(name, value, context)
     return context
 

@@ -1,4 +1,4 @@
-"""Token ids on the spans of a chat model that talks to its engine without a gateway between."""
+"""`capture_token_ids`: token ids on the spans of a chat model that calls its engine without a gateway."""
 
 import functools
 import types
@@ -15,16 +15,17 @@ Model = TypeVar("Model", bound=BaseChatModel)
 
 
 def capture_token_ids(chat_model: Model) -> Model:
-    """Have `chat_model` (a `ChatOpenAI`) ask a vLLM-like engine for token ids and logprobs, and return it.
+    """Make `chat_model` (a `ChatOpenAI`) request token ids and logprobs from vLLM, and return it.
 
-    They stand on the `chat` span of each call that a handler of ours hears of, packed: `agl.prompt.token_ids`,
-    `agl.response.token_ids`, `agl.response.logprobs`. Where a request asks for `n` choices, each has a span of its own
-    below that one. The answer itself shows what it showed before. `redact` and `capture_content` do not apply: who has
-    the tokenizer can read token ids.
+        model = capture_token_ids(ChatOpenAI(model="planner", base_url=vllm_url))
 
-    The model is changed in place, and no other is. An engine that refuses `return_token_ids` refuses its requests;
-    behind the gateway this is not needed. Calls of the Responses API have no ids to capture. Raises ConfigError for
-    anything but a chat model of `langchain_openai`.
+    The `chat` span of each traced call then holds them, packed: `agl.prompt.token_ids`, `agl.response.token_ids`,
+    `agl.response.logprobs`. If a request asks for `n` choices, each choice has a child span. The agent sees the same as
+    without capture. `redact` and `capture_content` do not apply to token ids, which anyone with the tokenizer can read.
+
+    Changes this model object only, in place. Not needed with the gateway. An engine that does not know
+    `return_token_ids` may refuse the requests. The Responses API returns no ids. Raises ConfigError if `chat_model` is
+    not a chat model of `langchain_openai`.
     """
     try:
         from langchain_openai.chat_models.base import BaseChatOpenAI
@@ -35,14 +36,14 @@ def capture_token_ids(chat_model: Model) -> Model:
         raise ConfigError(
             f"the model is {kind}, expected a ChatOpenAI itself, before tools or a schema are bound to it"
         )
-    # not setattr: pydantic takes that for a field
+    # not setattr: pydantic would treat it as a field
     object.__setattr__(chat_model, "__class__", _capturing(type(chat_model)))
     return chat_model
 
 
 @functools.cache
 def _capturing(kind: type["BaseChatOpenAI"]) -> type["BaseChatOpenAI"]:
-    """`kind` with capture, under its own name, which LangChain and its users read."""
+    """`kind` with capture, under the same name, because LangChain and its users read the name."""
     from agl_langchain._capturing_model import CapturingChatModel
 
     if issubclass(kind, CapturingChatModel):

@@ -1,4 +1,4 @@
-"""What a model call says of itself: the attributes of its request and of its answer."""
+"""A model call: the span attributes of its request and response, and the token ids captured from the response."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,21 +16,21 @@ Attributes = dict[str, AttributeValue]
 
 
 @dataclass(frozen=True, slots=True)
-class CapturedCall:
-    """A model call, and its answer as the engine gave it: filled where the model captures token ids."""
+class ModelCall:
+    """A model call and its captured response, which stays empty unless `capture_token_ids` was applied to the model."""
 
     request: Attributes
-    """What the call's span says from its start."""
-    answer: Capture = field(default_factory=Capture)
+    """Attributes that the span has from its start."""
+    captured: Capture = field(default_factory=Capture)
 
-    def attributes(self) -> Attributes:
-        """Response id, and the tokens of the first choice."""
-        choices = self.answer.choices()
+    def captured_attributes(self) -> Attributes:
+        """Response id, and token ids and logprobs of the first choice."""
+        choices = self.captured.choices()
         return {**self._response_id(), **choices[0].token_attributes()} if choices else {}
 
-    def of_choices(self) -> list[Attributes]:
-        """Attributes of a span for each choice, where the request asked for several: a span holds the ids of one."""
-        choices = self.answer.choices()
+    def choice_attributes(self) -> list[Attributes]:
+        """If the response has several choices: the attributes of a span for each, as a span holds the ids of one."""
+        choices = self.captured.choices()
         return [self._of_choice(choice) for choice in choices] if len(choices) > 1 else []
 
     def _of_choice(self, choice: Choice) -> Attributes:
@@ -44,11 +44,11 @@ class CapturedCall:
         }
 
     def _response_id(self) -> Attributes:
-        return {semconv.GEN_AI_RESPONSE_ID: self.answer.response_id} if self.answer.response_id else {}
+        return {semconv.GEN_AI_RESPONSE_ID: self.captured.response_id} if self.captured.response_id else {}
 
 
 def request_attributes(parameters: Mapping[str, Any], metadata: Mapping[str, Any]) -> Attributes:
-    """Model, provider and sampling settings, from the call's parameters and LangChain's notes on the model."""
+    """Model, provider and sampling settings, from the request's parameters and LangChain's metadata of the model."""
     found: Attributes = {}
     if model := parameters.get("model") or parameters.get("model_name") or metadata.get("ls_model_name"):
         found[semconv.GEN_AI_REQUEST_MODEL] = str(model)
@@ -64,23 +64,23 @@ def request_attributes(parameters: Mapping[str, Any], metadata: Mapping[str, Any
 
 
 def tool_definitions(parameters: Mapping[str, Any]) -> Attributes:
-    """The tools offered to the model, as its client is given them."""
+    """The tools offered to the model, in the form that its client receives."""
     tools = parameters.get("tools")
     return {semconv.GEN_AI_TOOL_DEFINITIONS: to_json(tools)} if tools else {}
 
 
 def response_attributes(result: LLMResult) -> Attributes:
-    """Model, id, usage and finish reasons of the answer, as far as it says.
+    """Model, id, usage and finish reasons, as far as the response has them.
 
-    A streamed answer of `ChatOpenAI` has no id here: LangChain drops it.
+    A streamed response of `ChatOpenAI` has no id here, because LangChain drops it.
     """
     choices = _choices(result)
     message = _message(choices[0]) if choices else None
-    said: Mapping[str, Any] = {**(message.response_metadata if message else {}), **(result.llm_output or {})}
-    found = _usage(message, said)
-    if model := said.get("model_name") or said.get("model"):
+    metadata: Mapping[str, Any] = {**(message.response_metadata if message else {}), **(result.llm_output or {})}
+    found = _usage(message, metadata)
+    if model := metadata.get("model_name") or metadata.get("model"):
         found[semconv.GEN_AI_RESPONSE_MODEL] = str(model)
-    if response_id := said.get("id") or _own_id(message):
+    if response_id := metadata.get("id") or _provider_id(message):
         found[semconv.GEN_AI_RESPONSE_ID] = str(response_id)
     if reasons := [reason for choice in choices if (reason := finish_reason(choice))]:
         found[semconv.GEN_AI_RESPONSE_FINISH_REASONS] = reasons
@@ -88,13 +88,13 @@ def response_attributes(result: LLMResult) -> Attributes:
 
 
 def response_messages(result: LLMResult) -> Attributes:
-    """The choices of the answer, or what a broken-off stream had said by then."""
+    """The choices of the response; of an interrupted stream, the part received so far."""
     choices = _choices(result)
     return {semconv.GEN_AI_OUTPUT_MESSAGES: to_json(output_messages(choices))} if choices else {}
 
 
 def _choices(result: LLMResult) -> list[Generation]:
-    """The choices of the one request that a run stands for."""
+    """The choices of the run's one request."""
     return list(result.generations[0]) if result.generations else []  # type: ignore[arg-type]
 
 
@@ -103,18 +103,18 @@ def _message(choice: Generation) -> AIMessage | None:
     return message if isinstance(message, AIMessage) else None
 
 
-def _usage(message: AIMessage | None, said: Mapping[str, Any]) -> Attributes:
+def _usage(message: AIMessage | None, metadata: Mapping[str, Any]) -> Attributes:
     usage: Mapping[str, Any] = (message and message.usage_metadata) or {}
-    counted = said.get("token_usage") or {}
+    counts = metadata.get("token_usage") or {}
     tokens = {
-        semconv.GEN_AI_USAGE_INPUT_TOKENS: usage.get("input_tokens", counted.get("prompt_tokens")),
-        semconv.GEN_AI_USAGE_OUTPUT_TOKENS: usage.get("output_tokens", counted.get("completion_tokens")),
+        semconv.GEN_AI_USAGE_INPUT_TOKENS: usage.get("input_tokens", counts.get("prompt_tokens")),
+        semconv.GEN_AI_USAGE_OUTPUT_TOKENS: usage.get("output_tokens", counts.get("completion_tokens")),
     }
     return {name: count for name, count in tokens.items() if isinstance(count, int)}
 
 
-def _own_id(message: AIMessage | None) -> str | None:
-    """The message's id, unless LangChain made it up from the run's id."""
+def _provider_id(message: AIMessage | None) -> str | None:
+    """The message's id, unless LangChain derived it from the run's id."""
     if message is None or message.id is None or message.id.startswith(("lc_", "run-")):
         return None
     return message.id
