@@ -1,9 +1,11 @@
-"""Who may import whom: agl stands alone, and the other three see agl only."""
+"""Imports: who may import whom, no circles, and nothing heavy in `import agl`."""
 
 import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -15,47 +17,138 @@ ALLOWED = {
     "agl_autogen": {"agl"},
     "agl_trainer": {"agl"},
 }
+"""Each package, and the others of ours that it may import."""
+
+ROOMS = {
+    "agl": {
+        "cli": "server_thread queue trajectory store server config otlp span tokens semconv errors",
+        "server_thread": "collector gateway queue store server config errors",
+        "collector": "store server config errors",
+        "gateway": "store server config context span tokens semconv errors",
+        "queue": "store config errors",
+        "trajectory": "span tokens semconv errors",
+        "store": "server config otlp span semconv errors",
+        "server": "config errors",
+        "config": "errors",
+        "agl": "carry tracing propagation context emit",
+        "carry": "tracing propagation failsafe",
+        "tracing": "propagation context emit content errors",
+        "propagation": "context",
+        "emit": "context content failsafe span semconv errors",
+        "context": "content semconv errors",
+        "content": "failsafe semconv errors",
+        "failsafe": "errors",
+        "role_map": "errors",
+        "otlp": "span errors",
+        "span": "semconv",
+        "tokens": "semconv",
+        "semconv": "",
+        "errors": "",
+    },
+    "agl_trainer": {
+        "agl_trainer": "loop",
+        "losses": "algo",
+        "advantages": "algo",
+        "cli": "loop report compute model",
+        "loop": "report engine compute algo model rollout data",
+        "report": "compute algo rollout",
+        "engine": "compute model data",
+        "compute": "algo model data",
+        "algo": "data",
+        "model": "data",
+        "rollout": "",
+        "data": "",
+    },
+}
+"""Each first-level folder or module of a package, from top to bottom, and the ones below it that it imports."""
+
 HEAVY = ("torch", "transformers", "starlette", "uvicorn", "aiohttp", "sqlalchemy", "langchain_core", "autogen_core")
-"""What an agent process must not pay for by `import agl`."""
+"""Packages that an agent process must not load by `import agl`."""
 
 
-def sources(package: str) -> list[Path]:
-    (folder,) = PACKAGES.glob(f"*/src/{package}")
-    return sorted(folder.rglob("*.py"))
+@cache
+def modules() -> dict[str, Path]:
+    """The file of each of our modules."""
+    found = {}
+    for package in ALLOWED:
+        (folder,) = PACKAGES.glob(f"*/src/{package}")
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder.parent).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
 
 
-def imported_packages(source: str) -> Iterator[str]:
-    """Top-level packages that `source` imports anywhere, functions and TYPE_CHECKING blocks included."""
+def imported_names(source: str, package: str = "") -> Iterator[str]:
+    """Dotted names that `source` imports anywhere, functions and TYPE_CHECKING blocks included."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            yield node.module.partition(".")[0]
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            name = "." * node.level + (node.module or "")
+            yield from (f"{resolve_name(name, package)}.{alias.name}" for alias in node.names)
+
+
+@cache
+def imports() -> dict[str, set[str]]:
+    """Each of our modules, and the names that it imports; of ours those of modules."""
+    found: dict[str, set[str]] = {}
+    for module, path in modules().items():
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        names = imported_names(path.read_text(encoding="utf-8"), package)
+        found[module] = {
+            name.rpartition(".")[0] if top(name) in ALLOWED and name not in modules() else name for name in names
+        } - {module}
+    return found
+
+
+def top(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def room(module: str) -> str:
+    """The first-level folder or module of a package that `module` is in; the package itself for its `__init__`."""
+    return (module.split(".") + module.split("."))[1]
 
 
 def test_the_reader_of_imports_sees_every_kind() -> None:
-    source = "import torch.nn as nn\ndef f():\n    from agl_trainer.engine import local_engine\n    from . import x\n"
-    assert list(imported_packages(source)) == ["torch", "agl_trainer"]
+    source = "import torch.nn as nn\ndef f():\n    from agl_trainer.engine import local\n    from . import x\n"
+    assert list(imported_names(source, "a.b")) == ["torch.nn", "agl_trainer.engine.local", "a.b.x"]
 
 
 @pytest.mark.parametrize("package", ALLOWED)
 def test_import_direction(package: str) -> None:
-    assert sources(package)
     forbidden = ALLOWED.keys() - ALLOWED[package] - {package}
     if package == "agl":
         forbidden = forbidden | {"torch"}
     found = {
-        f"{path.relative_to(PACKAGES)} imports {name}"
-        for path in sources(package)
-        for name in imported_packages(path.read_text(encoding="utf-8"))
-        if name in forbidden
+        f"{module} imports {name}"
+        for module, names in imports().items()
+        for name in names
+        if top(module) == package and top(name) in forbidden
     }
     assert not found
 
 
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    return done.stdout
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_import_the_listed_rooms_and_no_others(package: str) -> None:
+    found: dict[str, set[str]] = {}
+    for module, names in imports().items():
+        rooms = {room(name) for name in names if top(name) == package} - {room(module)}
+        if top(module) == package and rooms:
+            found.setdefault(room(module), set()).update(rooms)
+    assert found == {name: set(below.split()) for name, below in ROOMS[package].items() if below}
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_are_listed_from_top_to_bottom(package: str) -> None:
+    order = [*ROOMS[package]]
+    arrows = [(name, below) for name, rooms in ROOMS[package].items() for below in rooms.split()]
+    assert not [arrow for arrow in arrows if order.index(arrow[0]) > order.index(arrow[1])]
+
+
+def run(code: str, text: str = "") -> str:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
 def test_import_agl_is_light() -> None:
