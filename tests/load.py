@@ -10,7 +10,7 @@ import httpx
 from agl import otlp
 from agl.collector.http import PROTOBUF
 from agl.store import Store, open_store
-from agl.store.span_row import read
+from agl.store.span_row import parse
 from tests.store.spans import make_span
 from tests.waiting import wait_until
 
@@ -107,7 +107,7 @@ class Load:
 
 def found_in(store: Store) -> Counter[int]:
     """Numbers of the spans that a store has."""
-    return Counter(int.from_bytes(row.span_id, "big") for row in read(b"".join(store.query_rows(_ROLLOUT))).rows)
+    return Counter(int.from_bytes(row.span_id, "big") for row in parse(b"".join(store.query_rows(_ROLLOUT))).rows)
 
 
 def found_at(uri: str) -> Counter[int]:

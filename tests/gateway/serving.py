@@ -17,7 +17,7 @@ from agl.server.app_thread import AppThread
 from agl.server_thread import ServerThread
 from agl.span import Span
 from agl.store.span_row import SpanRow
-from agl.store.sqlite import SqliteStore
+from agl.store.sqlite.store import SqliteStore
 from agl.tokens.packing import unpack_ids, unpack_logprobs
 from tests.core.fake_engine import PROMPT_IDS, FakeEngine, logprob, token_id
 

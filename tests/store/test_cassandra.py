@@ -10,8 +10,10 @@ from cassandra.cluster import Session
 
 from agl.errors import InputError, StoreError
 from agl.store import AttemptState, Collected, Resource, Rollout, RolloutState, open_store
-from agl.store.cassandra import CassandraStore, spans
+from agl.store.cassandra import membership
 from agl.store.cassandra.address import Address
+from agl.store.cassandra.span_partition import BucketFill
+from agl.store.cassandra.store import CassandraStore
 from tests.load import SPANS, Load, check
 from tests.store.cassandra_server import CassandraServer, running_cassandra
 from tests.store.serving import serving
@@ -69,7 +71,7 @@ def test_without_a_node_the_queue_goes_on_and_without_two_the_store_says_so(
         assert len(store.wait_for_group("g", timeout_s=60)) == 10
         cluster.kill(cluster.hosts[1])
         with monkeypatch.context() as patience:
-            patience.setattr("agl.store.cassandra.database._TRY_FOR_S", 1.0)
+            patience.setattr("agl.store.cassandra.keyspace._TRY_FOR_S", 1.0)
             with pytest.raises(StoreError, match=r"did not .* the store cassandra://127\.0\.0\.1") as caught:
                 store.append_spans([make_span(1), make_span(2)])
         assert not isinstance(caught.value, InputError)
@@ -86,8 +88,8 @@ def test_without_a_node_the_queue_goes_on_and_without_two_the_store_says_so(
 # --- Homes -----------------------------------------------------------------------------------------------------------
 
 
-def small_buckets(store: CassandraStore, most_spans: int) -> None:
-    store._filling = spans.Filling(most_spans=most_spans)
+def small_buckets(store: CassandraStore, max_spans: int) -> None:
+    store._fill = BucketFill(max_spans=max_spans)
 
 
 def test_a_home_that_is_full_goes_on_in_another_bucket_and_keeps_each_span_once(
@@ -114,15 +116,15 @@ def test_what_comes_while_a_rollout_is_collected_stays(
 ) -> None:
     with closing(CassandraStore(uri)) as store, closing(CassandraStore(uri)) as other:
         store.append_spans([make_span(1, rollout="r")])
-        real = spans.members
+        real = membership.find_spans
         late = [make_span(2, rollout="r")]
 
         def look_and_be_late(db: object, rollout_id: str) -> object:
-            found = real(store._database, rollout_id)
+            found = real(store._keyspace, rollout_id)
             other.append_spans(late)
             return found
 
-        monkeypatch.setattr("agl.store.cassandra.membership.members", look_and_be_late)
+        monkeypatch.setattr("agl.store.cassandra.membership.find_spans", look_and_be_late)
         assert store.gc(max_bytes=0, now_ns=2**62) == Collected(rollouts=1, spans=1)
         assert numbers(store.query_spans("r")) == [2]
 
@@ -179,7 +181,7 @@ def test_a_transaction_whose_answer_was_lost_is_known_again(uri: str) -> None:
     change = "UPDATE resources SET revision = ? WHERE name = ? IF revision = ?"
     with closing(CassandraStore(uri)) as store:
         store.put_resource(Resource("writer", 0, "adapters/0"))
-        db = store._database
+        db = store._keyspace
         ((before,),) = db.read("SELECT DISTINCT revision FROM resources WHERE name = ?", "writer")
         mine, theirs = uuid4(), uuid4()
         assert db.compare_and_set([(change, (mine, "writer", before))], mine)

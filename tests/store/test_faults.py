@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from agl.store import open_store
-from agl.store.sqlite import upkeep
+from agl.store.sqlite import maintenance
 from tests.load import SPANS, Load, check, found_at
 from tests.store.postgres_server import PostgresServer, running_postgres
 from tests.store.serving import serving
@@ -33,7 +33,7 @@ def test_a_collector_killed_twice_in_a_load_loses_nothing_that_it_acknowledged(t
             load.reach(SPANS)
     assert set(load.answers) == {0, 200}
     check(load, uri)
-    assert upkeep.check(path) == []
+    assert maintenance.check(path) == []
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def full_sqlite(folder: Path, _: PostgresServer) -> Iterator[tuple[str, str, Cal
     with serving(uri) as (process, url):
         limit_files(process.pid, 2**20)
         yield uri, url, lambda: limit_files(process.pid, resource.RLIM_INFINITY)
-    assert upkeep.check(folder / "agl.db") == []
+    assert maintenance.check(folder / "agl.db") == []
 
 
 @contextmanager

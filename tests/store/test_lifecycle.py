@@ -6,12 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agl.errors import TransitionError
-from agl.store.rollout import RETRYABLE, Attempt, Pair, Rollout, beat, begin, cancel, expire, finish
+from agl.store.lifecycle import Pair, begin, cancel, expire, finish, heartbeat
+from agl.store.rollout import RETRYABLE, Attempt, Rollout
 from agl.store.states import ATTEMPT_TRANSITIONS, ENDS, ROLLOUT_TRANSITIONS, AttemptState, RolloutState
 
 EVENTS = st.lists(
     st.tuples(
-        st.sampled_from(["begin", "beat", "finish", "expire", "cancel"]), st.integers(0, 2), st.sampled_from(ENDS)
+        st.sampled_from(["begin", "heartbeat", "finish", "expire", "cancel"]), st.integers(0, 2), st.sampled_from(ENDS)
     ),
     max_size=30,
 )
@@ -34,7 +35,7 @@ def apply(event: str, rollout: Rollout, attempt: Attempt | None, end: AttemptSta
         return None
     if event == "finish":
         return finish(rollout, attempt, end, None, now_ns)
-    return beat(rollout, attempt, now_ns) if event == "beat" else expire(rollout, attempt, now_ns)
+    return heartbeat(rollout, attempt, now_ns) if event == "heartbeat" else expire(rollout, attempt, now_ns)
 
 
 @given(ROLLOUTS, EVENTS)
@@ -80,5 +81,5 @@ def test_every_state_has_its_row_in_the_tables() -> None:
 
 def test_heartbeats_never_go_back() -> None:
     rollout, attempt = begin(Rollout("r", None), "worker", 100)
-    changed = beat(rollout, replace(attempt, heartbeat_ns=200), 150)
+    changed = heartbeat(rollout, replace(attempt, heartbeat_ns=200), 150)
     assert changed is not None and changed[1].heartbeat_ns == 200

@@ -11,8 +11,9 @@ import pytest
 
 from agl.errors import InputError, StoreError
 from agl.store import AttemptState, Collected, Resource, Rollout, RolloutState, open_store
-from agl.store.postgres import PostgresStore
-from agl.store.postgres.spans import _QUERY, DAY_NS, keys
+from agl.store.postgres.spans import DAY_NS, QUERY
+from agl.store.postgres.store import PostgresStore
+from agl.store.sql.membership import first_keys
 from tests.store.postgres_server import PostgresServer, running_postgres
 from tests.store.spans import TRACE, asked, make_span, numbers
 
@@ -86,7 +87,7 @@ def test_commits_wait_for_the_disk_even_where_the_database_would_not(uri: str) -
 
 def test_an_end_is_told_not_looked_for(uri: str) -> None:
     with closing(PostgresStore(uri)) as here, closing(PostgresStore(uri)) as there:
-        here._endings._look_every_s = 60
+        here._ends._poll_s = 60
         here.enqueue_rollouts([Rollout("r", 1)])
         there.lease_rollout("worker")
         timer = threading.Timer(0.3, there.finish_attempt, ("r-a1", AttemptState.SUCCEEDED))
@@ -153,8 +154,8 @@ def test_reading_a_rollout_looks_up_its_own_spans_only(uri: str) -> None:
             trace, name = f"{rollout + 1:032x}", f"r{rollout}"
             store.append_spans([make_span(n, trace=trace, rollout=name, text="x" * 500) for n in range(1, 101)])
         store._database.write(lambda db: db.execute("ANALYZE"))
-        query = f"EXPLAIN {_QUERY}"
-        plan = store._database.read(lambda db: db.execute(query, keys("r7")).fetchall())
+        query = f"EXPLAIN {QUERY}"
+        plan = store._database.read(lambda db: db.execute(query, first_keys("r7")).fetchall())
     text = "\n".join(line for (line,) in plan)
     assert "Index Scan" in text
     assert not any(step in text for step in ("Seq Scan", "Merge Join", "Hash Join")), text

@@ -5,7 +5,7 @@ from typing import Any
 
 from agl.span import Span
 from agl.store import AttemptState, Collected, Rollout, Store
-from agl.store.protocol import QUIET_S
+from agl.store.retention import IDLE_S
 from tests.store.spans import OTHER_TRACE, TRACE, answered, asked, make_span, numbers
 
 DAY_S = 86_400.0
@@ -66,8 +66,8 @@ def test_age_counts_from_the_arrival_of_the_last_span_not_from_its_senders_clock
 
 def test_a_rollout_that_was_never_queued_is_over_when_it_has_been_quiet(store: Store) -> None:
     store.append_spans([make_span(1, rollout="r1"), make_span(2, trace=OTHER_TRACE)])
-    assert collect(store, in_s=QUIET_S - 60, older_than_s=1, max_bytes=0) == Collected()
-    assert collect(store, in_s=QUIET_S + 60, older_than_s=1) == Collected(rollouts=2, spans=2)
+    assert collect(store, in_s=IDLE_S - 60, older_than_s=1, max_bytes=0) == Collected()
+    assert collect(store, in_s=IDLE_S + 60, older_than_s=1) == Collected(rollouts=2, spans=2)
 
 
 def test_unnamed_spans_stay_with_the_last_of_the_rollouts_that_share_their_trace(store: Store) -> None:

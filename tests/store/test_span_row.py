@@ -13,7 +13,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans
 from agl import otlp, semconv
 from agl.errors import OtlpError
 from agl.span import Span
-from agl.store import otlp_cut, span_row
+from agl.store import otlp_split, span_row
 from agl.store.span_row import SpanRow
 from tests.core.span_maker import span
 from tests.core.whole_request import whole_request
@@ -36,15 +36,15 @@ SPANS = st.lists(st.builds(random_span, NAMES, ATTRIBUTES, RESOURCES, st.sampled
 @settings(deadline=None)
 @given(SPANS)
 def test_rows_of_a_request_are_the_rows_of_its_spans(spans: list[Span]) -> None:
-    intake = span_row.read(otlp.encode(spans))
-    assert [replace(found, otlp=b"") for found in intake.rows] == [replace(SpanRow.of(one), otlp=b"") for one in spans]
-    assert [otlp.decode(found.otlp) for found in intake.rows] == [[one] for one in spans]
-    assert span_row.read_json(otlp.encode_json(spans)) == intake
+    parsed = span_row.parse(otlp.encode(spans))
+    assert [replace(found, otlp=b"") for found in parsed.rows] == [replace(SpanRow.of(one), otlp=b"") for one in spans]
+    assert [otlp.decode(found.otlp) for found in parsed.rows] == [[one] for one in spans]
+    assert span_row.parse_json(otlp.encode_json(spans)) == parsed
 
 
 def test_an_openinference_span_is_found_by_the_id_in_its_answer() -> None:
     attributes = {"openinference.span.kind": "LLM", "output.value": '{"id": "chatcmpl-1"}'}
-    (found,) = span_row.read(otlp.encode([span("ChatOpenAI", attributes)])).rows
+    (found,) = span_row.parse(otlp.encode([span("ChatOpenAI", attributes)])).rows
     assert (found.asked, found.answered) == ("chatcmpl-1", None)
 
 
@@ -59,14 +59,14 @@ def test_an_openinference_span_is_found_by_the_id_in_its_answer() -> None:
 )
 def test_spans_that_no_reader_could_read_again_are_refused_and_the_others_kept(change: dict, reason: str) -> None:
     good = span("good")
-    intake = span_row.read(otlp.encode([replace(span("bad"), **change), good]))
-    assert [found.span_id.hex() for found in intake.rows] == [good.span_id]
-    assert intake.refused == 1 and reason in intake.reason
+    parsed = span_row.parse(otlp.encode([replace(span("bad"), **change), good]))
+    assert [found.span_id.hex() for found in parsed.rows] == [good.span_id]
+    assert parsed.rejected == 1 and reason in parsed.reason
 
 
 def test_what_is_no_request_is_an_otlp_error() -> None:
     with pytest.raises(OtlpError, match="9 bytes are not"):
-        span_row.read(b"garbage!!")
+        span_row.parse(b"garbage!!")
 
 
 @settings(deadline=None)
@@ -75,54 +75,54 @@ def test_a_large_request_is_read_in_pieces_to_the_same_rows(spans: list[Span], s
     """And what follows it, if it is broken, breaks it as it would in one piece."""
     body = otlp.encode(spans) + after
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(otlp_cut, "PIECE_BYTES", 2**30)
+        patch.setattr(otlp_split, "CHUNK_BYTES", 2**30)
         try:
-            whole = span_row.read(body)
+            whole = span_row.parse(body)
         except OtlpError:
             whole = None
-        patch.setattr(otlp_cut, "PIECE_BYTES", size)
+        patch.setattr(otlp_split, "CHUNK_BYTES", size)
         if whole is None:
             with pytest.raises(OtlpError):
-                span_row.read(body)
+                span_row.parse(body)
         else:
-            assert span_row.read(body) == whole
+            assert span_row.parse(body) == whole
 
 
 def test_pieces_are_as_small_as_they_should_be() -> None:
     body = otlp.encode([span(f"{number}", {"text": "x" * 1_000}) for number in range(5_000)])
-    pieces = list(otlp_cut.cut(body))
-    assert len(pieces) <= len(body) // otlp_cut.PIECE_BYTES + 2
-    assert max(len(piece) for piece, _ in pieces) <= otlp_cut.PIECE_BYTES
+    pieces = list(otlp_split.split(body))
+    assert len(pieces) <= len(body) // otlp_split.CHUNK_BYTES + 2
+    assert max(len(piece) for piece, _ in pieces) <= otlp_split.CHUNK_BYTES
     assert otlp.decode(b"".join(piece for piece, _ in pieces)) == otlp.decode(body)
     assert [one for _, alone in pieces for request in alone for one in otlp.decode(request)] == otlp.decode(body)
 
 
 def test_a_row_is_the_span_to_the_last_field() -> None:
     request = whole_request()
-    (found,) = span_row.read(request.SerializeToString()).rows
+    (found,) = span_row.parse(request.SerializeToString()).rows
     assert ExportTraceServiceRequest.FromString(found.otlp) == request
 
 
 def test_a_long_resource_is_not_copied_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(otlp_cut, "MOST_BYTES", 10**6)
+    monkeypatch.setattr(otlp_split, "MAX_TOTAL_BYTES", 10**6)
     spans = [replace(span("chat"), resource={"text": "x" * 10_000}) for _ in range(200)]
-    assert len(span_row.read(otlp.encode(spans[:90])).rows) == 90
+    assert len(span_row.parse(otlp.encode(spans[:90])).rows) == 90
     body = otlp.encode(spans)
     assert len(body) < 50_000
     with pytest.raises(OtlpError, match=f"the spans of {len(body)} bytes take over 10.* send fewer"):
-        span_row.read(body)
+        span_row.parse(body)
 
 
 @pytest.mark.parametrize("odd", [b"\x08\x01", b"\xc2\x3e\x02\x08\x01", b"\x0d1234"])
 def test_what_otlp_does_not_know_is_passed_over(odd: bytes) -> None:
     """Of a later version, say: numbers and messages beside the spans, in every message around them."""
     plain = otlp.encode([span("chat")])
-    expected = span_row.read(plain)
-    assert span_row.read(odd + plain + odd) == expected
+    expected = span_row.parse(plain)
+    assert span_row.parse(odd + plain + odd) == expected
     resource_spans = ExportTraceServiceRequest.FromString(plain).resource_spans[0]
     resource_spans.MergeFromString(odd)
     resource_spans.scope_spans[0].MergeFromString(odd)
-    assert span_row.read(ExportTraceServiceRequest(resource_spans=[resource_spans]).SerializeToString()) == expected
+    assert span_row.parse(ExportTraceServiceRequest(resource_spans=[resource_spans]).SerializeToString()) == expected
 
 
 def test_headings_that_come_in_parts_are_one() -> None:
@@ -130,7 +130,7 @@ def test_headings_that_come_in_parts_are_one() -> None:
     plain = otlp.encode([replace(span("chat"), attributes={})])
     inner = ExportTraceServiceRequest.FromString(plain).resource_spans[0].SerializeToString()
     parts = said("agentlightning.rollout_id", "r") + inner + said("service.name", "s")
-    (found,) = span_row.read(b"\x0a" + bytes((len(parts) & 0x7F | 0x80, len(parts) >> 7)) + parts).rows
+    (found,) = span_row.parse(b"\x0a" + bytes((len(parts) & 0x7F | 0x80, len(parts) >> 7)) + parts).rows
     assert found.rollout_id == "r"
     (one,) = otlp.decode(found.otlp)
     assert one.resource == {"agentlightning.rollout_id": "r", "service.name": "s"}

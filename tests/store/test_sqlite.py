@@ -12,8 +12,8 @@ import pytest
 from agl.errors import InputError, StoreError
 from agl.store import AttemptState, Resource, Rollout, RolloutState, open_store
 from agl.store.span_row import SpanRow
-from agl.store.sqlite import spans, upkeep
-from agl.store.sqlite.database import Database
+from agl.store.sqlite import maintenance, spans
+from agl.store.sqlite.database import SqliteDatabase
 from agl.store.sqlite.schema import MIGRATIONS
 from tests.store.spans import OTHER_TRACE, TRACE, answered, asked, make_span, numbers
 
@@ -81,7 +81,7 @@ OLD_SPANS = (
 
 def make_old_file(path: Path, version: int) -> None:
     """Spans and rollouts as a program of that version left them."""
-    Database(str(path), MIGRATIONS[:version]).close()
+    SqliteDatabase(str(path), MIGRATIONS[:version]).close()
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         for trace, number, rollout, response, answer in OLD_SPANS:
             span = answered(number, "a", trace=trace) if answer else make_span(number, trace=trace, start_ns=number)
@@ -180,9 +180,9 @@ def overwrite(path: Path, place: float) -> None:
 def test_a_damaged_file_is_said_to_be_damaged_by_whoever_reads_it(tmp_path: Path) -> None:
     path = tmp_path / "agl.db"
     make_store(path)
-    assert upkeep.check(path) == []
+    assert maintenance.check(path) == []
     overwrite(path, 0.5)
-    assert upkeep.check(path)
+    assert maintenance.check(path)
     with (
         closing(open_store(f"sqlite:///{path}")) as store,
         pytest.raises(StoreError, match=r"agl\.db cannot be read: .*damaged.*restore a backup.*agl store check"),
@@ -196,9 +196,9 @@ def test_a_file_whose_beginning_is_damaged_is_refused_with_what_to_do(tmp_path: 
     overwrite(path, 0)
     with pytest.raises(StoreError, match=r"agl\.db: .*restore a backup"):
         open_store(f"sqlite:///{path}")
-    assert upkeep.check(path)
+    assert maintenance.check(path)
     with pytest.raises(StoreError, match=r"agl\.db"):
-        upkeep.schema_version(path)
+        maintenance.schema_version(path)
 
 
 def test_a_backup_is_whole_while_others_write(tmp_path: Path) -> None:
@@ -215,17 +215,17 @@ def test_a_backup_is_whole_while_others_write(tmp_path: Path) -> None:
         writer = threading.Thread(target=write)
         writer.start()
         before = written[0]
-        upkeep.backup(path, copy)
+        maintenance.backup(path, copy)
         after = written[0]
         stop.set()
         writer.join()
-    assert upkeep.check(copy) == []
+    assert maintenance.check(copy) == []
     with closing(open_store(f"sqlite:///{copy}")) as store:
         found = numbers(store.query_spans("r1"))
     assert found == list(range(1, len(found) + 1))
     assert before <= len(found) <= after + 1
     with pytest.raises(StoreError, match="there already"):
-        upkeep.backup(path, copy)
+        maintenance.backup(path, copy)
 
 
 def test_a_backup_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_a_backup_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
     make_store(path)
     overwrite(path, 0)
     with pytest.raises(StoreError, match="cannot back up"):
-        upkeep.backup(path, tmp_path / "copy.db")
+        maintenance.backup(path, tmp_path / "copy.db")
     assert sorted(file.name for file in tmp_path.iterdir() if "copy" in file.name) == []
 
 
@@ -245,4 +245,4 @@ def test_gc_gives_the_space_back(tmp_path: Path) -> None:
         collected = store.gc(older_than_s=1, now_ns=time.time_ns() + 10**15)
     assert collected.spans == 400
     assert path.stat().st_size < before / 2
-    assert upkeep.check(path) == []
+    assert maintenance.check(path) == []

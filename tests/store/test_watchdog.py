@@ -9,7 +9,7 @@ import pytest
 
 from agl.errors import StoreError
 from agl.store import Attempt, Rollout, RolloutState, Store, open_store
-from agl.store.sqlite import SqliteStore
+from agl.store.sqlite.store import SqliteStore
 from agl.store.watchdog import watching
 from tests.store.serving import serving
 

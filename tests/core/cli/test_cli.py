@@ -274,7 +274,7 @@ def test_an_export_keeps_all_that_otlp_knows_of_a_span() -> None:
     """Links, trace state, flags, counts of what was dropped, versions and attributes of scopes, schemas."""
     request = whole_request()
     with closing(open_store("sqlite:///agl.db")) as store:
-        store.append_rows(span_row.read(request.SerializeToString()).rows)
+        store.append_rows(span_row.parse(request.SerializeToString()).rows)
     Path("spans.jsonl").write_text(said("spans", "export", "--last"))
     said("spans", "import", "spans.jsonl", "--store", "sqlite:///other.db")
     with closing(open_store("sqlite:///other.db")) as store:

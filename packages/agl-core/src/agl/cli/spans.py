@@ -19,7 +19,7 @@ from agl.cli.command import (
 from agl.cli.terminal import counted
 from agl.errors import CommandError, OtlpError
 from agl.store import open_store
-from agl.store.span_row import SpanRow, read_json
+from agl.store.span_row import SpanRow, parse_json
 
 _SPANS_PER_LINE = 100
 
@@ -79,7 +79,7 @@ def _read(file: str) -> Iterator[Sequence[SpanRow]]:
 
 def _rows(line: bytes, place: str) -> Sequence[SpanRow]:
     try:
-        return read_json(line).all_rows()
+        return parse_json(line).all_rows()
     except OtlpError as error:
         raise OtlpError(
             f"{place}: {error}; the lines before are kept, import the file again once it is right"

@@ -15,7 +15,7 @@ from agl.cli.command import (
 )
 from agl.cli.terminal import counted
 from agl.errors import CommandError
-from agl.store.sqlite.upkeep import backup, check, schema_version
+from agl.store.sqlite.maintenance import backup, check, schema_version
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _BYTES = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}

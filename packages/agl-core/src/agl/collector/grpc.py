@@ -78,7 +78,7 @@ class GrpcReceiver(grpc.GenericRpcHandler):
             with self._receiver.admit(_authorization(context)) as reservation:
                 message = next(requests, b"")
                 self._receiver.reserve(reservation, len(message))
-                response = self._receiver.commit(message, _encoding(message), span_row.read, reservation)
+                response = self._receiver.commit(message, _encoding(message), span_row.parse, reservation)
         except RejectedRequest as rejected:
             _abort(context, rejected)
         return response.SerializeToString()

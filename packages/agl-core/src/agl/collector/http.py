@@ -24,7 +24,7 @@ Headers = Mapping[bytes, bytes]
 
 _TRACES_PATH = "/v1/traces"
 _OTHER_PATHS = ("/v1/metrics", "/v1/logs")
-_PARSERS: dict[str, Parse] = {PROTOBUF: span_row.read, JSON: span_row.read_json}
+_PARSERS: dict[str, Parse] = {PROTOBUF: span_row.parse, JSON: span_row.parse_json}
 _ENCODINGS = (IDENTITY, *ZLIB_WINDOWS)
 _COMMITS_AT_ONCE = 16
 """Threads, each of which waits for the store; the store commits waiting requests together."""

@@ -17,11 +17,11 @@ from agl.config.collector import CollectorConfig
 from agl.errors import InputError, OtlpError, StoreError
 from agl.server.bearer import BearerTokens
 from agl.server.memory_budget import MemoryBudget, Reservation
-from agl.store.span_row import Intake, SpanRow
+from agl.store.span_row import ParsedSpans, SpanRow
 
 logger = logging.getLogger(__name__)
 
-Parse = Callable[[bytes], Intake]
+Parse = Callable[[bytes], ParsedSpans]
 
 IDENTITY: Final = "identity"
 ZLIB_WINDOWS: Final = {"gzip": 31, "deflate": 15}
@@ -106,16 +106,16 @@ class Receiver:
         try:
             plain = body if encoding == IDENTITY else self._inflate(body, encoding, reservation)
             with self._parsing if len(plain) > _PARSE_ALONE_BYTES else nullcontext():
-                intake = parse(plain)
-            if intake.refused and not intake.rows:
-                raise OtlpError(intake.reason)
-            self._sink.append_rows(intake.rows)
+                parsed = parse(plain)
+            if parsed.rejected and not parsed.rows:
+                raise OtlpError(parsed.reason)
+            self._sink.append_rows(parsed.rows)
         except (OtlpError, InputError) as error:
             raise RejectedRequest(400, INVALID_ARGUMENT, str(error)) from error
         except StoreError as error:
             logger.error("spans were not committed, and senders were asked to retry: %s", error)
             raise RejectedRequest(503, UNAVAILABLE, str(error)) from error
-        return _response(intake)
+        return _response(parsed)
 
     def _inflate(self, body: bytes, encoding: str, reservation: Reservation) -> bytes:
         """The plain body. Memory for each chunk is reserved before the next one is inflated."""
@@ -145,11 +145,11 @@ def _next_chunk(stream: "zlib._Decompress", data: bytes, encoding: str) -> bytes
     return chunk
 
 
-def _response(intake: Intake) -> ExportTraceServiceResponse:
+def _response(parsed: ParsedSpans) -> ExportTraceServiceResponse:
     response = ExportTraceServiceResponse()
-    if intake.refused:
-        response.partial_success.rejected_spans = intake.refused
-        response.partial_success.error_message = _as_protobuf_text(intake.reason)
+    if parsed.rejected:
+        response.partial_success.rejected_spans = parsed.rejected
+        response.partial_success.error_message = _as_protobuf_text(parsed.reason)
     return response
 
 

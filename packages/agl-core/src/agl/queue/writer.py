@@ -10,8 +10,8 @@ from typing import Final
 from agl.config import QueueConfig
 from agl.errors import AglError, InputError, OtlpError, StoreError
 from agl.queue.queue import ENTRIES_AT_ONCE, Entry, SpanQueue
-from agl.store import Store
-from agl.store.span_row import SpanRow, read
+from agl.store.protocol import Store
+from agl.store.span_row import SpanRow, parse
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Writer:
 
     def _rows(self, entry: Entry) -> Sequence[SpanRow]:
         try:
-            return read(entry.otlp).rows
+            return parse(entry.otlp).rows
         except OtlpError as error:
             self._set_aside(entry, error)
             return ()

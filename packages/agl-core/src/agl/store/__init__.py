@@ -1,4 +1,12 @@
-"""Stores: one protocol, one class for each backend, opened by URI."""
+"""Stores: one protocol, one class for each backend, opened by URI.
+
+protocol   the verbs of every store
+rollout, states, lifecycle   rollouts, attempts, and how events change them
+span_row, otlp_split   OTLP requests, parsed into one row for each span
+membership, retention   which spans belong to a rollout, and which rollouts `gc` deletes
+mapping, end_notifier, watchdog   JSON columns, waiting for rollouts, limits of attempts
+sql, sqlite, postgres, cassandra, http   the backends
+"""
 
 from agl.errors import StoreError
 from agl.store.protocol import Collected, Resource, Store
@@ -18,14 +26,14 @@ __all__ = [
 
 
 def open_store(uri: str) -> Store:
-    """Open the store at `uri` (`sqlite:///path.db`, `postgresql://`, `cassandra://`, `memory://`), made if it is not
-    there, or that which `agl serve` serves at `http://HOST:PORT`.
+    """Open the store at `uri`: `sqlite:///path.db`, `postgresql://`, `cassandra://`, `memory://`, or `http://HOST:PORT`
+    for the store that `agl serve` serves. Creates the database's tables if they do not exist.
 
-    Raises StoreError for a scheme that is not known, a file that is not a store, or a server that does not answer.
+    Raises StoreError for an unknown scheme, a file that is not a store, or a server that cannot be reached.
     """
     scheme, _, path = uri.partition("://")
     if scheme == "sqlite":
-        from agl.store.sqlite import SqliteStore
+        from agl.store.sqlite.store import SqliteStore
 
         return SqliteStore(path.removeprefix("/"), uri=uri)
     if scheme in ("http", "https"):
@@ -33,7 +41,7 @@ def open_store(uri: str) -> Store:
 
         return HttpStore(uri)
     if scheme == "memory":
-        from agl.store.sqlite import SqliteStore
+        from agl.store.sqlite.store import SqliteStore
 
         return SqliteStore(":memory:", uri=uri)
     if scheme == "postgresql":
@@ -41,7 +49,7 @@ def open_store(uri: str) -> Store:
     if scheme == "cassandra":
         return _open_cassandra(uri)
     raise StoreError(
-        f"store URI {uri!r} has the scheme {scheme!r}; known are"
+        f"store URI {uri!r} has the scheme {scheme!r}; expected"
         " sqlite:///path.db, postgresql://user:password@host/database, cassandra://host1,host2,host3/keyspace,"
         " http(s)://host:port and memory://"
     )
@@ -49,7 +57,7 @@ def open_store(uri: str) -> Store:
 
 def _open_postgres(uri: str) -> Store:
     try:
-        from agl.store.postgres import PostgresStore
+        from agl.store.postgres.store import PostgresStore
     except ImportError as error:
         raise StoreError("a postgresql:// store needs psycopg: pip install 'agl-core[postgres]'") from error
     return PostgresStore(uri)
@@ -57,7 +65,7 @@ def _open_postgres(uri: str) -> Store:
 
 def _open_cassandra(uri: str) -> Store:
     try:
-        from agl.store.cassandra import CassandraStore
+        from agl.store.cassandra.store import CassandraStore
     except ImportError as error:
         raise StoreError("a cassandra:// store needs cassandra-driver: pip install 'agl-core[cassandra]'") from error
     return CassandraStore(uri)

@@ -1,8 +1,8 @@
-"""What every store can do. The verbs are synchronous and thread-safe; async callers use `asyncio.to_thread`."""
+"""The verbs of every store. They are synchronous and thread-safe; async callers use `asyncio.to_thread`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from agl import otlp
 from agl.span import Span
@@ -10,13 +10,10 @@ from agl.store.rollout import Attempt, Rollout
 from agl.store.span_row import SpanRow
 from agl.store.states import AttemptState, RolloutState
 
-QUIET_S: Final = 600.0
-"""A rollout that was never queued, and so never ends, is taken to be over once no span of it came for so long."""
-
 
 @dataclass(frozen=True, slots=True)
 class Resource:
-    """A versioned thing that the loop produces, e.g. the adapter folder of a role. Versions of a name count from 0."""
+    """A versioned product of training, e.g. the adapter folder of a role. The versions of a name count from 0."""
 
     name: str
     version: int
@@ -26,18 +23,18 @@ class Resource:
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What `gc` took away."""
+    """How much a `gc` deleted."""
 
     rollouts: int = 0
     spans: int = 0
 
 
 class Store(Protocol):
-    """Durable home of spans, rollouts, resources and metrics.
+    """Durable storage of spans, rollouts, resources and metrics.
 
-    A verb that changes something returns only after the change is committed, and raises StoreError where it is not:
-    then the caller may repeat it, unless that is an InputError, an UnknownIdError or a TransitionError. Times are of
-    the store's clock; `now_ns` stands in for it where a verb takes it.
+    A verb that changes something returns after the commit, and raises StoreError if the change is not committed. The
+    caller may repeat it, except after an InputError, an UnknownIdError or a TransitionError. Times are by the clock of
+    the store; the argument `now_ns` overrides it.
     """
 
     uri: str
@@ -49,93 +46,92 @@ class Store(Protocol):
         return self.append_rows([SpanRow.of(span) for span in spans])
 
     def query_spans(self, rollout_id: str) -> list[Span]:
-        """The spans that `query_rows` finds."""
+        """`query_rows` as spans."""
         return otlp.decode(b"".join(self.query_rows(rollout_id)))
 
     def append_rows(self, rows: Sequence[SpanRow]) -> int:
-        """Keep spans; one already kept (same trace id and span id) is left as it is. Returns how many were new.
+        """Store spans; returns how many were new. A span that is stored already (same trace id and span id) stays.
 
-        All are kept or none; `CassandraStore` says where it cannot promise that. Each counts as a heartbeat of the
-        attempt that it names, if the store knows that one; how a rollout ended does not matter: late spans belong to it
-        as well.
+        Stores all or none (`CassandraStore` documents its exception). Each span counts as a heartbeat of the attempt
+        that it names, if the store knows the attempt. Spans that arrive after the end of their rollout are stored too.
         """
         ...
 
     def query_rows(self, rollout_id: str) -> list[bytes]:
-        """Spans of a rollout by start time, then by arrival, as OTLP.
+        """OTLP requests of the spans of a rollout, one for each span, by start time and then by arrival.
 
-        They are those that name it, and those of its traces that name no rollout. A gateway call without a parent
-        stands in a trace of its own: the request came without `traceparent`. Its trace and the first that tells of
-        the same answer (`Span.response_id`) count as one.
+        These are the spans that name the rollout, and the spans of its traces that name no rollout. A gateway call
+        without a parent is in a trace of its own, because its request had no `traceparent`: that trace and the trace
+        of the first span with the same `Span.response_id` count as one. `agl.store.membership` has the exact rule.
         """
         ...
 
     def count_spans(self) -> int: ...
 
     def last_rollout_id(self) -> str | None:
-        """Rollout of the span that arrived last and names a rollout; else of the span that arrived last."""
+        """Rollout of the last span to arrive that names one; if no span names one, the trace id of the last span."""
         ...
 
     def rollout_ids(self) -> list[str]:
-        """Every rollout of which there are spans, by the arrival of the first of them where the store keeps that.
+        """All rollouts that have spans, by the arrival of their first span if the store records it.
 
-        Those that spans name, and the traces of which no span names one. A gateway call without a parent makes a trace
-        of its own, though it belongs to the rollout that `query_rows` finds for both. This reads what all spans are
-        found by.
+        These are the rollouts that spans name, and the traces in which no span names one. The trace of a gateway call
+        without a parent is listed, although `query_rows` finds its span for another rollout. Scans the whole span
+        index.
         """
         ...
 
     # --- Rollouts ----------------------------------------------------------------------------------------------------
 
     def enqueue_rollouts(self, rollouts: Sequence[Rollout]) -> None:
-        """Queue `rollouts`; an id that is already known is left as it is, so a caller may repeat itself."""
+        """Queue `rollouts`. An id that the store knows already stays as it is, so a caller may repeat the call."""
         ...
 
     def lease_rollout(self, worker_id: str, rollout_id: str | None = None) -> tuple[Rollout, Attempt] | None:
-        """The rollout queued first, with a new attempt, now running; None when the queue is empty. Never blocks.
+        """The rollout queued first, with a new attempt, which now runs; None if the queue is empty. Never blocks.
 
-        With `rollout_id` that one alone: a runner takes its own and leaves what others queued. One that is tried
-        again keeps its place.
+        With `rollout_id` only that rollout, so that a runner can leave the rollouts of others in the queue. A rollout
+        that is queued for another attempt keeps its position.
         """
         ...
 
     def heartbeat(self, attempt_ids: Sequence[str]) -> list[str]:
-        """Say that these attempts are alive; returns those that are over: their workers have nothing left to do.
+        """Report that these attempts are alive; returns those that are over, whose workers should stop.
 
-        Raises UnknownIdError for an id that is not known.
+        Raises UnknownIdError for an id that the store does not know.
         """
         ...
 
     def finish_attempt(self, attempt_id: str, state: AttemptState, error: str | None = None) -> Rollout:
-        """End an attempt as one of `states.ENDS`; its rollout succeeds, fails, or is queued again (`rollout.finish`).
+        """End an attempt as one of `states.ENDS`; its rollout succeeds, fails or is queued again (`lifecycle.finish`).
 
-        Raises TransitionError for an attempt that is over, UnknownIdError for an id that is not known.
+        Raises TransitionError for an attempt that is over, UnknownIdError for an id that the store does not know.
         """
         ...
 
     def cancel_rollouts(self, rollout_ids: Sequence[str]) -> None:
-        """Cancel rollouts with their running attempts; what is over stays as it is.
+        """Cancel rollouts and their running attempts; rollouts that are over stay as they are.
 
-        Raises UnknownIdError for an id that is not known; then none is cancelled.
+        Raises UnknownIdError for an id that the store does not know, and then cancels none.
         """
         ...
 
     def end_overdue_attempts(self, now_ns: int | None = None) -> list[Attempt]:
-        """The watchdog: end running attempts over the limits of their rollouts (`rollout.expire`); returns these.
+        """End the running attempts that are over the limits of their rollouts (`lifecycle.expire`); returns them.
 
-        Whoever serves the store, or runs rollouts of it, calls this every few seconds; several may at once.
+        Every process that serves the store, or runs rollouts of it, calls this every few seconds.
         """
         ...
 
     def wait_for_rollouts(self, rollout_ids: Sequence[str], timeout_s: float | None = None) -> list[Rollout]:
-        """Block until all these rollouts are over or the time is up; returns them as they then are, in that order.
+        """Block until all these rollouts are over or the time is up; returns them in the given order.
 
-        Raises UnknownIdError for an id that is not known.
+        Raises UnknownIdError for an id that the store does not know.
         """
         ...
 
     def wait_for_group(self, group_id: str, timeout_s: float | None = None) -> list[Rollout]:
-        """`wait_for_rollouts` of those of a group that are queued by now."""
+        """`wait_for_rollouts` of the rollouts of a group that are known at the time of the call."""
         return self.wait_for_rollouts([rollout.rollout_id for rollout in self.query_rollouts(group_id)], timeout_s)
 
     def get_rollout(self, rollout_id: str) -> Rollout | None: ...
@@ -149,13 +145,13 @@ class Store(Protocol):
         ...
 
     def count_rollouts(self) -> dict[RolloutState, int]:
-        """How many rollouts are in each state; every state is there."""
+        """Number of rollouts in each state; has every state as a key."""
         ...
 
     # --- Resources and metrics ---------------------------------------------------------------------------------------
 
     def put_resource(self, resource: Resource) -> None:
-        """Keep a resource; the same name and version again replaces it (a resumed run repeats its last step)."""
+        """Store a resource. The same name and version replaces it: a resumed run repeats its last step."""
         ...
 
     def get_resource(self, name: str, version: int | None = None) -> Resource | None:
@@ -165,45 +161,45 @@ class Store(Protocol):
     def lease_resource(
         self, name: str, holder: str, ttl_s: float, version: int | None = None, *, now_ns: int | None = None
     ) -> Resource | None:
-        """`get_resource`, and keep what it finds from being collected for `ttl_s` seconds from now.
+        """`get_resource`, and protect the result from `collect_resources` for `ttl_s` seconds.
 
-        The same holder again moves the end of its lease. A version may have many holders.
+        The same holder renews its lease by another call. A version may have many holders.
         """
         ...
 
     def release_resource(self, name: str, holder: str, version: int) -> None:
-        """End a lease before its time. One that is not there is none to end."""
+        """End a lease before it expires. Does nothing if there is no such lease."""
         ...
 
     def collect_resources(self, name: str, keep: int = 1, *, now_ns: int | None = None) -> list[Resource]:
-        """Forget the versions of a resource that nobody leases, but for the newest `keep`; returns them.
+        """Delete the versions of a resource that have no lease, except the newest `keep`; returns them.
 
-        What they point at is the caller's to delete: nobody can lease them any more.
+        The caller should delete what their URIs refer to: nobody can lease them any more.
         """
         ...
 
     def append_metrics(self, run: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Keep metrics of a step; the same run, step and name again replaces the value."""
+        """Store the metrics of a step. The same run, step and name replaces the value."""
         ...
 
     def query_metrics(self, run: str) -> dict[str, list[tuple[int, float]]]:
         """Metric name to its (step, value) pairs by step."""
         ...
 
-    # --- Upkeep ------------------------------------------------------------------------------------------------------
+    # --- Maintenance -------------------------------------------------------------------------------------------------
 
     def gc(
         self, *, older_than_s: float | None = None, max_bytes: int | None = None, now_ns: int | None = None
     ) -> Collected:
-        """Delete rollouts with all their attempts and spans: those over for longer than `older_than_s` seconds, and
-        then the oldest until what is left takes up `max_bytes` or less, by the store's own measure.
+        """Delete rollouts with all their attempts and spans: those over for longer than `older_than_s` seconds, then
+        the oldest until the store takes up at most `max_bytes` by its own measure.
 
-        Only rollouts that are over, and only whole ones: age counts from the end of a rollout and from the arrival of
-        its last span, whichever is later, and one that was never queued is over after `QUIET_S`. Spans that name no
-        rollout go with the last of the rollouts that they belong to.
+        Deletes only rollouts that are over, and only whole ones. Age counts from the end of a rollout or the arrival
+        of its last span, whichever is later; a rollout that was never queued is over `retention.IDLE_S` after that
+        arrival. Spans that name no rollout are deleted with the last of the rollouts to which they belong.
         """
         ...
 
     def close(self) -> None:
-        """Let go of the store, once what was begun is committed. May be called twice; other verbs then raise."""
+        """Commit the pending changes and close the store. May be called twice; other verbs then raise StoreError."""
         ...

@@ -1,6 +1,6 @@
-"""A span as stores keep it: its bytes, and the columns that it is found by.
+"""Spans as stores keep them: the OTLP bytes, and the columns to find them by.
 
-What arrives is parsed once and cut into rows; no span is rebuilt from its attributes on the way in.
+An incoming request is parsed once, for the columns only: spans are never rebuilt from their attributes.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,28 +14,28 @@ from opentelemetry.proto.trace.v1 import trace_pb2
 from agl import otlp, semconv
 from agl.errors import OtlpError
 from agl.span import COLUMN_ATTRIBUTES, AttributeValue, Named, Span
-from agl.store import otlp_cut
+from agl.store import otlp_split
 
 _Attributes = Mapping[str, AttributeValue]
 
-_LONGEST_ID: Final = 500
-"""Characters of a rollout, an attempt or an answer: PostgreSQL's indexes hold 2,700 bytes."""
+_MAX_ID_LENGTH: Final = 500
+"""Characters of a rollout id, an attempt id or a response id: an index entry of PostgreSQL has at most 2,700 bytes."""
 
 
-@dataclass(slots=True)  # Not frozen: that would take three times as long to make.
+@dataclass(slots=True)  # Not frozen: a frozen one takes three times as long to create.
 class SpanRow:
-    """One span. `otlp` is the protobuf request that would carry it alone, with its resource and scope."""
+    """One span. `otlp` is a protobuf request with this span alone, its resource and its scope."""
 
     trace_id: bytes
     span_id: bytes
     rollout_id: str | None
-    """The rollout that the span names; None where that is its trace, the implicit one."""
+    """The rollout that the span names; None if it names none, or the implicit one, its trace."""
     attempt_id: str | None
     start_ns: int
     asked: str | None
-    """Id of the answer, on a span that tells of a request."""
+    """Response id of a framework's span: the model response that it requested."""
     answered: str | None
-    """Id of the answer, on a gateway's call that has no parent."""
+    """Response id of a gateway call without a parent: the model response that it returned."""
     otlp: bytes
 
     @staticmethod
@@ -46,50 +46,55 @@ class SpanRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Intake:
-    """What a request brought: the rows to keep, and how many spans are refused for good, with the first reason."""
+class ParsedSpans:
+    """The valid spans of a request, and the number of rejected spans with the reason for the first."""
 
     rows: Sequence[SpanRow]
-    refused: int = 0
+    rejected: int = 0
     reason: str = ""
 
     def all_rows(self) -> Sequence[SpanRow]:
-        """The rows. Raises OtlpError where a span is refused: who calls this keeps all or none."""
-        if self.refused:
+        """The rows. Raises OtlpError if a span is rejected, for callers that store all or none."""
+        if self.rejected:
             raise OtlpError(self.reason)
         return self.rows
 
 
-def read(body: bytes) -> Intake:
-    """Rows of a protobuf ExportTraceServiceRequest. Raises OtlpError where it is none."""
+def attempt_ids(rows: Iterable[SpanRow]) -> list[str]:
+    """The attempts that the spans name, sorted."""
+    return sorted({row.attempt_id for row in rows if row.attempt_id})
+
+
+def parse(body: bytes) -> ParsedSpans:
+    """Rows of a protobuf ExportTraceServiceRequest. Raises OtlpError if it is not one."""
     try:
-        pieces = otlp_cut.cut(body)
-    except otlp_cut.UnusualError:
-        pieces = otlp_cut.cut(_as_usual(otlp.parse(body)))
+        chunks = otlp_split.split(body)
+    except otlp_split.UnsupportedEncodingError:
+        chunks = otlp_split.split(_canonical(otlp.parse(body)))
     rows: list[SpanRow] = []
     reasons: list[str] = []
-    for piece, alone in pieces:
-        for (span, resource), encoded in zip(_spans(otlp.parse(piece)), alone, strict=True):
+    for chunk, requests in chunks:
+        for (span, resource), encoded in zip(_spans(otlp.parse(chunk)), requests, strict=True):
             try:
                 rows.append(_row(span, resource, encoded))
             except OtlpError as error:
                 reasons.append(str(error))
-    return Intake(rows, len(reasons), reasons[0] if reasons else "")
+    return ParsedSpans(rows, len(reasons), reasons[0] if reasons else "")
 
 
-def read_json(body: bytes | str) -> Intake:
-    """Rows of an OTLP/JSON request. Raises OtlpError where it is none."""
-    return read(_as_usual(otlp.parse_json(body)))
+def parse_json(body: bytes | str) -> ParsedSpans:
+    """Rows of an OTLP/JSON request. Raises OtlpError if it is not one."""
+    return parse(_canonical(otlp.parse_json(body)))
 
 
-def _as_usual(request: ExportTraceServiceRequest) -> bytes:
-    """`request` as everybody writes it: without what OTLP does not know."""
+def _canonical(request: ExportTraceServiceRequest) -> bytes:
+    """`request` in the standard encoding, without fields that are unknown to OTLP."""
     request.DiscardUnknownFields()
     return request.SerializeToString()
 
 
 def _spans(request: ExportTraceServiceRequest) -> Iterator[tuple[trace_pb2.Span, _Attributes]]:
-    """Each span with what its resource says of where it belongs."""
+    """Each span with the column attributes of its resource."""
     for resource_spans in request.resource_spans:
         resource = _attributes(resource_spans.resource.attributes)
         for scope_spans in resource_spans.scope_spans:
@@ -98,7 +103,7 @@ def _spans(request: ExportTraceServiceRequest) -> Iterator[tuple[trace_pb2.Span,
 
 
 def _attributes(pairs: Iterable[KeyValue]) -> _Attributes:
-    """The few that columns are made of."""
+    """Those of the attributes that columns are read from."""
     return {
         key: value
         for pair in pairs
@@ -110,13 +115,13 @@ def _attributes(pairs: Iterable[KeyValue]) -> _Attributes:
 def _row(span: trace_pb2.Span, resource: _Attributes, encoded: bytes) -> SpanRow:
     otlp.check_head(span)
     key = (span.trace_id, span.span_id, span.start_time_unix_nano)
-    names = _Names(_attributes(span.attributes), resource)
+    names = _ColumnAttributes(_attributes(span.attributes), resource)
     return _to_row(*key, names, span.name, otlp.has_parent(span), encoded)
 
 
 @dataclass(slots=True)
-class _Names(Named):
-    """The few attributes that columns are made of."""
+class _ColumnAttributes(Named):
+    """A span with only the attributes that columns are read from."""
 
     attributes: _Attributes
     resource: _Attributes
@@ -127,8 +132,8 @@ def _to_row(
 ) -> SpanRow:
     rollout_id, attempt_id, response_id = names.named_rollout, names.attempt_id, names.response_id
     for named in (rollout_id, attempt_id, response_id):
-        if named is not None and len(named) > _LONGEST_ID:
-            raise OtlpError(f"span {name!r} names an id of {len(named)} characters, expected at most {_LONGEST_ID}")
+        if named is not None and len(named) > _MAX_ID_LENGTH:
+            raise OtlpError(f"span {name!r} names an id of {len(named)} characters, expected at most {_MAX_ID_LENGTH}")
     by_gateway = name == semconv.SPAN_GATEWAY_CALL
     return SpanRow(
         trace_id,

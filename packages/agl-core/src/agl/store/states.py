@@ -1,4 +1,4 @@
-"""The state tables of rollouts and attempts."""
+"""States of rollouts and attempts, and the transitions between them."""
 
 from enum import StrEnum
 from typing import TypeVar
@@ -21,7 +21,7 @@ class RolloutState(StrEnum):
 class AttemptState(StrEnum):
     RUNNING = "running"
     UNRESPONSIVE = "unresponsive"
-    """Nothing was heard of it for too long; it may yet live."""
+    """No span and no heartbeat for too long; its worker may still run."""
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     TIMEOUT = "timeout"
@@ -40,12 +40,12 @@ ROLLOUT_TRANSITIONS: dict[RolloutState, frozenset[RolloutState]] = {
 }
 
 ENDS = (AttemptState.SUCCEEDED, AttemptState.FAILED, AttemptState.TIMEOUT)
-"""What the worker of an attempt may say of its end."""
+"""Ends that the worker of an attempt may report."""
 
 ATTEMPT_TRANSITIONS: dict[AttemptState, frozenset[AttemptState]] = {
     AttemptState.RUNNING: frozenset({*ENDS, AttemptState.UNRESPONSIVE, AttemptState.CANCELLED}),
     AttemptState.UNRESPONSIVE: frozenset({AttemptState.RUNNING, AttemptState.CANCELLED}),
-    # Its worker may still say how it ended; the rollout stays cancelled.
+    # The worker may still report the end; the rollout stays cancelled.
     AttemptState.CANCELLED: frozenset(ENDS),
     AttemptState.SUCCEEDED: frozenset(),
     AttemptState.FAILED: frozenset(),
@@ -56,7 +56,7 @@ State = TypeVar("State", RolloutState, AttemptState)
 
 
 def move(table: dict[State, frozenset[State]], current: State, target: State, name: str) -> State:
-    """`target`, if `table` allows it after `current`; raises TransitionError naming `name` otherwise."""
+    """`target` if `table` allows it after `current`, else raises TransitionError that begins with `name`."""
     if target not in table[current]:
         allowed = ", ".join(sorted(table[current])) or "nothing: it is final"
         raise TransitionError(f"{name} is {current} and cannot become {target}; from {current} it may become {allowed}")

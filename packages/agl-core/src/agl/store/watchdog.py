@@ -1,4 +1,4 @@
-"""The watchdog of a store: ends attempts over the limits of their rollouts, as long as somebody serves the store."""
+"""The watchdog of a store: a thread that ends attempts over the limits of their rollouts."""
 
 import logging
 import threading
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def watching(store: Store, every_s: float = 2.0) -> Iterator[None]:
-    """Call `end_overdue_attempts` every so many seconds, in a thread; where the store refuses, again the next time."""
+    """Call `end_overdue_attempts` every `every_s` seconds in a thread, which logs a StoreError and goes on."""
     stop = threading.Event()
     thread = threading.Thread(target=_watch, args=(store, every_s, stop), name="agl-watchdog", daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""Where a Cassandra store is: `cassandra://[user:password@]host[:port][,host...]/keyspace[?option=value&...]`."""
+"""The URI of a Cassandra store: `cassandra://[user:password@]host[:port][,host...]/keyspace[?option=value&...]`."""
 
 import re
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ _KEYSPACE: Final = re.compile(r"[A-Za-z]\w{0,47}", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """`name` is the URI without its password, for messages. None: as the cluster has it, or three copies at most."""
+    """A parsed URI; `name` is the URI without its password. None: the default of the cluster, or up to three copies."""
 
     name: str
     hosts: tuple[str, ...]
@@ -29,7 +29,7 @@ class Address:
 
     @classmethod
     def of(cls, uri: str) -> Self:
-        """Raises StoreError, without the password, for what is no such URI."""
+        """Parse `uri`. Raises StoreError, without the password, if it is invalid."""
         parts = urlsplit(uri)
         login, _, hosts = parts.netloc.rpartition("@")
         user, _, password = login.partition(":")
@@ -56,7 +56,7 @@ class Address:
 
 
 def _hosts(name: str, text: str, port: int) -> tuple[tuple[str, ...], int]:
-    """The hosts and their port, which is one for all: that is how nodes tell of each other."""
+    """The hosts and their port, the same for all: nodes report each other to clients without a port."""
     pairs = [host.partition(":") for host in text.split(",")]
     ports = {found for _, _, found in pairs if found} or {str(port)}
     if not all(host for host, _, _ in pairs) or len(ports) > 1 or not all(map(str.isdecimal, ports)):

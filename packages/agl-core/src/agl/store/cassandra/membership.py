@@ -1,101 +1,89 @@
-"""What makes up a rollout: the spans that name it, and those of its traces that name none; see `Store.query_rows`."""
+"""The spans of a rollout by the rule of `agl.store.membership`, and the rollouts that may own its traces."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from agl.store.cassandra import home
-from agl.store.cassandra.database import Database
-from agl.store.cassandra.home import Placed
+from agl.store.cassandra import span_partition
+from agl.store.cassandra.keyspace import Keyspace
+from agl.store.cassandra.span_partition import IndexedSpan, Located
+from agl.store.membership import trace_id_of
 
 _RESPONSES = "SELECT is_answer, start_ns, span, home FROM responses WHERE response_id = ?"
 _TRACES = "SELECT home FROM traces WHERE trace_id = ?"
 
 
 @dataclass(frozen=True, slots=True)
-class Telling:
-    """A span that tells of an answer: a request for it, or the gateway's call that gave it."""
+class ResponseEntry(Located):
+    """A row of `responses`: a span that requested a response, or the gateway call that returned it."""
 
     is_answer: bool
     start_ns: int
     span: bytes
     home: str
 
-    @property
-    def trace(self) -> str:
-        return self.span[:16].hex()
-
-    @property
-    def is_named(self) -> bool:
-        return self.home != self.trace
-
 
 @dataclass
-class Members:
-    """`named` are the spans that name the rollout; `traces` the others by their trace, each of which stands alone."""
+class RolloutSpans:
+    """The spans that name the rollout, and those of its traces that name none, by trace id."""
 
-    named: list[Placed] = field(default_factory=list)
-    traces: dict[str, list[Placed]] = field(default_factory=dict)
+    named: list[IndexedSpan] = field(default_factory=list)
+    traces: dict[str, list[IndexedSpan]] = field(default_factory=dict)
 
-    def all(self) -> list[Placed]:
+    def all(self) -> list[IndexedSpan]:
         return self.named + [span for spans in self.traces.values() for span in spans]
 
 
-def members(db: Database, rollout_id: str) -> Members:
-    """Spans of a rollout, which has the id of its trace where no span names it."""
-    trace = _trace(rollout_id)
-    found = Members([span for span in home.read(db, [rollout_id]) if span.is_named])
-    news = found.named
-    wanted = {trace} if trace else set[str]()
-    while news or wanted:
-        wanted = (wanted | {span.trace for span in news} | _joined(db, news)) - found.traces.keys()
-        found.traces |= {trace: [] for trace in wanted}
-        news = [span for span in home.read(db, sorted(wanted)) if not span.is_named]
-        for span in news:
+def find_spans(db: Keyspace, rollout_id: str) -> RolloutSpans:
+    trace_id = trace_id_of(rollout_id)
+    found = RolloutSpans([span for span in span_partition.read(db, [rollout_id]) if span.is_named])
+    new = found.named
+    traces = {trace_id.hex()} if trace_id else set[str]()
+    while new or traces:
+        traces = (traces | {span.trace for span in new} | _joined_traces(db, new)) - found.traces.keys()
+        found.traces |= {trace: [] for trace in traces}
+        new = [span for span in span_partition.read(db, sorted(traces)) if not span.is_named]
+        for span in new:
             found.traces[span.trace].append(span)
-        wanted = set()
+        traces = set()
     return found
 
 
-def owners(db: Database, members: Members) -> dict[str, set[str]]:
-    """Rollouts that the unnamed spans of each trace may belong to: by the trace, or by their answers.
+def find_owners(db: Keyspace, spans: RolloutSpans) -> dict[str, set[str]]:
+    """For each trace the rollouts to which its spans that name none may belong: by the trace or by a response.
 
-    Rather one too many: then they go the next time.
+    May have a rollout too many: then the next `gc` deletes the spans.
     """
-    named = db.run([(_TRACES, (bytes.fromhex(trace),)) for trace in members.traces])
-    found = {trace: {name for (name,) in rows} for trace, rows in zip(members.traces, named, strict=True)}
-    told = tell(db, [span for spans in members.traces.values() for span in spans])
-    for trace, spans in members.traces.items():
-        for span in spans:
-            others = told.get(span.response_id or "", ())
-            found[trace] |= {other.home for other in others if other.is_named and other.is_answer != span.is_answer}
-    return found
+    named = db.run([(_TRACES, (bytes.fromhex(trace),)) for trace in spans.traces])
+    owners = {trace: {home for (home,) in rows} for trace, rows in zip(spans.traces, named, strict=True)}
+    entries = _response_entries(db, [span for unnamed in spans.traces.values() for span in unnamed])
+    for trace, unnamed in spans.traces.items():
+        for span in unnamed:
+            found = entries.get(span.response_id or "", ())
+            owners[trace] |= {entry.home for entry in found if entry.is_named and entry.is_answer != span.is_answer}
+    return owners
 
 
-def tell(db: Database, spans: Iterable[Placed]) -> dict[str, list[Telling]]:
-    """All that tell of the answers that `spans` tell of, by response id."""
-    names = sorted({span.response_id for span in spans if span.response_id})
-    rows = db.run([(_RESPONSES, (name,)) for name in names])
-    return {name: [Telling(*row) for row in found] for name, found in zip(names, rows, strict=True)}
+def _response_entries(db: Keyspace, spans: Iterable[IndexedSpan]) -> dict[str, list[ResponseEntry]]:
+    """All entries for the responses of `spans`, by response id."""
+    response_ids = sorted({span.response_id for span in spans if span.response_id})
+    results = db.run([(_RESPONSES, (response_id,)) for response_id in response_ids])
+    return {
+        response_id: [ResponseEntry(*row) for row in rows]
+        for response_id, rows in zip(response_ids, results, strict=True)
+    }
 
 
-def _joined(db: Database, spans: Sequence[Placed]) -> set[str]:
-    """Traces that `spans` reach by an answer: those of unnamed calls that answered their request, and the reverse."""
-    told = tell(db, spans)
-    reached: set[str] = set()
+def _joined_traces(db: Keyspace, spans: Sequence[IndexedSpan]) -> set[str]:
+    """Rule 3: the traces that share a response with `spans`, of spans on the other side that name no rollout."""
+    entries = _response_entries(db, spans)
+    traces: set[str] = set()
     for span in spans:
-        others = told.get(span.response_id or "", [])
-        first_ns = min((other.start_ns for other in others if not other.is_answer), default=None)
-        for other in others:
-            if other.is_named or other.is_answer == span.is_answer:
+        found = entries.get(span.response_id or "", [])
+        first_ns = min((entry.start_ns for entry in found if not entry.is_answer), default=None)
+        for entry in found:
+            if entry.is_named or entry.is_answer == span.is_answer:
                 continue
-            # An answer belongs to the first that asked for it: what came later was given it from a cache.
-            if first_ns == (span.start_ns if other.is_answer else other.start_ns):
-                reached.add(other.trace)
-    return reached
-
-
-def _trace(rollout_id: str) -> str | None:
-    try:
-        return bytes.fromhex(rollout_id).hex() if len(rollout_id) == 32 else None
-    except ValueError:
-        return None
+            request_ns = span.start_ns if entry.is_answer else entry.start_ns
+            if request_ns == first_ns:
+                traces.add(entry.trace)
+    return traces

@@ -1,122 +1,123 @@
 """Versioned resources, their leases, and metrics in Cassandra.
 
-All versions of a name and their leases are one partition, changed where `revision` is as it was read: so nothing is
-leased that is being collected. A resource is the row without a holder.
+All versions of a name and their leases are one partition, changed by compare-and-set on its column `revision`, so that
+no version is leased and deleted. The row of a resource has no holder, the row of a lease has one.
 """
 
-import random
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 from uuid import UUID, uuid4
 
-from agl.errors import StoreError
-from agl.store.cassandra.database import Database, Statement
-from agl.store.columns import to_resource
+from agl.store.cassandra.keyspace import Keyspace, Statement, retry_conflicts
+from agl.store.mapping import from_resource, to_resource
 from agl.store.protocol import Resource
 
 Result = TypeVar("Result")
 
-_MOST_TRIES: Final = 50
-_LONGEST_PAUSE_S: Final = 0.05
-
-_READ = "SELECT revision, version, holder, uri, metadata, expires_ns FROM resources WHERE name = ?"
-_BEGIN = "INSERT INTO resources (name, revision) VALUES (?, ?) IF NOT EXISTS"
-_CHANGE = "UPDATE resources SET revision = ? WHERE name = ? IF revision = ?"
-_PUT = "INSERT INTO resources (name, version, holder, uri, metadata) VALUES (?, ?, '', ?, ?)"
-_LEASE = "INSERT INTO resources (name, version, holder, expires_ns) VALUES (?, ?, ?, ?)"
-_DELETE = "DELETE FROM resources WHERE name = ? AND version = ? AND holder = ?"
-_PUT_METRIC = "INSERT INTO metrics (run, name, step, value) VALUES (?, ?, ?, ?)"
+_READ: Final = "SELECT revision, version, holder, uri, metadata, expires_ns FROM resources WHERE name = ?"
+_BEGIN: Final = "INSERT INTO resources (name, revision) VALUES (?, ?) IF NOT EXISTS"
+_CHANGE: Final = "UPDATE resources SET revision = ? WHERE name = ? IF revision = ?"
+_PUT: Final = "INSERT INTO resources (name, version, holder, uri, metadata) VALUES (?, ?, '', ?, ?)"
+_LEASE: Final = "INSERT INTO resources (name, version, holder, expires_ns) VALUES (?, ?, ?, ?)"
+_DELETE: Final = "DELETE FROM resources WHERE name = ? AND version = ? AND holder = ?"
+_PUT_METRIC: Final = "INSERT INTO metrics (run, name, step, value) VALUES (?, ?, ?, ?)"
+_METRICS: Final = "SELECT name, step, value FROM metrics WHERE run = ?"
 
 
 @dataclass(frozen=True, slots=True)
-class _Shelf:
-    """All there is of a name: versions, and when each lease of one ends."""
+class _Versions:
+    """The partition of a name: its versions, and the expiry of each lease in Unix ns."""
 
     revision: UUID | None
-    versions: dict[int, Resource]
+    resources: dict[int, Resource]
     leases: dict[tuple[int, str], int]
 
     def get(self, version: int | None) -> Resource | None:
         if version is not None:
-            return self.versions.get(version)
-        return self.versions[max(self.versions)] if self.versions else None
+            return self.resources.get(version)
+        return self.resources[max(self.resources)] if self.resources else None
 
 
-def put(db: Database, row: tuple[Any, ...]) -> None:
-    _change(db, row[0], lambda _: ([(_PUT, row)], None))
+class CassandraResources:
+    """The verbs of `Store` for resources and metrics."""
+
+    _keyspace: Keyspace
+
+    def put_resource(self, resource: Resource) -> None:
+        row = from_resource(resource)
+        _change(self._keyspace, resource.name, lambda _: ([(_PUT, row)], None))
+
+    def get_resource(self, name: str, version: int | None = None) -> Resource | None:
+        return _read(self._keyspace, name).get(version)
+
+    def lease_resource(
+        self, name: str, holder: str, ttl_s: float, version: int | None = None, *, now_ns: int | None = None
+    ) -> Resource | None:
+        expires_ns = (now_ns or self._keyspace.now_ns()) + int(ttl_s * 1e9)
+
+        def lease(versions: _Versions) -> tuple[list[Statement], Resource | None]:
+            found = versions.get(version)
+            return ([(_LEASE, (name, found.version, _holder_key(holder), expires_ns))] if found else []), found
+
+        return _change(self._keyspace, name, lease)
+
+    def release_resource(self, name: str, holder: str, version: int) -> None:
+        key = (version, _holder_key(holder))
+        _change(self._keyspace, name, lambda found: ([(_DELETE, (name, *key))] if key in found.leases else [], None))
+
+    def collect_resources(self, name: str, keep: int = 1, *, now_ns: int | None = None) -> list[Resource]:
+        collect_ns = now_ns or self._keyspace.now_ns()
+
+        def collect(versions: _Versions) -> tuple[list[Statement], list[Resource]]:
+            expired = [key for key, expires_ns in versions.leases.items() if expires_ns <= collect_ns]
+            leased = {version for version, _ in versions.leases.keys() - expired}
+            newest = set(sorted(versions.resources, reverse=True)[:keep])
+            old = sorted(versions.resources.keys() - leased - newest)
+            keys = [*expired, *((version, "") for version in old)]
+            return [(_DELETE, (name, *key)) for key in keys], [versions.resources[version] for version in old]
+
+        return _change(self._keyspace, name, collect)
+
+    def append_metrics(self, run: str, step: int, metrics: Mapping[str, float]) -> None:
+        batch = [(_PUT_METRIC, (run, name, step, float(value))) for name, value in metrics.items()]
+        self._keyspace.write_batches([batch] if batch else [])
+
+    def query_metrics(self, run: str) -> dict[str, list[tuple[int, float]]]:
+        found: dict[str, list[tuple[int, float]]] = {}
+        for name, step, value in self._keyspace.scan(_METRICS, run):
+            found.setdefault(name, []).append((step, value))
+        return found
 
 
-def get(db: Database, name: str, version: int | None) -> Resource | None:
-    return _read(db, name).get(version)
+def _change(db: Keyspace, name: str, decide: Callable[[_Versions], tuple[list[Statement], Result]]) -> Result:
+    """Run the statements that `decide` returns for the versions of `name`; returns its second item."""
 
-
-def lease(db: Database, name: str, holder: str, version: int | None, expires_ns: int) -> Resource | None:
-    def decide(shelf: _Shelf) -> tuple[list[Statement], Resource | None]:
-        found = shelf.get(version)
-        return ([(_LEASE, (name, found.version, _key(holder), expires_ns))] if found else []), found
-
-    return _change(db, name, decide)
-
-
-def release(db: Database, name: str, holder: str, version: int) -> None:
-    def decide(shelf: _Shelf) -> tuple[list[Statement], None]:
-        key = (version, _key(holder))
-        return ([(_DELETE, (name, *key))] if key in shelf.leases else []), None
-
-    _change(db, name, decide)
-
-
-def collect(db: Database, name: str, keep: int, now_ns: int) -> list[Resource]:
-    def decide(shelf: _Shelf) -> tuple[list[Statement], list[Resource]]:
-        ended = [key for key, expires_ns in shelf.leases.items() if expires_ns <= now_ns]
-        leased = {version for version, _ in shelf.leases.keys() - ended}
-        newest = set(sorted(shelf.versions, reverse=True)[:keep])
-        old = sorted(shelf.versions.keys() - leased - newest)
-        gone = [*ended, *((version, "") for version in old)]
-        return [(_DELETE, (name, *key)) for key in gone], [shelf.versions[version] for version in old]
-
-    return _change(db, name, decide)
-
-
-def append_metrics(db: Database, rows: Sequence[tuple[str, str, int, float]]) -> None:
-    db.write_batches([[(_PUT_METRIC, row) for row in rows]] if rows else [])
-
-
-def query_metrics(db: Database, run: str) -> dict[str, list[tuple[int, float]]]:
-    found: dict[str, list[tuple[int, float]]] = {}
-    for name, step, value in db.scan("SELECT name, step, value FROM metrics WHERE run = ?", run):
-        found.setdefault(name, []).append((step, value))
-    return found
-
-
-def _change(db: Database, name: str, decide: Callable[[_Shelf], tuple[list[Statement], Result]]) -> Result:
-    """Do what `decide` says; it is asked again where another has changed the shelf meanwhile."""
-    for _ in range(_MOST_TRIES):
-        shelf = _read(db, name)
-        statements, result = decide(shelf)
+    def change_once() -> tuple[bool, Result]:
+        versions = _read(db, name)
+        statements, result = decide(versions)
+        if not statements:
+            return True, result
         revision = uuid4()
-        if shelf.revision is None and statements:
+        if versions.revision is None:  # A new name: create its partition, then try again.
             db.compare_and_set([(_BEGIN, (name, revision))], revision)
-            continue
-        if not statements or db.compare_and_set([(_CHANGE, (revision, name, shelf.revision)), *statements], revision):
-            return result
-        time.sleep(random.uniform(0, _LONGEST_PAUSE_S))
-    raise StoreError(f"resource {name} was changed by others {_MOST_TRIES} times in a row; try again")
+            return False, result
+        return db.compare_and_set([(_CHANGE, (revision, name, versions.revision)), *statements], revision), result
+
+    return retry_conflicts(f"resource {name}", change_once)
 
 
-def _read(db: Database, name: str) -> _Shelf:
+def _read(db: Keyspace, name: str) -> _Versions:
     rows = db.read(_READ, name)
-    shelf = _Shelf(rows[0][0] if rows else None, {}, {})
+    versions = _Versions(rows[0][0] if rows else None, {}, {})
     for _, version, holder, uri, metadata, expires_ns in rows:
         if holder == "":
-            shelf.versions[version] = to_resource((name, version, uri, metadata))
+            versions.resources[version] = to_resource((name, version, uri, metadata))
         elif holder is not None:
-            shelf.leases[version, holder] = expires_ns
-    return shelf
+            versions.leases[version, holder] = expires_ns
+    return versions
 
 
-def _key(holder: str) -> str:
-    """Not empty, as that of the resource itself is."""
+def _holder_key(holder: str) -> str:
+    """Column `holder` of a lease: never empty, which it is for the resource."""
     return f"={holder}"

@@ -1,31 +1,29 @@
-"""What `gc` deletes: rollouts that are over, the oldest first.
+"""`gc` in Cassandra: scans all spans once, and then visits the partition keys by the arrival of their last span.
 
-It reads what all spans are found by, once, which is exact without a second set of books, and then looks at homes by
-the arrival of their last span. A home is deleted as of the time at which it was read: spans that come meanwhile stay.
+A partition is deleted as of the time when the scan read it: spans that arrive later stay.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from agl.store.cassandra import membership, partition
-from agl.store.cassandra.database import Database, Statement
-from agl.store.cassandra.home import Placed
-from agl.store.cassandra.membership import Members
-from agl.store.cassandra.partition import Kept
-from agl.store.protocol import QUIET_S, Collected
+from agl.store.cassandra.keyspace import Keyspace, Statement
+from agl.store.cassandra.membership import RolloutSpans
+from agl.store.cassandra.partition import StoredRollout
+from agl.store.cassandra.span_partition import IndexedSpan
+from agl.store.protocol import Collected
+from agl.store.retention import SPAN_OVERHEAD_BYTES, Limits
 from agl.store.states import RolloutState
 
-_AT_ONCE: Final = 32
-"""Rollouts that are looked at, and deleted, together: either is several requests one after the other."""
-_SPAN_BYTES: Final = 300
-"""About what a span takes up beside its body."""
+_CONCURRENT: Final = 32
+"""Rollouts that are examined, and deleted, at the same time: each takes several consecutive requests."""
 
 _ALL = "SELECT home, span, arrived_ns, size, writetime(start_ns) FROM spans"
 _ROLLOUTS = "SELECT DISTINCT rollout_id, state, ended_ns FROM rollouts"
-_DELETE = (
+_DELETE_SPAN = (
     "DELETE FROM spans USING TIMESTAMP ? WHERE home = ? AND bucket = ? AND span = ?",
     "DELETE FROM span_bodies USING TIMESTAMP ? WHERE home = ? AND bucket = ? AND span = ?",
 )
@@ -36,16 +34,16 @@ _DELETE_PARTITION = (
 _DELETE_RESPONSE = "DELETE FROM responses WHERE response_id = ? AND is_answer = ? AND start_ns = ? AND span = ?"
 _DELETE_TRACE = "DELETE FROM traces WHERE trace_id = ? AND home = ?"
 _DELETE_ROLLOUT = "DELETE FROM rollouts WHERE rollout_id = ?"
-_DELETE_OF_GROUP = "DELETE FROM rollout_groups WHERE group_id = ? AND place = ? AND rollout_id = ?"
+_DELETE_FROM_GROUP = "DELETE FROM rollout_groups WHERE group_id = ? AND place = ? AND rollout_id = ?"
 
 
 @dataclass(slots=True)
 class _Home:
-    """What a home held when it was read."""
+    """Summary of the spans with one partition key `home`, by the scan."""
 
     is_named: bool = False
     is_mixed: bool = False
-    """Whether it is that of a trace, and of a rollout that is called like the trace."""
+    """Whether it has both spans of a trace and spans of a rollout whose id is that trace id."""
     last_ns: int = 0
     written_us: int = 0
 
@@ -55,144 +53,135 @@ class _Home:
         self.last_ns, self.written_us = max(self.last_ns, arrived_ns), max(self.written_us, written_us)
 
 
-def collect(db: Database, older_than_s: float | None, max_bytes: int | None, now_ns: int) -> Collected:
-    """See `Store.gc`."""
-    before_ns = 0 if older_than_s is None else now_ns - int(older_than_s * 1e9)
-    homes: dict[str, _Home] = defaultdict(_Home)
-    used = 0
-    for name, span, arrived_ns, size, written_us in db.scan(_ALL):
-        if span is not None and arrived_ns is not None:
-            homes[name].add(name != span[:16].hex(), arrived_ns, written_us)
-            used += size + _SPAN_BYTES
-    sweep = _Sweep(db, homes, before_ns, now_ns, 0 if max_bytes is None else used - max_bytes)
-    sweep.run()
-    return Collected(sweep.rollouts + _collect_without_spans(db, homes, before_ns), sweep.spans)
-
-
 @dataclass(frozen=True, slots=True)
-class _Look:
-    """What was found of a rollout, or of a trace that names none."""
+class _Candidate:
+    """A rollout, or a trace that names none, with what decides whether it is deleted."""
 
-    members: Members
+    spans: RolloutSpans
     owners: dict[str, set[str]]
-    kept: Kept | None
+    stored: StoredRollout | None
 
-    def shared(self, name: str) -> set[str]:
-        """Traces of it that others may own as well."""
-        return {trace for trace in self.members.traces if self.owners[trace] - {name}}
+    def shared_traces(self, name: str) -> set[str]:
+        """Its traces that other rollouts may own too."""
+        return {trace for trace in self.spans.traces if self.owners[trace] - {name}}
 
 
-@dataclass(slots=True)
-class _Sweep:
-    """One walk over homes."""
+class CassandraRetention:
+    """One run of `gc`."""
 
-    db: Database
-    homes: dict[str, _Home]
-    before_ns: int
-    now_ns: int
-    excess: int
-    """Bytes that have to go."""
-    rollouts: int = 0
-    spans: int = 0
-    _gone: set[str] = field(default_factory=set)
-    """Homes of which nothing is left, or nothing will be."""
-    _recent: set[str] = field(default_factory=set)
-    """Rollouts that were doomed since the looks at hand."""
-    _doomed: dict[str, list[Placed]] = field(default_factory=dict)
-    """Spans of the rollouts that are to be deleted next, together."""
-    _over: list[str] = field(default_factory=list)
-    """Those of them that were queued once."""
+    def __init__(self, db: Keyspace, limits: Limits) -> None:
+        self._db = db
+        self._limits = limits
+        self._homes: dict[str, _Home] = defaultdict(_Home)
+        self._excess_bytes = 0
+        self._rollouts = 0
+        self._spans = 0
+        self._gone: set[str] = set()
+        """Partition keys without spans after the pending deletions."""
+        self._recent: set[str] = set()
+        """Rollouts marked for deletion since the current candidates were read."""
+        self._marked: dict[str, list[IndexedSpan]] = {}
+        """Rollouts marked for deletion, with the spans to delete."""
+        self._marked_stored: list[str] = []
+        """Those of them that have a row in `rollouts`."""
 
-    def run(self) -> None:
-        names = sorted(self.homes, key=lambda name: self.homes[name].last_ns)
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for first in range(0, len(names), _AT_ONCE):
-                some = [name for name in names[first : first + _AT_ONCE] if self._is_next(name)]
+    def collect(self) -> Collected:
+        self._scan()
+        names = sorted(self._homes, key=lambda home: self._homes[home].last_ns)
+        with ThreadPoolExecutor(_CONCURRENT) as pool:
+            for first in range(0, len(names), _CONCURRENT):
+                some = [name for name in names[first : first + _CONCURRENT] if self._may_go(name)]
                 if some:
                     self._recent.clear()
-                    for name, look in zip(some, pool.map(self._look, some), strict=True):
-                        self._judge(name, look)
-                    self._delete_doomed()
+                    for name, candidate in zip(some, pool.map(self._read, some), strict=True):
+                        self._decide(name, candidate)
+                    self._delete_marked()
+        return Collected(self._rollouts + self._delete_without_spans(), self._spans)
 
-    def _is_next(self, name: str) -> bool:
-        return name not in self._gone and self._is_wanted(self.homes[name].last_ns)
+    def _scan(self) -> None:
+        used = 0
+        for home, span, arrived_ns, size, written_us in self._db.scan(_ALL):
+            if span is not None and arrived_ns is not None:
+                self._homes[home].add(home != span[:16].hex(), arrived_ns, written_us)
+                used += size + SPAN_OVERHEAD_BYTES
+        self._excess_bytes = 0 if self._limits.max_bytes is None else used - self._limits.max_bytes
 
-    def _is_wanted(self, last_ns: int) -> bool:
-        return last_ns < self.before_ns or self.excess > 0
+    def _may_go(self, name: str) -> bool:
+        return name not in self._gone and self._must_go(self._homes[name].last_ns)
 
-    def _look(self, name: str) -> _Look:
-        members = membership.members(self.db, name)
-        (kept,) = partition.read(self.db, [name])
-        return _Look(members, membership.owners(self.db, members), kept)
+    def _must_go(self, last_ns: int) -> bool:
+        return last_ns < self._limits.before_ns or self._excess_bytes > 0
 
-    def _judge(self, name: str, look: _Look) -> None:
-        """Doom a rollout, if it is to go."""
-        if not self._is_next(name):
+    def _read(self, name: str) -> _Candidate:
+        spans = membership.find_spans(self._db, name)
+        (stored,) = partition.read(self._db, [name])
+        return _Candidate(spans, membership.find_owners(self._db, spans), stored)
+
+    def _decide(self, name: str, candidate: _Candidate) -> None:
+        """Mark a rollout for deletion if the rule allows it."""
+        if not self._may_go(name):
             return
-        if any(owners & self._recent for owners in look.owners.values()):
-            self._delete_doomed()  # Else what they share would be left to nobody.
-            look = self._look(name)
-        members, shared = look.members, look.shared(name)
-        if shared and not self.homes[name].is_named:  # It goes with those who name it.
+        if any(owners & self._recent for owners in candidate.owners.values()):
+            self._delete_marked()  # Else a trace that both share would keep an owner that is gone.
+            candidate = self._read(name)
+        shared = candidate.shared_traces(name)
+        if shared and not self._homes[name].is_named:  # The trace goes with the rollouts that own it.
             return
-        own = [*members.named, *(s for trace, spans in members.traces.items() if trace not in shared for s in spans)]
-        last_ns = self._over_since(look.kept, own)
-        if not own or last_ns is None or not self._is_wanted(last_ns):
-            return
-        self._doomed[name] = own
+        traces = candidate.spans.traces.items()
+        own = [*candidate.spans.named, *(span for trace, spans in traces if trace not in shared for span in spans)]
+        rollout = candidate.stored.rollout if candidate.stored else None
+        last_ns = self._limits.over_since(rollout, max((span.arrived_ns for span in own), default=0))
+        if own and last_ns is not None and self._must_go(last_ns):
+            self._mark(name, own, is_stored=rollout is not None)
+
+    def _mark(self, name: str, spans: list[IndexedSpan], *, is_stored: bool) -> None:
+        self._marked[name] = spans
         self._recent.add(name)
-        self._over += [name] if look.kept else []
-        self._gone |= {span.home for span in own if span.home in self.homes and not self.homes[span.home].is_mixed}
-        self.rollouts += 1
-        self.spans += len(own)
-        self.excess -= sum(span.size + _SPAN_BYTES for span in own)
+        self._marked_stored += [name] if is_stored else []
+        homes = {span.home for span in spans} & self._homes.keys()
+        self._gone |= {home for home in homes if not self._homes[home].is_mixed}
+        self._rollouts += 1
+        self._spans += len(spans)
+        self._excess_bytes -= sum(span.size + SPAN_OVERHEAD_BYTES for span in spans)
 
-    def _over_since(self, kept: Kept | None, spans: Sequence[Placed]) -> int | None:
-        """When a rollout ended or was last heard of; None where it may go on."""
-        last_ns = max((span.arrived_ns for span in spans), default=0)
-        if kept is not None:
-            return max(last_ns, kept.rollout.ended_ns or 0) if kept.rollout.state.is_over else None
-        return last_ns if last_ns < self.now_ns - QUIET_S * 1e9 else None
+    def _delete_marked(self) -> None:
+        self._delete([span for spans in self._marked.values() for span in spans])
+        self._delete_rollouts(self._marked_stored)
+        self._marked.clear()
+        self._marked_stored.clear()
 
-    def _delete_doomed(self) -> None:
-        self._delete([span for spans in self._doomed.values() for span in spans])
-        delete_rollouts(self.db, self._over)
-        self._doomed.clear()
-        self._over.clear()
+    def _delete(self, spans: Sequence[IndexedSpan]) -> None:
+        # First the entries that protect other spans, last those that point at these: a failure leaves no orphans.
+        self._db.run([(_DELETE_TRACE, key) for key in {(s.span[:16], s.home) for s in spans if s.is_named}])
+        scanned = [span for span in spans if span.home in self._homes]  # Not the ones that arrived after the scan.
+        partitions = {(s.home, s.bucket) for s in scanned if not self._homes[s.home].is_mixed}
+        keys = [(self._homes[home].written_us, home, bucket) for home, bucket in sorted(partitions, reverse=True)]
+        mixed = [span for span in scanned if self._homes[span.home].is_mixed]
+        rows = [(self._homes[span.home].written_us, span.home, span.bucket, span.span) for span in mixed]
+        self._db.run([(query, key) for query in _DELETE_PARTITION for key in keys])
+        self._db.run([(query, row) for query in _DELETE_SPAN for row in rows])
+        self._db.run(_delete_responses(spans))
 
-    def _delete(self, spans: Sequence[Placed]) -> None:
-        # What protects others first, what only points at the spans last: if it ends between, nothing is left over.
-        self.db.run([(_DELETE_TRACE, key) for key in {(s.span[:16], s.home) for s in spans if s.is_named}])
-        seen = [span for span in spans if span.home in self.homes]  # What came since is left.
-        partitions = {(s.home, s.bucket) for s in seen if not self.homes[s.home].is_mixed}
-        keys = [(self.homes[name].written_us, name, bucket) for name, bucket in sorted(partitions, reverse=True)]
-        rows = [(self.homes[s.home].written_us, s.home, s.bucket, s.span) for s in seen if self.homes[s.home].is_mixed]
-        self.db.run([(query, key) for query in _DELETE_PARTITION for key in keys])
-        self.db.run([(query, key) for query in _DELETE for key in rows])
-        self.db.run([*_responses(spans)])
+    def _delete_rollouts(self, rollout_ids: Sequence[str]) -> None:
+        """Delete these rollouts with their attempts."""
+        found = [stored for stored in partition.read(self._db, rollout_ids) if stored]
+        self._db.run([(_DELETE_ROLLOUT, (stored.rollout.rollout_id,)) for stored in found])
+        grouped = [(stored.rollout.group_id, stored.place, stored.rollout.rollout_id) for stored in found]
+        self._db.run([(_DELETE_FROM_GROUP, key) for key in grouped if key[0] is not None])
+
+    def _delete_without_spans(self) -> int:
+        """Delete the rollouts that are over and have no spans; returns how many."""
+        rollout_ids = [
+            rollout_id
+            for rollout_id, state, ended_ns in self._db.scan(_ROLLOUTS)
+            if state is not None and RolloutState(state).is_over and ended_ns < self._limits.before_ns
+            if rollout_id not in self._homes
+        ]
+        self._delete_rollouts(rollout_ids)
+        return len(rollout_ids)
 
 
-def delete_rollouts(db: Database, rollout_ids: Sequence[str]) -> None:
-    """Forget these rollouts with their attempts."""
-    found = [kept for kept in partition.read(db, rollout_ids) if kept]
-    db.run([(_DELETE_ROLLOUT, (kept.rollout.rollout_id,)) for kept in found])
-    grouped = [(kept.rollout.group_id, kept.place, kept.rollout.rollout_id) for kept in found]
-    db.run([(_DELETE_OF_GROUP, key) for key in grouped if key[0] is not None])
-
-
-def _responses(spans: Iterable[Placed]) -> Iterable[Statement]:
+def _delete_responses(spans: Sequence[IndexedSpan]) -> Iterator[Statement]:
     for span in spans:
         if span.response_id:
             yield _DELETE_RESPONSE, (span.response_id, span.is_answer, span.start_ns, span.span)
-
-
-def _collect_without_spans(db: Database, homes: dict[str, _Home], before_ns: int) -> int:
-    """Delete the rollouts that are over and have no spans; returns how many."""
-    over = [
-        rollout_id
-        for rollout_id, state, ended_ns in db.scan(_ROLLOUTS)
-        if state is not None and RolloutState(state).is_over and ended_ns < before_ns
-    ]
-    without = [rollout_id for rollout_id in over if rollout_id not in homes]
-    delete_rollouts(db, without)
-    return len(without)

@@ -1,4 +1,4 @@
-"""The queue of rollouts in Cassandra. What events make of them is decided by `agl.store.rollout`."""
+"""The verbs for rollouts in Cassandra. `agl.store.lifecycle` decides how an event changes them."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -6,35 +6,37 @@ from dataclasses import dataclass
 from typing import Final
 
 from agl.errors import UnknownIdError
-from agl.store import rollout as lifecycle
+from agl.store import lifecycle
 from agl.store.cassandra import partition
-from agl.store.cassandra.database import Database, Row
-from agl.store.cassandra.partition import SHARDS, Kept
-from agl.store.columns import is_fresh
-from agl.store.rollout import Attempt, Pair, Rollout
+from agl.store.cassandra.keyspace import Keyspace
+from agl.store.cassandra.partition import WATCH_SHARDS, StoredRollout
+from agl.store.end_notifier import EndNotifier
+from agl.store.lifecycle import Pair
+from agl.store.mapping import from_rollout
+from agl.store.rollout import Attempt, Rollout
 from agl.store.states import AttemptState, RolloutState
 
 _SETTLED_NS: Final = 120 * 10**9
-"""By then whoever queued a rollout, or began to, is done with it."""
-_ROWS_AT_ONCE: Final = 100
+"""After this time no process is still in the middle of queueing a rollout."""
+_PAGE_ROWS: Final = 100
 
 _SLOTS = "SELECT slot FROM queue_slots WHERE queue = 0"
-_WAITING = "SELECT place, rollout_id, number FROM queue WHERE slot = ?"
-_ANY_WAITING = "SELECT place FROM queue WHERE slot = ? LIMIT 1"
-_LEAVE = "DELETE FROM queue WHERE slot = ? AND place = ? AND rollout_id = ? AND number = ?"
-_LEAVE_SLOT = "DELETE FROM queue_slots WHERE queue = 0 AND slot = ?"
-_ADD_SLOT = "INSERT INTO queue_slots (queue, slot) VALUES (0, ?)"
+_ENTRIES = "SELECT place, rollout_id, number FROM queue WHERE slot = ?"
+_ANY_ENTRY = "SELECT place FROM queue WHERE slot = ? LIMIT 1"
+_DELETE_ENTRY = "DELETE FROM queue WHERE slot = ? AND place = ? AND rollout_id = ? AND number = ?"
+_DELETE_SLOT = "DELETE FROM queue_slots WHERE queue = 0 AND slot = ?"
+_PUT_SLOT = "INSERT INTO queue_slots (queue, slot) VALUES (0, ?)"
 _WATCHED = "SELECT rollout_id, number FROM watched WHERE shard = ?"
-_UNWATCH = "DELETE FROM watched WHERE shard = ? AND rollout_id = ? AND number = ?"
-_GROUP = "INSERT INTO rollout_groups (group_id, place, rollout_id) VALUES (?, ?, ?)"
-_OF_GROUP = "SELECT rollout_id FROM rollout_groups WHERE group_id = ?"
-_BEAT = "UPDATE rollouts SET heartbeat_ns = ? WHERE rollout_id = ? AND number = ?"
+_DELETE_WATCHED = "DELETE FROM watched WHERE shard = ? AND rollout_id = ? AND number = ?"
+_PUT_GROUP = "INSERT INTO rollout_groups (group_id, place, rollout_id) VALUES (?, ?, ?)"
+_GROUP = "SELECT rollout_id FROM rollout_groups WHERE group_id = ?"
+_HEARTBEAT = "UPDATE rollouts SET heartbeat_ns = ? WHERE rollout_id = ? AND number = ?"
 _STATES = "SELECT DISTINCT rollout_id, state FROM rollouts"
 
 
 @dataclass(frozen=True, slots=True)
-class _Hint:
-    """A rollout may wait here for its attempt `number`."""
+class _QueueEntry:
+    """A rollout that may be queued for its attempt `number`."""
 
     place: int
     rollout_id: str
@@ -44,164 +46,191 @@ class _Hint:
     def key(self) -> tuple[int, int, str, int]:
         return partition.slot_of(self.place), self.place, self.rollout_id, self.number
 
-
-def enqueue(db: Database, rows: Sequence[Row], now_ns: int) -> None:
-    """Queue what `record.to_row` made, leaving ids alone that are there."""
-    first = {row[0]: (row, now_ns + number) for number, row in reversed(list(enumerate(rows)))}
-    known = {kept.rollout.rollout_id for kept in partition.read(db, list(first)) if kept}
-    new = [pair for rollout_id, pair in first.items() if rollout_id not in known]
-    hints = [hint for row, place in new for hint in partition.waiting(row[0], place, 1)]
-    groups = [(_GROUP, (row[2], place, row[0])) for row, place in new if row[2] is not None]
-    db.run([*hints, *groups])
-    partition.add(db, new)
+    def is_stale(self, stored: StoredRollout | None, now_ns: int) -> bool:
+        """Whether the rollout will never be queued for this attempt. One that is being queued just now still may."""
+        if stored is None:
+            return self.place < now_ns - _SETTLED_NS
+        return stored.rollout.state.is_over or stored.rollout.attempts >= self.number
 
 
-def lease(db: Database, worker_id: str, rollout_id: str | None, now_ns: int) -> Pair | None:
-    if rollout_id is not None:
-        (kept,) = partition.read(db, [rollout_id])
-        return _begin(db, kept, worker_id, now_ns) if kept else None
-    for hint in _hints(db, now_ns):
-        (kept,) = partition.read(db, [hint.rollout_id])
-        leased = _begin(db, kept, worker_id, now_ns) if kept else None
-        if leased or _is_stale(hint, kept, now_ns):
-            db.write(_LEAVE, *hint.key)
-        if leased:
-            return leased
-    return None
+class CassandraRollouts:
+    """The verbs of `Store` for rollouts and attempts."""
+
+    _keyspace: Keyspace
+    _ends: EndNotifier
+
+    def enqueue_rollouts(self, rollouts: Sequence[Rollout]) -> None:
+        db, now_ns = self._keyspace, self._keyspace.now_ns()
+        rows = [(from_rollout(rollout), now_ns + number) for number, rollout in enumerate(rollouts)]
+        first = {row[0]: (row, place) for row, place in reversed(rows)}
+        known = {stored.rollout.rollout_id for stored in partition.read(db, list(first)) if stored}
+        new = [pair for rollout_id, pair in first.items() if rollout_id not in known]
+        entries = [statement for row, place in new for statement in partition.queue_entry(row[0], place, 1)]
+        groups = [(_PUT_GROUP, (row[2], place, row[0])) for row, place in new if row[2] is not None]
+        db.run([*entries, *groups])
+        partition.insert(db, new)
+
+    def lease_rollout(self, worker_id: str, rollout_id: str | None = None) -> tuple[Rollout, Attempt] | None:
+        db, now_ns = self._keyspace, self._keyspace.now_ns()
+        if rollout_id is not None:
+            (stored,) = partition.read(db, [rollout_id])
+            return _begin(db, stored, worker_id, now_ns)
+        for entry in _queue_entries(db, now_ns):
+            (stored,) = partition.read(db, [entry.rollout_id])
+            leased = _begin(db, stored, worker_id, now_ns)
+            if leased or entry.is_stale(stored, now_ns):
+                db.write(_DELETE_ENTRY, *entry.key)
+            if leased:
+                return leased
+        return None
+
+    def heartbeat(self, attempt_ids: Sequence[str]) -> list[str]:
+        db, now_ns = self._keyspace, self._keyspace.now_ns()
+        attempts = _find(db, attempt_ids)
+        for attempt_id in attempt_ids:
+            if attempt_id not in attempts:
+                raise _unknown_attempt(attempt_id)
+        return [attempt_id for attempt_id in attempt_ids if not _record_heartbeat(db, *attempts[attempt_id], now_ns)]
+
+    def finish_attempt(self, attempt_id: str, state: AttemptState, error: str | None = None) -> Rollout:
+        db, now_ns = self._keyspace, self._keyspace.now_ns()
+        if attempt_id not in _find(db, [attempt_id]):
+            raise _unknown_attempt(attempt_id)
+
+        def decide(stored: StoredRollout) -> Pair | None:
+            attempt = stored.attempt(attempt_id)
+            return lifecycle.finish(stored.rollout, attempt, state, error, now_ns) if attempt else None
+
+        changed = partition.change(db, partition.rollout_id_of(attempt_id), decide)
+        if changed is None:
+            raise _unknown_attempt(attempt_id)
+        self._ends.notify()
+        return changed[0]
+
+    def cancel_rollouts(self, rollout_ids: Sequence[str]) -> None:
+        db, now_ns = self._keyspace, self._keyspace.now_ns()
+        partition.read_known(db, rollout_ids)
+        for rollout_id in rollout_ids:
+            partition.change(db, rollout_id, lambda stored: lifecycle.cancel(stored.rollout, stored.last, now_ns))
+        self._ends.notify()
+
+    def end_overdue_attempts(self, now_ns: int | None = None) -> list[Attempt]:
+        ended = _end_overdue(self._keyspace, now_ns or self._keyspace.now_ns())
+        self._ends.notify()
+        return ended
+
+    def wait_for_rollouts(self, rollout_ids: Sequence[str], timeout_s: float | None = None) -> list[Rollout]:
+        over: dict[str, Rollout] = {}
+
+        def read() -> list[Rollout]:
+            left = [rollout_id for rollout_id in rollout_ids if rollout_id not in over]
+            found = {s.rollout.rollout_id: s.rollout for s in partition.read_known(self._keyspace, left)}
+            over.update({name: rollout for name, rollout in found.items() if rollout.state.is_over})
+            return [over.get(rollout_id) or found[rollout_id] for rollout_id in rollout_ids]
+
+        return self._ends.wait_until_over(read, timeout_s)
+
+    def get_rollout(self, rollout_id: str) -> Rollout | None:
+        (stored,) = partition.read(self._keyspace, [rollout_id])
+        return stored.rollout if stored else None
+
+    def query_rollouts(self, group_id: str) -> list[Rollout]:
+        rollout_ids = dict.fromkeys(rollout_id for (rollout_id,) in self._keyspace.read(_GROUP, group_id))
+        found = [stored for stored in partition.read(self._keyspace, list(rollout_ids)) if stored]
+        found.sort(key=lambda stored: stored.place)
+        return [stored.rollout for stored in found if stored.rollout.group_id == group_id]
+
+    def query_attempts(self, rollout_id: str) -> list[Attempt]:
+        (stored,) = partition.read(self._keyspace, [rollout_id])
+        return list(stored.attempts) if stored else []
+
+    def count_rollouts(self) -> dict[RolloutState, int]:
+        found = Counter(state for _, state in self._keyspace.scan(_STATES))
+        return {state: found[state] for state in RolloutState}
 
 
-def heartbeat(db: Database, attempt_ids: Sequence[str], now_ns: int) -> list[str]:
-    """Beat for attempts that have to be known; returns those that are over."""
-    attempts = _find(db, attempt_ids)
-    for attempt_id in attempt_ids:
-        if attempt_id not in attempts:
-            raise UnknownIdError(f"the store holds no attempt {attempt_id!r}")
-    return [attempt_id for attempt_id in attempt_ids if not _beat(db, *attempts[attempt_id], now_ns)]
+def heartbeat_known(db: Keyspace, attempt_ids: Sequence[str], now_ns: int) -> None:
+    """Record a heartbeat of those attempts that the store knows."""
+    for stored, attempt in _find(db, attempt_ids).values():
+        _record_heartbeat(db, stored, attempt, now_ns)
 
 
-def beat_by_spans(db: Database, attempt_ids: Sequence[str], now_ns: int) -> None:
-    """Beat for those of the attempts that are known."""
-    for kept, attempt in _find(db, attempt_ids).values():
-        _beat(db, kept, attempt, now_ns)
+def _unknown_attempt(attempt_id: str) -> UnknownIdError:
+    return UnknownIdError(f"the store holds no attempt {attempt_id!r}")
 
 
-def finish(db: Database, attempt_id: str, state: AttemptState, error: str | None, now_ns: int) -> Rollout:
-    if attempt_id not in _find(db, [attempt_id]):
-        raise UnknownIdError(f"the store holds no attempt {attempt_id!r}")
-
-    def decide(kept: Kept) -> Pair | None:
-        attempt = kept.attempt(attempt_id)
-        return lifecycle.finish(kept.rollout, attempt, state, error, now_ns) if attempt else None
-
-    changed = partition.change(db, partition.rollout_id_of(attempt_id), decide)
-    if changed is None:
-        raise UnknownIdError(f"the store holds no attempt {attempt_id!r}")
-    return changed[0]
-
-
-def cancel(db: Database, rollout_ids: Sequence[str], now_ns: int) -> None:
-    partition.need(db, rollout_ids)
-    for rollout_id in rollout_ids:
-        partition.change(db, rollout_id, lambda kept: lifecycle.cancel(kept.rollout, kept.last, now_ns))
+def _queue_entries(db: Keyspace, now_ns: int) -> Iterator[_QueueEntry]:
+    """The entries of the queue by place."""
+    for (slot,) in db.read(_SLOTS):
+        is_empty = True
+        for row in db.scan(_ENTRIES, slot, page_rows=_PAGE_ROWS):
+            is_empty = False
+            yield _QueueEntry(*row)
+        if is_empty and slot < partition.slot_of(now_ns - _SETTLED_NS):
+            db.write(_DELETE_SLOT, slot)
+            if db.read(_ANY_ENTRY, slot):  # Added meanwhile: a rollout that is queued again keeps its place.
+                db.write(_PUT_SLOT, slot)
 
 
-def end_overdue(db: Database, now_ns: int) -> list[Attempt]:
-    rows = db.run([(_WATCHED, (shard,)) for shard in range(SHARDS)])
-    watched = [(rollout_id, number) for found in rows for rollout_id, number in found]
+def _begin(db: Keyspace, stored: StoredRollout | None, worker_id: str, now_ns: int) -> Pair | None:
+    """Begin the next attempt of a rollout if it is queued."""
+
+    def decide(stored: StoredRollout) -> Pair | None:
+        is_queued = stored.rollout.state is RolloutState.QUEUED
+        return lifecycle.begin(stored.rollout, worker_id, now_ns) if is_queued else None
+
+    try:
+        return partition.change(db, stored.rollout.rollout_id, decide, stored) if stored else None
+    except UnknownIdError:  # Deleted meanwhile.
+        return None
+
+
+def _find(db: Keyspace, attempt_ids: Sequence[str]) -> dict[str, tuple[StoredRollout, Attempt]]:
+    """The attempts that the store knows, with their rollouts."""
+    found: dict[str, tuple[StoredRollout, Attempt]] = {}
+    rollout_ids = [partition.rollout_id_of(attempt_id) for attempt_id in attempt_ids]
+    for attempt_id, stored in zip(attempt_ids, partition.read(db, rollout_ids), strict=True):
+        attempt = stored.attempt(attempt_id) if stored else None
+        if stored and attempt:
+            found[attempt_id] = (stored, attempt)
+    return found
+
+
+def _record_heartbeat(db: Keyspace, stored: StoredRollout, attempt: Attempt, now_ns: int) -> bool:
+    """Returns whether the attempt runs, or runs again."""
+    if lifecycle.is_fresh(attempt, now_ns):
+        return True
+    if attempt.state is AttemptState.RUNNING:
+        # A plain write, not a transaction: no condition depends on this column.
+        db.write(_HEARTBEAT, max(now_ns, attempt.heartbeat_ns), attempt.rollout_id, attempt.number)
+        return True
+
+    def decide(stored: StoredRollout) -> Pair | None:
+        current = stored.attempt(attempt.attempt_id)
+        return lifecycle.heartbeat(stored.rollout, current, now_ns) if current else None
+
+    return partition.change(db, attempt.rollout_id, decide, stored) is not None
+
+
+def _end_overdue(db: Keyspace, now_ns: int) -> list[Attempt]:
+    watched = [key for rows in db.run([(_WATCHED, (shard,)) for shard in range(WATCH_SHARDS)]) for key in rows]
     ended: list[Attempt] = []
-    for (rollout_id, number), kept in zip(watched, partition.read(db, [name for name, _ in watched]), strict=True):
-        if kept is None or _is_past(kept, number):
-            db.write(_UNWATCH, partition.shard_of(rollout_id), rollout_id, number)
+    for (rollout_id, number), stored in zip(watched, partition.read(db, [key[0] for key in watched]), strict=True):
+
+        def expire(stored: StoredRollout, number: int = number) -> Pair | None:
+            attempt = stored.running(number)
+            return lifecycle.expire(stored.rollout, attempt, now_ns) if attempt else None
+
+        if stored is None or _cannot_expire(stored, number):
+            db.write(_DELETE_WATCHED, partition.shard_of(rollout_id), rollout_id, number)
             continue
-        if _expire(kept, number, now_ns) is None:
-            continue
-        changed = partition.change(db, rollout_id, lambda kept, number=number: _expire(kept, number, now_ns))
+        changed = partition.change(db, rollout_id, expire, stored)
         if changed:
             ended.append(changed[1])
     return sorted(ended, key=lambda attempt: attempt.attempt_id)
 
 
-def query_group(db: Database, group_id: str) -> list[Rollout]:
-    names = dict.fromkeys(rollout_id for (rollout_id,) in db.read(_OF_GROUP, group_id))
-    found = [kept for kept in partition.read(db, list(names)) if kept]
-    return [kept.rollout for kept in sorted(found, key=lambda kept: kept.place) if kept.rollout.group_id == group_id]
-
-
-def count(db: Database) -> dict[RolloutState, int]:
-    found = Counter(state for _, state in db.scan(_STATES))
-    return {state: found[state] for state in RolloutState}
-
-
-def _hints(db: Database, now_ns: int) -> Iterator[_Hint]:
-    """Where rollouts may wait, by place."""
-    for (slot,) in db.read(_SLOTS):
-        is_empty = True
-        for row in db.scan(_WAITING, slot, rows=_ROWS_AT_ONCE):
-            is_empty = False
-            yield _Hint(*row)
-        if is_empty and slot < partition.slot_of(now_ns - _SETTLED_NS):
-            db.write(_LEAVE_SLOT, slot)
-            if db.read(_ANY_WAITING, slot):  # It came between: a rollout that is tried again keeps its place.
-                db.write(_ADD_SLOT, slot)
-
-
-def _is_stale(hint: _Hint, kept: Kept | None, now_ns: int) -> bool:
-    """Whether nothing will ever wait here: what is queued or about to be, by another at this moment, may."""
-    if kept is None:
-        return hint.place < now_ns - _SETTLED_NS
-    return kept.rollout.state.is_over or kept.rollout.attempts >= hint.number
-
-
-def _begin(db: Database, kept: Kept, worker_id: str, now_ns: int) -> Pair | None:
-    while kept.rollout.state is RolloutState.QUEUED:
-        leased = lifecycle.begin(kept.rollout, worker_id, now_ns)
-        if partition.swap(db, kept, *leased):
-            return leased
-        (again,) = partition.read(db, [kept.rollout.rollout_id])
-        if again is None:
-            return None
-        kept = again
-    return None
-
-
-def _find(db: Database, attempt_ids: Sequence[str]) -> dict[str, tuple[Kept, Attempt]]:
-    """Those that are known."""
-    found: dict[str, tuple[Kept, Attempt]] = {}
-    names = [partition.rollout_id_of(attempt_id) for attempt_id in attempt_ids]
-    for attempt_id, kept in zip(attempt_ids, partition.read(db, names), strict=True):
-        attempt = kept.attempt(attempt_id) if kept else None
-        if kept and attempt:
-            found[attempt_id] = (kept, attempt)
-    return found
-
-
-def _beat(db: Database, kept: Kept, attempt: Attempt, now_ns: int) -> bool:
-    """Whether the attempt runs, or runs again."""
-    if is_fresh(attempt, now_ns):
-        return True
-    if attempt.state is AttemptState.RUNNING:
-        # A column of its own, which no condition asks for: no transaction.
-        db.write(_BEAT, max(now_ns, attempt.heartbeat_ns), attempt.rollout_id, attempt.number)
-        return True
-
-    def decide(kept: Kept) -> Pair | None:
-        current = kept.attempt(attempt.attempt_id)
-        return lifecycle.beat(kept.rollout, current, now_ns) if current else None
-
-    return lifecycle.beat(kept.rollout, attempt, now_ns) is not None and (
-        partition.change(db, attempt.rollout_id, decide) is not None
-    )
-
-
-def _is_past(kept: Kept, number: int) -> bool:
-    """Whether the attempt of that number cannot be overdue any more."""
-    attempt = kept.attempts[number - 1] if number <= len(kept.attempts) else None
-    is_running = attempt is None or attempt.state is AttemptState.RUNNING
-    return kept.rollout.state.is_over or kept.rollout.attempts > number or not is_running
-
-
-def _expire(kept: Kept, number: int, now_ns: int) -> Pair | None:
-    attempt = kept.attempts[number - 1] if number <= len(kept.attempts) else None
-    if attempt is None or attempt.state is not AttemptState.RUNNING:
-        return None
-    return lifecycle.expire(kept.rollout, attempt, now_ns)
+def _cannot_expire(stored: StoredRollout, number: int) -> bool:
+    """Whether the attempt of this number is over. One that is not stored yet may still begin."""
+    has_ended = number <= len(stored.attempts) and stored.running(number) is None
+    return stored.rollout.state.is_over or stored.rollout.attempts > number or has_ended

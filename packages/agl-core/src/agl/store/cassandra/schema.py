@@ -1,16 +1,15 @@
-"""The schema of a Cassandra store, one tuple of statements for each version, and who may bring it up to date.
+"""The schema of a Cassandra store: a tuple of statements for each version, and its migration.
 
-spans        what spans are found by: the partition is their home, which is the rollout that they name, else their
-             trace, and the bucket, another one whenever one has been filled
-span_bodies  the same partitions with the OTLP bytes, nearly all of the volume; both are written in one mutation
-responses    by response id, the spans that asked for an answer, and the gateway's calls that gave it
-traces       the rollouts that name spans of a trace
-latest       the home of the span that arrived last, and of the last that names a rollout
-rollouts     a rollout in static columns, and its attempts in rows; changed where `revision` is as it was read
+spans        the columns to find spans by; `span_partition` explains the partition key
+span_bodies  the OTLP bytes, nearly all of the volume, in the same partitions; one mutation writes both
+responses    by response id: the spans that requested it, and the gateway calls that returned it
+traces       by trace: the rollouts that its spans name
+latest       `home` of the span that arrived last, and of the last span that names a rollout
+rollouts     a rollout in static columns and its attempts in rows, changed by compare-and-set on `revision`
 rollout_groups, queue, queue_slots, watched
-             where to look for rollouts: by group, waiting, running with limits. What they say is checked: a row too
-             many does no harm. It is written before what it tells of, so that there is none too few
-resources    the versions of a name with their leases, changed where `revision` is as it was read
+             indexes of rollouts: by group, queued, running with limits. A reader checks the rollout itself, so an entry
+             too many does no harm; an entry is written before the change that it is for, so that none is missing
+resources    the versions of a name with their leases, changed by compare-and-set on `revision`
 """
 
 import time
@@ -29,8 +28,8 @@ from cassandra.query import SimpleStatement
 from agl.errors import StoreError
 from agl.store.cassandra.address import Address
 
-# Rows that come and go: their tombstones may be forgotten soon, as a row that comes back does no harm.
-_PASSING: Final = "WITH gc_grace_seconds = 3600"
+# Tables of short-lived rows. Tombstones expire soon, because a deleted row that reappears does no harm.
+_SHORT_LIVED: Final = "WITH gc_grace_seconds = 3600"
 
 _FIRST = (
     """CREATE TABLE IF NOT EXISTS spans (
@@ -59,13 +58,13 @@ _FIRST = (
     """CREATE TABLE IF NOT EXISTS rollout_groups (
         group_id text, place bigint, rollout_id text,
         PRIMARY KEY (group_id, place, rollout_id))""",
-    f"CREATE TABLE IF NOT EXISTS queue_slots (queue int, slot bigint, PRIMARY KEY (queue, slot)) {_PASSING}",
+    f"CREATE TABLE IF NOT EXISTS queue_slots (queue int, slot bigint, PRIMARY KEY (queue, slot)) {_SHORT_LIVED}",
     f"""CREATE TABLE IF NOT EXISTS queue (
         slot bigint, place bigint, rollout_id text, number int,
-        PRIMARY KEY (slot, place, rollout_id, number)) {_PASSING}""",
+        PRIMARY KEY (slot, place, rollout_id, number)) {_SHORT_LIVED}""",
     f"""CREATE TABLE IF NOT EXISTS watched (
         shard int, rollout_id text, number int,
-        PRIMARY KEY (shard, rollout_id, number)) {_PASSING}""",
+        PRIMARY KEY (shard, rollout_id, number)) {_SHORT_LIVED}""",
     """CREATE TABLE IF NOT EXISTS resources (
         name text, version int, holder text,
         revision uuid static,
@@ -77,22 +76,22 @@ _FIRST = (
 )
 
 MIGRATIONS: Final = (_FIRST,)
-"""Statements that lead from each version to the next; version 0 is a keyspace without our tables."""
+"""Statements that migrate from each version to the next; version 0 is a keyspace without the tables."""
 
 _VERSION: Final = "CREATE TABLE IF NOT EXISTS {}.schema_version (place int PRIMARY KEY, version int, holder text)"
-"""Its first row has the version, its second who brings the schema up to date."""
+"""Row 0 has the version, row 1 is the lock of the process that migrates."""
 
 _LOCK_S: Final = 120
-"""How long a migration may take; after that its lock ends by itself."""
-_LOOK_EVERY_S: Final = 0.2
-_MOST_COPIES: Final = 3
+"""Limit for a migration, after which its lock expires."""
+_RETRY_S: Final = 0.2
+_MAX_COPIES: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
 class _Lock:
-    """A row that one process at a time can make."""
+    """A row that only one process at a time can insert."""
 
-    take: str
+    acquire: str
     release: str
 
 
@@ -104,22 +103,22 @@ _TRACES_LOCK: Final = _Lock(
     "INSERT INTO system_traces.sessions (session_id, request) VALUES (%s, %s) IF NOT EXISTS USING TTL %s",
     "DELETE FROM system_traces.sessions WHERE session_id = %s IF request = %s",
 )
-"""For the table of our own lock. Of the tables that every Cassandra has, this is the one that takes rows."""
+"""Lock for creating the table of `_OWN_LOCK`: the one system table of every Cassandra that clients can write."""
 
 
 def migrate(cluster: Cluster, session: Session, address: Address) -> None:
-    """Make the keyspace or bring it up to date, unless it is. Raises StoreError for one that is newer or not ours.
+    """Create or migrate the keyspace. Raises StoreError if it is newer, or another program owns it.
 
-    One process at a time does: two that make the same table at once leave it broken.
+    One process at a time: two that create the same table at the same time leave it broken.
     """
     metadata: Any = cluster.metadata
     if not _has_version(metadata, address):
-        # A single node does one change after the other, and has too few copies of that table for a lock.
+        # A single node serialises schema changes, and its system_traces has too few copies for a lock.
         key = uuid5(NAMESPACE_URL, f"cassandra:{address.keyspace}")
         with _locked(session, _TRACES_LOCK, key) if len(metadata.all_hosts()) > 1 else nullcontext():
-            cluster.refresh_schema_metadata()  # Another may have made it meanwhile.
+            cluster.refresh_schema_metadata()  # Another process may have created it meanwhile.
             if not _has_version(metadata, address):
-                _make_version(session, metadata, address)
+                _create_version_table(session, metadata, address)
     session.set_keyspace(address.keyspace)
     if _version(session, address) == len(MIGRATIONS):
         return
@@ -140,12 +139,12 @@ def _has_version(metadata: Metadata, address: Address) -> bool:
     return False
 
 
-def _make_version(session: Session, metadata: Metadata, address: Address) -> None:
-    """Make the table that the lock is in, and the keyspace if it is not there."""
+def _create_version_table(session: Session, metadata: Metadata, address: Address) -> None:
+    """Create the table of `_OWN_LOCK`, and the keyspace if it does not exist."""
     node = _first(metadata)
     if address.keyspace not in (metadata.keyspaces or ()):
         nodes = sum(host.datacenter == node.datacenter for host in metadata.all_hosts())
-        copies = address.replication_factor or min(_MOST_COPIES, nodes)
+        copies = address.replication_factor or min(_MAX_COPIES, nodes)
         session.execute(
             f"CREATE KEYSPACE IF NOT EXISTS {address.keyspace}"
             f" WITH replication = {{'class': 'NetworkTopologyStrategy', '{node.datacenter}': {copies}}}",
@@ -154,12 +153,12 @@ def _make_version(session: Session, metadata: Metadata, address: Address) -> Non
     try:
         session.execute(_VERSION.format(address.keyspace), host=node)
     except (DriverException, NoHostAvailable):
-        # Another made it at this moment: the node goes by the first, where its lock holds, and says so to the others.
+        # Another process created it at the same moment; this query fails if it did not.
         session.execute(f"SELECT version FROM {address.keyspace}.schema_version")
 
 
 def _first(metadata: Metadata) -> Host:
-    """The same node for all who change the schema: it does one change after the other."""
+    """The node for all schema changes, the same in every process: it serialises them."""
     hosts = metadata.all_hosts()
     return min([host for host in hosts if host.is_up] or hosts, key=lambda host: str(host.address))
 
@@ -176,22 +175,22 @@ def _version(session: Session, address: Address) -> int:
 
 @contextmanager
 def _locked(session: Session, lock: _Lock, key: Any) -> Iterator[None]:
-    """Alone among all processes of the cluster, which a lock that is not ended leaves by itself after `_LOCK_S`."""
+    """Hold `lock`, which all processes of the cluster share. It expires after `_LOCK_S` if it is not released."""
     holder, deadline = str(uuid4()), time.monotonic() + 2 * _LOCK_S
-    while not _transact(session, lock.take, (key, holder, _LOCK_S), holder):
+    while not _transact(session, lock.acquire, (key, holder, _LOCK_S), holder):
         if time.monotonic() > deadline:
-            raise StoreError("another process has been making the tables of the store for minutes; look at it")
-        time.sleep(_LOOK_EVERY_S)
+            raise StoreError(f"another process has been creating the tables of the store for {2 * _LOCK_S} s; end it")
+        time.sleep(_RETRY_S)
     try:
         yield
     finally:
         while not _transact(session, lock.release, (key, holder), None) and time.monotonic() < deadline:
-            time.sleep(_LOOK_EVERY_S)
+            time.sleep(_RETRY_S)
 
 
 def _transact(session: Session, text: str, values: tuple[Any, ...], holder: str | None) -> bool:
-    """Whether it is done, by this try or by one before whose answer was lost."""
-    # Of all datacenters: a lock is one for all of them.
+    """Whether this try succeeded, or an earlier one whose response was lost."""
+    # Not LOCAL: the lock is one for all datacenters.
     level, serial = ConsistencyLevel.QUORUM, ConsistencyLevel.SERIAL
     statement = SimpleStatement(text, consistency_level=level, serial_consistency_level=serial)
     try:

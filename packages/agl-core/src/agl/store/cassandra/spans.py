@@ -1,33 +1,29 @@
-"""Spans in Cassandra: looked up, indexed and then written, each home as batches of one partition."""
+"""Spans in Cassandra: each batch is looked up, indexed, and then written partition by partition."""
 
-import threading
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from agl.errors import InputError
-from agl.store.cassandra import home
-from agl.store.cassandra.database import Database, Statement
-from agl.store.cassandra.membership import members
+from agl.store.cassandra import span_partition
+from agl.store.cassandra.keyspace import Keyspace, Statement
+from agl.store.cassandra.membership import find_spans
+from agl.store.cassandra.span_partition import BucketFill, IndexedSpan, Partition, home_of
 from agl.store.span_row import SpanRow
 
-Partition = tuple[str, int]
-
-_LONGEST_BODY: Final = 15 * 2**20
-"""Bytes: a node refuses mutations of more than half a segment of its commit log, 16 MB unless it was told otherwise."""
+_MAX_SPAN_BYTES: Final = 15 * 2**20
+"""A node rejects mutations of more than half a commit log segment (16 MB by default)."""
 _BATCH_BYTES: Final = 32 * 1024
 _BATCH_STATEMENTS: Final = 50
-_LOOKED_UP_AT_ONCE: Final = 500
-_REMEMBERED: Final = 10_000
-"""Homes whose filling a process remembers."""
-_RANGES: Final = 32
-"""Parts of the ring that are counted by a request each."""
+_SPANS_PER_LOOKUP: Final = 500
+_TOKEN_RANGES: Final = 32
+"""Parts of the ring that `count` counts by one request each."""
 
 _LOOK_UP = "SELECT span FROM span_bodies WHERE home = ? AND bucket = ? AND span IN ?"
-# Two, for a value that is null is written as a tombstone.
+# Two statements, because Cassandra writes a tombstone for a null value.
 _INSERT = "INSERT INTO spans (home, bucket, span, start_ns, arrived_ns, size) VALUES (?, ?, ?, ?, ?, ?)"
-_INSERT_TELLING = """
+_INSERT_WITH_RESPONSE = """
 INSERT INTO spans (home, bucket, span, start_ns, arrived_ns, size, response_id, is_answer)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?)
 """
@@ -37,106 +33,93 @@ _INSERT_TRACE = "INSERT INTO traces (trace_id, home) VALUES (?, ?)"
 _INSERT_LATEST = "INSERT INTO latest (place, named, home) VALUES (0, ?, ?)"
 _BODIES = "SELECT span, otlp FROM span_bodies WHERE home = ? AND bucket = ?"
 _COUNT = "SELECT count(*) FROM spans WHERE token(home, bucket) > ? AND token(home, bucket) <= ?"
+_LATEST = "SELECT named, home FROM latest WHERE place = 0"
 _ANY = "SELECT span FROM spans WHERE home = ? AND bucket = 0 LIMIT 1"
-_NEWEST = "SELECT home, span, arrived_ns FROM spans"
-
-
-class Filling:
-    """How much this process has put into buckets, to close those that are full."""
-
-    def __init__(self, most_spans: int = home.MOST_SPANS, most_bytes: int = home.MOST_BYTES) -> None:
-        self._most_spans, self._most_bytes = most_spans, most_bytes
-        self._buckets: OrderedDict[Partition, tuple[int, int]] = OrderedDict()
-        self._changing = threading.Lock()
-
-    def add(self, partition: Partition, spans: int, size: int) -> bool:
-        """Whether the bucket is full now."""
-        with self._changing:
-            had_spans, had_bytes = self._buckets.pop(partition, (0, 0))
-            spans, size = had_spans + spans, had_bytes + size
-            if spans >= self._most_spans or size >= self._most_bytes:
-                return True
-            self._buckets[partition] = spans, size
-            if len(self._buckets) > _REMEMBERED:
-                self._buckets.popitem(last=False)
-            return False
-
-
-def insert(db: Database, rows: Sequence[SpanRow], now_ns: int, filling: Filling) -> int:
-    """Keep those of `rows` that are not there yet; returns how many were new.
-
-    What finds a span is written before the span: if that comes to nothing, the same rows are looked for again.
-    """
-    incoming: dict[str, dict[bytes, _Incoming]] = defaultdict(dict)
-    for place, row in enumerate(rows):
-        if len(row.otlp) > _LONGEST_BODY:
-            raise InputError(f"a span of {len(row.otlp)} bytes; a Cassandra store keeps up to {_LONGEST_BODY}")
-        span = row.trace_id + row.span_id
-        incoming[home.home_of(row)].setdefault(span, _Incoming(row, span, now_ns + place))
-    fresh = _leave_known(db, incoming)
-    new = [span for spans in fresh.values() for span in spans]
-    if not new:
-        return 0
-    db.write_batches(_by_replicas(db, list(_index(new))))
-    db.write_batches(batch for partition, spans in fresh.items() for batch in _batches(partition, spans))
-    db.write_batches([_latest(new)])
-    filled = [key for key, spans in fresh.items() if filling.add(key, len(spans), sum(len(s.row.otlp) for s in spans))]
-    home.close(db, filled)
-    return len(new)
+_ALL = "SELECT home, span, arrived_ns FROM spans"
 
 
 @dataclass(frozen=True, slots=True)
-class _Incoming:
+class _NewSpan:
     row: SpanRow
     span: bytes
+    """Trace id, then span id."""
     arrived_ns: int
 
+    @property
+    def response_id(self) -> str | None:
+        return self.row.asked or self.row.answered
 
-def _leave_known(db: Database, incoming: Mapping[str, dict[bytes, _Incoming]]) -> dict[Partition, list[_Incoming]]:
-    """Those that no bucket of their home has, by the bucket that is to take them."""
-    fresh: dict[Partition, list[_Incoming]] = {}
-    looking = [(name, 0) for name in incoming]
-    rest = {name: dict(spans) for name, spans in incoming.items()}
-    while looking:
-        questions = [(key, part) for key in looking for part in _cut(sorted(rest[key[0]]), _LOOKED_UP_AT_ONCE)]
-        found = db.run([(_LOOK_UP, (*key, [*part, home.CLOSED])) for key, part in questions])
-        closed: dict[Partition, bool] = dict.fromkeys(looking, False)
-        for (key, _), spans in zip(questions, found, strict=True):
+
+def insert(db: Keyspace, rows: Sequence[SpanRow], now_ns: int, fill: BucketFill) -> int:
+    """Insert those of `rows` that the store does not have yet; returns how many.
+
+    Writes the index entries of a span before the span: if the insert fails in between, a retry finds the span missing
+    and writes both again.
+    """
+    incoming: dict[str, dict[bytes, _NewSpan]] = defaultdict(dict)
+    for place, row in enumerate(rows):
+        if len(row.otlp) > _MAX_SPAN_BYTES:
+            raise InputError(
+                f"a span of {len(row.otlp)} bytes; a Cassandra store takes up to {_MAX_SPAN_BYTES}: shorten its content"
+            )
+        span = row.trace_id + row.span_id
+        incoming[home_of(row)].setdefault(span, _NewSpan(row, span, now_ns + place))
+    partitions = _without_known(db, incoming)
+    new = [span for spans in partitions.values() for span in spans]
+    if not new:
+        return 0
+    db.write_batches(_by_replicas(db, list(_index_entries(new))))
+    db.write_batches(batch for partition, spans in partitions.items() for batch in _batches(partition, spans))
+    db.write_batches([_latest(new)])
+    sizes = {key: (len(spans), sum(len(span.row.otlp) for span in spans)) for key, spans in partitions.items()}
+    span_partition.close(db, [key for key, written in sizes.items() if fill.add(key, *written)])
+    return len(new)
+
+
+def _without_known(db: Keyspace, incoming: Mapping[str, dict[bytes, _NewSpan]]) -> dict[Partition, list[_NewSpan]]:
+    """The spans that no bucket of their partition key has, by the open bucket to write them to."""
+    new: dict[Partition, list[_NewSpan]] = {}
+    partitions = [(home, 0) for home in incoming]
+    left = {home: dict(spans) for home, spans in incoming.items()}
+    while partitions:
+        lookups = [(key, part) for key in partitions for part in _chunks(sorted(left[key[0]]), _SPANS_PER_LOOKUP)]
+        results = db.run([(_LOOK_UP, (*key, [*part, span_partition.CLOSED])) for key, part in lookups])
+        closed: dict[Partition, bool] = dict.fromkeys(partitions, False)
+        for (key, _), spans in zip(lookups, results, strict=True):
             for (span,) in spans:
-                closed[key] |= span == home.CLOSED
-                rest[key[0]].pop(span, None)
-        fresh |= {key: list(rest[key[0]].values()) for key in looking if not closed[key] and rest[key[0]]}
-        looking = [(name, bucket + 1) for name, bucket in looking if closed[name, bucket] and rest[name]]
-    return fresh
+                closed[key] |= span == span_partition.CLOSED
+                left[key[0]].pop(span, None)
+        new |= {key: list(left[key[0]].values()) for key in partitions if not closed[key] and left[key[0]]}
+        partitions = [(home, bucket + 1) for home, bucket in partitions if closed[home, bucket] and left[home]]
+    return new
 
 
-def _index(spans: Iterable[_Incoming]) -> Iterator[tuple[tuple[str | bytes, ...], Statement]]:
-    """Partition key and statement of what finds spans by another than their home."""
+def _index_entries(spans: Iterable[_NewSpan]) -> Iterator[tuple[tuple[str | bytes, ...], Statement]]:
+    """Partition key and statement of each entry in `responses` and `traces`."""
     traces: set[tuple[bytes, str]] = set()
     for span in spans:
-        row, name = span.row, home.home_of(span.row)
-        response_id = row.asked or row.answered
-        if response_id:
-            values = (response_id, row.asked is None, row.start_ns, span.span, name)
-            yield (response_id,), (_INSERT_RESPONSE, values)
-        if row.rollout_id is not None and (row.trace_id, name) not in traces:
-            traces.add((row.trace_id, name))
-            yield (row.trace_id,), (_INSERT_TRACE, (row.trace_id, name))
+        row, home = span.row, home_of(span.row)
+        if span.response_id:
+            values = (span.response_id, row.asked is None, row.start_ns, span.span, home)
+            yield (span.response_id,), (_INSERT_RESPONSE, values)
+        if row.rollout_id is not None and (row.trace_id, home) not in traces:
+            traces.add((row.trace_id, home))
+            yield (row.trace_id,), (_INSERT_TRACE, (row.trace_id, home))
 
 
 def _by_replicas(
-    db: Database, statements: Sequence[tuple[tuple[str | bytes, ...], Statement]]
+    db: Keyspace, statements: Sequence[tuple[tuple[str | bytes, ...], Statement]]
 ) -> Iterator[list[Statement]]:
-    """Rows of a few bytes, each of its own partition: those of the same nodes share a request."""
+    """Batches of small rows of many partitions, each batch for the same nodes."""
     groups: dict[tuple[str, ...], list[Statement]] = defaultdict(list)
     for key, statement in statements:
         groups[db.replicas(key)].append(statement)
     for group in groups.values():
-        yield from _cut(group, _BATCH_STATEMENTS)
+        yield from _chunks(group, _BATCH_STATEMENTS)
 
 
-def _batches(partition: Partition, spans: Iterable[_Incoming]) -> Iterator[list[Statement]]:
-    """What writes the spans of a partition, in parts that a node takes."""
+def _batches(partition: Partition, spans: Iterable[_NewSpan]) -> Iterator[list[Statement]]:
+    """Statements that write the spans of a partition, in batches that a node accepts."""
     batch: list[Statement] = []
     size = 0
     for span in spans:
@@ -144,74 +127,69 @@ def _batches(partition: Partition, spans: Iterable[_Incoming]) -> Iterator[list[
         if batch and (size + len(row.otlp) > _BATCH_BYTES or len(batch) >= _BATCH_STATEMENTS):
             yield batch
             batch, size = [], 0
-        found_by = (*partition, span.span, row.start_ns, span.arrived_ns, len(row.otlp))
-        response_id = row.asked or row.answered
-        telling = (_INSERT_TELLING, (*found_by, response_id, row.asked is None))
-        batch.append(telling if response_id else (_INSERT, found_by))
+        values = (*partition, span.span, row.start_ns, span.arrived_ns, len(row.otlp))
+        with_response = (_INSERT_WITH_RESPONSE, (*values, span.response_id, row.asked is None))
+        batch.append(with_response if span.response_id else (_INSERT, values))
         batch.append((_INSERT_BODY, (*partition, span.span, row.otlp)))
         size += len(row.otlp)
     yield batch
 
 
-def _latest(spans: Iterable[_Incoming]) -> list[Statement]:
+def _latest(spans: Iterable[_NewSpan]) -> list[Statement]:
     latest: dict[bool, str] = {}
     for span in sorted(spans, key=lambda span: span.arrived_ns):
-        latest[False] = home.home_of(span.row)
+        latest[False] = home_of(span.row)
         if span.row.rollout_id is not None:
-            latest[True] = home.home_of(span.row)
-    return [(_INSERT_LATEST, (is_named, name)) for is_named, name in latest.items()]
+            latest[True] = home_of(span.row)
+    return [(_INSERT_LATEST, (is_named, home)) for is_named, home in latest.items()]
 
 
-def query(db: Database, rollout_id: str) -> list[bytes]:
-    found = {span.span: span for span in sorted(members(db, rollout_id).all(), key=_order, reverse=True)}
+def query(db: Keyspace, rollout_id: str) -> list[bytes]:
+    """Spans of a rollout in order. Of a span that is stored under two partition keys, the first by order."""
+    found = {span.span: span for span in sorted(find_spans(db, rollout_id).all(), key=_order, reverse=True)}
     partitions = sorted({(span.home, span.bucket) for span in found.values()})
-    bodies = {span: body for rows in db.run([(_BODIES, key) for key in partitions]) for span, body in rows}
+    bodies = {span: otlp for rows in db.run([(_BODIES, key) for key in partitions]) for span, otlp in rows}
     return [bodies[span.span] for span in sorted(found.values(), key=_order) if span.span in bodies]
 
 
-def count(db: Database) -> int:
-    """Counted by the nodes, range by range: a counter would drift where a write is tried again."""
-    step = 2**64 // _RANGES
-    bounds = [-(2**63) + number * step for number in range(_RANGES)] + [2**63 - 1]
-    return sum(rows[0][0] for rows in db.run([(_COUNT, bounds[n : n + 2]) for n in range(_RANGES)]))
+def count(db: Keyspace) -> int:
+    """Count on the nodes, range by range. A counter column would drift: a retried increment may count twice."""
+    step = 2**64 // _TOKEN_RANGES
+    bounds = [-(2**63) + number * step for number in range(_TOKEN_RANGES)] + [2**63 - 1]
+    return sum(rows[0][0] for rows in db.run([(_COUNT, bounds[n : n + 2]) for n in range(_TOKEN_RANGES)]))
 
 
-def last_rollout_id(db: Database) -> str | None:
-    latest = dict(db.read("SELECT named, home FROM latest WHERE place = 0"))
-    for name in (latest.get(True), latest.get(False)):
-        if name is not None and db.read(_ANY, name):
-            return name
-    return _look_for_last(db) if latest else None
+def last_rollout_id(db: Keyspace) -> str | None:
+    latest = dict(db.read(_LATEST))
+    for home in (latest.get(True), latest.get(False)):
+        if home is not None and db.read(_ANY, home):
+            return home
+    return _scan_for_last(db) if latest else None
 
 
-def _look_for_last(db: Database) -> str | None:
-    """Among all spans: what was written down as the last has been collected."""
-    spans = (row for row in db.scan(_NEWEST) if row[1] is not None)
-    last = max(((name != span[:16].hex(), arrived_ns, name) for name, span, arrived_ns in spans), default=None)
+def _scan_for_last(db: Keyspace) -> str | None:
+    """The last rollout by a scan of all spans, for when `gc` has deleted the one in `latest`."""
+    spans = (row for row in db.scan(_ALL) if row[1] is not None)
+    last = max(((home != span[:16].hex(), arrived_ns, home) for home, span, arrived_ns in spans), default=None)
     return last[2] if last else None
 
 
-def rollout_ids(db: Database) -> list[str]:
+def rollout_ids(db: Keyspace) -> list[str]:
     first: dict[str, int] = {}
     named: set[str] = set()
-    for name, span, arrived_ns in db.scan(_NEWEST):
-        if span is None or arrived_ns is None:  # a bucket that is closed and empty
+    for home, span, arrived_ns in db.scan(_ALL):
+        if span is None or arrived_ns is None:  # A closed bucket without spans.
             continue
-        first[name] = min(arrived_ns, first.get(name, arrived_ns))
-        if name != (trace := span[:16].hex()):
+        first[home] = min(arrived_ns, first.get(home, arrived_ns))
+        if home != (trace := span[:16].hex()):
             named.add(trace)
-    return sorted(first.keys() - named, key=lambda name: (first[name], name))
+    return sorted(first.keys() - named, key=lambda home: (first[home], home))
 
 
-def attempt_ids(rows: Iterable[SpanRow]) -> list[str]:
-    """Attempts that the rows name."""
-    return sorted({row.attempt_id for row in rows if row.attempt_id})
-
-
-def _order(span: home.Placed) -> tuple[int, int]:
+def _order(span: IndexedSpan) -> tuple[int, int]:
     return span.start_ns, span.arrived_ns
 
 
-def _cut(items: Sequence[Any], most: int) -> Iterator[list[Any]]:
-    for first in range(0, len(items), most):
-        yield list(items[first : first + most])
+def _chunks(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    for first in range(0, len(items), size):
+        yield list(items[first : first + size])

@@ -17,11 +17,11 @@ from agl import otlp
 from agl.errors import StoreError
 from agl.server.bearer import TOKEN_VARIABLE
 from agl.span import Span
-from agl.store.columns import to_json
 from agl.store.http.verb import ERRORS, LONGEST_WAIT_S, VERBS, Verb
+from agl.store.mapping import to_json
 from agl.store.protocol import Collected, Resource, Store
 from agl.store.rollout import Attempt, Rollout
-from agl.store.span_row import SpanRow, read
+from agl.store.span_row import SpanRow, parse
 from agl.store.states import AttemptState, RolloutState
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class HttpStore(Store):
         return self._result(VERBS["append_rows"], body) if rows else 0
 
     def query_rows(self, rollout_id: str) -> list[bytes]:
-        return [row.otlp for row in read(self._query(rollout_id)).rows]
+        return [row.otlp for row in parse(self._query(rollout_id)).rows]
 
     def query_spans(self, rollout_id: str) -> list[Span]:
         return otlp.decode(self._query(rollout_id))

@@ -16,9 +16,10 @@ from agl.errors import AglError, StoreError
 from agl.server.api_error import ApiError
 from agl.server.body import read_body
 from agl.server.memory_budget import MemoryBudget, Reservation
-from agl.store import Rollout, Store
 from agl.store.http.openapi import document
 from agl.store.http.verb import ERRORS, INVALID, JSON, LONGEST_WAIT_S, PREFIX, PROTOBUF, UNAVAILABLE, VERBS, Verb
+from agl.store.protocol import Store
+from agl.store.rollout import Rollout
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from typing import Any, Final, Literal, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from agl.errors import InputError, StoreError, TransitionError, UnknownIdError
-from agl.store import Store
-from agl.store.span_row import read
+from agl.store.protocol import Store
+from agl.store.span_row import parse
 
 PREFIX: Final = "/api/v1"
 JSON: Final = "application/json"
@@ -106,7 +106,7 @@ class Verb:
             if not isinstance(sent, bytes):
                 given = model.model_validate(dict(sent))
             elif self.takes_spans:
-                return {"rows": read(sent).all_rows()}
+                return {"rows": parse(sent).all_rows()}
             else:
                 given = model.model_validate_json(sent)
         except ValidationError as error:

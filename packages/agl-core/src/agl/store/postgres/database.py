@@ -1,9 +1,10 @@
-"""One PostgreSQL database: its schema brought up to date, a pool of connections, errors that name it."""
+"""A PostgreSQL database: a pool of connections, schema migration, and errors without the password."""
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Final, TypeVar
 
 import psycopg
@@ -12,19 +13,17 @@ from psycopg_pool import ConnectionPool
 
 from agl.errors import InputError, StoreError
 
-Connection = psycopg.Connection[tuple[Any, ...]]
-Result = TypeVar("Result")
-Work = Callable[[Connection], Result]
-
 SCHEMA: Final = "agl"
+ENDS_CHANNEL: Final = "agl_endings"
+"""NOTIFY channel for rollouts that may have ended."""
 LOCK: Final = 0x41474C31
-"""First half of our advisory locks ("AGL1"): other programs in the database have their own."""
+"""First half of our advisory locks ("AGL1"), which keeps them apart from those of other programs."""
 
-_MOST_CONNECTIONS = 8
+_MAX_CONNECTIONS = 8
 _CONNECT_TIMEOUT_S = 10
 _POOL_TIMEOUT_S = 5.0
-"""An exporter waits 10 s for its answer, and then would not hear that it may send again."""
-_MOST_TRIES = 5
+"""Shorter than the 10 s that an exporter waits: later it would not receive the request to retry."""
+_MAX_TRIES = 5
 
 _SESSION = f"""
 SET search_path TO {SCHEMA};
@@ -35,11 +34,57 @@ CREATE TEMPORARY TABLE incoming (
     otlp bytea) WITH (toast_tuple_target = 8160) ON COMMIT DELETE ROWS;
 ALTER TABLE incoming ALTER COLUMN otlp SET STORAGE EXTERNAL
 """
-"""Bodies pass `incoming` as `span_bodies` keeps them: to compress them there took most of the time of a batch."""
+"""`incoming` stores `otlp` uncompressed like `span_bodies`: compression took most of the time of a batch."""
+
+_CLOCK_NS = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000000)::bigint"
+_PLACEHOLDER = re.compile(r"\?|(?<![:\w]):(\w+)")
+
+Result = TypeVar("Result")
+
+
+class PostgresConnection:
+    """Implements `agl.store.sql.database.Connection` with a connection of psycopg."""
+
+    def __init__(self, connection: psycopg.Connection[tuple[Any, ...]]) -> None:
+        self.cursor = connection.cursor
+
+    def execute(self, sql: str, parameters: Any = None, /) -> psycopg.Cursor[tuple[Any, ...]]:
+        return self.cursor().execute(_psycopg_sql(sql), parameters)
+
+    def executemany(self, sql: str, parameters: Iterable[Any], /) -> None:
+        self.cursor().executemany(_psycopg_sql(sql), parameters)
+
+    def select_by_id(
+        self, columns: str, table: str, key: str, ids: Iterable[str], *, lock: bool = False
+    ) -> Sequence[Any]:
+        query = f"SELECT {columns} FROM {table} WHERE {key} = ANY(?) ORDER BY {key}{' FOR UPDATE' if lock else ''}"
+        return self.execute(query, (list(ids),)).fetchall()
+
+    def lock_first(self, query: str, parameters: Sequence[Any] = ()) -> Any:
+        # If other transactions hold all rows, wait for one: a heartbeat, for example, releases its row soon.
+        return (
+            self.execute(f"{query} FOR UPDATE SKIP LOCKED", parameters).fetchone()
+            or self.execute(f"{query} FOR UPDATE", parameters).fetchone()
+        )
+
+    def lock_name(self, name: str) -> None:
+        self.execute("SELECT pg_advisory_xact_lock(?, hashtext(?))", (LOCK, name))
+
+    def notify_end(self) -> None:
+        self.execute(f"NOTIFY {ENDS_CHANNEL}")
+
+
+Work = Callable[[PostgresConnection], Result]
+
+
+@cache
+def _psycopg_sql(sql: str) -> bytes:
+    """`sql` with the placeholders of psycopg."""
+    return _PLACEHOLDER.sub(lambda match: f"%({match[1]})s" if match[1] else "%s", sql).encode()
 
 
 def _encode(text: str) -> bytes:
-    """What PostgreSQL's text cannot hold becomes U+FFFD or `?`: a strange id must not block the spans beside it."""
+    """UTF-8 with U+FFFD or `?` for what PostgreSQL cannot store: one such id must not block a batch of spans."""
     return text.encode("utf-8", "replace").replace(b"\0", b"\xef\xbf\xbd")
 
 
@@ -53,11 +98,11 @@ class _BinaryText(StrBinaryDumper):
         return _encode(obj)
 
 
-class Database:
+class PostgresDatabase:
     """A database shared by threads, processes and machines.
 
-    `migrations` are the schema's statements, one tuple for each version; a schema of an older version is brought up
-    to date. Raises StoreError, without the password, where the server cannot be reached or the schema is not ours.
+    `migrations` has the statements of each schema version; opening an older schema migrates it. Raises StoreError,
+    without the password, if the server cannot be reached or another program owns the schema.
     """
 
     def __init__(self, uri: str, migrations: tuple[tuple[str, ...], ...]) -> None:
@@ -65,32 +110,34 @@ class Database:
         self.name = without_password(uri)
         self._closed = False
         with self._errors("cannot open"), self.connect() as connection:
-            self._migrate(connection, migrations)
-            self._ahead_ns = _clock_ns(connection) - time.time_ns()
+            db = PostgresConnection(connection)
+            with connection.transaction():
+                self._migrate(db, migrations)
+            self._clock_offset_ns = _one(db, _CLOCK_NS)[0] - time.time_ns()
         self._pool = ConnectionPool(
             uri,
             min_size=1,
-            max_size=_MOST_CONNECTIONS,
+            max_size=_MAX_CONNECTIONS,
             timeout=_POOL_TIMEOUT_S,
-            reconnect_timeout=_POOL_TIMEOUT_S,  # Then the next caller begins anew, without long pauses.
+            reconnect_timeout=_POOL_TIMEOUT_S,  # Then the next call starts over with short pauses.
             kwargs={"autocommit": True, "connect_timeout": _CONNECT_TIMEOUT_S},
             configure=_configure,
-            check=ConnectionPool.check_connection,  # After a restart of the server all are dead.
+            check=ConnectionPool.check_connection,  # A restart of the server closes all.
             name=f"agl-store {self.name}",
             open=True,
         )
 
     def now_ns(self) -> int:
-        """Time by the clock of the server: those of the machines that share it may differ."""
-        return time.time_ns() + self._ahead_ns
+        """Unix time by the clock of the server: the clocks of its clients may differ."""
+        return time.time_ns() + self._clock_offset_ns
 
     def write(self, work: Work[Result]) -> Result:
-        """Run `work` in a transaction; returns its result once that is on disk.
+        """Run `work` in a transaction; returns its result once the commit is on disk.
 
-        What `work` raises is raised here, and nothing of it is kept. It runs again after a deadlock.
+        An exception of `work` rolls its changes back and is raised here. After a deadlock `work` runs again.
         """
         with self._errors("did not keep the change in"):
-            for _ in range(_MOST_TRIES - 1):
+            for _ in range(_MAX_TRIES - 1):
                 try:
                     return self._transact(work)
                 except psycopg.errors.DeadlockDetected:
@@ -98,56 +145,51 @@ class Database:
             return self._transact(work)
 
     def read(self, work: Work[Result]) -> Result:
-        """Run `work`, which only reads, outside of a transaction: each of its statements sees what is committed."""
+        """Run `work`, which only reads, without a transaction: each statement sees the latest commits."""
         with self._errors("cannot read"), self._pool.connection() as connection:
-            return work(connection)
+            return work(PostgresConnection(connection))
 
-    def connect(self) -> Connection:
-        """A connection of the caller's own, beside the pool."""
+    def connect(self) -> psycopg.Connection[tuple[Any, ...]]:
+        """A new connection that is not of the pool."""
         return psycopg.connect(self.uri, autocommit=True, connect_timeout=_CONNECT_TIMEOUT_S)
 
     def close(self) -> None:
-        """Wait for nobody and close every connection that is not in use. May be called twice."""
+        """Close all connections that are not in use, without waiting for the others. May be called twice."""
         self._closed = True
         self._pool.close()
 
     def _transact(self, work: Work[Result]) -> Result:
         with self._pool.connection() as connection, connection.transaction():
-            return work(connection)
+            return work(PostgresConnection(connection))
 
-    def _migrate(self, connection: Connection, migrations: tuple[tuple[str, ...], ...]) -> None:
-        with connection.transaction():
-            connection.execute("SELECT pg_advisory_xact_lock(%s, 0)", (LOCK,))
-            version = self._version(connection)
-            if version > len(migrations):
-                raise StoreError(
-                    f"{self.name} has schema version {version}, this program knows up to {len(migrations)};"
-                    " update agl-core"
-                )
-            connection.execute(f"SET LOCAL search_path TO {SCHEMA}")
-            for statement in (statement for statements in migrations[version:] for statement in statements):
-                connection.execute(statement.encode())
-            if version < len(migrations):
-                connection.execute("UPDATE version SET version = %s", (len(migrations),))
+    def _migrate(self, db: PostgresConnection, migrations: tuple[tuple[str, ...], ...]) -> None:
+        db.execute("SELECT pg_advisory_xact_lock(?, 0)", (LOCK,))
+        version = self._version(db)
+        if version > len(migrations):
+            raise StoreError(
+                f"{self.name} has schema version {version}, this program knows up to {len(migrations)}; update agl-core"
+            )
+        db.execute(f"SET LOCAL search_path TO {SCHEMA}")
+        for statements in migrations[version:]:
+            for statement in statements:
+                db.execute(statement)
+        if version < len(migrations):
+            db.execute("UPDATE version SET version = ?", (len(migrations),))
 
-    def _version(self, connection: Connection) -> int:
-        """Of the schema, which is made where it is not there."""
-        exists, is_ours = _one(
-            connection,
-            "SELECT to_regnamespace(%s) IS NOT NULL, to_regclass(%s) IS NOT NULL",
-            SCHEMA,
-            f"{SCHEMA}.version",
-        )
+    def _version(self, db: PostgresConnection) -> int:
+        """Version of the schema, which is created if it does not exist."""
+        query = f"SELECT to_regnamespace('{SCHEMA}') IS NOT NULL, to_regclass('{SCHEMA}.version') IS NOT NULL"
+        exists, is_ours = _one(db, query)
         if exists and not is_ours:
-            raise StoreError(f"the schema {SCHEMA!r} of {self.name} is of another program; name another database")
+            raise StoreError(f"another program owns the schema {SCHEMA!r} of {self.name}; name another database")
         if not exists:
-            connection.execute(f"CREATE SCHEMA {SCHEMA}")
-            connection.execute(f"CREATE TABLE {SCHEMA}.version (version integer NOT NULL)")
-            connection.execute(f"INSERT INTO {SCHEMA}.version VALUES (0)")
-        return _one(connection, f"SELECT version FROM {SCHEMA}.version")[0]
+            db.execute(f"CREATE SCHEMA {SCHEMA}")
+            db.execute(f"CREATE TABLE {SCHEMA}.version (version integer NOT NULL)")
+            db.execute(f"INSERT INTO {SCHEMA}.version VALUES (0)")
+        return _one(db, f"SELECT version FROM {SCHEMA}.version")[0]
 
     @contextmanager
-    def _errors(self, what: str) -> Iterator[None]:
+    def _errors(self, action: str) -> Iterator[None]:
         if self._closed:
             raise StoreError(f"the store {self.name} is closed")
         try:
@@ -155,8 +197,8 @@ class Database:
         except (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded) as error:
             raise InputError(f"the store {self.name} can never keep this: {str(error).strip()}") from error
         except psycopg.Error as error:
-            # From None: the cause may quote the URI, and with it the password.
-            raise StoreError(f"{what} the store {self.name}: {self._censor(str(error))}") from None
+            # From None: the cause may quote the URI with its password.
+            raise StoreError(f"{action} the store {self.name}: {self._censor(str(error))}") from None
 
     def _censor(self, message: str) -> str:
         for secret in passwords(self.uri):
@@ -168,7 +210,7 @@ _PASSWORDS = re.compile(r"(?<=[?&]password=)[^&#]+|(?<=[?&]sslpassword=)[^&#]+|(
 
 
 def passwords(uri: str) -> list[str]:
-    """What of `uri` is secret, as it is written there."""
+    """The passwords in `uri`, percent-encoded as they are there."""
     found = []
     for match in _PASSWORDS.finditer(uri):
         secret = match[0] if match[1] is None else match[1].partition(":")[2]
@@ -177,23 +219,19 @@ def passwords(uri: str) -> list[str]:
 
 
 def without_password(uri: str) -> str:
-    """`uri` to be shown."""
+    """`uri` with `***` in place of passwords."""
     for secret in passwords(uri):
         uri = uri.replace(f":{secret}@", ":***@").replace(f"password={secret}", "password=***")
     return uri
 
 
-def _configure(connection: Connection) -> None:
+def _configure(connection: psycopg.Connection[tuple[Any, ...]]) -> None:
     connection.adapters.register_dumper(str, _BinaryText)
-    connection.adapters.register_dumper(str, _Text)  # Last: it is preferred where both will do.
+    connection.adapters.register_dumper(str, _Text)  # Last, so that it is preferred.
     connection.execute(_SESSION)
 
 
-def _clock_ns(connection: Connection) -> int:
-    return _one(connection, "SELECT (extract(epoch FROM clock_timestamp()) * 1000000000)::bigint")[0]
-
-
-def _one(connection: Connection, query: Any, *values: Any) -> tuple[Any, ...]:
-    row = connection.execute(query, values).fetchone()
+def _one(db: PostgresConnection, query: str) -> tuple[Any, ...]:
+    row = db.execute(query).fetchone()
     assert row is not None
     return row

@@ -1,4 +1,4 @@
-"""Hears from the server that rollouts have ended, whichever process ended them."""
+"""Listens for the server's notifications that rollouts have ended, in whichever process."""
 
 import logging
 import threading
@@ -6,28 +6,27 @@ from typing import Final
 
 import psycopg
 
-from agl.store.postgres.database import Database
-from agl.store.postgres.rollouts import ENDINGS
-from agl.store.waiting import Endings
+from agl.store.end_notifier import EndNotifier
+from agl.store.postgres.database import ENDS_CHANNEL, PostgresDatabase
 
-_LOOK_EVERY_S: Final = 0.5
-"""How often it looks whether it is to stop, and tries again while the server is away."""
+_CHECK_S: Final = 0.5
+"""Interval at which the thread checks whether it must stop, and reconnects while the server is down."""
 
 _log = logging.getLogger(__name__)
 
 
 class Listener:
-    """Announces endings from a thread and a connection of its own, which begin with the first who waits."""
+    """Passes the notifications on to `ends`, from a thread and a connection of its own that `start` opens."""
 
-    def __init__(self, database: Database, endings: Endings) -> None:
+    def __init__(self, database: PostgresDatabase, ends: EndNotifier) -> None:
         self._database = database
-        self._endings = endings
+        self._ends = ends
         self._stop = threading.Event()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to listen, unless it has begun."""
+        """Begin to listen, if it does not listen yet."""
         with self._starting:
             if self._thread is None and not self._stop.is_set():
                 self._thread = threading.Thread(target=self._run, name="agl-store endings", daemon=True)
@@ -44,13 +43,13 @@ class Listener:
             try:
                 self._listen()
             except psycopg.Error:
-                _log.warning("waiting for rollouts without word from the server: it is away; trying again")
-                self._stop.wait(_LOOK_EVERY_S)
+                _log.warning("the PostgreSQL server is down: ends of rollouts are polled; connecting again")
+                self._stop.wait(_CHECK_S)
 
     def _listen(self) -> None:
         with self._database.connect() as connection:
-            connection.execute(f"LISTEN {ENDINGS}")
-            self._endings.announce()  # What ended before this was not heard.
+            connection.execute(f"LISTEN {ENDS_CHANNEL}")
+            self._ends.notify()  # For ends before the LISTEN.
             while not self._stop.is_set():
-                for _ in connection.notifies(timeout=_LOOK_EVERY_S, stop_after=1):
-                    self._endings.announce()
+                for _ in connection.notifies(timeout=_CHECK_S, stop_after=1):
+                    self._ends.notify()

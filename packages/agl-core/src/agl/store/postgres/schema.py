@@ -1,10 +1,9 @@
-"""The schema of a PostgreSQL store, one tuple of statements for each version.
+"""The schema of a PostgreSQL store: a tuple of statements for each version.
 
-Spans lie in two tables. `spans` has the columns that they are found by, about 100 bytes each, and its primary key
-holds a span to one row whatever day it is sent again. `span_bodies` has the OTLP bytes, nearly all of the volume, with
-one partition for each day of arrival, so that retention gives whole days back to the disk by dropping tables. One
-partitioned table would not do: a unique key of PostgreSQL holds across partitions only where it contains what they
-are divided by, and a span that is sent again after midnight would be kept twice.
+Spans are in two tables. `spans` has the columns to find them by, about 100 bytes each, and its primary key keeps a span
+once however often it is sent. `span_bodies` has the OTLP bytes, nearly all of the volume, in one partition for each day
+of arrival, so that retention frees the disk by dropping tables. One partitioned table would not do: a unique key has to
+contain the partition key, so a span that is sent again after midnight would be stored twice.
 """
 
 from typing import Final
@@ -33,7 +32,7 @@ _FIRST = (
         otlp bytea NOT NULL,
         PRIMARY KEY (day, arrival))
         PARTITION BY RANGE (day)""",
-    # Compressing bodies took longer than writing them.
+    # Uncompressed: compression took longer than the write.
     "ALTER TABLE span_bodies ALTER COLUMN otlp SET STORAGE EXTERNAL",
     """CREATE TABLE rollouts (
         place bigint GENERATED ALWAYS AS IDENTITY,
@@ -85,4 +84,4 @@ _FIRST = (
 )
 
 MIGRATIONS: Final = (_FIRST,)
-"""Statements that lead from each version to the next; version 0 is a database without our schema."""
+"""Statements that migrate from each version to the next; version 0 is a database without the schema."""

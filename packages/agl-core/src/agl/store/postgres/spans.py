@@ -1,12 +1,13 @@
-"""Spans in PostgreSQL: what finds them in `spans`, their bytes in a partition of `span_bodies` for the day."""
+"""Spans in PostgreSQL: `spans` has the columns to find them by, `span_bodies` their OTLP bytes in daily partitions."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from psycopg.errors import CheckViolation
 
-from agl.store.postgres.database import LOCK, Connection
+from agl.store.postgres.database import LOCK, PostgresConnection
 from agl.store.span_row import SpanRow
+from agl.store.sql.membership import first_keys
 
 DAY_NS: Final = 86_400 * 10**9
 
@@ -15,37 +16,36 @@ COPY incoming (place, trace_id, span_id, rollout_id, start_ns, asked, answered, 
 """
 _COPY_TYPES = ("int4", "bytea", "bytea", "text", "int8", "text", "text", "bytea")
 
-# Arrivals count batches in steps that leave room for the spans of each. Inserted in the order of the key: two that
-# insert the same spans wait for each other in one direction only.
+# `arrival` is the number of the batch times 2**24, plus the place in the batch. Sorted by the unique key: transactions
+# that insert the same spans then wait for each other in one direction, which cannot deadlock.
 _INSERT = """
 WITH batch AS MATERIALIZED (
     SELECT nextval('batches') * 16777216 AS arrival
 ), fresh AS (
     INSERT INTO spans (arrival, start_ns, arrived_ns, day, size, trace_id, span_id, rollout_id, asked, answered)
-    SELECT arrival + place, start_ns, %(now_ns)s, %(day)s, octet_length(otlp), trace_id, span_id, rollout_id, asked,
-           answered
+    SELECT arrival + place, start_ns, :now_ns, :day, octet_length(otlp), trace_id, span_id, rollout_id, asked, answered
     FROM incoming CROSS JOIN batch ORDER BY trace_id, span_id
     ON CONFLICT (trace_id, span_id) DO NOTHING
     RETURNING arrival
 )
 INSERT INTO span_bodies (arrival, day, otlp)
-SELECT fresh.arrival, %(day)s, otlp
+SELECT fresh.arrival, :day, otlp
 FROM incoming CROSS JOIN batch JOIN fresh ON fresh.arrival = batch.arrival + place
 """
 
-_OF_KEY = """
+_SPANS_OF_MEMBER = """
 LATERAL (
-    SELECT own.* FROM spans own WHERE own.rollout_id = whole.rollout
+    SELECT own.* FROM spans own WHERE own.rollout_id = member.rollout
     UNION ALL
-    SELECT own.* FROM spans own WHERE own.trace_id = whole.trace AND own.rollout_id IS NULL
+    SELECT own.* FROM spans own WHERE own.trace_id = member.trace AND own.rollout_id IS NULL
 ) span
 """
 
-WHOLE: Final = f"""
-WITH RECURSIVE whole (rollout, trace) AS (
-    (SELECT %(rollout)s::text, NULL::bytea UNION ALL SELECT NULL, %(trace)s::bytea)
+MEMBERS: Final = f"""
+WITH RECURSIVE member (rollout, trace) AS (
+    (SELECT :rollout::text, NULL::bytea UNION ALL SELECT NULL, :trace::bytea)
     UNION
-    SELECT NULL, next.trace_id FROM whole CROSS JOIN {_OF_KEY} CROSS JOIN LATERAL (
+    SELECT NULL, next.trace_id FROM member CROSS JOIN {_SPANS_OF_MEMBER} CROSS JOIN LATERAL (
         SELECT span.trace_id
         UNION ALL
         SELECT answer.trace_id FROM spans answer
@@ -58,107 +58,66 @@ WITH RECURSIVE whole (rollout, trace) AS (
     ) next
 )
 """
-"""What makes up a rollout: its id, and the traces whose spans that name no rollout belong to it."""
+"""The keys of a rollout by the rule of `agl.store.membership`; parameters are `first_keys`."""
 
-# A subquery for each body, not a join: the planner, which cannot know how few they are, would walk all bodies for it.
-_QUERY = f"""
-{WHOLE}
+# A subquery for each body: for a join the planner, which cannot know how few spans there are, would scan all bodies.
+QUERY: Final = f"""
+{MEMBERS}
 SELECT (SELECT otlp FROM span_bodies body WHERE body.day = span.day AND body.arrival = span.arrival)
-FROM whole CROSS JOIN {_OF_KEY} ORDER BY span.start_ns, span.arrival
+FROM member CROSS JOIN {_SPANS_OF_MEMBER} ORDER BY span.start_ns, span.arrival
 """
 
-_IDS = """
-SELECT id FROM (
-    SELECT rollout_id AS id, min(arrival) AS first FROM spans WHERE rollout_id IS NOT NULL GROUP BY rollout_id
-    UNION ALL
-    SELECT encode(trace_id, 'hex'), min(arrival) FROM spans GROUP BY trace_id HAVING max(rollout_id) IS NULL
-) found ORDER BY first
-"""
-
-_LAST = """
-SELECT coalesce(
-    (SELECT rollout_id FROM spans WHERE rollout_id IS NOT NULL ORDER BY day DESC, arrival DESC LIMIT 1),
-    (SELECT encode(trace_id, 'hex') FROM spans ORDER BY day DESC, arrival DESC LIMIT 1))
+LAST_SPAN: Final = """
+SELECT (SELECT rollout_id FROM spans WHERE rollout_id IS NOT NULL ORDER BY day DESC, arrival DESC LIMIT 1),
+       (SELECT trace_id FROM spans ORDER BY day DESC, arrival DESC LIMIT 1)
 """
 
 
 class MissingPartition(Exception):
-    """The spans arrive on a day that has no partition yet: `make_partition`."""
+    """The day of arrival has no partition yet: call `make_partition`."""
 
 
-def once(rows: Iterable[SpanRow]) -> list[SpanRow]:
-    """The first of each span, in order."""
+def without_duplicates(rows: Iterable[SpanRow]) -> list[SpanRow]:
+    """The first row of each span, in order."""
     found: dict[tuple[bytes, bytes], SpanRow] = {}
     for row in rows:
         found.setdefault((row.trace_id, row.span_id), row)
     return list(found.values())
 
 
-def insert(db: Connection, rows: Sequence[SpanRow], now_ns: int) -> int:
-    """Keep `rows`, each span at most once among them; returns how many were new.
+def insert(db: PostgresConnection, rows: Sequence[SpanRow], now_ns: int) -> int:
+    """Insert those of `rows`, which have no duplicates, that the store does not have yet; returns how many.
 
-    Raises MissingPartition where there is none for the day.
+    Raises MissingPartition if the day has no partition.
     """
-    with db.cursor() as cursor:
-        with cursor.copy(_COPY) as copy:
-            copy.set_types(_COPY_TYPES)
-            for place, row in enumerate(rows):
-                copy.write_row(_values(place, row))
-        try:
-            cursor.execute(_INSERT, {"now_ns": now_ns, "day": now_ns // DAY_NS})
-        except CheckViolation as error:  # The tables have no other check.
-            raise MissingPartition from error
-        return cursor.rowcount
+    with db.cursor() as cursor, cursor.copy(_COPY) as copy:
+        copy.set_types(_COPY_TYPES)
+        for place, row in enumerate(rows):
+            copy.write_row(_values(place, row))
+    try:
+        return db.execute(_INSERT, {"now_ns": now_ns, "day": now_ns // DAY_NS}).rowcount
+    except CheckViolation as error:  # A missing partition is the only check of these tables.
+        raise MissingPartition from error
 
 
-def make_partition(db: Connection, day: int) -> None:
-    db.execute("SELECT pg_advisory_xact_lock(%s, 1)", (LOCK,))
-    # Bodies stay in their rows up to what a page can hold: the side table for longer ones costs two more writes each.
+def make_partition(db: PostgresConnection, day: int) -> None:
+    db.execute("SELECT pg_advisory_xact_lock(?, 1)", (LOCK,))
+    # Rows keep a body of up to a page: the TOAST table for longer ones costs two more writes for each.
     db.execute(
         f"CREATE TABLE IF NOT EXISTS {partition(day)} PARTITION OF span_bodies FOR VALUES FROM ({day}) TO ({day + 1})"
-        " WITH (toast_tuple_target = 8160)".encode()
+        " WITH (toast_tuple_target = 8160)"
     )
 
 
 def partition(day: int) -> str:
-    """Name of the table for the bodies that arrived on a day since 1970."""
+    """Table of the bodies that arrived on `day`, in days since 1970-01-01."""
     return f"span_bodies_{day}"
 
 
-def query(db: Connection, rollout_id: str) -> list[bytes]:
-    return [body for (body,) in db.execute(_QUERY, keys(rollout_id))]
-
-
-def last_rollout_id(db: Connection) -> str | None:
-    found = db.execute(_LAST).fetchone()
-    return found[0] if found else None
-
-
-def rollout_ids(db: Connection) -> list[str]:
-    return [name for (name,) in db.execute(_IDS)]
-
-
-def count(db: Connection) -> int:
-    found = db.execute("SELECT count(*) FROM spans").fetchone()
-    return found[0] if found else 0
-
-
-def keys(rollout_id: str) -> dict[str, Any]:
-    """Parameters of `WHOLE`: a rollout that no span names has the id of its trace."""
-    return {"rollout": rollout_id, "trace": _trace(rollout_id)}
-
-
-def attempt_ids(rows: Iterable[SpanRow]) -> list[str]:
-    """Attempts that the rows name."""
-    return sorted({row.attempt_id for row in rows if row.attempt_id})
+def query(db: PostgresConnection, rollout_id: str) -> list[bytes]:
+    """Spans of a rollout in order."""
+    return [otlp for (otlp,) in db.execute(QUERY, first_keys(rollout_id))]
 
 
 def _values(place: int, row: SpanRow) -> tuple[Any, ...]:
     return place, row.trace_id, row.span_id, row.rollout_id, row.start_ns, row.asked, row.answered, row.otlp
-
-
-def _trace(rollout_id: str) -> bytes | None:
-    try:
-        return bytes.fromhex(rollout_id) if len(rollout_id) == 32 else None
-    except ValueError:
-        return None

@@ -1,10 +1,11 @@
-"""One SQLite database: opening it safely, many readers, one writer thread that commits for many callers at once."""
+"""A SQLite database with many readers and one writer thread, which commits the changes of many callers at once."""
 
 import queue
 import sqlite3
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,34 +13,55 @@ from typing import Any, TypeVar
 
 from agl.errors import InputError, StoreError
 
-Result = TypeVar("Result")
-Work = Callable[[sqlite3.Connection], Result]
-
 IN_MEMORY = ":memory:"
-_APPLICATION_ID = 0x41474C31  # "AGL1": tells our files from other programs' databases.
+_APPLICATION_ID = 0x41474C31  # "AGL1": identifies a store among SQLite files.
 _BUSY_TIMEOUT_S = 30.0
-_MOST_JOBS_PER_COMMIT = 256
+_MAX_JOBS_PER_COMMIT = 256
 _DAMAGED = (
-    "the file is damaged: stop what writes to it, keep a copy, and restore a backup (`agl store check` says what is "
-    "wrong, `agl store backup` makes one)"
+    "the file is damaged: stop what writes to it, keep a copy, and restore a backup (`agl store check` lists the "
+    "errors, `agl store backup` makes a backup)"
 )
 _ADVICE = {
     sqlite3.SQLITE_FULL: "make room on the disk; `agl store gc` then frees more",
-    sqlite3.SQLITE_IOERR: "look at the disk: it may be full, or over a limit",
+    sqlite3.SQLITE_IOERR: "look at the disk: it may be full, or a file over its size limit",
     sqlite3.SQLITE_CORRUPT: _DAMAGED,
     sqlite3.SQLITE_NOTADB: "name another file; or, if this was a store, its beginning is damaged: restore a backup",
-    sqlite3.SQLITE_BUSY: "another process has been writing to it for too long",
-    sqlite3.SQLITE_READONLY: "this user may not write to it",
+    sqlite3.SQLITE_BUSY: f"another process has locked it for more than {_BUSY_TIMEOUT_S:g} s; end it or try again",
+    sqlite3.SQLITE_READONLY: "this user has no permission to write to the file; change the permission or the user",
 }
 _INPUT_ERRORS = (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError, UnicodeEncodeError)
-_OF_A_NEW_FILE = ("page_size = 16384", "auto_vacuum = INCREMENTAL")
-"""Several spans to a page; pages that `gc` frees can be given back."""
-_OF_THE_WRITER = (
+_NEW_FILE_SETTINGS = ("page_size = 16384", "auto_vacuum = INCREMENTAL")
+"""A page holds several spans; incremental vacuum can return the pages that `gc` frees."""
+_WRITER_SETTINGS = (
     "journal_mode = WAL",
-    "synchronous = FULL",  # Acknowledged means on disk.
-    "wal_autocheckpoint = 2000",  # Pages, 32 MB: a page that many commits change is copied home once.
+    "synchronous = FULL",  # A commit returns once it is on disk.
+    "wal_autocheckpoint = 2000",  # Pages (32 MB): a page that many commits change is copied to the file once.
     "cache_size = -32768",  # KB.
 )
+
+Result = TypeVar("Result")
+
+
+class SqliteConnection(sqlite3.Connection):
+    """Implements `agl.store.sql.database.Connection`. The writer has the database to itself: nothing needs a lock."""
+
+    def select_by_id(
+        self, columns: str, table: str, key: str, ids: Iterable[str], *, lock: bool = False
+    ) -> Sequence[Any]:
+        query = f"SELECT {columns} FROM {table} WHERE {key} = ?"
+        return [row for value in sorted({*ids}) for row in self.execute(query, (value,))]
+
+    def lock_first(self, query: str, parameters: Sequence[Any] = ()) -> Any:
+        return self.execute(query, parameters).fetchone()
+
+    def lock_name(self, name: str) -> None:
+        pass
+
+    def notify_end(self) -> None:
+        pass
+
+
+Work = Callable[[SqliteConnection], Result]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +70,16 @@ class _Job:
     done: Future[Any] = field(default_factory=Future)
 
 
-class Database:
+class SqliteDatabase:
     """A database file shared by threads and processes, or one in memory (`:memory:`) shared by threads.
 
-    `migrations` are the schema's statements, one tuple for each version; a file of an older version is brought up to
-    date when it is opened. Raises StoreError naming the file when it is not a database of ours.
+    `migrations` has the statements of each schema version; opening a file of an older version migrates it. Raises
+    StoreError, with the path, if the file is not a store.
     """
 
     def __init__(self, path: str, migrations: tuple[tuple[str, ...], ...]) -> None:
         self.path = path
-        self._readers: deque[sqlite3.Connection] = deque()
+        self._readers: deque[SqliteConnection] = deque()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closing = threading.Lock()
         self._closed = False
@@ -65,12 +87,15 @@ class Database:
         self._writer = threading.Thread(target=self._write_batches, name=f"agl-store {path}", daemon=True)
         self._writer.start()
 
-    def write(self, work: Work[Result]) -> Result:
-        """Run `work` in the writer's next transaction; returns its result once that is on disk.
+    def now_ns(self) -> int:
+        return time.time_ns()
 
-        It may be run twice, the first time for nothing: it changes the database alone. What it raises is raised here,
-        and nothing of it is kept. Raises InputError for values that SQLite cannot hold, StoreError when the commit
-        fails.
+    def write(self, work: Work[Result]) -> Result:
+        """Run `work` in the writer's next transaction; returns its result once the commit is on disk.
+
+        `work` may run twice, of which the first is rolled back, so it must change nothing but the database. An
+        exception of `work` rolls its changes back and is raised here. Raises InputError for values that SQLite cannot
+        store, StoreError if the commit fails.
         """
         job = _Job(work)
         with self._closing:
@@ -82,11 +107,11 @@ class Database:
         except _INPUT_ERRORS as error:
             raise InputError(f"the store {self.path} can never keep this: {error}") from error
         except sqlite3.Error as error:
-            raise StoreError(f"the store {self.path} did not keep the change: {say(error)}") from error
+            raise StoreError(f"the store {self.path} did not keep the change: {describe(error)}") from error
 
     def read(self, work: Work[Result]) -> Result:
-        """Run `work`, which only reads, beside the writer. Raises StoreError when the database cannot be read."""
-        if self.path == IN_MEMORY:  # It lives in the writer's connection alone.
+        """Run `work`, which only reads, concurrently with the writer. Raises StoreError if the read fails."""
+        if self.path == IN_MEMORY:  # Only the writer's connection can see it.
             return self.write(work)
         if self._closed:
             raise StoreError(f"the store {self.path} is closed")
@@ -97,10 +122,10 @@ class Database:
             finally:
                 self._readers.append(connection)
         except sqlite3.Error as error:
-            raise StoreError(f"the store {self.path} cannot be read: {say(error)}") from error
+            raise StoreError(f"the store {self.path} cannot be read: {describe(error)}") from error
 
     def close(self) -> None:
-        """Commit what is queued, then close every connection. May be called twice."""
+        """Commit the queued changes, then close all connections. May be called twice."""
         with self._closing:
             if not self._closed:
                 self._jobs.put(None)
@@ -109,13 +134,13 @@ class Database:
         while self._readers:
             self._readers.pop().close()
 
-    def _take_reader(self) -> sqlite3.Connection:
+    def _take_reader(self) -> SqliteConnection:
         try:
             return self._readers.pop()
         except IndexError:
             return connect(self.path)
 
-    def _open(self, migrations: tuple[tuple[str, ...], ...]) -> sqlite3.Connection:
+    def _open(self, migrations: tuple[tuple[str, ...], ...]) -> SqliteConnection:
         try:
             if self.path != IN_MEMORY:
                 Path(self.path).parent.mkdir(parents=True, exist_ok=True)
@@ -126,22 +151,22 @@ class Database:
                 connection.close()
                 raise
         except sqlite3.Error as error:
-            raise StoreError(f"cannot open the store {self.path}: {say(error)}") from error
+            raise StoreError(f"cannot open the store {self.path}: {describe(error)}") from error
         except OSError as error:
             raise StoreError(f"cannot open the store {self.path}: {error}") from error
         return connection
 
-    def _prepare(self, connection: sqlite3.Connection, migrations: tuple[tuple[str, ...], ...]) -> None:
+    def _prepare(self, connection: SqliteConnection, migrations: tuple[tuple[str, ...], ...]) -> None:
         self._check_owner(connection)
         version = _pragma(connection, "user_version")
-        for setting in (*(() if version else _OF_A_NEW_FILE), *_OF_THE_WRITER):
+        for setting in (*(() if version else _NEW_FILE_SETTINGS), *_WRITER_SETTINGS):
             connection.execute(f"PRAGMA {setting}")
-        if version != len(migrations):  # Else nothing is written: the disk may be full.
+        if version != len(migrations):  # An up-to-date store can be opened on a full disk.
             self._migrate(connection, migrations)
 
-    def _migrate(self, connection: sqlite3.Connection, migrations: tuple[tuple[str, ...], ...]) -> None:
+    def _migrate(self, connection: SqliteConnection, migrations: tuple[tuple[str, ...], ...]) -> None:
         connection.execute("BEGIN IMMEDIATE")
-        self._check_owner(connection)  # Again, now that no other process can change it.
+        self._check_owner(connection)  # Again, now that no other process can change the file.
         version = _pragma(connection, "user_version")
         if version > len(migrations):
             raise StoreError(
@@ -154,8 +179,8 @@ class Database:
         connection.execute(f"PRAGMA user_version = {len(migrations)}")
         connection.execute("COMMIT")
 
-    def _check_owner(self, connection: sqlite3.Connection) -> None:
-        """Refuse a database that another program made; an empty one is ours to fill."""
+    def _check_owner(self, connection: SqliteConnection) -> None:
+        """Raise StoreError for a database that another program made. An empty one becomes a store."""
         empty = connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
         if not empty and _pragma(connection, "application_id") != _APPLICATION_ID:
             raise StoreError(f"{self.path} is a SQLite database of another program, not a store; name another file")
@@ -166,10 +191,10 @@ class Database:
         self._connection.close()
 
     def _batches(self) -> Iterator[list[_Job]]:
-        """What has queued up while the last batch was written, until the database is closed."""
+        """Jobs that were queued while the last batch was written, until the database is closed."""
         while (job := self._jobs.get()) is not None:
             batch = [job]
-            while len(batch) < _MOST_JOBS_PER_COMMIT and not self._jobs.empty():
+            while len(batch) < _MAX_JOBS_PER_COMMIT and not self._jobs.empty():
                 if (job := self._jobs.get()) is None:
                     yield batch
                     return
@@ -177,17 +202,17 @@ class Database:
             yield batch
 
     def _commit(self, batch: list[_Job]) -> None:
-        """One transaction for the whole batch; its callers hear of it only when it is on disk.
+        """Commit the batch as one transaction, and then return the results to the callers.
 
-        Where a job of it fails, each gets a transaction of its own, so that it fails alone. (Savepoints would do as
-        well, but then SQLite copies every page before it is changed.)
+        If a job fails, each job runs in a transaction of its own, so that only that job fails. (With savepoints SQLite
+        would copy every page before it changes it.)
         """
         try:
             results = self._transact(batch)
-        except sqlite3.OperationalError as error:  # The file, not a job: full, locked, unreadable.
+        except sqlite3.OperationalError as error:  # Not a fault of one job: the file is full, locked or unreadable.
             for job in batch:
                 job.done.set_exception(error)
-        except Exception as error:  # noqa: BLE001 - handed to the caller; the writer must live on
+        except Exception as error:  # noqa: BLE001 - raised in the caller; the writer must go on
             if len(batch) == 1:
                 batch[0].done.set_exception(error)
                 return
@@ -209,15 +234,17 @@ class Database:
         return results
 
 
-def connect(path: str | Path) -> sqlite3.Connection:
-    return sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+def connect(path: str | Path) -> SqliteConnection:
+    return sqlite3.connect(
+        path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, factory=SqliteConnection
+    )
 
 
-def _pragma(connection: sqlite3.Connection, name: str) -> int:
+def _pragma(connection: SqliteConnection, name: str) -> int:
     return connection.execute(f"PRAGMA {name}").fetchone()[0]
 
 
-def say(error: sqlite3.Error) -> str:
-    """What SQLite says, and what to do where only the user can."""
+def describe(error: sqlite3.Error) -> str:
+    """SQLite's message, and what the user can do about it."""
     advice = _ADVICE.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
     return f"{error}; {advice}" if advice else str(error)

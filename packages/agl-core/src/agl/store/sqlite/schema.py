@@ -1,4 +1,4 @@
-"""The schema of a SQLite store, one tuple of statements for each version."""
+"""The schema of a SQLite store: a tuple of statements for each version."""
 
 from typing import Final
 
@@ -56,9 +56,8 @@ _JOIN_BY_ANSWER = (
     "CREATE INDEX spans_by_answered ON spans (answered) WHERE answered IS NOT NULL",
 )
 
-# A span that names no rollout has none (it had its trace's id), which spares it an index. The body comes last: what
-# stands behind it is far to read. Response ids are as random as ids get: an index of them costs a page for each span,
-# so those that a span asked for are appended to `new_asks`, and sorted into `asks` when somebody looks one up.
+# `rollout_id` is NULL for a span that names no rollout (it was the trace id before), which needs no index entry. `otlp`
+# is the last column: SQLite reads past a long value to get at the columns after it. `spans.py` explains `asks`.
 _LEAN_SPANS = (
     "ALTER TABLE spans RENAME TO old_spans",
     """CREATE TABLE spans (
@@ -114,4 +113,4 @@ _LIMITS_AND_LEASES = (
 )
 
 MIGRATIONS: Final = (_FIRST, _JOIN_BY_ANSWER, (*_LEAN_SPANS, *_LIMITS_AND_LEASES))
-"""Statements that lead from each version to the next; version 0 is an empty file."""
+"""Statements that migrate from each version to the next; version 0 is an empty file."""

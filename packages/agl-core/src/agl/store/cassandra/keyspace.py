@@ -1,11 +1,12 @@
-"""One Cassandra keyspace: statements prepared once, many at a time, tried again while nodes come and go."""
+"""A Cassandra keyspace: prepared statements, concurrent requests, retries while nodes fail and recover."""
 
 import logging
+import random
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from uuid import UUID
 
 from cassandra import ConsistencyLevel, DriverException, InvalidRequest, OperationTimedOut, Timeout, Unavailable
@@ -22,30 +23,34 @@ from agl.errors import InputError, StoreError
 from agl.store.cassandra.address import Address
 from agl.store.cassandra.schema import migrate
 
-Row = tuple[Any, ...]
+Result = TypeVar("Result")
+Record = tuple[Any, ...]
+"""A row of a result."""
 Statement = tuple[str, Sequence[Any]]
-"""CQL, and the values for its question marks."""
+"""CQL, and the values of its placeholders."""
 
-_AT_ONCE: Final = 64
-"""Requests of one verb that are under way."""
+_CONCURRENT_REQUESTS: Final = 64
+"""For each verb."""
 _TIMEOUT_S: Final = 15.0
-"""Of one request; longer than the nodes' own, so that they are asked why."""
+"""For one request; longer than the timeouts of the nodes, whose errors say more."""
 _TRY_FOR_S: Final = 20.0
-"""How long a verb goes on while too few nodes answer: a lost one is noticed by the others within that time."""
+"""How long a verb retries while too few nodes answer. The nodes detect the failure of another within that time."""
 _PAUSE_S: Final = 0.2
-_ROWS_AT_ONCE: Final = 5000
+_PAGE_ROWS: Final = 5000
+_MAX_CONFLICTS: Final = 50
+_FIRST_BACKOFF_S: Final = 0.002
+_MAX_BACKOFF_S: Final = 0.05
 
-_PASSING = (NoHostAvailable, Unavailable, Timeout, OperationTimedOut, ConnectionException)
-"""What another try may do better at."""
+_TRANSIENT = (NoHostAvailable, Unavailable, Timeout, OperationTimedOut, ConnectionException)
 
 _log = logging.getLogger(__name__)
 
 
-class Database:
-    """A keyspace shared by threads, processes and machines; made if it is not there.
+class Keyspace:
+    """A keyspace shared by threads, processes and machines; created if it does not exist.
 
-    Reads and writes are of LOCAL_QUORUM: what is written is found by all that read later, with one node of three away.
-    Every statement may be run twice, and is, when its outcome is not known. Raises StoreError, without the password.
+    Reads and writes use LOCAL_QUORUM: a read finds all earlier writes, also with one node of three down. A statement
+    whose outcome is unknown runs again, so each must be idempotent. Raises StoreError, without the password.
     """
 
     def __init__(self, uri: str) -> None:
@@ -63,34 +68,35 @@ class Database:
             raise
 
     def now_ns(self) -> int:
-        """Time by the clock of a node: those of the machines that share it may differ."""
-        return time.time_ns() + self._ahead_ns
+        """Unix time by the clock of a node: the clocks of its clients may differ."""
+        return time.time_ns() + self._clock_offset_ns
 
-    def read(self, query: str, *values: Any) -> list[Row]:
+    def read(self, query: str, *values: Any) -> list[Record]:
         return self.run([(query, values)])[0]
 
     def write(self, query: str, *values: Any) -> None:
         self.run([(query, values)])
 
-    def run(self, statements: Iterable[Statement]) -> list[list[Row]]:
-        """Run all, several at a time; returns the rows of each once all are done."""
+    def run(self, statements: Iterable[Statement]) -> list[list[Record]]:
+        """Run all statements concurrently; returns the rows of each."""
         return self._run([self._bind(*statement) for statement in statements])
 
     def write_batches(self, batches: Iterable[Sequence[Statement]]) -> None:
-        """Write all, each batch as one request. A batch of one partition is kept whole or not at all."""
+        """Write each batch as one request. A batch of one partition is atomic."""
         self._run([self._batch(statements, BatchType.UNLOGGED) for statements in batches])
 
-    def scan(self, query: str, *values: Any, rows: int = _ROWS_AT_ONCE) -> Iterator[Row]:
-        """Rows of a query that may have many, `rows` read at a time."""
+    def scan(self, query: str, *values: Any, page_rows: int = _PAGE_ROWS) -> Iterator[Record]:
+        """Rows of a query that may have many, read in pages."""
         bound = self._bind(query, values)
-        bound.fetch_size = rows
+        bound.fetch_size = page_rows
         with self._errors("cannot read"):
             yield from self._session.execute(bound)
 
     def compare_and_set(self, statements: Sequence[Statement], revision: UUID) -> bool:
-        """Run all, of one partition, if the first's condition holds; returns whether it did.
+        """Run statements of one partition if the condition of the first one holds; returns whether it did.
 
-        They set the column `revision` to `revision`, which is new: so a try whose answer was lost is known again.
+        They set the column `revision` to `revision`, a new UUID, by which a retry detects that the first try succeeded
+        although its response was lost.
         """
         is_one = len(statements) == 1
         request = self._bind(*statements[0]) if is_one else self._batch(statements, BatchType.LOGGED)
@@ -102,28 +108,28 @@ class Database:
             return "revision" in names and any(row[names.index("revision")] == revision for row in result)
 
     def replicas(self, keys: Sequence[str | bytes]) -> tuple[str, ...]:
-        """Names of the nodes that hold the partition of a table whose key is these columns."""
+        """Addresses of the nodes that store the partition with this partition key."""
         found = self._metadata.get_replicas(self._address.keyspace, _routing_key(keys))
         return tuple(sorted(str(host.address) for host in found))
 
     def close(self) -> None:
-        """Wait for nobody and close every connection. May be called twice."""
+        """Close all connections without waiting for requests. May be called twice."""
         self._closed = True
         self._cluster.shutdown()
 
     @property
     def _metadata(self) -> Metadata:
-        metadata: Any = self._cluster.metadata  # None only before the cluster is made.
+        metadata: Any = self._cluster.metadata  # None only before the driver has connected.
         return metadata
 
     def _open(self) -> Session:
         session = self._cluster.connect()
-        # Times of the nodes, which run a time service, not of whoever writes.
+        # Write timestamps by the clocks of the nodes, which are synchronised, not of the clients.
         session.use_client_timestamp = False
         self._persist(lambda: migrate(self._cluster, session, self._address))
         session.set_keyspace(self._address.keyspace)
         (now,) = session.execute("SELECT now() FROM system.local").one()
-        self._ahead_ns = int(unix_time_from_uuid1(now) * 1e9) - time.time_ns()
+        self._clock_offset_ns = int(unix_time_from_uuid1(now) * 1e9) - time.time_ns()
         return session
 
     def _prepare(self, query: str) -> PreparedStatement:
@@ -145,44 +151,44 @@ class Database:
         except (TypeError, ValueError) as error:
             raise InputError(f"the store {self.name} can never keep this: {error}") from error
 
-    def _run(self, requests: Sequence[BoundStatement | BatchStatement]) -> list[list[Row]]:
-        found: dict[int, list[Row]] = {}
+    def _run(self, requests: Sequence[BoundStatement | BatchStatement]) -> list[list[Record]]:
+        found: dict[int, list[Record]] = {}
 
-        def run_rest() -> list[list[Row]]:
-            rest = [place for place in range(len(requests)) if place not in found]
+        def run_rest() -> list[list[Record]]:
+            rest = [index for index in range(len(requests)) if index not in found]
             errors = []
             done = execute_concurrent(
                 self._session,
-                [(requests[place], None) for place in rest],
-                concurrency=_AT_ONCE,
+                [(requests[index], None) for index in rest],
+                concurrency=_CONCURRENT_REQUESTS,
                 raise_on_first_error=False,
             )
-            for place, (is_done, result) in zip(rest, done, strict=True):
+            for index, (is_done, result) in zip(rest, done, strict=True):
                 if is_done:
-                    found[place] = list(result)
+                    found[index] = list(result)
                 else:
                     errors.append(result)
             if errors:
-                raise next((error for error in errors if not isinstance(error, _PASSING)), errors[0])
-            return [found[place] for place in range(len(requests))]
+                raise next((error for error in errors if not isinstance(error, _TRANSIENT)), errors[0])
+            return [found[index] for index in range(len(requests))]
 
-        with self._errors("did not do all that was asked of"):
+        with self._errors("did not complete all requests to"):
             return self._persist(run_rest)
 
     def _persist(self, run: Any) -> Any:
-        """What `run` returns, in the end."""
+        """Call `run` until it succeeds, for up to `_TRY_FOR_S`; returns its result."""
         deadline = time.monotonic() + _TRY_FOR_S
         while True:
             try:
                 return run()
-            except _PASSING as error:
+            except _TRANSIENT as error:
                 if self._closed or time.monotonic() > deadline:
                     raise
-                _log.info("trying again at %s: %s", self.name, error)
+                _log.info("a request to %s failed and is tried again: %s", self.name, error)
                 time.sleep(_PAUSE_S)
 
     @contextmanager
-    def _errors(self, what: str) -> Iterator[None]:
+    def _errors(self, action: str) -> Iterator[None]:
         if self._closed:
             raise StoreError(f"the store {self.name} is closed")
         try:
@@ -192,7 +198,7 @@ class Database:
         except (DriverException, NoHostAvailable, ConnectionException) as error:
             if self._closed:
                 raise StoreError(f"the store {self.name} is closed") from error
-            raise StoreError(f"{what} the store {self.name}: {_say(error)}") from error
+            raise StoreError(f"{action} the store {self.name}: {_describe(error)}") from error
 
 
 def _cluster(address: Address) -> Cluster:
@@ -216,10 +222,23 @@ def _cluster(address: Address) -> Cluster:
     )
 
 
-def _say(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     if not isinstance(error, NoHostAvailable):
         return str(error)
     return "; ".join(f"{host}: {reason}" for host, reason in dict(error.errors or {}).items()) or "no node answers"
+
+
+def retry_conflicts(name: str, change: Callable[[], tuple[bool, Result]]) -> Result:
+    """Call `change`, which reads, decides and compares-and-sets, until it succeeds; returns its second item.
+
+    Its first item is False if another process changed `name` after the read.
+    """
+    for conflicts in range(_MAX_CONFLICTS):
+        is_done, result = change()
+        if is_done:
+            return result
+        time.sleep(random.uniform(0, min(_FIRST_BACKOFF_S * 2**conflicts, _MAX_BACKOFF_S)))
+    raise StoreError(f"{name} was changed by other processes {_MAX_CONFLICTS} times in a row; try again")
 
 
 def _routing_key(keys: Sequence[str | bytes]) -> bytes:

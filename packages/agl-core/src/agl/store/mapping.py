@@ -1,4 +1,4 @@
-"""Rollouts, attempts and resources as rows of an SQL database."""
+"""Rollouts, attempts and resources as database rows, and back. Structured values are JSON text."""
 
 import json
 from collections.abc import Sequence
@@ -16,17 +16,9 @@ ROLLOUT_COLUMNS: Final = (
 ATTEMPT_COLUMNS: Final = "attempt_id, rollout_id, number, worker_id, state, started_ns, heartbeat_ns, ended_ns, error"
 RESOURCE_COLUMNS: Final = "name, version, uri, metadata"
 
-BEAT_EVERY_NS: Final = 100_000_000
-"""A heartbeat that came this shortly after the last is not worth writing."""
 
-
-def is_fresh(attempt: Attempt, now_ns: int) -> bool:
-    """Whether a sign of life changes nothing that is worth writing."""
-    return attempt.state is AttemptState.RUNNING and now_ns - attempt.heartbeat_ns < BEAT_EVERY_NS
-
-
-def to_row(rollout: Rollout) -> tuple[Any, ...]:
-    """`ROLLOUT_COLUMNS` of a rollout to queue. Raises InputError naming it where its input is not a JSON value."""
+def from_rollout(rollout: Rollout) -> tuple[Any, ...]:
+    """`ROLLOUT_COLUMNS` of a rollout to enqueue. Raises InputError, with its id, if its input is not a JSON value."""
     return (
         rollout.rollout_id,
         to_json(rollout.input, f"the input of rollout {rollout.rollout_id}"),
@@ -44,8 +36,8 @@ def to_row(rollout: Rollout) -> tuple[Any, ...]:
 
 
 def to_rollout(row: Sequence[Any]) -> Rollout:
-    rollout_id, task, group_id, mode, max_attempts, retry_on, timeout_s, unresponsive_s, metadata, *own = row
-    state, attempts, ended_ns = own
+    rollout_id, task, group_id, mode, max_attempts, retry_on, timeout_s, unresponsive_s, metadata, *progress = row
+    state, attempts, ended_ns = progress
     return Rollout(
         rollout_id,
         json.loads(task),
@@ -67,8 +59,8 @@ def to_attempt(row: Sequence[Any]) -> Attempt:
     return Attempt(attempt_id, rollout_id, number, worker_id, AttemptState(state), *rest)
 
 
-def to_resource_row(resource: Resource) -> tuple[Any, ...]:
-    """`RESOURCE_COLUMNS` of a resource. Raises InputError naming it where its metadata is not a JSON value."""
+def from_resource(resource: Resource) -> tuple[Any, ...]:
+    """`RESOURCE_COLUMNS` of a resource. Raises InputError, with its name, if its metadata is not a JSON value."""
     metadata = to_json(resource.metadata, f"the metadata of {resource.name}@{resource.version}")
     return (resource.name, resource.version, resource.uri, metadata)
 
@@ -78,9 +70,9 @@ def to_resource(row: Sequence[Any]) -> Resource:
     return Resource(name, version, uri, json.loads(metadata))
 
 
-def to_json(value: Any, what: str) -> str:
-    """`value` as JSON. Raises InputError naming `what` where it is none."""
+def to_json(value: Any, description: str) -> str:
+    """`value` as JSON. Raises InputError that begins with `description` if it is not a JSON value."""
     try:
         return json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{what} is not a JSON value: {error}") from error
+        raise InputError(f"{description} is not a JSON value: {error}") from error

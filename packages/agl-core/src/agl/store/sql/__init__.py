@@ -1,0 +1,8 @@
+"""The verbs that SQLite and PostgreSQL share, over the small protocol of `database`.
+
+database   what a backend provides: connections, transactions, placeholders, locks
+rollouts   the queue of rollouts and their attempts
+resources  versioned resources, their leases, and metrics
+retention  which rollouts `gc` deletes
+store      the store class, from which both backends inherit
+"""

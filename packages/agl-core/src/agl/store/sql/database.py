@@ -1,0 +1,72 @@
+"""The database that the shared verbs need. Statements have the placeholders `?` and `:name`, as in SQLite."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+Result = TypeVar("Result")
+
+
+class Cursor(Protocol):
+    @property
+    def rowcount(self) -> int: ...
+    def fetchone(self) -> Any: ...
+    def fetchall(self) -> list[Any]: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class Connection(Protocol):
+    def execute(self, sql: str, parameters: Any = ..., /) -> Cursor: ...
+
+    def executemany(self, sql: str, parameters: Iterable[Any], /) -> object: ...
+
+    def select_by_id(
+        self, columns: str, table: str, key: str, ids: Iterable[str], *, lock: bool = False
+    ) -> Sequence[Any]:
+        """Rows of `table` whose column `key` is one of `ids`, ordered by it.
+
+        With `lock` only this transaction may change them until it ends.
+        """
+        ...
+
+    def lock_first(self, query: str, parameters: Sequence[Any] = ()) -> Any:
+        """First row of `query`, locked until the transaction ends; None if there is none.
+
+        Prefers rows that no other transaction has locked.
+        """
+        ...
+
+    def lock_name(self, name: str) -> None:
+        """Wait for other transactions that have locked `name`, and keep it locked until this one ends."""
+        ...
+
+    def notify_end(self) -> None:
+        """On commit, notify the other processes that rollouts may have ended, if the database can do that."""
+        ...
+
+
+class Database(Protocol):
+    def write(self, work: Callable[[Connection], Result]) -> Result:
+        """Run `work` in a transaction; returns its result after the commit. May run `work` more than once."""
+        ...
+
+    def read(self, work: Callable[[Connection], Result]) -> Result:
+        """Run `work`, which only reads."""
+        ...
+
+    def now_ns(self) -> int:
+        """Unix time by the clock of the database."""
+        ...
+
+    def close(self) -> None: ...
+
+
+DatabaseT = TypeVar("DatabaseT", bound=Database)
+
+
+def write_many(database: Database, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+    """Execute `sql` once for each of `rows`, in one transaction."""
+
+    def work(db: Connection) -> None:
+        db.executemany(sql, rows)
+
+    database.write(work)
