@@ -11,8 +11,8 @@ import pytest
 from agl import semconv
 from agl.config import UpstreamConfig
 from agl.errors import ConfigError
+from agl.gateway.dispatch import Routes
 from agl.gateway.engine import Engine
-from agl.gateway.routing import Routes
 from agl.server.api_error import ApiError
 from tests.core.fake_engine import FakeEngine
 from tests.gateway.serving import Setup, assert_tokens, chat_body, gateway, serving, wait_until
@@ -50,14 +50,14 @@ def test_a_rollout_keeps_its_engine_and_rollouts_are_spread() -> None:
     assert min(counts) > 60
     assert all(table.choose("m", rollout) is engine for rollout, engine in chosen.items())
     gone = table.engines[0]
-    gone.answers = False
+    gone.is_reachable = False
     moved = {rollout for rollout, engine in chosen.items() if table.choose("m", rollout) is not engine}
     assert moved == {rollout for rollout, engine in chosen.items() if engine is gone}
 
 
 def test_a_call_of_no_rollout_goes_where_there_is_room() -> None:
     table = routes([], [])
-    table.engines[0].slots.in_use = 3
+    table.engines[0].queue.in_use = 3
     assert table.choose("m", None) is table.engines[1]
 
 
@@ -73,7 +73,7 @@ def test_an_engine_gets_the_models_that_it_serves_in_every_version() -> None:
 def test_when_no_engine_answers_one_is_tried_all_the_same() -> None:
     table = routes([], [])
     for engine in table.engines:
-        engine.answers = False
+        engine.is_reachable = False
     first = table.choose("m", "r")
     assert table.choose("m", "r", [first]) is not first
 

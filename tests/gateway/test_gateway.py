@@ -16,11 +16,12 @@ from opentelemetry.trace import format_span_id
 import agl
 from agl import semconv
 from agl.cli.inspection import Inspection
+from agl.gateway.dialect.dialect import split_events
+from agl.gateway.engine_kind import ENGINE_KINDS
 from agl.gateway.request import Seeds, prepare
-from agl.gateway.sse import split_events
 from agl.server_thread import ServerThread
 from agl.store import Rollout
-from agl.tokens.capture import Capture, RequestedFields, strip
+from agl.tokens.capture import Capture, Json, RequestedFields, strip
 from tests.core.fake_engine import WORDS
 from tests.gateway.serving import (
     IDS,
@@ -224,14 +225,19 @@ def test_what_the_client_set_itself_stays(setup: Setup) -> None:
     assert "max_tokens" not in sent
 
 
+def prepared(body: Json, operation: str, **options: Any) -> Json:
+    capture = ENGINE_KINDS["vllm"].capture_fields[operation]
+    requested = RequestedFields.read(body, operation)
+    return prepare(body, requested, capture=capture, **{"extra_body": {}, "forced": {}, "seed": None} | options)
+
+
 def test_fields_can_be_forced_left_out_or_left_alone() -> None:
     body = {"max_completion_tokens": 5, "temperature": 0.2, "seed": 1}
-    ids = {"return_token_ids": True}
-    sent = prepare(body, "chat", ids=ids, extra_body={"logprobs": None, "seed": 3}, forced={"max_tokens": 9}, seed=2)
+    sent = prepared(body, "chat", extra_body={"logprobs": None, "seed": 3}, forced={"max_tokens": 9}, seed=2)
     assert sent == {"temperature": 0.2, "seed": 1, "return_token_ids": True, "max_tokens": 9}
     assert body == {"max_completion_tokens": 5, "temperature": 0.2, "seed": 1}
-    assert prepare({"logprobs": 0}, "text_completion", ids=ids, extra_body={}, forced={}, seed=None)["logprobs"] == 0
-    assert prepare({}, "text_completion", ids=ids, extra_body={}, forced={}, seed=None)["logprobs"] == 1
+    assert prepared({"logprobs": 0}, "text_completion")["logprobs"] == 0
+    assert prepared({}, "text_completion")["logprobs"] == 1
     assert RequestedFields.read({"logprobs": 0}, "text_completion").logprobs
     assert not RequestedFields.read({"logprobs": False}, "chat").logprobs
 

@@ -83,7 +83,7 @@ def test_a_call_that_finds_no_place_in_time_may_come_again() -> None:
         answer = setup.post(chat_body())
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "5")
         assert answer.json()["error"]["code"] == "engine_busy"
-        assert "1 calls are there (max_concurrent)" in answer.json()["error"]["message"]
+        assert "1 calls are active (max_concurrent)" in answer.json()["error"]["message"]
         setup.engine.released.set()
         assert first.result().status_code == 200
 

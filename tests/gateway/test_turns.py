@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from agl import semconv
+from agl.gateway.conversation import AssistantMessage, Conversations, SampledTurn
 from agl.gateway.drift_kind import kind_of_drift
-from agl.gateway.history import Held, Histories, Said
 from agl.span import Span
 from agl.tokens.drift import Drift, Drifted, first_difference
 from agl.tokens.packing import pack_ids
@@ -163,8 +163,8 @@ def test_the_first_other_token_is_found_wherever_it_is() -> None:
     assert first_difference(pack_ids(held), pack_ids([*held, 1])) is None
 
 
-def said(text: str = "", reasoning: str = "", *calls: tuple[str, str]) -> Said:
-    return Said(text, reasoning, calls)
+def said(text: str = "", reasoning: str = "", *calls: tuple[str, str]) -> AssistantMessage:
+    return AssistantMessage(text, reasoning, calls)
 
 
 @pytest.mark.parametrize(
@@ -190,28 +190,32 @@ def said(text: str = "", reasoning: str = "", *calls: tuple[str, str]) -> Said:
         (said("a"), said("a"), None, Drift.RETOKENIZED),
     ],
 )
-def test_kinds_of_drift(given: Said, sent_back: Said, texts: tuple[str, str, str] | None, kind: Drift) -> None:
-    assert given.means(sent_back)
+def test_kinds_of_drift(
+    given: AssistantMessage, sent_back: AssistantMessage, texts: tuple[str, str, str] | None, kind: Drift
+) -> None:
+    assert given.means_the_same(sent_back)
     assert kind_of_drift(given, sent_back, texts) == kind
 
 
 @pytest.mark.parametrize("other", [said("b"), said("a", "", ("add", "{}")), said("a", "x", ("add", '{"a": 2}'))])
-def test_another_answer_is_not_taken_for_the_one_given(other: Said) -> None:
-    assert not said("a").means(other)
+def test_another_answer_is_not_taken_for_the_one_given(other: AssistantMessage) -> None:
+    assert not said("a").means_the_same(other)
 
 
 def test_conversations_beyond_the_limit_are_forgotten_the_stalest_first() -> None:
-    histories = Histories(limit=20_000)
+    conversations = Conversations(limit=20_000)
     messages = [USER, ANSWER, NEXT]
     for number in range(20):
-        place = histories.place((f"r{number}", "", "m"), {"messages": [USER]})
-        assert place is not None
-        histories.keep(place, Held(None, pack_ids(range(500)), Said("".join(WORDS), "", ()), True, "s"))
-        assert histories.size <= 20_000
+        position = conversations.locate((f"r{number}", "", "m"), {"messages": [USER]})
+        assert position is not None
+        conversations.add(
+            position, SampledTurn(None, pack_ids(range(500)), AssistantMessage("".join(WORDS), "", ()), True, "s")
+        )
+        assert conversations.size <= 20_000
 
     def is_known(number: int) -> bool:
-        place = histories.place((f"r{number}", "", "m"), {"messages": messages})
-        return place is not None and place.exact is not None
+        position = conversations.locate((f"r{number}", "", "m"), {"messages": messages})
+        return position is not None and position.unchanged is not None
 
     assert [number for number in range(20) if is_known(number)] == list(range(14, 20))
 

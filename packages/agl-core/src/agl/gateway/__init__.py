@@ -1,21 +1,17 @@
-"""The gateway: a proxy before engines that records the exact tokens of every call before it is answered.
+"""The gateway: a proxy in front of engines that records the exact tokens of every call before the call ends.
 
-proxy      the app
-identity   who calls: rollout, attempt, mode, role and parent span of a request
-dialect    the APIs that clients speak, and how engines are asked in theirs
-request    what is sent: the client's request, what capture needs, what the mode forces
-routing    which engine gets a call, and by which model name
-dispatch   the way there: a place at the engine (`slots`), more tries, a second engine; closed for a pause (`gate`)
-engine     one engine; `health` says whether it answers
-shape      how an engine is asked for token ids, and given them
-answer     what an engine answers, hop by hop within its time; `wire` has its events
-exchange   one call on its way: engine, record, client
-record     what is kept: a call as spans; `recorder` writes them
-continuation  calls that continue a conversation: `history` holds what was sampled, `suffix` and `tokenizer` find what
-           comes behind it, `wording` names the kind of drift
-control    pause, resume, and which version a name stands for, over HTTP
-
-`agl.tokens.capture` reads the tokens of an answer, and makes of it what the client asked for.
+proxy          the ASGI app and its routes
+exchange       one call: request, engine, response, record
+request        the client's request: caller, seed, and the fields added for the engine
+dialect        the APIs that clients speak
+dispatch       the way to an engine: routing, pause, slots, retries, hedging
+engine         one engine: queue, key, response; `engine_kind` has vLLM's and SGLang's fields
+record         the call as spans, and their commit to the store
+conversation   the tokens sampled before, by the messages of a conversation
+exact_prefix   prompts built from these tokens; `tokenizer` asks the engine's
+drift_kind     prompts that differ from these tokens
+control        pause, resume and model names over HTTP
+health         which engines are reachable
 """
 
 from agl.gateway.proxy import Gateway

@@ -1,4 +1,4 @@
-"""Verbs of the gateway itself: pause and resume it, and say by which version a name is answered."""
+"""The gateway's own HTTP API: pause, resume, and the model names of the engines."""
 
 from typing import Final, TypeVar
 
@@ -7,8 +7,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import BaseRoute, Route
 
-from agl.gateway.gate import Gate
-from agl.gateway.routing import Routes
+from agl.gateway.dispatch import PauseGate, Routes
 from agl.server.api_error import ApiError
 
 PREFIX: Final = "/api/gateway"
@@ -18,25 +17,23 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Pause(_Strict):
-    """How long to wait for the calls that are with an engine."""
-
+class PauseBody(_Strict):
     drain_s: float = Field(default=60.0, ge=0, le=3600)
+    """Seconds to wait for active calls."""
 
 
-class Name(_Strict):
-    """What a name stands for, e.g. `planner@12`; None: for itself."""
-
+class ModelBody(_Strict):
     model: str | None = Field(min_length=1)
+    """Model name for the engines, e.g. `planner@12`; None removes the mapping."""
 
 
-Body = TypeVar("Body", Pause, Name)
+Body = TypeVar("Body", PauseBody, ModelBody)
 
 
 class Control:
     """`GET /api/gateway`, `POST /api/gateway/pause`, `POST .../resume`, `PUT .../models/{name}`."""
 
-    def __init__(self, gate: Gate, routes: Routes) -> None:
+    def __init__(self, gate: PauseGate, routes: Routes) -> None:
         self._gate = gate
         self._routes = routes
 
@@ -45,23 +42,23 @@ class Control:
             Route(PREFIX, self._show, methods=["GET"]),
             Route(f"{PREFIX}/pause", self._pause, methods=["POST"]),
             Route(f"{PREFIX}/resume", self._resume, methods=["POST"]),
-            Route(f"{PREFIX}/models/{{name}}", self._name, methods=["PUT"]),
+            Route(f"{PREFIX}/models/{{name}}", self._set_model, methods=["PUT"]),
         ]
 
     async def _show(self, _: Request) -> JSONResponse:
         return self._state()
 
     async def _pause(self, request: Request) -> JSONResponse:
-        """Answers when the calls under way have ended, or `drain_s` is over: then `calls` says how many have not."""
-        await self._gate.close((await _read(request, Pause)).drain_s)
+        """Responds when no call is active, or after `drain_s`; then `calls` is the number that is still active."""
+        await self._gate.pause((await _read(request, PauseBody)).drain_s)
         return self._state()
 
     async def _resume(self, _: Request) -> JSONResponse:
-        self._gate.open()
+        self._gate.resume()
         return self._state()
 
-    async def _name(self, request: Request) -> JSONResponse:
-        name, model = request.path_params["name"], (await _read(request, Name)).model
+    async def _set_model(self, request: Request) -> JSONResponse:
+        name, model = request.path_params["name"], (await _read(request, ModelBody)).model
         if model is None:
             self._routes.names.pop(name, None)
         else:
@@ -69,12 +66,13 @@ class Control:
         return self._state()
 
     def _state(self) -> JSONResponse:
-        return JSONResponse({"paused": self._gate.is_closed, "calls": self._gate.inside, "models": self._routes.names})
+        gate = self._gate
+        return JSONResponse({"paused": gate.is_paused, "calls": gate.active_calls, "models": self._routes.names})
 
 
 async def _read(request: Request, kind: type[Body]) -> Body:
     try:
         return kind.model_validate_json(await request.body() or b"{}")
     except ValidationError as error:
-        said = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise ApiError(422, "invalid", f"{request.url.path}: {said}") from error
+        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise ApiError(422, "invalid", f"{request.url.path}: {problems}") from error

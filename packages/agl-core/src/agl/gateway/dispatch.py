@@ -1,198 +1,243 @@
-"""A call's way to an engine: a place there, another try where one failed, a second engine where the first is slow."""
+"""Sends a call to an engine: chooses it, waits for a slot, retries on failure, asks a second engine if one is slow."""
 
 import asyncio
+import hashlib
 import random
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
 from typing import Final
 
 import aiohttp
 
 from agl.config import GatewayConfig
-from agl.gateway.engine import Engine
-from agl.gateway.gate import Gate
-from agl.gateway.routing import Routes
-from agl.gateway.upstream_response import Answer
+from agl.gateway.engine import Engine, UpstreamResponse
+from agl.gateway.engine_kind import ENGINE_KINDS, EngineKind
+from agl.gateway.record import CallRecord
 from agl.server.api_error import ApiError
 
-_RETRIED: Final = frozenset({429, 502, 503, 504})
-"""Statuses of engines that cannot now, and may later or elsewhere."""
+_RETRIED_STATUSES: Final = frozenset({429, 502, 503, 504})
+"""The engine may answer later, or a different engine now."""
 _RETRIED_FAILURES: Final = frozenset({"engine_unreachable", "engine_error"})
 _BUSY_RETRY_AFTER_S: Final = 5
-_LONGEST_PAUSE_S: Final = 10.0
+_PAUSED_RETRY_AFTER_S: Final = 1
+_LONGEST_BACKOFF_S: Final = 10.0
 
 
-@dataclass(slots=True)
-class Trip:
-    """What a call needs on its way, and what happened to it there."""
+class Routes:
+    """The engines, and `names`: which model name the engines get for a name that clients use.
 
-    model: str
-    path: str
-    body: bytes
-    headers: Mapping[str, str]
-    rollout: str | None
-    start_ns: int = field(default_factory=time.time_ns)
-    engine: Engine | None = None
-    """The last that was tried, in the end the one that answers."""
-    queue_ns: int = 0
-    """Nanoseconds spent waiting for places."""
-    retries: list[str] = field(default_factory=list)
-    """Why each try but the last came to nothing."""
+    A client's name is a role, a policy, or a name that the agent's code already had. It maps to a role, a policy or a
+    pinned version (`planner` to `planner@12`). All calls of a rollout go to one engine, which has their prefix cached.
+    """
+
+    def __init__(self, engines: Sequence[Engine], names: Mapping[str, str]) -> None:
+        self.engines = tuple(engines)
+        self.names = dict(names)
+
+    def resolve(self, model: str) -> str:
+        """The model name for the engines; a mapped name is looked up once, not followed further."""
+        return self.names.get(model, model)
+
+    def kind(self, model: str) -> EngineKind:
+        """The kind of the engines that serve `model`; the configuration allows only one."""
+        return next((engine.kind for engine in self.engines if engine.serves(model)), ENGINE_KINDS["vllm"])
+
+    def choose(self, model: str, rollout: str | None, tried: Collection[Engine] = ()) -> Engine:
+        """An engine that serves `model`, preferably one that was not `tried`, then one that is reachable.
+
+        Calls of a `rollout` get the same engine while it is reachable (rendezvous hashing), calls without a rollout
+        the least busy one. Raises ApiError if no engine serves the model.
+        """
+        serving = [engine for engine in self.engines if engine.serves(model)]
+        if not serving:
+            raise self._no_engine(model)
+        best = min((engine in tried, not engine.is_reachable) for engine in serving)
+        equal = [engine for engine in serving if (engine in tried, not engine.is_reachable) == best]
+        if len(equal) == 1:
+            return equal[0]
+        if rollout is None:
+            return min(equal, key=lambda engine: (engine.queue.in_use + engine.queue.waiting) / engine.queue.limit)
+        return max(equal, key=lambda engine: _rendezvous_weight(engine, rollout))
+
+    def _no_engine(self, model: str) -> ApiError:
+        if not self.engines:
+            message = "the gateway has no engine; start it with --upstream URL or train with it"
+            return ApiError(503, "no_engine", message)
+        return ApiError(404, "model_not_found", f"no engine of the gateway is configured to serve {model!r}")
+
+
+class PauseGate:
+    """Counts the calls at the engines, and admits none while weights change. For one event loop."""
+
+    def __init__(self) -> None:
+        self.is_paused = False
+        self.active_calls = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def check(self) -> None:
+        """Raises ApiError with a retry time while paused."""
+        if self.is_paused:
+            message = "the gateway is paused while weights change; ask again"
+            raise ApiError(429, "paused", message, retry_after_s=_PAUSED_RETRY_AFTER_S)
+
+    def enter(self) -> None:
+        """Count a call until `leave`. Raises ApiError while paused."""
+        self.check()
+        self.active_calls += 1
+        self._idle.clear()
+
+    def leave(self) -> None:
+        self.active_calls -= 1
+        if self.active_calls == 0:
+            self._idle.set()
+
+    async def pause(self, drain_s: float) -> None:
+        """Admit no further call, and wait up to `drain_s` seconds until no call is active."""
+        self.is_paused = True
+        try:
+            async with asyncio.timeout(drain_s):
+                await self._idle.wait()
+        except TimeoutError:
+            pass
+
+    def resume(self) -> None:
+        self.is_paused = False
 
 
 class Dispatch:
-    """Sends calls to the engines of `routes` while `gate` is open. For one event loop."""
+    """Sends calls to the engines of `routes` while `gate` admits them. For one event loop."""
 
-    def __init__(self, routes: Routes, gate: Gate, config: GatewayConfig) -> None:
+    def __init__(self, routes: Routes, gate: PauseGate, config: GatewayConfig) -> None:
         self._routes = routes
         self._gate = gate
         self._config = config
 
-    def engine_for(self, trip: Trip) -> Engine:
-        """An engine like the one that gets `trip`. Raises ApiError where none serves its model, or all are paused."""
+    def choose_engine(self, record: CallRecord, tried: Collection[Engine] = ()) -> Engine:
+        """The engine for a call. Raises ApiError if none serves its model, or the gateway is paused."""
         self._gate.check()
-        return self._routes.choose(trip.model, trip.rollout)
+        return self._routes.choose(record.engine_model, record.caller.rollout_id, tried)
 
     @asynccontextmanager
-    async def answer(self, session: aiohttp.ClientSession, trip: Trip) -> AsyncIterator[Answer]:
-        """The answer to `trip` from the engine that gives one first, whatever it says; closed at the end.
+    async def response(self, session: aiohttp.ClientSession, record: CallRecord) -> AsyncIterator[UpstreamResponse]:
+        """Send `record.body`; yields the first engine's response, an error status included, and closes it at the end.
 
-        A try that fails before anything of its answer could be passed on is followed by another. Raises ApiError when
-        the last one fails.
+        The first engine is `record.engine` if that is set. An attempt that fails before any part of a response could
+        be passed on is followed by another. Raises ApiError when the last attempt fails.
         """
-        visit = await self._visit_until_answered(session, trip)
-        trip.engine = visit.engine
+        request = await self._send_with_retries(session, record)
+        record.engine = request.engine
         try:
-            yield visit.answer
+            yield request.response
         finally:
-            visit.end()
+            request.close()
 
-    async def _visit_until_answered(self, session: aiohttp.ClientSession, trip: Trip) -> "_Visit":
+    async def _send_with_retries(self, session: aiohttp.ClientSession, record: CallRecord) -> "_ActiveRequest":
         deadline = asyncio.get_running_loop().time() + self._config.timeouts.total_s
         tried: list[Engine] = []
         for retry in range(self._config.retries + 1):
             last = retry == self._config.retries
             try:
-                visit = await self._hedged(session, trip, tried, deadline)
-            except ApiError as refusal:
-                if last or refusal.code not in _RETRIED_FAILURES:
+                request = await self._send_hedged(session, record, tried, deadline)
+            except ApiError as error:
+                if last or error.code not in _RETRIED_FAILURES:
                     raise
-                reason, after_s = str(refusal), 0.0
+                reason, after_s = str(error), 0.0
             else:
-                if last or visit.answer.status not in _RETRIED:
-                    return visit
-                reason, after_s = _say(visit.answer), _asked_pause(visit.answer)
-                visit.end()
-                if after_s > _LONGEST_PAUSE_S:
-                    return visit  # Its body is here, and the client may have more patience.
-            trip.retries.append(reason)
+                response = request.response
+                if last or response.status not in _RETRIED_STATUSES:
+                    return request
+                reason = f"the engine at {response.url} answered {response.status}: {response.error_message()}"
+                after_s = _retry_after_s(response)
+                request.close()
+                if after_s > _LONGEST_BACKOFF_S:
+                    return request  # The client gets the body, which is complete, and may wait for longer.
+            record.retries.append(reason)
             await asyncio.sleep(max(after_s, self._config.backoff_s * 2**retry * random.uniform(0.5, 1)))
-        raise AssertionError("the last try returns or raises")
+        raise AssertionError("the last attempt returns or raises")
 
-    async def _hedged(
-        self, session: aiohttp.ClientSession, trip: Trip, tried: list[Engine], deadline: float
-    ) -> "_Visit":
-        """One try, or two at once where the first engine is silent for `hedge_after_s` and there is another."""
-        first = asyncio.create_task(self._visit(session, trip, tried, deadline)) if self._may_hedge else None
-        if first is None:
-            return await self._visit(session, trip, tried, deadline)
-        tasks = {first}
+    async def _send_hedged(
+        self, session: aiohttp.ClientSession, record: CallRecord, tried: list[Engine], deadline: float
+    ) -> "_ActiveRequest":
+        """One attempt; a second engine joins it when the first has been silent for `hedge_after_s`."""
+        first = record.engine if record.engine and not tried else self.choose_engine(record, tried)
+        tried.append(first)
+        if self._config.hedge_after_s is None or len(self._routes.engines) < 2:
+            return await self._send(session, record, first, deadline)
+        tasks = {asyncio.create_task(self._send(session, record, first, deadline))}
         try:
-            await asyncio.wait(tasks, timeout=self._config.hedge_after_s)
-            if not first.done() and self._routes.choose(trip.model, trip.rollout, tried) not in tried:
-                tasks.add(asyncio.create_task(self._visit(session, trip, tried, deadline)))
-            while tasks:
+            done, _ = await asyncio.wait(tasks, timeout=self._config.hedge_after_s)
+            if not done and (second := self.choose_engine(record, tried)) not in tried:
+                tried.append(second)
+                tasks.add(asyncio.create_task(self._send(session, record, second, deadline)))
+            while True:
                 done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 good = next((task for task in done if task.exception() is None), None)
                 if good is not None or not tasks:
                     tasks |= done - {good}
                     return (good or done.pop()).result()
-            raise AssertionError("one of the visits ends last")
         finally:
             for task in tasks:
                 _abandon(task)
 
-    @property
-    def _may_hedge(self) -> bool:
-        return self._config.hedge_after_s is not None and len(self._routes.engines) > 1
-
-    async def _visit(
-        self, session: aiohttp.ClientSession, trip: Trip, tried: list[Engine], deadline: float
-    ) -> "_Visit":
-        """Wait for a place at an engine and ask it."""
-        self._gate.check()
-        engine = self._routes.choose(trip.model, trip.rollout, tried)
-        tried.append(engine)
-        trip.engine = engine
-        await self._take_place(engine, trip)
-        try:
+    async def _send(
+        self, session: aiohttp.ClientSession, record: CallRecord, engine: Engine, deadline: float
+    ) -> "_ActiveRequest":
+        """Wait for a slot at `engine` and send the request."""
+        record.engine = engine
+        with ExitStack() as held:
+            await self._acquire_slot(engine, record)
+            held.callback(engine.queue.release)
             self._gate.enter()
-        except BaseException:
-            engine.slots.give_back()
-            raise
-        try:
-            headers = engine.headers(trip.headers)
-            answer = await Answer.open(
-                session, engine.url, trip.path, trip.body, headers, self._config.timeouts, deadline
+            held.callback(self._gate.leave)
+            response = await engine.post(
+                session, record.path, record.body, record.headers, self._config.timeouts, deadline
             )
-        except BaseException as error:
-            if isinstance(error, ApiError) and error.code == "engine_unreachable":
-                engine.answers = False
-            self._gate.leave()
-            engine.slots.give_back()
-            raise
-        engine.answers = True
-        return _Visit(engine, answer, self._gate)
+            held.callback(response.close)
+            return _ActiveRequest(engine, response, held.pop_all().close)
 
-    async def _take_place(self, engine: Engine, trip: Trip) -> None:
+    async def _acquire_slot(self, engine: Engine, record: CallRecord) -> None:
         before, queue_s = time.perf_counter_ns(), self._config.timeouts.queue_s
         try:
             async with asyncio.timeout(queue_s):
-                await engine.slots.take(trip.rollout or "")
+                await engine.queue.acquire(record.caller.rollout_id or "")
         except TimeoutError as error:
             raise ApiError(
                 429,
                 "engine_busy",
-                f"the engine at {engine.url} had no place for {queue_s:g} s: {engine.slots.limit} calls are there "
-                f"(max_concurrent), {engine.slots.waiting} wait",
+                f"the engine at {engine.url} had no slot for {queue_s:g} s: {engine.queue.limit} calls are active "
+                f"(max_concurrent), {engine.queue.waiting} wait",
                 retry_after_s=_BUSY_RETRY_AFTER_S,
             ) from error
         finally:
-            trip.queue_ns += time.perf_counter_ns() - before
+            record.queue_ns += time.perf_counter_ns() - before
 
 
-@dataclass(slots=True, eq=False)
-class _Visit:
-    """A place at an engine that has begun to answer."""
+@dataclass(frozen=True, slots=True)
+class _ActiveRequest:
+    """A request that holds a slot at its engine, which has begun to respond."""
 
     engine: Engine
-    answer: Answer
-    gate: Gate
-    over: bool = False
-
-    def end(self) -> None:
-        if not self.over:
-            self.over = True
-            self.answer.close()
-            self.gate.leave()
-            self.engine.slots.give_back()
+    response: UpstreamResponse
+    close: Callable[[], None]
+    """Close the response and release the slot. May be called twice."""
 
 
-def _abandon(task: "asyncio.Task[_Visit]") -> None:
-    """Let go of a visit whose answer nobody reads, even where it has just begun."""
+def _abandon(task: "asyncio.Task[_ActiveRequest]") -> None:
+    """Cancel a request, and close its response if that has already begun."""
     task.cancel()
-    task.add_done_callback(lambda done: None if done.cancelled() or done.exception() else done.result().end())
+    task.add_done_callback(lambda done: None if done.cancelled() or done.exception() else done.result().close())
 
 
-def _say(answer: Answer) -> str:
-    return f"the engine at {answer.url} answered {answer.status}: {answer.error_message()}"
+def _rendezvous_weight(engine: Engine, rollout: str) -> bytes:
+    return hashlib.blake2b(f"{engine.url}\0{rollout}".encode(), digest_size=8).digest()
 
 
-def _asked_pause(answer: Answer) -> float:
-    """Seconds that the engine asks for; 0 where it says nothing that can be read."""
+def _retry_after_s(response: UpstreamResponse) -> float:
+    """The engine's `retry-after`; 0 without one, or for a value that is no number of seconds."""
     try:
-        return max(0.0, float(answer.headers.get("retry-after", 0)))
+        return max(0.0, float(response.headers.get("retry-after", 0)))
     except ValueError:
         return 0.0

@@ -1,55 +1,93 @@
-"""What kind of drift it is, from how an answer was worded and how the next prompt words it."""
+"""Compares a call's prompt with the tokens sampled before it in the conversation, and names the kind of drift."""
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Final
 
-from agl.gateway.history import Said
-from agl.tokens.drift import Drift
+import aiohttp
 
-_THOUGHT_END = "</think>"
+from agl.gateway.conversation import THOUGHT_END, AssistantMessage, Position, SampledTurn, visible_text
+from agl.gateway.record import CallRecord
+from agl.gateway.tokenizer import Tokenizer, TokenizerError
+from agl.tokens.drift import Drift, Drifted, first_difference
+from agl.tokens.packing import ID_BYTES, unpack_ids
+
+_TEXT_S: Final = 2.0
+"""Limit for a response of `/detokenize`, in seconds."""
+_COMPARED_IDS: Final = 4096
+"""Tokens after the first difference whose text decides the kind of drift."""
 
 
-def kind_of_drift(given: Said, sent_back: Said, texts: tuple[str, str, str] | None) -> Drift:
-    """The kind of drift of an answer that was `given` and `sent_back` with the same meaning.
+async def find_drift(
+    session: aiohttp.ClientSession, record: CallRecord, position: Position, previous: SampledTurn, prompt: bytes
+) -> Drifted | None:
+    """How `prompt`, packed ids, differs from the tokens of `previous`; None if it starts with all of them."""
+    context = previous.context()
+    difference = first_difference(context, prompt)
+    if difference is None:
+        return None
+    answer = AssistantMessage.read(position.messages[position.previous_index])
+    edited = position.unchanged is not previous
+    first, last = difference.position * ID_BYTES, (difference.position + _COMPARED_IDS) * ID_BYTES
+    sampled, found = unpack_ids(context[first:last]), unpack_ids(prompt[first:last])
+    end = sampled[-1:] if previous.ended_by_model and len(sampled) < _COMPARED_IDS else []
+    try:
+        texts = await _detokenize(session, record, [sampled, found, sampled[:1], found[:1], end])
+    except TokenizerError:
+        kind = Drift.EDITED if edited else kind_of_drift(previous.answer, answer, None)
+        return Drifted(kind, difference, previous.span_id)
+    difference = replace(difference, sampled_text=texts[2], prompt_text=texts[3] if found else None)
+    kind = Drift.EDITED if edited else kind_of_drift(previous.answer, answer, (texts[0], texts[1], texts[4]))
+    return Drifted(kind, difference, previous.span_id)
 
-    `texts` are what was sampled and what the prompt has from the first other token on, and the text of the token that
-    ended the answer, empty where none did. None: the engine does not tell texts, and only the messages are compared.
+
+async def _detokenize(session: aiohttp.ClientSession, record: CallRecord, parts: Sequence[Sequence[int]]) -> list[str]:
+    """The text of each part, from the engine that answered."""
+    assert record.engine is not None
+    tokenizer = Tokenizer(session, record.engine, record.headers, _TEXT_S)
+    model = record.sent.get("model") or ""
+
+    async def text(part: Sequence[int]) -> str:
+        return await tokenizer.detokenize(model, part) if part else ""
+
+    return await asyncio.gather(*map(text, parts))
+
+
+def kind_of_drift(sampled: AssistantMessage, sent_back: AssistantMessage, texts: tuple[str, str, str] | None) -> Drift:
+    """The kind of drift of an answer that was `sampled`, and `sent_back` with the same meaning.
+
+    `texts` are the sampled text and the prompt's text from the first token that differs, and the text of the token
+    that ended the answer (empty if none did). None: the engine reports no text, and only the messages are compared.
     """
     if texts is None:
-        return _by_messages(given, sent_back)
-    sampled, there, end = texts
-    if _turn_is(sampled, there, end, _all):
+        return _by_messages(sampled, sent_back)
+    sampled_text, prompt_text, end = texts
+    if _same_turn(sampled_text, prompt_text, end, str):
         return Drift.RETOKENIZED
-    if _THOUGHT_END in sampled and _turn_is(sampled, there, end, _visible):
+    if THOUGHT_END in sampled_text and _same_turn(sampled_text, prompt_text, end, visible_text):
         return Drift.REASONING
-    # Where the rest has the name of the call still before it, the difference lies before the call.
-    in_call = bool(given.calls) and given.calls[0][0] not in sampled
-    if not in_call and _turn_is(sampled, there, end, _blankless):
+    # If the name of the first tool call is still to come, the difference is before the call.
+    in_call = bool(sampled.calls) and sampled.calls[0][0] not in sampled_text
+    if not in_call and _same_turn(sampled_text, prompt_text, end, _without_blanks):
         return Drift.WHITESPACE
-    return Drift.ARGUMENTS if given.calls else Drift.REWRITTEN
+    return Drift.ARGUMENTS if sampled.calls else Drift.REWRITTEN
 
 
-def _by_messages(given: Said, sent_back: Said) -> Drift:
-    if given.has_thoughts and not sent_back.has_thoughts:
+def _by_messages(sampled: AssistantMessage, sent_back: AssistantMessage) -> Drift:
+    if sampled.has_thoughts and not sent_back.has_thoughts:
         return Drift.REASONING
-    if given.calls != sent_back.calls:
+    if sampled.calls != sent_back.calls:
         return Drift.ARGUMENTS
-    return Drift.RETOKENIZED if given.text == sent_back.text else Drift.WHITESPACE
+    return Drift.RETOKENIZED if sampled.text == sent_back.text else Drift.WHITESPACE
 
 
-def _turn_is(sampled: str, there: str, end: str, seen: Callable[[str], str]) -> bool:
-    """Whether the turn in which both begin is the same, as `seen`. One that was cut short goes on with the template."""
+def _same_turn(sampled: str, prompt: str, end: str, normalize: Callable[[str], str]) -> bool:
+    """Whether both texts start with the same turn, after `normalize`. A turn that was cut short has no `end`."""
     if end:
-        return seen(sampled.partition(end)[0]) == seen(there.partition(end)[0])
-    return seen(there).startswith(seen(sampled))
+        return normalize(sampled.partition(end)[0]) == normalize(prompt.partition(end)[0])
+    return normalize(prompt).startswith(normalize(sampled))
 
 
-def _all(text: str) -> str:
-    return text
-
-
-def _visible(text: str) -> str:
-    return text.rpartition(_THOUGHT_END)[2].strip()
-
-
-def _blankless(text: str) -> str:
+def _without_blanks(text: str) -> str:
     return "".join(text.split())

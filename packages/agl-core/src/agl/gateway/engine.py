@@ -1,46 +1,221 @@
-"""One engine behind the gateway: where it is, what it serves, who is there, and whether it answers."""
+"""One engine: its URL and key, the queue of calls for it, and its response as it arrives."""
 
+import asyncio
+import contextlib
+import json
 import os
-from collections.abc import Mapping
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Mapping
 from typing import Final
 
-from agl.config import UpstreamConfig
+import aiohttp
+
+from agl.config import TimeoutsConfig, UpstreamConfig
 from agl.errors import ConfigError
-from agl.gateway.engine_kind import SHAPES
-from agl.gateway.fair_queue import Slots
+from agl.gateway.engine_kind import ENGINE_KINDS
+from agl.server.api_error import ApiError, error_message
+from agl.tokens.capture import Json
 
 _CREDENTIALS: Final = frozenset({"authorization", "x-api-key", "api-key", "cookie"})
+_EVENT_STREAM: Final = "text/event-stream"
+_FINISH_S: Final = 0.5
+_NOT_FORWARDED: Final = frozenset(
+    {"host", "content-length", "transfer-encoding", "connection", "keep-alive", "te", "trailer", "upgrade", "expect"}
+    | {"accept-encoding", "content-encoding", "date", "server", "proxy-authorization", "proxy-authenticate"}
+    | {"set-cookie"}
+)
+"""Headers that apply to one hop only, or describe a body that the gateway rewrites."""
 
 
 class Engine:
-    """The server at `config.url`. Raises ConfigError where its key is not in the environment."""
+    """The server at `config.url`. Raises ConfigError if the environment has no value for its key."""
 
     def __init__(self, config: UpstreamConfig) -> None:
         self.url = config.url.rstrip("/")
-        self.shape = SHAPES[config.kind]
-        self.slots = Slots(config.max_concurrent)
-        self.answers = True
-        """False from a failure to talk to it until it lists its models again."""
+        self.kind = ENGINE_KINDS[config.kind]
+        self.queue = FairQueue(config.max_concurrent)
+        self.is_reachable = True
+        """False after a failed connection, until the engine responds or lists its models again."""
         self._models = frozenset(config.models)
         self._key = read_key(config)
 
     def serves(self, model: str) -> bool:
-        """Whether `model`, any version of it, is among those it is configured to serve; without such a list all are."""
+        """Whether the configuration lists `model` in any version for this engine; an empty list means all models."""
         return not self._models or model in self._models or model.partition("@")[0] in self._models
 
-    def headers(self, given: Mapping[str, str]) -> dict[str, str]:
-        """`given` with the engine's own key, if it has one, in place of what the client showed."""
+    def headers(self, client_headers: Mapping[str, str]) -> dict[str, str]:
+        """`client_headers`, in which the engine's own key, if it has one, replaces the client's credentials."""
         if self._key is None:
-            return dict(given)
-        kept = {name: value for name, value in given.items() if name.lower() not in _CREDENTIALS}
+            return dict(client_headers)
+        kept = {name: value for name, value in client_headers.items() if name.lower() not in _CREDENTIALS}
         return kept | {"authorization": f"Bearer {self._key}"}
+
+    async def post(
+        self,
+        session: aiohttp.ClientSession,
+        path: str,
+        body: bytes,
+        client_headers: Mapping[str, str],
+        timeouts: TimeoutsConfig,
+        deadline: float,
+    ) -> "UpstreamResponse":
+        """Send a request and wait for the first byte of a stream, or for a whole response that is not streamed.
+
+        `deadline`, by the event loop's clock, limits the whole call. Raises ApiError when the engine fails.
+        """
+        limit = min(deadline, asyncio.get_running_loop().time() + timeouts.first_byte_s)
+        headers = self.headers(client_headers)
+        try:
+            async with asyncio.timeout_at(limit):
+                received = await session.post(self.url + path, data=body, headers=headers, allow_redirects=False)
+                response = UpstreamResponse(self.url, received, timeouts, deadline)
+                try:
+                    response.body = await (received.content.readany() if response.is_stream else received.read())
+                except BaseException:
+                    received.close()
+                    raise
+        except (aiohttp.ClientError, TimeoutError) as error:
+            failure = engine_failure(error, self.url, f"first_byte_s: {timeouts.first_byte_s:g}")
+            self.is_reachable = self.is_reachable and failure.code != "engine_unreachable"
+            raise failure from error
+        if 300 <= response.status < 400:
+            raise ApiError(502, "engine_redirects", f"the engine at {self.url} redirects; redirects are not followed")
+        self.is_reachable = True
+        return response
+
+
+class UpstreamResponse:
+    """Status, headers and body of a response of the engine at `url`.
+
+    `body` is the whole body, or the first piece of a stream, which `pieces` continues.
+    """
+
+    def __init__(self, url: str, response: aiohttp.ClientResponse, timeouts: TimeoutsConfig, deadline: float) -> None:
+        self.url = url
+        self.status = response.status
+        self.headers = response.headers
+        self.is_stream = response.content_type == _EVENT_STREAM
+        self.body = b""
+        self._response = response
+        self._timeouts = timeouts
+        self._deadline = deadline
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The pieces of a stream as they arrive. Raises ApiError when the engine breaks off or stops sending."""
+        yield self.body
+        content, loop = self._response.content, asyncio.get_running_loop()
+        setting = ""
+        try:
+            while not content.at_eof():
+                until, setting = self._next_deadline(loop.time())
+                async with asyncio.timeout_at(until):
+                    piece = await content.readany()
+                if piece:
+                    yield piece
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise engine_failure(error, self.url, setting) from error
+
+    def _next_deadline(self, now: float) -> tuple[float, str]:
+        """Deadline for the next piece, and the timeout setting that it comes from."""
+        timeouts = self._timeouts
+        chunk = (now + timeouts.chunk_s, f"chunk_s: {timeouts.chunk_s:g}")
+        return min(chunk, (self._deadline, f"total_s: {timeouts.total_s:g}"))
+
+    async def finish(self) -> None:
+        """Read the few bytes after the last event, so that the connection can be reused."""
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            async with asyncio.timeout(_FINISH_S):
+                while not self._response.content.at_eof():
+                    await self._response.content.readany()
+
+    def close(self) -> None:
+        """Close the connection of an unfinished stream, so that the engine stops sampling; else reuse it."""
+        if self._response.content.at_eof():
+            self._response.release()
+        else:
+            self._response.close()
+
+    def error_message(self) -> str:
+        """The message of an error body."""
+        try:
+            body: Json = json.loads(self.body)
+            return error_message(body["error"])
+        except (ValueError, TypeError, KeyError):
+            return self.body[:1000].decode(errors="replace")
+
+
+class FairQueue:
+    """At most `limit` calls at once. Rollouts with waiting calls take turns; the calls of one keep their order.
+
+    For one event loop.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.in_use = 0
+        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+
+    @property
+    def waiting(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    async def acquire(self, rollout: str) -> None:
+        """Wait for a slot for a call of `rollout`; `release` it afterwards."""
+        if self.in_use < self.limit and not self._waiting:
+            self.in_use += 1
+            return
+        slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(rollout, deque()).append(slot)
+        try:
+            await slot
+        except asyncio.CancelledError:
+            if slot.done() and not slot.cancelled():
+                self.release()  # The slot was granted just before the cancellation.
+            else:
+                self._leave(rollout, slot)
+            raise
+
+    def release(self) -> None:
+        """Grant the slot to the next rollout in turn."""
+        while self._waiting:
+            rollout, calls = self._waiting.popitem(last=False)
+            slot = calls.popleft()
+            if calls:
+                self._waiting[rollout] = calls  # At the end of the line.
+            if not slot.done():
+                slot.set_result(None)
+                return
+        self.in_use -= 1
+
+    def _leave(self, rollout: str, slot: asyncio.Future[None]) -> None:
+        calls = self._waiting.get(rollout)
+        if calls is not None and slot in calls:
+            calls.remove(slot)
+            if not calls:
+                del self._waiting[rollout]
 
 
 def read_key(config: UpstreamConfig) -> str | None:
-    """The engine's key. Raises ConfigError where the environment variable that holds it is not set."""
+    """The engine's key. Raises ConfigError if the environment variable that should hold it is not set."""
     if config.key_env is None:
         return None
     key = os.environ.get(config.key_env, "").strip()
     if not key:
         raise ConfigError(f"gateway.engines: ${config.key_env}, the key of {config.url}, is not set")
     return key
+
+
+def forwarded(headers: Mapping[str, str]) -> dict[str, str]:
+    """The headers that the gateway passes on, in either direction."""
+    return {name: value for name, value in headers.items() if name.lower() not in _NOT_FORWARDED}
+
+
+def engine_failure(error: Exception, url: str, setting: str) -> ApiError:
+    """The client's error for a failed connection; `setting` is the timeout that applied, with its value."""
+    if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+        return ApiError(503, "engine_unreachable", f"no engine answers at {url}; is it running?")
+    if isinstance(error, TimeoutError):
+        return ApiError(
+            504, "engine_timeout", f"the engine at {url} did not answer in time (gateway.timeouts.{setting})"
+        )
+    return ApiError(502, "engine_error", f"the engine at {url} broke off: {error or type(error).__name__}")

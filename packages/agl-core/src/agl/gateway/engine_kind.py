@@ -1,62 +1,63 @@
-"""Kinds of engine: how each is asked for token ids. `agl.tokens.capture` reads the answers of all kinds."""
+"""Kinds of engine: how each is asked for token ids, and how it takes a prompt of token ids.
 
-from abc import abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar, Protocol
+`agl.tokens.capture` reads the responses of all kinds.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from agl import semconv
 from agl.tokens.capture import SGLANG_FIELDS, Json
 
 
-class Shape(Protocol):
-    detokenized: ClassVar[str]
-    """Field of the text in an answer of /detokenize."""
-
-    @abstractmethod
-    def ids(self, operation: str) -> Json:
-        """The fields of a request that ask for the token ids of its prompt and answer."""
+class EngineKind(ABC):
+    capture_fields: ClassVar[Mapping[str, Json]]
+    """For each operation the request fields that ask for token ids and logprobs."""
+    detokenized_field: ClassVar[str]
+    """Field of the text in a response of /detokenize."""
 
     @abstractmethod
     def with_prompt(self, request: Json, ids: Sequence[int]) -> Json:
-        """A chat completion to be sampled from the prompt `ids` in place of what the chat template makes of it."""
+        """A chat completion sampled from the prompt `ids` instead of the chat template's output."""
 
     @abstractmethod
-    def to_detokenize(self, ids: Sequence[int]) -> Json:
-        """The body for /detokenize that keeps the text of special tokens."""
+    def detokenize_body(self, ids: Sequence[int]) -> Json:
+        """Body for /detokenize that keeps the text of special tokens."""
 
 
-class Vllm(Shape):
-    """vLLM 0.32. It takes prompts of chats from the field for a prefill that was done elsewhere."""
+class Vllm(EngineKind):
+    """vLLM 0.32. A chat takes prompt ids in the field meant for a prefill computed by a different engine."""
 
-    detokenized = "prompt"
-
-    def ids(self, operation: str) -> Json:
-        return {"return_token_ids": True}
+    capture_fields: ClassVar[Mapping[str, Json]] = {
+        semconv.OPERATION_CHAT: {"return_token_ids": True, "logprobs": True},
+        semconv.OPERATION_TEXT_COMPLETION: {"return_token_ids": True, "logprobs": 1},
+    }
+    detokenized_field = "prompt"
 
     def with_prompt(self, request: Json, ids: Sequence[int]) -> Json:
-        given = request.get("kv_transfer_params") or {}
-        return request | {"kv_transfer_params": given | {"prompt_token_ids": ids}}
+        params = request.get("kv_transfer_params") or {}
+        return request | {"kv_transfer_params": params | {"prompt_token_ids": ids}}
 
-    def to_detokenize(self, ids: Sequence[int]) -> Json:
+    def detokenize_body(self, ids: Sequence[int]) -> Json:
         return {"tokens": ids}
 
 
-class Sglang(Shape):
-    """SGLang since August 2026. Streams of chats refuse `return_token_ids`, which completions need."""
+class Sglang(EngineKind):
+    """SGLang since August 2026. Streamed chats reject `return_token_ids`, which completions need."""
 
-    detokenized = "text"
-
-    def ids(self, operation: str) -> Json:
-        if operation == semconv.OPERATION_CHAT:
-            return dict.fromkeys(SGLANG_FIELDS, True)
-        return {"return_token_ids": True}
+    capture_fields: ClassVar[Mapping[str, Json]] = {
+        semconv.OPERATION_CHAT: dict.fromkeys(SGLANG_FIELDS, True) | {"logprobs": True},
+        semconv.OPERATION_TEXT_COMPLETION: {"return_token_ids": True, "logprobs": 1},
+    }
+    detokenized_field = "text"
 
     def with_prompt(self, request: Json, ids: Sequence[int]) -> Json:
         return request | {"input_ids": ids}
 
-    def to_detokenize(self, ids: Sequence[int]) -> Json:
+    def detokenize_body(self, ids: Sequence[int]) -> Json:
         return {"tokens": ids, "skip_special_tokens": False}
 
 
-SHAPES: dict[str, Shape] = {"vllm": Vllm(), "sglang": Sglang()}
-"""By `kind` of the engine's configuration."""
+ENGINE_KINDS: dict[str, EngineKind] = {"vllm": Vllm(), "sglang": Sglang()}
+"""By `kind` in the engine's configuration."""

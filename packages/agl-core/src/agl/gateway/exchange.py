@@ -1,190 +1,274 @@
-"""One call on its way: to the engine, into the store, and only then to its end at the client."""
+"""One call from the client's request to the end of its response, which is sent only after the call is recorded."""
 
 import asyncio
 import json
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import aiohttp
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from agl.config import RecordMode
+from agl import semconv
+from agl.config import GatewayConfig
 from agl.errors import AglError
-from agl.gateway.call import Call
-from agl.gateway.continuation import Continuations
-from agl.gateway.dialect import Dialect
-from agl.gateway.dispatch import Dispatch
-from agl.gateway.history import Place
-from agl.gateway.recorder import Recorder
-from agl.gateway.sse import DONE, NOT_RECORDED, event_data, split_events
-from agl.gateway.upstream_response import Answer, forwarded
+from agl.gateway.conversation import Conversations, conversation_key
+from agl.gateway.dialect.dialect import DONE, Dialect, event_data, split_events
+from agl.gateway.dispatch import Dispatch, Routes
+from agl.gateway.drift_kind import find_drift
+from agl.gateway.engine import UpstreamResponse, forwarded
+from agl.gateway.exact_prefix import exact_prompt
+from agl.gateway.record import CallRecord, Recorder
+from agl.gateway.request import CallerLookup, Seeds, changes, prepare, read_json
 from agl.server.api_error import ApiError
+from agl.server.auth import project_of
+from agl.server.body import read_body, run_while_connected
 from agl.tokens.capture import Json
+from agl.tokens.packing import unpack_ids
 
 logger = logging.getLogger(__name__)
 
-NOT_RECORDED_HEADER = "x-agl-recorded"
-_REFUSED = frozenset({400, 422})
-"""Statuses of an engine that does not take tokens, or not so many: what was thought stays in an exact prompt."""
+NOT_RECORDED_HEADER: Final = "x-agl-recorded"
+_NOT_RECORDED_EVENT: Final = b": the call could not be recorded\n\n"
+"""A comment, which clients skip."""
+_TOKENS_REFUSED: Final = frozenset({400, 422})
+"""Statuses of an engine that takes no token ids, or not so many: an exact prompt keeps the thoughts of all turns."""
+_TOKENS_IGNORED: Final = "the engine takes no tokens in a chat"
+
+
+@dataclass(slots=True)
+class GatewayParts:
+    """What all calls of a gateway share; `session` and `recorder` exist while the app runs."""
+
+    config: GatewayConfig
+    overrides: Mapping[str, Mapping[str, Any]]
+    callers: CallerLookup
+    routes: Routes
+    dispatch: Dispatch
+    seeds: Seeds = field(default_factory=Seeds)
+    conversations: Conversations = field(default_factory=Conversations)
+    session: aiohttp.ClientSession = field(init=False)
+    recorder: Recorder = field(init=False)
+
+    def check_body_size(self, size: int) -> None:
+        if size > (limit := self.config.max_body_bytes):
+            raise ApiError(413, "too_large", f"the request is over {limit} bytes (gateway.max_body_bytes)")
+
+
+class CallEndpoint:
+    """ASGI endpoint of one dialect."""
+
+    def __init__(self, parts: GatewayParts, dialect: type[Dialect]) -> None:
+        self._parts = parts
+        self._dialect = dialect
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await read_body(receive, self._parts.check_body_size)
+            exchange = await self._open(Request(scope, receive), body, send)
+            await run_while_connected(receive, exchange.run(scope, receive))
+        except ClientDisconnect:
+            return
+        except AglError as error:
+            await self._dialect.error_response(ApiError.of(error))(scope, receive, send)
+
+    async def _open(self, request: Request, data: bytes, send: Send) -> "Exchange":
+        """Read the request and prepare the engine's. Raises ApiError for a request that cannot be sent."""
+        parts, kind = self._parts, self._dialect
+        text, body = read_json(data)
+        model = body["model"] if isinstance(body.get("model"), str) else None
+        engine_model = model and parts.routes.resolve(model)
+        dialect = kind(body, engine_model)
+        caller = await parts.callers.identify(request)
+        sent = prepare(
+            dialect.request,
+            dialect.requested,
+            capture=parts.routes.kind(engine_model or "").capture_fields[kind.operation],
+            extra_body=parts.config.extra_body,
+            forced=parts.overrides.get(caller.mode or "prod", {}),
+            seed=parts.seeds.next(*caller.seed_key) if caller.seed_key else None,
+        )
+        record = CallRecord(
+            caller,
+            kind.operation,
+            path=kind.path,
+            headers=forwarded(request.headers),
+            engine_model=engine_model or "",
+            sent=sent,
+            client_body=text,
+            model=model,
+            changed=changes(body, sent) if kind.is_native else changes({}, sent),
+            project=project_of(request.scope),
+            capture=dialect.capture,
+        )
+        key = conversation_key(caller.rollout_id, caller.attempt_id, caller.trace_id, record.engine_model)
+        if key is not None and kind.operation == semconv.OPERATION_CHAT:
+            record.position = parts.conversations.locate(key, sent)
+        return Exchange(parts, dialect, record, send)
 
 
 class Exchange:
-    """Takes `call` to an engine and its answer to the client in `dialect`, recording it in between.
+    """Sends a call to an engine, relays the response in the client's dialect, and records the call before its end."""
 
-    A client that goes away cancels `run`; then the engine's request is closed, and what was sampled is recorded.
-    """
-
-    def __init__(
-        self,
-        call: Call,
-        dialect: Dialect,
-        *,
-        place: Place | None,
-        continuations: Continuations,
-        dispatch: Dispatch,
-        recorder: Recorder,
-        mode: RecordMode,
-        send: Send,
-    ) -> None:
-        self._call = call
+    def __init__(self, parts: GatewayParts, dialect: Dialect, record: CallRecord, send: Send) -> None:
+        self._parts = parts
         self._dialect = dialect
-        self._place = place
-        self._continuations = continuations
-        self._dispatch = dispatch
-        self._recorder = recorder
-        self._mode = mode
+        self._record = record
         self._send = send
         self._streaming = False
 
-    async def run(self, session: aiohttp.ClientSession, scope: Scope, receive: Receive) -> None:
-        """Sample, record, end the answer. Whatever happens to a call that was let in, it is recorded once."""
+    async def run(self, scope: Scope, receive: Receive) -> None:
+        """Every call is recorded once, whatever its outcome; only one that met a paused gateway is not.
+
+        If `run` is cancelled, the engine's request is closed and the tokens sampled so far are recorded.
+        """
+        record = self._record
         try:
-            ending = await self._ask(session)
-        except ApiError as refusal:
-            if refusal.code == "paused":  # It has met no engine, and comes again.
-                return await self._refuse(refusal)(scope, receive, self._send)
-            self._call.fail(refusal.code, str(refusal))
-            self._call.http_status = self._call.http_status or refusal.http_status
-            ending = self._refuse(refusal)
+            ending = await self._sample()
+        except ApiError as error:
+            if error.code == "paused":  # The call reached no engine, and the client repeats it.
+                return await self._fail(error)(scope, receive, self._send)
+            record.fail(error.code, str(error))
+            record.http_status = record.http_status or error.http_status
+            ending = self._fail(error)
         except asyncio.CancelledError:
-            self._call.fail("cancelled", "the client went away before the answer was complete")
-            await self._record()
+            record.fail("cancelled", "the client went away before the answer was complete")
+            await self._commit()
             raise
-        if unrecorded := await self._record():
-            ending = self._refuse(unrecorded) if self._mode == "closed" else self._admit(ending)
+        if not_recorded := await self._commit():
+            closed = self._parts.config.record == "closed"
+            ending = self._fail(not_recorded) if closed else self._mark_unrecorded(ending)
         await ending(scope, receive, self._send)
 
-    async def _ask(self, session: aiohttp.ClientSession) -> ASGIApp:
-        """Have the call answered up to its end; returns what sends the end. Raises ApiError when the engine fails."""
-        call, place = self._call, self._place
-        if place is None:
-            async with self._dispatch.answer(session, call.trip) as answer:
-                return await self._relay(answer)
-        engine = self._dispatch.engine_for(call.trip)
-        prompt = await self._continuations.extend(session, call, place, engine)
+    async def _sample(self) -> ASGIApp:
+        """Relay the response up to its end; returns the app that sends the end. Raises ApiError if the engine fails."""
+        parts, record = self._parts, self._record
+        record.engine = parts.dispatch.choose_engine(record)
+        prompt = await exact_prompt(parts.session, record) if parts.config.exact_prefix else None
+        ending = None
         if prompt is not None:
-            call.trip.body = json.dumps(engine.shape.with_prompt(call.sent, prompt)).encode()
-        async with self._dispatch.answer(session, call.trip) as answer:
-            refused = prompt is not None and answer.status in _REFUSED
-            ending = None if refused else await self._relay(answer)
+            body = record.engine.kind.with_prompt(record.sent, unpack_ids(prompt))
+            ending = await self._ask(body, _TOKENS_REFUSED)
         if ending is None:
-            call.prefix, prompt = f"the engine refused the tokens: {answer.error_message()}", None
-            call.trip.body = json.dumps(call.sent).encode()
-            async with self._dispatch.answer(session, call.trip) as answer:
-                ending = await self._relay(answer)
-        await self._continuations.compare(session, call, place, prompt)
+            prompt = None
+            ending = await self._ask(record.sent)
+        assert ending is not None
+        await self._compare_prompt(prompt)
         return ending
 
-    async def _relay(self, answer: Answer) -> ASGIApp:
-        """Relay the answer up to its end; returns what sends the end. Raises ApiError when the engine fails."""
-        self._call.http_status = answer.status
-        if answer.is_stream:
-            return await self._relay_events(answer)
-        return self._relay_whole(answer)
+    async def _ask(self, body: Json, refusals: Collection[int] = ()) -> ASGIApp | None:
+        """Send `body` and relay the response; None if its status is one of `refusals`."""
+        parts, record = self._parts, self._record
+        record.body = json.dumps(body).encode()
+        async with parts.dispatch.response(parts.session, record) as response:
+            if response.status in refusals:
+                record.prefix = f"the engine refused the tokens: {response.error_message()}"
+                return None
+            record.http_status = response.status
+            return await self._relay_stream(response) if response.is_stream else self._relay_whole(response)
 
-    def _relay_whole(self, answer: Answer) -> Response:
-        if answer.status < 400:
-            body = self._take(answer.body, lambda data: self._dialect.whole(answer.body, data))
+    def _relay_whole(self, response: UpstreamResponse) -> Response:
+        if response.status < 400:
+            body = self._take(response.body, lambda data: self._dialect.render_whole(response.body, data))
         else:
-            self._call.fail(str(answer.status), answer.error_message())
-            body = self._dialect.refused(answer.body, answer.status)
-        return Response(body, answer.status, forwarded(answer.headers))
+            self._record.fail(str(response.status), response.error_message())
+            body = self._dialect.engine_error(response.body, response.status)
+        return Response(body, response.status, forwarded(response.headers))
 
-    async def _relay_events(self, answer: Answer) -> ASGIApp:
-        """Send events as they come. What ends the stream is left to be sent after recording."""
+    async def _relay_stream(self, response: UpstreamResponse) -> ASGIApp:
+        """Send events as they arrive, except the last."""
         self._streaming = True
-        await self._send(_response_start(answer))
+        await self._send(_response_start(response))
         rest = b""
-        async for piece in answer.pieces():
+        async for piece in response.pieces():
             events, rest = split_events(rest + piece)
             done = [event for event in events if event_data(event) == DONE]
             if relayed := b"".join(self._relay_event(event) for event in events):
-                await self._send(_body(relayed, more=True))
+                await self._send(_response_body(relayed, more=True))
             if done:
-                await answer.finish()
-                return _LastBody(self._dialect.end(done[0]))
-        return _LastBody(self._relay_event(rest) + self._dialect.end(b""))
+                await response.finish()
+                return _StreamEnd(self._dialect.render_end(done[0]))
+        return _StreamEnd(self._relay_event(rest) + self._dialect.render_end(b""))
 
     def _relay_event(self, event: bytes) -> bytes:
-        """The event as the client asked for it; empty where nothing of it is for the client, or it ends the stream."""
+        """The event in the client's dialect; empty if nothing of it is for the client, or it ends the stream."""
         data = event_data(event)
         if data == DONE or not event:
             return b""
         if not data:
             return event + b"\n\n"
-        return self._take(data, lambda chunk: self._dialect.chunk(event, chunk))
+        return self._take(data, lambda chunk: self._dialect.render_chunk(event, chunk))
 
     def _take(self, data: bytes, render: Callable[[Json], bytes]) -> bytes:
-        """Read and capture a whole answer or a chunk, and write it for the client."""
+        """Capture a whole response or a chunk, and render it for the client."""
         try:
-            answer: Any = json.loads(data)
-            self._call.answer(answer)
-            return render(answer)
+            part: Any = json.loads(data)
+            self._record.add(part)
+            return render(part)
         except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-            raise ApiError(
-                502, "engine_error", f"the engine at {self._call.upstream} sent what is not an OpenAI answer: {error}"
-            ) from error
+            url = self._record.engine and self._record.engine.url
+            message = f"the engine at {url} sent what is not an OpenAI answer: {error}"
+            raise ApiError(502, "engine_error", message) from error
 
-    async def _record(self) -> ApiError | None:
-        """Write the call durably; a ApiError that says why where that cannot be done."""
-        spans = self._call.spans()
+    async def _compare_prompt(self, exact: bytes | None) -> None:
+        """Record whether the engine used the `exact` prompt, and how the prompt drifted from the sampled tokens."""
+        record, position = self._record, self._record.position
+        choices = record.capture.choices()
+        if position is None or not choices or not choices[0].prompt_ids:
+            return
         try:
-            await self._recorder.record(spans)
+            prompt = choices[0].packed_prompt_ids()
+        except (TypeError, OverflowError):  # Not token ids: the call cannot be recorded either.
+            return
+        if exact is not None and not prompt.startswith(exact):
+            record.prefix = _TOKENS_IGNORED
+        if position.previous is not None:
+            record.drifted = await find_drift(self._parts.session, record, position, position.previous, prompt)
+
+    async def _commit(self) -> ApiError | None:
+        """Commit the call's spans; returns an error if that fails."""
+        record, parts = self._record, self._parts
+        spans = record.spans()
+        try:
+            await parts.recorder.commit(spans)
         except (AglError, TypeError, OverflowError) as error:
-            logger.error("a call could not be recorded (gateway.record: %s): %s", self._mode, error)
+            logger.error("a call could not be recorded (gateway.record: %s): %s", parts.config.record, error)
             return ApiError(500, "not_recorded", f"the call could not be recorded, its answer is withheld: {error}")
-        if self._place is not None:
-            self._continuations.keep(self._call, self._place, spans)
+        if record.position is not None and not record.error_type:
+            parts.conversations.remember(record.position, record.capture.choices(), spans)
         return None
 
-    def _refuse(self, refusal: ApiError) -> ASGIApp:
-        return _LastBody(self._dialect.error(refusal)) if self._streaming else self._dialect.refusal(refusal)
+    def _fail(self, error: ApiError) -> ASGIApp:
+        if self._streaming:
+            return _StreamEnd(self._dialect.render_error(error))
+        return self._dialect.error_response(error)
 
-    def _admit(self, ending: ASGIApp) -> ASGIApp:
-        """`ending`, saying that the call is not recorded: in a header, or in a comment of the stream."""
-        if isinstance(ending, _LastBody):
-            return _LastBody(NOT_RECORDED + ending.body)
+    def _mark_unrecorded(self, ending: ASGIApp) -> ASGIApp:
+        """`ending` with a header, or a comment in the stream, that says that the call is not recorded."""
+        if isinstance(ending, _StreamEnd):
+            return _StreamEnd(_NOT_RECORDED_EVENT + ending.body)
         if isinstance(ending, Response):
             ending.headers[NOT_RECORDED_HEADER] = "false"
         return ending
 
 
-def _response_start(answer: Answer) -> Message:
-    headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in forwarded(answer.headers).items()]
-    return {"type": "http.response.start", "status": answer.status, "headers": headers}
-
-
-def _body(body: bytes, *, more: bool) -> Message:
-    return {"type": "http.response.body", "body": body, "more_body": more}
-
-
-class _LastBody:
+class _StreamEnd:
     """ASGI app that ends a stream with `body`."""
 
     def __init__(self, body: bytes) -> None:
         self.body = body
 
     async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
-        await send(_body(self.body, more=False))
+        await send(_response_body(self.body, more=False))
+
+
+def _response_start(response: UpstreamResponse) -> Message:
+    headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in forwarded(response.headers).items()]
+    return {"type": "http.response.start", "status": response.status, "headers": headers}
+
+
+def _response_body(body: bytes, *, more: bool) -> Message:
+    return {"type": "http.response.body", "body": body, "more_body": more}

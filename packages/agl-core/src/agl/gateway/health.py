@@ -1,4 +1,4 @@
-"""Whether the engines answer: asked regularly where there are several, and whenever somebody wants to know."""
+"""Which engines are reachable: checked at intervals if there are several, and on request."""
 
 import asyncio
 import json
@@ -9,9 +9,8 @@ from typing import Any, Final
 import aiohttp
 from starlette.responses import JSONResponse, Response
 
-from agl.gateway.engine import Engine
-from agl.gateway.routing import Routes
-from agl.gateway.upstream_response import engine_failure, forwarded
+from agl.gateway.dispatch import Routes
+from agl.gateway.engine import Engine, engine_failure, forwarded
 from agl.server.api_error import ApiError
 from agl.tokens.capture import Json
 
@@ -20,7 +19,7 @@ _MODELS_TIMEOUT_S: Final = 30
 
 
 class Health:
-    """Looks at the engines of `routes` every `every_s` seconds, where there is a choice between them."""
+    """Checks the engines of `routes` every `every_s` seconds, if there is more than one."""
 
     def __init__(self, session: aiohttp.ClientSession, routes: Routes, every_s: float) -> None:
         self._session = session
@@ -39,50 +38,50 @@ class Health:
                     await watch
 
     async def states(self) -> list[Json]:
-        """Of each engine, asked now: its URL, whether it answers, and how many calls are there and wait."""
-        await self._look()
+        """For each engine, checked now: its URL, whether it responds, and how many calls are active and waiting."""
+        await self._check_all()
         return [
             {
                 "url": engine.url,
-                "answers": engine.answers,
-                "calls": engine.slots.in_use,
-                "waiting": engine.slots.waiting,
+                "answers": engine.is_reachable,
+                "calls": engine.queue.in_use,
+                "waiting": engine.queue.waiting,
             }
             for engine in self._routes.engines
         ]
 
     async def _watch(self) -> None:
         while True:
-            await self._look()
+            await self._check_all()
             await asyncio.sleep(self._every_s)
 
-    async def _look(self) -> None:
-        await asyncio.gather(*map(self._ask, self._routes.engines))
+    async def _check_all(self) -> None:
+        await asyncio.gather(*map(self._check, self._routes.engines))
 
-    async def _ask(self, engine: Engine) -> None:
+    async def _check(self, engine: Engine) -> None:
         try:
-            answer = await _get_models(self._session, engine, {}, _TIMEOUT_S)
-            engine.answers = answer.status_code == 200
+            response = await _get_models(self._session, engine, {}, _TIMEOUT_S)
+            engine.is_reachable = response.status_code == 200
         except ApiError:
-            engine.answers = False
+            engine.is_reachable = False
 
 
 async def list_models(session: aiohttp.ClientSession, routes: Routes, headers: Mapping[str, str]) -> Response:
-    """What `/v1/models` answers: the engine's own list, or one of all engines and of the names that stand for others.
+    """Response to `/v1/models`: the engine's own list, or the models of all engines with the mapped names.
 
-    Engines that fail are left out as long as one does not. Raises ApiError where there is none, or all fail.
+    Engines that fail are left out as long as one responds. Raises ApiError if there is no engine, or all fail.
     """
     if len(routes.engines) == 1 and not routes.names:
         return await _get_models(session, routes.engines[0], headers, _MODELS_TIMEOUT_S)
     if not routes.engines:
         routes.choose("", None)
-    answers = await asyncio.gather(
+    responses = await asyncio.gather(
         *(_get_models(session, engine, headers, _MODELS_TIMEOUT_S) for engine in routes.engines),
         return_exceptions=True,
     )
-    listed = [_models(answer) for answer in answers if isinstance(answer, Response) and answer.status_code == 200]
+    listed = [_models(one) for one in responses if isinstance(one, Response) and one.status_code == 200]
     if not listed:
-        first = answers[0]
+        first = responses[0]
         if isinstance(first, BaseException):
             raise first
         return first
@@ -98,14 +97,14 @@ async def _get_models(
         async with asyncio.timeout(timeout_s):
             async with session.get(
                 f"{engine.url}/models", headers=engine.headers(headers), allow_redirects=False
-            ) as answer:
-                return Response(await answer.read(), answer.status, forwarded(answer.headers))
+            ) as response:
+                return Response(await response.read(), response.status, forwarded(response.headers))
     except (aiohttp.ClientError, TimeoutError) as error:
         raise engine_failure(error, engine.url, f"{timeout_s:g} s") from error
 
 
-def _models(answer: Response) -> list[dict[str, Any]]:
+def _models(response: Response) -> list[dict[str, Any]]:
     try:
-        return [model for model in json.loads(bytes(answer.body))["data"] if isinstance(model, dict)]
+        return [model for model in json.loads(bytes(response.body))["data"] if isinstance(model, dict)]
     except (ValueError, TypeError, KeyError):
         return []

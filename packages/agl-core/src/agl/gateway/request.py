@@ -1,60 +1,115 @@
-"""What the gateway sends to the engine: the client's request, what capture needs, and what the mode forces."""
+"""Reads a client's request: its JSON body and its caller; and prepares the request for the engine."""
 
+import asyncio
 import hashlib
+import json
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Final, Self
+
+from opentelemetry import trace
+from opentelemetry.baggage.propagation import W3CBaggagePropagator
+from opentelemetry.context import Context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from starlette.requests import Request
 
 from agl import semconv
+from agl.context import carried_attributes
+from agl.server.api_error import ApiError
+from agl.store import Rollout, Store
 from agl.tokens.capture import Json, RequestedFields
 
-_ALIASES = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+_TRACE_CONTEXT: Final = TraceContextTextMapPropagator()
+_BAGGAGE: Final = W3CBaggagePropagator()
+_ROLLOUTS_REMEMBERED: Final = 65_536
+_ATTEMPTS_REMEMBERED: Final = 65_536
+_ALIASES: Final = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 """Two names of the OpenAI API for one setting."""
-_REPETITION = re.compile(r"~\d+")
-_ATTEMPTS_REMEMBERED = 65_536
+_REPETITION: Final = re.compile(r"~\d+")
 
 
-def prepare(
-    body: Json,
-    operation: str,
-    *,
-    ids: Mapping[str, Any],
-    extra_body: Mapping[str, Any],
-    forced: Mapping[str, Any],
-    seed: int | None,
-) -> Json:
-    """The request for the engine. `ids` are the fields by which it is asked for token ids.
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The rollout of a call, as far as the request names it, and the span that made the call."""
 
-    `extra_body` is added where the client set nothing; a None in it leaves a field out that capture would add, for
-    engines that refuse the field. `forced` is set whatever the client said. `seed` is used where nobody names one.
-    """
-    asked = RequestedFields.read(body, operation)
-    capture = {**ids, "logprobs": True if operation == semconv.OPERATION_CHAT else 1}
-    asked_for = {"logprobs": asked.logprobs} | {name: bool(body.get(name)) for name in ids}
-    sent = dict(body)
-    for name, value in (capture | {"seed": seed} | dict(extra_body)).items():
-        if value is not None and not asked_for.get(name, _sets(body, name)):
-            sent[name] = value
-    for name, value in forced.items():
-        sent.pop(_ALIASES.get(name, name), None)
-        sent[name] = value
-    return sent
+    rollout_id: str | None = None
+    attempt_id: str | None = None
+    group_id: str | None = None
+    mode: str | None = None
+    role: str | None = None
+    trace_id: str | None = None
+    """None: the call starts a new trace."""
+    parent_id: str | None = None
+
+    @classmethod
+    def read(cls, headers: Mapping[str, str], url: Mapping[str, str]) -> Self:
+        """From `traceparent`, `baggage` and the URL; the URL's `rollout_id` and `attempt_id` override the baggage."""
+        carried = carried_attributes(_BAGGAGE.extract(headers, Context()))
+        parent = trace.get_current_span(_TRACE_CONTEXT.extract(headers, Context())).get_span_context()
+        return cls(
+            rollout_id=url.get("rollout_id") or carried.get(semconv.ROLLOUT_ID),
+            attempt_id=url.get("attempt_id") or carried.get(semconv.ATTEMPT_ID),
+            group_id=carried.get(semconv.GROUP_ID),
+            mode=carried.get(semconv.MODE),
+            role=carried.get(semconv.ROLE),
+            trace_id=trace.format_trace_id(parent.trace_id) if parent.is_valid else None,
+            parent_id=trace.format_span_id(parent.span_id) if parent.is_valid else None,
+        )
+
+    def with_defaults(self, rollout: Rollout | None) -> Self:
+        """Missing mode and group from the queued `rollout`; without one the mode is `prod`."""
+        if rollout is None:
+            return replace(self, mode=self.mode or "prod")
+        return replace(self, mode=self.mode or rollout.mode, group_id=self.group_id or rollout.group_id)
+
+    @property
+    def seed_key(self) -> tuple[str, str] | None:
+        """Rollout and attempt of a training call, else None."""
+        return (self.rollout_id, self.attempt_id or "") if self.mode == "train" and self.rollout_id else None
+
+    def attributes(self) -> dict[str, str]:
+        """Attributes of every span of the call."""
+        named = {
+            semconv.ROLLOUT_ID: self.rollout_id,
+            semconv.ATTEMPT_ID: self.attempt_id,
+            semconv.GROUP_ID: self.group_id,
+            semconv.MODE: self.mode,
+            semconv.ROLE: self.role,
+        }
+        return {name: value for name, value in named.items() if value}
 
 
-def changes(body: Json, sent: Json) -> Json:
-    """The fields in which the engine's request differs from `body`; None for those left out."""
-    return {name: sent.get(name) for name in (*sent, *(body.keys() - sent)) if sent.get(name) != body.get(name)}
+class CallerLookup:
+    """Identifies callers. Rollouts found in `store` are remembered: their mode and group never change."""
 
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._known: OrderedDict[str, Rollout] = OrderedDict()
 
-def _sets(body: Json, name: str) -> bool:
-    return body.get(name) is not None or body.get(_ALIASES.get(name, name)) is not None
+    async def identify(self, request: Request) -> Caller:
+        caller = Caller.read(request.headers, request.path_params)
+        if caller.rollout_id is None or caller.mode is not None:
+            return caller.with_defaults(None)
+        return caller.with_defaults(await self._rollout(caller.rollout_id))
+
+    async def _rollout(self, rollout_id: str) -> Rollout | None:
+        if rollout_id in self._known:
+            self._known.move_to_end(rollout_id)
+            return self._known[rollout_id]
+        rollout = await asyncio.to_thread(self._store.get_rollout, rollout_id)
+        if rollout is not None:
+            self._known[rollout_id] = rollout
+            if len(self._known) > _ROLLOUTS_REMEMBERED:
+                self._known.popitem(last=False)
+        return rollout
 
 
 class Seeds:
-    """Seeds of the calls of each attempt: the same attempt, run again, gets the same seeds in the same order.
+    """Sampling seeds for the calls of each attempt. An attempt that is run again gets the same seeds in order.
 
-    `~n` in an id marks a repetition (a resumed training repeats the step that was cut short), which samples the same.
+    `~n` in an id marks a repetition: a resumed training repeats an interrupted step, which then samples the same.
     """
 
     def __init__(self) -> None:
@@ -70,3 +125,49 @@ class Seeds:
         name = _REPETITION.sub("", f"{rollout_id}\0{attempt_id}\0{index}")
         digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
         return int.from_bytes(digest, "big") >> 1
+
+
+def read_json(body: bytes) -> tuple[str, Json]:
+    """The body as text and as JSON object. Raises ApiError for anything else."""
+    try:
+        text = body.decode()
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, "invalid_json", f"the request body is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ApiError(400, "invalid_json", f"the request body is {type(data).__name__}, expected a JSON object")
+    return text, data
+
+
+def prepare(
+    body: Json,
+    requested: RequestedFields,
+    *,
+    capture: Mapping[str, Any],
+    extra_body: Mapping[str, Any],
+    forced: Mapping[str, Any],
+    seed: int | None,
+) -> Json:
+    """The request for the engine. `capture` are the fields that ask for token ids and logprobs.
+
+    `extra_body` is added where the client set nothing; a None in it removes a field that the capture would add, for
+    engines that refuse the field. `forced` replaces the client's values. `seed` is used if nothing else sets one.
+    """
+    has_value = {name: bool(body.get(name)) for name in capture} | {"logprobs": requested.logprobs}
+    sent = dict(body)
+    for name, value in ({**capture, "seed": seed} | dict(extra_body)).items():
+        if value is not None and not has_value.get(name, _sets(body, name)):
+            sent[name] = value
+    for name, value in forced.items():
+        sent.pop(_ALIASES.get(name, name), None)
+        sent[name] = value
+    return sent
+
+
+def changes(body: Json, sent: Json) -> Json:
+    """The fields in which the engine's request differs from `body`; None for a field that was removed."""
+    return {name: sent.get(name) for name in (*sent, *(body.keys() - sent)) if sent.get(name) != body.get(name)}
+
+
+def _sets(body: Json, name: str) -> bool:
+    return body.get(name) is not None or body.get(_ALIASES.get(name, name)) is not None

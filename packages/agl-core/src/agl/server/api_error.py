@@ -5,7 +5,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from agl.errors import GatewayError
+from agl.errors import AglError, GatewayError
 
 _SERVER_ERROR = 500
 
@@ -21,6 +21,11 @@ class ApiError(GatewayError):
         self.http_status = http_status
         self.code = code
         self.retry_after_s = retry_after_s
+
+    @classmethod
+    def of(cls, error: AglError) -> "ApiError":
+        """`error` itself, or a 500 with its message."""
+        return error if isinstance(error, ApiError) else cls(_SERVER_ERROR, "gateway_error", str(error))
 
     def body(self) -> dict[str, Any]:
         kind = "server_error" if self.http_status >= _SERVER_ERROR else "invalid_request_error"

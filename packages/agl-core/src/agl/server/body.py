@@ -1,6 +1,7 @@
-"""Reading a request body within a limit."""
+"""What arrives from a client after the head of its request: the body, within a limit, and the disconnect."""
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
@@ -23,3 +24,31 @@ async def read_body(receive: Receive, check_size: Callable[[int], None]) -> byte
         check_size(size)
         pieces.append(piece)
     return b"".join(pieces)
+
+
+async def run_while_connected(receive: Receive, work: Awaitable[None]) -> None:
+    """Await `work`, in this task, and cancel it when the client disconnects; the body has been read."""
+    task, disconnected = asyncio.current_task(), False
+    assert task is not None
+
+    def cancel(_: object) -> None:
+        nonlocal disconnected
+        disconnected = True
+        task.cancel()
+
+    watch = asyncio.create_task(_disconnect(receive))
+    watch.add_done_callback(cancel)
+    try:
+        await work
+    except asyncio.CancelledError:
+        if not disconnected:
+            raise
+        task.uncancel()
+    finally:
+        watch.remove_done_callback(cancel)
+        watch.cancel()
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,1 +1,1 @@
-"""Token ids and logprobs: packed into bytes, captured from answers, compared with the next prompt."""
+"""Token ids and logprobs: packed into bytes, captured from responses, compared with the next prompt."""

@@ -1,9 +1,11 @@
-"""What is captured of an answer of an OpenAI-compatible engine, whole or in stream chunks, and what its client sees.
+"""Token ids, logprobs, text and tool calls captured from an OpenAI-compatible engine's response, whole or in chunks.
 
-Token ids stand where vLLM puts them: `prompt_token_ids` at the top level (chat) or in the choice (completions),
-`token_ids` in the choice; in a stream the prompt's on the first chunk, the answer's on every chunk. Or where SGLang
-puts those of a chat: `sglext` at the top level, with `input_ids` and for each choice `output_ids`; in a stream on a
-chunk of their own behind all others.
+`Capture.add` reads a whole response or one chunk; `strip` removes from it what the client did not request.
+
+vLLM: `prompt_token_ids` is at the top level (chat) or in the choice (completions), `token_ids` in the choice. In a
+stream the first chunk has the prompt's ids, and each chunk the ids of its tokens.
+SGLang, chat: `sglext` at the top level has `input_ids`, and `output_ids` with a list for each choice. In a stream a
+separate last chunk has it.
 """
 
 from dataclasses import dataclass, field
@@ -19,26 +21,26 @@ SGLANG_FIELDS: Final = {
     "return_input_ids_in_sglext": "input_ids",
     "return_output_ids_in_sglext": "output_ids",
 }
-"""What a request asks SGLang for, and where in `sglext` it stands."""
+"""SGLang's request fields, each with the field of `sglext` that it asks for."""
 _ENVELOPE = frozenset({"id", "object", "created", "model", "choices", "usage"})
 
 
 @dataclass(frozen=True, slots=True)
 class RequestedFields:
-    """What the client asked for itself: the model's name, and which of the captured fields it wants to see."""
+    """What the client requested itself: the model's name, and which captured fields it wants in the response."""
 
     token_ids: bool
     logprobs: bool
     model: str | None = None
     sent_model: str | None = None
-    """The name by which the engine was asked, where that is another."""
+    """The name sent to the engine, if it differs from `model`."""
     sglext: frozenset[str] = frozenset()
-    """Fields of `sglext`."""
+    """Subset of `input_ids`, `output_ids` that the client requested."""
 
     @classmethod
     def read(cls, body: Json, operation: str) -> Self:
         logprobs = body.get("logprobs")
-        # In /v1/completions it is a number of alternatives, and 0 asks for the sampled token's own.
+        # In /v1/completions this is the number of alternatives, and 0 requests the sampled token's own logprob.
         wants_logprobs = bool(logprobs) or (operation == semconv.OPERATION_TEXT_COMPLETION and logprobs is not None)
         model = body.get("model")
         return cls(
@@ -51,7 +53,7 @@ class RequestedFields:
 
 @dataclass(slots=True)
 class ToolCall:
-    """A tool call of an answer; in a stream its parts arrive piece by piece."""
+    """A tool call of a response; a stream delivers it in pieces."""
 
     id: str = ""
     name: str = ""
@@ -77,16 +79,17 @@ class Choice:
     reasoning: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
     stop_string: str | None = None
-    """The stop string at which the engine ended the answer; None where the model did, by a token."""
+    """The stop string at which the engine ended the answer; None if the model ended it by a token."""
+    _packed_prompt_ids: bytes = b""
 
     def add(self, part: Json) -> None:
-        """Take in a choice of a whole answer or of a chunk."""
+        """Read a choice of a whole response or of a chunk."""
         message = part.get("message") or part.get("delta") or {}
         self.prompt_ids = part.get("prompt_token_ids") or self.prompt_ids
         self.token_ids += part.get("token_ids") or ()
         self.logprobs += _logprobs(part.get("logprobs") or {})
         self.finish_reason = part.get("finish_reason") or self.finish_reason
-        stop = part.get("stop_reason") or part.get("matched_stop")  # vLLM's and SGLang's names for it
+        stop = part.get("stop_reason") or part.get("matched_stop")  # The names of vLLM and SGLang.
         self.stop_string = stop if isinstance(stop, str) else self.stop_string
         self.text += part.get("text") or message.get("content") or ""
         self.reasoning += message.get("reasoning_content") or message.get("reasoning") or ""
@@ -103,11 +106,19 @@ class Choice:
         ]
         return {"role": "assistant", "parts": parts, "finish_reason": self.finish_reason}
 
+    def packed_prompt_ids(self) -> bytes:
+        """The prompt's ids, packed at the first call, which comes after the last `add`.
+
+        Raises TypeError or OverflowError for values that are no token ids.
+        """
+        self._packed_prompt_ids = self._packed_prompt_ids or pack_ids(self.prompt_ids)
+        return self._packed_prompt_ids
+
     def token_attributes(self) -> dict[str, bytes]:
-        """Span attributes of the tokens, packed, as far as they were seen."""
+        """Span attributes of the ids and logprobs that arrived, packed. Raises as `packed_prompt_ids` does."""
         found: dict[str, bytes] = {}
         if self.prompt_ids:
-            found[semconv.PROMPT_TOKEN_IDS] = pack_ids(self.prompt_ids)
+            found[semconv.PROMPT_TOKEN_IDS] = self.packed_prompt_ids()
         if self.token_ids:
             found[semconv.RESPONSE_TOKEN_IDS] = pack_ids(self.token_ids)
         if self.logprobs and None not in self.logprobs:
@@ -115,7 +126,7 @@ class Choice:
         return found
 
     def _tool_call(self, index: int | None) -> ToolCall:
-        """Tool call `index`, new if it is the next; whole answers name no index, every call there is new."""
+        """Tool call `index`, created if it is the next. Whole responses have no index: each call is a new one."""
         if index is None or index >= len(self.tool_calls):
             self.tool_calls.append(ToolCall())
             return self.tool_calls[-1]
@@ -124,7 +135,7 @@ class Choice:
 
 @dataclass(slots=True)
 class Capture:
-    """What an engine answered to one call, as far as it has arrived."""
+    """An engine's response to one call, as far as it has arrived."""
 
     response_id: str | None = None
     model: str | None = None
@@ -132,16 +143,16 @@ class Capture:
     _prompt_ids: list[int] = field(default_factory=list)
     _choices: dict[int, Choice] = field(default_factory=dict)
 
-    def add(self, answer: Json) -> None:
-        """Take in a whole answer or the next chunk."""
-        self.response_id = answer.get("id") or self.response_id
-        self.model = answer.get("model") or self.model
-        self.usage = answer.get("usage") or self.usage
-        self._prompt_ids = answer.get("prompt_token_ids") or self._prompt_ids
-        for part in answer.get("choices") or ():
-            index = part.get("index") or 0
-            self._choices.setdefault(index, Choice(index)).add(part)
-        self._add_sglext(answer.get("sglext") or {})
+    def add(self, part: Json) -> None:
+        """Read a whole response or the next chunk. Raises TypeError, AttributeError or KeyError on a wrong form."""
+        self.response_id = part.get("id") or self.response_id
+        self.model = part.get("model") or self.model
+        self.usage = part.get("usage") or self.usage
+        self._prompt_ids = part.get("prompt_token_ids") or self._prompt_ids
+        for choice in part.get("choices") or ():
+            index = choice.get("index") or 0
+            self._choices.setdefault(index, Choice(index)).add(choice)
+        self._add_sglext(part.get("sglext") or {})
 
     def _add_sglext(self, tokens: Json) -> None:
         self._prompt_ids = tokens.get("input_ids") or self._prompt_ids
@@ -150,7 +161,7 @@ class Capture:
 
     @property
     def has_tokens(self) -> bool:
-        """Whether anything sampled has arrived."""
+        """Whether any sampled token, text or tool call has arrived."""
         return any(choice.token_ids or choice.text or choice.tool_calls for choice in self._choices.values())
 
     def choices(self) -> list[Choice]:
@@ -160,55 +171,57 @@ class Capture:
         return [self._choices[index] for index in sorted(self._choices)]
 
 
-def strip(answer: Json, asked: RequestedFields) -> bool:
-    """Make of a whole answer or a chunk, in place, what the client asked for. True: it has changed."""
-    # Clients compare the name with the one they asked for; which version of it answered is the gateway's to keep.
-    changed = asked.model is not None and _is_version_of(str(answer.get("model")), asked)
+def strip(response: Json, requested: RequestedFields) -> bool:
+    """Remove, in place, what the client did not request from a whole response or a chunk. Returns whether it changed.
+
+    `model` becomes the name that the client asked for: clients compare the two, and the version is on the call's span.
+    """
+    changed = requested.model is not None and _is_version_of(str(response.get("model")), requested)
     if changed:
-        answer["model"] = asked.model
-    for holder in (answer, *(answer.get("choices") or ())):
-        for name in () if asked.token_ids else _ID_FIELDS:
+        response["model"] = requested.model
+    for holder in (response, *(response.get("choices") or ())):
+        for name in () if requested.token_ids else _ID_FIELDS:
             changed |= holder.pop(name, None) is not None
-        if not asked.logprobs and holder.get("logprobs") is not None:
+        if not requested.logprobs and holder.get("logprobs") is not None:
             holder["logprobs"] = None
             changed = True
-    return _strip_sglext(answer, asked) or changed
+    return _strip_sglext(response, requested) or changed
 
 
-def _strip_sglext(answer: Json, asked: RequestedFields) -> bool:
-    tokens = answer.get("sglext")
-    unasked = [name for name in SGLANG_FIELDS.values() if tokens and name in tokens and name not in asked.sglext]
-    if not tokens or not unasked:
+def _strip_sglext(response: Json, requested: RequestedFields) -> bool:
+    tokens = response.get("sglext")
+    extra = [name for name in SGLANG_FIELDS.values() if tokens and name in tokens and name not in requested.sglext]
+    if not tokens or not extra:
         return False
-    for name in unasked:
+    for name in extra:
         del tokens[name]
     if not tokens:
-        del answer["sglext"]
+        del response["sglext"]
     return True
 
 
-def _is_version_of(answered: str, asked: RequestedFields) -> bool:
-    """Whether a name other than the one asked for is that of its version."""
-    if asked.sent_model is not None and answered.partition("@")[0] == asked.sent_model.partition("@")[0]:
+def _is_version_of(responding: str, requested: RequestedFields) -> bool:
+    """Whether the engine's model name is a version of the requested one, or of the name sent in its place."""
+    if requested.sent_model is not None and responding.partition("@")[0] == requested.sent_model.partition("@")[0]:
         return True
-    return answered.startswith(f"{asked.model}@")
+    return responding.startswith(f"{requested.model}@")
 
 
 def is_empty_chunk(chunk: Json) -> bool:
-    """Whether a stripped chunk only carried what was taken out of it: an engine would not send it by itself.
+    """Whether a stripped chunk has nothing left: without the capture the engine would not have sent it.
 
-    So it is with chat tokens that have no text yet (half a character, a tool call being read); completions send every
-    token.
+    Chat tokens without text (half a character, a tool call that is still being parsed) give such chunks; completions
+    send every token.
     """
     choices = chunk.get("choices")
     if not choices:
         return choices == [] and not chunk.get("usage") and chunk.keys() <= _ENVELOPE
-    return not chunk.get("usage") and all(_is_silent(choice) for choice in choices)
+    return not chunk.get("usage") and all(_is_empty(choice) for choice in choices)
 
 
-def _is_silent(choice: Json) -> bool:
-    said = [choice.get(name) for name in ("finish_reason", "logprobs", "token_ids")]
-    return "delta" in choice and not any(said + list((choice["delta"] or {}).values()))
+def _is_empty(choice: Json) -> bool:
+    fields = [choice.get(name) for name in ("finish_reason", "logprobs", "token_ids")]
+    return "delta" in choice and not any(fields + list((choice["delta"] or {}).values()))
 
 
 def _logprobs(logprobs: Json) -> list[float]:

@@ -1,7 +1,7 @@
-"""Drift: what became of sampled tokens when a chat template wrote the answer they made into the next prompt.
+"""Drift: the next prompt has different tokens than were sampled, because the chat template rewrote the answer's text.
 
-The prompt of a turn that continues a conversation starts, token for token, with the prompt and the answer before it.
-Where it does not, text was made of tokens and tokens of text on the way, and something was lost.
+The prompt of a turn that continues a conversation should start, token for token, with the previous prompt and answer.
+An agent sends back text, and the template tokenizes it again, so the tokens may differ.
 """
 
 import json
@@ -13,92 +13,94 @@ from agl.tokens.packing import ID_BYTES, unpack_ids
 
 
 class Drift(StrEnum):
-    """How a call hangs on the call before it in the conversation."""
+    """How a call's prompt relates to the tokens of the previous call in the conversation."""
 
     CLEAN = "clean"
-    """Its prompt starts with everything so far: same row."""
+    """The prompt starts with all previous tokens: both calls share a row."""
     RETOKENIZED = "retokenized"
-    """The history has other tokens than were sampled. Where the engine told their text, it is the same text."""
+    """The prompt has different tokens for the same text, or the engine did not report the text."""
     WHITESPACE = "whitespace"
-    """The history has the answer with other blanks or line breaks."""
+    """The prompt has the answer with different blanks or line breaks."""
     REASONING = "reasoning"
-    """The history has the answer without what was thought before it."""
+    """The prompt has the answer without its thoughts."""
     ARGUMENTS = "arguments"
-    """The history has the arguments of a tool call written otherwise."""
+    """The prompt has the arguments of a tool call in a different form."""
     REWRITTEN = "rewritten"
-    """The template wrote the answer otherwise, in none of these ways."""
+    """The template changed the answer in none of these ways."""
     EDITED = "edited"
-    """The client sent back another answer than it was given."""
+    """The client sent back a different answer than it got."""
     FORK = "fork"
-    """The history is exact but already went on otherwise, under another policy, or to another answer: a new row."""
+    """The prompt is exact, but the tokens were already continued differently, by a different policy, or to a
+    different answer: a new row."""
 
 
 PREFIX_EXACT: Final = "exact"
-"""What a span says of a prompt that was made of the tokens held (`agl.gateway.prefix`)."""
+"""Value of the span attribute `agl.gateway.prefix` for a prompt built from sampled tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The first token in which a prompt differs from what was sampled; texts are known where an engine told them."""
+    """The first token in which a prompt differs from the sampled tokens; texts if the engine reported them."""
 
     position: int
-    """In the prompt."""
+    """Index in the prompt."""
     sampled: int
     prompt: int | None
-    """None: the prompt ends there."""
+    """None: the prompt ends before this position."""
     sampled_text: str | None = None
     prompt_text: str | None = None
 
     def __str__(self) -> str:
-        there = "nothing" if self.prompt is None else _named(self.prompt, self.prompt_text)
-        return f"token {self.position}: {_named(self.sampled, self.sampled_text)} was sampled, the prompt has {there}"
+        found = "nothing" if self.prompt is None else _with_text(self.prompt, self.prompt_text)
+        sampled = _with_text(self.sampled, self.sampled_text)
+        return f"token {self.position}: {sampled} was sampled, the prompt has {found}"
 
 
 def first_difference(context: bytes, prompt: bytes) -> Difference | None:
-    """Where `prompt` stops to follow `context`, both packed ids; None where it starts with all of it."""
+    """The first token in which `prompt` differs from `context`, both packed ids; None if it starts with all of it."""
     if prompt.startswith(context):
         return None
     low, high = 0, min(len(context), len(prompt)) // ID_BYTES
-    while low < high:  # The longest common start, by halves: comparing bytes is comparing memory.
+    while low < high:  # Binary search for the longest common start: slices of bytes compare as fast as memory.
         middle = (low + high + 1) // 2
         if context[: middle * ID_BYTES] == prompt[: middle * ID_BYTES]:
             low = middle
         else:
             high = middle - 1
     sampled = unpack_ids(context[low * ID_BYTES : (low + 1) * ID_BYTES])
-    there = unpack_ids(prompt[low * ID_BYTES : (low + 1) * ID_BYTES])
-    return Difference(low, sampled[0], there[0] if there else None)
+    found = unpack_ids(prompt[low * ID_BYTES : (low + 1) * ID_BYTES])
+    return Difference(low, sampled[0], found[0] if found else None)
 
 
 @dataclass(frozen=True, slots=True)
 class Drifted:
-    """What the gateway says of a call whose prompt does not start with the tokens of the call before it."""
+    """The span attribute `agl.gateway.drift`: how a prompt differs from the tokens of the previous call."""
 
     kind: Drift
     difference: Difference
     after: str
-    """Span id of the call before it."""
+    """Span id of the previous call."""
 
     def to_json(self) -> str:
-        found = self.difference
-        told: dict[str, Any] = {"kind": self.kind, "after": self.after, "position": found.position}
-        told["sampled"] = {"id": found.sampled, "text": found.sampled_text}
-        told["prompt"] = {"id": found.prompt, "text": found.prompt_text}
-        return json.dumps(told)
+        difference = self.difference
+        data: dict[str, Any] = {"kind": self.kind, "after": self.after, "position": difference.position}
+        data["sampled"] = {"id": difference.sampled, "text": difference.sampled_text}
+        data["prompt"] = {"id": difference.prompt, "text": difference.prompt_text}
+        return json.dumps(data)
 
     @classmethod
     def of_json(cls, text: str) -> Self | None:
-        """None where `text` is none of what `to_json` writes."""
+        """None if `text` does not have the form that `to_json` writes."""
         try:
-            told = json.loads(text)
-            sampled, prompt = told["sampled"], told["prompt"]
+            data = json.loads(text)
+            sampled, prompt = data["sampled"], data["prompt"]
             difference = Difference(
-                told["position"], sampled["id"], prompt["id"], sampled.get("text"), prompt.get("text")
+                data["position"], sampled["id"], prompt["id"], sampled.get("text"), prompt.get("text")
             )
-            return cls(Drift(told["kind"]), difference, told["after"])
+            return cls(Drift(data["kind"]), difference, data["after"])
         except (ValueError, TypeError, KeyError, AttributeError):
             return None
 
 
-def _named(token: int, text: str | None) -> str:
+def _with_text(token: int, text: str | None) -> str:
     return str(token) if text is None else f"{token} {text!r}"

@@ -1,7 +1,7 @@
 """Token ids and logprobs as packed bytes: one OTLP value instead of hundreds.
 
-Packed form: int32 (ids) or float32 (logprobs), little-endian. Readers also accept plain arrays of numbers, as other
-tools write them.
+Packed form: int32 (ids) or float32 (logprobs), little-endian. The unpacking functions also accept plain arrays of
+numbers, which spans of other tools hold.
 """
 
 import sys
@@ -13,7 +13,7 @@ ID_BYTES: Final = 4
 
 
 def pack_ids(ids: Iterable[int]) -> bytes:
-    """int32 little-endian bytes. Raises OverflowError for an id outside int32."""
+    """int32 little-endian bytes. Raises TypeError for a value that is no int, OverflowError for one outside int32."""
     return _little_endian(array("i", ids)).tobytes()
 
 
@@ -53,7 +53,7 @@ def _unpack(typecode: str, value: bytes) -> array:
 
 
 def _little_endian(items: array) -> array:
-    """`items` in little-endian order, in place; its own inverse."""
+    """Swap between native and little-endian order, in place; its own inverse."""
     if sys.byteorder == "big":
         items.byteswap()
     return items

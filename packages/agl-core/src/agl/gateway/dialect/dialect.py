@@ -1,53 +1,126 @@
-"""What a dialect does with one call: the request as the engine reads it, the answer as the client does."""
+"""An API that clients speak: what a dialect does with one call, and the two APIs that engines speak themselves."""
 
-from typing import ClassVar, Protocol
+import json
+import re
+from dataclasses import replace
+from typing import ClassVar, Final, Protocol
 
 from starlette.responses import Response
 
+from agl import semconv
 from agl.server.api_error import ApiError
-from agl.tokens.capture import Json
+from agl.tokens.capture import Capture, Json, RequestedFields, is_empty_chunk, strip
+
+DONE: Final = b"[DONE]"
+"""Data of the server-sent event that ends a stream."""
+_EVENT_END: Final = re.compile(rb"\r?\n\r?\n")
+
+
+def split_events(received: bytes) -> tuple[list[bytes], bytes]:
+    """The complete server-sent events in `received`, without the blank lines that end them, and the rest."""
+    *events, rest = _EVENT_END.split(received)
+    return events, rest
+
+
+def event_data(event: bytes) -> bytes:
+    """The `data` of a server-sent event; empty for a comment."""
+    return b"\n".join(line[5:].strip() for line in event.splitlines() if line.startswith(b"data:"))
+
+
+def to_event(data: Json, name: str = "") -> bytes:
+    """A server-sent event, with the blank line that ends it."""
+    head = f"event: {name}\n".encode() if name else b""
+    return head + b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
 
 class Dialect(Protocol):
-    """One call in the client's API. What renders is told of each part of the answer once, in its order."""
+    """One call in the client's API. The caller adds each part of the response to `capture`, then renders it."""
 
     operation: ClassVar[str]
     path: ClassVar[str]
-    """Below the engine's base URL."""
-
+    """Path of the engine's API, below its base URL."""
     is_native: ClassVar[bool]
-    """Whether engines are asked in it; else the request is translated."""
+    """Whether engines speak this API; else the request is translated."""
 
     request: Json
-    """What the engine is asked."""
+    """The request in the engine's API."""
+    requested: RequestedFields
+    """The captured fields that `request` asks for by itself."""
+    capture: Capture
+    """The response as far as it has arrived."""
 
     def __init__(self, body: Json, model: str | None) -> None:
-        """Read the client's request; `model` is the name by which engines know the one it asks for.
+        """Read the client's request; `model` is the engines' name for its model.
 
-        Raises ApiError for what cannot be asked of an engine.
+        Raises ApiError for a request that engines cannot serve.
         """
 
-    def whole(self, raw: bytes, answer: Json) -> bytes:
-        """The body for the client; `raw` is the engine's, `answer` the same as JSON, which may be changed."""
+    def render_whole(self, raw: bytes, response: Json) -> bytes:
+        """The body for the client. `raw` is the engine's body, `response` the same as JSON, which may be changed."""
         ...
 
-    def chunk(self, event: bytes, chunk: Json) -> bytes:
-        """The events for the client, maybe none; `event` is the engine's, `chunk` its data, which may be changed."""
+    def render_chunk(self, event: bytes, chunk: Json) -> bytes:
+        """Events for the client, or none. `event` is the engine's, `chunk` its data, which may be changed."""
         ...
 
-    def end(self, done: bytes) -> bytes:
-        """What ends the stream; `done` is the event by which the engine did, empty where it just stopped."""
+    def render_end(self, done: bytes) -> bytes:
+        """The end of the stream. `done` is the engine's last event; empty if the engine sent none."""
         ...
 
-    def error(self, refusal: ApiError) -> bytes:
+    def render_error(self, error: ApiError) -> bytes:
         """The event that ends a stream that fails."""
         ...
 
-    @classmethod
-    def refusal(cls, refusal: ApiError) -> Response:
-        """The answer to a call that fails before anything of it was sent."""
+    def engine_error(self, raw: bytes, status: int) -> bytes:
+        """The body for an error response of the engine, whose body is `raw`."""
         ...
 
-    def refused(self, raw: bytes, status: int) -> bytes:
-        """The body of an error that the engine answered."""
+    @classmethod
+    def error_response(cls, error: ApiError) -> Response:
+        """The response to a call that fails before any part of a response was sent."""
         ...
+
+
+class _Native(Dialect):
+    """Passes the engine's response on, without the fields that only the gateway requested."""
+
+    is_native = True
+
+    def __init__(self, body: Json, model: str | None) -> None:
+        self.request = body
+        self.requested = RequestedFields.read(body, self.operation)
+        self.capture = Capture()
+        if model != self.requested.model:
+            self.request = body | {"model": model}
+            self.requested = replace(self.requested, sent_model=model)
+
+    def render_whole(self, raw: bytes, response: Json) -> bytes:
+        return json.dumps(response, separators=(",", ":")).encode() if strip(response, self.requested) else raw
+
+    def render_chunk(self, event: bytes, chunk: Json) -> bytes:
+        if not strip(chunk, self.requested):
+            return event + b"\n\n"
+        return b"" if is_empty_chunk(chunk) else to_event(chunk)
+
+    def render_end(self, done: bytes) -> bytes:
+        return done and done + b"\n\n"
+
+    def render_error(self, error: ApiError) -> bytes:
+        return to_event(error.body())
+
+    def engine_error(self, raw: bytes, status: int) -> bytes:
+        return raw
+
+    @classmethod
+    def error_response(cls, error: ApiError) -> Response:
+        return error.response()
+
+
+class ChatCompletion(_Native):
+    operation = semconv.OPERATION_CHAT
+    path = "/chat/completions"
+
+
+class TextCompletion(_Native):
+    operation = semconv.OPERATION_TEXT_COMPLETION
+    path = "/completions"

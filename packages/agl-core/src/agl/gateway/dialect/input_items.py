@@ -1,4 +1,4 @@
-"""The input of the Responses API as messages of a chat completion."""
+"""Translates the input of the Responses API to the messages of a chat completion."""
 
 from collections.abc import Iterator
 from typing import Any, Final
@@ -10,7 +10,7 @@ _PARTS: Final = {"input_text": "text", "output_text": "text", "refusal": "refusa
 
 
 def to_messages(items: list[Json]) -> Iterator[Json]:
-    """The chat messages of the input's items; tool calls that follow each other, or a text, stand in one message."""
+    """The chat messages for input items; a text and the tool calls that follow it form one assistant message."""
     assistant: Json | None = None
     for item in items:
         kind = item.get("type", "message")
@@ -56,9 +56,9 @@ def _content(content: Any) -> Any:
     """Content of a chat message: text as a string, with images as parts."""
     if isinstance(content, str):
         return content
-    odd = {part["type"] for part in content} - {*_PARTS, "input_image"}
-    if odd:
-        raise ValueError(f"engines know no content of type {', '.join(sorted(odd))}")
+    unknown = {part["type"] for part in content} - {*_PARTS, "input_image"}
+    if unknown:
+        raise ValueError(f"engines know no content of type {', '.join(sorted(unknown))}")
     if all(part["type"] in _PARTS for part in content):
         return "".join(part[_PARTS[part["type"]]] for part in content)
     return [

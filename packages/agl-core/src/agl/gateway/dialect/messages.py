@@ -1,20 +1,20 @@
-"""Anthropic's Messages API (`/v1/messages`), asked as chat completions."""
+"""Anthropic's Messages API (`/v1/messages`), translated to chat completions."""
 
 import json
 from collections.abc import Iterator
 from typing import Any, Final
 
+from agl.gateway.dialect.dialect import to_event
 from agl.gateway.dialect.translated import Translated, function_tool, text_of, tool_call
-from agl.gateway.sse import to_event
 from agl.server.api_error import ApiError, error_message
 from agl.tokens.capture import Choice, Json
 
-_TAKEN: Final = frozenset(
+_NOT_COPIED: Final = frozenset(
     {"model", "messages", "system", "stop_sequences", "tools", "tool_choice", "thinking", "metadata", "stream"}
     | {"service_tier", "max_tokens"}
 )
-"""Fields that are translated, or say nothing to an engine; others go on as they are."""
-_UNKNOWN_TO_ENGINES: Final = ("mcp_servers", "container", "context_management")
+"""Fields that are translated, or that engines do not know; all others are copied."""
+_NOT_SUPPORTED: Final = ("mcp_servers", "container", "context_management")
 _STOP_REASONS: Final = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 _TOOL_CHOICES: Final = {"auto": "auto", "any": "required", "none": "none"}
 _ERROR_TYPES: Final = {
@@ -36,15 +36,15 @@ class Messages(Translated):
         self._thinks = (body.get("thinking") or {}).get("type", "disabled") != "disabled"
         self._blocks = 0
         self._open = ""
-        """What the block under way is: `text`, `thinking`, or the index of a tool call."""
+        """The open block: `text`, `thinking`, or `tool` and its index; `start`: between blocks; empty: not started."""
 
     def translate(self, body: Json) -> Json:
-        for name in _UNKNOWN_TO_ENGINES:
+        for name in _NOT_SUPPORTED:
             if body.get(name):
                 raise ValueError(f"{name} is not for engines; take it out")
         system = [{"role": "system", "content": text_of(body["system"])}] if body.get("system") else []
         turns = [turn for message in body["messages"] for turn in _turns(message)]
-        request = {name: value for name, value in body.items() if name not in _TAKEN}
+        request = {name: value for name, value in body.items() if name not in _NOT_COPIED}
         request |= {"messages": system + turns}
         if body.get("max_tokens") is not None:
             request["max_tokens"] = body["max_tokens"]
@@ -59,16 +59,13 @@ class Messages(Translated):
             raise ValueError(f"the tool {tool.get('name')!r} runs at a provider ({tool.get('type')}); offer your own")
         return function_tool(tool["name"], tool.get("description"), tool["input_schema"])
 
-    # --- The answer ---------------------------------------------------------------------------------------------------
+    # --- The response -------------------------------------------------------------------------------------------------
 
-    def whole(self, raw: bytes, answer: Json) -> bytes:
-        self.capture.add(answer)
-        self._note_stop(answer)
+    def render_whole(self, raw: bytes, response: Json) -> bytes:
         content = list(self._content(self.choice))
         return json.dumps(self._message(content) | self._stop() | {"usage": self._usage()}).encode()
 
-    def delta(self, choice: Json, delta: Json) -> bytes:
-        self._note_stop({"choices": [choice]})
+    def render_delta(self, choice: Json, delta: Json) -> bytes:
         events = b"" if self._blocks or self._open else self._start()
         if self._thinks and (thought := delta.get("reasoning_content") or delta.get("reasoning")):
             events += self._block("thinking", {"type": "thinking", "thinking": "", "signature": ""})
@@ -85,7 +82,7 @@ class Messages(Translated):
                 events += self._delta({"type": "input_json_delta", "partial_json": arguments})
         return events
 
-    def end(self, done: bytes) -> bytes:
+    def render_end(self, done: bytes) -> bytes:
         start = b"" if self._open else self._start()
         last = {"type": "message_delta", "delta": self._stop(), "usage": self._usage()}
         return start + self._close() + _event(last) + _event({"type": "message_stop"})
@@ -97,7 +94,7 @@ class Messages(Translated):
         return _event({"type": "message_start", "message": message})
 
     def _block(self, kind: str, start: Json) -> bytes:
-        """The events that begin a block, unless it is under way."""
+        """The events that start a block, unless it is open."""
         if kind == self._open:
             return b""
         closed = self._close()
@@ -126,35 +123,28 @@ class Messages(Translated):
         for call in choice.tool_calls:
             yield {"type": "tool_use", "id": call.id, "name": call.name, "input": _arguments(call.arguments)}
 
-    _stopped_at: str | None = None
-
-    def _note_stop(self, part: Json) -> None:
-        """vLLM's `stop_reason` is the stop string that was met."""
-        for choice in part.get("choices") or ():
-            if isinstance(choice.get("stop_reason"), str):
-                self._stopped_at = choice["stop_reason"]
-
     def _stop(self) -> Json:
-        reason = _STOP_REASONS.get(self.choice.finish_reason or "stop", "end_turn")
-        if reason == "end_turn" and self._stopped_at is not None:
+        choice = self.choice
+        reason = _STOP_REASONS.get(choice.finish_reason or "stop", "end_turn")
+        if reason == "end_turn" and choice.stop_string is not None:
             reason = "stop_sequence"
-        return {"stop_reason": reason, "stop_sequence": self._stopped_at}
+        return {"stop_reason": reason, "stop_sequence": choice.stop_string}
 
     def _usage(self) -> Json:
-        read, written = self.tokens()
-        return {"input_tokens": read, "output_tokens": written}
+        prompt, answer = self.token_counts()
+        return {"input_tokens": prompt, "output_tokens": answer}
 
     # --- Errors -------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def error_body(cls, refusal: ApiError) -> Json:
-        kind = _ERROR_TYPES.get(refusal.http_status, "api_error")
-        return {"type": "error", "error": {"type": kind, "message": str(refusal), "code": refusal.code}}
+    def error_body(cls, error: ApiError) -> Json:
+        kind = _ERROR_TYPES.get(error.http_status, "api_error")
+        return {"type": "error", "error": {"type": kind, "message": str(error), "code": error.code}}
 
-    def error(self, refusal: ApiError) -> bytes:
-        return _event(self.error_body(refusal))
+    def render_error(self, error: ApiError) -> bytes:
+        return _event(self.error_body(error))
 
-    def refused(self, raw: bytes, status: int) -> bytes:
+    def engine_error(self, raw: bytes, status: int) -> bytes:
         try:
             message = error_message(json.loads(raw)["error"])
         except (ValueError, TypeError, KeyError):
@@ -167,7 +157,7 @@ def _event(data: Json) -> bytes:
 
 
 def _turns(message: Json) -> Iterator[Json]:
-    """The chat messages of one message: results of tools stand alone there, and come first."""
+    """The chat messages of one message: each tool result is a message of its own, before the rest."""
     role, content = message["role"], message["content"]
     if isinstance(content, str):
         yield {"role": role, "content": content}
@@ -182,14 +172,14 @@ def _turns(message: Json) -> Iterator[Json]:
     ]
     thoughts = "".join(block["thinking"] for block in content if block["type"] == "thinking")
     parts = [_part(block) for block in content if block["type"] in ("text", "image")]
-    odd = {block["type"] for block in content} - {"text", "image", "tool_use", "tool_result", "thinking"}
-    if odd:
-        raise ValueError(f"engines know no content of type {', '.join(sorted(odd))}")
+    unknown = {block["type"] for block in content} - {"text", "image", "tool_use", "tool_result", "thinking"}
+    if unknown:
+        raise ValueError(f"engines know no content of type {', '.join(sorted(unknown))}")
     if parts or calls:
         plain = all(part["type"] == "text" for part in parts)
-        said: Json = {"role": role, "content": (text_of(parts) or None) if plain else parts}
-        said |= {"tool_calls": calls} if calls else {}
-        yield said | ({"reasoning_content": thoughts} if thoughts else {})
+        turn: Json = {"role": role, "content": (text_of(parts) or None) if plain else parts}
+        turn |= {"tool_calls": calls} if calls else {}
+        yield turn | ({"reasoning_content": thoughts} if thoughts else {})
 
 
 def _part(block: Json) -> Json:
@@ -209,7 +199,7 @@ def _tool_choice(choice: Json | None) -> Json:
 
 
 def _arguments(text: str) -> Any:
-    """Arguments as an object; what is none, as a model may write it, under one key."""
+    """Arguments as an object; anything else that a model wrote, under the key `arguments`."""
     try:
         value = json.loads(text or "{}")
     except ValueError:

@@ -1,22 +1,22 @@
-"""OpenAI's Responses API (`/v1/responses`), asked as chat completions; nothing is kept between calls."""
+"""OpenAI's Responses API (`/v1/responses`), translated to chat completions; no state is kept between calls."""
 
 import json
 import time
 from typing import Any, Final
 
+from agl.gateway.dialect.dialect import to_event
 from agl.gateway.dialect.input_items import to_messages
 from agl.gateway.dialect.translated import Translated, function_tool
-from agl.gateway.sse import to_event
 from agl.server.api_error import ApiError
 from agl.tokens.capture import Json
 
-_TAKEN: Final = frozenset(
+_NOT_COPIED: Final = frozenset(
     {"model", "input", "instructions", "max_output_tokens", "tools", "tool_choice", "text", "reasoning", "include"}
     | {"stream", "stream_options", "store", "metadata", "truncation", "background", "previous_response_id", "prompt"}
     | {"conversation", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "top_logprobs"}
     | {"max_tool_calls", "service_tier"}
 )
-"""Fields that are translated, or say nothing to an engine; others go on as they are."""
+"""Fields that are translated, or that engines do not know; all others are copied."""
 _STATEFUL: Final = ("previous_response_id", "conversation", "prompt", "background")
 _LOGPROBS: Final = "message.output_text.logprobs"
 _ECHOED: Final = {
@@ -31,7 +31,7 @@ _ECHOED: Final = {
     "text": {"format": {"type": "text"}},
     "truncation": "disabled",
 }
-"""Fields of the request that an answer repeats, with their defaults."""
+"""Fields of the request that a response repeats, with their defaults."""
 
 
 class Responses(Translated):
@@ -42,18 +42,18 @@ class Responses(Translated):
         self._created = int(time.time())
         self._events = 0
         self._items: list[Json] = []
-        """Items of a stream's output, as far as they have come."""
+        """Output items that have arrived."""
         self._open: str | int = ""
-        """What the last of them is: `message`, `reasoning`, or the index of a tool call; empty: it is complete."""
+        """The open item: `message`, `reasoning`, or the index of a tool call; empty: the last item is complete."""
 
     def translate(self, body: Json) -> Json:
         for name in _STATEFUL:
             if body.get(name):
                 raise ValueError(f"{name} needs what earlier calls left behind; send the whole input instead")
-        given = body["input"]
-        items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+        content = body["input"]
+        items = [{"role": "user", "content": content}] if isinstance(content, str) else content
         system = [{"role": "system", "content": body["instructions"]}] if body.get("instructions") else []
-        request = {name: value for name, value in body.items() if name not in _TAKEN}
+        request = {name: value for name, value in body.items() if name not in _NOT_COPIED}
         request |= {"messages": system + list(to_messages(items))}
         if body.get("max_output_tokens") is not None:
             request["max_tokens"] = body["max_output_tokens"]
@@ -72,15 +72,14 @@ class Responses(Translated):
             raise ValueError(f"a tool of type {tool['type']} runs at a provider; offer a function")
         return function_tool(tool["name"], tool.get("description"), tool.get("parameters"), tool.get("strict"))
 
-    # --- The answer, whole --------------------------------------------------------------------------------------------
+    # --- The response, whole ------------------------------------------------------------------------------------------
 
-    def whole(self, raw: bytes, answer: Json) -> bytes:
-        self.capture.add(answer)
+    def render_whole(self, raw: bytes, response: Json) -> bytes:
         choice = self.choice
         if choice.reasoning:
             self._items.append(self._reasoning(choice.reasoning))
         if choice.text:
-            self._items.append(self._message(choice.text, _logprobs(answer["choices"][0])))
+            self._items.append(self._message(choice.text, _logprobs(response["choices"][0])))
         self._items += [self._call(call.id, call.name, call.arguments) for call in choice.tool_calls]
         return json.dumps(self._response(self._status())).encode()
 
@@ -88,13 +87,13 @@ class Responses(Translated):
         return "incomplete" if self.choice.finish_reason == "length" else "completed"
 
     def _response(self, status: str) -> Json:
-        read, written = self.tokens()
+        prompt, answer = self.token_counts()
         usage = {
-            "input_tokens": read,
+            "input_tokens": prompt,
             "input_tokens_details": {"cached_tokens": 0},
-            "output_tokens": written,
+            "output_tokens": answer,
             "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": read + written,
+            "total_tokens": prompt + answer,
         }
         echoed = {
             name: default if self.body.get(name) is None else self.body[name] for name, default in _ECHOED.items()
@@ -118,9 +117,11 @@ class Responses(Translated):
         return f"{kind}_{self.capture.response_id}_{len(self._items)}"
 
     def _message(self, text: str, logprobs: list[Json], status: str = "completed") -> Json:
-        content = [{"type": "output_text", "text": text, "annotations": [], "logprobs": self._shown(logprobs)}]
-        said = {"id": self._id("msg"), "type": "message", "role": "assistant", "status": status}
-        return said | {"content": content if status == "completed" else []}
+        content = [
+            {"type": "output_text", "text": text, "annotations": [], "logprobs": self._requested_logprobs(logprobs)}
+        ]
+        message = {"id": self._id("msg"), "type": "message", "role": "assistant", "status": status}
+        return message | {"content": content if status == "completed" else []}
 
     def _reasoning(self, text: str) -> Json:
         content = [{"type": "reasoning_text", "text": text}]
@@ -130,25 +131,25 @@ class Responses(Translated):
         called = {"type": "function_call", "call_id": call_id, "name": name, "arguments": arguments}
         return {"id": self._id("fc"), "status": status} | called
 
-    def _shown(self, logprobs: list[Json]) -> list[Json]:
+    def _requested_logprobs(self, logprobs: list[Json]) -> list[Json]:
         return logprobs if _LOGPROBS in (self.body.get("include") or ()) else []
 
-    # --- The answer, streamed -----------------------------------------------------------------------------------------
+    # --- The response, streamed ---------------------------------------------------------------------------------------
 
-    def delta(self, choice: Json, delta: Json) -> bytes:
+    def render_delta(self, choice: Json, delta: Json) -> bytes:
         events = b"" if self._events else self._begin()
         if thought := delta.get("reasoning_content") or delta.get("reasoning"):
             events += self._open_item("reasoning", lambda: self._reasoning(""))
-            events += self._grow("reasoning_text", self._items[-1]["content"][0], "text", thought)
+            events += self._append("reasoning_text", self._items[-1]["content"][0], "text", thought)
         if text := delta.get("content"):
             events += self._open_item("message", lambda: self._message("", [], "in_progress"))
             if not (message := self._items[-1])["content"]:
                 message["content"].append({"type": "output_text", "text": "", "annotations": [], "logprobs": []})
                 part = message["content"][0] | {"text": ""}
                 events += self._event("response.content_part.added", {"content_index": 0, "part": part})
-            logprobs = self._shown(_logprobs(choice))
+            logprobs = self._requested_logprobs(_logprobs(choice))
             message["content"][0]["logprobs"] += logprobs
-            events += self._grow("output_text", message["content"][0], "text", text, logprobs=logprobs)
+            events += self._append("output_text", message["content"][0], "text", text, logprobs=logprobs)
         for call in delta.get("tool_calls") or ():
             events += self._add_to_call(call)
         return events
@@ -160,10 +161,10 @@ class Responses(Translated):
             call.get("index", 0), lambda: self._call(call.get("id") or "", name, "", "in_progress")
         )
         if arguments:
-            events += self._grow("function_call_arguments", self._items[-1], "arguments", arguments)
+            events += self._append("function_call_arguments", self._items[-1], "arguments", arguments)
         return events
 
-    def end(self, done: bytes) -> bytes:
+    def render_end(self, done: bytes) -> bytes:
         status = self._status()
         begun = b"" if self._events else self._begin()
         return (
@@ -177,7 +178,7 @@ class Responses(Translated):
         return events
 
     def _open_item(self, kind: str | int, make: Any) -> bytes:
-        """The events that begin an item, unless it is under way."""
+        """The events that start an item, unless it is open."""
         if kind == self._open:
             return b""
         closed = self._close_item()
@@ -198,8 +199,8 @@ class Responses(Translated):
             )
             events += self._event("response.content_part.done", place | {"part": part})
         elif item["type"] == "function_call":
-            said = {"arguments": item["arguments"], "name": item["name"]}
-            events += self._event("response.function_call_arguments.done", said)
+            call = {"arguments": item["arguments"], "name": item["name"]}
+            events += self._event("response.function_call_arguments.done", call)
         else:
             text = item["content"][0]["text"]
             events += self._event("response.reasoning_text.done", {"content_index": 0, "text": text})
@@ -209,7 +210,7 @@ class Responses(Translated):
         self._open = ""
         return events
 
-    def _grow(self, kind: str, holder: Json, field: str, piece: str, **more: Any) -> bytes:
+    def _append(self, kind: str, holder: Json, field: str, piece: str, **more: Any) -> bytes:
         holder[field] += piece
         place = {} if kind == "function_call_arguments" else {"content_index": 0}
         return self._event(f"response.{kind}.delta", {"delta": piece, **place, **more})
@@ -225,13 +226,13 @@ class Responses(Translated):
     # --- Errors -------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def error_body(cls, refusal: ApiError) -> Json:
-        return refusal.body()
+    def error_body(cls, error: ApiError) -> Json:
+        return error.body()
 
-    def error(self, refusal: ApiError) -> bytes:
-        return self._event("error", {"code": refusal.code, "message": str(refusal), "param": None}, False)
+    def render_error(self, error: ApiError) -> bytes:
+        return self._event("error", {"code": error.code, "message": str(error), "param": None}, False)
 
-    def refused(self, raw: bytes, status: int) -> bytes:
+    def engine_error(self, raw: bytes, status: int) -> bytes:
         return raw
 
 
@@ -243,12 +244,12 @@ def _tool_choice(choice: Any) -> Any:
     return {"type": "function", "function": {"name": choice["name"]}}
 
 
-def _response_format(asked: Json) -> Json:
-    kind = asked.get("type", "text")
+def _response_format(requested: Json) -> Json:
+    kind = requested.get("type", "text")
     if kind == "text":
         return {}
     if kind == "json_schema":
-        schema = {name: value for name, value in asked.items() if name != "type"}
+        schema = {name: value for name, value in requested.items() if name != "type"}
         return {"response_format": {"type": kind, "json_schema": schema}}
     return {"response_format": {"type": kind}}
 

@@ -1,4 +1,4 @@
-"""What the translated APIs share: an answer is put together from its parts, and rendered from that."""
+"""Base of the APIs that are translated to chat completions and back."""
 
 from abc import abstractmethod
 from typing import Any, ClassVar
@@ -8,17 +8,17 @@ from starlette.responses import JSONResponse, Response
 from agl import semconv
 from agl.gateway.dialect.dialect import Dialect
 from agl.server.api_error import ApiError, error_message
-from agl.tokens.capture import Capture, Choice, Json
+from agl.tokens.capture import Capture, Choice, Json, RequestedFields
 
 
 class Translated(Dialect):
-    """One call that engines are asked as a chat completion. The client has one choice."""
+    """One call that engines get as a chat completion with one choice; responses are rendered from `capture`."""
 
     operation = semconv.OPERATION_CHAT
     path = "/chat/completions"
     is_native = False
     api: ClassVar[str]
-    """How the API is called in errors."""
+    """Name of the API in error messages."""
 
     def __init__(self, body: Json, model: str | None) -> None:
         self.body = body
@@ -26,40 +26,38 @@ class Translated(Dialect):
         try:
             self.request = self.translate(body) | ({"model": model} if model else {})
         except ValueError as error:
-            raise self.cannot(str(error)) from error
+            raise self.not_translatable(str(error)) from error
         except (TypeError, AttributeError, KeyError) as error:
-            raise self.cannot(f"it is not of the right form: {type(error).__name__}: {error}") from error
+            raise self.not_translatable(f"it is not of the right form: {type(error).__name__}: {error}") from error
         if body.get("stream"):
             self.request |= {"stream": True, "stream_options": {"include_usage": True}}
+        self.requested = RequestedFields.read(self.request, self.operation)
 
     @abstractmethod
     def translate(self, body: Json) -> Json:
-        """The chat completion to ask for. Raises ValueError, saying why, where there is none like it."""
+        """The equivalent chat completion. Raises ValueError with the reason if there is none."""
 
     @abstractmethod
-    def delta(self, choice: Json, delta: Json) -> bytes:
-        """The events for what a chunk adds to the answer; `capture` has it already."""
+    def render_delta(self, choice: Json, delta: Json) -> bytes:
+        """Events for a chunk's addition to the answer, which `capture` already has."""
 
     @classmethod
-    def cannot(cls, why: str) -> ApiError:
-        """The refusal of a request that cannot be translated."""
-        return ApiError(
-            400, "not_translatable", f"this request to {cls.api} cannot be asked as a chat completion: {why}"
-        )
+    def not_translatable(cls, reason: str) -> ApiError:
+        message = f"this request to {cls.api} cannot be asked as a chat completion: {reason}"
+        return ApiError(400, "not_translatable", message)
 
     @property
     def choice(self) -> Choice:
-        """What has arrived of the answer."""
+        """The answer as far as it has arrived."""
         return (self.capture.choices() or [Choice(0)])[0]
 
-    def chunk(self, event: bytes, chunk: Json) -> bytes:
+    def render_chunk(self, event: bytes, chunk: Json) -> bytes:
         if chunk.get("error"):
             raise ApiError(502, "engine_error", error_message(chunk["error"]))
-        self.capture.add(chunk)
-        return b"".join(self.delta(choice, choice.get("delta") or {}) for choice in chunk.get("choices") or ())
+        return b"".join(self.render_delta(choice, choice.get("delta") or {}) for choice in chunk.get("choices") or ())
 
-    def tokens(self) -> tuple[int, int]:
-        """Tokens of prompt and answer: as the engine states them, else counted."""
+    def token_counts(self) -> tuple[int, int]:
+        """Tokens of prompt and answer: the engine's usage, else the number of ids."""
         usage, choice = self.capture.usage, self.choice
         return (
             usage.get("prompt_tokens") or len(choice.prompt_ids),
@@ -67,13 +65,13 @@ class Translated(Dialect):
         )
 
     @classmethod
-    def refusal(cls, refusal: ApiError) -> Response:
-        return JSONResponse(cls.error_body(refusal), refusal.http_status, refusal.headers())
+    def error_response(cls, error: ApiError) -> Response:
+        return JSONResponse(cls.error_body(error), error.http_status, error.headers())
 
     @classmethod
     @abstractmethod
-    def error_body(cls, refusal: ApiError) -> Json:
-        """A refusal as the API has errors."""
+    def error_body(cls, error: ApiError) -> Json:
+        """An error in the form of the API."""
 
 
 def text_of(content: Any) -> str:

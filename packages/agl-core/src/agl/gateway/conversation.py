@@ -1,0 +1,218 @@
+"""The tokens sampled in each conversation, found by the messages that a later request sends back."""
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from agl import semconv
+from agl.span import Span
+from agl.tokens.capture import Choice, Json
+
+Key = tuple[str, str, str]
+"""Rollout, attempt and model; for a call without a rollout an empty string, the trace and the model."""
+
+_LIMIT_BYTES: Final = 64 * 2**20
+_TURN_BYTES: Final = 500
+_CONVERSATION_BYTES: Final = 450
+"""Approximate memory of a turn without its tokens and text, and of a conversation without its turns."""
+TEMPLATE_FIELDS: Final = ("tools", "chat_template", "chat_template_kwargs", "reasoning_effort", "documents")
+"""Request fields, besides the messages, that the chat template renders."""
+THOUGHT_END: Final = "</think>"
+_ENDED_BY_MODEL: Final = frozenset({"stop", "tool_calls"})
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
+
+
+def visible_text(text: str) -> str:
+    """`text` without thoughts, and without blanks around it."""
+    return text.rpartition(THOUGHT_END)[2].strip()
+
+
+@dataclass(frozen=True, slots=True)
+class AssistantMessage:
+    """An answer, as the client gets it or sends it back."""
+
+    text: str
+    reasoning: str
+    calls: tuple[tuple[str, str], ...]
+    """Name and arguments of each tool call."""
+
+    @classmethod
+    def of_choice(cls, choice: Choice) -> "AssistantMessage":
+        return cls(choice.text, choice.reasoning, tuple((call.name, call.arguments) for call in choice.tool_calls))
+
+    @classmethod
+    def read(cls, message: Json) -> "AssistantMessage":
+        """From an assistant message of a request. Raises ValueError for a message of the wrong form."""
+        try:
+            functions = [call["function"] for call in message.get("tool_calls") or ()]
+            calls = tuple((str(function["name"]), str(function.get("arguments"))) for function in functions)
+            reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
+            return cls(_text(message.get("content")), str(reasoning), calls)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"not an assistant's message: {error}") from error
+
+    def means_the_same(self, other: "AssistantMessage") -> bool:
+        """Whether both are equal apart from thoughts, blanks around the text, and the formatting of JSON."""
+        return self._meaning() == other._meaning()
+
+    @property
+    def has_thoughts(self) -> bool:
+        return bool(self.reasoning) or THOUGHT_END in self.text
+
+    def _meaning(self) -> tuple[str, list[tuple[str, Any]]]:
+        return visible_text(self.text), [(name, _parse(arguments)) for name, arguments in self.calls]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SampledTurn:
+    """A recorded answer that a conversation may continue."""
+
+    parent: "SampledTurn | None"
+    """The turn with whose tokens this turn's prompt starts."""
+    added: bytes
+    """Packed ids of prompt and answer, without those of `parent`."""
+    answer: AssistantMessage
+    ended_by_model: bool
+    """Whether the model ended the answer itself; then its last token ends the turn."""
+    span_id: str
+
+    def context(self) -> bytes:
+        """Packed ids of prompt and answer."""
+        parts, turn = [self.added], self.parent
+        while turn is not None:
+            parts.append(turn.added)
+            turn = turn.parent
+        return b"".join(reversed(parts))
+
+    @property
+    def size(self) -> int:
+        """Approximate memory in bytes."""
+        answer = self.answer
+        text = len(answer.text) + len(answer.reasoning) + sum(len(name) + len(args) for name, args in answer.calls)
+        return _TURN_BYTES + len(self.added) + text
+
+
+@dataclass(slots=True)
+class Position:
+    """A request's position in its conversation."""
+
+    key: Key
+    digest: bytes
+    """Of all its messages."""
+    messages: Sequence[Json]
+    previous: SampledTurn | None = None
+    """The latest turn whose messages this request continues, even if the client changed the answer."""
+    previous_index: int = 0
+    """Index of the message that sends the previous answer back."""
+    unchanged: SampledTurn | None = None
+    """The latest turn that this request continues with the answer unchanged in meaning."""
+    unchanged_index: int = 0
+
+
+@dataclass(slots=True)
+class _Conversation:
+    turns: dict[bytes, list[SampledTurn]] = field(default_factory=dict)
+    """By the digest of the messages that each answered."""
+    size: int = _CONVERSATION_BYTES
+
+
+class Conversations:
+    """The turns of all conversations, up to `limit` bytes; beyond it the least recently continued one is dropped."""
+
+    def __init__(self, limit: int = _LIMIT_BYTES) -> None:
+        self._limit = limit
+        self._conversations: OrderedDict[Key, _Conversation] = OrderedDict()
+        self.size = 0
+
+    def locate(self, key: Key, request: Json) -> Position | None:
+        """None if the request's messages are not a list of objects."""
+        messages = request.get("messages")
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            return None
+        conversation = self._conversations.get(key)
+        position = Position(key, b"", messages)
+        for index, digest in enumerate(_digests(request, messages)):
+            position.digest = digest
+            is_answer = index < len(messages) and messages[index].get("role") == "assistant"
+            if conversation is not None and is_answer and (turns := conversation.turns.get(digest)):
+                _advance(position, index, turns)
+        return position
+
+    def remember(self, position: Position, choices: Sequence[Choice], spans: Sequence[Span]) -> None:
+        """Keep the answers of a recorded call; `spans` are those of its `choices`."""
+        for choice, span in zip(choices, spans, strict=False):
+            prompt = span.attributes.get(semconv.PROMPT_TOKEN_IDS)
+            response = span.attributes.get(semconv.RESPONSE_TOKEN_IDS)
+            if isinstance(prompt, bytes) and isinstance(response, bytes):
+                ended = choice.finish_reason in _ENDED_BY_MODEL and choice.stop_string is None
+                parent, added = _without_known_start(position, prompt + response)
+                answer = AssistantMessage.of_choice(choice)
+                self.add(position, SampledTurn(parent, added, answer, ended, span.span_id))
+
+    def add(self, position: Position, turn: SampledTurn) -> None:
+        """Keep a turn that answered the messages of `position`."""
+        conversation = self._conversations.get(position.key)
+        if conversation is None:
+            conversation = self._conversations[position.key] = _Conversation()
+            self.size += conversation.size
+        self._conversations.move_to_end(position.key)
+        conversation.turns.setdefault(position.digest, []).append(turn)
+        conversation.size += turn.size
+        self.size += turn.size
+        while self.size > self._limit:
+            _, dropped = self._conversations.popitem(last=False)
+            self.size -= dropped.size
+
+
+def conversation_key(rollout_id: str | None, attempt_id: str | None, trace_id: str | None, model: str) -> Key | None:
+    """The conversation of a call; None for a call without rollout and trace."""
+    name = model.partition("@")[0]  # Tokens are the same under every version of a policy.
+    if rollout_id:
+        return rollout_id, attempt_id or "", name
+    return ("", trace_id, name) if trace_id else None
+
+
+def _advance(position: Position, index: int, turns: Sequence[SampledTurn]) -> None:
+    """Move `position` on to the turn of `turns` that message `index` sends back."""
+    try:
+        answer = AssistantMessage.read(position.messages[index])
+    except ValueError:
+        return
+    unchanged = next((turn for turn in reversed(turns) if turn.answer.means_the_same(answer)), None)
+    position.previous, position.previous_index = unchanged or turns[-1], index
+    if unchanged is not None:
+        position.unchanged, position.unchanged_index = unchanged, index
+
+
+def _without_known_start(position: Position, context: bytes) -> tuple[SampledTurn | None, bytes]:
+    """The turn that `context` starts with, and the rest of `context`."""
+    for turn in (position.unchanged, position.previous):
+        if turn is not None and context.startswith(start := turn.context()):
+            return turn, context[len(start) :]
+    return None, context
+
+
+def _digests(request: Json, messages: Sequence[Json]) -> Iterator[bytes]:
+    """Digests of the template fields with no message, with the first, with the first two, and so on."""
+    fields = _encode([request.get(name) for name in TEMPLATE_FIELDS])
+    rolling = hashlib.blake2b(fields.encode("utf-8", "surrogatepass"), digest_size=16)
+    yield rolling.digest()
+    for message in messages:
+        rolling.update(_encode(message).encode("utf-8", "surrogatepass"))
+        yield rolling.digest()
+
+
+def _text(content: Any) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part["text"] for part in content)
+
+
+def _parse(arguments: str) -> Any:
+    try:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments

@@ -1,0 +1,208 @@
+"""The record of a call: collected while the call is under way, turned into spans, and committed to the store."""
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from agl import semconv
+from agl.gateway.conversation import Position
+from agl.gateway.engine import Engine
+from agl.gateway.request import Caller
+from agl.server.api_error import error_message
+from agl.span import AttributeValue, Span
+from agl.store import Store
+from agl.store.span_row import SpanRow
+from agl.tokens.capture import Capture, Choice, Json
+from agl.tokens.drift import Drifted
+
+_CLIENT_KIND = 3
+_SCOPE = "agl.gateway"
+_PendingCall = tuple[list[SpanRow], asyncio.Future[None]]
+
+
+@dataclass(slots=True)
+class CallRecord:
+    """One model call while it is under way: the caller, the request, the way to an engine, the response so far."""
+
+    caller: Caller
+    operation: str
+    path: str
+    """Below the engine's base URL."""
+    headers: Mapping[str, str]
+    """The client's headers that are forwarded."""
+    engine_model: str
+    """Model name for the engines; empty if the client named none."""
+    sent: Json
+    """The request for the engine."""
+    client_body: str = ""
+    """The client's request: JSON text as received."""
+    model: str | None = None
+    """Model name in the client's request."""
+    changed: Json = field(default_factory=dict)
+    """Fields in which `sent` differs from the client's request; None for a field that was removed."""
+    project: str | None = None
+    """Project of the client's token."""
+    position: Position | None = None
+    """Position in a conversation, for a chat of a known rollout or trace."""
+    capture: Capture = field(default_factory=Capture)
+    body: bytes = b""
+    """The body that is posted: `sent`, or `sent` with an exact prompt, as JSON."""
+    engine: Engine | None = None
+    """The engine chosen, then the one last tried, in the end the one that answers."""
+    queue_ns: int = 0
+    """Time spent waiting for slots, in nanoseconds."""
+    retries: list[str] = field(default_factory=list)
+    """Reason of failure of each attempt except the last."""
+    start_ns: int = field(default_factory=time.time_ns)
+    first_token_ns: int | None = None
+    """Time from `start_ns` to the first token, in nanoseconds."""
+    http_status: int | None = None
+    error_type: str | None = None
+    error_message: str = ""
+    drifted: Drifted | None = None
+    prefix: str | None = None
+    """`exact`, or the reason for which the prompt was not built from sampled tokens."""
+
+    def add(self, part: Json) -> None:
+        """Capture a whole response or the next chunk."""
+        self.capture.add(part)
+        if self.first_token_ns is None and self.capture.has_tokens:
+            self.first_token_ns = time.time_ns() - self.start_ns
+        if error := part.get("error"):
+            self.fail("engine_error", error_message(error))
+
+    def fail(self, error_type: str, message: str) -> None:
+        self.error_type, self.error_message = error_type, message
+
+    def spans(self) -> list[Span]:
+        """A span for each choice, which ends now; without a choice one span. All share parent and response id."""
+        trace_id = self.caller.trace_id or f"{random.getrandbits(128):032x}"
+        shared = self._attributes()
+        choices = self.capture.choices()
+        of_choices = [shared | _choice_attributes(choice, self.capture.usage, len(choices)) for choice in choices]
+        return [self._span(trace_id, attributes) for attributes in of_choices or [shared]]
+
+    def _span(self, trace_id: str, attributes: Mapping[str, AttributeValue]) -> Span:
+        return Span(
+            trace_id=trace_id,
+            span_id=f"{random.getrandbits(64):016x}",  # As OpenTelemetry does: no secret depends on it.
+            parent_id=self.caller.parent_id,
+            name=semconv.SPAN_GATEWAY_CALL,
+            start_ns=self.start_ns,
+            end_ns=time.time_ns(),
+            attributes=attributes,
+            status="error" if self.error_type else "ok",
+            status_message=self.error_message,
+            kind=_CLIENT_KIND,
+            scope=_SCOPE,
+        )
+
+    def _attributes(self) -> dict[str, AttributeValue]:
+        """Attributes that the spans of all choices share."""
+        sent = self.sent
+        attributes: dict[str, AttributeValue | None] = {
+            semconv.GEN_AI_OPERATION_NAME: self.operation,
+            semconv.GEN_AI_REQUEST_MODEL: self.model,
+            semconv.GEN_AI_REQUEST_TEMPERATURE: _only(float, sent.get("temperature")),
+            semconv.GEN_AI_REQUEST_MAX_TOKENS: _only(int, sent.get("max_completion_tokens") or sent.get("max_tokens")),
+            semconv.GEN_AI_REQUEST_SEED: _only(int, sent.get("seed")),
+            semconv.GEN_AI_RESPONSE_ID: self.capture.response_id,
+            semconv.GEN_AI_RESPONSE_MODEL: self.capture.model,
+            semconv.POLICY_VERSION: policy_version(self.capture.model),
+            semconv.HTTP_RESPONSE_STATUS_CODE: self.http_status,
+            semconv.ERROR_TYPE: self.error_type,
+            semconv.GATEWAY_REQUEST: self.client_body,
+            semconv.GATEWAY_UPSTREAM: self.engine.url if self.engine else None,
+            semconv.GATEWAY_FIRST_TOKEN_NS: self.first_token_ns,
+            semconv.GATEWAY_CHANGED: json.dumps(self.changed, separators=(",", ":")) if self.changed else None,
+            semconv.GATEWAY_QUEUE_NS: self.queue_ns,
+            semconv.GATEWAY_RETRIES: self.retries or None,
+            semconv.GATEWAY_DRIFT: self.drifted.to_json() if self.drifted else None,
+            semconv.GATEWAY_PREFIX: self.prefix,
+            semconv.PROJECT: self.project,
+        }
+        return {name: value for name, value in attributes.items() if value is not None} | self.caller.attributes()
+
+
+class Recorder:
+    """Appends spans to `store` in a thread, one batch at a time; calls that end meanwhile share the next batch.
+
+    For one event loop; `close` it at the end.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._waiting: list[_PendingCall] = []
+        self._writing: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "agl-recorder")
+
+    async def commit(self, spans: Sequence[Span]) -> None:
+        """Returns when `spans` are committed. If the caller is cancelled meanwhile they are committed all the same.
+
+        Raises AglError if the store refuses them, TypeError or OverflowError for values that a span cannot hold.
+        """
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(([SpanRow.of(span) for span in spans], done))
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write())
+        await done
+
+    async def close(self) -> None:
+        """Wait for the batches that are not committed yet."""
+        if self._writing is not None:
+            await self._writing
+        self._thread.shutdown()
+
+    async def _write(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            batch, self._waiting = self._waiting, []
+            errors = await loop.run_in_executor(self._thread, self._append, batch)
+            for (_, done), error in zip(batch, errors, strict=True):
+                if not done.done():
+                    done.set_result(None) if error is None else done.set_exception(error)
+        self._writing = None
+
+    def _append(self, batch: list[_PendingCall]) -> list[Exception | None]:
+        """The error of each call, or None. If the batch fails, its calls are appended one by one."""
+        try:
+            self._store.append_rows([row for rows, _ in batch for row in rows])
+        except Exception as error:  # noqa: BLE001 - handed to the callers; the next batch must be written
+            return [error] if len(batch) == 1 else [self._append([one])[0] for one in batch]
+        return [None] * len(batch)
+
+
+def policy_version(model: str | None) -> str | None:
+    """`<name>@<n>` from the engine's model name; version 0 for an engine without versions."""
+    return model if model is None or "@" in model else f"{model}@0"
+
+
+def _only(kind: type[int] | type[float], value: Any) -> AttributeValue | None:
+    """`value` if it has type `kind` (an int counts as a float), else None: the engine refuses wrong types, not we."""
+    accepted = (int, float) if kind is float else kind
+    return kind(value) if isinstance(value, accepted) and not isinstance(value, bool) else None
+
+
+def _choice_attributes(choice: Choice, usage: Json, choices: int) -> dict[str, AttributeValue]:
+    attributes: dict[str, AttributeValue] = {
+        semconv.GATEWAY_CHOICE: choice.index,
+        semconv.GEN_AI_OUTPUT_MESSAGES: json.dumps([choice.message()]),
+    }
+    if choice.finish_reason:
+        attributes[semconv.GEN_AI_RESPONSE_FINISH_REASONS] = [choice.finish_reason]
+    return attributes | choice.token_attributes() | _usage_attributes(choice, usage, choices)
+
+
+def _usage_attributes(choice: Choice, usage: Json, choices: int) -> dict[str, AttributeValue]:
+    """Token counts of a choice: of its ids, else the engine's usage, which is the sum over all choices."""
+    of_call = usage if choices == 1 else {}
+    counts = {
+        semconv.GEN_AI_USAGE_INPUT_TOKENS: len(choice.prompt_ids) or of_call.get("prompt_tokens"),
+        semconv.GEN_AI_USAGE_OUTPUT_TOKENS: len(choice.token_ids) or of_call.get("completion_tokens"),
+    }
+    return {name: value for name, value in counts.items() if value is not None}
