@@ -11,7 +11,7 @@ from starlette.routing import Mount
 
 from agl.server.app_thread import AppThread
 from agl.store import open_store
-from agl.store.http.routes import Api
+from agl.store.http.routes import StoreApi
 
 NewUri = Callable[[], str]
 """Makes the URI of another, empty store on each call."""
@@ -63,7 +63,7 @@ def start_http(folder: Path) -> Iterator[NewUri]:
     def new_uri() -> str:
         number = next(numbers)
         store = opened.enter_context(closing(open_store(f"sqlite:///{folder}/{number}.db")))
-        api = opened.enter_context(closing(Api(store)))
+        api = opened.enter_context(closing(StoreApi(store)))
         app.router.routes.append(Mount(f"/{number}", routes=api.routes()))
         return f"{url}/{number}"
 

@@ -17,7 +17,7 @@ from agl.server.app_thread import GRACE_S, AppThread, base_url, listen
 from agl.server.auth import HEALTH, AuthMiddleware
 from agl.server.bearer import BearerTokens, is_loopback
 from agl.store import Store
-from agl.store.http.routes import Api
+from agl.store.http.routes import StoreApi
 
 if TYPE_CHECKING:
     from agl.queue import SpanQueue
@@ -63,7 +63,7 @@ class ServerThread(AppThread):
             raise ConfigError(f"others can reach {host}: pass --token, or listen on 127.0.0.1")
         receiver = Receiver(queue or store, collector, tokens)
         self._http = HttpReceiver(receiver)
-        self._api = Api(store, receiver.config)
+        self._api = StoreApi(store, receiver.config)
         self._grpc = GrpcReceiver(receiver) if otlp_grpc_port is not None else None
         try:
             config = self._with_engine(gateway or GatewayConfig(), upstream)

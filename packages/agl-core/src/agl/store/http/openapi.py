@@ -9,7 +9,7 @@ from typing import Any, Final
 from pydantic import TypeAdapter
 from pydantic.json_schema import JsonSchemaMode
 
-from agl.store.http.verb import ERRORS, JSON, LONGEST_WAIT_S, PROTOBUF, VERBS, Verb
+from agl.store.http.verb import ERRORS, JSON, MAX_WAIT_S, PROTOBUF, VERBS, Verb
 
 Schema = dict[str, Any]
 
@@ -38,7 +38,7 @@ _ERROR: Final[Schema] = {
 
 @cache
 def document() -> Schema:
-    """OpenAPI 3.1 as a JSON value."""
+    """The OpenAPI 3.1 document as a JSON value."""
     schemas, definitions = _schemas()
     return {
         "openapi": "3.1.0",
@@ -52,19 +52,19 @@ def document() -> Schema:
 def _about() -> str:
     final = ", ".join(f"{status} {code}" for code, (status, _) in ERRORS.items())
     return (
-        f"The verbs of the store. Errors: {final}; what gets 503 may be repeated after Retry-After seconds. "
-        f"A verb that waits answers within {LONGEST_WAIT_S:g} s; ask again while rollouts are not over."
+        f"The verbs of the store. Errors: {final}; a request that gets 503 may be repeated after Retry-After seconds. "
+        f"A verb that waits responds within {MAX_WAIT_S:g} s; repeat it while rollouts are not over."
     )
 
 
 def _schemas() -> tuple[Mapping[tuple[str, JsonSchemaMode], Schema], Schema]:
-    """Schema of the arguments ("validation") and the answer ("serialization") of each verb, and what they refer to."""
+    """Schemas of the arguments ("validation") and the result ("serialization") of each verb, and the shared ones."""
     wanted: list[tuple[str, JsonSchemaMode, TypeAdapter[Any]]] = []
     for verb in VERBS.values():
         if verb.method == "POST" and not verb.takes_spans:
             wanted.append((verb.name, "validation", TypeAdapter(verb.arguments)))
         if not verb.returns_spans:
-            wanted.append((verb.name, "serialization", TypeAdapter(verb.answer)))
+            wanted.append((verb.name, "serialization", TypeAdapter(verb.result)))
     schemas, shared = TypeAdapter.json_schemas(wanted, ref_template=_REF)
     return schemas, shared.get("$defs", {})
 
@@ -81,8 +81,8 @@ def _operation(verb: Verb, schemas: Mapping[tuple[str, JsonSchemaMode], Schema])
     }
     if verb.method == "GET":
         return operation | {"parameters": _parameters(verb.arguments.model_json_schema())}
-    taken = _SPANS if verb.takes_spans else {JSON: {"schema": schemas[verb.name, "validation"]}}
-    return operation | {"requestBody": {"required": True, "content": taken}}
+    body = _SPANS if verb.takes_spans else {JSON: {"schema": schemas[verb.name, "validation"]}}
+    return operation | {"requestBody": {"required": True, "content": body}}
 
 
 def _parameters(arguments: Schema) -> list[Schema]:

@@ -1,7 +1,7 @@
-"""The verbs of `agl.store.Store` as HTTP has them: one table for server, client and OpenAPI document.
+"""The verbs of `agl.store.protocol.Store` over HTTP: one table for server, client and OpenAPI document.
 
-What a verb takes and returns stands in its signature in the protocol, and nowhere else. Arguments and answers are
-JSON, `{"result": ...}` is the answer; spans are OTLP protobuf, as they are everywhere else.
+The signature of a verb in the protocol defines its arguments and its result. Arguments are JSON, the response is
+`{"result": ...}`; spans are OTLP protobuf.
 """
 
 import json
@@ -21,8 +21,8 @@ PREFIX: Final = "/api/v1"
 JSON: Final = "application/json"
 PROTOBUF: Final = "application/x-protobuf"
 
-LONGEST_WAIT_S: Final = 20.0
-"""A waiting verb answers by then, and whoever wants to wait for longer asks again: proxies cut silent connections."""
+MAX_WAIT_S: Final = 20.0
+"""Limit for one request of a verb that waits, because proxies close silent connections; the caller repeats it."""
 
 INVALID: Final = "invalid"
 UNAVAILABLE: Final = "unavailable"
@@ -32,14 +32,14 @@ ERRORS: Final[Mapping[str, tuple[int, type[StoreError]]]] = {
     INVALID: (422, InputError),
     UNAVAILABLE: (503, StoreError),
 }
-"""Code of an error to its HTTP status, and to what the client raises."""
+"""Code of an error to its HTTP status, and to the exception that the client raises."""
 
-# Strict JSON has no NaN, and metrics have.
+# Metrics may be NaN, which strict JSON cannot express.
 _CONFIG = ConfigDict(extra="forbid", ser_json_inf_nan="strings", use_attribute_docstrings=True)
 
 
-class Answer(BaseModel):
-    """What a verb answers in JSON."""
+class VerbResult(BaseModel):
+    """The JSON response of a verb."""
 
     model_config = ConfigDict(ser_json_inf_nan="strings", use_attribute_docstrings=True)
 
@@ -53,7 +53,7 @@ class Verb:
     name: str
     method: Literal["GET", "POST"] = "POST"
     is_repeatable: bool = True
-    """Whether a caller that got no answer may ask again without knowing if the verb was done."""
+    """Whether a caller that got no response may repeat the verb, which may have been performed."""
     path_name: str = ""
     takes_spans: bool = False
     returns_spans: bool = False
@@ -64,7 +64,7 @@ class Verb:
 
     @property
     def content_type(self) -> str:
-        """Of the body that it takes."""
+        """Content type of the request body."""
         return PROTOBUF if self.takes_spans else JSON
 
     @property
@@ -73,12 +73,12 @@ class Verb:
 
     @cached_property
     def function(self) -> Callable[..., Any]:
-        """The verb in the protocol."""
+        """The method of the protocol."""
         return getattr(Store, self.name)
 
     @cached_property
     def arguments(self) -> type[BaseModel]:
-        """A field for each argument."""
+        """Model with a field for each argument."""
         hints, parameters = get_type_hints(self.function), list(signature(self.function).parameters.values())[1:]
         fields: dict[str, Any] = {
             p.name: (hints[p.name], ... if p.default is p.empty else p.default) for p in parameters
@@ -86,21 +86,21 @@ class Verb:
         return create_model(self._camel("Arguments"), __config__=_CONFIG, **fields)
 
     @cached_property
-    def answer(self) -> type[Answer]:
-        """An Answer whose `result` is what the verb returns."""
+    def result(self) -> type[VerbResult]:
+        """Model whose `result` has the return type of the verb."""
         hint = get_type_hints(self.function)["return"]
-        return create_model(self._camel("Answer"), __base__=Answer, result=(hint, Field()))
+        return create_model(self._camel("Answer"), __base__=VerbResult, result=(hint, Field()))
 
     def write_arguments(self, arguments: Mapping[str, Any]) -> bytes | dict[str, str]:
-        """A body, or a query. Raises InputError for what JSON cannot carry."""
+        """Request body of a POST, or query of a GET. Raises InputError for values that JSON cannot express."""
         try:
             written = self.arguments(**arguments).model_dump_json(exclude_none=self.method == "GET", warnings=False)
-        except (ValueError, RecursionError) as error:  # of validation, of serialization, of half a surrogate pair
+        except (ValueError, RecursionError) as error:  # By validation, serialization, or half a surrogate pair.
             raise InputError(f"{self.name} cannot take these arguments: {error}") from error
         return written.encode() if self.method == "POST" else {n: str(v) for n, v in json.loads(written).items()}
 
     def read_arguments(self, sent: bytes | Mapping[str, str]) -> dict[str, Any]:
-        """Arguments from a body, or a query. Raises InputError or OtlpError saying what is wrong with them."""
+        """Arguments from a request body or a query. Raises InputError or OtlpError if they are invalid."""
         model = self.arguments
         try:
             if not isinstance(sent, bytes):
@@ -110,20 +110,22 @@ class Verb:
             else:
                 given = model.model_validate_json(sent)
         except ValidationError as error:
-            raise InputError(f"{self.name}: {_say(error)}") from error
+            raise InputError(f"{self.name}: {_describe(error)}") from error
         return {name: getattr(given, name) for name in model.model_fields}
 
     def write_result(self, result: Any) -> bytes:
         if self.returns_spans:
             return b"".join(result)
-        return self.answer.model_construct(result=result).model_dump_json(warnings=False).encode()
+        return self.result.model_construct(result=result).model_dump_json(warnings=False).encode()
 
-    def read_result(self, answer: bytes) -> Any:
-        """The result in a JSON answer. Raises StoreError where it is none."""
+    def read_result(self, response: bytes) -> Any:
+        """The result in a JSON response. Raises StoreError if it is invalid."""
         try:
-            return self.answer.model_validate_json(answer).result
+            return self.result.model_validate_json(response).result
         except ValidationError as error:
-            raise StoreError(f"what was answered to {self.name} is not of this version: {_say(error)}") from error
+            raise StoreError(
+                f"the response to {self.name} is of another version ({_describe(error)}); update agl-core on both sides"
+            ) from error
 
     def _camel(self, suffix: str) -> str:
         return self.name.title().replace("_", "") + suffix
@@ -138,7 +140,7 @@ VERBS: Final = {
         Verb("last_rollout_id", "GET"),
         Verb("rollout_ids", "GET"),
         Verb("enqueue_rollouts"),
-        # Done twice it would lease two, and the worker know of one.
+        # A repetition would lease a second rollout; the worker knows of one.
         Verb("lease_rollout", is_repeatable=False),
         Verb("heartbeat"),
         Verb("finish_attempt"),
@@ -154,7 +156,7 @@ VERBS: Final = {
         Verb("get_resource", "GET"),
         Verb("lease_resource"),
         Verb("release_resource"),
-        # Done twice it would return nothing, and what was collected never be deleted.
+        # A repetition would return nothing; nobody would delete the files of the collected versions.
         Verb("collect_resources", is_repeatable=False),
         Verb("append_metrics"),
         Verb("query_metrics", "GET"),
@@ -163,6 +165,6 @@ VERBS: Final = {
 }
 
 
-def _say(error: ValidationError) -> str:
+def _describe(error: ValidationError) -> str:
     found = error.errors(include_url=False, include_input=False)
     return "; ".join(f"{'.'.join(map(str, item['loc'])) or 'the body'}: {item['msg']}" for item in found)

@@ -25,7 +25,7 @@ from agl.server_thread import ServerThread
 from agl.store import AttemptState, Resource, Rollout, Store, open_store
 from agl.store.http import client, routes
 from agl.store.http.client import HttpStore
-from agl.store.http.routes import Api
+from agl.store.http.routes import StoreApi
 from agl.store.http.verb import JSON, PREFIX, PROTOBUF, VERBS
 from tests.ports import free_port
 from tests.store.spans import make_span
@@ -199,7 +199,7 @@ def test_a_store_that_cannot_keep_a_change_now_is_asked_again(
 
 def test_a_server_that_is_away_for_a_moment_is_waited_for() -> None:
     with closing(open_store("memory://")) as store:
-        api = Api(store)
+        api = StoreApi(store)
         with closing(api), closing(HttpStore(f"http://127.0.0.1:{free_port()}")) as remote:
             waiter = threading.Timer(0.5, serve_once, (api, remote))
             waiter.start()
@@ -208,19 +208,19 @@ def test_a_server_that_is_away_for_a_moment_is_waited_for() -> None:
             waiter.join()
 
 
-def serve_once(api: Api, remote: HttpStore) -> None:
+def serve_once(api: StoreApi, remote: HttpStore) -> None:
     """Serve at the address of `remote` for as long as one request needs."""
     with serving(api, int(remote.uri.rpartition(":")[2])):
         time.sleep(1)
 
 
-def serving(api: Api, port: int = 0) -> AppThread:
+def serving(api: StoreApi, port: int = 0) -> AppThread:
     server = AppThread()
     server.add(starlette(api), port=port)
     return server
 
 
-def starlette(api: Api) -> Starlette:
+def starlette(api: StoreApi) -> Starlette:
     return Starlette(routes=api.routes())
 
 
@@ -320,7 +320,7 @@ def test_a_wait_is_answered_in_time_and_goes_on_by_asking_again(
     url: str, remote: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (routes, client):
-        monkeypatch.setattr(module, "LONGEST_WAIT_S", 0.3)
+        monkeypatch.setattr(module, "MAX_WAIT_S", 0.3)
     remote.enqueue_rollouts([Rollout("slow", 1, group_id="slow")])
     for verb, body in (("wait_for_rollouts", {"rollout_ids": ["slow"]}), ("wait_for_group", {"group_id": "slow"})):
         began = time.monotonic()
@@ -389,7 +389,7 @@ def test_tls_servers_are_taken_if_their_certificate_is(tmp_path: Path, monkeypat
     issued.private_key_pem.write_to_path(str(files[1]))
     authority.cert_pem.write_to_path(str(files[2]))
     server = AppThread()
-    with closing(open_store("memory://")) as store, closing(Api(store)) as api:
+    with closing(open_store("memory://")) as store, closing(StoreApi(store)) as api:
         url = server.add(starlette(api), tls=TlsConfig(certificate=files[0], key=files[1]))
         with server:
             began = time.monotonic()
