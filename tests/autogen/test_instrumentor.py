@@ -1,4 +1,4 @@
-"""Switching on and off."""
+"""`instrument` and `uninstrument`: what is replaced, what comes back, and the arguments."""
 
 import subprocess
 import sys
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from autogen_agentchat.teams import BaseGroupChat
+from autogen_ext.models.openai import BaseOpenAIChatCompletionClient
 from autogen_ext.models.replay import ReplayChatCompletionClient
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -54,7 +55,7 @@ def snapshot() -> dict[str, Any]:
 
 @pytest.mark.parametrize("options", [{}, {"redact": str.upper, "capture_token_ids": True}])
 def test_uninstrument_puts_back_the_very_objects(options):
-    AutoGenInstrumentor().instrument()  # whatever this loads is there in both snapshots
+    AutoGenInstrumentor().instrument()  # loads all modules, so that they are in both snapshots
     AutoGenInstrumentor().uninstrument()
     before = snapshot()
     AutoGenInstrumentor().instrument(**options)
@@ -102,6 +103,21 @@ def test_a_wrong_pattern_is_refused_and_nothing_is_replaced():
     with pytest.raises(ConfigError, match=r"roles\['planner'\]"):
         AutoGenInstrumentor().instrument(roles={"planner": "["})
     assert vars(BaseGroupChat)["run_stream"] is before
+
+
+def test_a_patch_that_fails_undoes_the_earlier_ones(monkeypatch):
+    """As in a later version of AutoGen that lacks a method: the agent must not run half patched."""
+    AutoGenInstrumentor().instrument()  # loads all modules, so that they are in both snapshots
+    AutoGenInstrumentor().uninstrument()
+    monkeypatch.delattr(BaseOpenAIChatCompletionClient, "_create_stream_chunks_beta_client")
+    before = snapshot()
+
+    with pytest.raises(AttributeError, match="_create_stream_chunks_beta_client"):
+        AutoGenInstrumentor().instrument()
+
+    after = snapshot()
+    assert before.keys() == after.keys()
+    assert [name for name in before if before[name] is not after[name]] == []
 
 
 async def chat_with(**options: Any) -> ReadableSpan:

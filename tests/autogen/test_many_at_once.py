@@ -10,7 +10,7 @@ from autogen_agentchat.teams import RoundRobinGroupChat
 from opentelemetry.sdk.trace import ReadableSpan
 
 import agl
-from agl_autogen import _run
+from agl_autogen import _team_run
 from tests.autogen.scripted import agent, calls
 from tests.autogen.span_tree import attributes, tree
 
@@ -90,5 +90,5 @@ async def test_twenty_teams_at_once_stay_apart(spans, client, server, caplog):
     for seen in server.seen:
         rollout = next(m["content"] for m in seen.body["messages"] if m["role"] == "user").removeprefix("task ")
         assert f"agl.rollout.id={rollout}," in seen.headers["baggage"]
-    assert _run._RUNNING == {}
+    assert _team_run._RUNNING == {}
     assert "Failed to detach context" not in caplog.text

@@ -1,4 +1,4 @@
-"""Token ids without a gateway: the client asks the server for them, and the user notices nothing."""
+"""Token ids without a gateway: the client requests them from the server and hides them from the user."""
 
 import logging
 from typing import Any
@@ -51,6 +51,12 @@ async def test_ids_and_logprobs_are_on_the_span_and_the_user_sees_none(spans, sw
 async def test_nothing_is_asked_for_unless_switched_on(spans, client, server, stream):
     await ask(client("planner"), stream=stream)
     assert not {"return_token_ids", "logprobs"} & set(server.seen[0].body)
+
+
+async def test_logprobs_without_ids_are_not_on_the_span(spans, client):
+    await ask(client("planner", logprobs=True), stream=False)
+    span = attributes(only(spans.get_finished_spans(), "chat planner"))
+    assert "agl.response.logprobs" not in span and "gen_ai.response.id" in span
 
 
 async def test_a_user_who_asks_for_logprobs_gets_them(spans, switch_on: SwitchOn, client):

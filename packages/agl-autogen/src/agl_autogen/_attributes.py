@@ -1,4 +1,4 @@
-"""What a model call says of itself: the attributes of its request and of AutoGen's result."""
+"""Span attributes of a model call: of its request, and of AutoGen's result."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ Attributes = dict[str, AttributeValue]
 
 
 def request_attributes(client: ChatCompletionClient, options: Mapping[str, Any], agent: str | None) -> Attributes:
-    """Provider, model, sampling settings and the agent that asks."""
+    """Provider, model, sampling settings, and the agent that makes the call."""
     parameters = _parameters(client, options)
     temperature, max_tokens = parameters.get("temperature"), parameters.get("max_tokens")
     found: dict[str, AttributeValue | None] = {
@@ -28,7 +28,7 @@ def request_attributes(client: ChatCompletionClient, options: Mapping[str, Any],
 
 
 def request_content(messages: Sequence[LLMMessage], options: Mapping[str, Any]) -> Attributes:
-    """The conversation, and the tools offered."""
+    """The messages, and the tools offered."""
     found: Attributes = {semconv.GEN_AI_INPUT_MESSAGES: input_messages(messages)}
     if tools := options.get("tools"):
         found[semconv.GEN_AI_TOOL_DEFINITIONS] = tool_definitions(tools)
@@ -38,23 +38,23 @@ def request_content(messages: Sequence[LLMMessage], options: Mapping[str, Any]) 
 def result_attributes(result: CreateResult) -> Attributes:
     """Finish reason and usage."""
     found: Attributes = {semconv.GEN_AI_RESPONSE_FINISH_REASONS: [finish_reason(result)]}
-    if result.usage.prompt_tokens or result.usage.completion_tokens:  # a stream without usage says 0 and 0
+    if result.usage.prompt_tokens or result.usage.completion_tokens:  # both are 0 for a stream without usage
         found[semconv.GEN_AI_USAGE_INPUT_TOKENS] = result.usage.prompt_tokens
         found[semconv.GEN_AI_USAGE_OUTPUT_TOKENS] = result.usage.completion_tokens
     return found
 
 
 def result_content(result: CreateResult) -> Attributes:
-    """What the model said."""
+    """The message of the model."""
     return {semconv.GEN_AI_OUTPUT_MESSAGES: output_messages(result)}
 
 
 def _parameters(client: ChatCompletionClient, options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Request parameters: every client of autogen-ext that has some keeps them in `_create_args`."""
+    """Request parameters. The clients of autogen-ext keep theirs in `_create_args`."""
     return {**getattr(client, "_create_args", {}), **options.get("extra_create_args", {})}
 
 
 def _provider(client: ChatCompletionClient) -> str | None:
-    """`openai` of `autogen_ext.models.openai`, for its subclasses too."""
+    """Third part of the client's module: `openai` for `autogen_ext.models.openai` and classes derived from it."""
     modules = (cls.__module__.split(".") for cls in type(client).__mro__)
     return next((parts[2] for parts in modules if parts[:2] == ["autogen_ext", "models"]), None)

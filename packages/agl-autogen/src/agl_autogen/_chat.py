@@ -1,4 +1,4 @@
-"""A model call: the `chat` span that AutoGen lacks, around the call and fed from what passes inside it."""
+"""Patches of model clients: a `chat` span around each call, trace headers on its request, and its token ids."""
 
 import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -10,10 +10,11 @@ from opentelemetry.context import attach, detach
 from opentelemetry.instrumentation.utils import is_instrumentation_enabled
 from opentelemetry.trace import SpanKind
 
+import agl
 from agl import semconv
 from agl.failsafe import never_raises
 from agl_autogen._attributes import Attributes, request_attributes
-from agl_autogen._call import Call, current_call
+from agl_autogen._chat_call import ChatCall, current_call
 from agl_autogen._settings import Settings
 from agl_autogen._span import mark_abandoned, open_span
 from agl_autogen._stream import IsolatedStream
@@ -22,11 +23,13 @@ from agl_autogen._turn import current_agent
 Create = Callable[..., Awaitable[CreateResult]]
 CreateStream = Callable[..., AsyncGenerator[str | CreateResult, None]]
 
+_NO_IDS = "ids of a model answer are not on its span"
+
 
 def traced_create(original: Create, settings: Settings) -> Create:
-    """`create` of a model client under a `chat` span."""
+    """`create` of a model client in a `chat` span."""
 
-    async def under_span(
+    async def in_span(
         client: ChatCompletionClient, messages: Sequence[LLMMessage], *args: Any, **options: Any
     ) -> CreateResult:
         with _open_call(settings, client, messages, options) as call:
@@ -35,25 +38,25 @@ def traced_create(original: Create, settings: Settings) -> Create:
                 call.result = await original(client, messages, *args, **options)
             finally:
                 detach(token)
-            return call.shown(call.result)
+            return call.token_ids.hide(call.result)
 
     @functools.wraps(original)
     async def create(
         client: ChatCompletionClient, messages: Sequence[LLMMessage], *args: Any, **options: Any
     ) -> CreateResult:
-        if _starts_a_call():
-            return await under_span(client, messages, *args, **options)
+        if _starts_call():
+            return await in_span(client, messages, *args, **options)
         result = await original(client, messages, *args, **options)
         call = current_call()
-        return call.shown(result) if call else result
+        return call.token_ids.hide(result) if call else result
 
     return create
 
 
 def traced_create_stream(original: CreateStream, settings: Settings) -> CreateStream:
-    """`create_stream` of a model client under a `chat` span, which ends with the stream however that ends."""
+    """`create_stream` of a model client in a `chat` span, which ends when the stream ends, fails or is closed."""
 
-    async def under_span(
+    async def in_span(
         client: ChatCompletionClient, messages: Sequence[LLMMessage], *args: Any, **options: Any
     ) -> AsyncGenerator[str | CreateResult, None]:
         with _open_call(settings, client, messages, options) as call:
@@ -67,26 +70,47 @@ def traced_create_stream(original: CreateStream, settings: Settings) -> CreateSt
     def create_stream(
         client: ChatCompletionClient, messages: Sequence[LLMMessage], *args: Any, **options: Any
     ) -> AsyncGenerator[str | CreateResult, None]:
-        return (under_span if _starts_a_call() else original)(client, messages, *args, **options)
+        return (in_span if _starts_call() else original)(client, messages, *args, **options)
 
     return create_stream
 
 
-def noting_event(original: Callable[..., None]) -> Callable[..., None]:
-    """`LLMCallEvent.__init__`: clients make this event of every whole answer, whether or not it is then logged."""
+def with_headers(original: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
+    """`_process_create_args` of the OpenAI client: adds `traceparent` and `baggage` to the request's headers.
+
+    With them a gateway makes its span a child of ours and knows rollout and role. With `capture_token_ids`, token ids
+    and logprobs are requested as well.
+    """
+
+    @functools.wraps(original)
+    def process_create_args(*args: Any, **options: Any) -> Any:
+        params = original(*args, **options)
+        if (call := current_call()) is not None:
+            with never_raises("a model request carries no traceparent"):
+                own = params.create_args.get("extra_headers") or {}
+                params.create_args["extra_headers"] = {**own, **agl.headers()}
+                if settings.captures_token_ids:
+                    call.token_ids.request(params.create_args)
+        return params
+
+    return process_create_args
+
+
+def capturing_event(original: Callable[..., None]) -> Callable[..., None]:
+    """`LLMCallEvent.__init__`: clients create this event for every whole response, whether or not it is logged."""
 
     @functools.wraps(original)
     def init(event: Any, *, response: Mapping[str, Any], **fields: Any) -> None:
         if (call := current_call()) is not None:
-            with never_raises("ids of a model answer are not on its span"):
-                response = call.note_response(response)
+            with never_raises(_NO_IDS):
+                response = call.token_ids.capture_response(response)
         original(event, response=response, **fields)
 
     return init
 
 
-def noting_chunks(original: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncGenerator[Any, None]]:
-    """The generator of raw chunks under a client's stream: AutoGen's own items carry no ids."""
+def capturing_chunks(original: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncGenerator[Any, None]]:
+    """The generator of raw chunks in the OpenAI client's stream: the items that AutoGen makes of them have no ids."""
 
     @functools.wraps(original)
     async def chunks(*args: Any, **options: Any) -> AsyncGenerator[Any, None]:
@@ -94,29 +118,29 @@ def noting_chunks(original: Callable[..., AsyncGenerator[Any, None]]) -> Callabl
         async with aclosing(original(*args, **options)) as stream:
             async for chunk in stream:
                 if call is not None:
-                    with never_raises("ids of a model answer are not on its span"):
-                        call.note_chunk(chunk)
+                    with never_raises(_NO_IDS):
+                        call.token_ids.capture_chunk(chunk)
                 yield chunk
 
     return chunks
 
 
-def _starts_a_call() -> bool:
-    """Whether this is a call of an agent. A client that asks another client, as a cache does, is still one call."""
+def _starts_call() -> bool:
+    """Whether an agent makes this call, and not a client (e.g. a cache) that forwards a call to another client."""
     return is_instrumentation_enabled() and current_call() is None
 
 
 @contextmanager
 def _open_call(
     settings: Settings, client: ChatCompletionClient, messages: Sequence[LLMMessage], options: Mapping[str, Any]
-) -> Iterator[Call]:
+) -> Iterator[ChatCall]:
     attributes: Attributes = {}
     with never_raises("a model call is not described on its span"):
         attributes = request_attributes(client, options, current_agent())
     model = attributes.get(semconv.GEN_AI_REQUEST_MODEL)
     name = f"{semconv.OPERATION_CHAT} {model}" if model else semconv.OPERATION_CHAT
     with open_span(settings, name, SpanKind.CLIENT, attributes) as span:
-        call = Call(span, settings.content)
+        call = ChatCall(span, settings.content)
         call.describe_request(messages, options)
         try:
             yield call
@@ -125,4 +149,4 @@ def _open_call(
                 mark_abandoned(span)
             raise
         finally:
-            call.describe_answer()
+            call.describe_response()

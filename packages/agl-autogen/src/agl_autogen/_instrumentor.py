@@ -1,4 +1,4 @@
-"""`AutoGenInstrumentor`: switches the spans on, and off again without a trace."""
+"""`AutoGenInstrumentor`: patches AutoGen so that it records spans, and restores it."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
@@ -10,31 +10,34 @@ from opentelemetry import trace
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor
 
 from agl.content.filter import ContentFilter
+from agl.patches import Patches
 from agl.role_map import RoleMap
-from agl_autogen._patch import Patches
 from agl_autogen._settings import Settings
 
 Wrap = Callable[[Any], Any]
 
 
 class AutoGenInstrumentor(BaseInstrumentor):
-    """`instrument()` traces every AutoGen team, agent and model call; `uninstrument()` leaves the framework as it was.
+    """Traces every AutoGen team, agent and model call after `instrument()`; `uninstrument()` restores the framework.
 
-    `instrument` takes, all optional:
-    `roles`: maps a role to a regular expression over agent names; any other agent's role is its name. A role that
-    `agl.role` states comes before both.
-    `capture_content`: whether messages, tool definitions and what errors say go on the spans; None leaves it to
-    `OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT`, and without that they do.
-    `redact`: a function from str to str that is given every text of those before it is on a span; None leaves it to
-    `agl.init`.
-    `capture_token_ids`: whether the OpenAI client asks the server, which must be vLLM or the like, for token ids and
-    logprobs, so that calls can be trained on without a gateway.
-    `tracer_provider`: for our spans in place of the global one.
+        AutoGenInstrumentor().instrument(roles={"writer": "write.*"})
 
-    AutoGen makes `invoke_agent` and `execute_tool` spans itself; what is added is one `invoke_workflow` span around
-    a team's run, a `chat` span for every model call, `invoke_agent` for the agents that AutoGen makes none for (core
-    agents, and those whose `on_messages` is called directly), hand-offs, and the role on all of them. AutoGen's spans
-    of its message bus outnumber them by far: `AUTOGEN_DISABLE_RUNTIME_TRACING=true` silences those.
+    Arguments of `instrument`, all optional:
+    `roles`: maps a role to a regular expression for agent names; the role of any other agent is its name. `agl.role`
+    overrides both.
+    `capture_content`: whether spans hold messages, tool definitions and error messages (default:
+    `OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT`, else True).
+    `redact`: a function from str to str, applied to each text of that content before it is recorded (default: the
+    `redact` of `agl.init`).
+    `capture_token_ids`: whether the OpenAI client requests token ids and logprobs from the server (vLLM), so that calls
+    can be trained on without a gateway.
+    `tracer_provider`: used for our spans in place of the global one.
+
+    AutoGen itself makes `invoke_agent` and `execute_tool` spans. Added are: an `invoke_workflow` span around a team's
+    run, a `chat` span for each model call, an `invoke_agent` span for agents that have none (core agents, and agents
+    whose `on_messages` is called directly), a span for each hand-off, and the role on all of them. AutoGen's spans of
+    its message bus are far more numerous: `AUTOGEN_DISABLE_RUNTIME_TRACING=true` switches them off. If a patch fails,
+    `instrument` undoes the earlier ones and raises.
     """
 
     _patches = Patches()
@@ -49,24 +52,21 @@ class AutoGenInstrumentor(BaseInstrumentor):
             content=ContentFilter.of(kwargs.get("capture_content"), kwargs.get("redact")),
             captures_token_ids=bool(kwargs.get("capture_token_ids")),
         )
-        try:
+        with self._patches.all_or_none():
             _patch_teams(self._patches, settings)
             _patch_core(self._patches, settings)
             _patch_clients(self._patches, settings)
             _patch_openai(self._patches, settings)
             _patch_mcp(self._patches, settings)
-        except BaseException:
-            self._patches.restore()
-            raise
 
     def _uninstrument(self, **kwargs: Any) -> None:
         self._patches.restore()
 
 
 def _patch_teams(patches: Patches, settings: Settings) -> None:
-    """Runs of teams and turns of their agents, where AgentChat is installed.
+    """Runs of teams and turns of their agents, if AgentChat is installed.
 
-    Before `_patch_core`: a team's agents are core agents too, and keep an `on_message` of their own.
+    Before `_patch_core`: a team's agents are core agents as well, with an `on_message` of their own.
     """
     try:
         from autogen_agentchat.agents import _base_chat_agent
@@ -76,83 +76,81 @@ def _patch_teams(patches: Patches, settings: Settings) -> None:
     from autogen_agentchat.teams._group_chat import _chat_agent_container
     from autogen_agentchat.teams._group_chat._sequential_routed_agent import SequentialRoutedAgent
 
-    from agl_autogen._run import in_run, traced_run
     from agl_autogen._stream import isolated
-    from agl_autogen._turn import in_role, turn, turn_stream
+    from agl_autogen._team_run import in_team_run, traced_run
+    from agl_autogen._turn import as_turn, as_turn_stream, traced_agent
 
     agent_class = _base_chat_agent.BaseChatAgent
     patches.replace(BaseGroupChat, "run_stream", partial(traced_run, settings=settings))
-    patches.replace(SequentialRoutedAgent, "on_message", partial(in_run, settings=settings))
+    patches.replace(SequentialRoutedAgent, "on_message", partial(in_team_run, settings=settings))
     patches.replace(agent_class, "run_stream", isolated)
     for module in (_base_chat_agent, _chat_agent_container):
-        patches.replace(module, "trace_invoke_agent_span", partial(in_role, settings=settings))
-    turns = {"on_messages": turn, "on_messages_stream": turn_stream}
+        patches.replace(module, "trace_invoke_agent_span", partial(traced_agent, settings=settings))
+    turns = {"on_messages": as_turn, "on_messages_stream": as_turn_stream}
     _wrap_methods(patches, agent_class, {name: partial(wrap, settings=settings) for name, wrap in turns.items()})
 
 
 def _patch_core(patches: Patches, settings: Settings) -> None:
-    """Turns of core agents, their message bus, and the tools of all."""
+    """Turns of core agents, the message bus, and tools."""
     from autogen_core import BaseAgent, _single_threaded_agent_runtime
     from autogen_core._telemetry import TraceHelper
     from autogen_core.tools import _base
 
-    from agl_autogen._bus import delivering, with_context
-    from agl_autogen._core_agent import handled
-    from agl_autogen._turn import as_content
+    from agl_autogen._message_bus import handled_as_turn, traced_delivery, with_sender_context
+    from agl_autogen._turn import traced_tool
 
-    patches.replace(BaseAgent, "on_message", partial(handled, settings=settings))
-    patches.replace(_single_threaded_agent_runtime, "get_telemetry_envelope_metadata", with_context)
-    patches.replace(TraceHelper, "trace_block", partial(delivering, content=settings.content))
-    patches.replace(_base, "trace_tool_span", partial(as_content, settings=settings))
+    patches.replace(BaseAgent, "on_message", partial(handled_as_turn, settings=settings))
+    patches.replace(_single_threaded_agent_runtime, "get_telemetry_envelope_metadata", with_sender_context)
+    patches.replace(TraceHelper, "trace_block", partial(traced_delivery, content=settings.content))
+    patches.replace(_base, "trace_tool_span", partial(traced_tool, settings=settings))
 
 
 def _patch_clients(patches: Patches, settings: Settings) -> None:
-    """Model calls of every client."""
+    """Model calls of every client class."""
     from autogen_core.logging import LLMCallEvent
     from autogen_core.models import ChatCompletionClient
 
-    from agl_autogen._chat import noting_event, traced_create, traced_create_stream
+    from agl_autogen._chat import capturing_event, traced_create, traced_create_stream
 
     calls = {"create": traced_create, "create_stream": traced_create_stream}
     _wrap_methods(
         patches, ChatCompletionClient, {name: partial(wrap, settings=settings) for name, wrap in calls.items()}
     )
-    patches.replace(LLMCallEvent, "__init__", noting_event)
+    patches.replace(LLMCallEvent, "__init__", capturing_event)
 
 
 def _patch_openai(patches: Patches, settings: Settings) -> None:
-    """Requests and chunks of streams, where the OpenAI client is installed."""
+    """Requests and stream chunks of the OpenAI client, if it is installed."""
     try:
         from autogen_ext.models.openai import BaseOpenAIChatCompletionClient
     except ImportError:
         return
 
-    from agl_autogen._chat import noting_chunks
-    from agl_autogen._request import on_the_wire
+    from agl_autogen._chat import capturing_chunks, with_headers
 
-    patches.replace(BaseOpenAIChatCompletionClient, "_process_create_args", partial(on_the_wire, settings=settings))
+    patches.replace(BaseOpenAIChatCompletionClient, "_process_create_args", partial(with_headers, settings=settings))
     for name in ("_create_stream_chunks", "_create_stream_chunks_beta_client"):
-        patches.replace(BaseOpenAIChatCompletionClient, name, noting_chunks)
+        patches.replace(BaseOpenAIChatCompletionClient, name, capturing_chunks)
 
 
 def _patch_mcp(patches: Patches, settings: Settings) -> None:
-    """Tools of MCP servers, where that package is installed."""
+    """Tools of MCP servers, if `mcp` is installed."""
     if find_spec("mcp") is None:
         return
     try:
         from autogen_ext.tools.mcp import McpSessionActor, _workbench
-    except ImportError:  # AutoGen 0.7 does not know mcp 2
+    except ImportError:  # AutoGen 0.7 does not support mcp 2
         return
 
     from agl_autogen._mcp import marking_errors
-    from agl_autogen._turn import as_content
+    from agl_autogen._turn import traced_tool
 
     patches.replace(McpSessionActor, "call", partial(marking_errors, content=settings.content))
-    patches.replace(_workbench, "trace_tool_span", partial(as_content, settings=settings))
+    patches.replace(_workbench, "trace_tool_span", partial(traced_tool, settings=settings))
 
 
 def _wrap_methods(patches: Patches, base: type, wrappers: Mapping[str, Wrap]) -> None:
-    """Wrap the methods named by `wrappers` in `base` and in every class below it, also in those defined later."""
+    """Wrap the methods named in `wrappers` in `base` and in all of its subclasses, including those defined later."""
 
     def wrap_class(cls: type) -> None:
         for name, wrap in wrappers.items():
@@ -173,7 +171,7 @@ def _wrap_methods(patches: Patches, base: type, wrappers: Mapping[str, Wrap]) ->
 
 
 def _subclasses(cls: type) -> Iterator[type]:
-    """Every class under `cls` once."""
+    """All direct and indirect subclasses of `cls`, each once."""
     seen: set[type] = set()
     pending = cls.__subclasses__()
     while pending:

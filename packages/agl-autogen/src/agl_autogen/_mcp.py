@@ -1,4 +1,4 @@
-"""Tools of MCP servers: AutoGen turns their errors into answers, and leaves no mark of them on its tool span."""
+"""Patch of MCP tools: AutoGen turns their errors into results, and does not mark them on its tool span."""
 
 import functools
 from collections.abc import Awaitable, Callable
@@ -8,30 +8,30 @@ from opentelemetry.trace import get_current_span
 
 from agl.content.filter import ContentFilter
 
-Call = Callable[..., Awaitable[Any]]
+Method = Callable[..., Awaitable[Any]]
 
 
 class McpToolError(Exception):
-    """What a server answered that calls its answer an error."""
+    """The text of a result that the server marked as an error."""
 
 
-def marking_errors(original: Call, content: ContentFilter) -> Call:
-    """`McpSessionActor.call`: what it returns of a `call_tool` is awaited in the tool's span, which errors mark."""
+def marking_errors(original: Method, content: ContentFilter) -> Method:
+    """`McpSessionActor.call`: its result for `call_tool` is awaited in the tool's span, on which errors are marked."""
 
-    async def marked(answer: Awaitable[Any]) -> Any:
+    async def marked(pending: Awaitable[Any]) -> Any:
         try:
-            result = await answer
+            result = await pending
         except Exception as error:
             content.mark_error(get_current_span(), error)
             raise
         if result.isError:
-            said = " ".join(getattr(part, "text", "") for part in result.content)
-            content.mark_error(get_current_span(), McpToolError(said))
+            text = " ".join(getattr(part, "text", "") for part in result.content)
+            content.mark_error(get_current_span(), McpToolError(text))
         return result
 
     @functools.wraps(original)
     async def call(actor: Any, type: str, *args: Any, **options: Any) -> Any:
-        answer = await original(actor, type, *args, **options)
-        return marked(answer) if type == "call_tool" else answer
+        pending = await original(actor, type, *args, **options)
+        return marked(pending) if type == "call_tool" else pending
 
     return call

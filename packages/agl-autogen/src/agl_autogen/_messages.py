@@ -19,25 +19,25 @@ def input_messages(messages: Iterable[LLMMessage]) -> str:
 
 
 def output_messages(result: CreateResult) -> str:
-    """JSON list with the one answer as `{role, parts, finish_reason}`."""
+    """JSON list with one message `{role, parts, finish_reason}`."""
     parts = _assistant_parts(result.content, result.thought)
     return content_json([{"role": "assistant", "parts": parts, "finish_reason": finish_reason(result)}])
 
 
 def finish_reason(result: CreateResult) -> str:
-    """As OpenAI names it: AutoGen says `function_calls` for `tool_calls`."""
+    """OpenAI's name of the reason: AutoGen's `function_calls` is `tool_calls`."""
     return "tool_calls" if result.finish_reason == "function_calls" else result.finish_reason
 
 
 def tool_definitions(tools: Iterable[Tool | ToolSchema]) -> str:
     """JSON list of `{type, name, description, parameters}`."""
-    # a schema is a dict; to ask whether a thing is a Tool, a protocol, takes longer than to write its schema
+    # test for dict, not for Tool: `isinstance` on a protocol takes longer than writing the schema
     schemas = [tool if isinstance(tool, dict) else tool.schema for tool in tools]
     return content_json([{"type": "function", **schema} for schema in schemas])
 
 
 def _message(message: LLMMessage) -> dict[str, Any]:
-    # by the type that it names: pydantic makes every `isinstance` that says no take longer than a short message
+    # by its `type` field: with pydantic, an `isinstance` that fails takes longer than converting a short message
     match message.type:
         case "SystemMessage":
             return {"role": "system", "parts": [_text(message.content)]}
@@ -51,12 +51,12 @@ def _message(message: LLMMessage) -> dict[str, Any]:
 
 
 def _assistant_parts(content: str | Sequence[FunctionCall], thought: str | None) -> list[Part]:
-    """AutoGen keeps two things in `thought`: the reasoning before a text, and the text beside tool calls."""
+    """`thought` is the reasoning before a text, or the text beside tool calls."""
     if isinstance(content, str):
         reasoning = [{"type": "reasoning", "content": thought}] if thought else []
         return [*reasoning, _text(content)]
-    said = [_text(thought)] if thought else []
-    return [*said, *(_tool_call(call) for call in content)]
+    text = [_text(thought)] if thought else []
+    return [*text, *(_tool_call(call) for call in content)]
 
 
 def _tool_call(call: FunctionCall) -> Part:
@@ -68,7 +68,7 @@ def _tool_result(result: FunctionExecutionResult) -> Part:
 
 
 def _arguments(arguments: str) -> Any:
-    """The arguments as JSON, or as the model wrote them where that is no JSON."""
+    """The arguments as a JSON value, or the model's text if it is not JSON."""
     try:
         return json.loads(arguments)
     except ValueError:
@@ -76,7 +76,7 @@ def _arguments(arguments: str) -> Any:
 
 
 def _user_part(item: str | Image) -> Part:
-    """An image is named without its bytes: they would be many times the rest of the span."""
+    """An image without its bytes, which would be many times larger than the rest of the span."""
     return _text(item) if isinstance(item, str) else {"type": "blob", "modality": "image"}
 
 

@@ -1,4 +1,4 @@
-"""What the user asked for when switching the instrumentation on."""
+"""Settings of the instrumentation, from the arguments of `instrument`."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from agl.role_map import RoleMap
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The same for every span."""
+    """Settings that apply to every span."""
 
     tracer: Tracer
     roles: RoleMap
@@ -19,5 +19,5 @@ class Settings:
     """Whether requests ask the server for token ids and logprobs."""
 
     def role_of(self, agent: str) -> str:
-        """The role that the agent is mapped to, else its name."""
+        """The role that `roles` maps the agent's name to, else the name."""
         return self.roles.match(agent) or agent

@@ -1,4 +1,4 @@
-"""Spans around a block: ours, which are not current in it, and AutoGen's, which are."""
+"""Spans around a block: ours, which are not made current, and AutoGen's, which are."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -16,16 +16,16 @@ from agl_autogen._settings import Settings
 def open_span(
     settings: Settings, name: str, kind: trace.SpanKind, attributes: Mapping[str, AttributeValue]
 ) -> Iterator[trace.Span]:
-    """Start a span before the block and end it after, whatever happens; an exception marks it and goes on.
+    """Start a span before the block and end it after, in every case. An exception is recorded and propagates.
 
-    It is not made current, so that it can outlive a generator's step.
+    The span is not made current, because the block may be the body of a generator.
     """
     span = trace.INVALID_SPAN
     with never_raises(f"no span {name!r}"):
         span = settings.tracer.start_span(name, kind=kind, attributes=dict(attributes))
     try:
         yield span
-    except GeneratorExit:  # whether a reader who closes a generator misses anything, only the block knows
+    except GeneratorExit:  # only the block knows whether closing its generator is an error
         raise
     except BaseException as error:
         settings.content.mark_error(span, error)
@@ -36,10 +36,10 @@ def open_span(
 
 
 @contextmanager
-def marked_once(opened: AbstractContextManager[trace.Span], content: ContentFilter) -> Iterator[trace.Span]:
-    """AutoGen's span around the block; an exception marks it as it marks ours, and goes on.
+def with_error_marked(opened: AbstractContextManager[trace.Span], content: ContentFilter) -> Iterator[trace.Span]:
+    """AutoGen's span around the block, with an exception recorded as on our spans.
 
-    AutoGen would record the exception twice, with all that it says, and a cancellation not at all.
+    AutoGen itself would record an exception twice, unredacted, and a cancellation not at all.
     """
     with ExitStack() as stack:
         span = stack.enter_context(opened)
@@ -49,12 +49,12 @@ def marked_once(opened: AbstractContextManager[trace.Span], content: ContentFilt
             raise
         except BaseException as error:
             content.mark_error(span, error)
-            stack.close()  # AutoGen ends its span, and has not seen the exception
+            stack.close()  # ends AutoGen's span before AutoGen sees the exception
             raise
 
 
 def mark_abandoned(span: trace.Span) -> None:
-    """Give `span` the status error: the reader of a stream went away before its end."""
+    """Set the status ERROR on `span`: the caller closed a stream before its end."""
     with never_raises("an abandoned stream was not marked"):
         span.set_attribute(semconv.ERROR_TYPE, "abandoned")
         span.set_status(trace.StatusCode.ERROR, "the caller closed the stream before its end")

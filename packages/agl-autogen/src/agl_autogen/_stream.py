@@ -1,7 +1,8 @@
 """Async generators that run in a context of their own.
 
-A generator body runs in the context of whoever asks for the next item, so a span that it makes current stays current
-in the caller between two items, and for good when the caller breaks off. Here every step runs in one private copy.
+The body of a generator runs in the context of the caller that requests the next item. A span that it makes current
+would stay current in the caller between two items, and for good if the caller stops early. Here, every step runs in one
+private copy of the context.
 """
 
 import contextvars
@@ -17,9 +18,9 @@ Item = TypeVar("Item")
 
 
 class IsolatedStream(AsyncIterator[Item]):
-    """The items of `stream`; the caller's context variables are copied once and its own are never touched.
+    """The items of `stream`, whose body runs in a copy of the caller's context variables made once.
 
-    `context`, where given, is the OpenTelemetry context in force inside. Close it with `aclosing`.
+    `context`, if given, is the OpenTelemetry context inside. Close the stream with `aclosing`.
     """
 
     def __init__(self, stream: AsyncGenerator[Item, None], context: Context | None = None) -> None:
@@ -49,7 +50,7 @@ def isolated(original: Callable[..., AsyncGenerator[Any, None]]) -> Callable[...
 
 @coroutine
 def _await_in(variables: contextvars.Context, awaitable: Awaitable[Item]) -> Generator[Any, Any, Item]:
-    """Await with every step run in `variables`, yet in the same task: time-outs and cancellation work as ever."""
+    """Await with every step run in `variables`, but in the same task, so that timeouts and cancellation still work."""
     steps: Any = awaitable.__await__()
     resume = functools.partial(steps.send, None)
     while True:
@@ -59,5 +60,5 @@ def _await_in(variables: contextvars.Context, awaitable: Awaitable[Item]) -> Gen
             return done.value
         try:
             resume = functools.partial(steps.send, (yield pending))
-        except BaseException as error:  # noqa: BLE001 - not handled here: thrown into the awaitable, as `await` does
+        except BaseException as error:  # noqa: BLE001 - thrown into the awaitable, as `await` does
             resume = functools.partial(steps.throw, error)

@@ -1,4 +1,4 @@
-"""A team's run: the one span that makes it one trace, and the hand-offs in it."""
+"""Patches of a team: one span for its run, so that the run is one trace, and one for each hand-off."""
 
 import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
@@ -18,19 +18,19 @@ from agl.failsafe import never_raises
 from agl_autogen._settings import Settings
 from agl_autogen._span import mark_abandoned, open_span
 from agl_autogen._stream import IsolatedStream
-from agl_autogen._turn import acting_context
+from agl_autogen._turn import agent_context
 
 RunStream = Callable[..., AsyncGenerator[Any, None]]
 OnMessage = Callable[..., Awaitable[Any]]
 
 _RUNNING: dict[str, Context] = {}
-"""OpenTelemetry context of every run under way, by the team's id: the key of all its agents in a runtime."""
+"""OpenTelemetry context of every current run, by the team's id, which is the key of all its agents in a runtime."""
 
 
 def traced_run(original: RunStream, settings: Settings) -> RunStream:
-    """`BaseGroupChat.run_stream` (which `run` reads too) under a span of its own, with its hand-offs as spans."""
+    """`BaseGroupChat.run_stream`, which `run` calls as well, in a span of its own, with a span for each hand-off."""
 
-    async def under_span(team: Any, *args: Any, **options: Any) -> AsyncGenerator[Any, None]:
+    async def in_span(team: Any, *args: Any, **options: Any) -> AsyncGenerator[Any, None]:
         attributes = {
             semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_INVOKE_WORKFLOW,
             semconv.GEN_AI_WORKFLOW_NAME: team.name,
@@ -54,17 +54,17 @@ def traced_run(original: RunStream, settings: Settings) -> RunStream:
 
     @functools.wraps(original)
     def run_stream(team: Any, *args: Any, **options: Any) -> AsyncGenerator[Any, None]:
-        return (under_span if is_instrumentation_enabled() else original)(team, *args, **options)
+        return (in_span if is_instrumentation_enabled() else original)(team, *args, **options)
 
     return run_stream
 
 
-def in_run(original: OnMessage, settings: Settings) -> OnMessage:
-    """`on_message` of a team's agents and manager, in the context of their team's run.
+def in_team_run(original: OnMessage, settings: Settings) -> OnMessage:
+    """`on_message` of a team's agents and manager, in the context of the team's run.
 
-    A runtime of the user's own, started before the run, handles messages in the context of its start: in no rollout,
-    or in that of another run. A manager may call a model itself, and then acts in its own role; that of the others
-    begins with their turn.
+    A runtime of the user's, started before the run, handles messages in the context in which it was started: outside of
+    any rollout, or in that of another run. A manager may call a model itself, so its role is set here; an agent's role
+    is set at the start of its turn.
     """
 
     @functools.wraps(original)
@@ -83,20 +83,20 @@ def in_run(original: OnMessage, settings: Settings) -> OnMessage:
 
 
 def _handling_context(settings: Settings, agent: Any, current: Context) -> Context:
-    """The context for `agent` to handle a message in: `current` itself, where that is in the run."""
+    """The context in which `agent` handles a message: `current` if that belongs to the run."""
     run = _RUNNING.get(agent.id.key)
     context = current if run is None or _trace_id(run) == _trace_id(current) else run
-    return acting_context(settings, agent._name, context) if _is_manager(type(agent)) else context
+    return agent_context(settings, agent._name, context) if _is_manager(type(agent)) else context
 
 
-@functools.cache  # agents are of a protocol: `isinstance` that says no looks through all that the protocol asks
+@functools.cache  # agents implement a protocol, and an `isinstance` that fails checks all of its members
 def _is_manager(kind: type) -> bool:
     return issubclass(kind, BaseGroupChatManager)
 
 
 @contextmanager
 def _registered(team_id: str, context: Context) -> Iterator[None]:
-    """A second run of a team that still runs is refused by AutoGen; it must not take the first one's place."""
+    """Register a run. AutoGen refuses a second run of a running team; its context must not replace the first one's."""
     _RUNNING.setdefault(team_id, context)
     try:
         yield
@@ -110,7 +110,7 @@ def _trace_id(context: Context) -> int:
 
 
 def _record_handoff(settings: Settings, context: Context, team: Any, message: HandoffMessage) -> None:
-    """One span at the moment of the hand-off. An inner team's message passes the outer team too and counts once."""
+    """Record a span of no duration. A message of an inner team also passes the outer team, and is recorded once."""
     with never_raises(f"the hand-off from {message.source!r} to {message.target!r} was not recorded"):
         if message.source not in team._participant_names:
             return
