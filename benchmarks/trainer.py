@@ -29,13 +29,12 @@ from statistics import median
 
 import torch
 
-from agl.config import RoleConfig
-from agl_trainer.algo.options import LossOptions
+from agl.config import PolicyLossConfig, RoleConfig
+from agl_trainer.algo.objective import Objective
 from agl_trainer.compute.logprobs import row_logprobs
-from agl_trainer.compute.objective import Objective
-from agl_trainer.compute.update import update_role
+from agl_trainer.compute.optimizer_step import optimizer_step
+from agl_trainer.data.prefix_tree import pack_rows
 from agl_trainer.data.rows import SampledRow, TrainingRow
-from agl_trainer.data.trie import pack_rows
 from agl_trainer.model.base_model import load_model, model_folder
 from agl_trainer.model.policy import Policy
 from benchmarks.step_rows import SHAPES, Measured, Shape, draw_adapter, peak_mb, rollouts, sgemm_flops
@@ -115,12 +114,14 @@ def _stepper(shape: Shape, way: Way, *, compiles: bool = False) -> Callable[[int
     )
     optimizer = torch.optim.AdamW(policy.parameters(_ROLE), lr=2e-4, weight_decay=0.0)
     draw_adapter(model)
-    rows, objective = _rows(shape, policy), Objective(LossOptions(epsilon=1e9))
+    rows, objective = _rows(shape, policy), Objective(PolicyLossConfig(epsilon=1e9))
 
     def take(first: int) -> _Step:
         draw_adapter(model)
         started, cpu_started = time.perf_counter(), time.process_time()
-        update = update_role(policy, _ROLE, optimizer, rows[first:], objective, pack_tokens=way.tokens, max_grad_norm=1)
+        update = optimizer_step(
+            policy, _ROLE, optimizer, rows[first:], objective, pack_tokens=way.tokens, max_grad_norm=1
+        )
         return _Step(time.perf_counter() - started, time.process_time() - cpu_started, update.metrics["grad_norm"])
 
     return take

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from agl import semconv
+from agl.config import LossConfig
 from agl.span import Span
 from agl.trajectory import Trajectory, build_trajectory
+from agl_trainer.algo.options import BatchOptions
 from tests.core.span_maker import gateway_call, reward, span
 
 
@@ -33,3 +35,9 @@ def trajectory(rollout_id: str, *spans: Span, group_id: str = "g", failed: bool 
         part.attributes.update({name: value for name, value in ids.items() if name != semconv.ATTEMPT_ID})
         part.attributes.setdefault(semconv.ATTEMPT_ID, ids[semconv.ATTEMPT_ID])
     return build_trajectory([whole, *spans])
+
+
+def batch_options(**options: Any) -> BatchOptions:
+    """Options of the batch, and of the loss, by their names."""
+    loss = {name: options.pop(name) for name in list(options) if name in LossConfig.model_fields}
+    return BatchOptions(loss=LossConfig(**loss), **options)

@@ -12,18 +12,18 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from agl.config import PolicyLossConfig
 from agl.errors import TrainingError
-from agl_trainer.algo.options import LossOptions
 from agl_trainer.algo.sft_loss import sft_loss
 from agl_trainer.compute.devices import count, lead_or_follow
-from agl_trainer.compute.objective import prepare
-from agl_trainer.compute.update import update_role
+from agl_trainer.compute.optimizer_step import optimizer_step
+from agl_trainer.compute.train_batch import prepare_objective
 from agl_trainer.data.rows import SampledRow
 from agl_trainer.model.policy import Policy
 from tests.trainer.small_model import small_model, small_policy
 
 PREFIX = list(range(10, 50))
-OPTIONS = LossOptions(beta=0.05, top_entropy_quantile=0.5, vllm_importance_sampling_mode="token_truncate")
+OPTIONS = PolicyLossConfig(beta=0.05, top_entropy_quantile=0.5, importance_sampling_mode="token_truncate")
 """All that has to be looked up beforehand, in a pass of its own."""
 
 
@@ -53,12 +53,12 @@ def train() -> dict[str, object]:
     optimizer = torch.optim.AdamW(trained.parameters("writer"), lr=1e-2)
     losses, norms = [], []
     for number in range(3):
-        objective = prepare(trained, "writer", rows(), OPTIONS, pack_tokens=48, moves=number > 0)
-        update = update_role(trained, "writer", optimizer, rows(), objective, pack_tokens=48, max_grad_norm=0.5)
+        objective = prepare_objective(trained, "writer", rows(), OPTIONS, pack_tokens=48, is_first=number == 0)
+        update = optimizer_step(trained, "writer", optimizer, rows(), objective, pack_tokens=48, max_grad_norm=0.5)
         losses.append(update.metrics["loss"])
         norms.append(update.metrics["grad_norm"])
     # Fewer rows than devices: some have nothing to do.
-    update = update_role(trained, "writer", optimizer, rows()[:1], sft_loss, pack_tokens=48, max_grad_norm=0.5)
+    update = optimizer_step(trained, "writer", optimizer, rows()[:1], sft_loss, pack_tokens=48, max_grad_norm=0.5)
     losses.append(update.metrics["loss"])
     weights = torch.cat([parameter.detach().flatten() for parameter in trained.parameters("writer")])
     return {
@@ -80,10 +80,10 @@ def fail() -> str:
     options = {"pack_tokens": 48, "max_grad_norm": 1.0}
     said = ""
     try:
-        update_role(trained, "writer", optimizer, [*rows(), bad], sft_loss, **options)
+        optimizer_step(trained, "writer", optimizer, [*rows(), bad], sft_loss, **options)
     except (TrainingError, ValueError) as error:
         said = str(error)
-    update_role(trained, "writer", optimizer, rows(), sft_loss, **options)
+    optimizer_step(trained, "writer", optimizer, rows(), sft_loss, **options)
     return said
 
 

@@ -17,8 +17,9 @@ from agl.span import Span
 from agl.tokens.packing import pack_logprobs
 from agl.trajectory import Trajectory
 from agl_trainer.algo.batch_builder import grpo_batch
-from agl_trainer.compute.step import batch_options, role_states, train_batch
-from agl_trainer.data.trie import pack_rows
+from agl_trainer.algo.options import BatchOptions
+from agl_trainer.compute.train_batch import role_states, train_batch
+from agl_trainer.data.prefix_tree import pack_rows
 from agl_trainer.model.attention import PackedPlan
 from agl_trainer.model.policy import Policy
 from tests.trainer.rollout_maker import call, reward_on, trajectory
@@ -66,7 +67,7 @@ class Team:
     def train(self, play: "Callable[[Team], Sequence[Trajectory]]", steps: int) -> None:
         for number in range(steps):
             states = role_states(self.config, self.policy, number, {})
-            batch = grpo_batch(play(self), states, batch_options(self.config))
+            batch = grpo_batch(play(self), states, BatchOptions.of(self.config))
             train_batch(self.policy, self.optimizers, batch, self.config)
 
 

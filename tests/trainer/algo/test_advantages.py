@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from agl.errors import TrainingError
-from agl_trainer.algo.advantages import ADVANTAGES, estimate, group_advantages, max_at_k, next_baseline
+from agl_trainer.algo.advantages import ADVANTAGES, estimate_advantages, group_advantages, max_at_k, next_baseline
 
 TRL: dict[str, Any] = json.loads(Path(__file__).with_name("trl_losses.json").read_text(encoding="utf-8"))
 SUMMED = [case for case in TRL["advantage_cases"] if case["multi_objective_aggregation"] == "sum_then_normalize"]
@@ -110,10 +110,10 @@ def test_a_baseline_follows_the_rewards() -> None:
 
 
 def test_what_was_divided_by_is_said() -> None:
-    deviations = estimate("grpo", VALUES, GROUPS).deviations
+    deviations = estimate_advantages("grpo", VALUES, GROUPS).deviations
     assert deviations is not None
     assert deviations.tolist() == pytest.approx([math.sqrt(0.5)] * 2 + [0, 0, 0])
-    assert estimate("rloo", VALUES, GROUPS).deviations is None
+    assert estimate_advantages("rloo", VALUES, GROUPS).deviations is None
 
 
 def refused(name: str = "grpo", rewards: Tensor = VALUES, groups: list[str] = GROUPS, **options: Any) -> str:

@@ -1,4 +1,4 @@
-"""GRPO over trajectories: plain GRPO where it should be, weights by rollout, and a verdict on every call."""
+"""GRPO over trajectories: plain GRPO where it should be, weights by rollout, and an outcome on every call."""
 
 import math
 from collections.abc import Sequence
@@ -10,20 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agl import semconv
+from agl.config import PolicyLossConfig
 from agl.span import Span
 from agl.trajectory import DropReason, Trajectory
-from agl_trainer.algo.batch_builder import BatchOptions, GrpoBatch, RoleState, Verdict, grpo_batch, zero_variance_groups
+from agl_trainer.algo.batch import CallOutcome, GrpoBatch
+from agl_trainer.algo.batch_builder import grpo_batch
 from agl_trainer.algo.losses import policy_loss
-from agl_trainer.algo.options import LossOptions
-from agl_trainer.compute.objective import Objective
+from agl_trainer.algo.objective import Objective
+from agl_trainer.algo.options import BatchOptions, RoleState
 from agl_trainer.data.rows import RowLogprobs
 from tests.core.span_maker import chat
-from tests.trainer.rollout_maker import call, reward_on, trajectory
+from tests.trainer.rollout_maker import batch_options, call, reward_on, trajectory
 
 
 def batch_of(*trajectories: Trajectory, roles: Sequence[str] = ("writer", "fixer"), **options: Any) -> GrpoBatch:
     states = {role: RoleState() for role in roles}
-    return grpo_batch(trajectories, states, BatchOptions(**({"scale_rewards": "none"} | options)))
+    return grpo_batch(trajectories, states, batch_options(**({"scale_rewards": "none"} | options)))
 
 
 def single(rollout_id: str, value: float | None, response: Sequence[int] = (3, 4), group_id: str = "g") -> Trajectory:
@@ -33,11 +35,11 @@ def single(rollout_id: str, value: float | None, response: Sequence[int] = (3, 4
 
 
 def advantages(batch: GrpoBatch, role: str) -> list[float | None]:
-    return [verdict.advantage for verdict in batch.verdicts if verdict.call.role == role]
+    return [outcome.advantage for outcome in batch.outcomes if outcome.call.role == role]
 
 
 def reasons(batch: GrpoBatch) -> list[str | None]:
-    return [verdict.reason for verdict in batch.verdicts]
+    return [outcome.reason for outcome in batch.outcomes]
 
 
 # --- advantages -----------------------------------------------------------------------------------------------------
@@ -60,7 +62,7 @@ def test_one_role_one_reward_and_gamma_one_is_plain_grpo(epsilon: float) -> None
     mask = torch.tensor([[place < sum(row.loss_mask) for place in range(longest)] for row in rows])
     logprobs = (-0.5 + 0.3 * torch.randn(mask.shape, generator=generator)).requires_grad_()
     result = RowLogprobs(logprobs * mask, torch.zeros_like(logprobs), mask, 0)
-    loss, _ = Objective(LossOptions(epsilon=epsilon))(result, rows)
+    loss, _ = Objective(PolicyLossConfig(epsilon=epsilon))(result, rows)
     (gradient,) = torch.autograd.grad(loss, logprobs)
 
     plain, expected = torch.zeros(()), []
@@ -87,7 +89,7 @@ def test_it_equals_grpo_to_the_last_bit() -> None:
         by_hand += ((group - group.mean()) / (group.std() + 1e-4)).tolist()
     mask = torch.tensor([[place < sum(row.loss_mask) for place in range(4)] for row in rows])
     logprobs = (-0.5 + 0.3 * torch.randn(mask.shape, generator=torch.Generator().manual_seed(1))).requires_grad_()
-    ours, _ = Objective(LossOptions())(RowLogprobs(logprobs * mask, logprobs * 0, mask, 0), rows)
+    ours, _ = Objective(PolicyLossConfig())(RowLogprobs(logprobs * mask, logprobs * 0, mask, 0), rows)
     plain, _ = policy_loss("grpo", logprobs, torch.full(mask.shape, -0.5), torch.tensor(by_hand), mask)
     assert ours.item() == plain.item() != 0
     assert torch.equal(*(torch.autograd.grad(loss, logprobs)[0] for loss in (ours, plain)))
@@ -151,7 +153,7 @@ def test_a_rollout_of_many_calls_and_rows_weighs_as_one() -> None:
     assert [sum(share[:4]), share[4]] == pytest.approx([1 / 3, 1 / 3])
     assert len({row.weight for row in rows[:4]}) == 1
     # "two" has the mean reward: it does not train, but it counts among the rollouts.
-    assert batch.verdicts[-1] == Verdict(batch.verdicts[-1].call, None, DropReason.ZERO_ADVANTAGE)
+    assert batch.outcomes[-1] == CallOutcome(batch.outcomes[-1].call, None, DropReason.ZERO_ADVANTAGE)
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
@@ -187,7 +189,7 @@ def test_only_calls_that_a_reward_reaches_train() -> None:
     turns = call("writer", [3], prompt=[1]), call("writer", [5, 6], prompt=[1, 3, 4])
     praised = trajectory("r1", *turns, reward_on(turns[1], 1.0))
     batch = batch_of(praised, single("r2", 0.0, [9]))
-    assert [(v.advantage, v.reason) for v in batch.verdicts] == [
+    assert [(v.advantage, v.reason) for v in batch.outcomes] == [
         (None, DropReason.NO_REWARD),
         (0.5, None),
         (-0.5, None),
@@ -213,8 +215,8 @@ def test_what_does_not_train_says_why() -> None:
         single("t1", 3.0, group_id="alone"),
     ]
     batch = batch_of(*made, scale_rewards="group")
-    verdicts = {verdict.call.rollout_id: verdict for verdict in batch.verdicts}
-    assert {rollout_id: verdict.reason for rollout_id, verdict in verdicts.items()} == {
+    outcomes = {outcome.call.rollout_id: outcome for outcome in batch.outcomes}
+    assert {rollout_id: outcome.reason for rollout_id, outcome in outcomes.items()} == {
         "r1": None,
         "r2": None,
         "r3": DropReason.FAILED_ROLLOUT,
@@ -233,7 +235,7 @@ def test_what_does_not_train_says_why() -> None:
         "zero_advantage": 3,
     }
     # Neither the failed one nor the one without a reward is in the baseline of its group.
-    assert [verdicts[name].advantage for name in ("r1", "r2")] == pytest.approx([0.7070, -0.7070], abs=1e-4)
+    assert [outcomes[name].advantage for name in ("r1", "r2")] == pytest.approx([0.7070, -0.7070], abs=1e-4)
     # Five rollouts have a credit, and each of the two that train has two tokens.
     assert [row.weight for row in batch.rows["writer"]] == [1 / 10, 1 / 10]
 
@@ -265,11 +267,11 @@ def test_there_is_one_verdict_on_every_call_and_what_trains_is_in_a_row(rollouts
     made = [random_trajectory(index, *rollout) for index, rollout in enumerate(rollouts)]
     batch = batch_of(*made, scale_rewards=scale, gamma=gamma)
     calls = sorted(call.span_id for trajectory in made for call in trajectory.calls)
-    assert sorted(verdict.call.span_id for verdict in batch.verdicts) == calls
-    assert all((verdict.reason is None) == (verdict.advantage is not None) for verdict in batch.verdicts)
-    assert sum(batch.dropped().values()) + sum(verdict.reason is None for verdict in batch.verdicts) == len(calls)
+    assert sorted(outcome.call.span_id for outcome in batch.outcomes) == calls
+    assert all((outcome.reason is None) == (outcome.advantage is not None) for outcome in batch.outcomes)
+    assert sum(batch.dropped().values()) + sum(outcome.reason is None for outcome in batch.outcomes) == len(calls)
     # Every call here samples one token.
-    trained = sorted(verdict.advantage for verdict in batch.verdicts if verdict.advantage is not None)
+    trained = sorted(outcome.advantage for outcome in batch.outcomes if outcome.advantage is not None)
     in_rows = sorted(value for rows in batch.rows.values() for row in rows for value in row.advantages if value)
     assert in_rows == trained
     assert all(math.isfinite(value) for value in trained)
@@ -293,16 +295,16 @@ def aged(rollout_id: str, value: float, version: int, **attributes: Any) -> Traj
 
 def test_what_an_old_policy_sampled_is_dropped() -> None:
     made = [aged(f"r{version}", float(version), version) for version in (1, 2, 3)]
-    batch = grpo_batch(made, {"writer": RoleState(version=3)}, BatchOptions(scale_rewards="none", max_staleness=1))
-    assert [verdict.reason for verdict in batch.verdicts] == [DropReason.STALE, DropReason.ZERO_ADVANTAGE, None]
-    batch = grpo_batch(made, {"writer": RoleState(version=3)}, BatchOptions(scale_rewards="none", max_staleness=2))
-    assert [verdict.reason for verdict in batch.verdicts] == [None, DropReason.ZERO_ADVANTAGE, None]
+    batch = grpo_batch(made, {"writer": RoleState(version=3)}, batch_options(scale_rewards="none", max_staleness=1))
+    assert [outcome.reason for outcome in batch.outcomes] == [DropReason.STALE, DropReason.ZERO_ADVANTAGE, None]
+    batch = grpo_batch(made, {"writer": RoleState(version=3)}, batch_options(scale_rewards="none", max_staleness=2))
+    assert [outcome.reason for outcome in batch.outcomes] == [None, DropReason.ZERO_ADVANTAGE, None]
 
 
 def test_an_answer_that_was_cut_may_be_left_out_of_the_loss_but_not_of_the_baseline() -> None:
     cut = aged("r1", 1.0, 3, **{semconv.GEN_AI_RESPONSE_FINISH_REASONS: ["length"]})
     batch = batch_of(cut, aged("r2", 0.0, 3), mask_truncated_completions=True)
-    assert [(verdict.advantage, verdict.reason) for verdict in batch.verdicts] == [
+    assert [(outcome.advantage, outcome.reason) for outcome in batch.outcomes] == [
         (None, DropReason.TRUNCATED),
         (-0.5, None),
     ]
@@ -314,7 +316,7 @@ def test_a_frozen_role_and_a_replaced_group_say_so() -> None:
     frozen = grpo_batch(made, {"writer": RoleState(trains=False)}, BatchOptions())
     assert frozen.dropped() == {"role_frozen": 3} and not frozen.rows
     states = {"writer": RoleState()}
-    assert zero_variance_groups(made, states, BatchOptions()) == ["h"]
+    assert grpo_batch(made, states, BatchOptions()).zero_variance_groups == ["h"]
     replaced = grpo_batch(made, states, BatchOptions(), replaced_groups=frozenset(["h"]))
     assert replaced.dropped() == {"replaced_group": 1}
     assert [row.weight for row in replaced.rows["writer"]] == [1 / 4] * 2
@@ -322,7 +324,7 @@ def test_a_frozen_role_and_a_replaced_group_say_so() -> None:
 
 def test_with_a_term_beside_the_advantage_everything_trains() -> None:
     made = [single("r1", 1.0), single("r2", 1.0)]
-    batch = batch_of(*made, keeps_zero_advantage=True)
+    batch = batch_of(*made, beta=0.1)
     assert advantages(batch, "writer") == [0.0, 0.0]
     assert len(batch.rows["writer"]) == 2
 
@@ -340,7 +342,7 @@ def test_rows_take_the_temperature_that_their_logprobs_are_of() -> None:
         trajectory(f"r{t}", call("writer", [3, 4], **{semconv.GEN_AI_REQUEST_TEMPERATURE: t}), reward_on(None, t))
         for t in (0.5, 0.0)
     )
-    rows = batch_of(warm, greedy, is_tempered=True).rows["writer"]
+    rows = batch_of(warm, greedy, logprobs_mode="processed_logprobs").rows["writer"]
     assert [row.temperatures for row in rows] == [[1.0, 1.0, 0.5, 0.5], [1.0] * 4]
     assert [row.temperatures for row in batch_of(warm, greedy).rows["writer"]] == [None, None]
 
@@ -348,6 +350,6 @@ def test_rows_take_the_temperature_that_their_logprobs_are_of() -> None:
 @pytest.mark.parametrize("loss_type", ["bnpo", "dr_grpo", "luspo"])
 def test_the_step_may_be_normalised_as_trl_does(loss_type: str) -> None:
     made = [single("r1", 1.0, [3] * 4), single("r2", 0.0, [3] * 2), single("r3", 0.5, [3] * 6)]
-    rows = batch_of(*made, loss_type=loss_type, max_completion_length=10).rows["writer"]
+    rows = batch_of(*made, loss_type=loss_type, max_tokens=10).rows["writer"]
     # The third does not train, and yet it counts.
     assert [row.weight for row in rows] == [{"bnpo": 1 / 12, "dr_grpo": 1 / 30, "luspo": 1 / 3}[loss_type]] * 2

@@ -7,7 +7,7 @@ import pytest
 from agl import semconv
 from agl.errors import TelemetryError
 from agl.span import Span
-from agl_trainer.algo.credit import Credit, Overlong, call_credits, role_credit
+from agl_trainer.algo.credit import Credit, OverlongPenalty, call_credits, role_credit
 from tests.trainer.rollout_maker import call, reward_on, trajectory
 
 
@@ -51,13 +51,13 @@ def test_a_role_may_weigh_the_parts_of_a_reward_in_its_own_way() -> None:
 @pytest.mark.parametrize(("length", "penalty"), [(1, 0.0), (4, 0.0), (6, -0.25), (8, -0.5), (9, -0.5)])
 def test_an_answer_that_is_too_long_loses_by_its_length(length: int, penalty: float) -> None:
     long = call("planner", [7] * length)
-    found = credits_of(long, call("planner"), reward_on(None, 1.0), overlong=Overlong(8, 4, 0.5))
+    found = credits_of(long, call("planner"), reward_on(None, 1.0), overlong=OverlongPenalty(8, 4, 0.5))
     assert found == [1.0 + penalty, 1.0]
 
 
 def test_an_answer_that_was_cut_loses_all() -> None:
     cut = call("planner", **{semconv.GEN_AI_RESPONSE_FINISH_REASONS: ["length"]})
-    assert credits_of(cut, reward_on(None, 1.0), overlong=Overlong(8, 4)) == [0.0]
+    assert credits_of(cut, reward_on(None, 1.0), overlong=OverlongPenalty(8, 4)) == [0.0]
 
 
 def test_a_role_with_a_reward_of_its_own_takes_that_one_undiscounted() -> None:

@@ -3,17 +3,18 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from agl.config import LossName, PolicyLossConfig
 from agl.errors import TrainingError
 from agl_trainer.algo.losses import StepScale, TokenBatch, policy_loss, token_loss
 from agl_trainer.algo.normalization import rollout_weights
-from agl_trainer.algo.options import LOSSES, LossOptions
 from agl_trainer.algo.ratios import sampling_correction
+from agl_trainer.algo.trl_options import parse_trl_options
 
 TRL: dict[str, Any] = json.loads(Path(__file__).with_name("trl_losses.json").read_text(encoding="utf-8"))
 """Inputs [B, T] in float64, and what the GRPOTrainer of TRL 1.16 makes of them: losses, gradients, sampling weights."""
@@ -95,7 +96,7 @@ def test_every_rollout_weighs_the_same_however_many_rows_and_tokens() -> None:
 def test_a_step_may_be_cut_into_batches() -> None:
     """With the step's weights, losses and gradients of its parts add up to those of the whole."""
     whole = policy_loss("grpo", *inputs(), rollout_ids=list("aabbbc"))[0].item()
-    options = LossOptions()
+    options = PolicyLossConfig()
     logprobs, old, advantages, mask = inputs()
     weights = rollout_weights(mask.sum(1), list("aabbbc"))
     parts = [
@@ -144,7 +145,7 @@ def test_a_sequence_has_one_ratio() -> None:
     assert logprobs.grad[0].tolist() == pytest.approx([-math.exp(0.1) / 6] * 3)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", get_args(LossName))
 def test_on_policy_every_loss_has_the_gradient_of_the_policy(name: str) -> None:
     """-A / T for each token, by whichever constant the loss is divided."""
     logprobs, _, advantages, mask = inputs()
@@ -168,7 +169,7 @@ def test_padding_may_hold_anything() -> None:
     assert bad[0].grad is not None and bad[0].grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", get_args(LossName))
 def test_a_batch_without_a_token_has_no_loss(name: str) -> None:
     logprobs, old, advantages, mask = inputs()
     loss, stats = policy_loss(name, logprobs, old, advantages, mask & False, entropies=-old, top_entropy_quantile=0.5)
@@ -176,14 +177,14 @@ def test_a_batch_without_a_token_has_no_loss(name: str) -> None:
     assert stats == {"clip_fraction": 0.0}
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", get_args(LossName))
 def test_nothing_is_made_on_another_device(name: str) -> None:
     """The meta device refuses to be mixed with the CPU, as a GPU does; it holds no values, so none may be asked for."""
     shape = (3, 4)
     made = [torch.zeros(shape, device="meta") for _ in range(5)]
     mask = torch.ones(shape, dtype=torch.bool, device="meta")
     batch = TokenBatch(made[0].requires_grad_(), made[1], made[2], mask, made[3], made[4], made[4])
-    options = LossOptions.parse(name, {"beta": 0.1, "entropy_coef": 0.1, "off_policy_mask_threshold": 0.1})
+    options = parse_trl_options(name, {"beta": 0.1, "entropy_coef": 0.1, "off_policy_mask_threshold": 0.1})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("agl_trainer.algo.losses._mean", lambda values, mask: 0.0 * len(values.expand(mask.shape)))
         patch.setattr("agl_trainer.algo.losses._ratio_statistics", lambda log_ratio, mask: {})
@@ -197,10 +198,10 @@ def test_nothing_is_made_on_another_device(name: str) -> None:
         ({"beta": 0.1}, "beta is 0.1: the KL term needs ref_logprobs"),
         ({"entropy_coef": 0.1}, "need entropies"),
         ({"vllm_importance_sampling_mode": "token_mask"}, "needs sampling_logprobs"),
-        ({"vllm_importance_sampling_mode": "tokens"}, "is 'tokens', expected one of token_truncate, token_mask"),
-        ({"importance_sampling_level": "word"}, "is 'word', expected token or sequence"),
-        ({"top_entropy_quantile": 0}, "is 0, expected above 0 and up to 1"),
-        ({"loss_type": "rollout"}, "loss 'rollout' is not known; expected one of grpo, bnpo"),
+        ({"vllm_importance_sampling_mode": "tokens"}, "is 'tokens', expected 'token_truncate', 'token_mask'"),
+        ({"importance_sampling_level": "word"}, "is 'word', expected 'token' or 'sequence'"),
+        ({"top_entropy_quantile": 0}, "is 0, expected greater than 0"),
+        ({"loss_type": "rollout"}, "loss_type is 'rollout', expected 'grpo', 'bnpo'"),
         ({"epsilon_hihg": 0.1}, "loss option epsilon_hihg is not known; known are beta, delta, .*epsilon_high"),
         ({"rollout_ids": ["a"]}, "got 1 rollout ids for 6 rows"),
     ],
@@ -212,7 +213,7 @@ def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], said:
 
 def test_what_cannot_be_meant_is_refused() -> None:
     zeros, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
-    with pytest.raises(TrainingError, match="loss 'gpro' is not known; expected one of grpo, bnpo"):
+    with pytest.raises(TrainingError, match="loss is 'gpro', expected 'grpo', 'bnpo'"):
         policy_loss("gpro", zeros, zeros, zeros, mask)
     with pytest.raises(TrainingError, match=r"one shape \[B, T\], got logprobs \[1, 2\], old_logprobs \[1, 1\]"):
         policy_loss("grpo", zeros, zeros[:, :1], zeros, mask)
@@ -267,5 +268,5 @@ def test_loss_and_gradient_are_those_of_trl(case: dict[str, Any]) -> None:
 def test_sampling_weights_are_those_of_trl(case: dict[str, Any]) -> None:
     limits = {f"vllm_importance_sampling_{name}": case[name] for name in ("mode", "clip_max", "clip_min")}
     _, old, _, mask = inputs()
-    weights, _ = sampling_correction(old, as_tensor("sampling_logps"), mask, LossOptions.parse("grpo", limits))
+    weights, _ = sampling_correction(old, as_tensor("sampling_logps"), mask, parse_trl_options("grpo", limits))
     assert torch.allclose(weights, torch.tensor(case["ratio"], dtype=torch.float64), rtol=1e-6)  # it works in float32

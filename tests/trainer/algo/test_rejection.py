@@ -8,13 +8,14 @@ import torch
 from agl.config import Config
 from agl.errors import ConfigError
 from agl.trajectory import DropReason, Trajectory
-from agl_trainer.algo.batch_builder import BatchOptions, RoleState, grpo_batch, zero_variance_groups
+from agl_trainer.algo.batch_builder import grpo_batch
+from agl_trainer.algo.options import BatchOptions, RoleState
 from agl_trainer.algo.rejection import Rejection
 from agl_trainer.algo.sft_loss import sft_loss
-from agl_trainer.compute.step import batch_options, train_batch
-from agl_trainer.compute.update import update_role
+from agl_trainer.compute.optimizer_step import optimizer_step
+from agl_trainer.compute.train_batch import train_batch
 from agl_trainer.data.rows import TrainingRow
-from tests.trainer.rollout_maker import call, reward_on, trajectory
+from tests.trainer.rollout_maker import batch_options, call, reward_on, trajectory
 from tests.trainer.small_model import small_policy
 
 TRAIN: dict[str, Any] = {"model": "tiny", "algorithm": "rejection"}
@@ -25,9 +26,9 @@ def single(rollout_id: str, value: float, group_id: str = "g", *, first: int = 3
 
 
 def reasons(made: list[Trajectory], rejection: Rejection) -> list[DropReason | None]:
-    batch = grpo_batch(made, {"writer": RoleState()}, BatchOptions(rejection=rejection))
-    verdicts = {verdict.call.rollout_id: verdict.reason for verdict in batch.verdicts}
-    return [verdicts[one.rollout_id] for one in made]
+    batch = grpo_batch(made, {"writer": RoleState()}, batch_options(rejection=rejection))
+    outcomes = {outcome.call.rollout_id: outcome.reason for outcome in batch.outcomes}
+    return [outcomes[one.rollout_id] for one in made]
 
 
 def test_the_best_of_each_group_is_kept_or_what_reaches_a_reward() -> None:
@@ -37,7 +38,7 @@ def test_the_best_of_each_group_is_kept_or_what_reaches_a_reward() -> None:
     assert reasons(made, Rejection()) == [rejected, None, rejected, rejected, rejected]
     assert reasons(made, Rejection(0.9)) == [rejected, None, None, None, None]
     assert reasons(made, Rejection(1.0)) == [rejected] * 5
-    assert zero_variance_groups(made, {"writer": RoleState()}, BatchOptions(rejection=Rejection())) == ["h"]
+    assert grpo_batch(made, {"writer": RoleState()}, batch_options(rejection=Rejection())).zero_variance_groups == ["h"]
 
 
 def test_what_is_kept_takes_the_step_of_supervised_training() -> None:
@@ -46,12 +47,12 @@ def test_what_is_kept_takes_the_step_of_supervised_training() -> None:
     made = [single(f"r{i}", value, first=10 + i) for i, value in enumerate([0.2, 0.9])]
     made += [single(f"s{i}", value, "h", first=20 + i) for i, value in enumerate([0.1, 0.0])]
     policies = [small_policy(roles=config.agent_roles.roles) for _ in range(2)]
-    batch = grpo_batch(made, {"writer": RoleState()}, batch_options(config))
+    batch = grpo_batch(made, {"writer": RoleState()}, BatchOptions.of(config))
     steps = [torch.optim.SGD(policy.parameters("writer"), lr=0.1) for policy in policies]
     train_batch(policies[0], {"writer": steps[0]}, batch, config)
-    assert [verdict.advantage for verdict in batch.verdicts if verdict.reason is None] == [1.0, 1.0]
+    assert [outcome.advantage for outcome in batch.outcomes if outcome.reason is None] == [1.0, 1.0]
     rows = [TrainingRow([1, 2, first, 4], [0, 0, 1, 1], 1 / 4) for first in (11, 20)]
-    update_role(policies[1], "writer", steps[1], rows, sft_loss, pack_tokens=4096, max_grad_norm=1.0)
+    optimizer_step(policies[1], "writer", steps[1], rows, sft_loss, pack_tokens=4096, max_grad_norm=1.0)
     for one, other in zip(*(policy.parameters("writer") for policy in policies), strict=True):
         assert torch.allclose(one, other, atol=1e-7)
 

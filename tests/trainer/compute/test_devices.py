@@ -64,7 +64,7 @@ def test_the_engine_that_samples_from_the_policy_itself_is_refused_sharded_layer
     config = Config.model_validate(
         {"store_uri": f"sqlite:///{tmp_path}/agl.db", "agent_roles": {"writer": {}}, "train": train}
     )
-    with pytest.raises(ConfigError, match=r"lie on 2 devices.*engine: \{kind: vllm\}"), open_session(config):
+    with pytest.raises(ConfigError, match=r"across 2 devices.*engine: \{kind: vllm\}"), open_session(config):
         pass
 
 

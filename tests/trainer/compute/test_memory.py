@@ -6,10 +6,10 @@ from torch import Tensor
 
 from agl.errors import TrainingError
 from agl_trainer.algo.sft_loss import sft_loss
-from agl_trainer.compute.update import Update, update_role
+from agl_trainer.compute.optimizer_step import StepStats, optimizer_step
 from agl_trainer.data.rows import RowLogprobs
 from agl_trainer.model.policy import Policy
-from tests.trainer.compute.test_update import ROWS
+from tests.trainer.compute.test_optimizer_step import ROWS
 from tests.trainer.small_model import small_model, small_policy
 
 ERRORS = [
@@ -19,7 +19,9 @@ ERRORS = [
 ]
 
 
-def step(policy: Policy, memory: float, error: Exception, pack_tokens: int = 4096) -> tuple[Update, list[Tensor], int]:
+def step(
+    policy: Policy, memory: float, error: Exception, pack_tokens: int = 4096
+) -> tuple[StepStats, list[Tensor], int]:
     """A step on a machine where a pass of more than `memory` tokens fails; and how often it did."""
     fails = 0
 
@@ -31,7 +33,7 @@ def step(policy: Policy, memory: float, error: Exception, pack_tokens: int = 409
         return sft_loss(result, rows)
 
     optimizer = torch.optim.SGD(policy.parameters("writer"), lr=0.1)
-    update = update_role(policy, "writer", optimizer, ROWS, loss, pack_tokens=pack_tokens, max_grad_norm=1e9)
+    update = optimizer_step(policy, "writer", optimizer, ROWS, loss, pack_tokens=pack_tokens, max_grad_norm=1e9)
     return update, [parameter.detach().clone() for parameter in policy.parameters("writer")], fails
 
 
@@ -41,7 +43,7 @@ def test_passes_become_smaller_and_the_step_stays_the_same(error: Exception, cap
     expected, weights, _ = step(whole, 1000, error)
     found, other, fails = step(parts, 30, error, pack_tokens=100)
     assert fails == 2 and parts.pack_limit == 25
-    assert "out of memory with passes of 50 tokens; going on with 25 (train.pack_tokens is 100)" in caplog.text
+    assert "out of memory with passes of 50 tokens; continuing with 25 (train.pack_tokens is 100)" in caplog.text
     assert found.metrics["loss"] == pytest.approx(expected.metrics["loss"], rel=1e-12)
     assert all(torch.allclose(one, two, atol=1e-12) for one, two in zip(other, weights, strict=True))
     assert step(parts, 30, error, pack_tokens=100)[2] == 0

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from agl_trainer.algo.options import LossOptions
+from agl.config import PolicyLossConfig
+from agl_trainer.algo.objective import Objective
 from agl_trainer.compute.logprobs import row_logprobs
-from agl_trainer.compute.objective import Objective, prepare
-from agl_trainer.compute.trunk import Grown, Passes
-from agl_trainer.data.cut import cut
+from agl_trainer.compute.prefix import ComputedPrefix, PassRunner
+from agl_trainer.compute.train_batch import prepare_objective
+from agl_trainer.data.passes import plan_passes
 from agl_trainer.data.rows import SampledRow
 from agl_trainer.model.policy import Policy
 from tests.trainer.small_model import small_model, small_policy
@@ -39,13 +40,13 @@ def run(
     """Loss, statistics of the last pass, and gradient."""
     loss_sum, stats = 0.0, {}
 
-    def take(part: list[SampledRow], trunk: Grown | None) -> None:
+    def take(part: list[SampledRow], prefix: ComputedPrefix | None) -> None:
         nonlocal loss_sum, stats
-        loss, stats = objective(row_logprobs(policy, "writer", part, trunk=trunk, entropy_gradient=entropy), part)
+        loss, stats = objective(row_logprobs(policy, "writer", part, prefix=prefix, entropy_gradient=entropy), part)
         loss.backward()
         loss_sum += loss.item()
 
-    Passes(policy, "writer", take).take(cut(rows, pack_tokens))
+    PassRunner(policy, "writer", take).run_all(plan_passes(rows, pack_tokens))
     grads = [parameter.grad for parameter in policy.parameters("writer") if parameter.grad is not None]
     gradient = torch.cat([grad.flatten() for grad in grads])
     for parameter in policy.parameters("writer"):
@@ -57,31 +58,31 @@ def run(
 def test_on_policy_the_ratio_is_one_at_any_temperature(temperature: float | None) -> None:
     policy = small_policy(small_model(dtype=torch.float64))
     rows = sampled_rows(policy, temperature)
-    _, stats, _ = run(policy, Objective(LossOptions()), rows)
+    _, stats, _ = run(policy, Objective(PolicyLossConfig()), rows)
     assert [stats[name] for name in ("ratio_min", "ratio_max")] == pytest.approx([1.0, 1.0], abs=1e-12)
     forgotten = [replace(row, temperatures=None if temperature else [0.5] * 11) for row in rows]
-    stats = run(policy, Objective(LossOptions()), forgotten)[1]
+    stats = run(policy, Objective(PolicyLossConfig()), forgotten)[1]
     assert stats["ratio_max"] > 1.01 or stats["ratio_min"] < 0.99
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        LossOptions(beta=0.1),
-        LossOptions(entropy_coef=0.05),
-        LossOptions(top_entropy_quantile=0.4, entropy_coef=0.05),
-        LossOptions("vespo", vllm_importance_sampling_mode="token_truncate"),
-        LossOptions(importance_sampling_level="sequence", vllm_importance_sampling_mode="sequence_mask"),
+        PolicyLossConfig(beta=0.1),
+        PolicyLossConfig(entropy_coef=0.05),
+        PolicyLossConfig(top_entropy_quantile=0.4, entropy_coef=0.05),
+        PolicyLossConfig(loss="vespo", importance_sampling_mode="token_truncate"),
+        PolicyLossConfig(importance_sampling_level="sequence", importance_sampling_mode="sequence_mask"),
     ],
     ids=["kl", "entropy", "top-entropy", "vespo-token", "gspo-sequence"],
 )
-def test_many_passes_are_as_one(options: LossOptions) -> None:
+def test_many_passes_are_as_one(options: PolicyLossConfig) -> None:
     policy = small_policy(small_model(dtype=torch.float64))
     rows = [replace(row, logprobs=[value - 0.1 for value in row.logprobs]) for row in sampled_rows(policy)]
     entropy = options.entropy_coef != 0
     found = []
     for pack_tokens in (4096, 12):
-        objective = prepare(policy, "writer", rows, options, pack_tokens=pack_tokens, moves=True)
+        objective = prepare_objective(policy, "writer", rows, options, pack_tokens=pack_tokens, is_first=False)
         found.append(run(policy, objective, rows, pack_tokens, entropy))
     (one, _, gradient), (other, _, same) = found
     assert one == pytest.approx(other, rel=1e-9)
@@ -94,7 +95,7 @@ def test_the_reference_is_the_model_without_its_adapter() -> None:
         small_policy(small_model(dtype=torch.float64), adapter_std=0.0),
     )
     rows = sampled_rows(policy)
-    objective = prepare(policy, "writer", rows, LossOptions(beta=0.1), pack_tokens=4096, moves=False)
+    objective = prepare_objective(policy, "writer", rows, PolicyLossConfig(beta=0.1), pack_tokens=4096, is_first=True)
     assert run(policy, objective, rows)[1]["kl_ref"] > 1e-3
     with torch.no_grad():
         base = row_logprobs(fresh, "writer", rows).logprobs
@@ -108,11 +109,15 @@ def test_an_engine_that_samples_otherwise_is_corrected(moves: bool) -> None:
     policy = small_policy(small_model(dtype=torch.float64))
     exact = sampled_rows(policy)
     shifted = [replace(row, logprobs=[0.0] * 8 + [value + 0.2 for value in row.logprobs[8:]]) for row in exact]
-    options: dict[str, Any] = {"vllm_importance_sampling_mode": "token_truncate"}
-    objective = prepare(policy, "writer", shifted, LossOptions(**options), pack_tokens=4096, moves=moves)
+    options: dict[str, Any] = {"importance_sampling_mode": "token_truncate"}
+    objective = prepare_objective(
+        policy, "writer", shifted, PolicyLossConfig(**options), pack_tokens=4096, is_first=not moves
+    )
     _, stats, gradient = run(policy, objective, shifted)
     assert stats["ratio_max"] == pytest.approx(1.0) and stats["sampling_weight"] == pytest.approx(0.8187307)
-    assert torch.allclose(gradient, run(policy, Objective(LossOptions()), exact)[2] * 0.8187307530779818, rtol=1e-9)
+    assert torch.allclose(
+        gradient, run(policy, Objective(PolicyLossConfig()), exact)[2] * 0.8187307530779818, rtol=1e-9
+    )
     if moves:
         for parameter in policy.parameters("writer"):
             parameter.data *= 1.1

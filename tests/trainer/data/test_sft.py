@@ -12,7 +12,14 @@ from agl_trainer.algo.sft_loss import sft_loss
 from agl_trainer.compute.logprobs import row_logprobs
 from agl_trainer.data.chat import ChatTemplate
 from agl_trainer.data.rows import RowLogprobs, TrainingRow
-from agl_trainer.data.sft_examples import Lesson, batches, check_examples, example_lesson, example_row, sft_rows
+from agl_trainer.data.sft_examples import (
+    SftExample,
+    check_examples,
+    epoch_batches,
+    example_tokens,
+    examples_from_config,
+    sft_rows,
+)
 from agl_trainer.engine.http.api import engine_app
 from tests.trainer.scripted_sampler import PLAIN_TEMPLATE, TOOL_TEMPLATE, ScriptedSampler, serving, small_tokenizer
 from tests.trainer.small_model import small_policy
@@ -51,7 +58,7 @@ def test_the_prompt_is_what_the_engine_computes_for_the_same_request(template: s
     (answer,) = sampler.say("hello there")
     with serving(app) as url:
         httpx.post(f"{url}/v1/chat/completions", json={"model": "writer", **EXAMPLES[name]}).raise_for_status()
-    ids, mask = example_row(ChatTemplate(tokenizer), EXAMPLES[name] | {"completion": "hello there"})
+    ids, mask = example_tokens(ChatTemplate(tokenizer), EXAMPLES[name] | {"completion": "hello there"})
     asked = sampler.submitted[0]
     assert ids == asked.prompt_ids + answer
     assert mask == [0] * len(asked.prompt_ids) + [1] * len(answer)
@@ -62,7 +69,7 @@ def test_the_prompt_is_what_the_engine_computes_for_the_same_request(template: s
 def test_the_loss_of_a_batch_is_the_mean_over_its_trained_tokens() -> None:
     template = ChatTemplate(small_tokenizer())
     given = [example(completion="hello"), example(completion="hello there, hello there")]
-    rows = sft_rows([example_lesson(template, one) for one in given])
+    rows = sft_rows(examples_from_config(template, given))
     lengths = [sum(row.loss_mask) for row in rows]
     assert lengths[0] < lengths[1]
     policy = small_policy()
@@ -79,31 +86,31 @@ def test_row_weights_carry_over_to_the_loss() -> None:
 
 
 def test_an_epoch_has_every_example_once_in_batches_of_one_role() -> None:
-    lessons = [lesson("writer", i) for i in range(10)] + [lesson("fixer", i) for i in range(5)]
-    first = batches(lessons, 4, epoch=0, seed=1)
+    examples = [made("writer", i) for i in range(10)] + [made("fixer", i) for i in range(5)]
+    first = epoch_batches(examples, 4, epoch=0, seed=1)
     assert [len(batch) for batch in first if batch[0].role == "writer"] == [4, 4, 2]
     assert [len(batch) for batch in first if batch[0].role == "fixer"] == [4, 1]
     assert all(len({item.role for item in batch}) == 1 for batch in first)
-    assert numbers([item for batch in first for item in batch]) == numbers(lessons)
+    assert numbers([item for batch in first for item in batch]) == numbers(examples)
     # The roles take turns: the fixer's second batch does not wait for the writer's last.
     roles = [batch[0].role for batch in first]
     assert [set(roles[:2]), roles[2], set(roles[3:])] == [{"writer", "fixer"}, "writer", {"writer", "fixer"}]
 
 
-def lesson(role: str, number: int) -> Lesson:
-    return Lesson(role, [number, 1], [0, 1])
+def made(role: str, number: int) -> SftExample:
+    return SftExample(role, [number, 1], [0, 1])
 
 
-def numbers(lessons: Sequence[Lesson]) -> list[tuple[str, int]]:
-    return sorted((item.role, item.token_ids[0]) for item in lessons)
+def numbers(examples: Sequence[SftExample]) -> list[tuple[str, int]]:
+    return sorted((item.role, item.token_ids[0]) for item in examples)
 
 
 def test_the_order_of_an_epoch_is_its_own_and_comes_again() -> None:
-    lessons = [lesson("writer", i) for i in range(20)]
-    one = batches(lessons, 4, epoch=0, seed=1)
-    assert batches(lessons, 4, epoch=0, seed=1) == one
-    assert batches(lessons, 4, epoch=1, seed=1) != one
-    assert batches(lessons, 4, epoch=0, seed=2) != one
+    examples = [made("writer", i) for i in range(20)]
+    one = epoch_batches(examples, 4, epoch=0, seed=1)
+    assert epoch_batches(examples, 4, epoch=0, seed=1) == one
+    assert epoch_batches(examples, 4, epoch=1, seed=1) != one
+    assert epoch_batches(examples, 4, epoch=0, seed=2) != one
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_a_template_without_tools_gets_them_as_text():
 def test_a_template_that_knows_tools_gets_them_as_they_are():
     template = ChatTemplate(small_tokenizer(TOOL_TEMPLATE))
     text = template.prompt_text(CONVERSATION, [ADD])
-    assert template.writes_tools
+    assert template.supports_tools
     assert '"name": "add"' in text.partition("Be brief.")[0]
     assert 'I add.<tool_call>add:{"a": 1}</tool_call><tool_call>add:{"a": 1}</tool_call>' in text
     assert "<|im_start|>tool\n3<|im_end|>" in text
@@ -89,7 +89,7 @@ def test_a_tokenizer_without_template_is_named():
 
 def test_smollm2(smollm2: PreTrainedTokenizerBase):
     template = ChatTemplate(smollm2)
-    assert not template.writes_tools
+    assert not template.supports_tools
     assert template.stop_token_ids == {smollm2.convert_tokens_to_ids("<|im_end|>")}
     text = template.prompt_text(CONVERSATION, [ADD])
     assert text.startswith("<|im_start|>system\nBe brief.\n\nYou can call these tools:\n")

@@ -15,10 +15,12 @@ from agl.cli.inspection import Inspection
 from agl.span import Span
 from agl.store import open_store
 from agl.trajectory import DropReason, build_trajectory, trained_span
-from agl_trainer.algo.batch_builder import BatchOptions, GrpoBatch, RoleState, Verdict, grpo_batch
+from agl_trainer.algo.batch import CallOutcome, GrpoBatch
+from agl_trainer.algo.batch_builder import grpo_batch
+from agl_trainer.algo.options import BatchOptions, RoleState
 from agl_trainer.loop.account import Account, call_metrics, warn_of_missing_rewards
 from tests.core.span_maker import chat, reward, span
-from tests.trainer.rollout_maker import call, reward_on, trajectory
+from tests.trainer.rollout_maker import batch_options, call, reward_on, trajectory
 
 ROLES = ("writer", "fixer", "frozen", "unknown")
 KINDS = ("plain", "no ids", "cut", "old", "failed", "empty", "foreign")
@@ -35,7 +37,7 @@ OPTIONS = st.fixed_dictionaries(
         "max_staleness": st.sampled_from([None, 1]),
         "max_row_tokens": st.sampled_from([None, 4]),
         "mask_truncated_completions": st.booleans(),
-        "keeps_zero_advantage": st.booleans(),
+        "beta": st.sampled_from([0.0, 0.1]),
         "loss_type": st.sampled_from([None, "dapo"]),
     }
 )
@@ -77,18 +79,18 @@ def test_verdicts_metrics_and_inspection_add_up_to_the_calls(
         told.append(spans)
     roles = {"writer": RoleState(version=5), "fixer": RoleState(version=5), "frozen": RoleState(trains=False)}
     replaced = frozenset(["g0"] if is_replaced else [])
-    batch = grpo_batch(made, roles, BatchOptions(vocabulary=90, **options), replaced_groups=replaced)
+    batch = grpo_batch(made, roles, batch_options(vocabulary_size=90, **options), replaced_groups=replaced)
     if is_skipped:
         batch.skip(["writer"], 0)
     calls = [call for one in made for call in one.calls]
-    assert sorted(verdict.call.span_id for verdict in batch.verdicts) == sorted(call.span_id for call in calls)
+    assert sorted(outcome.call.span_id for outcome in batch.outcomes) == sorted(call.span_id for call in calls)
     check_weights(batch)
 
-    metrics = call_metrics(batch.verdicts)
+    metrics = call_metrics(batch.outcomes)
     assert metrics["calls"] == len(calls) == sum(metrics.values()) - metrics["calls"]
     ends: Counter[str] = Counter()
     for spans, one in zip(told, made, strict=True):
-        words = [verdict for verdict in batch.verdicts if verdict.call.rollout_id == one.rollout_id]
+        words = [outcome for outcome in batch.outcomes if outcome.call.rollout_id == one.rollout_id]
         trained = [trained_span(word.call, 7, word.advantage, word.reason, weight=word.weight) for word in words]
         if spans:
             ends += Inspection([*spans, *trained]).ends
@@ -98,12 +100,12 @@ def test_verdicts_metrics_and_inspection_add_up_to_the_calls(
 
 def check_weights(batch: GrpoBatch) -> None:
     """What trains has an advantage and the weight of its row, what does not has neither; and no token but theirs."""
-    trained = [verdict for verdict in batch.verdicts if verdict.reason is None]
-    for verdict in batch.verdicts:
-        assert (verdict.reason is None) == (verdict.advantage is not None) == (verdict.weight is not None)
+    trained = [outcome for outcome in batch.outcomes if outcome.reason is None]
+    for outcome in batch.outcomes:
+        assert (outcome.reason is None) == (outcome.advantage is not None) == (outcome.weight is not None)
     weights = {row.weight for rows in batch.rows.values() for row in rows}
-    if not any(verdict.reason is DropReason.SKIPPED_STEP for verdict in batch.verdicts):
-        assert {verdict.weight for verdict in trained} == weights
+    if not any(outcome.reason is DropReason.SKIPPED_STEP for outcome in batch.outcomes):
+        assert {outcome.weight for outcome in trained} == weights
     assert all(max(row.token_ids) < 90 for rows in batch.rows.values() for row in rows)
 
 
@@ -114,8 +116,8 @@ def test_a_row_is_cut_where_it_gets_too_long() -> None:
         trajectory("r1", *turns, reward_on(None, 1.0)),
         trajectory("r2", call("writer", [9], prompt=[1]), reward_on(None, 0.0)),
     ]
-    batch = grpo_batch(made, {"writer": RoleState()}, BatchOptions(scale_rewards="none", max_row_tokens=4))
-    assert [(verdict.reason, verdict.advantage) for verdict in batch.verdicts] == [
+    batch = grpo_batch(made, {"writer": RoleState()}, batch_options(scale_rewards="none", max_row_tokens=4))
+    assert [(outcome.reason, outcome.advantage) for outcome in batch.outcomes] == [
         (None, 0.5),
         (DropReason.TOO_LONG, None),
         (None, -0.5),
@@ -126,8 +128,8 @@ def test_a_row_is_cut_where_it_gets_too_long() -> None:
 
 def test_a_row_of_another_models_tokens_says_so() -> None:
     made = [trajectory(f"r{i}", call("writer", [3, 400 * i]), reward_on(None, float(i))) for i in range(2)]
-    batch = grpo_batch(made, {"writer": RoleState()}, BatchOptions(scale_rewards="none", vocabulary=400))
-    assert [verdict.reason for verdict in batch.verdicts] == [None, DropReason.UNKNOWN_TOKENS]
+    batch = grpo_batch(made, {"writer": RoleState()}, batch_options(scale_rewards="none", vocabulary_size=400))
+    assert [outcome.reason for outcome in batch.outcomes] == [None, DropReason.UNKNOWN_TOKENS]
 
 
 def test_a_call_that_arrives_after_its_rollout_was_counted_is_counted_once_in_the_next_step(tmp_path: Path) -> None:
@@ -136,11 +138,11 @@ def test_a_call_that_arrives_after_its_rollout_was_counted_is_counted_once_in_th
     early, late = (call("writer", **{semconv.ROLLOUT_ID: "hung"}) for _ in range(2))
     store.append_spans([early])
     assert account.late_calls() == []
-    verdicts = [Verdict(made, None, DropReason.FAILED_ROLLOUT) for made in build_trajectory([early]).calls]
-    account.record(3, verdicts, unfinished=["hung", "silent"])
+    outcomes = [CallOutcome(made, None, DropReason.FAILED_ROLLOUT) for made in build_trajectory([early]).calls]
+    account.record(3, outcomes, unfinished=["hung", "silent"])
     store.append_spans([late])
     found = account.late_calls()
-    assert [(verdict.call.span_id, verdict.reason) for verdict in found] == [(late.span_id, DropReason.LATE)]
+    assert [(outcome.call.span_id, outcome.reason) for outcome in found] == [(late.span_id, DropReason.LATE)]
     account.record(4, found)
     assert account.late_calls() == []
     ends = Inspection(store.query_spans("hung")).ends
@@ -157,9 +159,9 @@ def test_rollouts_that_no_reward_reaches_are_named(caplog: pytest.LogCaptureFixt
     ]
     batch = grpo_batch(made, {"writer": RoleState(), "fixer": RoleState()}, BatchOptions())
     with caplog.at_level(logging.WARNING):
-        assert warn_of_missing_rewards(batch.verdicts) == 1
+        assert warn_of_missing_rewards(batch.outcomes) == 1
     assert "no reward reaches 1 rollouts (without): they are left out" in caplog.text
     caplog.clear()
-    others = [verdict for verdict in batch.verdicts if verdict.call.rollout_id != "without"]
+    others = [outcome for outcome in batch.outcomes if outcome.call.rollout_id != "without"]
     assert warn_of_missing_rewards(others) == 0
     assert caplog.text == ""

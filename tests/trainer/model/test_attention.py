@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from agl_trainer.data.trie import PackedRows, pack_rows
+from agl_trainer.data.prefix_tree import PackedRows, pack_rows
 from agl_trainer.model.attention import PackedPlan
 from agl_trainer.model.attention_parts import FlashKernel, PlainKernel, Scores, kernel_for
 

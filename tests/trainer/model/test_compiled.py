@@ -13,11 +13,11 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from agl.errors import ConfigError
-from agl_trainer.data.trie import pack_rows
+from agl_trainer.data.prefix_tree import pack_rows
 from agl_trainer.model.attention import PackedPlan
 from agl_trainer.model.compiled import Compiled, compile_layers, refusal
 from agl_trainer.model.policy import Policy
-from tests.trainer.compute.test_trunk import step
+from tests.trainer.compute.test_prefix import step
 from tests.trainer.model.test_packing_probe import odd_model
 from tests.trainer.model.test_recompute import gradient, sample
 from tests.trainer.small_model import small_model, small_policy

@@ -10,11 +10,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import BlockMask
 
-from agl_trainer.data.trie import PackedRows, pack_rows
+from agl_trainer.data.prefix_tree import PackedRows, pack_rows
 from agl_trainer.model import flex
 from agl_trainer.model.attention import PackedPlan
 from agl_trainer.model.attention_parts import Scores
-from tests.trainer.compute.test_trunk import step
+from tests.trainer.compute.test_prefix import step
 from tests.trainer.model.test_attention import SCORES
 from tests.trainer.small_model import small_model, small_policy
 
@@ -103,9 +103,9 @@ def test_compiled_once_it_takes_other_lengths_windows_and_caps(
             patch.setattr(flex, "takes", lambda _: True)
             assert_same(attend(packed, start, scores), expected)
         graphs.append(counter.frame_count)
-    whole, on_a_trunk, *others = graphs
-    assert 0 < whole < on_a_trunk
-    assert set(others) == {on_a_trunk}
+    whole, below_a_prefix, *others = graphs
+    assert 0 < whole < below_a_prefix
+    assert set(others) == {below_a_prefix}
 
 
 @pytest.mark.usefixtures("counter")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from agl_trainer.data.trie import pack_rows
+from agl_trainer.data.prefix_tree import pack_rows
 from agl_trainer.model.attention import PackedPlan
 from agl_trainer.model.base_model import use_bfloat16_products
 from agl_trainer.model.cpu.fused import can_be_fused

@@ -6,9 +6,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from agl_trainer.algo.sft_loss import sft_loss
-from agl_trainer.compute.update import update_role
+from agl_trainer.compute.optimizer_step import optimizer_step
 from agl_trainer.model.packing_probe import takes_trie
-from tests.trainer.compute.test_update import ROWS
+from tests.trainer.compute.test_optimizer_step import ROWS
 from tests.trainer.small_model import small_model, small_policy
 
 
@@ -40,7 +40,7 @@ def test_a_model_that_cannot_be_packed_learns_from_padded_rows() -> None:
     policy = small_policy(odd_model("bloom"), packs=False)
     optimizer = torch.optim.AdamW(policy.parameters("writer"), lr=0.02)
     losses = [
-        update_role(policy, "writer", optimizer, ROWS, sft_loss, pack_tokens=100, max_grad_norm=1.0).metrics["loss"]
+        optimizer_step(policy, "writer", optimizer, ROWS, sft_loss, pack_tokens=100, max_grad_norm=1.0).metrics["loss"]
         for _ in range(4)
     ]
     assert losses[-1] < losses[0] - 0.1

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from agl.config import RoleConfig
 from agl.errors import ConfigError, TrainingError
-from agl_trainer.data.trie import pack_rows
+from agl_trainer.data.prefix_tree import pack_rows
 from agl_trainer.model.attention import PackedPlan
 from agl_trainer.model.lora import BASE, Routing, route_layers
 from agl_trainer.model.policy import Policy

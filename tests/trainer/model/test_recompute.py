@@ -10,14 +10,14 @@ from transformers import PreTrainedModel
 from agl.errors import ConfigError
 from agl_trainer.algo.sft_loss import sft_loss
 from agl_trainer.compute.logprobs import row_logprobs
-from agl_trainer.compute.trunk import Grown, Passes
-from agl_trainer.data.cut import cut, padded_passes
-from agl_trainer.data.trie import pack_rows
+from agl_trainer.compute.prefix import ComputedPrefix, PassRunner
+from agl_trainer.data.passes import plan_padded_passes, plan_passes
+from agl_trainer.data.prefix_tree import pack_rows
 from agl_trainer.model.attention import PackedPlan
 from agl_trainer.model.lora import Routing
 from agl_trainer.model.policy import Policy
 from agl_trainer.model.recompute import Recomputed, recompute_layers
-from tests.trainer.compute.test_trunk import rows
+from tests.trainer.compute.test_prefix import rows
 from tests.trainer.model.test_packing_probe import odd_model
 from tests.trainer.small_model import small_model, small_policy
 
@@ -25,13 +25,13 @@ from tests.trainer.small_model import small_model, small_policy
 def gradient(policy: Policy, role: str, pack_tokens: int) -> Tensor:
     """Of all passes over the rows; other adapters have their say between a pass and its backward pass."""
 
-    def run(part: list[Any], trunk: Grown | None) -> None:
-        loss, _ = sft_loss(row_logprobs(policy, role, part, trunk=trunk), part)
+    def run(part: list[Any], prefix: ComputedPrefix | None) -> None:
+        loss, _ = sft_loss(row_logprobs(policy, role, part, prefix=prefix), part)
         sample(policy)
         loss.backward()
 
-    parts = cut(rows(), pack_tokens) if policy.packs else padded_passes(rows(), pack_tokens)
-    Passes(policy, role, run).take(parts)
+    parts = plan_passes(rows(), pack_tokens) if policy.packs else plan_padded_passes(rows(), pack_tokens)
+    PassRunner(policy, role, run).run_all(parts)
     found = [parameter.grad for parameter in policy.parameters(role) if parameter.grad is not None]
     return torch.cat([grad.flatten() for grad in found])
 

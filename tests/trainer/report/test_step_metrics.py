@@ -3,11 +3,12 @@
 import pytest
 
 from agl import semconv
-from agl_trainer.algo.batch_builder import BatchOptions, RoleState, grpo_batch
-from agl_trainer.compute.update import Update
+from agl_trainer.algo.batch_builder import grpo_batch
+from agl_trainer.algo.options import RoleState
+from agl_trainer.compute.optimizer_step import StepStats
 from agl_trainer.report.step_metrics import Stopwatch, batch_metrics, reward_metrics, update_metrics
 from tests.core.span_maker import reward
-from tests.trainer.rollout_maker import call, reward_on, trajectory
+from tests.trainer.rollout_maker import batch_options, call, reward_on, trajectory
 
 
 def test_rewards_by_rollout_role_and_part() -> None:
@@ -40,7 +41,7 @@ def test_lengths_staleness_and_credit_of_a_role() -> None:
     older = call("writer", [3, 4], **{semconv.POLICY_VERSION: "writer@2"})
     made = [trajectory("r1", long, reward_on(None, 1.0)), trajectory("r2", older, reward_on(None, 0.0))]
     roles = {"writer": RoleState(version=3)}
-    batch = grpo_batch(made, roles, BatchOptions(scale_rewards="none"))
+    batch = grpo_batch(made, roles, batch_options(scale_rewards="none"))
     assert batch_metrics(batch, roles) == pytest.approx(
         {
             "writer/credit_mean": 0.5,
@@ -57,7 +58,7 @@ def test_lengths_staleness_and_credit_of_a_role() -> None:
 
 
 def test_updates_say_what_they_computed_and_how_fast() -> None:
-    updates = {"writer": Update({"loss": 0.5}, 10, 40), "fixer": Update({"loss": 1.5}, 5, 10)}
+    updates = {"writer": StepStats({"loss": 0.5}, 10, 40), "fixer": StepStats({"loss": 1.5}, 5, 10)}
     assert update_metrics(updates, 2.0) == {
         "writer/loss": 0.5,
         "fixer/loss": 1.5,

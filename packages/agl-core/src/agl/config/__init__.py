@@ -5,7 +5,7 @@ from agl.config.engine import EngineConfig
 from agl.config.file import DEFAULT_STORE_URI, Config
 from agl.config.gateway import GatewayConfig, RecordMode, TimeoutsConfig, UpstreamConfig
 from agl.config.judge import JudgeConfig
-from agl.config.loss import LossConfig
+from agl.config.loss import AdvantageName, LossConfig, LossName, PolicyLossConfig, RewardScale
 from agl.config.queue import Appendfsync, QueueConfig
 from agl.config.roles import AgentRoles, RoleConfig
 from agl.config.sft import SftConfig, SftTracesConfig, TracesConfig
@@ -14,6 +14,7 @@ from agl.config.train import TrainConfig
 
 __all__ = [
     "DEFAULT_STORE_URI",
+    "AdvantageName",
     "AgentRoles",
     "Appendfsync",
     "CollectorConfig",
@@ -22,8 +23,11 @@ __all__ = [
     "GatewayConfig",
     "JudgeConfig",
     "LossConfig",
+    "LossName",
+    "PolicyLossConfig",
     "QueueConfig",
     "RecordMode",
+    "RewardScale",
     "RoleConfig",
     "SftConfig",
     "SftTracesConfig",

@@ -1,4 +1,4 @@
-"""The keys of `train` that turn rewards into a loss."""
+"""The keys of `train` that turn rewards into advantages, and advantages into a loss."""
 
 from typing import Annotated, Literal, Self
 
@@ -6,55 +6,45 @@ from pydantic import Field, model_validator
 
 from agl.config.section import Fraction, Positive, Section
 
+LossName = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+AdvantageName = Literal["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "max@k", "ema"]
+RewardScale = Literal["group", "batch", "none"]
 
-class LossConfig(Section):
-    """The keys of `train` that make rewards into a loss, named as in TRL's GRPOConfig."""
+_CISPO_RATIO_CAP = 5.0
+"""Cap of the importance ratio in CISPO (ScaleRL, arXiv 2510.13786, section 3.2)."""
 
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "max@k", "ema"] = "grpo"
-    """How rewards are compared (agl_trainer.algo.advantages)."""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What advantages of grpo are divided by: the standard deviation of their group, of the whole step, or nothing."""
-    max_at_k: Annotated[int, Field(ge=2)] = 4
-    """The k of advantage max@k."""
-    ema_decay: Fraction = 0.95
-    """How much of a role's running mean is kept in a step, of advantage ema."""
-    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"] = "grpo"
-    """What is made of advantage and ratio (agl_trainer.algo.losses)."""
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"] | None = None
-    """Normalise as TRL does for this loss; none: each rollout weighs the same."""
+
+class PolicyLossConfig(Section):
+    """Options of a policy loss, named as in TRL's GRPOConfig, where `importance_sampling_*` begins with `vllm_`."""
+
+    loss: LossName = "grpo"
+    """Policy loss, a function of advantage and importance ratio (agl_trainer.algo.losses)."""
+    loss_type: LossName | None = None
+    """Normalise as TRL normalises this loss; none: every rollout has the same weight."""
     epsilon: Positive = 0.2
-    """Clip range of the probability ratio (PPO, arXiv 1707.06347, eq. 7)."""
+    """Clip range of the importance ratio, below 1 and above it (PPO, arXiv 1707.06347, eq. 7)."""
     epsilon_high: Positive | None = None
-    """Above 1; as `epsilon` where it is not set. For cispo the cap of the ratio, 5.0."""
+    """Clip range above 1; default: `epsilon`. For cispo the cap of the ratio; default: 5.0."""
     delta: Positive | None = None
-    """Upper bound of the ratio at negative advantages (dual clip)."""
+    """Upper bound of the importance ratio at negative advantages (dual clip)."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
-    """Ratio of each token, or of the whole row (GSPO)."""
+    """One importance ratio per token, or per row (GSPO)."""
     beta: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the KL divergence from the base model."""
     use_bias_correction_kl: bool = True
+    """Multiply the KL divergence by the importance ratio."""
     entropy_coef: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the entropy bonus."""
     top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the tokens, those of highest entropy, that train."""
-    mask_truncated_completions: bool = False
-    """Do not train on answers that were cut at their longest."""
-    overlong_buffer: Annotated[int, Field(ge=0)] = 0
-    """Tokens before `max_tokens` within which an answer loses reward (DAPO, arXiv 2503.14476, eq. 13); 0: none."""
-    overlong_penalty: Positive = 1.0
-    """What an answer of `max_tokens` loses."""
+    """Share of the tokens, those of highest entropy, that the policy loss includes."""
     off_policy_mask_threshold: Positive | None = None
-    """KL divergence from which on a bad row that the policy has left behind is not trained on."""
+    """KL divergence above which a row with a negative advantage is masked out as off-policy."""
     importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None = (
         None
     )
-    """Correct for an engine that samples otherwise than the policy; TRL's names begin with `vllm_`."""
+    """How to correct for an engine whose probabilities differ from the policy's; none: no correction."""
     importance_sampling_clip_max: Positive | None = 3.0
     importance_sampling_clip_min: Positive | None = None
-    max_staleness: Annotated[int, Field(ge=0)] | None = None
-    """Versions that a call's policy may be behind; older calls are dropped."""
-    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"
-    """What the engine records, in vLLM's words: the model's own logprobs, or those after the temperature."""
     sapo_temperature_pos: Positive = 1.0
     sapo_temperature_neg: Positive = 1.05
     vespo_k_pos: Positive = 2.0
@@ -62,9 +52,65 @@ class LossConfig(Section):
     vespo_k_neg: Positive = 3.0
     vespo_lambda_neg: Positive = 2.0
 
+    @property
+    def epsilon_above(self) -> float:
+        """Distance above 1 at which the importance ratio is clipped."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def ratio_cap(self) -> float:
+        """Cap of the importance ratio in cispo."""
+        return _CISPO_RATIO_CAP if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def needs_entropies(self) -> bool:
+        return self.entropy_coef != 0 or self.top_entropy_quantile < 1
+
+    @property
+    def trains_without_advantage(self) -> bool:
+        """A token of advantage 0 also has a gradient."""
+        return self.beta != 0 or self.entropy_coef != 0
+
     @model_validator(mode="after")
-    def _is_used(self) -> Self:
-        for key, owner, there in (
+    def _has_valid_sampling_correction(self) -> Self:
+        mode = self.importance_sampling_mode
+        low, high = self.importance_sampling_clip_min, self.importance_sampling_clip_max
+        if mode is None:
+            return self
+        if self.loss == "vespo" and mode.startswith("sequence"):
+            raise ValueError(f"vespo weighs sequences itself; importance_sampling_mode is {mode}, choose token_*")
+        if low is None and high is None:
+            raise ValueError(f"{mode} needs importance_sampling_clip_max or importance_sampling_clip_min")
+        if low is not None and high is not None and low >= high:
+            raise ValueError(f"importance_sampling_clip_min is {low}, expected less than clip_max, {high}")
+        return self
+
+
+class LossConfig(PolicyLossConfig):
+    """The policy loss, the advantages that it weighs tokens with, and the calls that it leaves out."""
+
+    advantage: AdvantageName = "grpo"
+    """How a rollout's reward is compared with others (agl_trainer.algo.advantages)."""
+    scale_rewards: RewardScale = "group"
+    """Divisor of the advantages of grpo: the standard deviation of their group, of the whole step, or none."""
+    max_at_k: Annotated[int, Field(ge=2)] = 4
+    """The k of advantage max@k."""
+    ema_decay: Fraction = 0.95
+    """Advantage ema: weight of the old value when a step updates a role's running mean of rewards."""
+    mask_truncated_completions: bool = False
+    """Leave responses that reached the length limit out of the loss."""
+    overlong_buffer: Annotated[int, Field(ge=0)] = 0
+    """Tokens before `max_tokens` within which a response is penalised (DAPO, arXiv 2503.14476, eq. 13); 0: never."""
+    overlong_penalty: Positive = 1.0
+    """Reward that a response of `max_tokens` loses."""
+    max_staleness: Annotated[int, Field(ge=0)] | None = None
+    """Versions by which the policy that sampled a call may be older than the current one; older calls are dropped."""
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"
+    """Which logprobs the engine records, in vLLM's terms: before or after division by the temperature."""
+
+    @model_validator(mode="after")
+    def _has_no_unused_key(self) -> Self:
+        for key, owner, is_used in (
             ("max_at_k", "advantage max@k", self.advantage == "max@k"),
             ("ema_decay", "advantage ema", self.advantage == "ema"),
             ("scale_rewards", "advantage grpo", self.advantage == "grpo"),
@@ -74,10 +120,11 @@ class LossConfig(Section):
             ("overlong_penalty", "overlong_buffer", self.overlong_buffer > 0),
             ("use_bias_correction_kl", "beta", self.beta > 0),
         ):
-            if (
-                key in self.model_fields_set
-                and not there
-                and getattr(self, key) != type(self).model_fields[key].default
-            ):
+            if not is_used and key in self.keys_set():
                 raise ValueError(f"{key} does nothing without {owner}")
         return self
+
+    def keys_set(self) -> list[str]:
+        """Keys of the loss that the configuration sets to something else than their default."""
+        fields = LossConfig.model_fields
+        return [key for key in fields if key in self.model_fields_set and getattr(self, key) != fields[key].default]

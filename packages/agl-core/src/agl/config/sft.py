@@ -1,4 +1,4 @@
-"""`sft`: supervised fine-tuning, and which rollouts of the store are trained on."""
+"""`sft`: supervised fine-tuning, and which rollouts of the store to train on."""
 
 from typing import Literal, Self
 
@@ -8,29 +8,30 @@ from agl.config.section import Count, Positive, Reference, Section
 
 
 class TracesConfig(Section):
-    """Which rollouts of the store are learnt from."""
+    """Which rollouts of the store to train on."""
 
     modes: list[Literal["train", "eval", "prod"]] = Field(default_factory=lambda: ["train", "prod"])
+    """Modes of the rollouts."""
     tags: dict[str, str | bool | int | float] = Field(default_factory=dict)
-    """Attributes that some span of a rollout must have, as `agl.emit_annotation` writes them."""
+    """Span attributes, as `agl.emit_annotation` writes them; a rollout needs each of them on at least one span."""
 
 
 class SftTracesConfig(TracesConfig):
-    """The same, and which calls of them."""
+    """Which rollouts of the store to fine-tune on, and which calls in them."""
 
     min_reward: float | None = None
-    """Least reward, of the call's role or else of the rollout; none: any, or none at all."""
+    """Minimum reward of the call's role or, if the role has none, of the rollout; none: rewards are ignored."""
     roles: list[str] = Field(default_factory=list)
-    """Roles whose calls are learnt from; none: all under `agent_roles`."""
+    """Roles whose calls are trained on; default: all under `agent_roles`."""
 
 
 class SftConfig(Section):
-    """Supervised fine-tuning (`agl sft`), on examples or on what the store holds."""
+    """Supervised fine-tuning (`agl sft`), on examples or on rollouts of the store."""
 
     examples: Reference | None = None
     """Function without arguments that returns a list of `{"role", "messages", "completion"}`."""
     traces: SftTracesConfig | None = None
-    """Rollouts of the store in place of examples."""
+    """Rollouts of the store, instead of examples."""
     epochs: Count = 3
     batch_size: Count = 8
     learning_rate: Positive = 1e-3

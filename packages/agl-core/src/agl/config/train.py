@@ -8,81 +8,89 @@ from agl.config.loss import LossConfig
 from agl.config.section import Count, Positive, Reference
 from agl.config.sft import TracesConfig
 
+_REJECTION_KEYS = {"loss_type", "mask_truncated_completions", "overlong_buffer", "overlong_penalty", "max_staleness"}
+"""Keys of the loss that algorithm rejection reads."""
+
 
 class TrainConfig(LossConfig):
     """What to train and how (`agl train`, `agl eval`)."""
 
     algorithm: Literal["grpo", "rejection"] = "grpo"
-    """`rejection`: fine-tuning on the rollouts that are good enough, in place of a policy gradient."""
+    """`grpo`: policy gradient. `rejection`: supervised fine-tuning on the rollouts with the best rewards."""
     min_reward: float | None = None
-    """What is good enough, of algorithm rejection; none: to be the best of its group."""
+    """Algorithm rejection: minimum reward of a rollout to train on; none: the best rollout of each group."""
     model: str
-    """`smollm2`, `tiny`, or a folder with a model that transformers loads."""
+    """`smollm2`, `tiny`, or a model folder that transformers can load."""
     agent: Reference | None = None
-    """Agent function; it receives the task and returns its answer. Sync or async. Not needed with `--from-store`."""
+    """Agent function, sync or async: receives the task, returns its answer. Not needed with `--from-store`."""
     tasks: Reference | None = None
-    """Function without arguments that returns the training tasks: a list of JSON values. Not needed there either."""
+    """Function without arguments that returns the training tasks, a list of JSON values; not for `--from-store`."""
     traces: TracesConfig = Field(default_factory=TracesConfig)
-    """What `--from-store` trains on in place of new rollouts."""
+    """Rollouts of the store that `--from-store` trains on."""
     eval_tasks: Reference | None = None
-    """The same for held-out tasks."""
+    """Function without arguments that returns the held-out tasks."""
     reward: Reference | None = None
-    """Function of (task, answer): a number or `{dimension: number}`. None: the agent emits its rewards itself."""
+    """Function of (task, answer) that returns a number or `{dimension: number}`. None: the agent emits its rewards."""
     instrument: list[str] = Field(default_factory=list)
-    """Instrumentors to switch on around the agent, by entry point: `agl_langchain`, `agl_autogen`."""
+    """Entry points of the instrumentors to enable for the agent: `agl_langchain`, `agl_autogen`."""
     group_size: Annotated[int, Field(ge=2)] = 8
+    """Rollouts of each task in a group."""
     groups_per_step: Count = 8
+    """Groups, and therefore tasks, of a training step."""
     minibatches: Count = 1
-    """Optimizer steps that the groups of a step are dealt out to; sampling is then up to that many steps behind."""
+    """Optimizer steps per training step, each on its share of the groups; all but the first are off-policy."""
     steps: Count = 20
+    """Training steps."""
     shuffle: bool = True
-    """Draw the tasks of each epoch in a new order; otherwise as they are listed."""
+    """Shuffle the tasks anew in each epoch; otherwise keep their order."""
     dynamic_sampling: Annotated[int, Field(ge=0)] = 0
-    """Rounds of new tasks in place of those whose rollouts all earned the same (DAPO), in each step."""
+    """Maximum number of times per step that groups of equal rewards are replaced by new ones (DAPO)."""
     eval_every: Annotated[int, Field(ge=0)] = 0
-    """Steps between two evaluations on `eval_tasks`, of which the best adapters are kept; 0: none."""
+    """Steps between evaluations on `eval_tasks`; the adapters of the best one are kept. 0: no evaluations."""
     early_stop: Annotated[int, Field(ge=0)] = 0
-    """Evaluations in a row without a better reward after which the training ends; 0: never."""
+    """Stop after this many evaluations in a row without a better reward; 0: never."""
     alternate_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps for which each adapter trains alone before it is the next one's turn; 0: all train in each step."""
+    """Train one adapter at a time, each for this many steps in turn; 0: all adapters in every step."""
     learning_rate: Positive = 2e-4
     temperature: Positive = 1.0
-    """Sampling temperature put into training requests."""
+    """Sampling temperature of training rollouts."""
     eval_temperature: Annotated[float, Field(ge=0)] = 0.0
-    """The same for evaluation; 0 is greedy."""
+    """Sampling temperature of evaluation rollouts; 0 is greedy."""
     max_tokens: Count = 256
-    """Longest answer, where the client did not say."""
+    """Maximum number of response tokens for requests that set no limit."""
     max_grad_norm: Positive = 1.0
+    """Gradient norm above which the gradient is scaled down."""
     pack_tokens: Count = 4096
-    """Most distinct tokens computed in one forward pass of a training step."""
+    """Maximum number of distinct tokens in one forward pass of a training step."""
     concurrency: Count = 32
-    """Agents that run at once."""
+    """Maximum number of rollouts that run at the same time."""
     timeout_s: Positive = 120.0
-    """An agent that has not answered by then is marked failed."""
+    """Seconds after which a rollout whose agent has not returned fails."""
     asynchronous: bool = False
-    """Run the rollouts of the next steps while this one trains, up to `max_staleness` steps ahead."""
+    """Run the rollouts of later steps while a step trains, up to `max_staleness` steps ahead."""
     engine_retries: Annotated[int, Field(ge=0)] = 2
-    """How often a rollout is run again whose engine failed."""
+    """Maximum number of times that a rollout is repeated because the engine failed."""
     bf16: bool = False
-    """Multiply with the frozen weights in bfloat16 where a CPU does that in hardware; a GPU always does."""
+    """Multiply with the frozen weights in bfloat16 on CPUs that support it in hardware; GPUs always do."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    """Recompute activations in the backward pass instead of storing them: less memory, more time."""
     load_in_4bit: bool = False
-    """Keep the linear layers of the base model in 4 bits (QLoRA); needs bitsandbytes."""
+    """Quantise the linear layers of the base model to 4 bits (QLoRA); needs bitsandbytes."""
     fsdp: bool = False
-    """Where torchrun starts several processes, keep a part of each layer of the base model on each device."""
+    """Shard the layers of the base model across the processes that torchrun starts (FSDP)."""
     compile: bool = False
     """Compile the layers for training passes (torch.compile)."""
     seed: int = 0
+    """Seed of adapter initialisation, sampling and task order."""
     deterministic: bool = False
-    """One agent and one sequence at a time, so that the same seed gives bitwise the same adapters."""
+    """Run one rollout and one sequence at a time, so that equal seeds give bitwise equal adapters."""
     output_dir: str = "runs/default"
-    """Checkpoints, adapters and metrics."""
+    """Folder of checkpoints, adapters and metrics."""
     report_to: list[Literal["wandb", "mlflow"]] = Field(default_factory=list)
-    """Where metrics go beside the store, `metrics.jsonl` and TensorBoard."""
+    """Trackers that receive the metrics in addition to the store, `metrics.jsonl` and TensorBoard."""
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _is_consistent(self) -> Self:
         if self.eval_every and self.eval_tasks is None:
             raise ValueError("eval_every needs eval_tasks")
         if self.asynchronous and not self.max_staleness:
@@ -95,15 +103,6 @@ class TrainConfig(LossConfig):
             raise ValueError("early_stop does nothing without eval_every")
         if self.min_reward is not None and self.algorithm != "rejection":
             raise ValueError("min_reward does nothing without algorithm rejection")
-        if self.algorithm == "rejection" and (unused := self._of_policy_gradient()):
+        if self.algorithm == "rejection" and (unused := [key for key in self.keys_set() if key not in _REJECTION_KEYS]):
             raise ValueError(f"{unused[0]} does nothing with algorithm rejection")
         return self
-
-    def _of_policy_gradient(self) -> list[str]:
-        """Keys with a value of their own that only a policy gradient reads."""
-        shared = {"loss_type", "mask_truncated_completions", "overlong_buffer", "overlong_penalty", "max_staleness"}
-        return [
-            name
-            for name, field in LossConfig.model_fields.items()
-            if name in self.model_fields_set - shared and getattr(self, name) != field.default
-        ]

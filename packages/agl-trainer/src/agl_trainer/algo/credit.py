@@ -1,13 +1,13 @@
-"""Credit: what each call of a rollout earned.
+"""Credit: the reward that each call of a rollout earned.
 
-A reward on the rollout reaches a call multiplied by gamma for each hand-off between roles that came after the call,
-and by turn_gamma for each call after it. A reward on a role is that role's own and is not discounted. A reward on one
-call is added to that call alone.
+A reward on the rollout is credited to a call times gamma for each later hand-off between roles, and times turn_gamma
+for each later call. A reward on a role is credited to the role's calls without a discount. A reward on a call is added
+to that call only.
 
-    credit(c) = gamma^h(c) * turn_gamma^n(c) * R_rollout    or  R_role(c)  where the role has a reward of its own
-              + sum of the rewards on c  + the penalty of an answer that is too long
+    credit(c) = gamma^h(c) * turn_gamma^n(c) * R_rollout    or  R_role(c)  if the role has a reward of its own
+              + sum of the rewards on c  + penalty of an overlong response
 
-With one role and one reward on the rollout, and no turn_gamma, credit is that reward: plain GRPO.
+With one role, one reward on the rollout and turn_gamma 1, credit is that reward: plain GRPO.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,17 +19,18 @@ from agl.emit.reward import weighted_sum
 from agl.trajectory import Call, Reward, Trajectory
 
 Weights = Mapping[str, float]
-_NONE: Mapping[str, Weights] = MappingProxyType({})
+"""Reward dimension to its weight."""
+_NO_WEIGHTS: Mapping[str, Weights] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
 class Credit:
-    """What a call earned: its part of what it shares with other calls, and what is its own."""
+    """A call's share of the reward on its rollout or role, and the rewards on the call itself."""
 
     shared: float
     own: float
     discount: float = 1.0
-    """Factor that is in `shared`."""
+    """Factor that `shared` includes."""
 
     @property
     def total(self) -> float:
@@ -37,18 +38,18 @@ class Credit:
 
 
 @dataclass(frozen=True, slots=True)
-class Overlong:
-    """Soft punishment of long answers (DAPO, arXiv 2503.14476, eq. 13), in tokens."""
+class OverlongPenalty:
+    """Soft penalty of overlong responses (DAPO, arXiv 2503.14476, eq. 13); lengths in tokens."""
 
     max_tokens: int
     buffer: int
     penalty: float = 1.0
 
     def of(self, call: Call) -> float:
-        """0 up to max_tokens - buffer, then down to -penalty at max_tokens; -penalty also where the answer was cut."""
+        """0 up to max_tokens - buffer, then linear to -penalty at max_tokens; -penalty for a truncated response."""
         length = len(call.response_ids or ())
-        over = length - (self.max_tokens - self.buffer)
-        share = 1.0 if call.finish_reason == "length" else min(max(over / self.buffer, 0.0), 1.0)
+        excess = length - (self.max_tokens - self.buffer)
+        share = 1.0 if call.finish_reason == "length" else min(max(excess / self.buffer, 0.0), 1.0)
         return -self.penalty * share
 
 
@@ -57,19 +58,19 @@ def call_credits(
     gamma: float,
     *,
     turn_gamma: float = 1.0,
-    weights: Mapping[str, Weights] = _NONE,
-    overlong: Overlong | None = None,
+    weights: Mapping[str, Weights] = _NO_WEIGHTS,
+    overlong: OverlongPenalty | None = None,
 ) -> dict[str, Credit | None]:
-    """Credit of each call of the last attempt by its span id; None where no reward reaches it.
+    """Span id of each call of the last attempt to its credit; None if no reward reaches the call.
 
-    Calls are taken in the order of time; `gamma` and `turn_gamma` are in [0, 1]. `weights` has, for a role that
-    weighs the dimensions of rewards in its own way, its weights. Raises TelemetryError for a dimension without one.
+    Calls are ordered by time; `gamma` and `turn_gamma` are in [0, 1]. `weights` holds the roles that weigh reward
+    dimensions differently from the configuration. Raises TelemetryError for a dimension without a weight.
     """
     calls = [call for call in trajectory.calls if call.attempt_id in (None, trajectory.attempt_id)]
     handoffs = _handoffs_after(calls)
     credits: dict[str, Credit | None] = {}
-    for place, (call, after) in enumerate(zip(calls, handoffs, strict=True)):
-        discount = gamma**after * turn_gamma ** (len(calls) - 1 - place)
+    for index, (call, after) in enumerate(zip(calls, handoffs, strict=True)):
+        discount = gamma**after * turn_gamma ** (len(calls) - 1 - index)
         credit = _credit(call, trajectory.rewards, discount, weights.get(call.role, {}))
         if credit is not None and overlong is not None:
             credit = Credit(credit.shared, credit.own + overlong.of(call), credit.discount)
@@ -78,12 +79,12 @@ def call_credits(
 
 
 def role_credit(credits: Sequence[Credit]) -> float:
-    """What a role earned in a rollout: the mean over its calls, so that many calls count as one rollout."""
+    """Credit of a role in a rollout: the mean over its calls, so that many calls count as one rollout."""
     return sum(credit.total for credit in credits) / len(credits)
 
 
 def _handoffs_after(calls: Sequence[Call]) -> list[int]:
-    """For each call, how often the role changes between it and the end."""
+    """For each call, the number of role changes from it to the end."""
     changes = [before.role != after.role for before, after in pairwise(calls)]
     return [sum(changes[index:]) for index in range(len(calls))]
 
@@ -100,5 +101,5 @@ def _credit(call: Call, rewards: Sequence[Reward], discount: float, weights: Wei
 
 
 def _value(reward: Reward, weights: Weights) -> float:
-    """The scalar of `reward`; its dimensions under a role's own weights, where both are there."""
+    """The scalar of `reward`: its dimensions under the role's own weights, if both exist, else its value."""
     return weighted_sum(reward.dimensions, weights) if weights and reward.dimensions else reward.value

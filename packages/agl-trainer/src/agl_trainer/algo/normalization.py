@@ -1,4 +1,4 @@
-"""What the loss of each token is divided by. Every normalisation is one weight for each row of an optimizer step.
+"""Normalisation of the loss, as one weight for each row of an optimizer step.
 
     loss = sum over rows i and trained tokens t of  weight_i * l_it
 
@@ -10,29 +10,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from agl.config import LossName
 from agl.errors import TrainingError
-from agl_trainer.algo.options import LossName
 
 
 def rollout_weights(lengths: Tensor, rollout_ids: Sequence[str]) -> Tensor:
-    """1 / (T_r N) for `lengths` [B] in tokens: those of a rollout share its 1/N, N rollouts in all.
+    """1 / (T_r N) for `lengths` [B] in tokens: the T_r tokens of a rollout share its 1/N, of N rollouts in all.
 
-    GRPO's mean of means (arXiv 2402.03300, eq. 3) with the rollout in the place of the answer. Raises TrainingError
-    where ids and rows differ in number.
+    GRPO's mean of means (arXiv 2402.03300, eq. 3) over rollouts instead of responses. Raises TrainingError if the
+    numbers of ids and rows differ.
     """
     if len(lengths) != len(rollout_ids):
         raise TrainingError(f"got {len(rollout_ids)} rollout ids for {len(lengths)} rows")
-    number = {rollout_id: place for place, rollout_id in enumerate(dict.fromkeys(rollout_ids))}
-    rollout_of_row = torch.tensor([number[rollout_id] for rollout_id in rollout_ids], device=lengths.device)
-    tokens = torch.zeros(len(number), dtype=torch.float64, device=lengths.device)
+    index = {rollout_id: number for number, rollout_id in enumerate(dict.fromkeys(rollout_ids))}
+    rollout_of_row = torch.tensor([index[rollout_id] for rollout_id in rollout_ids], device=lengths.device)
+    tokens = torch.zeros(len(index), dtype=torch.float64, device=lengths.device)
     tokens.index_add_(0, rollout_of_row, lengths.double())
-    return 1 / (tokens[rollout_of_row].clamp(min=1) * len(number))
+    return 1 / (tokens[rollout_of_row].clamp(min=1) * len(index))
 
 
 def batch_weights(loss_type: LossName, lengths: Tensor, max_completion_length: int) -> Tensor:
     """Weights [B] of TRL's normalisation of `loss_type`, for `lengths` [B] in tokens.
 
-    grpo, sapo: 1 / (T_i B), a mean of the means of rows (arXiv 2402.03300, eq. 3).
+    grpo, sapo: 1 / (T_i B), a mean over rows of means over tokens (arXiv 2402.03300, eq. 3).
     bnpo, dapo, cispo, vespo: 1 / sum of T, a mean over tokens (DAPO, arXiv 2503.14476, eq. 8).
     dr_grpo: 1 / (B L) with the constant length L = `max_completion_length` (arXiv 2503.20783, section 3.2).
     luspo: 1 / B, a mean over rows of sums over tokens (arXiv 2602.05261).
@@ -47,6 +47,6 @@ def batch_weights(loss_type: LossName, lengths: Tensor, max_completion_length: i
     return torch.full_like(lengths, 1) / lengths.sum().clamp(min=1)
 
 
-def is_mean_of_batches(loss_type: LossName | None) -> bool:
-    """TRL averages this loss over the batches of an optimizer step; the others it sums, as they know all tokens."""
+def is_mean_of_batches(loss_type: LossName) -> bool:
+    """Whether TRL averages this loss over the batches of an optimizer step; it sums the other losses."""
     return loss_type in ("grpo", "sapo", "bnpo", "dr_grpo", "luspo")

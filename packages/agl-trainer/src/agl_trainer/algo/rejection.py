@@ -1,7 +1,7 @@
-"""Rejection sampling: train by likelihood on the rollouts that are good enough, and on no other.
+"""Rejection sampling: fine-tune by likelihood on the rollouts with the best rewards only.
 
-Rejection-sampling fine-tuning (arXiv 2308.01825) keeps what reaches a reward; RAFT (arXiv 2304.06767) keeps the best of
-the samples of each task. As in GRPO a rollout is judged for each role by what the role earned in it.
+Rejection-sampling fine-tuning (arXiv 2308.01825) keeps the samples that reach a reward; RAFT (arXiv 2304.06767) keeps
+the best samples of each task. As in GRPO, each role of a rollout is selected by its own credit.
 """
 
 from collections.abc import Sequence
@@ -10,21 +10,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """Which rollouts are kept."""
+    """Which rollouts to keep."""
 
     min_reward: float | None = None
-    """Those that earned so much; None: the best of each group, the first of equals, where not all earned the same."""
+    """Minimum credit. None: the best rollout of each group, the first of equals; none if all earned the same."""
 
     def kept(self, credits: Sequence[float], group_ids: Sequence[str]) -> list[bool]:
-        """For each rollout, which earned `credits` in the group `group_ids`, whether it trains."""
+        """Whether to train on each rollout, given its credit and its group."""
         if self.min_reward is not None:
             return [credit >= self.min_reward for credit in credits]
         groups: dict[str, list[int]] = {}
-        for place, group in enumerate(group_ids):
-            groups.setdefault(group, []).append(place)
+        for index, group in enumerate(group_ids):
+            groups.setdefault(group, []).append(index)
         best = {
-            max(places, key=lambda place: credits[place])
-            for places in groups.values()
-            if len({credits[place] for place in places}) > 1
+            max(indices, key=lambda index: credits[index])
+            for indices in groups.values()
+            if len({credits[index] for index in indices}) > 1
         }
-        return [place in best for place in range(len(credits))]
+        return [index in best for index in range(len(credits))]

@@ -1,9 +1,9 @@
-"""Several devices, one process each, as torchrun starts them.
+"""Training on several devices, with one process per device started by torchrun.
 
-The first process leads: it alone samples, keeps the optimizers, writes checkpoints and serves. The others follow: they
-hold the frozen base model and do the jobs that the leader hands out, each on its share of the rows. With a job comes
-the adapter as it is now, and the gradients that the jobs leave in it are summed at the leader. So a follower keeps
-nothing from one job to the next, and no other part of the training knows of it.
+The first process is the leader: it alone samples, owns the optimizers, writes checkpoints and serves. The followers
+hold the frozen base model and run the jobs that the leader sends, each on its share of the rows. Before a job the
+leader broadcasts the current adapter; after it, the gradients are summed at the leader. So followers keep no state
+between jobs, and the rest of the training is written for one process.
 """
 
 import gc
@@ -23,16 +23,16 @@ from agl_trainer.model.policy import Policy
 
 Result = TypeVar("Result", covariant=True)
 _LEADER = 0
-_PATIENCE = timedelta(days=7)
-"""A follower waits while the leader samples; torchrun ends it where the leader dies."""
+_TIMEOUT = timedelta(days=7)
+"""Followers wait while the leader samples; torchrun ends them if the leader dies."""
 
 
 class Job(Protocol[Result]):
-    """What one device does; it is sent to it."""
+    """Work of one device; it is pickled and sent there."""
 
     @property
     def role(self) -> str:
-        """Whose adapter it needs, or the name of the base model."""
+        """The role whose adapter it needs, or the name of the base model."""
         ...
 
     def run(self, policy: Policy) -> Result: ...
@@ -40,67 +40,67 @@ class Job(Protocol[Result]):
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    said: str
+    message: str
 
 
-class _OutOfStepError(TrainingError):
-    """A device cannot go on where all have to, so that none can."""
+class _CollectiveError(TrainingError):
+    """A device failed within a pass with collective calls, so that the other devices cannot continue."""
 
 
-def count() -> int:
-    """How many devices take part."""
+def device_count() -> int:
+    """Number of devices that take part in the training."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def lead_or_follow(lead: Callable[[], None], open_policy: Callable[[], Policy]) -> bool:
-    """Run `lead` in the first process, while the others do its jobs; returns whether this one led.
+    """Run `lead` in the leader, and the leader's jobs in the followers; returns whether this process is the leader.
 
-    `open_policy` makes the policy of a follower, when the first job arrives. Without torchrun there is one process.
+    `open_policy` creates the policy of a follower when its first job arrives. Without torchrun there is one process.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         lead()
         return True
-    with _joined():
+    with _process_group():
         if dist.get_rank() != _LEADER:
             _follow(open_policy)
             return False
         try:
             lead()
-        except _OutOfStepError:
-            raise  # the others wait in the middle of a pass, until torchrun ends them
+        except _CollectiveError:
+            raise  # the followers wait in the middle of a pass until torchrun ends them
         except BaseException:
-            _receive([None] * count())
+            _receive([None] * device_count())
             raise
-        _receive([None] * count())
+        _receive([None] * device_count())
         return True
 
 
-def run_everywhere(policy: Policy, jobs: "Sequence[Job[Result]]") -> list[Result]:
-    """Have each device do its job, the leader the first; returns what they return.
+def run_on_all(policy: Policy, jobs: "Sequence[Job[Result]]") -> list[Result]:
+    """Run one job per device, the first on the leader; returns their results in order.
 
-    The gradients that they leave in the adapter are summed in the leader's. Raises TrainingError where one fails.
+    The gradients of the adapter are summed at the leader. Raises TrainingError if a job fails.
     """
-    return [jobs[0].run(policy)] if count() == 1 else _take_part(policy, _receive(list(jobs)))
+    return [jobs[0].run(policy)] if device_count() == 1 else _run_job(policy, _receive(list(jobs)))
 
 
-def everyones(value: Any) -> list[Any]:
-    """What each device has to say, asked of all of them."""
-    values: list[Any] = [None] * count()
+def gather_objects(value: Any) -> list[Any]:
+    """The `value` of every device, by rank. A collective call."""
+    values: list[Any] = [None] * device_count()
     dist.all_gather_object(values, value)
     return values
 
 
 @contextmanager
-def _joined() -> Iterator[None]:
+def _process_group() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=_PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=_TIMEOUT)
     else:
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+        dist.init_process_group("gloo", timeout=_TIMEOUT)
     try:
         yield
     finally:
-        # Sharded layers refer to each other in circles, and to the group, without which a process has to end.
+        # Sharded layers form reference cycles that hold the process group; free them before it is destroyed.
         gc.collect()
         dist.destroy_process_group()
 
@@ -108,44 +108,46 @@ def _joined() -> Iterator[None]:
 def _follow(open_policy: Callable[[], Policy]) -> None:
     policy = None
     while (job := _receive(None)) is not None:
-        # Not before the leader has opened its own, which may have made the model's files.
+        # Only now: the leader has opened its policy, which may have created the model's files.
         policy = policy or open_policy()
         try:
-            _take_part(policy, job)
-        except _OutOfStepError:
+            _run_job(policy, job)
+        except _CollectiveError:
             raise
         except TrainingError:
-            continue  # the leader raises it too
+            continue  # the leader raises the same error
 
 
 def _receive(jobs: list[Any] | None) -> Any:
-    """The job of this process; `jobs` are the leader's to hand out, None says that there are no more."""
+    """The job of this process. The leader passes the `jobs` of all devices; a job of None ends a follower."""
     inbox: list[Any] = [None]
     dist.scatter_object_list(inbox, jobs, src=_LEADER)
     return inbox[0]
 
 
-def _take_part(policy: Policy, job: "Job[Result]") -> list[Result]:
+def _run_job(policy: Policy, job: "Job[Result]") -> list[Result]:
     parameters = policy.parameters(job.role) if job.role in policy.roles else []
     if parameters:
-        _send(parameters)
+        _broadcast(parameters)
     try:
-        said: Any = job.run(policy)
-    except Exception as error:  # the others wait for an answer; it is raised below
-        said = _Failure(f"{type(error).__name__}: {error}")
+        result: Any = job.run(policy)
+    except Exception as error:  # all devices have to take part in the gather below, which raises it
+        result = _Failure(f"{type(error).__name__}: {error}")
         if policy.is_sharded:
-            raise _OutOfStepError(f"a training step failed on device {dist.get_rank()}: {said.said}") from error
-    answers = everyones(said)
-    failures = [f"device {rank}: {answer.said}" for rank, answer in enumerate(answers) if isinstance(answer, _Failure)]
+            raise _CollectiveError(f"a training step failed on device {dist.get_rank()}: {result.message}") from error
+    results = gather_objects(result)
+    failures = [f"device {rank}: {one.message}" for rank, one in enumerate(results) if isinstance(one, _Failure)]
     if failures:
-        raise TrainingError(f"a training step failed on {len(failures)} of {count()} devices: {'; '.join(failures)}")
+        raise TrainingError(
+            f"a training step failed on {len(failures)} of {device_count()} devices: {'; '.join(failures)}"
+        )
     if any(parameter.requires_grad for parameter in parameters):
         _sum_gradients(parameters)
-    return answers
+    return results
 
 
-def _send(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Give the followers the values that the leader has."""
+def _broadcast(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Set the parameters of all devices to the leader's values."""
     with torch.no_grad():
         values = parameters_to_vector(parameters)
         dist.broadcast(values, _LEADER)
@@ -153,7 +155,7 @@ def _send(parameters: Sequence[torch.nn.Parameter]) -> None:
 
 
 def _sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Leave the sum in the leader's, nothing in the followers'."""
+    """Sum the gradients of all devices at the leader, and clear those of the followers."""
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     total = parameters_to_vector(grads)
     dist.reduce(total, _LEADER)

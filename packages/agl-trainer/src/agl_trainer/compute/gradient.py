@@ -1,4 +1,4 @@
-"""The gradient of a loss over rows, pass by pass, and what the passes say of it."""
+"""The gradient of a loss over rows, accumulated over passes and devices, with the statistics of the passes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -6,27 +6,27 @@ from typing import Any, Generic
 
 from torch import Tensor
 
-from agl_trainer.compute.devices import count, run_everywhere
+from agl_trainer.compute.devices import device_count, run_on_all
 from agl_trainer.compute.logprobs import row_logprobs
 from agl_trainer.compute.memory import within_memory
-from agl_trainer.compute.trunk import Grown, Passes
-from agl_trainer.data.cut import Part, shares
+from agl_trainer.compute.prefix import ComputedPrefix, PassRunner
+from agl_trainer.data.passes import PassNode, split_rows
 from agl_trainer.data.rows import Row, RowLogprobs
 from agl_trainer.model.policy import Policy
 
 PassLoss = Callable[[RowLogprobs, Sequence[Row]], tuple[Tensor, dict[str, float]]]
-"""Loss of the rows of one pass, a sum over their weighted tokens, and statistics that are means over tokens."""
+"""Loss of the rows of one pass, summed over their weighted tokens, and statistics as means over tokens."""
 
 
 @dataclass(slots=True)
-class Gathered:
-    """What the passes of a step say."""
+class PassSums:
+    """Sums over the passes of an optimizer step."""
 
     loss: float = 0.0
-    distinct: int = 0
+    distinct_tokens: int = 0
     """Tokens that were computed."""
     stats: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
-    """Name to the value of each pass, and its trained tokens."""
+    """Name to the value of each pass and the pass's number of trained tokens."""
 
     def add(self, result: RowLogprobs, loss: Tensor, stats: Mapping[str, float]) -> None:
         tokens = int(result.mask.sum())
@@ -34,13 +34,13 @@ class Gathered:
         for name, value in (dict(stats) | {"entropy": entropy}).items():
             self.stats.setdefault(name, []).append((value, tokens))
         self.loss += loss.item()
-        self.distinct += result.distinct_tokens
+        self.distinct_tokens += result.distinct_tokens
 
-    def join(self, other: "Gathered") -> None:
+    def merge(self, other: "PassSums") -> None:
         for name, values in other.stats.items():
             self.stats.setdefault(name, []).extend(values)
         self.loss += other.loss
-        self.distinct += other.distinct
+        self.distinct_tokens += other.distinct_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,46 +49,45 @@ class _GradientJob(Generic[Row]):
 
     role: str
     rows: Sequence[Row]
-    loss_of: PassLoss[Row]
+    loss_fn: PassLoss[Row]
     pack_tokens: int
     entropy_gradient: bool
 
-    def run(self, policy: Policy) -> Gathered:
-        def attempt(parts: "Sequence[Part[Row]]") -> Gathered:
-            clear(policy, self.role)
-            gathered = Gathered()
+    def run(self, policy: Policy) -> PassSums:
+        def attempt(nodes: "Sequence[PassNode[Row]]") -> PassSums:
+            clear_gradient(policy, self.role)
+            sums = PassSums()
 
-            def run(part: list[Row], trunk: Grown | None) -> None:
-                result = row_logprobs(policy, self.role, part, trunk=trunk, entropy_gradient=self.entropy_gradient)
-                loss, stats = self.loss_of(result, part)
+            def run(rows: list[Row], prefix: ComputedPrefix | None) -> None:
+                result = row_logprobs(policy, self.role, rows, prefix=prefix, entropy_gradient=self.entropy_gradient)
+                loss, stats = self.loss_fn(result, rows)
                 loss.backward()
-                gathered.add(result, loss, stats)
+                sums.add(result, loss, stats)
 
-            trunks = Passes(policy, self.role, run).take(parts)
-            gathered.distinct += trunks
-            return gathered
+            prefix_tokens = PassRunner(policy, self.role, run).run_all(nodes)
+            sums.distinct_tokens += prefix_tokens
+            return sums
 
         return within_memory(policy, self.rows, self.pack_tokens, attempt)
 
 
-def leave_gradient(
+def accumulate_gradient(
     policy: Policy,
     role: str,
     rows: Sequence[Row],
-    loss_of: PassLoss[Row],
+    loss_fn: PassLoss[Row],
     *,
     pack_tokens: int,
     entropy_gradient: bool,
-) -> Gathered:
-    """Leave the gradient of the summed loss of `rows` in the parameters of `role`; each device takes its share."""
-    job: _GradientJob[Any] = _GradientJob(role, rows, loss_of, pack_tokens, entropy_gradient)
-    total = Gathered()
-    for gathered in run_everywhere(policy, [replace(job, rows=share) for share in shares(rows, count())]):
-        total.join(gathered)
+) -> PassSums:
+    """Set the gradient of `role` to that of the summed loss of `rows`; every device computes its share of the rows."""
+    job: _GradientJob[Any] = _GradientJob(role, rows, loss_fn, pack_tokens, entropy_gradient)
+    total = PassSums()
+    for sums in run_on_all(policy, [replace(job, rows=share) for share in split_rows(rows, device_count())]):
+        total.merge(sums)
     return total
 
 
-def clear(policy: Policy, role: str) -> None:
-    """Forget the gradient of `role`."""
+def clear_gradient(policy: Policy, role: str) -> None:
     for parameter in policy.parameters(role):
         parameter.grad = None

@@ -1,18 +1,20 @@
-"""Logprobs of the trained tokens of packed rows: the output layer only where a loss is taken, in chunks."""
+"""Logprobs of the trained tokens of packed rows; the output layer runs on these tokens only, in chunks."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from agl_trainer.compute.trunk import Grown
+from agl_trainer.compute.prefix import ComputedPrefix
+from agl_trainer.data.prefix_tree import PackedRows, pack_rows, pad_rows
 from agl_trainer.data.rows import RowLogprobs, TrainingRow
-from agl_trainer.data.trie import PackedRows, pack_rows, pad_rows
 from agl_trainer.model.attention import PackedPlan
 from agl_trainer.model.policy import Policy
 
 _CHUNK = 256
+"""Tokens whose logits are in memory at once."""
 
 
 def row_logprobs(
@@ -20,30 +22,28 @@ def row_logprobs(
     role: str,
     rows: Sequence[TrainingRow],
     *,
-    trunk: Grown | None = None,
+    prefix: ComputedPrefix | None = None,
     entropy_gradient: bool = False,
 ) -> RowLogprobs:
-    """Logprobs under the adapter of `role` of the tokens of `rows` whose mask is 1; every distinct token runs once.
+    """Logprobs of the trained tokens of `rows` under the adapter of `role`; every distinct token is computed once.
 
-    What `trunk` holds of them, the first tokens of every row, is not computed again.
-
-    They are of softmax(logits / temperature), the distribution that a row's `temperatures` make. Raises ValueError
-    where the first token of a row is masked 1: nothing predicts it.
+    Every row begins with the tokens of `prefix`, which are not computed again. Logprobs are those of softmax(logits /
+    temperature), with the `temperatures` of the row. Raises ValueError if the first token of a row has mask 1: no token
+    predicts it.
     """
     if bad := [index for index, row in enumerate(rows) if row.loss_mask[0]]:
         raise ValueError(f"row {bad[0]}: its first token has mask 1, but no token before it can predict it")
     packed = (pack_rows if policy.packs else pad_rows)([row.token_ids for row in rows]).to(policy.device)
-    hidden = _hidden_states(policy, role, packed, trunk)
+    hidden = _hidden_states(policy, role, packed, prefix)
     before = torch.empty_like(packed.token_ids)
     trained_of_row, temperatures = [], []
     for index, row in zip(packed.row_index, rows, strict=True):
         before[index[1:]] = index[:-1]
         trained_of_row.append(index[torch.tensor(row.loss_mask, dtype=torch.bool)])
         temperatures += row.trained(row.temperatures) if row.temperatures else [1.0] * len(trained_of_row[-1])
-    # A token that several rows share is looked up once for each temperature at which they sampled it.
-    steps = hidden.new_tensor(temperatures, dtype=torch.float64)
-    wanted = torch.stack([torch.cat(trained_of_row).double(), steps])
-    distinct, place_of = wanted.unique(dim=1, return_inverse=True)
+    # A token that several rows share is computed once for each temperature at which it was sampled.
+    pairs = torch.stack([torch.cat(trained_of_row).double(), hidden.new_tensor(temperatures, dtype=torch.float64)])
+    distinct, index_of = pairs.unique(dim=1, return_inverse=True)
     trained = distinct[0].long()
     logprobs, entropies = _TokenLogprobs.apply(
         hidden[before[trained]],
@@ -53,34 +53,35 @@ def row_logprobs(
         distinct[1],
         entropy_gradient,
     )
-    places = place_of.split([len(index) for index in trained_of_row])
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(place) for place in places], batch_first=True).bool()
-    place = torch.nn.utils.rnn.pad_sequence(places, batch_first=True)
-    computed = len(packed.token_ids) - (trunk.end if trunk else 0)
-    return RowLogprobs(logprobs[place] * mask, entropies[place] * mask, mask, computed)
+    indices = index_of.split([len(index) for index in trained_of_row])
+    mask = pad_sequence([torch.ones_like(index) for index in indices], batch_first=True).bool()
+    index = pad_sequence(indices, batch_first=True)
+    computed = len(packed.token_ids) - (prefix.end if prefix else 0)
+    return RowLogprobs(logprobs[index] * mask, entropies[index] * mask, mask, computed)
 
 
-def _hidden_states(policy: Policy, role: str, packed: PackedRows, trunk: Grown | None) -> Tensor:
-    """[N, H] of the packed tokens."""
+def _hidden_states(policy: Policy, role: str, packed: PackedRows, prefix: ComputedPrefix | None) -> Tensor:
+    """Hidden states [N, H] of the packed tokens."""
     if not policy.packs:
         return policy.padded_states(packed.token_ids, [len(index) for index in packed.row_index], role)
-    if trunk is None:
+    if prefix is None:
         return policy.hidden_states(packed.token_ids, packed.positions, [role], PackedPlan(packed))
-    known = trunk.states()
-    new = packed.token_ids[trunk.end :]
+    states = prefix.states()
+    new = packed.token_ids[prefix.end :]
     if len(new):
-        known.append(policy.hidden_states(new, packed.positions[trunk.end :], [role], PackedPlan(packed, trunk)))
-    return torch.cat(known)
+        states.append(policy.hidden_states(new, packed.positions[prefix.end :], [role], PackedPlan(packed, prefix)))
+    return torch.cat(states)
 
 
 class _TokenLogprobs(torch.autograd.Function):
     """log softmax(z / tau)[target] and the entropy, for hidden [M, H], frozen W [V, H], targets and tau [M].
 
-    The logits z = hidden W^T are capped where there is a cap c: c tanh(z / c), with the slope s = 1 - tanh(z / c)^2,
-    else 1. No [M, V] tensor is kept; what the backward pass needs is taken at once, in chunks. With p = softmax:
+    The logits are z = hidden W^T, or with a softcap c: c tanh(hidden W^T / c), of slope s = 1 - tanh(hidden W^T / c)^2;
+    without softcap s is 1. No [M, V] tensor is kept: the forward pass computes the derivatives in chunks. With p =
+    softmax:
 
         d logprob / d hidden = (s[target] W[target] - (s p) W) / tau
-        d entropy / d hidden = -(s p * (log p + entropy)) W / tau      only where `entropy_gradient`
+        d entropy / d hidden = -(s p * (log p + entropy)) W / tau      only with `entropy_gradient`
     """
 
     @staticmethod
@@ -109,10 +110,10 @@ class _TokenLogprobs(torch.autograd.Function):
             of_target = weight[targets[chunk]]
             if slope is not None:
                 of_target = of_target * slope.gather(1, target).to(weight)
-            acting = softmax if slope is None else softmax * slope
-            slopes[chunk] = (of_target - acting.to(weight) @ weight) / tau.to(weight)
+            sloped = softmax if slope is None else softmax * slope
+            slopes[chunk] = (of_target - sloped.to(weight) @ weight) / tau.to(weight)
             if entropy_slopes is not None:
-                surprise = log_softmax.add_(entropies[chunk, None]).mul_(acting)
+                surprise = log_softmax.add_(entropies[chunk, None]).mul_(sloped)
                 entropy_slopes[chunk] = -(surprise.to(weight) @ weight) / tau.to(weight)
         ctx.save_for_backward(slopes, entropy_slopes)
         if not entropy_gradient:
@@ -129,7 +130,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """`logits`, which are overwritten, capped, and the slope there; None: 1 everywhere."""
+    """Logits after the softcap, in place, and its slope; None: 1 everywhere."""
     if softcap is None:
         return logits, None
     logits.div_(softcap).tanh_()

@@ -1,8 +1,8 @@
-"""Messages and tools -> token ids, with the tokenizer's own chat template.
+"""Converts messages and tools to token ids with the tokenizer's chat template.
 
-Messages and tools are the plain mappings of the OpenAI API, their contents strings. A template that writes tools in the
-`<tool_call>` format gets them as they are; for any other the tools are described in the system message, calls are
-written into the assistant's text, and tool results become user turns.
+Messages and tools are mappings as in the OpenAI API, with strings as contents. A template that supports tools in the
+`<tool_call>` format receives them unchanged. For other templates the system message describes the tools, the
+assistant's text contains the calls, and tool results become user turns.
 """
 
 import json
@@ -23,37 +23,37 @@ _MARK = "agl_probe"
 
 
 class ChatTemplateError(AglError):
-    """The model has no chat template, or its template refuses these messages."""
+    """The model has no chat template, or its template rejects the messages."""
 
 
 class ChatTemplate:
-    """How one tokenizer writes conversations. Found out by rendering probes, not by the model's name."""
+    """The chat template of a tokenizer. Its abilities are determined by rendering probes, not by the model's name."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self.writes_tools = self._probe_tools()
-        """Whether the template itself writes tools in the `<tool_call>` format."""
+        self.supports_tools = self._probe_tools()
+        """Whether the template writes tools in the `<tool_call>` format."""
         self.end_of_turn = self._probe_end_of_turn()
-        """The token that ends an assistant's answer; None where neither template nor tokenizer has one."""
+        """The token that ends an assistant's turn; None if neither template nor tokenizer defines one."""
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
-        """Tokens at which an answer ends."""
+        """Tokens that end a response."""
         ids = (self.end_of_turn, self._tokenizer.eos_token_id)
         return frozenset(token_id for token_id in ids if isinstance(token_id, int))
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
-        """Token ids up to where the assistant's answer starts. Raises ChatTemplateError."""
+        """Token ids of the conversation up to the start of the assistant's response. Raises ChatTemplateError."""
         return self.encode(self.prompt_text(messages, tools))
 
     def prompt_text(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
-        """The same as text. Raises ChatTemplateError."""
-        if self.writes_tools:
+        """Text of the conversation up to the start of the assistant's response. Raises ChatTemplateError."""
+        if self.supports_tools:
             return self._render([_native(message) for message in messages], tools)
         return self._render(list(_plain(messages, tools)))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of text that already holds its special tokens."""
+        """Token ids of `text`, which already contains its special tokens."""
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _render(
@@ -67,7 +67,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
             )
         except TemplateError as error:
-            raise ChatTemplateError(f"the model's chat template refuses these messages: {error}") from error
+            raise ChatTemplateError(f"the model's chat template rejects these messages: {error}") from error
         except ValueError as error:
             raise ChatTemplateError(f"the model has no usable chat template; use /v1/completions ({error})") from error
         assert isinstance(text, str)
@@ -93,27 +93,27 @@ class ChatTemplate:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Ids of all special tokens by their text, those without a job such as `eos` included."""
+    """Text to id of all special tokens, including those without a function such as `eos`."""
     added = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
 
 def answer_text(message: Message) -> str:
-    """An assistant message as the model writes it: content, then tool calls."""
+    """An assistant message in the model's format: content, then tool calls."""
     functions = [call["function"] for call in message.get("tool_calls") or ()]
     calls = "\n".join(ToolCall(function["name"], function["arguments"]).text() for function in functions)
     return (message.get("content") or "") + calls
 
 
 def _native(message: Message) -> dict[str, Any]:
-    """For a template that knows tools; like most, it expects arguments as an object."""
+    """The message for a template that supports tools; most of them expect arguments as an object."""
     native = {"content": "", **message}
     if calls := message.get("tool_calls"):
-        native["tool_calls"] = [{**call, "function": _with_object(call["function"])} for call in calls]
+        native["tool_calls"] = [{**call, "function": _with_parsed_arguments(call["function"])} for call in calls]
     return native
 
 
-def _with_object(function: Mapping[str, Any]) -> dict[str, Any]:
+def _with_parsed_arguments(function: Mapping[str, Any]) -> dict[str, Any]:
     try:
         arguments = json.loads(function["arguments"])
     except ValueError:
@@ -122,7 +122,7 @@ def _with_object(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(messages: Sequence[Message], tools: Sequence[Tool]) -> Iterator[dict[str, str]]:
-    """Turns for a template that knows system, user and assistant only."""
+    """Turns for a template that supports only the roles system, user and assistant."""
     rest = list(messages)
     if tools:
         system = rest.pop(0)["content"] + "\n\n" if rest and rest[0]["role"] == "system" else ""

@@ -1,4 +1,4 @@
-"""Training rows."""
+"""Training rows: token sequences with the tokens to train on, and their logprobs under a policy."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -9,18 +9,18 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class TrainingRow:
-    """A sequence, the tokens of it that train (mask 1), and the weight of their losses."""
+    """A token sequence with a loss mask: 1 for the tokens to train on."""
 
     token_ids: Sequence[int]
     loss_mask: Sequence[int]
     weight: float
     """Factor on the loss of each trained token."""
     temperatures: Sequence[float] | None = field(default=None, kw_only=True)
-    """Of each token: what logits are divided by. None: 1 everywhere."""
+    """Divisor of the logits of each token. None: 1 for all."""
 
     @property
     def key(self) -> Hashable:
-        """Equal for rows that have the same logprobs under the same policy."""
+        """Equal for rows with the same logprobs under the same policy."""
         return tuple(self.token_ids), tuple(self.loss_mask), tuple(self.temperatures or ())
 
     def trained(self, values: Sequence[float]) -> list[float]:
@@ -30,13 +30,13 @@ class TrainingRow:
 
 @dataclass(frozen=True, slots=True)
 class SampledRow(TrainingRow):
-    """A row that a policy sampled. Lists are as long as `token_ids` and count where the mask is 1."""
+    """A row that a policy sampled. Lists are as long as `token_ids`; values at mask 0 are ignored."""
 
     logprobs: Sequence[float]
-    """As sampled."""
+    """Recorded by the engine while sampling."""
     advantages: Sequence[float]
     minibatch: int = 0
-    """Number of the optimizer step that it belongs to, within its training step."""
+    """Index of its optimizer step within the training step."""
 
 
 Row = TypeVar("Row", bound=TrainingRow)
@@ -44,13 +44,13 @@ Row = TypeVar("Row", bound=TrainingRow)
 
 @dataclass(frozen=True, slots=True)
 class RowLogprobs:
-    """For each row given, the tokens with mask 1: a ragged batch padded to [B, T]."""
+    """Values of the trained tokens of B rows, padded to [B, T]."""
 
     logprobs: Tensor
-    """[B, T] float32 (float64 for a float64 model), 0 where padded; carries the gradient."""
+    """[B, T] float32 (float64 for a float64 model), padded with 0; with gradient."""
     entropies: Tensor
-    """[B, T], in nats, of the whole distribution at each token; a gradient only where it was asked for."""
+    """[B, T] entropy of the distribution at each token, in nats; with gradient only if requested."""
     mask: Tensor
-    """[B, T] bool."""
+    """[B, T] bool: False where padded."""
     distinct_tokens: int
     """Tokens that were computed."""

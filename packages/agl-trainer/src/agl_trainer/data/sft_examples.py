@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: examples, or rollouts of the store, to training rows, and their loss."""
+"""Supervised fine-tuning: training rows from examples, or from rollouts of the store."""
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,57 +19,57 @@ Example = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
-    """What is learnt from at once: a sequence, and the tokens of it that train (mask 1)."""
+class SftExample:
+    """A token sequence of a role, with the tokens to train on (mask 1)."""
 
     role: str
     token_ids: Sequence[int]
     loss_mask: Sequence[int]
     calls: tuple[Call, ...] = ()
-    """Calls that sampled these tokens; an example has none."""
+    """Calls of the store that sampled these tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class TraceLimits:
-    """What a row of the store must keep to."""
+    """Limits that rows of the store have to meet."""
 
     roles: Mapping[str, RoleConfig]
     max_tokens: int
-    vocabulary: int
+    vocabulary_size: int
 
 
-def example_lesson(template: ChatTemplate, example: Example) -> Lesson:
-    return Lesson(example["role"], *example_row(template, example))
+def examples_from_config(template: ChatTemplate, examples: Iterable[Example]) -> list[SftExample]:
+    return [SftExample(example["role"], *example_tokens(template, example)) for example in examples]
 
 
-def trace_lessons(
+def examples_from_traces(
     trajectories: Iterable[Trajectory], wanted: SftTracesConfig, limits: TraceLimits
-) -> tuple[list[Lesson], list[tuple[Call, DropReason]]]:
-    """The rows that `wanted` asks for, and the calls that none of them has, with the reason.
+) -> tuple[list[SftExample], list[tuple[Call, DropReason]]]:
+    """The rows that match `wanted`, and every call that is in none of them, with the reason.
 
-    A row is judged by the last reward on its role, else on the rollout.
+    The reward of a row is the last one of its role, else of the rollout.
     """
-    lessons: list[Lesson] = []
+    examples: list[SftExample] = []
     dropped: list[tuple[Call, DropReason]] = []
     for trajectory in trajectories:
         dropped += [(drop.call, drop.reason) for drop in trajectory.drops]
         for row in trajectory.rows:
-            reason = DropReason.FAILED_ROLLOUT if trajectory.error else _row_fault(row, wanted, limits)
+            reason = DropReason.FAILED_ROLLOUT if trajectory.error else _drop_reason(row, wanted, limits)
             calls = tuple(turn.call for turn in row.turns)
             if reason is None:
-                lessons.append(Lesson(row.role, row.ids, row.loss_mask, calls))
+                examples.append(SftExample(row.role, row.ids, row.loss_mask, calls))
             else:
                 dropped += [(call, reason) for call in calls]
-    return lessons, dropped
+    return examples, dropped
 
 
-def _row_fault(row: Row, wanted: SftTracesConfig, limits: TraceLimits) -> DropReason | None:
+def _drop_reason(row: Row, wanted: SftTracesConfig, limits: TraceLimits) -> DropReason | None:
     role = limits.roles.get(row.role)
     if role is None or (wanted.roles and row.role not in wanted.roles):
         return DropReason.ROLE_NOT_TRAINED
     if (limits.roles[role.adapter] if role.adapter else role).frozen:
         return DropReason.ROLE_FROZEN
-    if max(row.ids) >= limits.vocabulary:
+    if max(row.ids) >= limits.vocabulary_size:
         return DropReason.UNKNOWN_TOKENS
     if len(row.ids) > limits.max_tokens:
         return DropReason.TOO_LONG
@@ -80,17 +80,19 @@ def _row_fault(row: Row, wanted: SftTracesConfig, limits: TraceLimits) -> DropRe
     return None if row.reward >= wanted.min_reward else DropReason.REJECTED
 
 
-def example_row(template: ChatTemplate, example: Example) -> tuple[list[int], list[int]]:
-    """Token ids and loss mask of an example, written as the engine writes prompts; it ends with the end of the turn."""
+def example_tokens(template: ChatTemplate, example: Example) -> tuple[list[int], list[int]]:
+    """Token ids and loss mask of an example: the prompt as the engine renders it, the completion, the end of turn."""
     conversation = _conversation(example)
     prompt = template.prompt_ids(conversation.turns(), conversation.tool_definitions())
     end = [template.end_of_turn] if template.end_of_turn is not None else []
-    answer = template.encode(example["completion"]) + end
-    return prompt + answer, [0] * len(prompt) + [1] * len(answer)
+    completion = template.encode(example["completion"]) + end
+    return prompt + completion, [0] * len(prompt) + [1] * len(completion)
 
 
 def check_examples(examples: list[Example], roles: Sequence[str], source: str) -> list[Example]:
-    """`examples`, if each has a known role, messages and a completion. Raises ConfigError naming the first bad one."""
+    """`examples`, if all have a known role, valid messages and a completion. Raises ConfigError for the first invalid
+    one; `source` names the function that returned them.
+    """
     for index, example in enumerate(examples):
         missing = {"role", "messages", "completion"} - set(example)
         if missing:
@@ -106,26 +108,26 @@ def check_examples(examples: list[Example], roles: Sequence[str], source: str) -
 
 
 def _conversation(example: Example) -> Conversation:
-    """The part of the example that is the prompt. Raises ValidationError."""
+    """Messages and tools of the example. Raises ValidationError."""
     fields = {name: example[name] for name in ("messages", "tools") if example.get(name) is not None}
     return Conversation.model_validate(fields)
 
 
-def batches(lessons: Sequence[Lesson], batch_size: int, epoch: int, seed: int) -> list[list[Lesson]]:
-    """The batches of an epoch: shuffled, each of one role, roles in turn as they come."""
-    shuffled = random.Random(f"{seed}-{epoch}").sample(list(lessons), len(lessons))
-    by_role: dict[str, list[Lesson]] = {}
-    for lesson in shuffled:
-        by_role.setdefault(lesson.role, []).append(lesson)
-    found = [
+def epoch_batches(examples: Sequence[SftExample], batch_size: int, epoch: int, seed: int) -> list[list[SftExample]]:
+    """The batches of an epoch: shuffled, each of one role; the batches of the roles are interleaved."""
+    shuffled = random.Random(f"{seed}-{epoch}").sample(list(examples), len(examples))
+    by_role: dict[str, list[SftExample]] = {}
+    for example in shuffled:
+        by_role.setdefault(example.role, []).append(example)
+    batches = [
         (start / len(own), own[start : start + batch_size])
         for own in by_role.values()
         for start in range(0, len(own), batch_size)
     ]
-    return [batch for _, batch in sorted(found, key=lambda item: item[0])]
+    return [batch for _, batch in sorted(batches, key=lambda item: item[0])]
 
 
-def sft_rows(batch: Sequence[Lesson]) -> list[TrainingRow]:
-    """Rows of a batch, weighted so that the loss is a mean over tokens."""
-    tokens = sum(sum(lesson.loss_mask) for lesson in batch)
-    return [TrainingRow(lesson.token_ids, lesson.loss_mask, 1 / tokens) for lesson in batch]
+def sft_rows(batch: Sequence[SftExample]) -> list[TrainingRow]:
+    """Rows of a batch, weighted so that the loss is a mean over its trained tokens."""
+    tokens = sum(sum(example.loss_mask) for example in batch)
+    return [TrainingRow(example.token_ids, example.loss_mask, 1 / tokens) for example in batch]

@@ -8,18 +8,18 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call that an answer makes; `arguments` is the text of a JSON object."""
+    """A tool call of the assistant; `arguments` is the text of a JSON object."""
 
     name: str
     arguments: str
 
     def text(self) -> str:
-        """The call as a model writes it."""
+        """The call in the model's format."""
         return f"{forced_start(self.name)} {self.arguments}}}{CLOSE}"
 
 
 def forced_start(name: str | None) -> str:
-    """Start of an answer that has to call the tool `name`, or any tool: put before the first sampled token."""
+    """Beginning of a response that must call the tool `name`, or any tool; it precedes the first sampled token."""
     if name is None:
         return f'{OPEN}{{"name":'
     return f'{OPEN}{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments":'

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from agl.store import Store
 from agl.trajectory import DropReason, build_trajectory, trained_span
-from agl_trainer.algo.batch_builder import Verdict
+from agl_trainer.algo.batch import CallOutcome
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ _REWARDED = {
 
 @dataclass(slots=True)
 class Account:
-    """Keeps the verdicts of steps in `store`, beside the calls that they are on.
+    """Keeps the outcomes of steps in `store`, beside the calls that they are on.
 
     An agent that ran out of time may go on calling: such calls are found in the next step and counted there.
     """
@@ -38,42 +38,42 @@ class Account:
     _counted: dict[str, set[str]] = field(default_factory=dict)
     """Rollouts that may still call, and the span ids of the calls of theirs that were counted."""
 
-    def late_calls(self) -> list[Verdict]:
+    def late_calls(self) -> list[CallOutcome]:
         """Verdicts on the calls that arrived after their step had counted the rollout; each is found once."""
         found = []
         for rollout_id, counted in self._counted.items():
             if spans := self.store.query_spans(rollout_id):
                 late = [call for call in build_trajectory(spans).calls if call.span_id not in counted]
-                found += [Verdict(call, None, DropReason.LATE) for call in late]
+                found += [CallOutcome(call, None, DropReason.LATE) for call in late]
         self._counted = {}
         return found
 
-    def record(self, step: int, verdicts: Sequence[Verdict], unfinished: Iterable[str] = ()) -> None:
-        """Write the verdicts of a step. `unfinished`: rollouts whose agents may still run."""
+    def record(self, step: int, outcomes: Sequence[CallOutcome], unfinished: Iterable[str] = ()) -> None:
+        """Write the outcomes of a step. `unfinished`: rollouts whose agents may still run."""
         self.store.append_spans(
             [
                 trained_span(made.call, step, made.advantage, made.reason, weight=made.weight, run=self.run)
-                for made in verdicts
+                for made in outcomes
             ]
         )
         self._counted = {name: set() for name in unfinished}
-        for verdict in verdicts:
-            if verdict.call.rollout_id in self._counted:
-                self._counted[verdict.call.rollout_id].add(verdict.call.span_id)
+        for outcome in outcomes:
+            if outcome.call.rollout_id in self._counted:
+                self._counted[outcome.call.rollout_id].add(outcome.call.span_id)
 
 
-def call_metrics(verdicts: Sequence[Verdict]) -> dict[str, float]:
+def call_metrics(outcomes: Sequence[CallOutcome]) -> dict[str, float]:
     """`calls`, and what they came to: the other counts add up to it."""
-    reasons = Counter(verdict.reason for verdict in verdicts)
+    reasons = Counter(outcome.reason for outcome in outcomes)
     trained = reasons.pop(None, 0)
     dropped = {f"calls/dropped/{reason}": float(number) for reason, number in reasons.items()}
-    return {"calls": float(len(verdicts)), "calls/trained": float(trained)} | dropped
+    return {"calls": float(len(outcomes)), "calls/trained": float(trained)} | dropped
 
 
-def warn_of_missing_rewards(verdicts: Sequence[Verdict]) -> int:
+def warn_of_missing_rewards(outcomes: Sequence[CallOutcome]) -> int:
     """Say which rollouts are left out of their groups because no reward reaches any call; returns how many."""
-    counted = {verdict.call.rollout_id for verdict in verdicts if verdict.reason in _REWARDED}
-    left_out = [verdict.call.rollout_id for verdict in verdicts if verdict.reason is DropReason.NO_REWARD]
+    counted = {outcome.call.rollout_id for outcome in outcomes if outcome.reason in _REWARDED}
+    left_out = [outcome.call.rollout_id for outcome in outcomes if outcome.reason is DropReason.NO_REWARD]
     missing = [rollout_id for rollout_id in dict.fromkeys(left_out) if rollout_id not in counted]
     if missing:
         named = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")

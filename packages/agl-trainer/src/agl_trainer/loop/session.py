@@ -19,7 +19,7 @@ from agl.errors import ConfigError, TrainingError
 from agl.gateway.engine import read_key
 from agl.server_thread import ServerThread
 from agl.store import Store, open_store
-from agl_trainer.compute.devices import count
+from agl_trainer.compute.devices import device_count
 from agl_trainer.data.chat import ChatTemplate
 from agl_trainer.engine.copied import CopiedEngine
 from agl_trainer.engine.http.api import engine_app
@@ -135,7 +135,7 @@ def open_policy(config: Config, *, samples: bool = False) -> Policy:
 
 def _is_spread(train: TrainConfig) -> bool:
     """Whether the policy that trains lies on several devices."""
-    return train.fsdp and count() > 1
+    return train.fsdp and device_count() > 1
 
 
 @contextmanager
@@ -148,8 +148,8 @@ def _serve_local(config: Config, store: Store) -> Iterator[tuple[Policy, Trainin
     train = config.require_train()
     if _is_spread(train) and not train.asynchronous:
         raise ConfigError(
-            f"train.fsdp: the layers of the policy lie on {count()} devices, so the in-process engine cannot sample "
-            "from it; set `engine: {kind: vllm}`, or `train.asynchronous: true`, with which the engine has its own copy"
+            f"train.fsdp shards the policy across {device_count()} devices, so the in-process engine cannot sample "
+            "from it; set `engine: {kind: vllm}`, or `train.asynchronous: true`, which gives the engine its own copy"
         )
     with open_engine(config) as (sampling, scheduler, app), _serve(config, config.gateway, store, app) as server:
         if train.asynchronous:

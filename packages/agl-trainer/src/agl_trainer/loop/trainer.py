@@ -16,18 +16,20 @@ from agl.errors import ConfigError, TrainingError
 from agl.store import Resource
 from agl.trajectory import DropReason, Trajectory, build_trajectory
 from agl_trainer.algo.advantages import next_baseline
-from agl_trainer.algo.batch_builder import GrpoBatch, RoleState, Verdict, grpo_batch, zero_variance_groups
+from agl_trainer.algo.batch import CallOutcome, GrpoBatch
+from agl_trainer.algo.batch_builder import grpo_batch
+from agl_trainer.algo.options import BatchOptions, RoleState
 from agl_trainer.algo.sft_loss import sft_loss
-from agl_trainer.compute.step import batch_options, role_states, train_batch
-from agl_trainer.compute.update import Update, update_role
+from agl_trainer.compute.optimizer_step import StepStats, optimizer_step
+from agl_trainer.compute.train_batch import role_states, train_batch
 from agl_trainer.data.sft_examples import (
-    Lesson,
+    SftExample,
     TraceLimits,
-    batches,
     check_examples,
-    example_lesson,
+    epoch_batches,
+    examples_from_config,
+    examples_from_traces,
     sft_rows,
-    trace_lessons,
 )
 from agl_trainer.loop import rng
 from agl_trainer.loop.account import Account, call_metrics, warn_of_missing_rewards
@@ -181,7 +183,7 @@ class Trainer:
         plan = [
             batch
             for epoch in range(config.epochs)
-            for batch in batches(lessons, config.batch_size, epoch, self.train.seed)
+            for batch in epoch_batches(lessons, config.batch_size, epoch, self.train.seed)
         ]
         self._enter(SFT, config.learning_rate)
         self._progress.start(SFT, step=self._standing.position, steps=len(plan))
@@ -194,22 +196,24 @@ class Trainer:
             self._progress.update(step=number, tokens_per_s=update.distinct_tokens / (time.monotonic() - started))
         self._publish()
 
-    def _lessons(self, config: SftConfig) -> tuple[list[Lesson], list[Verdict]]:
+    def _lessons(self, config: SftConfig) -> tuple[list[SftExample], list[CallOutcome]]:
         """What is learnt from, and the calls of the store that are not."""
         if config.traces is None:
             given = load_list(config.examples, "sft.examples")
             examples = check_examples(given, self.session.policy.roles, config.examples or "")
-            return [example_lesson(self.session.template, example) for example in examples], []
+            return examples_from_config(self.session.template, examples), []
         vocabulary = len(self.session.policy.output_weight)
         limits = TraceLimits(self.config.agent_roles.roles, self.config.engine.max_model_len, vocabulary)
-        lessons, dropped = trace_lessons(read_traces(self.session.store, config.traces), config.traces, limits)
+        lessons, dropped = examples_from_traces(read_traces(self.session.store, config.traces), config.traces, limits)
         if not lessons:
             raise TrainingError(
                 f"no call in {self.session.store.uri} is what sft.traces asks for; {len(dropped)} were looked at"
             )
-        return lessons, [Verdict(call, None, reason) for call, reason in dropped]
+        return lessons, [CallOutcome(call, None, reason) for call, reason in dropped]
 
-    def _sft_step(self, batch: Sequence[Lesson], dropped: Sequence[Verdict], *, counts_calls: bool) -> Update:
+    def _sft_step(
+        self, batch: Sequence[SftExample], dropped: Sequence[CallOutcome], *, counts_calls: bool
+    ) -> StepStats:
         role, rows = batch[0].role, sft_rows(batch)
         with self._weights():
             owner, sharing = next(item for item in self.session.policy.adapters.items() if role in item[1])
@@ -219,7 +223,7 @@ class Trainer:
         if counts_calls:
             calls = [(call, row.weight) for lesson, row in zip(batch, rows, strict=True) for call in lesson.calls]
             skipped = DropReason.SKIPPED_STEP if update.was_skipped else None
-            verdicts = [Verdict(c, None, skipped) if skipped else Verdict(c, 1.0, weight=w) for c, w in calls]
+            verdicts = [CallOutcome(c, None, skipped) if skipped else CallOutcome(c, 1.0, weight=w) for c, w in calls]
             verdicts += dropped
             self._account.record(self._standing.step, verdicts)
             metrics |= call_metrics(verdicts)
@@ -257,9 +261,9 @@ class Trainer:
         updates = self._train(batch, sample.drawn)
         clock.lap("update")
         unfinished = [outcome.rollout_id for outcome in sample.outcomes if outcome.error is not None]
-        self._account.record(self._standing.step, batch.verdicts, unfinished)
-        metrics = sample.metrics() | reward_metrics(sample.trajectories) | call_metrics(batch.verdicts)
-        metrics["rollouts/without_reward"] = float(warn_of_missing_rewards(batch.verdicts))
+        self._account.record(self._standing.step, batch.outcomes, unfinished)
+        metrics = sample.metrics() | reward_metrics(sample.trajectories) | call_metrics(batch.outcomes)
+        metrics["rollouts/without_reward"] = float(warn_of_missing_rewards(batch.outcomes))
         metrics |= batch_metrics(batch, roles) | update_metrics(updates, clock.laps["update"])
         if tokens_before is not None:
             sampled = (self._tokens_sampled() or 0) - tokens_before
@@ -276,13 +280,13 @@ class Trainer:
         self._progress.update(reward=metrics.get("reward/mean"))
 
     def _batch(self, sample: "_Sample", roles: Mapping[str, RoleState]) -> GrpoBatch:
-        options = batch_options(self.config, vocabulary=len(self.session.policy.output_weight))
+        options = BatchOptions.of(self.config, vocabulary_size=len(self.session.policy.output_weight))
         batch = grpo_batch(sample.trajectories, roles, options, replaced_groups=frozenset(sample.replaced))
         self._check_calls(batch, sample.outcomes)
-        batch.verdicts += self._account.late_calls()
+        batch.outcomes += self._account.late_calls()
         return batch
 
-    def _train(self, batch: GrpoBatch, drawn: int) -> dict[str, Update]:
+    def _train(self, batch: GrpoBatch, drawn: int) -> dict[str, StepStats]:
         """Take the optimizer steps of `batch`, of which `drawn` groups were drawn, and count them."""
         policy, standing = self.session.policy, self._standing
         with self._weights():
@@ -305,7 +309,9 @@ class Trainer:
                 sample.of_source.setdefault(name, []).append(value)
             sample.outcomes += drawn.outcomes
             sample.trajectories += drawn.trajectories
-            sample.without_difference = zero_variance_groups(drawn.trajectories, roles, batch_options(self.config))
+            sample.without_difference = grpo_batch(
+                drawn.trajectories, roles, BatchOptions.of(self.config)
+            ).zero_variance_groups
             wanted = len(sample.without_difference)
             if not wanted:
                 break
@@ -339,7 +345,7 @@ class Trainer:
     def _check_calls(self, batch: GrpoBatch, outcomes: Sequence[Outcome]) -> None:
         """Raises TrainingError where agents answered, but no call of theirs is known: training would do nothing."""
         answered = sum(outcome.error is None for outcome in outcomes)
-        if answered and not batch.verdicts:
+        if answered and not batch.outcomes:
             raise TrainingError(
                 f"{answered} of {len(outcomes)} rollouts ended well, but no model call was joined to any of them; name "
                 "the framework in train.instrument, or send agl.headers() with each request to OPENAI_BASE_URL"
@@ -424,8 +430,8 @@ class Trainer:
         serving = self.session.serving
         return serving.engine.tokens_sampled if serving else None
 
-    def _update(self, role: str, rows: Sequence[Any], loss: Any) -> Update:
-        return update_role(
+    def _update(self, role: str, rows: Sequence[Any], loss: Any) -> StepStats:
+        return optimizer_step(
             self.session.policy,
             role,
             self._standing.optimizers[role],

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from agl_trainer.data.trie import PackedRows, Segment
+from agl_trainer.data.prefix_tree import PackedRows, Segment
 from agl_trainer.model import flex
 from agl_trainer.model.attention_parts import Part, Scores, join, kernel_for, nothing_seen
 

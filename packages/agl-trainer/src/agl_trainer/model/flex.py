@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo import config as compiler
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from agl_trainer.data.trie import PackedRows
+from agl_trainer.data.prefix_tree import PackedRows
 from agl_trainer.model.attention_parts import Scores
 from agl_trainer.model.compiled import refusal
 

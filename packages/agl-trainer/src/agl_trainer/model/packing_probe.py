@@ -5,7 +5,7 @@ import logging
 import torch
 from transformers import PreTrainedModel
 
-from agl_trainer.data.trie import pack_rows
+from agl_trainer.data.prefix_tree import pack_rows
 from agl_trainer.model.attention import NAME, PackedPlan
 
 logger = logging.getLogger(__name__)

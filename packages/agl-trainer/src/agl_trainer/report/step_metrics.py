@@ -5,8 +5,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from agl.trajectory import Call, Trajectory
-from agl_trainer.algo.batch_builder import GrpoBatch, RoleState, Verdict, version_number
-from agl_trainer.compute.update import Update
+from agl_trainer.algo.batch import CallOutcome, GrpoBatch, version_number
+from agl_trainer.algo.options import RoleState
+from agl_trainer.compute.optimizer_step import StepStats
 
 
 class Stopwatch:
@@ -46,9 +47,9 @@ def batch_metrics(batch: GrpoBatch, roles: Mapping[str, RoleState]) -> dict[str,
     for role, credits in batch.credits.items():
         metrics[f"{role}/credit_mean"] = statistics.fmean(credits)
         metrics[f"{role}/credit_std"] = statistics.pstdev(credits)
-    for role in dict.fromkeys(verdict.call.role for verdict in batch.verdicts):
-        own = [verdict for verdict in batch.verdicts if verdict.call.role == role]
-        metrics |= {f"{role}/{name}": value for name, value in _lengths(verdict.call for verdict in own).items()}
+    for role in dict.fromkeys(outcome.call.role for outcome in batch.outcomes):
+        own = [outcome for outcome in batch.outcomes if outcome.call.role == role]
+        metrics |= {f"{role}/{name}": value for name, value in _lengths(outcome.call for outcome in own).items()}
         version = roles[role].version if role in roles else None
         behind = _staleness(own, version) if version is not None else []
         if behind:
@@ -56,7 +57,7 @@ def batch_metrics(batch: GrpoBatch, roles: Mapping[str, RoleState]) -> dict[str,
     return metrics
 
 
-def update_metrics(updates: Mapping[str, Update], seconds: float) -> dict[str, float]:
+def update_metrics(updates: Mapping[str, StepStats], seconds: float) -> dict[str, float]:
     """What the optimizer steps of the adapters say, and how fast the rows were computed in `seconds`."""
     metrics = {f"{owner}/{name}": value for owner, update in updates.items() for name, value in update.metrics.items()}
     distinct = sum(update.distinct_tokens for update in updates.values())
@@ -83,7 +84,7 @@ def _lengths(calls: Iterable[Call]) -> dict[str, float]:
     }
 
 
-def _staleness(verdicts: Iterable[Verdict], version: int) -> list[float]:
-    numbers = [version_number(verdict.call.policy_version) for verdict in verdicts if verdict.reason is None]
+def _staleness(outcomes: Iterable[CallOutcome], version: int) -> list[float]:
+    numbers = [version_number(outcome.call.policy_version) for outcome in outcomes if outcome.reason is None]
     # A higher number is of another training: rollouts of a store may be.
     return [float(version - number) for number in numbers if number is not None and number <= version]

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from agl.errors import TrainingError
-from agl_trainer.compute.lookup import look_up
+from agl_trainer.compute.forward import forward_rows
 from agl_trainer.data.rows import TrainingRow
 from agl_trainer.engine.vllm.proof import CANARY, prove
 from agl_trainer.engine.vllm.server import VllmServer
@@ -107,7 +107,7 @@ class VllmEngine:
         """[T - 1] of the canary's tokens but the first."""
         row = TrainingRow(self._canary, [0] + [1] * (len(self._canary) - 1), 1.0)
         with self._policy.lock:
-            return look_up(self._policy, adapter, [row], len(self._canary)).logprobs[row.key].float()
+            return forward_rows(self._policy, adapter, [row], len(self._canary)).logprobs[row.key].float()
 
 
 def _base_name(server: VllmServer, policy: Policy) -> str:

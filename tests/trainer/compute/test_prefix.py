@@ -1,4 +1,4 @@
-"""Passes over a prefix that is computed once give the values and gradients of one pass over everything."""
+"""PassRunner over a prefix that is computed once give the values and gradients of one pass over everything."""
 
 import random
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from agl_trainer.algo.sft_loss import sft_loss
 from agl_trainer.compute.logprobs import row_logprobs
-from agl_trainer.compute.trunk import Grown, Passes
-from agl_trainer.data.cut import Trunk, cut
+from agl_trainer.compute.prefix import ComputedPrefix, PassRunner
+from agl_trainer.data.passes import SharedPrefix, plan_passes
 from agl_trainer.data.rows import TrainingRow
 from agl_trainer.model.policy import Policy
 from tests.trainer.small_model import small_model, small_policy
@@ -34,16 +34,16 @@ def step(policy: Policy, pack_tokens: int) -> tuple[float, Tensor, int]:
     """Loss, gradient and computed tokens."""
     loss_sum, distinct = 0.0, 0
 
-    def run(part: list[TrainingRow], trunk: Grown | None) -> None:
+    def run(part: list[TrainingRow], prefix: ComputedPrefix | None) -> None:
         nonlocal loss_sum, distinct
-        result = row_logprobs(policy, "writer", part, trunk=trunk)
+        result = row_logprobs(policy, "writer", part, prefix=prefix)
         loss, _ = sft_loss(result, part)
         loss.backward()
         loss_sum, distinct = loss_sum + loss.item(), distinct + result.distinct_tokens
 
-    parts = cut(rows(), pack_tokens)
-    assert any(isinstance(part, Trunk) for part in parts) == (pack_tokens < 1000)
-    trunks = Passes(policy, "writer", run).take(parts)
+    parts = plan_passes(rows(), pack_tokens)
+    assert any(isinstance(part, SharedPrefix) for part in parts) == (pack_tokens < 1000)
+    trunks = PassRunner(policy, "writer", run).run_all(parts)
     grads = [parameter.grad for parameter in policy.parameters("writer") if parameter.grad is not None]
     assert len(grads) == 28
     for parameter in policy.parameters("writer"):
@@ -67,12 +67,12 @@ def logprobs(policy: Policy, pack_tokens: int) -> dict[tuple[int, ...], float]:
     """Of each row, their sum, without a gradient."""
     found: dict[tuple[int, ...], float] = {}
 
-    def run(part: list[TrainingRow], trunk: Grown | None) -> None:
-        for row, values in zip(part, row_logprobs(policy, "writer", part, trunk=trunk).logprobs, strict=True):
+    def run(part: list[TrainingRow], prefix: ComputedPrefix | None) -> None:
+        for row, values in zip(part, row_logprobs(policy, "writer", part, prefix=prefix).logprobs, strict=True):
             found[tuple(row.token_ids)] = values.sum().item()
 
     with torch.no_grad():
-        Passes(policy, "writer", run).take(cut(rows(), pack_tokens))
+        PassRunner(policy, "writer", run).run_all(plan_passes(rows(), pack_tokens))
     return found
 
 

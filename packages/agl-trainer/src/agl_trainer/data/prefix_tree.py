@@ -1,20 +1,19 @@
-"""Rows that share token prefixes, packed so that every distinct token is computed once.
+"""Rows that share token prefixes, packed as a prefix tree, so that every distinct token is computed once.
 
-A trie of token ids is cut into *segments*: runs of tokens without a branch. Laid out depth first, a segment is
-followed directly by its whole subtree, so "which queries see this segment's keys" is one slice: itself (causally) and
-everything up to the end of its subtree (fully). Attention over the trie is therefore a list of rectangles, see
-`attention`.
+The tree is divided into *segments*: runs of tokens without a branch. Depth first, a segment is followed directly by its
+whole subtree, so the queries that attend to its keys are one slice: the segment itself (causally) and everything up to
+the end of its subtree (fully). Attention over the tree is therefore a list of rectangles; see `model.attention`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of tokens [start, end) in the packed order; its descendants are [end, subtree_end)."""
+    """Tokens [start, end) in packed order without a branch; their descendants are [end, subtree_end)."""
 
     start: int
     end: int
@@ -28,19 +27,19 @@ class PackedRows:
     token_ids: torch.Tensor
     """[N] int64."""
     positions: torch.Tensor
-    """[N] int64: depth of a token in its row."""
+    """[N] int64: index of the token in its row."""
     segments: tuple[Segment, ...]
     """Parents before children."""
     row_index: tuple[torch.Tensor, ...]
-    """For each row, in the order given, the packed position of each of its tokens: [T] int64."""
+    """For each row, in the given order, the packed index of each of its tokens: [T] int64."""
 
     def to(self, device: torch.device) -> "PackedRows":
-        index = tuple(places.to(device) for places in self.row_index)
-        return PackedRows(self.token_ids.to(device), self.positions.to(device), self.segments, index)
+        row_index = tuple(index.to(device) for index in self.row_index)
+        return PackedRows(self.token_ids.to(device), self.positions.to(device), self.segments, row_index)
 
 
 def pad_rows(rows: Sequence[Sequence[int]]) -> PackedRows:
-    """`rows` as they are, one behind the other, each padded to the longest by token 0; there are no segments."""
+    """`rows` one after the other, each padded with token 0 to the longest; without segments."""
     longest = max(len(row) for row in rows)
     starts = range(0, longest * len(rows), longest)
     return PackedRows(
@@ -53,7 +52,7 @@ def pad_rows(rows: Sequence[Sequence[int]]) -> PackedRows:
 
 @dataclass(slots=True)
 class _Node:
-    """Half-open run [begin, end) of the tokens of `row`, where that run was first seen."""
+    """Tokens [begin, end) of `row`, the first row that has them at this place of the tree."""
 
     row: int
     begin: int
@@ -63,7 +62,7 @@ class _Node:
 
 
 def pack_rows(rows: Sequence[Sequence[int]]) -> PackedRows:
-    """Pack `rows` of token ids. Raises ValueError for an empty row."""
+    """Pack `rows` of token ids as a prefix tree. Raises ValueError for an empty row."""
     if any(not row for row in rows):
         raise ValueError(f"row {next(i for i, row in enumerate(rows) if not row)} has no tokens")
     root = _Node(row=0, begin=0, end=0)
@@ -96,12 +95,12 @@ def _insert(root: _Node, rows: Sequence[Sequence[int]], index: int, row: Sequenc
 
 
 def _shared_length(left: Sequence[int], right: Sequence[int], begin: int, end: int) -> int:
-    """First position in [begin, end) where the two differ, else `end`."""
+    """First index in [begin, end) at which the rows differ, else `end`."""
     return next((i for i in range(begin, end) if left[i] != right[i]), end)
 
 
 def _split(node: _Node, rows: Sequence[Sequence[int]], at: int) -> None:
-    """Cut `node` at depth `at`; what lies behind becomes its only child."""
+    """Split `node` at depth `at`; the later tokens become its only child."""
     rest = _Node(row=node.row, begin=at, end=node.end, children=node.children)
     node.end, node.children = at, {rows[node.row][at]: rest}
 
@@ -109,12 +108,12 @@ def _split(node: _Node, rows: Sequence[Sequence[int]], at: int) -> None:
 def _lay_out(
     top: _Node, rows: Sequence[Sequence[int]], tokens: list[int], positions: list[int], segments: list[Segment]
 ) -> None:
-    """Append the subtree of `top` depth first. A loop, not recursion: a chain of turns may be deep."""
+    """Append the subtree of `top` depth first. Not recursive: a conversation of many turns is deep."""
     stack: list[tuple[_Node, int | None]] = [(top, None)]
     while stack:
-        node, slot = stack.pop()
-        if slot is not None:
-            segments[slot] = Segment(segments[slot].start, segments[slot].end, len(tokens))
+        node, segment = stack.pop()
+        if segment is not None:
+            segments[segment] = replace(segments[segment], subtree_end=len(tokens))
             continue
         node.packed_start = len(tokens)
         tokens.extend(rows[node.row][node.begin : node.end])
@@ -125,7 +124,7 @@ def _lay_out(
 
 
 def _find(root: _Node, row: Sequence[int]) -> torch.Tensor:
-    """Packed positions of the tokens of `row`."""
+    """Packed indices of the tokens of `row`."""
     pieces: list[torch.Tensor] = []
     node, depth = root, 0
     while depth < len(row):

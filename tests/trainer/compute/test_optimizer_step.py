@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from agl_trainer.algo.options import LossOptions
+from agl.config import PolicyLossConfig
+from agl_trainer.algo.objective import Objective
 from agl_trainer.algo.sft_loss import sft_loss
 from agl_trainer.compute.logprobs import row_logprobs
-from agl_trainer.compute.objective import Objective
-from agl_trainer.compute.update import PassLoss, Update, update_role
+from agl_trainer.compute.optimizer_step import PassLoss, StepStats, optimizer_step
 from agl_trainer.data.rows import RowLogprobs, SampledRow, TrainingRow
 from agl_trainer.model.policy import Policy
 from tests.trainer.small_model import small_model, small_policy
@@ -36,11 +36,11 @@ def step(
     *,
     pack_tokens: int = 4096,
     **options: Any,
-) -> Update:
+) -> StepStats:
     """One step of plain gradient descent, which shows the gradient itself."""
     optimizer = torch.optim.SGD(policy.parameters("writer"), lr=options.get("lr", 0.1))
     limit = options.get("max_grad_norm", 1e9)
-    return update_role(policy, "writer", optimizer, rows, loss, pack_tokens=pack_tokens, max_grad_norm=limit)
+    return optimizer_step(policy, "writer", optimizer, rows, loss, pack_tokens=pack_tokens, max_grad_norm=limit)
 
 
 def test_a_step_lowers_the_loss_and_moves_one_role_only() -> None:
@@ -79,7 +79,7 @@ def test_statistics_are_means_over_tokens_not_over_passes() -> None:
     def count(result: RowLogprobs, rows: Sequence[TrainingRow]) -> tuple[Tensor, dict[str, float]]:
         return -result.logprobs.sum(), {"rows": float(len(rows))}
 
-    # Passes of 7 rows and of 1: 21 tokens say 7, 3 say 1.
+    # PassRunner of 7 rows and of 1: 21 tokens say 7, 3 say 1.
     metrics = step(small_policy(), loss=count, pack_tokens=42).metrics
     assert metrics["rows"] == pytest.approx((21 * 7 + 3 * 1) / 24)
     assert 0 < metrics["entropy"] < 6
@@ -94,15 +94,15 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float, caplog: pytes
     policy = small_policy()
     optimizer = torch.optim.AdamW(policy.parameters("writer"), lr=0.1)
     options: dict[str, Any] = {"pack_tokens": 4096, "max_grad_norm": 1.0}
-    update_role(policy, "writer", optimizer, ROWS, sft_loss, **options)
+    optimizer_step(policy, "writer", optimizer, ROWS, sft_loss, **options)
     before, moments = state(policy, "writer"), [value["exp_avg"].clone() for value in optimizer.state.values()]
-    update = update_role(policy, "writer", optimizer, ROWS, spoilt, **options)
+    update = optimizer_step(policy, "writer", optimizer, ROWS, spoilt, **options)
     assert update.metrics["skipped"] == 1 and update.was_skipped
-    assert "role writer: the gradient of a step over 8 rows is nan" in caplog.text
-    assert "adapter and optimizer stay as they were" in caplog.text
+    assert "role writer: skipped an optimizer step over 8 rows, because the gradient norm is nan" in caplog.text
+    assert "adapter and optimizer are unchanged" in caplog.text
     assert same(state(policy, "writer"), before)
     assert same([value["exp_avg"] for value in optimizer.state.values()], moments)
-    assert update_role(policy, "writer", optimizer, ROWS, sft_loss, **options).metrics["skipped"] == 0
+    assert optimizer_step(policy, "writer", optimizer, ROWS, sft_loss, **options).metrics["skipped"] == 0
     assert not same(state(policy, "writer"), before)
 
 
@@ -119,6 +119,6 @@ def test_grpo_makes_what_did_well_more_likely() -> None:
         return result.logprobs.sum(1).tolist()
 
     before = logprobs()
-    step(policy, made, Objective(LossOptions(epsilon=1e9)), lr=0.02)
+    step(policy, made, Objective(PolicyLossConfig(epsilon=1e9)), lr=0.02)
     changes = [after - old for after, old in zip(logprobs(), before, strict=True)]
     assert sum(changes[::2]) > 0 > sum(changes[1::2])

@@ -7,8 +7,10 @@ import torch
 
 from agl.config import Config
 from agl.trajectory import DropReason, Trajectory
-from agl_trainer.algo.batch_builder import GrpoBatch, grpo_batch
-from agl_trainer.compute.step import batch_options, role_states, train_batch
+from agl_trainer.algo.batch import GrpoBatch
+from agl_trainer.algo.batch_builder import grpo_batch
+from agl_trainer.algo.options import BatchOptions
+from agl_trainer.compute.train_batch import role_states, train_batch
 from agl_trainer.model.policy import Policy
 from tests.trainer.rollout_maker import call, reward_on, trajectory
 from tests.trainer.small_model import small_policy
@@ -27,7 +29,7 @@ def team(index: int, value: float) -> Trajectory:
 
 def step(config: Config, policy: Policy, number: int = 0, rewards: tuple[float, ...] = (1.0, 0.0)) -> GrpoBatch:
     states = role_states(config, policy, number, {})
-    batch = grpo_batch([team(i, value) for i, value in enumerate(rewards)], states, batch_options(config))
+    batch = grpo_batch([team(i, value) for i, value in enumerate(rewards)], states, BatchOptions.of(config))
     optimizers = {owner: torch.optim.SGD(policy.parameters(owner), lr=0.1) for owner in policy.adapters}
     train_batch(policy, optimizers, batch, config)
     return batch
@@ -62,7 +64,7 @@ def test_roles_that_share_an_adapter_take_one_step_with_the_sum_of_their_gradien
     step(shared, policies[0])
     for policy, role in zip(policies[1:], ("writer", "fixer"), strict=True):
         states = {role: role_states(shared, policy, 0, {})[role]}
-        batch = grpo_batch([team(0, 1.0), team(1, 0.0)], states, batch_options(shared))
+        batch = grpo_batch([team(0, 1.0), team(1, 0.0)], states, BatchOptions.of(shared))
         optimizer = torch.optim.SGD(policy.parameters("writer"), lr=0.1)
         train_batch(policy, {"writer": optimizer}, batch, shared)
     for begun, both, one, other in zip(start, *(p.parameters("writer") for p in policies), strict=True):
@@ -76,8 +78,8 @@ def test_calls_of_a_step_that_was_not_taken_are_counted_so() -> None:
         policy.parameters("fixer")[0].fill_(math.nan)
     batch = step(config, policy, rewards=(1.0, 0.0, 1.0, 0.0))
     assert batch.dropped() == {DropReason.SKIPPED_STEP: 4}
-    assert {verdict.call.role for verdict in batch.verdicts if verdict.reason is None} == {"writer"}
-    assert sum(batch.dropped().values()) + 4 == len(batch.verdicts) == 8
+    assert {outcome.call.role for outcome in batch.outcomes if outcome.reason is None} == {"writer"}
+    assert sum(batch.dropped().values()) + 4 == len(batch.outcomes) == 8
 
 
 def test_the_configuration_reaches_the_loss() -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agl_trainer.data.trie import PackedRows, Segment, pack_rows
+from agl_trainer.data.prefix_tree import PackedRows, Segment, pack_rows
 
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=10)
 """Few token ids, so that rows share prefixes of every length, repeat each other and end inside each other."""

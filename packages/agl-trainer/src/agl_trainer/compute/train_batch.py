@@ -1,0 +1,96 @@
+"""The optimizer steps of a training step: every adapter on its minibatches."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from agl.config import Config, PolicyLossConfig
+from agl_trainer.algo.batch import GrpoBatch
+from agl_trainer.algo.objective import Objective
+from agl_trainer.algo.options import RoleState
+from agl_trainer.algo.ratios import high_entropy_threshold
+from agl_trainer.algo.sft_loss import sft_loss
+from agl_trainer.compute.forward import RowValues, forward_rows
+from agl_trainer.compute.optimizer_step import StepStats, merge_stats, optimizer_step
+from agl_trainer.data.rows import SampledRow
+from agl_trainer.model.lora import BASE
+from agl_trainer.model.policy import Policy
+
+
+def role_states(config: Config, policy: Policy, step: int, baselines: Mapping[str, float]) -> dict[str, RoleState]:
+    """State of every role at training step `step`; with `train.alternate_steps` only one adapter's roles train."""
+    train, roles = config.require_train(), config.agent_roles.roles
+    training = [owner for owner in policy.adapters if not roles[owner].frozen]
+    if train.alternate_steps and training:
+        training = [training[step // train.alternate_steps % len(training)]]
+    return {
+        role: RoleState(owner in training, policy.versions[role], roles[role].rewards, baselines.get(role, 0.0))
+        for owner, sharing in policy.adapters.items()
+        for role in sharing
+    }
+
+
+def train_batch(
+    policy: Policy, optimizers: Mapping[str, torch.optim.Optimizer], batch: GrpoBatch, config: Config
+) -> dict[str, StepStats]:
+    """Take the optimizer steps of each adapter that has rows; returns their statistics by adapter.
+
+    `batch` marks the calls of a skipped optimizer step as dropped.
+    """
+    train, stats = config.require_train(), {}
+    for owner, roles in policy.adapters.items():
+        minibatches = batch.minibatches(roles)
+        # All before the first step: they need the policy as it is at the beginning of the training step.
+        objectives = {
+            number: sft_loss
+            if train.algorithm == "rejection"
+            else prepare_objective(policy, owner, rows, train, pack_tokens=train.pack_tokens, is_first=index == 0)
+            for index, (number, rows) in enumerate(minibatches.items())
+        }
+        steps = []
+        for number, rows in minibatches.items():
+            step = optimizer_step(
+                policy,
+                owner,
+                optimizers[owner],
+                rows,
+                objectives[number],
+                pack_tokens=train.pack_tokens,
+                max_grad_norm=train.max_grad_norm,
+                entropy_gradient=train.entropy_coef != 0,
+            )
+            if step.was_skipped:
+                batch.skip(roles, number)
+            steps.append(step)
+        if steps:
+            stats[owner] = merge_stats(steps)
+    return stats
+
+
+def prepare_objective(
+    policy: Policy,
+    role: str,
+    rows: Sequence[SampledRow],
+    config: PolicyLossConfig,
+    *,
+    pack_tokens: int,
+    is_first: bool,
+) -> Objective:
+    """The objective of an optimizer step over `rows`; `is_first`: no other step precedes it in the training step.
+
+    Runs forward passes for the values that the loss needs but rows do not hold: logprobs of the reference, entropies
+    of all tokens, and, unless it is the first step, logprobs of the policy before the training step.
+    """
+    tokens = sum(sum(row.loss_mask) for row in rows)
+    reference = forward_rows(policy, BASE, rows, pack_tokens).logprobs if config.beta != 0 else None
+    needs_initial = not is_first and config.importance_sampling_mode is not None
+    current = RowValues()
+    if config.top_entropy_quantile < 1 or needs_initial:
+        current = forward_rows(policy, role, rows, pack_tokens)
+    threshold = None
+    if config.top_entropy_quantile < 1:
+        entropies = torch.cat([current.entropies[row.key] for row in rows])
+        threshold = high_entropy_threshold(entropies, config.top_entropy_quantile)
+        tokens = int((entropies >= threshold).sum())
+    initial = current.logprobs if needs_initial else None
+    return Objective(config, 1 / max(tokens, 1), threshold, reference, initial)
