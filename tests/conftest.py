@@ -2,6 +2,7 @@
 
 import os
 import signal
+from typing import Any
 
 import pytest
 from opentelemetry import trace
@@ -17,39 +18,22 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Test processes share the cores, so an OpenMP thread that waits must sleep, not spin. Read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-LONGEST = (
-    "tests/flows/test_demo.py",
-    "cassandra",
-    "tests/store/test_cassandra.py",
-    "tests/trainer/compute/test_devices.py",
-    "tests/flows/test_training.py",
-    "tests/gateway/test_clients.py",
-    "tests/foreign/test_trajectories.py",
-    "tests/langchain/test_oldest.py",
-    "tests/trainer/model/test_flex.py",
-    "tests/trainer/model/test_compiled.py",
-    "tests/core/cli/test_cli.py",
-    "tests/queue/test_faults.py",
-    "tests/store/test_faults.py",
-)
-"""Units that take longest, which workers begin with, so that all end at about the same time."""
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--numprocesses`: distribute units instead of single tests."""
+    from tests.units import UnitScheduling  # Here: only a run in several processes needs pytest-xdist.
+
+    return UnitScheduling(config, log)
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In a worker process of pytest-xdist: assign each test to its unit, and put the longest units first."""
+    """In a process of `--numprocesses`: put the longest units first."""
     if hasattr(config, "workerinput"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(unit(item)))
-        places = {name: place for place, name in enumerate(LONGEST)}
-        items.sort(key=lambda item: places.get(unit(item), len(places)))
+        from tests.units import place_of
 
-
-def unit(item: pytest.Item) -> str:
-    """Tests that one worker runs one after another: those of a file, or of a store's backend, which share a server."""
-    call = getattr(item, "callspec", None)
-    backend = call.params.get("new_uri") if call else None
-    return backend.name if backend else item.nodeid.partition("::")[0]
+        items.sort(key=lambda item: place_of(item.nodeid))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 
 def described(spans: Sequence[ReadableSpan]) -> list[dict[str, Any]]:
-    """The roots among `spans`, each with its children, by start time."""
+    """The root spans, each with its children, ordered by start time."""
     ids = {span.context.span_id for span in spans}
     return [_node(span, spans) for span in _by_start(spans) if span.parent is None or span.parent.span_id not in ids]
 
@@ -35,7 +35,7 @@ def _node(span: ReadableSpan, spans: Sequence[ReadableSpan]) -> dict[str, Any]:
 
 
 def _type(value: Any) -> str:
-    """`str`, `int`, ...; an array as `[str]`."""
+    """Name of the value's type: `str`, `int`, ...; `[str]` for an array."""
     return f"[{_type(value[0])}]" if isinstance(value, tuple | list) else type(value).__name__
 
 

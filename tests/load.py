@@ -1,4 +1,4 @@
-"""A load of 50,000 spans on a collector, counted: what was sent, acknowledged, found, and found twice."""
+"""A load of 50,000 spans on a collector, with counts of spans sent, acknowledged, found and duplicated."""
 
 import threading
 from collections import Counter
@@ -18,24 +18,24 @@ SPANS = 50_000
 BATCH = 250
 _SENDERS = 3
 _AHEAD = 10_000
-"""Spans that senders may be ahead of what `reach` was asked for."""
+"""How many spans senders may send beyond the number given to `reach`."""
 _ROLLOUT = "loaded"
 
 
 class Load:
-    """Senders that send each batch until it is acknowledged, wherever `url` then points; they begin on entry.
+    """Senders that start on entry and repeat each batch, to the current `url`, until it is acknowledged.
 
-    They stop a little after what `reach` was told, so that a fault comes in the middle however slow its test is; on
-    exit they go to the end, and all is acknowledged. Each span has `text` bytes beside what it needs.
+    They pause soon after the number of spans given to `reach`, so that a fault hits the middle of the load however slow
+    the test is. On exit they send the rest and wait until all is acknowledged. Each span carries `text` extra bytes.
     """
 
     def __init__(self, url: str = "", text: int = 100) -> None:
         self.url = url
         self._text = "x" * text
         self.acknowledged: set[int] = set()
-        """Numbers of spans."""
+        """Numbers of the acknowledged spans."""
         self.answers: Counter[int] = Counter()
-        """Requests by status; 0: no answer, since the collector was away."""
+        """Number of requests by HTTP status. 0: no response, because the collector was down."""
         self._allowed = 0
         self._next = 1
         self._changed = threading.Condition()
@@ -44,11 +44,11 @@ class Load:
 
     @property
     def refused(self) -> int:
-        """Requests that were not acknowledged, and so were sent again."""
+        """Number of requests that were not acknowledged and therefore repeated."""
         return self.answers.total() - self.answers[200]
 
     def reach(self, spans: int) -> set[int]:
-        """Go on until so many spans are acknowledged; returns those that then are."""
+        """Continue until at least `spans` spans are acknowledged. Returns the acknowledged numbers."""
         self.allow(spans + _AHEAD)
         wait_until(lambda: len(self.acknowledged) >= spans)
         with self._changed:
@@ -68,7 +68,7 @@ class Load:
         assert kind is not None or len(self.acknowledged) == SPANS
 
     def allow(self, spans: int) -> None:
-        """Go on to about so many."""
+        """Let the senders continue to about `spans` spans."""
         with self._changed:
             self._allowed = spans
             self._changed.notify_all()
@@ -106,7 +106,7 @@ class Load:
 
 
 def found_in(store: Store) -> Counter[int]:
-    """Numbers of the spans that a store has."""
+    """How often the store has each span, by its number."""
     return Counter(int.from_bytes(row.span_id, "big") for row in parse(b"".join(store.query_rows(_ROLLOUT))).rows)
 
 
@@ -116,7 +116,7 @@ def found_at(uri: str) -> Counter[int]:
 
 
 def check(load: Load, uri: str) -> None:
-    """Every span that was sent is acknowledged, and found exactly once."""
+    """Assert that every sent span was acknowledged and is stored exactly once."""
     found = found_at(uri)
     counts = {
         "sent": SPANS,

@@ -1,4 +1,4 @@
-"""Packages of npm for a script, in a folder below build/ that git ignores. Needs node and npm."""
+"""npm packages for a script, in a folder below build/, which git ignores. Needs node and npm."""
 
 import fcntl
 import shutil
@@ -9,11 +9,11 @@ _BUILD = Path(__file__).parents[1] / "build"
 
 
 def folder_with(name: str, source: Path) -> Path:
-    """A folder with the scripts of `source` and what its package.json requires; installed anew when that changes."""
+    """Folder with the scripts of `source` and the packages of its package.json, reinstalled when that file changes."""
     folder = _BUILD / name
     folder.mkdir(parents=True, exist_ok=True)
     with (_BUILD / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several test runs may share the folder
+        fcntl.flock(lock, fcntl.LOCK_EX)  # Test processes share the folder.
         wanted, installed = (source / "package.json").read_text(), folder / "installed.json"
         if not installed.exists() or installed.read_text() != wanted:
             shutil.copy(source / "package.json", folder)

@@ -1,4 +1,4 @@
-"""Tests run once more, with the oldest versions that a package declares; all other tests run with the newest."""
+"""Tests repeated with the oldest versions that a package declares. All other tests run with the newest versions."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def expect_to_pass(name: str, requirements: Sequence[str], files: Sequence[Path], later: Sequence[str]) -> None:
-    """The tests of `files`, but those that a word of `later` names, in an environment `name` with `requirements`."""
+    """Run the tests of `files`, without those that match a word of `later`, in environment `name`."""
     python = python_with(name, *requirements)
     sources = os.pathsep.join(str(path) for path in sorted(ROOT.glob("packages/*/src")))
     pytest = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"not ({' or '.join(later)})"]

@@ -1,7 +1,7 @@
-"""Virtual environments for packages that cannot stand in ours: other versions, or other people's instrumentations.
+"""Virtual environments for packages that conflict with ours: different versions, or instrumentations of peers.
 
-They lie below build/, which git ignores. One is made when it is first asked for, and anew when our own requirements
-change, since it stands on them.
+They are below build/, which git ignores. An environment is made at its first use, and again after our own requirements
+have changed, because it can import the packages of our environment.
 """
 
 import fcntl
@@ -20,10 +20,10 @@ _OURS = (_ROOT / "requirements-dev.txt", *sorted((_ROOT / "packages").glob("*/py
 
 
 def python_with(name: str, *requirements: str, bare: Sequence[str] = (), over_ours: bool = True) -> Path:
-    """The Python of a virtual environment `name` that has `requirements`, and `bare` ones without what those require.
+    """Python of the virtual environment `name`, with `requirements`, and with `bare` installed without dependencies.
 
-    `over_ours`: what they need besides is taken from our environment where it fits, all but our own packages (which are
-    editable). Else it starts empty. Raises CalledProcessError, after pip's own words, where they cannot be installed.
+    With `over_ours`, it also imports the packages of our environment that satisfy its requirements, except our own,
+    which are editable. Otherwise it starts empty. Raises CalledProcessError if pip, which prints the reason, fails.
     """
     asked = repr((requirements, tuple(bare), over_ours, sys.version, sysconfig.get_path("purelib")))
     folder = _FOLDER / f"{name}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
@@ -31,7 +31,7 @@ def python_with(name: str, *requirements: str, bare: Sequence[str] = (), over_ou
     ours = "".join(path.read_text() for path in _OURS) if over_ours else ""
     _FOLDER.mkdir(parents=True, exist_ok=True)
     with _FOLDER.joinpath(f"{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several test runs may share the folder
+        fcntl.flock(lock, fcntl.LOCK_EX)  # Test processes share the folder.
         if not made.exists() or made.read_text() != ours:
             shutil.rmtree(folder, ignore_errors=True)
             venv.create(folder, symlinks=True)

@@ -1,6 +1,6 @@
 """An AutoGen team that answers questions about stock: `planner` names the article, `executor` looks it up.
 
-It knows nothing of training: the models are whatever answers at OPENAI_BASE_URL under these two names.
+It contains nothing about training: its models are the ones that OPENAI_BASE_URL serves as `planner` and `executor`.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from examples.autogen_team.inventory import STOCK
 PLANNER_SYSTEM = "Name the article as item-colour."
 EXECUTOR_SYSTEM = "Look the article up."
 PLANNER_TOKENS, EXECUTOR_TOKENS = 12, 48
-"""Longest answers, so that a model that rambles ends soon."""
+"""Limits of the answers in tokens, so that a model that does not stop ends soon."""
 
 _UNKNOWN_MODEL: ModelInfo = {
     "vision": False,
@@ -35,14 +35,14 @@ _UNKNOWN_MODEL: ModelInfo = {
 async def run(task: dict[str, Any]) -> dict[str, Any]:
     """Answer `task["question"]`; returns `{"plan": str, "called": bool, "answer": str}`.
 
-    `called` says whether the tool gave the answer; where it refused, `answer` is its complaint, else the executor's
-    own words.
+    `called`: whether `answer` is the tool's result. Otherwise `answer` is the tool's error message or, if the executor
+    called no tool, its text.
     """
     return _answer(await _team().run(task=task["question"]))
 
 
 def _team() -> RoundRobinGroupChat:
-    """A fresh team, since agents remember. Question, plan, answer: three messages, and it is done."""
+    """A new team, because agents keep their history. It stops after three messages: question, plan, answer."""
     base_url, loop = os.environ["OPENAI_BASE_URL"], asyncio.get_running_loop()
     planner = AssistantAgent(
         "planner", _client("planner", PLANNER_TOKENS, base_url, loop), system_message=PLANNER_SYSTEM
@@ -58,7 +58,7 @@ def _team() -> RoundRobinGroupChat:
 
 @lru_cache(maxsize=8)
 def _client(model: str, max_tokens: int, base_url: str, loop: asyncio.AbstractEventLoop) -> OpenAIChatCompletionClient:
-    """A model client for one event loop: its connections belong to the loop that opened them."""
+    """A model client for one event loop, because its connections belong to the loop that opened them."""
     return OpenAIChatCompletionClient(model=model, base_url=base_url, max_tokens=max_tokens, model_info=_UNKNOWN_MODEL)
 
 

@@ -1,4 +1,4 @@
-"""The stock of a small shop, and the one tool that looks into it."""
+"""The stock of a small shop, and the tool that queries it."""
 
 import zlib
 from itertools import product
@@ -19,7 +19,7 @@ PIECES = {code: 10 + zlib.crc32(code.encode()) % 90 for code in (article_of(*pai
 
 
 def stock(article: str) -> int:
-    """Pieces of `article` on the shelf. Raises LookupError for a code that does not exist."""
+    """Number of pieces of `article` in stock. Raises LookupError for an unknown code."""
     if article not in PIECES:
         raise LookupError(f"no article {article!r}")
     return PIECES[article]

@@ -1,7 +1,7 @@
-"""Training and held-out tasks, and the gold traces that supervised training starts from.
+"""Training tasks, held-out tasks, and gold traces for supervised training.
 
-A task is `{"question", "article", "pieces"}`. Articles are split once: those held out never occur in training, while
-their items and their colours do, in other pairs.
+A task is `{"question", "article", "pieces"}`. Articles are split once. Held-out articles never occur in training, but
+their items and colours do, in different combinations.
 """
 
 import json
@@ -53,7 +53,7 @@ def _planner_example(task: Task) -> Example:
 
 
 def _executor_example(task: Task) -> Example:
-    """To the executor the planner is one more user, as AutoGen tells it."""
+    """AutoGen presents the planner's message to the executor as a message with the role `user`."""
     messages = [
         _message("system", EXECUTOR_SYSTEM),
         _message("user", task["question"]),

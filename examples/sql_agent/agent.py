@@ -1,6 +1,6 @@
-"""A LangGraph agent that answers questions about the shop: `writer` writes SQL, `fixer` gets one try to mend it.
+"""A LangGraph agent that answers questions about the shop: `writer` writes SQL, `fixer` gets one try to correct it.
 
-It knows nothing of training: the models are whatever answers at OPENAI_BASE_URL under these two names.
+It contains nothing about training: its models are the ones that OPENAI_BASE_URL serves as `writer` and `fixer`.
 """
 
 import os
@@ -18,7 +18,7 @@ MAX_TOKENS = 64
 
 
 class State(TypedDict):
-    """What the nodes hand on."""
+    """State that the nodes of the graph pass on."""
 
     question: str
     sql: str
@@ -29,7 +29,7 @@ class State(TypedDict):
 def run(task: dict[str, Any]) -> dict[str, Any]:
     """Answer `task["question"]`; returns `{"sql": str, "fixed": bool, "error": str | None}`.
 
-    `fixed` says whether the fixer was called, `error` why the database still refuses the final query.
+    `fixed`: whether the fixer was called. `error`: why the final query failed, or None.
     """
     graph = _graph(os.environ.get("OPENAI_BASE_URL"))
     state = graph.invoke({"question": task["question"], "sql": "", "error": None, "fixed": False})
@@ -38,7 +38,7 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
 
 @lru_cache(maxsize=8)
 def _graph(base_url: str | None) -> CompiledStateGraph:
-    """The compiled graph over the models at `base_url`; it holds no state, so threads share it."""
+    """The compiled graph with the models at `base_url`. It holds no state, so threads can share it."""
     writer = ChatOpenAI(model="writer", base_url=base_url, max_completion_tokens=MAX_TOKENS)
     fixer = ChatOpenAI(model="fixer", base_url=base_url, max_completion_tokens=MAX_TOKENS)
 
@@ -63,6 +63,6 @@ def _after_writer(state: State) -> str:
 
 
 def _attempt(model: ChatOpenAI, messages: list[Message]) -> dict[str, Any]:
-    """Ask the model and try its query on the database."""
+    """Call the model and run its query on the database."""
     sql = extract_sql(model.invoke(messages).text)
     return {"sql": sql, "error": database.failure(sql)}

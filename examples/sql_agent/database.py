@@ -1,7 +1,7 @@
-"""The shop: a SQLite file made from a seed, and one guarded way to query it.
+"""The shop: a SQLite file generated from a seed, and one guarded function to query it.
 
-The agent and the reward see the same file, read-only. A query may only select, and has a limit on its work and on its
-rows, so that a careless cross join ends in an error instead of a hang.
+The agent and the reward read the same file. A query may only select, and its work and its rows are limited, so that a
+careless cross join ends with an error instead of hanging.
 """
 
 import os
@@ -31,7 +31,7 @@ PAYMENTS = ("card", "cash", "invoice", "voucher")
 YEARS = (2021, 2022, 2023, 2024)
 
 MAX_WORK = 50_000
-"""Most units of work of one query; the heaviest gold query needs about 1,600."""
+"""Limit of one query in units of work. The heaviest gold query needs about 1,600."""
 STEPS_PER_UNIT = 10
 """Steps of SQLite's virtual machine in one unit of work."""
 MAX_ROWS = 1000
@@ -81,12 +81,12 @@ Row = tuple[Any, ...]
 
 
 class QueryError(Exception):
-    """SQLite refused the query, or it went over a limit; the message is what the agent gets to see."""
+    """SQLite rejected the query, or it exceeded a limit. The agent sees the message."""
 
 
 @dataclass
 class Result:
-    """What a query returned and what it took."""
+    """Rows of a query and the work it took."""
 
     rows: list[Row] = field(default_factory=list)
     work: int = 1
@@ -95,12 +95,12 @@ class Result:
     """Tables and `table.column`s that the compiled query reads."""
 
     def is_empty(self) -> bool:
-        """Whether there is no row, or nothing but NULL (an aggregate over no rows)."""
+        """Whether there is no row or only NULL values, as from an aggregate over no rows."""
         return all(value is None for row in self.rows for value in row)
 
 
 def build(path: Path, seed: int = SEED) -> None:
-    """Write the shop to `path`. The same seed gives the same bytes; a half-written file is never seen."""
+    """Write the shop to `path`, atomically. The same seed gives the same bytes."""
     handle, half = tempfile.mkstemp(dir=path.parent, suffix=".db")
     os.close(handle)
     with closing(sqlite3.connect(half)) as connection:
@@ -126,9 +126,9 @@ def shop() -> Path:
 
 
 def query(sql: str, path: Path | None = None) -> Result:
-    """Run one SELECT on a connection of its own, so any number of threads may call this at once.
+    """Run one SELECT on a separate connection, so that any number of threads can call this at once.
 
-    Raises QueryError for anything but one SELECT that SQLite accepts, over MAX_WORK or over MAX_ROWS.
+    Raises QueryError if `sql` is not one valid SELECT, or exceeds MAX_WORK or MAX_ROWS.
     """
     result = Result(work=0)
     with closing(sqlite3.connect(f"{(path or shop()).as_uri()}?mode=ro&immutable=1", uri=True)) as connection:
@@ -155,7 +155,7 @@ def failure(sql: str) -> str | None:
 
 
 def _guard(connection: sqlite3.Connection, result: Result) -> None:
-    """Let `connection` only select, and write into `result` what it reads and how much it works."""
+    """Restrict `connection` to SELECT, and record in `result` the tables and columns read and the work done."""
 
     def authorize(action: int, table: str | None, column: str | None, *_: object) -> int:
         if action == sqlite3.SQLITE_READ and table:
@@ -187,7 +187,7 @@ def _customers(rng: random.Random) -> Iterable[Row]:
 
 
 def _products(rng: random.Random) -> Iterable[Row]:
-    """Names, prices and stocks are unique, so that an order by one of them has no ties."""
+    """Products with unique names, prices and stocks, so that ORDER BY one of them has no ties."""
     kinds = [
         (f"{colour} {noun}", category) for category in CATEGORIES for noun in _NOUNS[category] for colour in _COLOURS
     ]
@@ -204,7 +204,7 @@ def _orders(rng: random.Random) -> Iterable[Row]:
 
 
 def _items(rng: random.Random, orders: list[int]) -> Iterable[Row]:
-    """One to four products an order; some products sell far better, so that the best ones are not tied."""
+    """One to four products per order. Some products sell far better than others, so that the best are not tied."""
     popularity = [1 / (1 + rng.random() * 8) for _ in range(PRODUCTS)]
     for order in orders:
         bought = set(rng.choices(range(1, PRODUCTS + 1), popularity, k=rng.randint(1, 4)))

@@ -1,4 +1,4 @@
-"""What the agent says to its two models, and how it reads their answers. Short, because the models are small."""
+"""Prompts of the agent for its two small models, all of them short, and the parser of the models' answers."""
 
 import re
 
@@ -26,13 +26,13 @@ def writer_messages(question: str) -> list[Message]:
 
 
 def fixer_messages(question: str, sql: str, error: str) -> list[Message]:
-    """The fixer's prompt: the question, the query that failed, and why. A rambling query or error is cut."""
+    """The fixer's prompt: the question, the failed query and its error. A long query or error is cut."""
     content = f"{question}\nQuery: {sql[:_MAX_QUERY_CHARS]}\nError: {error[:_MAX_ERROR_CHARS]}"
     return [_message("system", FIXER_SYSTEM), _message("user", content)]
 
 
 def extract_sql(answer: str) -> str:
-    """The first query in a model's answer, without fences, prose or semicolon; "" where there is none."""
+    """The first query in a model's answer, without fences, prose or semicolon; "" if there is none."""
     fence = _FENCE.search(answer)
     text = fence.group(1) if fence else answer
     start = _START.search(text)

@@ -1,7 +1,8 @@
-"""Training and held-out tasks, and the gold traces that supervised training starts from.
+"""Training tasks, held-out tasks, and gold traces for supervised training.
 
-A task is `{"id", "question", "gold"}`; the id names its combination, `family/column=value/.../detail`. Each family's
-combinations are split once: those held out never occur in training, while each of their words does, elsewhere.
+A task is `{"id", "question", "gold"}`. The id names its combination: `family/column=value/.../detail`. The combinations
+of each family are split once. Held-out combinations never occur in training, but each of their words does, in different
+combinations.
 """
 
 import random
@@ -19,45 +20,45 @@ Task = dict[str, str]
 Example = dict[str, Any]
 
 HELD_OUT, SHOWN, TRAIN = 8, 4, 24
-"""Tasks of each family: held out, shown with their answers, reinforced; a small family reinforces what it has left."""
+"""Tasks of each family for evaluation, for SFT (shown with their answers) and for GRPO (fewer in a small family)."""
 WRITER_EXAMPLES = 36
-"""Of the shown tasks, in their order; the others show the fixer's part."""
+"""Number of shown tasks, from the first, that become examples of the writer. The rest are examples of the fixer."""
 TINY_HELD_OUT, TINY_SHOWN, TINY_TRAIN = 16, 12, 40
 TINY_WRITER_EXAMPLES = 36
 
 
 def train_tasks() -> list[Task]:
-    """The tasks to reinforce, the families taking turns. None is among the shown ones: their answers are known."""
+    """Tasks for GRPO, alternating between families. None of them is shown in SFT, where its answer would be learned."""
     return _take_turns([family[HELD_OUT + SHOWN :][:TRAIN] for family in _full()])
 
 
 def eval_tasks() -> list[Task]:
-    """The held-out tasks, as many of each family."""
+    """The held-out tasks, equally many of each family."""
     return _take_turns([family[:HELD_OUT] for family in _full()])
 
 
 def gold_examples() -> list[Example]:
-    """Gold traces of both roles, made from the shown tasks."""
+    """Gold traces of both roles, built from the shown tasks."""
     return _examples(_take_turns([family[HELD_OUT:][:SHOWN] for family in _full()]), WRITER_EXAMPLES)
 
 
 def tiny_train_tasks() -> list[Task]:
-    """The tasks to reinforce in few words, for a model that starts from nothing."""
+    """Tasks for GRPO with a small vocabulary, for a model with random weights."""
     return _take_turns([family[TINY_HELD_OUT + TINY_SHOWN :][:TINY_TRAIN] for family in _tiny()])
 
 
 def tiny_eval_tasks() -> list[Task]:
-    """The held-out tasks in few words."""
+    """The held-out tasks with a small vocabulary."""
     return _take_turns([family[:TINY_HELD_OUT] for family in _tiny()])
 
 
 def tiny_gold_examples() -> list[Example]:
-    """Gold traces of both roles in few words."""
+    """Gold traces of both roles with a small vocabulary."""
     return _examples(_take_turns([family[TINY_HELD_OUT:][:TINY_SHOWN] for family in _tiny()]), TINY_WRITER_EXAMPLES)
 
 
 def break_query(gold: str, turn: int) -> str:
-    """A wrong version of `gold` that fails or finds nothing; `turn` picks among the usual mistakes."""
+    """A wrong version of `gold` that fails or finds no rows. `turn` selects one of the typical mistakes."""
     mistakes = _MISTAKES[turn % len(_MISTAKES) :] + _MISTAKES
     return next(broken for mistake in mistakes if (broken := mistake(gold)) != gold and failure(broken))
 
@@ -76,18 +77,18 @@ def _full() -> list[list[Task]]:
 
 
 def _tiny() -> list[list[Task]]:
-    """Of orders and products only: half the words to know."""
+    """Tasks on orders and products only, which halves the vocabulary."""
     return [[task for task in _tasks(family) if "customers" not in task["gold"]] for family in TINY_FAMILIES]
 
 
 def _tasks(family: Callable[[], Iterator[Combination]]) -> list[Task]:
-    """The family's combinations as tasks, in a random order that is always the same."""
+    """The family's combinations as tasks, in a fixed random order."""
     tasks = [_task(family.__name__, item) for item in family()]
     return random.Random(family.__name__).sample(tasks, len(tasks))
 
 
 def _task(family: str, item: Combination) -> Task:
-    """The combination with one of its questions, picked by its id."""
+    """The combination with one of its questions, selected by its id."""
     name = f"{family}/{item.id}"
     question = item.questions[zlib.crc32(name.encode()) % len(item.questions)]
     return {"id": name, "question": question, "gold": item.gold}
@@ -98,7 +99,7 @@ def _take_turns(families: list[list[Task]]) -> list[Task]:
 
 
 def _examples(tasks: list[Task], writers: int) -> list[Example]:
-    """The first tasks for the writer, the others for the fixer."""
+    """Examples of the writer from the first `writers` tasks, and of the fixer from the rest."""
     mended = (_fixer_example(task, turn) for turn, task in enumerate(tasks[writers:]))
     return [*map(_writer_example, tasks[:writers]), *mended]
 

@@ -1,7 +1,7 @@
 """Families of questions: templates filled with columns and values, each with its gold query.
 
-A family yields every combination of its template. What the columns of a filter are called in English stands with the
-column, so a family is one line of English and one line of SQL.
+A family yields every combination of its template. Each column carries its wording in English, so a family is one line
+of English and one line of SQL.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ from examples.sql_agent.database import CATEGORIES, CITIES, PAYMENTS, SEGMENTS, 
 
 @dataclass(frozen=True)
 class Column:
-    """A column with the values that questions filter on, and how English says it: before or after the noun."""
+    """A column, the values that questions filter on, and its wording in English before or after the noun."""
 
     table: str
     name: str
@@ -36,7 +36,7 @@ class Filter:
 
 @dataclass(frozen=True)
 class Combination:
-    """One template with one choice of columns and values: ways to ask, and the query that answers."""
+    """One template with one choice of columns and values: wordings of the question, and its gold query."""
 
     id: str
     questions: tuple[str, ...]
@@ -167,7 +167,7 @@ FAMILIES: tuple[Callable[[], Iterator[Combination]], ...] = (
     *(join_count, join_names, join_group, join_units, join_top),
 )
 TINY_FAMILIES = (count_two, aggregate, top, group)
-"""Short questions and answers over few words."""
+"""Families with short questions and answers and a small vocabulary."""
 
 
 def _filters(columns: Sequence[Column], size: int) -> Iterator[Filters]:
@@ -178,7 +178,7 @@ def _filters(columns: Sequence[Column], size: int) -> Iterator[Filters]:
 
 
 def _phrase(filters: Filters) -> str:
-    """English for the rows that pass, such as `shipped orders paid by card`."""
+    """English for the rows that pass the filters, such as `shipped orders paid by card`."""
     before = [item.column.before.format(item.value) for item in filters if item.column.before]
     after = [item.column.after.format(item.value) for item in filters if item.column.after]
     return " ".join([*before, filters[0].column.table, *after])

@@ -1,4 +1,4 @@
-"""Real AutoGen, instrumented, against a real loopback server; finished spans in memory."""
+"""Instrumented AutoGen with a real server on loopback, and finished spans in memory."""
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -25,7 +25,7 @@ SwitchOn = Callable[..., None]
 
 @pytest.fixture
 def spans(memory: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
-    """AutoGen instrumented; its message bus silent."""
+    """Finished spans of the test, with AutoGen instrumented and the spans of its message bus disabled."""
     monkeypatch.setenv("AUTOGEN_DISABLE_RUNTIME_TRACING", "true")
     instrumentor = AutoGenInstrumentor()
     instrumentor.instrument()
@@ -37,7 +37,7 @@ def spans(memory: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 @pytest.fixture
 def switch_on(spans: InMemorySpanExporter) -> SwitchOn:
-    """Switches the instrumentation on anew: `switch_on(roles={"writer": "w.*"})`."""
+    """Instruments AutoGen again with options: `switch_on(roles={"writer": "w.*"})`."""
 
     def switch(**options: Any) -> None:
         AutoGenInstrumentor().uninstrument()
@@ -54,7 +54,7 @@ async def server() -> AsyncIterator[VllmServer]:
 
 @pytest.fixture
 async def client(server: VllmServer) -> AsyncIterator[MakeClient]:
-    """Makes clients of the server, closed after the test: `client("planner", temperature=0.5)`."""
+    """Makes clients of the server and closes them after the test: `client("planner", temperature=0.5)`."""
     made: list[OpenAIChatCompletionClient] = []
 
     def make(model: str, **options: Any) -> OpenAIChatCompletionClient:

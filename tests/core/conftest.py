@@ -1,4 +1,4 @@
-"""Finished spans in memory, and a collector of the smallest kind."""
+"""Finished spans in memory, and a minimal collector."""
 
 from collections.abc import Iterator
 
@@ -18,6 +18,6 @@ def spans(memory: InMemorySpanExporter) -> Iterator[InMemorySpanExporter]:
 
 @pytest.fixture
 def sink() -> Iterator[OtlpSink]:
-    """A real OTLP/HTTP server on loopback that keeps what it decodes."""
+    """A real OTLP/HTTP server on loopback that keeps the spans it decodes."""
     with OtlpSink() as sink:
         yield sink

@@ -1,4 +1,4 @@
-"""Real LangChain and ChatOpenAI against a real loopback server in a thread of its own; finished spans in memory."""
+"""LangChain and ChatOpenAI with a real loopback server in a separate thread, and finished spans in memory."""
 
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -20,7 +20,7 @@ MakeModel = Callable[..., ChatOpenAI]
 
 @pytest.fixture
 def spans(memory: InMemorySpanExporter, caplog: pytest.LogCaptureFixture) -> Iterator[InMemorySpanExporter]:
-    """The spans of this test. Whatever it does: no run stays open, none stays current, and nothing complains."""
+    """Finished spans of the test. At its end no run is open or current, and no warning was logged."""
     memory.clear()
     yield memory
     memory.clear()
@@ -30,14 +30,14 @@ def spans(memory: InMemorySpanExporter, caplog: pytest.LogCaptureFixture) -> Ite
 
 
 def complaints(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Warnings and errors of all but the server, whose clients may hang up."""
+    """Logged warnings and errors, without those of the server, whose clients may disconnect."""
     records = [record for record in caplog.get_records("call") if not record.name.startswith("aiohttp")]
     return [record.getMessage() for record in records if record.levelno >= logging.WARNING]
 
 
 @pytest.fixture
 def instrumented(spans: InMemorySpanExporter) -> Iterator[InMemorySpanExporter]:
-    """`spans`, with every run traced."""
+    """Finished spans of the test, with every LangChain run traced."""
     instrumentor = LangChainInstrumentor()
     instrumentor.instrument()
     yield spans
@@ -46,18 +46,18 @@ def instrumented(spans: InMemorySpanExporter) -> Iterator[InMemorySpanExporter]:
 
 @pytest.fixture
 def server() -> Iterator[VllmServer]:
-    """In a thread: an agent that is not async would stand in the way of a server in its own loop."""
+    """In a separate thread, because a synchronous agent blocks the test's event loop."""
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(running_server()) as server:
         yield server
 
 
 @pytest.fixture
 async def make_model(server: VllmServer) -> AsyncIterator[MakeModel]:
-    """Makes chat models of the server, closed after the test: `make_model("tiny", temperature=0.5)`."""
+    """Makes chat models of the server and closes them after the test: `make_model("tiny", temperature=0.5)`."""
     made: list[ChatOpenAI] = []
 
     def make(model: str = "tiny", **options: Any) -> ChatOpenAI:
-        # clients of its own: LangChain shares one by base URL, and a later server may be given the same port
+        # Separate clients: LangChain caches them by base URL, and a later server may get the same port.
         clients = {"http_client": DefaultHttpxClient(), "http_async_client": DefaultAsyncHttpxClient()}
         options = {"base_url": server.base_url, "api_key": "none", "max_retries": 0} | clients | options
         made.append(ChatOpenAI(model=model, **options))

@@ -1,4 +1,4 @@
-"""One Redis for all tests of the queue; each has a queue of its own in it."""
+"""One Redis server for all tests of the queue. Each test has its own queue on it."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
 
 @pytest.fixture
 def new_config() -> NewConfig:
-    """Settings of another queue on each test; what is not given is as short as a test wants it."""
+    """Makes settings of the test's own queue, with short times unless stated otherwise."""
     name = f"test-{next(_numbers)}"
 
     def new_config(**settings: Any) -> QueueConfig:

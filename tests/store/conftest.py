@@ -24,7 +24,7 @@ def parametrise(metafunc: pytest.Metafunc, backends: list[Backend]) -> None:
 
 @pytest.fixture(scope="session")
 def new_uri(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewUri]:
-    """Of one backend, whose server runs for all its tests."""
+    """Makes URIs of stores of one backend, whose server runs for all its tests."""
     backend: Backend = request.param
     with backend.start(tmp_path_factory.mktemp(backend.name)) as new_uri:
         yield new_uri
@@ -38,5 +38,5 @@ def store(new_uri: NewUri) -> Iterator[Store]:
 
 @pytest.fixture
 def shared_uri(new_uri: NewUri) -> str:
-    """Of a store that may be opened several times."""
+    """URI of an empty store that may be opened several times."""
     return new_uri()

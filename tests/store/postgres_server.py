@@ -1,4 +1,4 @@
-"""A PostgreSQL server of the tests' own: a throw-away cluster on a free port, not run by root, which it refuses."""
+"""A temporary PostgreSQL server on a free port. PostgreSQL refuses to run as root, so root runs it as another user."""
 
 import itertools
 import os
@@ -20,10 +20,10 @@ USER = "postgres"
 
 
 class PostgresServer:
-    """Started when made. Without `durable` it keeps nothing when the machine fails, and is the faster for it."""
+    """The constructor starts it. Without `durable` it never calls fsync, which is faster."""
 
     def __init__(self, *, durable: bool = False) -> None:
-        # Not in pytest's folder, which only its owner may enter.
+        # Outside pytest's temporary folder, which only its owner may enter.
         self.folder = Path(tempfile.mkdtemp(prefix="agl-postgres-"))
         if is_root():
             shutil.chown(self.folder, USER)
@@ -46,8 +46,8 @@ class PostgresServer:
         wait_until(self._answers)
 
     def kill(self) -> None:
-        """SIGKILL for every process of the server, as when memory runs out; returns when none is left."""
-        self._process.send_signal(signal.SIGSTOP)  # So that it starts no more.
+        """Kill every process of the server, as the kernel does when memory runs out. Returns once none is left."""
+        self._process.send_signal(signal.SIGSTOP)  # So that it starts no further process.
         pids = self._pids()
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
@@ -56,18 +56,19 @@ class PostgresServer:
 
     def limit_files(self, size: int | Literal["unlimited"]) -> None:
         """Let no file grow beyond `size` bytes, as if the disk were full."""
-        for pid in (self._process.pid, *self._pids()):  # The first again: what it started meanwhile is among the rest.
-            # As the server's user: even root may not be let to do it to another's. A process may have ended by now.
+        # The first process twice: the others include those that it started before its own limit applied.
+        for pid in (self._process.pid, *self._pids()):
+            # As the server's user: in a container even root may lack the right. Some processes may have ended.
             limit = ["prlimit", f"--fsize={size}:unlimited", "--pid", str(pid)]
             subprocess.run(limit, check=pid == self._process.pid, user=runner(), stderr=subprocess.DEVNULL)
 
     def stop(self) -> None:
-        self._process.send_signal(signal.SIGQUIT)  # At once: what it would write is deleted anyway.
+        self._process.send_signal(signal.SIGQUIT)  # Immediate shutdown: its files are deleted anyway.
         self._process.wait(30)
         shutil.rmtree(self.folder)
 
     def new_database(self) -> str:
-        """URI of another, empty database."""
+        """URI of a new, empty database."""
         name = f"store_{next(self._databases)}"
         with psycopg.connect(self.uri("postgres"), autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {name}".encode())
@@ -85,7 +86,7 @@ class PostgresServer:
         return True
 
     def _pids(self) -> list[int]:
-        """The first starts the others, and comes first."""
+        """The main process, followed by the processes that it has started."""
         pid = self._process.pid
         return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
 
@@ -104,7 +105,7 @@ def running_postgres(*, durable: bool = False) -> Iterator[PostgresServer]:
 
 
 def binary(name: str) -> str:
-    """Where a program of the server lies; Debian keeps those of each version apart."""
+    """Path of a program of PostgreSQL. Debian installs each version into a folder that is not on PATH."""
     found = shutil.which(name) or max(map(str, Path("/usr/lib/postgresql").glob(f"*/bin/{name}")), default=None)
     assert found is not None, f"the tests need PostgreSQL's {name}: run `make servers`"
     return found
@@ -115,5 +116,5 @@ def is_root() -> bool:
 
 
 def runner() -> str | None:
-    """The user that the server runs as; None: the one who runs the tests."""
+    """User that runs the server. None: the user who runs the tests."""
     return USER if is_root() else None

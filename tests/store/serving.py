@@ -1,4 +1,4 @@
-"""`agl serve` as a process of its own."""
+"""`agl serve` in a separate process."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ AGL = Path(sys.executable).with_name("agl")
 
 @contextmanager
 def serving(uri: str, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server of the store at `uri`, and the URL of its OTLP/HTTP receiver. Killed at the end."""
+    """Process of a server of the store at `uri`, and the URL of its OTLP/HTTP receiver. Killed at the end."""
     ports = ("--port", "0", "--otlp-http-port", "0", "--otlp-grpc-port", "0")
     process = subprocess.Popen(
         [AGL, "serve", "--store", uri, *ports, *options],

@@ -1,4 +1,4 @@
-"""A store with a real collector in front of it, to which this process exports."""
+"""A store with a real collector, to which this process exports its spans."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ from agl.store import Store, open_store
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    """A SQLite store that the spans of this process reach over OTLP/HTTP."""
+    """A SQLite store that receives the spans of this process over OTLP/HTTP."""
     store = open_store(f"sqlite:///{tmp_path / 'agl.db'}")
     server = AppThread()
     receiver = HttpReceiver(Receiver(store))

@@ -1,4 +1,4 @@
-"""Two processes take the steps that one takes: the same losses, the same weights."""
+"""Training steps on two processes give the same losses and weights as on one."""
 
 import json
 import subprocess

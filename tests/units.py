@@ -1,0 +1,46 @@
+"""Units of work for test processes that run side by side: pytest-xdist gives each unit to one process, in one piece."""
+
+import re
+
+from xdist.scheduler import LoadScopeScheduling
+
+from tests.store.backends import BACKENDS
+
+LONGEST = (
+    "tests/flows/test_demo.py",
+    "cassandra",
+    "tests/store/test_cassandra.py",
+    "tests/trainer/compute/test_devices.py",
+    "tests/flows/test_training.py",
+    "tests/gateway/test_clients.py",
+    "tests/foreign/test_trajectories.py",
+    "tests/langchain/test_oldest.py",
+    "tests/trainer/model/test_flex.py",
+    "tests/trainer/model/test_compiled.py",
+    "tests/core/cli/test_cli.py",
+    "tests/queue/test_faults.py",
+    "tests/store/test_faults.py",
+)
+"""Units that take longest. Processes begin with them, so that all end at about the same time."""
+
+_PLACES = {unit: place for place, unit in enumerate(LONGEST)}
+_BACKENDS = {backend.name for backend in BACKENDS}
+
+
+def unit_of(nodeid: str) -> str:
+    """The unit of a test: its file or, for a test of the store's contract, its backend, whose server is shared."""
+    file, _, test = nodeid.partition("::")
+    backends = _BACKENDS.intersection(re.split(r"[\[\]-]", test)) if file.startswith("tests/store/") else ()
+    return next(iter(backends), file)
+
+
+def place_of(nodeid: str) -> int:
+    """Sort key that puts the longest units first."""
+    return _PLACES.get(unit_of(nodeid), len(_PLACES))
+
+
+class UnitScheduling(LoadScopeScheduling):
+    """Gives each process the next unit when it is done with its units."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return unit_of(nodeid)
