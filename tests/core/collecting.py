@@ -7,7 +7,7 @@ from typing import Any
 
 from agl.config import CollectorConfig
 from agl.errors import InputError, StoreError
-from agl.server.bearer import BearerTokens
+from agl.server.auth import BearerTokens
 from agl.server_thread import ServerThread
 from agl.store import open_store
 from agl.store.span_row import SpanRow

@@ -11,7 +11,7 @@ import pytest
 
 import agl
 from agl import semconv
-from agl.server.bearer import TOKEN_VARIABLE
+from agl.config.collector import TOKEN_VARIABLE
 from agl.store import AttemptState, Rollout, RolloutState, open_store
 from agl_trainer.rollout.runner import Runner
 

@@ -13,8 +13,8 @@ import trustme
 from agl import semconv
 from agl.config import GatewayConfig, TlsConfig
 from agl.errors import ConfigError
-from agl.server.bearer import BearerTokens
-from agl.server.head_limit import MAX_HEAD_BYTES
+from agl.server.auth import BearerTokens
+from agl.server.receiving import MAX_HEAD_BYTES
 from agl.server_thread import ServerThread
 from tests.core.fake_engine import WORDS, FakeEngine
 from tests.gateway.serving import Setup, Store, chat_body, gateway

@@ -18,9 +18,10 @@ from starlette.applications import Starlette
 
 from agl import otlp
 from agl.config import CollectorConfig, TlsConfig
+from agl.config.collector import TOKEN_VARIABLE
 from agl.errors import StoreError, TransitionError, UnknownIdError
 from agl.server.app_thread import AppThread
-from agl.server.bearer import TOKEN_VARIABLE, BearerTokens
+from agl.server.auth import BearerTokens
 from agl.server_thread import ServerThread
 from agl.store import AttemptState, Resource, Rollout, Store, open_store
 from agl.store.http import client, routes

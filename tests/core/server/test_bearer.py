@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from agl.errors import ConfigError
-from agl.server.bearer import BearerTokens, is_loopback
+from agl.server.auth import BearerTokens, is_loopback
 
 
 def test_the_token_and_those_of_the_file_open(tmp_path: Path) -> None:

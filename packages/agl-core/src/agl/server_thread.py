@@ -14,8 +14,7 @@ from agl.config import CollectorConfig, GatewayConfig, TlsConfig, UpstreamConfig
 from agl.errors import AglError, ConfigError, QueueError
 from agl.gateway import Gateway
 from agl.server.app_thread import GRACE_S, AppThread, base_url, listen
-from agl.server.auth import HEALTH, AuthMiddleware
-from agl.server.bearer import BearerTokens, is_loopback
+from agl.server.auth import HEALTH, AuthMiddleware, BearerTokens, is_loopback
 from agl.store import Store
 from agl.store.http.routes import StoreApi
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from agl.cli.command import add_command
 from agl.config import Config, QueueConfig
+from agl.config.collector import TOKEN_VARIABLE
 from agl.errors import CommandError
-from agl.server.bearer import TOKEN_VARIABLE, BearerTokens
+from agl.server.auth import BearerTokens
 from agl.store import Store, open_store
 from agl.store.watchdog import watching
 

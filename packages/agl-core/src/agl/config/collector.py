@@ -1,12 +1,15 @@
 """`collector`: the OTLP receivers and their limits."""
 
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 from pydantic import model_validator
 
 from agl.config.section import Count, Section
 from agl.config.tls import TlsConfig
+
+TOKEN_VARIABLE: Final = "AGL_TOKEN"
+"""Environment variable of the token, for servers and clients; unlike an argument, other users cannot see it."""
 
 
 class CollectorConfig(Section):

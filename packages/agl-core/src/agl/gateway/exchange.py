@@ -25,7 +25,7 @@ from agl.gateway.record import CallRecord, Recorder
 from agl.gateway.request import CallerLookup, Seeds, changes, prepare, read_json
 from agl.server.api_error import ApiError
 from agl.server.auth import project_of
-from agl.server.body import read_body, run_while_connected
+from agl.server.receiving import read_body, run_while_connected
 from agl.tokens.capture import Json
 from agl.tokens.packing import unpack_ids
 

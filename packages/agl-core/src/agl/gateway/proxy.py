@@ -25,7 +25,7 @@ from agl.gateway.health import Health, list_models
 from agl.gateway.record import CallRecord, Recorder
 from agl.gateway.request import Caller, CallerLookup, read_json
 from agl.server.api_error import ApiError, unknown_route
-from agl.server.body import read_body
+from agl.server.receiving import read_body
 from agl.store import Store
 from agl.tokens.capture import Json
 

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 
 from agl.config.tls import TlsConfig
 from agl.errors import AglError
-from agl.server.head_limit import HttpProtocol
+from agl.server.receiving import HttpProtocol
 from agl.server.tls import uvicorn_options
 
 GRACE_S = 3

@@ -16,8 +16,8 @@ import urllib3
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, SSLError
 
 from agl import otlp
+from agl.config.collector import TOKEN_VARIABLE
 from agl.errors import StoreError
-from agl.server.bearer import TOKEN_VARIABLE
 from agl.span import Span
 from agl.store.http.verb import ERRORS, MAX_WAIT_S, VERBS, Verb
 from agl.store.mapping import to_json
