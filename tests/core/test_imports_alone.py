@@ -5,7 +5,7 @@ import pytest
 from tests.core.test_imports import ALLOWED, imports, modules, run, top
 
 IMPORT_EACH_ALONE = """
-import gc, importlib, os, sys, traceback
+import gc, importlib, os, sys
 ours, others = (line.split() for line in sys.stdin)
 for name in others:  # Once, so that each process below pays for our modules only.
     holder, _, attribute = name.rpartition(".")
@@ -23,8 +23,8 @@ def import_alone(name):
         for below in ours:
             if below.rpartition(".")[0] == name:  # A package is imported before its modules in any case.
                 import_alone(below)
-    except BaseException:
-        print(name, traceback.format_exc(), flush=True)
+    except BaseException as error:
+        print(f"{name}: {error!r}", flush=True)
     os._exit(0)
 
 import_alone(ours[0])

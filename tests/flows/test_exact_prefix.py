@@ -189,7 +189,7 @@ def test_a_changed_answer_is_named_and_not_undone() -> None:
         assert second.drifted is not None and second.drifted.kind == Drift.EDITED
         assert second.prefix == "the answer was sent back changed"
         assert "good day" in talk.tokenizer.decode(second.prompt_ids or [])
-        assert "not from the tokens held: the answer was sent back changed" in Inspection(talk.spans).text()
+        assert "no exact prefix: the answer was sent back changed" in Inspection(talk.spans).text()
 
 
 def test_of_several_answers_the_one_that_was_sent_back_is_gone_on_from() -> None:

@@ -385,7 +385,7 @@ def check_sums(store: Store, names: list[str], metrics: dict[str, float]) -> Non
     ends: Counter[str] = Counter()
     for name in names:
         if spans := store.query_spans(name):
-            ends += Inspection(spans).ends
+            ends += Inspection(spans).outcomes
     said = {name.removeprefix("calls/").removeprefix("dropped/"): n for name, n in metrics.items() if "calls/" in name}
     assert ends == {name: count for name, count in said.items() if count}
     assert ends.total() == metrics["calls"]

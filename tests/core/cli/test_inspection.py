@@ -75,12 +75,12 @@ def test_a_call_says_in_which_step_it_trained_or_why_not() -> None:
         "9 spans in 2 traces; 3 model calls: 2 in 2 rows, 1 dropped (1 no_ids); 2 trained, 1 not (1 no_ids)"
     )
     inspection = Inspection(spans[:-1])
-    assert inspection.ends == {"trained": 1, "zero_advantage": 1, "no_ids": 1}
-    assert inspection.to_json()["ends"] == dict(inspection.ends)
+    assert inspection.outcomes == {"trained": 1, "zero_advantage": 1, "no_ids": 1}
+    assert inspection.to_json()["ends"] == dict(inspection.outcomes)
     assert inspection.to_json()["calls"][0]["trained"] == [
         {"step": 12, "advantage": 0.8, "reason": None, "weight": 1 / 64, "run": None}
     ]
-    assert Inspection(team()).ends == {"pending": 2, "no_ids": 1}
+    assert Inspection(team()).outcomes == {"pending": 2, "no_ids": 1}
 
 
 def test_steps_of_several_trainings_are_told_apart() -> None:

@@ -93,7 +93,7 @@ def test_verdicts_metrics_and_inspection_add_up_to_the_calls(
         words = [outcome for outcome in batch.outcomes if outcome.call.rollout_id == one.rollout_id]
         trained = [trained_span(word.call, 7, word.advantage, word.reason, weight=word.weight) for word in words]
         if spans:
-            ends += Inspection([*spans, *trained]).ends
+            ends += Inspection([*spans, *trained]).outcomes
     named = {name.removeprefix("calls/").removeprefix("dropped/"): count for name, count in metrics.items()}
     assert dict(ends) == {name: count for name, count in named.items() if name != "calls" and count}
 
@@ -145,7 +145,7 @@ def test_a_call_that_arrives_after_its_rollout_was_counted_is_counted_once_in_th
     assert [(outcome.call.span_id, outcome.reason) for outcome in found] == [(late.span_id, DropReason.LATE)]
     account.record(4, found)
     assert account.late_calls() == []
-    ends = Inspection(store.query_spans("hung")).ends
+    ends = Inspection(store.query_spans("hung")).outcomes
     store.close()
     assert ends == {"failed_rollout": 1, "late": 1}
 

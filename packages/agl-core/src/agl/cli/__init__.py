@@ -1,4 +1,4 @@
-"""The `agl` program. Every command is a module that is imported only when it is asked for."""
+"""The `agl` program. The module of a command is imported only when that command runs."""
 
 import argparse
 import logging
@@ -14,10 +14,10 @@ from agl.errors import AglError, CommandError
 __all__ = ["main"]
 
 Register = Callable[[Any], None]
-"""Adds its own parser to argparse's subparsers, with `run` (parsed arguments to exit code) among its defaults."""
+"""Adds a command's parser to argparse's subparsers; its default `run` maps parsed arguments to an exit code."""
 
 PLUGINS = "agl.commands"
-"""Entry point group in which other packages add commands: name of the command to a `Register`."""
+"""Entry point group for commands of other packages: name of the command to a `Register`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class _Command:
     help: str
 
     def load(self) -> Register:
-        """Import it. Raises CommandError where something it needs is not installed."""
+        """Import the command. Raises CommandError if that fails."""
         try:
             return self.entry_point.load()
         except (ImportError, AttributeError) as error:
@@ -36,19 +36,19 @@ class _Command:
 
 
 _OWN: Mapping[str, str] = {
-    "serve": "collector, store and gateway in one process",
-    "inspect": "the tree of a rollout: roles, rewards, tokens, and what became of each model call",
-    "trajectories": "training rows of rollouts, and every dropped call with its reason",
+    "serve": "run collector, store and gateway in one process",
+    "inspect": "show a rollout as a tree: roles, rewards, tokens, and whether each model call trained",
+    "trajectories": "print the training rows of rollouts, and a reason for each call that cannot train",
     "spans": "export and import spans as OTLP JSON lines",
-    "store": "what a store holds",
-    "config": "the resolved configuration",
-    "doctor": "what is installed, reachable and free, and what to do where it is not",
+    "store": "count, delete, back up and check the contents of a store",
+    "config": "check a configuration file and print it with all defaults",
+    "doctor": "check packages, store, ports and engine, and say how to fix each problem",
 }
-"""Our commands, each the module of its name below this one, and what `agl --help` says of it."""
+"""Our commands and their help in `agl --help`. Each is the module of that name in this package."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 1 (it found a problem), 2 (it cannot run), 130 (Ctrl-C)."""
+    """Run a command and return its exit code: 0, 1 (it found a problem), 2 (it could not run), 130 (Ctrl-C)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -61,13 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output (`head`) has seen enough
+    except BrokenPipeError:  # The reader of our output, e.g. `head`, has ended.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser with the command that `arguments` ask for; the others are only listed."""
+    """The parser of the command in `arguments`; the other commands are listed in its help only."""
     parser = argparse.ArgumentParser(
         prog="agl",
         description="Train the agent you already have.",
@@ -86,7 +86,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _commands() -> dict[str, _Command]:
-    """Plug-ins' commands and ours by name; ours come first, and win."""
+    """All commands by name. Ours come first and take precedence over a plug-in's command of the same name."""
     own = {
         name: _Command(EntryPoint(name, f"agl.cli.{name}:register", PLUGINS), description)
         for name, description in _OWN.items()

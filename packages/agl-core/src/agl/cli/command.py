@@ -1,4 +1,4 @@
-"""What the commands share: their parser, the options that name a store and rollouts, and JSON on stdout."""
+"""Parts that several commands share: parsers, options for the store and rollouts, and JSON output."""
 
 import argparse
 import json
@@ -14,16 +14,16 @@ from agl.errors import CommandError
 from agl.span import Span
 from agl.store import Store, open_store
 
-_WIDTH = 100
+_HELP_WIDTH = 100
 
 
 def add_command(
     subparsers: Any, name: str, run: Callable[[argparse.Namespace], int], description: str, example: str
 ) -> argparse.ArgumentParser:
-    """A parser for `agl <name>` that runs `run` and shows `example` in its help."""
+    """Add a parser for the command or verb `name`, which calls `run` and shows `example` in its help."""
     parser = subparsers.add_parser(
         name,
-        description=textwrap.fill(description, _WIDTH),
+        description=textwrap.fill(description, _HELP_WIDTH),
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -33,7 +33,7 @@ def add_command(
 
 def add_store_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--store", metavar="URI", default=DEFAULT_STORE_URI, help=f"the store (default: {DEFAULT_STORE_URI})"
+        "--store", metavar="URI", default=DEFAULT_STORE_URI, help=f"URI of the store (default: {DEFAULT_STORE_URI})"
     )
 
 
@@ -42,16 +42,16 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_rollout_options(parser: argparse.ArgumentParser) -> None:
-    """`--rollout`, `--group` or `--last`; exactly one is needed."""
+    """`--rollout`, `--group` or `--last`, of which one is required."""
     chosen = parser.add_mutually_exclusive_group(required=True)
-    chosen.add_argument("--rollout", metavar="ID", action="append", help="this rollout; may be given several times")
-    chosen.add_argument("--group", metavar="ID", help="every queued rollout of this group")
-    chosen.add_argument("--last", action="store_true", help="the rollout whose span arrived last")
+    chosen.add_argument("--rollout", metavar="ID", action="append", help="a rollout; may be repeated")
+    chosen.add_argument("--group", metavar="ID", help="all queued rollouts of this group")
+    chosen.add_argument("--last", action="store_true", help="the rollout of the span that arrived last")
 
 
 @contextmanager
 def existing_store(uri: str) -> Iterator[Store]:
-    """The store at `uri`, which is not made if it is not there. Raises CommandError then."""
+    """The store at `uri`. Raises CommandError if it does not exist, and does not create it."""
     sqlite_file(uri)
     store = open_store(uri)
     try:
@@ -61,17 +61,17 @@ def existing_store(uri: str) -> Iterator[Store]:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The file of a SQLite store; None for other stores. Raises CommandError where it is not there."""
+    """The file of a SQLite store; None for other stores. Raises CommandError if it does not exist."""
     if not uri.startswith("sqlite:///"):
         return None
     path = Path(uri.removeprefix("sqlite:///"))
     if not path.exists():
-        raise CommandError(f"there is no store at {path.absolute()}; {_say_stores_nearby()}")
+        raise CommandError(f"there is no store at {path.absolute()}; {_nearby_stores()}")
     return path
 
 
 def rows_of_rollouts(arguments: argparse.Namespace, store: Store) -> list[list[bytes]]:
-    """Spans, as OTLP, of each rollout that the rollout options name. Raises CommandError where there are none."""
+    """Spans, as OTLP, of each rollout that the options select. Raises CommandError if there are none."""
     if arguments.group:
         return _rows_of_group(arguments.group, store)
     rollout_ids = [last_rollout_id(store)] if arguments.last else arguments.rollout
@@ -79,12 +79,12 @@ def rows_of_rollouts(arguments: argparse.Namespace, store: Store) -> list[list[b
 
 
 def spans_of_rollouts(arguments: argparse.Namespace, store: Store) -> list[list[Span]]:
-    """Spans of each rollout that the rollout options name. Raises CommandError where there are none."""
+    """Spans of each rollout that the options select. Raises CommandError if there are none."""
     return [otlp.decode(b"".join(rows)) for rows in rows_of_rollouts(arguments, store)]
 
 
 def spans_of(rollout_id: str, store: Store) -> list[Span]:
-    """Spans of a rollout. Raises CommandError where there are none."""
+    """Spans of a rollout. Raises CommandError if there are none."""
     return otlp.decode(b"".join(_rows_of(rollout_id, store)))
 
 
@@ -92,13 +92,13 @@ def _rows_of(rollout_id: str, store: Store) -> list[bytes]:
     rows = store.query_rows(rollout_id)
     if not rows:
         last = store.last_rollout_id()
-        hint = f"; the last one there is {last}" if last else ", nor any other span"
+        hint = f"; the last one there is {last}" if last else ", and no other spans"
         raise CommandError(f"{store.uri} holds no span of rollout {rollout_id!r}{hint}")
     return rows
 
 
 def last_rollout_id(store: Store) -> str:
-    """Rollout of the span that arrived last. Raises CommandError where the store is empty."""
+    """Rollout of the span that arrived last. Raises CommandError if the store is empty."""
     last = store.last_rollout_id()
     if last is None:
         raise CommandError(f"{store.uri} holds no spans yet")
@@ -119,8 +119,8 @@ def _rows_of_group(group_id: str, store: Store) -> list[list[bytes]]:
     return [rows for rows in found if rows]
 
 
-def _say_stores_nearby() -> str:
+def _nearby_stores() -> str:
     found = [*sorted(Path().glob("*.db")), *sorted(Path().glob("runs/*/*.db"))]
     if not found:
-        return "name another with --store URI (`agl serve` and `agl train` make one)"
+        return "name another with --store URI; `agl serve` and `agl train` create one"
     return "there are " + ", ".join(f"--store sqlite:///{path}" for path in found)

@@ -1,4 +1,4 @@
-"""`agl config`: the configuration as the program understands it."""
+"""`agl config`: the configuration with all defaults."""
 
 import argparse
 from typing import Any
@@ -10,13 +10,13 @@ from agl.config import Config
 
 
 def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser("config", description="Look at the configuration.")
+    parser = subparsers.add_parser("config", description="Show the configuration.")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     show = add_command(
         verbs,
         "show",
         run_show,
-        "Check a configuration file and print it with every default filled in.",
+        "Check a configuration file and print it with all defaults.",
         "agl config show examples/sql_agent/config.yaml",
     )
     show.add_argument("file", metavar="FILE", help="YAML file")

@@ -1,4 +1,4 @@
-"""`agl doctor`: a line for everything that training needs, ok or a problem with what to do."""
+"""`agl doctor`: checks everything that training needs; for each problem it says what to do."""
 
 import argparse
 import json
@@ -21,17 +21,25 @@ from agl.errors import AglError
 from agl.store import open_store
 
 CHECKS = "agl.checks"
-"""Entry point group of further checks: name to `Config -> Iterator[Check]`."""
+"""Entry point group for checks of other packages: name to `Config -> Iterator[Check]`."""
 
 _CORE = "agl-core"
-_OURS = ("agl-langchain", "agl-autogen", "agl-trainer")
-_THEIRS = ("opentelemetry-sdk", "langchain-core", "langgraph", "autogen-agentchat", "openai", "torch", "transformers")
+_OUR_PACKAGES = ("agl-langchain", "agl-autogen", "agl-trainer")
+_OTHER_PACKAGES = (
+    "opentelemetry-sdk",
+    "langchain-core",
+    "langgraph",
+    "autogen-agentchat",
+    "openai",
+    "torch",
+    "transformers",
+)
 _TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line: what was looked at, what was found, and, where it is a problem, what to do."""
+    """One line of the output: the subject, the finding and, if that is a problem, what to do."""
 
     name: str
     found: str
@@ -47,12 +55,14 @@ def register(subparsers: Any) -> None:
         subparsers,
         "doctor",
         run,
-        "Look at versions, store, ports, engine and model: a line each, ok or a problem with what to do. Exit code 1 "
-        "where there is a problem.",
+        "Check versions, store, ports, engine and model. Each check prints one line: ok, or a problem and what to do. "
+        "The exit code is 1 if there is a problem.",
         "agl doctor --config config.yaml",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file; without it every setting has its default")
-    parser.add_argument("--store", metavar="URI", help="the store (default: as configured, else sqlite:///agl.db)")
+    parser.add_argument("--config", metavar="FILE", help="YAML file (default: all settings have their defaults)")
+    parser.add_argument(
+        "--store", metavar="URI", help="URI of the store (default: store_uri of the file, else sqlite:///agl.db)"
+    )
     add_listen_options(parser)
     add_json_option(parser)
 
@@ -68,8 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _cells(check: Check) -> tuple[str, ...]:
-    said = check.found if check.ok else f"{check.found}; {check.todo}"
-    return "ok" if check.ok else "problem", check.name, printable(said)
+    text = check.found if check.ok else f"{check.found}; {check.todo}"
+    return "ok" if check.ok else "problem", check.name, printable(text)
 
 
 def _checks(arguments: argparse.Namespace, config: Config) -> Iterator[Check]:
@@ -85,11 +95,11 @@ def _checks(arguments: argparse.Namespace, config: Config) -> Iterator[Check]:
 def _check_packages() -> Iterator[Check]:
     core = version(_CORE)
     yield Check(_CORE, core)
-    for name in _OURS:
+    for name in _OUR_PACKAGES:
         found = _version(name)
-        todo = "" if found in (None, core) else f"it must be {core} as {_CORE} is: pip install {name}=={core}"
+        todo = "" if found in (None, core) else f"{_CORE} has version {core}: pip install {name}=={core}"
         yield Check(name, found or "not installed", todo)
-    for name in _THEIRS:
+    for name in _OTHER_PACKAGES:
         if found := _version(name):
             yield Check(name, found)
 
@@ -107,7 +117,9 @@ def _check_store(uri: str) -> Check:
         folder = next(above for above in path.absolute().parents if above.exists())
         can_write = os.access(folder, os.W_OK)
         return Check(
-            "store", f"{uri} will be made", "" if can_write else f"{folder} is not yours to write: --store URI"
+            "store",
+            f"{uri} will be made",
+            "" if can_write else f"{folder} is not writable: choose another store with --store URI",
         )
     try:
         with closing(open_store(uri)) as store:
@@ -122,11 +134,11 @@ def _check_ports(arguments: argparse.Namespace) -> Iterator[Check]:
         "--otlp-http-port": arguments.otlp_http_port,
         "--otlp-grpc-port": arguments.otlp_grpc_port,
     }
-    served = _answers_as_ours(arguments.host, arguments.port)
+    is_ours = _is_our_server(arguments.host, arguments.port)
     for option, port in ports.items():
         if _is_free(arguments.host, port):
             yield Check(f"port {port}", "free")
-        elif served:
+        elif is_ours:
             yield Check(f"port {port}", "in use by a running `agl serve`")
         else:
             yield Check(f"port {port}", "in use by another program", f"stop it, or choose another port with {option}")
@@ -141,7 +153,7 @@ def _is_free(host: str, port: int) -> bool:
     return True
 
 
-def _answers_as_ours(host: str, port: int) -> bool:
+def _is_our_server(host: str, port: int) -> bool:
     try:
         return "spans" in _get_json(f"http://{f'[{host}]' if ':' in host else host}:{port}/api/health")
     except (OSError, ValueError):
@@ -166,12 +178,16 @@ def _check_engine(config: Config, upstream: str) -> Check:
 
 
 def _get_json(url: str) -> Any:
-    with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer:
-        return json.load(answer)
+    with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as response:
+        return json.load(response)
 
 
 def _check_plugin(name: str, load: Callable[[], Any], config: Config) -> Iterator[Check]:
     try:
         yield from load()(config)
-    except Exception as error:  # noqa: BLE001 - a plug-in that is broken is a finding, not the end of the others
-        yield Check(name, f"the check itself failed: {type(error).__name__}: {error}", "reinstall the package it is of")
+    except Exception as error:  # noqa: BLE001 - a broken plug-in must not prevent the other checks
+        yield Check(
+            name,
+            f"the check itself failed: {type(error).__name__}: {error}",
+            "reinstall the package that it belongs to",
+        )

@@ -1,4 +1,4 @@
-"""`agl inspect`: one rollout to look at."""
+"""`agl inspect`: one rollout as a tree of spans."""
 
 import argparse
 from typing import Any
@@ -20,13 +20,13 @@ def register(subparsers: Any) -> None:
         subparsers,
         "inspect",
         run,
-        "Print the tree of a rollout with roles, rewards, token counts and policy versions, and for each model call "
-        "whether it trained, and if not, why and what to do.",
+        "Print a rollout as a tree of spans with roles, rewards, token counts and policy versions. Each model call shows "
+        "whether it trained; if not, why, and what to do.",
         "agl inspect --last --store sqlite:///agl.db",
     )
     chosen = parser.add_mutually_exclusive_group(required=True)
     chosen.add_argument("rollout", metavar="ROLLOUT", nargs="?", help="id of the rollout")
-    chosen.add_argument("--last", action="store_true", help="the rollout whose span arrived last")
+    chosen.add_argument("--last", action="store_true", help="the rollout of the span that arrived last")
     add_store_option(parser)
     add_json_option(parser)
 

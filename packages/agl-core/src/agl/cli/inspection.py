@@ -1,4 +1,4 @@
-"""A rollout to look at: the tree of its spans, and what became of every model call."""
+"""The content of `agl inspect`: the tree of a rollout's spans, and the outcome of each model call."""
 
 import textwrap
 from collections import Counter
@@ -8,6 +8,7 @@ from typing import Any
 
 from agl import semconv
 from agl.cli.terminal import align, counted, duration, printable
+from agl.cli.tree import LastSiblings, walk
 from agl.span import Span
 from agl.tokens.drift import PREFIX_EXACT
 from agl.trajectory import Call, Drop, Reward, SpanTree, Trained, Trajectory, Turn, build_trajectory, collect_trained
@@ -18,13 +19,13 @@ from agl.trajectory.reward import read_reward
 
 TRAINED, PENDING = "trained", "pending"
 _HEAD = ("span", "role", "tokens", "policy", "time", "")
-_LONGEST_NAME = 60
+_MAX_NAME_CHARS = 60
 _LINE_WIDTH = 120
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
-    """What became of a call: a place in a row or a drop, and what training steps did with it."""
+class CallReport:
+    """A call's position in a row, or its drop, and what training steps did with it."""
 
     call: Call
     row: int | None
@@ -34,21 +35,21 @@ class Account:
     trained: tuple[Trained, ...]
 
     @property
-    def end(self) -> str:
-        """What it came to in the last step that saw it: `trained`, `pending`, or the reason why it did not train."""
+    def outcome(self) -> str:
+        """`trained`, `pending`, or the reason why the call did not train; of several steps, the last."""
         if self.trained:
             return self.trained[-1].reason or TRAINED
         return str(self.drop.reason) if self.drop is not None else PENDING
 
-    def say(self, mode: str) -> str:
-        """On one line, e.g. `row 1, trained in step 12, advantage +0.80`; `mode` is the rollout's."""
+    def describe(self, mode: str) -> str:
+        """One line, e.g. `row 1, trained in step 12, advantage +0.80`; `mode` is the rollout's."""
         if self.drop is not None:
             return f"dropped: {self.drop.reason}"
-        drift = f" ({_say_drift(self.turn)})" if self.turn and self.turn.drift else ""
+        drift = f" ({_format_drift(self.turn)})" if self.turn and self.turn.drift else ""
         untrained = "not trained yet" if mode == "train" else f"not trained on (mode {mode})"
         names_run = len({trained.run for trained in self.trained}) > 1
-        words = [_say_trained(trained, names_run=names_run) for trained in self.trained]
-        return ", ".join([f"row {self.row}{drift}", *(words or [untrained])])
+        steps = [_format_step(trained, names_run=names_run) for trained in self.trained]
+        return ", ".join([f"row {self.row}{drift}", *(steps or [untrained])])
 
     def to_json(self) -> dict[str, Any]:
         call = self.call
@@ -75,28 +76,29 @@ class Account:
 
 
 class Inspection:
-    """The spans of one rollout, ready to be shown. Raises TrajectoryError where they are not of one rollout."""
+    """Text and JSON about the spans of one rollout. Raises TrajectoryError if they are of several."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
         self.trajectory = build_trajectory(spans)
-        self.accounts = _accounts(self.trajectory, collect_trained(spans))
-        self._account_of = {account.call.span_id: account for account in self.accounts}
-        # A gateway span that was joined by its response id stands in a trace of its own.
+        self.reports = _report_calls(self.trajectory, collect_trained(spans))
+        self._report_of = {report.call.span_id: report for report in self.reports}
+        self._tree = SpanTree(in_one_clock([span for span in spans if span.name != semconv.SPAN_TRAINED]))
+        # A gateway span that is joined by response id is the root of a trace of its own: show it below the chat span.
         grafts = {call.span_id: call.chat_span_id for call in self.trajectory.calls if call.chat_span_id}
-        self._tree = SpanTree(in_one_clock([span for span in spans if span.name != semconv.SPAN_TRAINED]), grafts)
+        self._walk = list(walk(self._tree, grafts))
 
     @property
-    def ends(self) -> Counter[str]:
-        """How many calls came to what; the counts add up to the number of calls."""
-        return Counter(account.end for account in self.accounts)
+    def outcomes(self) -> Counter[str]:
+        """Number of calls by outcome; the sum is the number of all calls."""
+        return Counter(report.outcome for report in self.reports)
 
     def text(self) -> str:
-        """A heading, the tree of spans, and for the dropped calls what to do."""
-        tree = align([_HEAD, *(self._cells(span, lasts) for span, lasts in self._tree.walk())])
+        """A heading, the tree of spans, and what to do about the dropped calls."""
+        tree = align([_HEAD, *(self._cells(span, lasts) for span, lasts in self._walk)])
         return "\n\n".join("\n".join(lines) for lines in (self._heading(), tree, self._hints()) if lines) + "\n"
 
     def to_json(self) -> dict[str, Any]:
-        """The same as JSON values, spans with parents first. Ids and logprobs are not in it, only their numbers."""
+        """The same as JSON values, spans with parents first. Numbers of tokens stand for token ids and logprobs."""
         trajectory = self.trajectory
         return {
             "rollout_id": trajectory.rollout_id,
@@ -106,9 +108,9 @@ class Inspection:
             "error": trajectory.error,
             "reward": trajectory.reward,
             "rewards": [asdict(reward) for reward in trajectory.rewards],
-            "ends": dict(self.ends),
-            "calls": [account.to_json() for account in self.accounts],
-            "spans": [_span_to_json(span, len(lasts) - 1) for span, lasts in self._tree.walk()],
+            "ends": dict(self.outcomes),
+            "calls": [report.to_json() for report in self.reports],
+            "spans": [_span_to_json(span, len(lasts) - 1) for span, lasts in self._walk],
         }
 
     def _heading(self) -> list[str]:
@@ -122,44 +124,44 @@ class Inspection:
         lines = ["  ".join(f"{name} {printable(value)}" for name, value in names.items() if value)]
         if trajectory.error:
             lines.append(printable(f"failed: {trajectory.error}"))
-        return [*lines, self._say_reward(), self._say_counts()]
+        return [*lines, self._format_rewards(), self._format_counts()]
 
-    def _say_reward(self) -> str:
-        whole = [reward for reward in self.trajectory.rewards if reward.target is None and reward.role is None]
-        others = len(self.trajectory.rewards) - len(whole)
-        said = _say_reward(whole[-1]) if whole else "no reward on the rollout"
-        return said + (f"; {counted(others, 'reward')} on roles or calls" if others else "")
+    def _format_rewards(self) -> str:
+        of_rollout = [reward for reward in self.trajectory.rewards if reward.target is None and reward.role is None]
+        others = len(self.trajectory.rewards) - len(of_rollout)
+        last = _format_reward(of_rollout[-1]) if of_rollout else "no reward on the rollout"
+        return last + (f"; {counted(others, 'reward')} on roles or calls" if others else "")
 
-    def _say_counts(self) -> str:
-        spans, calls = self._tree.spans, self.accounts
-        dropped = Counter(str(account.drop.reason) for account in calls if account.drop)
+    def _format_counts(self) -> str:
+        spans, calls = self._tree.spans, self.reports
+        dropped = Counter(str(report.drop.reason) for report in calls if report.drop)
         return (
             f"{counted(len(spans), 'span')} in {counted(len({span.trace_id for span in spans}), 'trace')}; "
             f"{counted(len(calls), 'model call')}: {len(calls) - dropped.total()} in "
-            f"{counted(len(self.trajectory.rows), 'row')}, {dropped.total()} dropped{_say_reasons(dropped)}"
-            + (f"; {self._say_ends()}" if any(account.trained for account in calls) else "")
+            f"{counted(len(self.trajectory.rows), 'row')}, {dropped.total()} dropped{_format_reasons(dropped)}"
+            + (f"; {self._format_outcomes()}" if any(report.trained for report in calls) else "")
         )
 
-    def _say_ends(self) -> str:
+    def _format_outcomes(self) -> str:
         """e.g. `1 trained, 2 not (1 no_ids, 1 zero_advantage)`."""
-        ends = self.ends
-        trained = ends.pop(TRAINED, 0)
-        return f"{trained} trained, {ends.total()} not{_say_reasons(ends)}"
+        outcomes = self.outcomes
+        trained = outcomes.pop(TRAINED, 0)
+        return f"{trained} trained, {outcomes.total()} not{_format_reasons(outcomes)}"
 
-    def _cells(self, span: Span, lasts: tuple[bool, ...]) -> tuple[str, ...]:
-        account = self._account_of.get(span.span_id)
-        call = account.call if account else None
+    def _cells(self, span: Span, lasts: LastSiblings) -> tuple[str, ...]:
+        report = self._report_of.get(span.span_id)
+        call = report.call if report else None
         return (
-            _branch(lasts) + printable(span.name, _LONGEST_NAME),
+            _branch(lasts) + printable(span.name, _MAX_NAME_CHARS),
             printable(call.role if call else agent_of(span) or ""),
-            _say_tokens(call) if call else "",
+            _format_tokens(call) if call else "",
             printable(call.policy_version or "") if call else "",
             duration(span.end_ns - span.start_ns),
-            printable("; ".join(_notes(span, account, self.trajectory.mode))),
+            printable("; ".join(_notes(span, report, self.trajectory.mode))),
         )
 
     def _hints(self) -> list[str]:
-        """What to do about each kind of drop, once."""
+        """What to do about the dropped calls, each message once."""
         found = Counter((drop.reason, drop.detail) for drop in self.trajectory.drops)
         return [
             line
@@ -170,44 +172,46 @@ class Inspection:
         ]
 
 
-def _accounts(trajectory: Trajectory, trained: Mapping[str, Sequence[Trained]]) -> list[Account]:
-    places = {
+def _report_calls(trajectory: Trajectory, trained: Mapping[str, Sequence[Trained]]) -> list[CallReport]:
+    positions = {
         id(turn.call): (number, turn) for number, row in enumerate(trajectory.rows, start=1) for turn in row.turns
     }
     drops = {id(drop.call): drop for drop in trajectory.drops}
     return [
-        Account(call, *places.get(id(call), (None, None)), drops.get(id(call)), tuple(trained.get(call.span_id, ())))
+        CallReport(
+            call, *positions.get(id(call), (None, None)), drops.get(id(call)), tuple(trained.get(call.span_id, ()))
+        )
         for call in trajectory.calls
     ]
 
 
-def _branch(lasts: tuple[bool, ...]) -> str:
-    """The lines of the tree before a span's name; roots have none."""
+def _branch(lasts: LastSiblings) -> str:
+    """The lines of the tree in front of a span's name; none for a root."""
     if len(lasts) == 1:
         return ""
     return "".join("   " if last else "│  " for last in lasts[1:-1]) + ("└─ " if lasts[-1] else "├─ ")
 
 
-def _notes(span: Span, account: Account | None, mode: str) -> Iterator[str]:
-    if account is not None:
-        yield account.say(mode)
-        if account.call.prefix not in (None, PREFIX_EXACT):
-            yield f"not from the tokens held: {account.call.prefix}"
-        yield from (_say_reward(reward) for reward in account.call.rewards)
+def _notes(span: Span, report: CallReport | None, mode: str) -> Iterator[str]:
+    if report is not None:
+        yield report.describe(mode)
+        if report.call.prefix not in (None, PREFIX_EXACT):
+            yield f"no exact prefix: {report.call.prefix}"
+        yield from (_format_reward(reward) for reward in report.call.rewards)
     if span.status == "error":
         yield f"error: {error_of(span)}"
     if reward := read_reward(span):
-        yield _say_reward(reward)
+        yield _format_reward(reward)
     source, target = span.text(semconv.HANDOFF_SOURCE), span.text(semconv.HANDOFF_TARGET)
     if source and target:
         yield f"{source} → {target}"
 
 
-def _say_drift(turn: Turn) -> str:
+def _format_drift(turn: Turn) -> str:
     return f"{turn.drift}: {turn.difference}" if turn.difference else str(turn.drift)
 
 
-def _say_trained(trained: Trained, *, names_run: bool) -> str:
+def _format_step(trained: Trained, *, names_run: bool) -> str:
     step = f"step {trained.step}" + (f" of {printable(trained.run or '?')}" if names_run else "")
     if trained.advantage is None:
         return f"not trained in {step}: {trained.reason or 'no reason given'}"
@@ -215,23 +219,20 @@ def _say_trained(trained: Trained, *, names_run: bool) -> str:
     return f"trained in {step}, advantage {trained.advantage:+.2f}{weight}"
 
 
-def _say_reasons(counts: Mapping[str, int]) -> str:
-    """` (1 no_ids, 2 stale)`; nothing for none."""
+def _format_reasons(counts: Mapping[str, int]) -> str:
+    """` (1 no_ids, 2 stale)`, or an empty string."""
     reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(counts.items()))
     return f" ({reasons})" if reasons else ""
 
 
-def _say_tokens(call: Call) -> str:
+def _format_tokens(call: Call) -> str:
+    """`<prompt>+<response>`, `?` for an unknown number."""
     if call.input_tokens is None and call.output_tokens is None:
         return "?"
-    return f"{_or_unknown(call.input_tokens)}+{_or_unknown(call.output_tokens)}"
+    return "+".join("?" if number is None else str(number) for number in (call.input_tokens, call.output_tokens))
 
 
-def _or_unknown(number: int | None) -> str:
-    return "?" if number is None else str(number)
-
-
-def _say_reward(reward: Reward) -> str:
+def _format_reward(reward: Reward) -> str:
     parts = ", ".join(f"{name} {value:.3g}" for name, value in reward.dimensions.items())
     target = f" for {reward.target}" if reward.target else f" for role {reward.role}" if reward.role else ""
     return f"reward {reward.value:.3g}" + (f" ({parts})" if parts else "") + target

@@ -1,4 +1,4 @@
-"""`agl serve`: collector, store and gateway in one process."""
+"""`agl serve`: runs collector, store and gateway in one process."""
 
 import argparse
 import os
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from agl.server_thread import ServerThread
 
 ENGINES = "agl.engines"
-"""Entry point group of engines: name to `(Config, Store) -> ContextManager[ASGI app]`."""
+"""Entry point group for engines: name to `(Config, Store) -> ContextManager[ASGI app]`."""
 
 _LOCAL = "local"
 
@@ -33,36 +33,38 @@ def register(subparsers: Any) -> None:
         subparsers,
         "serve",
         run,
-        "Receive spans (OTLP over HTTP and gRPC), keep them in a store, and stand as a gateway in front of an "
+        "Receive spans by OTLP over HTTP and gRPC, keep them in a store, and run the gateway in front of an "
         "OpenAI-compatible engine, until Ctrl-C.",
         "agl serve --store sqlite:///agl.db --upstream http://127.0.0.1:8000/v1",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file; without it every setting has its default")
-    parser.add_argument("--store", metavar="URI", help="the store (default: as configured, else sqlite:///agl.db)")
+    parser.add_argument("--config", metavar="FILE", help="YAML file (default: all settings have their defaults)")
     parser.add_argument(
-        "--queue", metavar="URI", help="durable queue before the store, redis://HOST:PORT (default: none)"
+        "--store", metavar="URI", help="URI of the store (default: store_uri of the file, else sqlite:///agl.db)"
+    )
+    parser.add_argument(
+        "--queue", metavar="URI", help="URI of a durable queue in front of the store, redis://HOST:PORT (default: none)"
     )
     add_listen_options(parser)
     parser.add_argument(
         "--token",
         default=os.environ.get(TOKEN_VARIABLE),
         metavar="T",
-        help=f"bearer token that every request needs (default: ${TOKEN_VARIABLE}, where other users cannot see it; "
-        "else none)",
+        help=f"bearer token that every request must have (default: ${TOKEN_VARIABLE}, which other users cannot see; "
+        "without either, none)",
     )
     parser.add_argument(
         "--upstream",
         metavar="URL",
-        help="engine behind the gateway, its base URL ending in /v1, or `local` for the in-process one (default: as "
-        "configured, else none)",
+        help="engine behind the gateway: a base URL that ends in /v1, or `local` for the in-process engine (default: "
+        "gateway.upstream of the file, else none)",
     )
 
 
 def add_listen_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8400, help="gateway and API (default: %(default)s)")
-    parser.add_argument("--otlp-http-port", type=int, default=4318, help="OTLP/HTTP (default: %(default)s)")
-    parser.add_argument("--otlp-grpc-port", type=int, default=4317, help="OTLP/gRPC (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8400, help="port of gateway and API (default: %(default)s)")
+    parser.add_argument("--otlp-http-port", type=int, default=4318, help="port of OTLP/HTTP (default: %(default)s)")
+    parser.add_argument("--otlp-grpc-port", type=int, default=4317, help="port of OTLP/gRPC (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -89,8 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
             gateway=gateway,
         ) as server,
     ):
-        way = f"{queue.address} -> {store.uri}" if queue else store.uri
-        print(f"spans    {server.otlp_url}/v1/traces, {server.otlp_grpc_url} (gRPC) -> {way}")
+        destination = f"{queue.address} -> {store.uri}" if queue else store.uri
+        print(f"spans    {server.otlp_url}/v1/traces, {server.otlp_grpc_url} (gRPC) -> {destination}")
         engines = upstream or ", ".join(engine.url for engine in gateway.engines)
         print(f"gateway  {server.base_url}/v1 -> {engines or 'no engine: model calls are refused (--upstream)'}")
         print("waiting for spans and model calls; Ctrl-C stops", flush=True)
@@ -99,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _server_class() -> "type[ServerThread]":
-    # Imported late: the servers are an extra, and `agl serve --help` needs none.
+    # Imported late: the servers are an extra, which `agl serve --help` does not need.
     try:
         from agl.server_thread import ServerThread
     except ImportError as error:
@@ -109,7 +111,7 @@ def _server_class() -> "type[ServerThread]":
 
 @contextmanager
 def _queue(uri: str | None, store_uri: str, config: QueueConfig) -> "Iterator[SpanQueue | None]":
-    """The queue, with writers that empty it."""
+    """The queue at `uri`, if any, with the writers that move its spans to the store."""
     if uri is None:
         yield None
         return
@@ -124,7 +126,7 @@ def _queue(uri: str | None, store_uri: str, config: QueueConfig) -> "Iterator[Sp
 
 
 def _configured_upstream(arguments: argparse.Namespace, config: Config) -> str | None:
-    """None without a file, where it lists engines, and where it wants the local one but names no model for it."""
+    """`gateway.upstream` of the file; None if it lists engines, or if the local engine has no model (no `train`)."""
     if arguments.config is None or config.gateway.engines or (config.gateway.upstream == _LOCAL and not config.train):
         return None
     return config.gateway.upstream
@@ -151,9 +153,9 @@ def _local_engine(config: Config, store: Store) -> AbstractContextManager[Any]:
 
 
 def _raise_file_limit() -> None:
-    """As many files as this user may open: each stream holds two connections, and shells often allow 1,024."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    """Raise it to the maximum: each stream needs two connections, and the limit of shells is often 1,024 files."""
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 
 
 def _wait_for_sigterm() -> None:

@@ -1,4 +1,4 @@
-"""`agl spans`: spans as OTLP JSON lines, one export request a line, as the OpenTelemetry collector writes them."""
+"""`agl spans`: spans as OTLP JSON lines, one export request per line, the format of the OpenTelemetry collector."""
 
 import argparse
 import sys
@@ -32,16 +32,16 @@ def register(subparsers: Any) -> None:
     )
     add_rollout_options(export)
     add_store_option(export)
-    take = add_command(
+    import_ = add_command(
         verbs,
         "import",
         run_import,
-        "Keep the spans of files, each once however often it is imported.",
+        "Add the spans of files to a store. A span that is in the store already is not added again.",
         "agl spans import spans.jsonl --store sqlite:///agl.db",
     )
-    take.add_argument("files", metavar="FILE", nargs="+", help="file with OTLP JSON lines; - for standard input")
-    add_store_option(take)
-    add_json_option(take)
+    import_.add_argument("files", metavar="FILE", nargs="+", help="file of OTLP JSON lines; - for standard input")
+    add_store_option(import_)
+    add_json_option(import_)
 
 
 def run_export(arguments: argparse.Namespace) -> int:
@@ -67,7 +67,7 @@ def run_import(arguments: argparse.Namespace) -> int:
 
 
 def _read(file: str) -> Iterator[Sequence[SpanRow]]:
-    """Spans of each line. Raises CommandError for a file that cannot be read, OtlpError naming a broken line."""
+    """Spans of each line. Raises CommandError if the file cannot be read, OtlpError naming an invalid line."""
     try:
         with sys.stdin.buffer if file == "-" else open(file, "rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -77,10 +77,10 @@ def _read(file: str) -> Iterator[Sequence[SpanRow]]:
         raise CommandError(f"cannot read {file}: {error.strerror}") from error
 
 
-def _rows(line: bytes, place: str) -> Sequence[SpanRow]:
+def _rows(line: bytes, location: str) -> Sequence[SpanRow]:
     try:
         return parse_json(line).all_rows()
     except OtlpError as error:
         raise OtlpError(
-            f"{place}: {error}; the lines before are kept, import the file again once it is right"
+            f"{location}: {error}; the lines before it are imported; correct this line and import the file again"
         ) from error

@@ -1,4 +1,4 @@
-"""`agl store`: what a store holds, and looking after it."""
+"""`agl store`: counts, deletes, backs up, checks and migrates the contents of a store."""
 
 import argparse
 import re
@@ -22,21 +22,21 @@ _BYTES = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser("store", description="Look after a store.")
+    parser = subparsers.add_parser("store", description="Maintain a store.")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     add_command(
         verbs,
         "count",
         run_count,
-        "Print the number of spans, nothing else.",
+        "Print the number of spans and nothing else.",
         "agl store count --store sqlite:///agl.db",
     )
     collect = add_command(
         verbs,
         "gc",
         run_gc,
-        "Delete rollouts that are over, with all their spans: those over for longer than --older-than, then the oldest "
-        "until the store is within --max-bytes. What is queued or running stays.",
+        "Delete finished rollouts with all their spans: those that finished more than --older-than ago, then the "
+        "oldest until the store is within --max-bytes. Queued and running rollouts stay.",
         "agl store gc --older-than 7d --max-bytes 2GB",
     )
     collect.add_argument("--older-than", metavar="TIME", type=_seconds, help="e.g. 7d, 12h, 30m")
@@ -46,12 +46,14 @@ def register(subparsers: Any) -> None:
         verbs,
         "backup",
         run_backup,
-        "Copy a SQLite store as it is now to FILE, while others go on writing to it.",
+        "Copy a SQLite store in its present state to FILE. Programs may write to the store meanwhile.",
         "agl store backup monday.db --store sqlite:///agl.db",
     )
     copy.add_argument("file", metavar="FILE", type=Path, help="a new file")
-    add_command(verbs, "check", run_check, "Read all of a SQLite store and say what is damaged.", "agl store check")
-    add_command(verbs, "migrate", run_migrate, "Bring a store up to the version of this program.", "agl store migrate")
+    add_command(verbs, "check", run_check, "Read all of a SQLite store and report damage.", "agl store check")
+    add_command(
+        verbs, "migrate", run_migrate, "Update a store to the schema version of this program.", "agl store migrate"
+    )
     for parser in verbs.choices.values():
         add_store_option(parser)
 
@@ -93,20 +95,22 @@ def run_check(arguments: argparse.Namespace) -> int:
 def run_migrate(arguments: argparse.Namespace) -> int:
     path = sqlite_file(arguments.store)
     before = schema_version(path) if path else None
-    with existing_store(arguments.store):  # It is brought up to date whenever it is opened.
-        print(f"{arguments.store} is up to date" + (f": {_say_versions(before, schema_version(path))}" if path else ""))
+    with existing_store(arguments.store):  # Opening it migrates it.
+        print(
+            f"{arguments.store} is up to date" + (f": {_format_versions(before, schema_version(path))}" if path else "")
+        )
     return 0
 
 
-def _say_versions(before: int | None, after: int) -> str:
+def _format_versions(before: int | None, after: int) -> str:
     return f"schema version {after}" + (f", was {before}" if before != after else "")
 
 
 def _file_of(uri: str) -> Path:
-    """The file of a SQLite store. Raises CommandError where there is none."""
+    """The file of a SQLite store. Raises CommandError for other stores, or if it does not exist."""
     path = sqlite_file(uri)
     if path is None:
-        raise CommandError(f"{uri} is not a SQLite store; use the tools of its own server (PostgreSQL: pg_dump)")
+        raise CommandError(f"{uri} is not a SQLite store; use the tools of its server, e.g. pg_dump for PostgreSQL")
     return path
 
 

@@ -1,11 +1,11 @@
-"""Text for a terminal: aligned columns, durations, and nothing that could steer the terminal."""
+"""Text for a terminal: aligned columns, durations, and no control characters."""
 
 import unicodedata
 from collections.abc import Sequence
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A line for each row, columns as wide as their widest cell and two spaces apart."""
+    """One line per row. Columns are as wide as their widest cell, and two spaces apart."""
     widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -13,14 +13,14 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def printable(text: str, longest: int | None = None) -> str:
-    """`text` on one line without control characters, cut to `longest` characters."""
+def printable(text: str, max_chars: int | None = None) -> str:
+    """`text` on one line without control characters, cut to `max_chars` characters."""
     clean = "".join(char if char.isprintable() else " " for char in text)
-    return clean if longest is None or len(clean) <= longest else clean[: longest - 1] + "…"
+    return clean if max_chars is None or len(clean) <= max_chars else clean[: max_chars - 1] + "…"
 
 
 def duration(ns: int) -> str:
-    """`340 ms`, `1.24 s`, `2 min 05 s`; empty for what took no time."""
+    """`340 ms`, `1.24 s`, `2 min 05 s`; empty for 0 or less."""
     if ns <= 0:
         return ""
     if ns < 1_000_000:
@@ -39,7 +39,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def _width(text: str) -> int:
-    """Columns that `text` takes: wide characters take two, combining ones none."""
+    """Terminal columns of `text`: 2 for a wide character, 0 for a combining one."""
     return len(text) if text.isascii() else sum(map(_columns, text))
 
 

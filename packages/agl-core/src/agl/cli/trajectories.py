@@ -1,4 +1,4 @@
-"""`agl trajectories`: training rows of rollouts, and what is dropped."""
+"""`agl trajectories`: training rows of rollouts, and the dropped calls with their reasons."""
 
 import argparse
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ def register(subparsers: Any) -> None:
         subparsers,
         "trajectories",
         run,
-        "Print the training rows of rollouts, and every dropped call with its reason. With --json: token ids, loss "
-        "mask and logprobs of each row.",
+        "Print the training rows of rollouts, and a reason for each call that cannot train. --json adds token ids, "
+        "loss mask and logprobs of each row.",
         "agl trajectories --group task-17 --json > rows.json",
     )
     add_rollout_options(parser)
@@ -98,7 +98,7 @@ def _lines(trajectories: Sequence[Trajectory]) -> list[str]:
     return [
         *align([_HEAD, *map(_cells, rows)]),
         "",
-        *(printable(line) for row in rows for line in _drifts(row)),
+        *(printable(line) for row in rows for line in _differences(row)),
         *(
             printable(f"{drop.call.rollout_id} {drop.call.role} {drop.call.span_id}: {drop.reason}: {drop.detail}")
             for drop in drops
@@ -107,8 +107,8 @@ def _lines(trajectories: Sequence[Trajectory]) -> list[str]:
     ]
 
 
-def _drifts(row: Row) -> list[str]:
-    """Why the row is not a part of another: tokens of the history that are not those that were sampled."""
+def _differences(row: Row) -> list[str]:
+    """Why the row does not continue an earlier one: tokens of its history that differ from those sampled."""
     return [
         f"{row.rollout_id} {row.role} {turn.call.span_id}: {turn.drift}: {turn.difference}"
         for turn in row.turns

@@ -1,13 +1,13 @@
-"""Trajectories: what the spans of a rollout say that a policy can learn from."""
+"""Trajectories: the spans of a rollout as training rows."""
 
 from agl.tokens.drift import Difference, Drift
 from agl.trajectory.call import Call
 from agl.trajectory.drop import Drop, DropReason
+from agl.trajectory.join import SpanTree
 from agl.trajectory.reward import Reward
 from agl.trajectory.row import Row, Turn
 from agl.trajectory.trained import Trained, collect_trained, trained_span
 from agl.trajectory.trajectory import Trajectory, build_trajectory
-from agl.trajectory.tree import SpanTree
 
 __all__ = [
     "Call",

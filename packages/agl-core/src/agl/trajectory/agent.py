@@ -1,4 +1,4 @@
-"""Who is at work in a span, in the words of each instrumentation that we know."""
+"""The agent that a span belongs to, read from the attributes of each known instrumentation."""
 
 import json
 from collections.abc import Iterator
@@ -9,23 +9,23 @@ from agl.span import Span
 from agl.trajectory.aliases import read_text
 
 _PLACEHOLDERS: Final = {"LangGraph", "OpenAI Agent"}
-"""Names for what has none: of graphs, in LangGraph; of all spans, in opentelemetry-instrumentation-openai-agents-v2."""
+"""Names of unnamed graphs (LangGraph) and of all agents (opentelemetry-instrumentation-openai-agents-v2)."""
 
 _TRACELOOP_METADATA: Final = "traceloop.association.properties."
 
 
 def agent_of(span: Span) -> str | None:
-    """The role that `span` states, else the name of the agent or graph node that it is or belongs to."""
+    """The role of `span` if it has one, else the name of its agent or graph node; None if it names neither."""
     return next((name for name in _names(span) if name and name not in _PLACEHOLDERS), None)
 
 
 def _names(span: Span) -> Iterator[str | None]:
-    """The names that the span gives, the most telling first."""
+    """Names on the span, the most specific first."""
     yield span.role
     yield from _names_of_langchain(_langchain_metadata(span))
     yield read_text(span, semconv.GEN_AI_AGENT_NAME)
     yield from _names_of_kinds(span)
-    # As agentlightning reads them: AutoGen's messages, agentops' LangChain handler, Agent Framework's workflows.
+    # agentlightning reads these too: AutoGen's messages, agentops' LangChain handler, Agent Framework's workflows.
     yield from map(span.text, ("recipient_agent_type", "langchain.chain.type", "executor.id"))
     if span.name.startswith("langchain.Chain."):  # Weave's
         yield span.text("lc_name")
@@ -34,13 +34,13 @@ def _names(span: Span) -> Iterator[str | None]:
 def _names_of_langchain(metadata: dict[str, object]) -> Iterator[str | None]:
     yield _text(metadata.get("agl_role"))
     yield _text(metadata.get("lc_agent_name"))
-    # In a prebuilt agent the nodes are steps of it ("model", "tools"); older versions do not say whose nodes they are.
+    # The nodes of a prebuilt agent are its steps ("model", "tools"), not agents; older versions do not tell them apart.
     if metadata.get("ls_integration", "langgraph") == "langgraph":
         yield _text(metadata.get("langgraph_node"))
 
 
 def _names_of_kinds(span: Span) -> Iterator[str | None]:
-    """Names that are an agent's only on spans of that kind."""
+    """Names that belong to an agent only if the span has the kind of an agent."""
     if span.text("openinference.span.kind") == "AGENT":
         yield span.text("graph.node.name")
         yield span.text("graph.node.id")
@@ -53,7 +53,7 @@ def _names_of_kinds(span: Span) -> Iterator[str | None]:
 
 
 def _langchain_metadata(span: Span) -> dict[str, object]:
-    """Metadata of the LangChain run: OpenInference keeps it as JSON, OpenLLMetry as one attribute for each key."""
+    """Metadata of the LangChain run: OpenInference writes it as JSON, OpenLLMetry as one attribute per key."""
     metadata = span.text("metadata")
     if metadata is None:
         prefixed = (name for name in span.attributes if name.startswith(_TRACELOOP_METADATA))

@@ -1,4 +1,4 @@
-"""Attributes under our names, read in every spelling and encoding that other tools write."""
+"""Reads our span attributes, also under the names and in the encodings that other tools write."""
 
 import json
 import math
@@ -20,15 +20,15 @@ ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
     semconv.RESPONSE_LOGPROBS: ("response_logprobs", "logprobs.content"),
     semconv.REWARD_VALUE: ("agentlightning.reward.0.value",),
 }
-"""Our name to the other spellings of it; ours is looked at first."""
+"""Our attribute names, and their names in other tools. Ours is read first."""
 
 _LARGEST_ID = 2**31 - 1
 
 
 def read(span: Span, name: str) -> AttributeValue | None:
-    """Attribute `name` of `span` in the first spelling that is there.
+    """Attribute `name` of `span`, under the first of its names that is present.
 
-    Spellings of others may stand on the resource, where agentlightning writes its ids; ours count on the span only.
+    Our names are read from the span only, those of other tools also from the resource: agentlightning writes ids there.
     """
     if name in span.attributes:
         return span.attributes[name]
@@ -76,7 +76,7 @@ def read_ids(span: Span, name: str) -> bytes | None:
 
 
 def read_logprobs(span: Span, name: str) -> list[float] | None:
-    """Logprobs from packed bytes, an array, or OpenAI's JSON (`[{"logprob": ...}]`). Raises ValueError."""
+    """Logprobs from packed bytes, an array, or OpenAI's JSON (`[{"logprob": ...}]`). Raises ValueError if broken."""
     value = _decoded(span, name)
     if value is None:
         return None
@@ -89,7 +89,7 @@ def read_logprobs(span: Span, name: str) -> list[float] | None:
 
 
 def _decoded(span: Span, name: str) -> Any:
-    """Bytes or a list; a string is taken for JSON."""
+    """Attribute `name` as bytes or a list; a string is parsed as JSON."""
     value = read(span, name)
     if isinstance(value, str):
         value = json.loads(value)

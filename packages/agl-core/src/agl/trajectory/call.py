@@ -10,9 +10,8 @@ from agl.tokens.drift import Drifted
 from agl.tokens.packing import ID_BYTES, unpack_ids
 from agl.trajectory.agent import agent_of
 from agl.trajectory.aliases import read, read_ids, read_logprobs, read_number, read_text, read_texts
-from agl.trajectory.join import CallSpans
+from agl.trajectory.join import CallSpans, SpanTree
 from agl.trajectory.reward import Reward
-from agl.trajectory.tree import SpanTree
 
 UNNAMED_ROLE = "default"
 """Role of a call whose spans name no role, agent, policy or model."""

@@ -1,4 +1,4 @@
-"""Why a call is not trained on, and what to do about it."""
+"""Reasons why a call does not train, each with a message that says what was found and what to do."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from agl.trajectory.call import Call
 
 
 class DropReason(StrEnum):
-    """Why a call is not trained on."""
+    """Why a call does not train."""
 
     SUPERSEDED_ATTEMPT = "superseded_attempt"
     FAILED_CALL = "failed_call"
@@ -19,7 +19,7 @@ class DropReason(StrEnum):
     LENGTH_MISMATCH = "length_mismatch"
     MALFORMED = "malformed"
 
-    # What only the trainer can tell.
+    # Found by the trainer:
     NO_REWARD = "no_reward"
     FAILED_ROLLOUT = "failed_rollout"
     ROLE_NOT_TRAINED = "role_not_trained"
@@ -45,16 +45,16 @@ class Drop:
 
 
 def find_drops(calls: Sequence[Call], attempt_id: str | None) -> list[Drop]:
-    """Every call that cannot train, given that `attempt_id` is the attempt that counts."""
+    """Every call that cannot train in the trajectory of attempt `attempt_id`."""
     repeated = _repeated(calls)
-    unjoined = any(call.through_gateway and call.chat_span_id is None for call in calls)
+    some_unjoined = any(call.through_gateway and call.chat_span_id is None for call in calls)
     return [
         Drop(call, *fault)
         for call in calls
         if (
             fault := _attempt_fault(call, attempt_id)
             or _call_fault(call, id(call) in repeated)
-            or _token_fault(call, unjoined)
+            or _token_fault(call, some_unjoined)
         )
     ]
 
@@ -63,46 +63,62 @@ _Fault = tuple[DropReason, str] | None
 
 
 def _repeated(calls: Iterable[Call]) -> set[int]:
-    """`id()` of the calls whose answer an earlier call was given: it was sampled once and trains once."""
+    """`id()` of the calls that returned the response of an earlier call: it was sampled once, so it trains once."""
     known = {(call.response_id, call.choice) for call in calls if call.through_gateway}
     repeated: set[int] = set()
     for call in calls:
         if call.response_id is None or call.through_gateway:
             continue
-        answer = call.response_id, call.choice
-        if answer in known:
+        response = call.response_id, call.choice
+        if response in known:
             repeated.add(id(call))
-        known.add(answer)
+        known.add(response)
     return repeated
 
 
 def _attempt_fault(call: Call, attempt_id: str | None) -> _Fault:
     if call.attempt_id in (None, attempt_id):
         return None
-    return DropReason.SUPERSEDED_ATTEMPT, f"attempt {call.attempt_id} was followed by {attempt_id}"
+    return (
+        DropReason.SUPERSEDED_ATTEMPT,
+        f"the call is of attempt {call.attempt_id}, but only the rollout's last attempt, {attempt_id}, trains",
+    )
 
 
 def _call_fault(call: Call, is_repeated: bool) -> _Fault:
     if call.error is not None:
         return DropReason.FAILED_CALL, f"the request failed: {call.error}"
     if is_repeated:
-        return DropReason.REPEATED_ANSWER, f"answer {call.response_id} belongs to another call; is it from a cache?"
+        return (
+            DropReason.REPEATED_ANSWER,
+            f"response {call.response_id} was sampled for another call and trains there; if a client cache returned it "
+            "again, turn the cache off to train on each call",
+        )
     return None
 
 
-def _token_fault(call: Call, unjoined: bool) -> _Fault:
-    logprobs = call.logprobs
+def _token_fault(call: Call, some_unjoined: bool) -> _Fault:
     if call.malformed is not None:
-        return DropReason.MALFORMED, f"{call.malformed}; write them as agl.tokens.packing packs them"
+        return (
+            DropReason.MALFORMED,
+            f"the span's token ids or logprobs cannot be read: {call.malformed}; write them packed, with "
+            "agl.tokens.packing, or as plain arrays of numbers",
+        )
     if _is_empty(call):
-        return DropReason.EMPTY_RESPONSE, f"the model answered without a token (finish reason: {call.finish_reason})"
+        return (
+            DropReason.EMPTY_RESPONSE,
+            f"the model returned no token (finish reason: {call.finish_reason}), so there is nothing to train on",
+        )
     if not call.packed_prompt or call.packed_response is None:
-        return DropReason.NO_IDS, _say_no_ids(call, unjoined)
-    if logprobs is None:
-        return DropReason.NO_LOGPROBS, "set logprobs: true in the request; the engine must return them"
-    if len(logprobs) != call.output_tokens:
-        counts = f"{call.output_tokens} response tokens but {len(logprobs)} logprobs"
-        return DropReason.LENGTH_MISMATCH, f"{counts}; the engine must return one for each token"
+        return DropReason.NO_IDS, _no_ids_message(call, some_unjoined)
+    if call.logprobs is None:
+        return (
+            DropReason.NO_LOGPROBS,
+            "the response has no logprobs: set logprobs: true in the request, and use an engine that returns them",
+        )
+    if len(call.logprobs) != call.output_tokens:
+        counts = f"{call.output_tokens} response tokens but {len(call.logprobs)} logprobs"
+        return DropReason.LENGTH_MISMATCH, f"the engine returned {counts}; it must return one logprob per token"
     return None
 
 
@@ -113,14 +129,14 @@ def _is_empty(call: Call) -> bool:
     return call.packed_response == b""
 
 
-def _say_no_ids(call: Call, unjoined: bool) -> str:
+def _no_ids_message(call: Call, some_unjoined: bool) -> str:
     if call.through_gateway:
         return (
             "the engine returned no token ids: it must know return_token_ids, or be of `kind: sglang` (gateway.engines)"
         )
-    if unjoined:
+    if some_unjoined:
         return (
-            "a gateway call of this rollout could not be joined with a framework span, perhaps this one: switch on the "
-            "framework's instrumentor, which sends traceparent with each request"
+            "this call has no token ids, and a gateway call of the rollout, perhaps the same request, has no framework "
+            "span: switch on the framework's instrumentor, which sends the traceparent header that joins them"
         )
     return "set return_token_ids: point the model's base URL at the gateway"

@@ -1,5 +1,6 @@
-"""Joins the spans of one model request: the gateway's, which has the tokens, and the framework's, which has the role.
+"""Relations between the spans of a rollout: parents, and the two spans of one model request.
 
+The gateway's span of a request has the tokens, the framework's span has the role; `join_calls` joins them.
 A gateway span belongs to the nearest chat span above it, since the plug-ins send `traceparent` with each request; if
 there is none, to the first chat span with the same response id. Either of the two spans may be missing.
 """
@@ -10,11 +11,33 @@ from dataclasses import dataclass
 from agl import semconv
 from agl.span import Span
 from agl.trajectory.aliases import read_number
-from agl.trajectory.tree import SpanTree
 
 _CHAT_OPERATIONS = {semconv.OPERATION_CHAT, semconv.OPERATION_TEXT_COMPLETION}
 _REQUEST_TYPES = {"chat", "completion"}
 """Values of `llm.request.type`, which OpenLLMetry wrote before it adopted the standard's operation names."""
+
+
+class SpanTree:
+    """The spans of a rollout by parent. A span whose parent is missing is a root."""
+
+    def __init__(self, spans: Iterable[Span]) -> None:
+        self._by_key: dict[tuple[str, str], Span] = {}
+        for span in spans:
+            self._by_key.setdefault(_key(span), span)
+        self.spans = sorted(self._by_key.values(), key=lambda span: span.start_ns)
+        """Every span once, by start time; spans with equal times are in the order given."""
+
+    def parent(self, span: Span) -> Span | None:
+        return self._by_key.get((span.trace_id, span.parent_id)) if span.parent_id else None
+
+    def ancestors(self, span: Span) -> Iterator[Span]:
+        """Parents of `span`, the nearest first; a cycle of parents ends where it would repeat."""
+        seen = {_key(span)}
+        above = self.parent(span)
+        while above is not None and _key(above) not in seen:
+            yield above
+            seen.add(_key(above))
+            above = self.parent(above)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +86,10 @@ def causes(spans: Iterable[Span]) -> Iterator[tuple[Span, Span]]:
     for span in tree.spans:
         if cause := tree.parent(span) or chats.get(id(span)):
             yield cause, span
+
+
+def _key(span: Span) -> tuple[str, str]:
+    return span.trace_id, span.span_id
 
 
 def _innermost_chats(tree: SpanTree) -> list[Span]:

@@ -1,9 +1,9 @@
-"""Rows: the calls of a rollout as training sequences.
+"""Builds training rows from the calls of a rollout.
 
-The calls of a rollout form a graph: a call continues another when its prompt starts, token for token, with the
-other's prompt and answer. A chain of such calls of one role and one policy version is a row, in which every answer is
-trained on in its place. What cannot continue (an edited history, a second answer to the same prompt, another policy)
-starts a row of its own, so every sampled token stands with mask 1 in exactly one row.
+A call continues an earlier call if its prompt starts, token for token, with the earlier prompt and response. A chain
+of such calls, of one role and one policy version, is one row, in which every response trains. A call that continues
+none (edited history, second response to the same prompt, different policy) starts a new row. So every sampled token
+has mask 1 in exactly one row.
 """
 
 from array import array
@@ -18,36 +18,36 @@ from agl.trajectory.reward import Reward, last_reward
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The place of a call in a row: its answer is `token_ids[start:end]`."""
+    """A call in a row: its response is `token_ids[start:end]`."""
 
     call: Call
     start: int
     end: int
     drift: Drift | None
-    """How it hangs on its predecessor; None for the first call of a conversation."""
+    """How its prompt relates to the previous call's tokens; None for the first call of a conversation."""
     difference: Difference | None = None
-    """Where the drift is one of tokens, the first of them."""
+    """The first token that differs, unless the drift is `clean` or `fork`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One training sequence. `loss_mask` is 1 and `logprobs` as sampled on answers; both are 0 on the prompt parts."""
+    """One training sequence. On responses `loss_mask` is 1 and `logprobs` are as sampled; elsewhere both are 0."""
 
     rollout_id: str
     role: str
     version: str | None
-    """Policy version that sampled every answer in it."""
+    """Policy version that sampled all of its responses."""
     packed_ids: bytes
     """Token ids, packed (see `agl.tokens.packing`)."""
     loss_mask: list[int]
     logprobs: list[float]
     turns: tuple[Turn, ...]
     reward: float | None
-    """The last reward on its role, else the rollout's. Rewards on single calls stand on `turns[i].call.rewards`."""
+    """The last reward of its role, else of the rollout. Rewards of single calls are in `turns[i].call.rewards`."""
 
     @property
     def ids(self) -> "array[int]":
-        """Token ids as an array of int32: packed, but with a length, slices and a maximum."""
+        """Token ids as an array of int32."""
         return array_of_ids(self.packed_ids)
 
     @property
@@ -61,11 +61,11 @@ class Row:
 
 
 def build_rows(calls: Sequence[Call], rewards: Sequence[Reward]) -> list[Row]:
-    """Rows of calls that all have ids and logprobs, in the order of their first calls, with the rollout's `rewards`.
+    """Rows in the order of their first calls. All `calls` must have token ids and logprobs.
 
-    Calls are taken by length of prompt: what continues a call has a longer prompt than it, whatever the clocks say.
+    Calls are processed by length of prompt, since a continuation has a longer prompt. So no clock matters.
     """
-    place = {id(call): index for index, call in enumerate(calls)}
+    position = {id(call): index for index, call in enumerate(calls)}
     rows: list[_OpenRow] = []
     nodes: list[_Node] = []
     for node in sorted((_Node(call) for call in calls), key=lambda node: len(node.prompt)):
@@ -75,12 +75,12 @@ def build_rows(calls: Sequence[Call], rewards: Sequence[Reward]) -> list[Row]:
         else:
             row.append(node, Drift.CLEAN)
         nodes.append(node)
-    rows.sort(key=lambda row: place[id(row.turns[0].call)])
+    rows.sort(key=lambda row: position[id(row.turns[0].call)])
     return [row.close(rewards) for row in rows]
 
 
 class _Node:
-    """A call in the graph. Its tokens stay packed, so that comparing prefixes is comparing memory."""
+    """A call with its tokens packed, so that comparing prefixes is comparing memory."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
@@ -92,7 +92,10 @@ class _Node:
         return self.call.role, self.call.policy_version
 
     def drift_from(self, earlier: "_Node") -> tuple[int, bool, Drift] | None:
-        """Drift from `earlier`, after what it ranks by: the length of the history shared, and whether it is exact."""
+        """Rank and drift of this call as one that follows `earlier`; None if it does not follow it.
+
+        The rank is the length of the history that they share, in bytes, then whether that history is exact.
+        """
         if self.prompt.startswith(earlier.context):
             return len(earlier.context), True, Drift.FORK
         if not self.prompt.startswith(earlier.prompt):
@@ -102,7 +105,7 @@ class _Node:
 
 
 class _OpenRow:
-    """A row that calls may still continue. All of it is the prompt and the answer of its last call."""
+    """A row that calls may still continue. Its tokens are the prompt and the response of its last call."""
 
     def __init__(self, node: _Node, drift: Drift | None, difference: Difference | None) -> None:
         self.turns: list[Turn] = []
@@ -125,19 +128,21 @@ class _OpenRow:
 
 
 def _row_to_continue(rows: Iterable[_OpenRow], node: _Node) -> _OpenRow | None:
-    """The row of the same policy whose whole context starts the prompt; the longest of several."""
+    """The longest row of the same policy whose tokens are all a prefix of the prompt."""
     fitting = [row for row in rows if row.last.policy == node.policy and node.prompt.startswith(row.last.context)]
     return max(fitting, key=lambda row: len(row.last.context), default=None)
 
 
 def _drift(earlier: Iterable[_Node], node: _Node) -> tuple[Drift | None, Difference | None]:
-    """How the first call of a row hangs on the call of its role with which it shares the longest history.
+    """Drift of the first call of a row from the call of its role with which it shares the longest history.
 
-    By token ids alone a changed history is `retokenized`, and one that was changed before the latest answer is a
-    conversation of its own; the gateway, where it saw the messages, knows better.
+    Token ids alone show a changed history as `retokenized`, and a change before the latest response as a new
+    conversation. The gateway compares messages too, so its finding takes precedence.
     """
     ranked = [
-        (drift, other) for other in earlier if other.call.role == node.call.role and (drift := node.drift_from(other))
+        (drift, candidate)
+        for candidate in earlier
+        if candidate.call.role == node.call.role and (drift := node.drift_from(candidate))
     ]
     (_, _, kind), last = max(ranked, key=lambda found: found[0], default=((0, False, None), None))
     if kind == Drift.FORK:

@@ -1,4 +1,4 @@
-"""What a training step did with a call, as a span beside it."""
+"""Records, as spans, what a training step did with each call, and reads those records."""
 
 import hashlib
 import time
@@ -14,7 +14,7 @@ from agl.trajectory.drop import DropReason
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A step's word on a call: the advantage it trained with, or the reason why it did not."""
+    """The record of one call in one step: the advantage it trained with, or the reason why it did not train."""
 
     step: int
     advantage: float | None
@@ -22,7 +22,7 @@ class Trained:
     weight: float | None = None
     """Factor on the loss of each of its tokens."""
     run: str | None = None
-    """The training that the step is of."""
+    """Name of the training run."""
 
 
 def trained_span(
@@ -34,10 +34,9 @@ def trained_span(
     weight: float | None = None,
     run: str = "",
 ) -> Span:
-    """A span that records what `step` of training `run` did with `call`: `advantage` and `weight`, or why it did not
-    train.
+    """A span that records that `call` trained in `step` of `run` with `advantage` and `weight`, or why it did not.
 
-    The same call, run and step give the same span id, so a resumed run that repeats its step records nothing twice.
+    The span id depends on call, run and step, so a resumed run that repeats a step records nothing twice.
     """
     attributes: dict[str, AttributeValue] = {
         semconv.ROLLOUT_ID: call.rollout_id,
@@ -61,22 +60,22 @@ def trained_span(
 
 
 def collect_trained(spans: Iterable[Span]) -> dict[str, list[Trained]]:
-    """What steps did with each call, by the call's span id: one training after the other, each in order of its steps.
+    """The records of each call, by the call's span id: run after run, and within a run by step.
 
-    Not by the clock within a training: a step that is done again after a crash is not written anew.
+    Not by time within a run: a step that is repeated after a crash keeps its first record.
     """
-    told = [(span, word) for span in spans if (word := _read(span))]
+    read = [(span, *record) for span in spans if (record := _read(span))]
     started: dict[str | None, int] = {}
-    for span, (_, word) in told:
-        started[word.run] = min(span.start_ns, started.get(word.run, span.start_ns))
+    for span, _, trained in read:
+        started[trained.run] = min(span.start_ns, started.get(trained.run, span.start_ns))
     found: dict[str, list[Trained]] = {}
-    for _, (call_id, word) in sorted(told, key=lambda one: (started[one[1][1].run], one[1][1].step)):
-        found.setdefault(call_id, []).append(word)
+    for _, call_id, trained in sorted(read, key=lambda item: (started[item[2].run], item[2].step)):
+        found.setdefault(call_id, []).append(trained)
     return found
 
 
 def _read(span: Span) -> tuple[str, Trained] | None:
-    """The call's span id and the word on it; None for other spans."""
+    """The call's span id and its record; None if `span` is no such record."""
     call_id, step = span.text(semconv.TRAINED_CALL), read_number(span, semconv.TRAINED_STEP)
     if span.name != semconv.SPAN_TRAINED or not call_id or step is None:
         return None
