@@ -20,8 +20,8 @@ def register(subparsers: Any) -> None:
         subparsers,
         "inspect",
         run,
-        "Print a rollout as a tree of spans with roles, rewards, token counts and policy versions. Each model call shows "
-        "whether it trained; if not, why, and what to do.",
+        "Print a rollout as a tree of spans with roles, rewards, token counts and policy versions. Each model call "
+        "shows whether it trained; if not, why, and what to do.",
         "agl inspect --last --store sqlite:///agl.db",
     )
     chosen = parser.add_mutually_exclusive_group(required=True)
