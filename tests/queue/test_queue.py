@@ -46,7 +46,7 @@ def test_rows_come_out_as_the_bytes_that_went_in_and_count_until_they_are_finish
     queue.finish([entry])
     queue.finish([entry])  # Another writer may have moved it, too.
     assert queue.length() == 0
-    assert queue.take("a") == queue.take_again("a") == []
+    assert queue.take("a") == queue.take_unfinished("a") == []
 
 
 def test_a_large_request_is_cut_into_entries_that_a_writer_can_hold(queue: SpanQueue) -> None:
@@ -63,11 +63,11 @@ def test_what_a_dead_writer_had_taken_goes_to_its_successor_or_after_a_while_to_
     with closing(SpanQueue(redis.uri, config)) as queue:
         queue.append_rows(make_rows(1, 2))
         taken = queue.take("dead")
-        assert queue.claim("other") == queue.take("other") == queue.take_again("other") == []
-        assert queue.take_again("dead") == taken
+        assert queue.claim("other") == queue.take("other") == queue.take_unfinished("other") == []
+        assert queue.take_unfinished("dead") == taken
         threading.Event().wait(1.0)
         assert queue.claim("other") == taken
-        assert queue.take_again("dead") == []
+        assert queue.take_unfinished("dead") == []
 
 
 def test_a_store_that_refuses_gets_the_same_spans_again(queue: SpanQueue, new_config: NewConfig) -> None:

@@ -1,11 +1,11 @@
-"""The durable queue between receivers and writers, in Redis.
+"""The durable queue between collector and store, in Redis.
 
-connection  a client of a Redis, or of a Redis Cluster
-durability  whether that Redis keeps what it acknowledges
-queue       the stream: put, take, finish, count
+connection  a client of a Redis server or a Redis Cluster
+durability  checks whether Redis may lose acknowledged spans
+queue       the Redis stream: append, take, finish, count
 writer      moves spans from the queue into the store
-pool        processes that each run a writer, more while the queue is long
-hook        tells others that the queue is long
+pool        processes that each run a writer, more of them while the queue is long
+hook        notifies a URL or runs a command when the queue is long
 """
 
 from agl.queue.pool import WriterPool

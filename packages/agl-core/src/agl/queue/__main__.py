@@ -1,6 +1,6 @@
-"""A writer in a process of its own, as `WriterPool` starts it: told what to do on stdin, it ends when stdin does.
+"""The process of a writer, which `WriterPool` starts. Reads its settings from stdin, and ends when stdin is closed.
 
-So it ends with the pool, however that one ends; and no password stands in the list of processes.
+So it ends with the pool, also if the pool is killed, and the list of processes shows no password.
 """
 
 import json
@@ -9,7 +9,7 @@ import sys
 import threading
 from contextlib import closing
 
-from agl.config import QueueConfig
+from agl.config.queue import QueueConfig
 from agl.errors import AglError
 from agl.queue.queue import SpanQueue
 from agl.queue.writer import Writer
@@ -17,18 +17,18 @@ from agl.store import open_store
 
 
 def main() -> None:
-    told = json.loads(sys.stdin.buffer.readline())
+    settings = json.loads(sys.stdin.buffer.readline())
     stop = threading.Event()
-    threading.Thread(target=_await_end, args=(stop,), daemon=True).start()
-    config = QueueConfig.model_validate(told["config"])
+    threading.Thread(target=_wait_for_close, args=(stop,), daemon=True).start()
+    config = QueueConfig.model_validate(settings["config"])
     try:
-        with closing(SpanQueue(told["queue"], config)) as queue, closing(open_store(told["store"])) as store:
-            Writer(told["name"], queue, store, config).run(stop)
+        with closing(SpanQueue(settings["queue"], config)) as queue, closing(open_store(settings["store"])) as store:
+            Writer(settings["name"], queue, store, config).run(stop)
     except AglError as error:
-        sys.exit(f"agl.queue: the writer {told['name']} ends: {error}")
+        sys.exit(f"agl.queue: the writer {settings['name']} ends: {error}")
 
 
-def _await_end(stop: threading.Event) -> None:
+def _wait_for_close(stop: threading.Event) -> None:
     while os.read(0, 1):
         pass
     stop.set()

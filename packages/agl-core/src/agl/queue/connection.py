@@ -1,4 +1,4 @@
-"""A client of Redis by URI."""
+"""Clients of Redis."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,15 +16,15 @@ from agl.errors import QueueError
 Client = Redis | RedisCluster
 
 BLOCK_MS: Final = 500
-"""Longest that a command may wait inside Redis."""
+"""Limit for the time that a command may wait inside Redis."""
 _TIMEOUT_S: Final = 10.0
 _SCHEMES: Final = ("redis", "rediss")
 
 
 def connect(uri: str) -> Client:
-    """A client of the Redis, or of the Redis Cluster, at `redis[s]://[user:password@]host[:port][,host...][/db]`.
+    """A client of the Redis server or Redis Cluster at `redis[s]://[user:password@]host[:port][,host...][/db]`.
 
-    Several hosts are nodes of one cluster: the first that answers tells of the others. Raises QueueError.
+    Several hosts are nodes of one cluster: the first that can be reached reports the others. Raises QueueError.
     """
     reasons: list[str] = []
     for node in _node_uris(uri):
@@ -36,12 +36,12 @@ def connect(uri: str) -> Client:
 
 
 def node_of(client: Client, key: str) -> Redis:
-    """The Redis that holds `key`."""
+    """A client of the server that stores `key`."""
     if isinstance(client, Redis):
         return client
     node = client.get_node_from_key(key)
     if node is None:
-        raise QueueError(f"no node of the Redis Cluster holds the slot of {key}")
+        raise QueueError(f"no node of the Redis Cluster serves the slot of {key}; look at `redis-cli --cluster check`")
     return client.get_redis_connection(node)
 
 
@@ -52,12 +52,12 @@ def address(uri: str) -> str:
 
 
 @contextmanager
-def speaking() -> Iterator[None]:
-    """Raises QueueError for whatever Redis or the way to it refuses."""
+def redis_errors() -> Iterator[None]:
+    """Raises errors of Redis and of the connection to it as QueueError."""
     try:
         yield
     except (RedisError, RedisClusterException) as error:
-        raise QueueError(f"the queue does not take part: {error}") from error
+        raise QueueError(f"Redis failed or rejected a command of the queue: {error}") from error
 
 
 def _node_uris(uri: str) -> list[str]:
@@ -68,14 +68,14 @@ def _node_uris(uri: str) -> list[str]:
     return [parts._replace(netloc=user + at + host).geturl() for host in hosts.split(",")]
 
 
-def _connect_node(uri: str, of_several: bool) -> Client:
-    # One more try, on a new connection, as Redis may have been restarted; the sender is there for longer waits.
+def _connect_node(uri: str, needs_cluster: bool) -> Client:
+    # One retry on a new connection, for a restart of Redis. The sender of the spans retries for longer.
     options: dict[str, Any] = {"protocol": 2, "socket_timeout": _TIMEOUT_S, "retry": Retry(NoBackoff(), 1)}
     client = Redis.from_url(uri, **options)
     if client.info("cluster")["cluster_enabled"]:
         client.close()
         return RedisCluster.from_url(uri, **options)
-    if of_several:
+    if needs_cluster:
         client.close()
-        raise QueueError(f"{address(uri)} is no node of a Redis Cluster; name one host")
+        raise QueueError(f"{address(uri)} is not a node of a Redis Cluster; name one host only")
     return client

@@ -1,4 +1,4 @@
-"""Whether a Redis keeps what it acknowledges, by its settings."""
+"""Checks the settings of a Redis server for whether it may lose acknowledged spans."""
 
 import logging
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Final
 from redis import Redis
 from redis.exceptions import ResponseError
 
-from agl.config import Appendfsync
+from agl.config.queue import Appendfsync
 from agl.errors import QueueError
 
 logger = logging.getLogger(__name__)
@@ -16,27 +16,28 @@ _STRENGTH: Final = {"no": 0, "everysec": 1, "always": 2}
 
 
 def check_durability(redis: Redis, weakest: Appendfsync) -> None:
-    """Warn of what `redis` may lose after it has acknowledged it. Raises QueueError where that is too much.
+    """Raise QueueError if `redis` may lose more than `weakest` allows; log a warning if it may lose anything.
 
-    Too much: no append-only file, one that is flushed less than `weakest` asks for, keys evicted for want of memory.
+    Too much is: no append-only file, one that is flushed less often than `weakest`, or eviction of keys when memory is
+    full.
     """
     try:
-        told = redis.config_get("append*") | redis.config_get("maxmemory*")
+        found = redis.config_get("append*") | redis.config_get("maxmemory*")
     except ResponseError as error:
-        logger.warning("this Redis does not tell whether its append-only file is on (%s): make sure that it is", error)
+        logger.warning("this Redis does not report its settings (%s): make sure that `appendonly` is yes", error)
         return
-    settings = {str(name): str(value) for name, value in told.items()}
-    refusal = _refusal(settings, weakest)
-    if refusal:
-        raise QueueError(f"this Redis may lose spans that were acknowledged: {refusal}")
+    settings = {str(name): str(value) for name, value in found.items()}
+    risk = _unacceptable_risk(settings, weakest)
+    if risk:
+        raise QueueError(f"this Redis may lose spans that were acknowledged: {risk}")
     if settings["appendfsync"] == "everysec":
         logger.warning(
-            "appendfsync is everysec: up to two seconds of acknowledged spans are lost when the machine stops, "
-            "or Redis is killed while its disk is slow; with `always` none are"
+            "appendfsync is everysec: up to two seconds of acknowledged spans are lost if the machine stops, "
+            "or if Redis is killed while its disk is slow; set it to always to lose none"
         )
 
 
-def _refusal(settings: Mapping[str, str], weakest: Appendfsync) -> str | None:
+def _unacceptable_risk(settings: Mapping[str, str], weakest: Appendfsync) -> str | None:
     if settings["appendonly"] != "yes":
         return "it keeps no append-only file; start it with `--appendonly yes`"
     fsync = settings["appendfsync"]

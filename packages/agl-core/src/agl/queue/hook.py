@@ -1,4 +1,4 @@
-"""Telling others, an autoscaler say, that the queue is long."""
+"""Notifies an autoscaler, for example, that the queue is long."""
 
 import json
 import logging
@@ -15,8 +15,8 @@ _TIMEOUT_S: Final = 60
 
 
 class QueueHook:
-    """`target` is a URL, which gets a POST of the numbers as JSON, or a command, which gets them in its environment:
-    `SPAN_QUEUE_LENGTH` and `SPAN_QUEUE_WRITERS`. No shell is between.
+    """`target` is a URL that gets a POST with the numbers as JSON, or a command that gets them in its environment as
+    `SPAN_QUEUE_LENGTH` and `SPAN_QUEUE_WRITERS`. The command runs without a shell.
     """
 
     def __init__(self, target: str) -> None:
@@ -24,13 +24,13 @@ class QueueHook:
         self._thread: threading.Thread | None = None
 
     def call(self, length: int, writers: int) -> None:
-        """Tell, in the background; not again while the last call is under way. What goes wrong is logged."""
+        """Call the target in the background, unless the last call still runs. Failures are logged."""
         if self._thread is None or not self._thread.is_alive():
             numbers = {"span_queue_length": length, "span_queue_writers": writers}
-            self._thread = threading.Thread(target=self._tell, args=(numbers,), name="agl-queue-hook", daemon=True)
+            self._thread = threading.Thread(target=self._notify, args=(numbers,), name="agl-queue-hook", daemon=True)
             self._thread.start()
 
-    def _tell(self, numbers: dict[str, int]) -> None:
+    def _notify(self, numbers: dict[str, int]) -> None:
         try:
             if self._target.startswith(("http://", "https://")):
                 _post(self._target, numbers)

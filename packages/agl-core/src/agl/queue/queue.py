@@ -1,7 +1,7 @@
-"""The queue: a Redis stream, read by one consumer group, beside a counter of its spans.
+"""The queue: a Redis stream that one consumer group reads, and a counter of its spans.
 
-An entry holds spans of one request, as one OTLP request. It leaves the stream only when its spans are in the store:
-so the stream is what is not there yet, whoever works on it.
+An entry holds spans as one OTLP request. It leaves the stream once its spans are in the store, so the stream holds all
+spans that are not stored yet, including those that a writer is working on.
 """
 
 import itertools
@@ -11,19 +11,19 @@ from typing import Any, Final
 
 from redis.exceptions import ResponseError
 
-from agl.config import QueueConfig
+from agl.config.queue import QueueConfig
 from agl.errors import QueueError
-from agl.queue.connection import BLOCK_MS, address, connect, node_of, speaking
+from agl.queue.connection import BLOCK_MS, address, connect, node_of, redis_errors
 from agl.queue.durability import check_durability
 from agl.store.span_row import SpanRow
 
 _GROUP: Final = "writers"
 _ENTRY_BYTES: Final = 2**20
-"""An entry takes spans up to this size, so that a writer knows how much it holds."""
-ENTRIES_AT_ONCE: Final = 64
-"""What `take` and its like return at most."""
+"""Maximum size of an entry with several spans, which limits the memory of a writer."""
+MAX_ENTRIES: Final = 64
+"""Maximum number of entries that `take`, `take_unfinished` and `claim` return."""
 
-# Scripts: a stream and its counter change together, in the append-only file as well.
+# Scripts change the stream and the counter atomically, also in the append-only file.
 _APPEND: Final = """
 if tonumber(redis.call('GET', KEYS[2]) or '0') >= tonumber(ARGV[1]) then return -1 end
 local spans = 0
@@ -33,7 +33,7 @@ for i = 2, #ARGV, 2 do
 end
 return redis.call('INCRBY', KEYS[2], spans)
 """
-# XACK first: a Redis that is out of memory refuses DECRBY unless the script has written something before.
+# XACK first: if Redis is out of memory it rejects DECRBY, unless the script has already written.
 _FINISH: Final = """
 local spans = 0
 for i = 2, #ARGV, 2 do
@@ -46,7 +46,7 @@ return redis.call('DECRBY', KEYS[2], spans)
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """`spans` spans as one OTLP request; `entry_id` is the stream's."""
+    """`spans` spans as one OTLP request; `entry_id` is the id in the stream."""
 
     entry_id: bytes
     spans: int
@@ -54,9 +54,9 @@ class Entry:
 
 
 class SpanQueue:
-    """The queue `config.name` in the Redis, or Redis Cluster, at `uri`. Thread-safe; every verb raises QueueError.
+    """The queue `config.name` in the Redis server or Redis Cluster at `uri`. Thread-safe; methods raise QueueError.
 
-    In a cluster all keys of a queue are in one slot, and so on one node.
+    In a cluster all keys of a queue are in one hash slot, and so on one node.
     """
 
     def __init__(self, uri: str, config: QueueConfig | None = None) -> None:
@@ -70,75 +70,73 @@ class SpanQueue:
         self._make_group()
 
     def check_durability(self) -> None:
-        """Raises QueueError where Redis would lose more than the configuration allows; see `durability`."""
-        with speaking():
+        """Raises QueueError if Redis may lose more than the configuration allows; see `durability`."""
+        with redis_errors():
             check_durability(node_of(self._redis, self._stream), self._config.appendfsync)
 
     def append_rows(self, rows: Sequence[SpanRow]) -> int:
-        """Keep spans until a writer has moved them; all or none. Returns how many, whether or not they are new."""
+        """Append all spans or none; returns their number, whether or not the store has them already."""
         if not rows:
             return 0
-        arguments = itertools.chain.from_iterable(_cut(rows))
+        arguments = itertools.chain.from_iterable(_to_entries(rows))
         if self._run(_APPEND, self._config.hard_limit, *arguments) < 0:
-            raise QueueError(f"{self._config.hard_limit} spans wait for the store, which is the limit of the queue")
+            raise QueueError(f"{self._config.hard_limit} spans wait for the store, the limit of the queue; retry")
         return len(rows)
 
     def take(self, consumer: str) -> list[Entry]:
-        """Entries that nobody has taken, for `consumer` to move and `finish`; waits half a second for the first."""
+        """Assign new entries to `consumer`, which moves and finishes them; waits half a second for the first."""
         return self._read(consumer, ">")
 
-    def take_again(self, consumer: str) -> list[Entry]:
-        """The first entries that `consumer` has taken and not finished."""
+    def take_unfinished(self, consumer: str) -> list[Entry]:
+        """The first entries that are assigned to `consumer` and not finished."""
         return self._read(consumer, "0")
 
     def claim(self, consumer: str) -> list[Entry]:
-        """Take over entries that others took `claim_after_s` ago and did not finish."""
+        """Assign entries to `consumer` that other consumers took `claim_after_s` ago and have not finished."""
         idle_ms = round(self._config.claim_after_s * 1000)
-        with speaking():
-            _, entries, *_ = self._redis.xautoclaim(
-                self._stream, _GROUP, consumer, idle_ms, "0-0", count=ENTRIES_AT_ONCE
-            )
+        with redis_errors():
+            _, entries, *_ = self._redis.xautoclaim(self._stream, _GROUP, consumer, idle_ms, "0-0", count=MAX_ENTRIES)
         return _entries(entries)
 
     def finish(self, entries: Sequence[Entry]) -> None:
-        """Forget entries whose spans are in the store; those that are gone already do not matter."""
+        """Delete entries whose spans are in the store. Entries that are deleted already are ignored."""
         arguments = itertools.chain.from_iterable((entry.entry_id, entry.spans) for entry in entries)
         self._run(_FINISH, _GROUP, *arguments)
 
     def set_aside(self, entry: Entry, reason: str) -> None:
-        """Take an entry that can never be stored out of the way, to the stream `...:refused`, with the reason."""
+        """Move an entry that can never be stored to the stream `...:refused`, with the reason."""
         fields = {"spans": entry.spans, "otlp": entry.otlp, "reason": reason}
-        with speaking():
+        with redis_errors():
             self._redis.xadd(self._refused, fields)
         self.finish([entry])
 
     def length(self) -> int:
-        """Spans that are acknowledged and not known to be in the store."""
-        with speaking():
+        """Number of acknowledged spans that are not known to be in the store."""
+        with redis_errors():
             return int(self._redis.get(self._counter) or 0)
 
     def close(self) -> None:
         self._redis.close()
 
     def _run(self, script: str, *arguments: Any) -> int:
-        with speaking():
+        with redis_errors():
             return self._redis.eval(script, 2, self._stream, self._counter, *arguments)
 
     def _read(self, consumer: str, after: str) -> list[Entry]:
-        with speaking():
+        with redis_errors():
             try:
                 found = self._redis.xreadgroup(
-                    _GROUP, consumer, {self._stream: after}, count=ENTRIES_AT_ONCE, block=BLOCK_MS
+                    _GROUP, consumer, {self._stream: after}, count=MAX_ENTRIES, block=BLOCK_MS
                 )
             except ResponseError as error:
                 if not str(error).startswith("NOGROUP"):
                     raise
-                self._make_group()  # Somebody has emptied this Redis.
+                self._make_group()  # Another program has deleted the keys.
                 return []
         return _entries(found[0][1]) if found else []
 
     def _make_group(self) -> None:
-        with speaking():
+        with redis_errors():
             try:
                 self._redis.xgroup_create(self._stream, _GROUP, id="0", mkstream=True)
             except ResponseError as error:
@@ -146,21 +144,21 @@ class SpanQueue:
                     raise
 
 
-def _cut(rows: Sequence[SpanRow]) -> Iterator[tuple[int, bytes]]:
-    """Numbers of spans, and these as one OTLP request, each of about `_ENTRY_BYTES` at most."""
-    pieces: list[bytes] = []
+def _to_entries(rows: Sequence[SpanRow]) -> Iterator[tuple[int, bytes]]:
+    """Split the spans into entries of about `_ENTRY_BYTES` at most; yields number of spans and OTLP request."""
+    requests: list[bytes] = []
     size = 0
     for row in rows:
-        if pieces and size + len(row.otlp) > _ENTRY_BYTES:
-            yield len(pieces), b"".join(pieces)
-            pieces, size = [], 0
-        pieces.append(row.otlp)
+        if requests and size + len(row.otlp) > _ENTRY_BYTES:
+            yield len(requests), b"".join(requests)
+            requests, size = [], 0
+        requests.append(row.otlp)
         size += len(row.otlp)
-    yield len(pieces), b"".join(pieces)
+    yield len(requests), b"".join(requests)
 
 
 def _entries(found: Sequence[tuple[bytes, dict[bytes, bytes] | None]]) -> list[Entry]:
-    """Of what was read; an entry that is gone from the stream has no fields, and no spans."""
+    """Entries from a reply of Redis. An entry that is deleted from the stream has no fields, and no spans."""
     return [
         Entry(entry_id, int(fields[b"spans"]), fields[b"otlp"]) if fields else Entry(entry_id, 0, b"")
         for entry_id, fields in found

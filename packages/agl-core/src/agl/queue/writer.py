@@ -1,4 +1,4 @@
-"""The writer: moves spans from the queue into the store, and forgets them there only after the store has committed."""
+"""The writer: moves spans from the queue into the store, and deletes them from the queue after the commit."""
 
 import logging
 import threading
@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Final
 
-from agl.config import QueueConfig
+from agl.config.queue import QueueConfig
 from agl.errors import AglError, InputError, OtlpError, StoreError
-from agl.queue.queue import ENTRIES_AT_ONCE, Entry, SpanQueue
+from agl.queue.queue import MAX_ENTRIES, Entry, SpanQueue
 from agl.store.protocol import Store
 from agl.store.span_row import SpanRow, parse
 
 logger = logging.getLogger(__name__)
 
-_PAUSE_S: Final = 1.0
-_GATHER_S: Final = 0.05
-"""Between two reads while it keeps up: what comes meanwhile is one commit, and one wait for the disk."""
+_RETRY_S: Final = 1.0
+_GROUP_COMMIT_S: Final = 0.05
+"""Pause between two reads while it keeps up: the spans that arrive meanwhile share a commit, and a disk flush."""
 
 
 class Writer:
-    """The consumer `name` of `queue`. One that takes the name of a dead one goes on with what that one had taken."""
+    """The consumer `name` of `queue`. It goes on with the unfinished entries of an earlier consumer of that name."""
 
     def __init__(self, name: str, queue: SpanQueue, store: Store, config: QueueConfig) -> None:
         self._name = name
@@ -33,33 +33,33 @@ class Writer:
         self._keeps_up = False
 
     def run(self, stop: threading.Event) -> None:
-        """Move spans until `stop`; while queue or store refuses, they stay where they are, and it tries again."""
+        """Move spans until `stop`. After a StoreError they stay in the queue, and it retries."""
         while not stop.is_set():
             try:
                 self.move()
                 if self._keeps_up:
-                    stop.wait(_GATHER_S)
+                    stop.wait(_GROUP_COMMIT_S)
             except StoreError as error:
                 self._has_unfinished = True
-                logger.warning("spans stay in the queue, and are tried again: %s", error)
-                stop.wait(_PAUSE_S)
+                logger.warning("spans stay in the queue, and are written again later: %s", error)
+                stop.wait(_RETRY_S)
 
     def move(self) -> int:
-        """Move what one read of the queue finds, in one commit; returns how many spans. Raises StoreError."""
+        """Move the entries of one read of the queue in one commit; returns the number of spans. Raises StoreError."""
         entries = self._take()
-        self._keeps_up = len(entries) < ENTRIES_AT_ONCE
+        self._keeps_up = len(entries) < MAX_ENTRIES
         rows_of = {entry: self._rows(entry) for entry in entries}
         rows = list(chain.from_iterable(rows_of.values()))
         if entries:
             try:
                 self._store.append_rows(rows)
             except InputError:
-                return sum(self._move_alone(entry, rows) for entry, rows in rows_of.items())
+                return sum(self._move_entry(entry, rows) for entry, rows in rows_of.items())
             self._queue.finish(entries)
         return len(rows)
 
-    def _move_alone(self, entry: Entry, rows: Sequence[SpanRow]) -> int:
-        """Move one of several entries of which some cannot be stored."""
+    def _move_entry(self, entry: Entry, rows: Sequence[SpanRow]) -> int:
+        """Move one entry after the store rejected several of them together."""
         try:
             self._store.append_rows(rows)
         except InputError as error:
@@ -70,7 +70,7 @@ class Writer:
 
     def _take(self) -> Sequence[Entry]:
         if self._has_unfinished:
-            entries = self._queue.take_again(self._name)
+            entries = self._queue.take_unfinished(self._name)
             self._has_unfinished = bool(entries)
             if entries:
                 return entries

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from agl.config import CollectorConfig
+from agl.config.collector import CollectorConfig
 from agl.errors import AglError, StoreError
 from agl.server.api_error import ApiError
 from agl.server.memory_budget import MemoryBudget, Reservation
