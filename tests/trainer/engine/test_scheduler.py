@@ -13,6 +13,7 @@ import torch
 from agl_trainer.compute.logprobs import row_logprobs
 from agl_trainer.data.rows import TrainingRow
 from agl_trainer.engine.local import scheduler as scheduler_module
+from agl_trainer.engine.local import sequence as sequence_module
 from agl_trainer.engine.local.scheduler import Scheduler
 from agl_trainer.engine.protocol import (
     ContextLengthError,
@@ -31,7 +32,7 @@ MODELS = {"writer": "writer", "fixer": "fixer", "small": BASE}
 """Names that requests use, and the adapter of each."""
 LONG = random.Random(0).choices(range(400), k=48)
 PROMPTS = [LONG, [*LONG, 1, 2], [*LONG, 3], [*LONG[:40], 4, 5], [*LONG[:12], 6], LONG[:12], [7], [7, 8], LONG]
-"""Prefixes shared over more and over fewer than SHARED_RUN tokens, one prompt inside another, twice the same."""
+"""Prefixes shared over more and over fewer than MIN_SHARED_TOKENS tokens, one prompt inside another, twice the same."""
 
 
 def greedy(max_tokens: int, **options: Any) -> SamplingParams:
@@ -107,11 +108,11 @@ async def test_who_came_first_reads_the_shared_prefix_with_those_that_came_later
     async with engine(policy) as scheduler:
         first = scheduler.submit([*LONG, 9], "writer", greedy(40))
         rest = await first_tokens(first, 2)
-        assert first.kept > len(LONG)
+        assert first.slot_length > len(LONG)
         others = [scheduler.submit([*LONG, token], "writer", greedy(4)) for token in range(4)]
         answers = await asyncio.gather(*map(answer, others))
         tail = [token.token_id async for token in rest]
-    assert first.kept < len(LONG)
+    assert first.slot_length < len(LONG)
     assert tail == plain_answer(policy, "writer", [*LONG, 9], 40)[2:]
     assert answers == [plain_answer(policy, "writer", [*LONG, token], 4) for token in range(4)]
 
@@ -342,13 +343,13 @@ async def test_a_caller_that_wants_all_deliver_at_end_sleeps_until_the_end(
     policy: Policy, monkeypatch: pytest.MonkeyPatch, deliver_at_end: bool, wakes: list[int]
 ) -> None:
     arrived: list[int] = []
-    through = scheduler_module._put_all
+    through = sequence_module._put_all
 
     def count(batch: Any) -> None:
         arrived.extend(len(item) for _, item in batch if item)
         through(batch)
 
-    monkeypatch.setattr(scheduler_module, "_put_all", count)
+    monkeypatch.setattr(sequence_module, "_put_all", count)
     async with engine(policy) as scheduler:
         found = await answer(scheduler.submit([7, 8], "writer", greedy(4, deliver_at_end=deliver_at_end)))
     assert found == plain_answer(policy, "writer", [7, 8], 4)

@@ -1,4 +1,4 @@
-"""Attention over a trie is attention with a mask: values and gradients, whatever the kernel."""
+"""Attention over a prefix tree equals attention with a mask, in values and gradients, for every backend."""
 
 import random
 
@@ -8,10 +8,15 @@ from torch import Tensor
 
 from agl_trainer.data.prefix_tree import PackedRows, pack_rows
 from agl_trainer.model.attention import PackedPlan
-from agl_trainer.model.attention_parts import FlashKernel, PlainKernel, Scores, kernel_for
+from agl_trainer.model.block_attention import FlashBackend, MatmulBackend, ScoreOptions, choose_backend
 
 KV_HEADS, GROUPS, WIDTH = 2, 3, 8
-SCORES = [Scores(0.3), Scores(0.3, window=6), Scores(0.3, softcap=2.0), Scores(0.3, window=1, softcap=0.5)]
+SCORES = [
+    ScoreOptions(0.3),
+    ScoreOptions(0.3, window=6),
+    ScoreOptions(0.3, softcap=2.0),
+    ScoreOptions(0.3, window=1, softcap=0.5),
+]
 
 
 def rows() -> PackedRows:
@@ -38,7 +43,7 @@ def seen(packed: PackedRows, window: int | None) -> Tensor:
     return found & (before < (window or len(found)))
 
 
-def dense(packed: PackedRows, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+def dense(packed: PackedRows, query: Tensor, key: Tensor, value: Tensor, scores: ScoreOptions) -> Tensor:
     made = torch.einsum("hngd,hmd->hngm", query, key) * scores.scale
     if scores.softcap is not None:
         made = torch.tanh(made / scores.softcap) * scores.softcap
@@ -47,7 +52,7 @@ def dense(packed: PackedRows, query: Tensor, key: Tensor, value: Tensor, scores:
 
 
 @pytest.mark.parametrize("scores", SCORES, ids=["plain", "window", "softcap", "both"])
-def test_values_and_gradients_are_those_of_a_mask(scores: Scores) -> None:
+def test_values_and_gradients_are_those_of_a_mask(scores: ScoreOptions) -> None:
     packed = rows()
     query, key, value, grad = tensors(packed)
     found = PackedPlan(packed).attend(0, query, key, value, scores)
@@ -63,16 +68,18 @@ def test_the_kernels_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = rows()
     *given, grad = tensors(packed)
     plan, found = PackedPlan(packed), []
-    for kernel in (FlashKernel(0.3), PlainKernel(Scores(0.3), packed.positions)):
-        monkeypatch.setattr("agl_trainer.model.attention.kernel_for", lambda *_, kernel=kernel: kernel)
-        out = plan.attend(0, given[0], given[1], given[2], Scores(0.3))
+    for kernel in (FlashBackend(0.3), MatmulBackend(ScoreOptions(0.3), packed.positions)):
+        monkeypatch.setattr("agl_trainer.model.attention.choose_backend", lambda *_, kernel=kernel: kernel)
+        out = plan.attend(0, given[0], given[1], given[2], ScoreOptions(0.3))
         found.append([out, *torch.autograd.grad(out, given, grad)])
     for one, other in zip(*found, strict=True):
         assert torch.allclose(one, other, atol=1e-12)
 
 
-@pytest.mark.parametrize("scores", [Scores(0.3), Scores(0.3, window=6, softcap=2.0)], ids=["flash", "plain"])
-def test_bfloat16_rounds_no_more_than_it_has_to(scores: Scores) -> None:
+@pytest.mark.parametrize(
+    "scores", [ScoreOptions(0.3), ScoreOptions(0.3, window=6, softcap=2.0)], ids=["flash", "plain"]
+)
+def test_bfloat16_rounds_no_more_than_it_has_to(scores: ScoreOptions) -> None:
     packed = rows()
     *given, grad = tensors(packed)
     halves = [tensor.detach().bfloat16().requires_grad_() for tensor in given]
@@ -86,6 +93,6 @@ def test_bfloat16_rounds_no_more_than_it_has_to(scores: Scores) -> None:
 
 def test_torchs_own_kernel_is_taken_where_it_knows_the_scores() -> None:
     positions = torch.arange(3)
-    assert isinstance(kernel_for(Scores(1.0), positions), FlashKernel)
-    assert isinstance(kernel_for(Scores(1.0, window=2), positions), PlainKernel)
-    assert isinstance(kernel_for(Scores(1.0), positions.to("meta")), PlainKernel)
+    assert isinstance(choose_backend(ScoreOptions(1.0), positions), FlashBackend)
+    assert isinstance(choose_backend(ScoreOptions(1.0, window=2), positions), MatmulBackend)
+    assert isinstance(choose_backend(ScoreOptions(1.0), positions.to("meta")), MatmulBackend)

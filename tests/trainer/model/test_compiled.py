@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from agl.errors import ConfigError
 from agl_trainer.data.prefix_tree import pack_rows
 from agl_trainer.model.attention import PackedPlan
-from agl_trainer.model.compiled import Compiled, compile_layers, refusal
+from agl_trainer.model.compiled import CompiledLayer, compile_error, compile_layers
 from agl_trainer.model.policy import Policy
 from tests.trainer.compute.test_prefix import step
 from tests.trainer.model.test_packing_probe import odd_model
@@ -112,7 +112,7 @@ def test_sampling_is_not_compiled() -> None:
 def test_each_layer_is_wrapped_once() -> None:
     model = small_model(layers=3)
     small_policy(model, compiles=True)
-    assert sum(isinstance(module.forward, Compiled) for module in model.modules()) == 3
+    assert sum(isinstance(module.forward, CompiledLayer) for module in model.modules()) == 3
 
 
 def test_a_model_without_marked_layers_is_refused() -> None:
@@ -123,6 +123,6 @@ def test_a_model_without_marked_layers_is_refused() -> None:
 def test_without_a_compiler_it_is_said_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     missing = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
-    monkeypatch.setattr("agl_trainer.model.compiled.refusal", refusal.__wrapped__)
+    monkeypatch.setattr("agl_trainer.model.compiled.compile_error", compile_error.__wrapped__)
     with missing, pytest.raises(ConfigError, match=r"train.compile: .*No working C\+\+ compiler.*install"):
         small_policy(compiles=True)

@@ -7,7 +7,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from agl_trainer.algo.sft_loss import sft_loss
 from agl_trainer.compute.optimizer_step import optimizer_step
-from agl_trainer.model.packing_probe import takes_trie
+from agl_trainer.model.packing_probe import supports_packing
 from tests.trainer.compute.test_optimizer_step import ROWS
 from tests.trainer.small_model import small_model, small_policy
 
@@ -26,13 +26,13 @@ def odd_model(family: str) -> PreTrainedModel:
 def test_models_that_attend_as_they_are_told_are_packed(family: str) -> None:
     model = small_model(family)
     own_attention = model.config._attn_implementation
-    assert takes_trie(model)
+    assert supports_packing(model)
     assert model.config._attn_implementation == own_attention in ("sdpa", "eager")
 
 
 @pytest.mark.parametrize("family", ["mamba", "bloom"])
 def test_others_are_padded_and_it_is_said(family: str, caplog: pytest.LogCaptureFixture) -> None:
-    assert not takes_trie(odd_model(family))
+    assert not supports_packing(odd_model(family))
     assert f"rows of a {family} model are padded instead of packed" in caplog.text
 
 

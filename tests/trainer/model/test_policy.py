@@ -9,7 +9,7 @@ from agl.config import RoleConfig
 from agl.errors import ConfigError, TrainingError
 from agl_trainer.data.prefix_tree import pack_rows
 from agl_trainer.model.attention import PackedPlan
-from agl_trainer.model.lora import BASE, Routing, route_layers
+from agl_trainer.model.lora import BASE, AdapterRouting, route_layers
 from agl_trainer.model.policy import Policy
 from tests.trainer.scripted_sampler import small_tokenizer
 from tests.trainer.small_model import ROLES, plain_model, small_model, small_policy
@@ -79,7 +79,7 @@ def test_without_a_role_there_is_nothing_to_train() -> None:
 def test_a_layer_that_cannot_be_routed_is_refused_by_its_name() -> None:
     model = get_peft_model(small_model(), LoraConfig(target_modules=["embed_tokens"]))
     with pytest.raises(TrainingError, match=r"layer \S+embed_tokens is a Embedding; only LoRA on linear layers"):
-        route_layers(model, Routing())
+        route_layers(model, AdapterRouting())
 
 
 def test_an_adapter_is_taken_over_with_its_version() -> None:

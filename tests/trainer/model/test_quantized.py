@@ -17,7 +17,7 @@ from agl_trainer.data.rows import TrainingRow
 from agl_trainer.loop.session import open_policy
 from agl_trainer.model.attention import PackedPlan
 from agl_trainer.model.base_model import load_model, model_folder
-from agl_trainer.model.packing_probe import takes_trie
+from agl_trainer.model.packing_probe import supports_packing
 from agl_trainer.model.policy import Policy
 from tests.trainer.scripted_sampler import small_tokenizer
 from tests.trainer.small_model import small_model, small_policy
@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 def quantized(folder: Path) -> PreTrainedModel:
     model, _ = load_model(folder, in_4bit=True)
-    assert takes_trie(model)  # what a training asks first must leave the weights as they are
+    assert supports_packing(model)  # what a training asks first must leave the weights as they are
     return model
 
 

@@ -14,9 +14,9 @@ from agl_trainer.compute.prefix import ComputedPrefix, PassRunner
 from agl_trainer.data.passes import plan_padded_passes, plan_passes
 from agl_trainer.data.prefix_tree import pack_rows
 from agl_trainer.model.attention import PackedPlan
-from agl_trainer.model.lora import Routing
+from agl_trainer.model.lora import AdapterRouting
 from agl_trainer.model.policy import Policy
-from agl_trainer.model.recompute import Recomputed, recompute_layers
+from agl_trainer.model.recompute import RecomputedLayer, recompute_layers
 from tests.trainer.compute.test_prefix import rows
 from tests.trainer.model.test_packing_probe import odd_model
 from tests.trainer.small_model import small_model, small_policy
@@ -44,7 +44,9 @@ def sample(policy: Policy) -> Tensor:
         return policy.hidden_states(packed.token_ids, packed.positions, ["fixer"], PackedPlan(packed))
 
 
-@pytest.mark.parametrize("pack_tokens", [4096, 250, 130], ids=["one pass", "passes on a trunk", "trunk on trunk"])
+@pytest.mark.parametrize(
+    "pack_tokens", [4096, 250, 130], ids=["one pass", "passes below a prefix", "prefix below prefix"]
+)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_packed_rows_have_the_same_gradient(family: str, pack_tokens: int) -> None:
     kept, again = (small_policy(small_model(family), recomputes=recomputes) for recomputes in (False, True))
@@ -95,11 +97,11 @@ def test_sampling_computes_each_layer_once_and_as_it_was(monkeypatch: pytest.Mon
 
 def test_a_model_without_marked_layers_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"train.gradient_checkpointing: a Linear has no layers"):
-        recompute_layers(torch.nn.Linear(2, 2), Routing())
+        recompute_layers(torch.nn.Linear(2, 2), AdapterRouting())
 
 
 def layers(model: PreTrainedModel) -> int:
-    return sum(isinstance(module.forward, Recomputed) for module in model.modules())
+    return sum(isinstance(module.forward, RecomputedLayer) for module in model.modules())
 
 
 def test_each_layer_is_wrapped_once() -> None:

@@ -1,4 +1,4 @@
-"""An in-process engine with weights of its own, so that it samples while the policy trains."""
+"""An in-process engine with its own copy of the adapters, so that it samples while the policy trains."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from agl_trainer.model.policy import Policy
 
 
 class CopiedEngine:
-    """Samples from `copy` by `scheduler`, a second policy on the same base model, with the adapters of `policy`."""
+    """`scheduler` samples from `copy`, a second policy with the same base model; adapters are copied from `policy`."""
 
     def __init__(self, policy: Policy, copy: Policy, scheduler: Scheduler) -> None:
         self._policy = policy
@@ -20,7 +20,7 @@ class CopiedEngine:
         return self._scheduler.tokens_sampled
 
     def make_live(self) -> None:
-        """Copy the adapters that have changed, between two calls: those under way end under the version they had."""
+        """Copy the adapters that have changed once no call runs; running calls finish with their old version."""
         changed = [role for role in self._policy.roles if self._policy.versions[role] != self._copy.versions[role]]
         if not changed:
             return
@@ -33,7 +33,7 @@ class CopiedEngine:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Nothing to do: the weights that change are not those that sample."""
+        """Does nothing: the policy that trains is not the one that samples."""
         yield
 
     def revive(self) -> None:

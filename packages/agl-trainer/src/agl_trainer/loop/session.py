@@ -27,7 +27,7 @@ from agl_trainer.engine.local.scheduler import Scheduler
 from agl_trainer.engine.vllm.engine import VllmEngine
 from agl_trainer.engine.vllm.server import VllmServer
 from agl_trainer.model.base_model import check_sampled, check_trainable, load_model, model_folder, use_bfloat16_products
-from agl_trainer.model.packing_probe import takes_trie
+from agl_trainer.model.packing_probe import supports_packing
 from agl_trainer.model.policy import Policy
 from agl_trainer.model.tiny import build_tiny_model
 from agl_trainer.rollout.import_function import load_function
@@ -114,7 +114,7 @@ def open_policy(config: Config, *, samples: bool = False) -> Policy:
     shards = _is_spread(train) and not samples
     model, tokenizer = load_model(base_folder(config), on_cpu=shards, in_4bit=train.load_in_4bit)
     check_trainable(model)
-    packs = takes_trie(model)
+    packs = supports_packing(model)
     if samples:
         check_sampled(model.config, config.engine.max_model_len, packs=packs)
     if train.bf16:

@@ -1,1 +1,1 @@
-"""The frozen base model, its LoRA adapters and its attention over packed rows."""
+"""The frozen base model, its LoRA adapters, and attention over packed rows."""

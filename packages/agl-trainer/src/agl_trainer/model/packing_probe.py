@@ -1,4 +1,4 @@
-"""Whether a model takes rows packed as a trie, found out by trying."""
+"""Probes whether a model supports rows packed as a prefix tree."""
 
 import logging
 
@@ -12,16 +12,15 @@ logger = logging.getLogger(__name__)
 
 _ROWS = [[1, 2, 3, 4, 6], [1, 2, 5, 6], [1, 2, 3, 5]]
 _TOLERANCE = 0.05
-"""Relative distance of hidden states. Rounding of bfloat16 stays well below it, states of other tokens far above."""
+"""Relative distance of hidden states. Rounding in bfloat16 stays well below it, attending to wrong tokens far above."""
 
 
 @torch.no_grad()
-def takes_trie(model: PreTrainedModel) -> bool:
-    """Whether packed rows have the hidden states that `model` gives each row alone, up to rounding.
+def supports_packing(model: PreTrainedModel) -> bool:
+    """Whether packed rows get the hidden states that `model` computes for each row alone, up to rounding.
 
-    They have not where a layer looks at neighbours by other means than attention (Mamba), where attention does more
-    than queries, keys and a window say (sinks, ALiBi), or where it cannot be replaced. A warning says so. Leaves the
-    model as it was.
+    They do not if a layer mixes tokens by other means than attention (Mamba), if attention uses more than queries, keys
+    and a window (sinks, ALiBi), or if it cannot be replaced; a warning gives the reason. Leaves `model` unchanged.
     """
     body, own_attention = model.get_decoder(), model.config._attn_implementation or "eager"
     rows = [torch.tensor(row, device=model.device) for row in _ROWS]
@@ -29,24 +28,24 @@ def takes_trie(model: PreTrainedModel) -> bool:
     model.set_attn_implementation(NAME)
     try:
         if model.config._attn_implementation != NAME:
-            return _say(model, "its attention cannot be replaced")
+            return _warn(model, "its attention cannot be replaced")
         packed = pack_rows(_ROWS).to(model.device)
         inputs = {"input_ids": packed.token_ids[None], "position_ids": packed.positions[None]}
         found = body(**inputs, use_cache=False, plan=PackedPlan(packed)).last_hidden_state[0]
     except (TypeError, ValueError, AttributeError) as error:
-        return _say(model, f"it does not run with another attention ({error})")
+        return _warn(model, f"it does not run with another attention ({error})")
     finally:
         model.set_attn_implementation(own_attention)
     distance = max(
         float((found[index] - row).norm() / row.norm()) for index, row in zip(packed.row_index, expected, strict=True)
     )
-    return distance < _TOLERANCE or _say(model, f"packed, its hidden states are off by {distance:.2g} of their size")
+    return distance < _TOLERANCE or _warn(model, f"packed, its hidden states are off by {distance:.2g} of their size")
 
 
-def _say(model: PreTrainedModel, why: str) -> bool:
+def _warn(model: PreTrainedModel, reason: str) -> bool:
     logger.warning(
         "train.model: rows of a %s model are padded instead of packed, so that shared tokens are computed again: %s",
         model.config.model_type,
-        why,
+        reason,
     )
     return False

@@ -1,7 +1,7 @@
-"""The policy: one frozen base model, one LoRA adapter per role, shared by the engine and the trainer.
+"""The policy: one frozen base model with one LoRA adapter per role.
 
-The engine samples from the same modules that the trainer updates, and `lock` keeps the two apart. On a CPU the frozen
-weights lie in memory twice once something was sampled (`products`); adapters never do.
+The in-process engine samples from the same modules that the trainer updates; `lock` serializes the two. On a CPU,
+sampling keeps a second, repacked copy of the frozen weights (`cpu.frozen_linear`), but none of the adapters.
 """
 
 import re
@@ -19,15 +19,15 @@ from agl.config import RoleConfig
 from agl.errors import ConfigError, TrainingError
 from agl_trainer.model.attention import NAME, AttentionPlan
 from agl_trainer.model.compiled import compile_layers
-from agl_trainer.model.cpu.fused import FusedDecoder, can_be_fused
-from agl_trainer.model.cpu.products import FrozenProduct
-from agl_trainer.model.lora import BASE, Routing, route_layers
+from agl_trainer.model.cpu.frozen_linear import FrozenLinear
+from agl_trainer.model.cpu.fused_decoder import FusedDecoder, can_be_fused
+from agl_trainer.model.lora import BASE, AdapterRouting, route_layers
 from agl_trainer.model.recompute import recompute_layers
 from agl_trainer.model.sharding import shard_layers
 
 
 class Policy:
-    """Base model with an adapter for each role, or one that several share, and the version of each role's policy."""
+    """Base model with an adapter for each role (or one that several roles share), and each role's version number."""
 
     def __init__(
         self,
@@ -42,17 +42,17 @@ class Policy:
         compiles: bool = False,
         shards: bool = False,
     ) -> None:
-        """`recomputes`: the backward pass computes activations again. `compiles`: training passes are compiled.
-        `shards`: of the layers of `model`, which is on the CPU, each of several devices keeps a part.
+        """`recomputes`: the backward pass recomputes activations. `compiles`: training passes run compiled layers.
+        `shards`: the layers of `model`, which is on the CPU, are sharded over several devices.
 
-        Raises ConfigError.
+        Raises ConfigError for invalid role names, and for options that the model or this machine does not support.
         """
         _check_names(roles, base_name)
         torch.manual_seed(seed)
         self.packs = packs
-        """Rows are packed as a trie; else they are padded, for a model whose attention cannot take one."""
+        """Rows are packed as a prefix tree; if False, they are padded because the model does not support packing."""
         self.pack_limit: int | None = None
-        """Tokens of a pass that are known to fit the memory, where `train.pack_tokens` did not."""
+        """Tokens per pass that fit the memory, once passes of `train.pack_tokens` did not."""
         if packs:
             model.set_attn_implementation(NAME)
         self.tokenizer = tokenizer
@@ -61,14 +61,14 @@ class Policy:
         self._owner = {role: config.adapter or role for role, config in roles.items()}
         self.lock = threading.RLock()
         self._peft = _with_adapters(model, {role: config for role, config in roles.items() if not config.adapter})
-        self._routing = Routing()
+        self._routing = AdapterRouting()
         route_layers(self._peft, self._routing)
         self._body = model.get_decoder()
         self.is_sharded = shards
-        """A pass is a matter of all devices, see `sharding`."""
+        """Every pass needs all devices, see `sharding`."""
         if shards:
             shard_layers(self._peft, self._body)
-        if compiles:  # for the device that the layers are on by now
+        if compiles:  # after sharding, which decides the device
             compile_layers(self._body)
         if recomputes:
             recompute_layers(self._body, self._routing)
@@ -78,7 +78,7 @@ class Policy:
         self.output_weight: Tensor = output.weight  # type: ignore[assignment]  # typed Module
         self.output_softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         """Logits become softcap * tanh(logit / softcap)."""
-        self._output = FrozenProduct(output)
+        self._output = FrozenLinear(output)
         self.config = model.config
 
     @property
@@ -87,7 +87,7 @@ class Policy:
 
     @property
     def adapters(self) -> dict[str, list[str]]:
-        """Each role that has an adapter of its own, with all the roles that share it."""
+        """Each role that owns an adapter, with all the roles that use it."""
         found: dict[str, list[str]] = {}
         for role, owner in self._owner.items():
             found.setdefault(owner, []).append(role)
@@ -100,15 +100,15 @@ class Policy:
     def hidden_states(self, tokens: Tensor, positions: Tensor, adapters: Sequence[str], plan: AttentionPlan) -> Tensor:
         """Final hidden states [N, H] for N tokens at `positions`.
 
-        `adapters` names one adapter for all tokens, or one for each, those of one adapter side by side.
+        `adapters` names one adapter for all tokens, or one per token, with the tokens of an adapter adjacent.
         """
         self._route(adapters)
-        # Compiled code is for positions that are a view of all of something, or for those that are not.
+        # Clone: torch.compile guards on whether `positions` is a view and would recompile.
         inputs = {"input_ids": tokens[None], "position_ids": positions.clone()[None]}
         return self._body(**inputs, use_cache=False, plan=plan).last_hidden_state[0]
 
     def sampled_states(self, tokens: Tensor, positions: Tensor, adapters: Sequence[str], plan: AttentionPlan) -> Tensor:
-        """As `hidden_states`, for sampling: without gradients, and faster where this decoder can be fused."""
+        """As `hidden_states`, for sampling: without gradients, and faster if the decoder can be fused."""
         if not self._can_be_fused:
             return self.hidden_states(tokens, positions, adapters, plan)
         self._route(adapters)
@@ -116,8 +116,10 @@ class Policy:
         return self._fused(tokens, positions, plan)
 
     def padded_states(self, tokens: Tensor, lengths: Sequence[int], role: str) -> Tensor:
-        """Final hidden states [B * T, H] for B rows of these `lengths` padded on the right to T, by the model's own
-        attention."""
+        """Final hidden states [B * T, H] for B rows of these `lengths`, padded on the right to T tokens.
+
+        Uses the model's own attention.
+        """
         rows = tokens.view(len(lengths), -1)
         self._route([role])
         mask = torch.arange(rows.shape[1], device=rows.device) < torch.tensor(lengths, device=rows.device)[:, None]
@@ -138,7 +140,7 @@ class Policy:
         return [parameter for name, parameter in self._peft.named_parameters() if name.endswith(ends)]
 
     def adapter(self, role: str) -> dict[str, Tensor]:
-        """The adapter of `role` as PEFT saves it: name without the role to tensor."""
+        """Tensors of the adapter of `role`, by the names that PEFT saves them under (without the role)."""
         state = get_peft_model_state_dict(self._peft, adapter_name=self._owner[role])
         return {name: tensor.detach().contiguous() for name, tensor in state.items()}
 
@@ -148,7 +150,7 @@ class Policy:
         return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
 
     def load_adapter(self, role: str, adapter: Mapping[str, Tensor], version: int) -> None:
-        """Take over saved weights for `role` as its `version`. Raises TrainingError for weights of another shape."""
+        """Replace the adapter of `role` by saved weights of `version`. Raises TrainingError if the shapes differ."""
         got = {name: tuple(tensor.shape) for name, tensor in adapter.items()}
         expected = {name: tuple(tensor.shape) for name, tensor in self.adapter(role).items()}
         if got != expected:
@@ -171,7 +173,7 @@ def _check_names(roles: Mapping[str, RoleConfig], base_name: str) -> None:
     if base_name in roles:
         raise ConfigError(f"agent_roles has a role named {base_name!r} like the base model; give it another name")
     for role in roles:
-        # A role is a folder, the part of a model's name before @, and a torch submodule, which no method may share.
+        # A role names a folder, a model (before the @) and a torch submodule, which must not hide a method.
         if not re.fullmatch(r"[^\W_][\w-]*", role) or hasattr(torch.nn.ModuleDict, role):
             raise ConfigError(
                 f"agent_roles has a role named {role!r}: expected a letter or digit, then letters, digits, _ and -, "
@@ -188,7 +190,7 @@ def _with_adapters(model: PreTrainedModel, roles: Mapping[str, RoleConfig]) -> P
     }
     (first, config), *others = configs.items()
     with warnings.catch_warnings():
-        # PEFT asks for an attribute that transformers has renamed; nothing that a user could mend.
+        # PEFT reads an attribute that transformers has renamed; the user cannot do anything about it.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         peft = get_peft_model(model, config, adapter_name=first)
         for role, other in others:

@@ -1,7 +1,7 @@
-"""Layers whose activations are computed a second time in the backward pass, in place of being kept until then.
+"""Gradient checkpointing: activations of a layer are recomputed in the backward pass instead of being stored.
 
-What is left of a pass is the input of each layer (arXiv 1604.06174). transformers' own switch works on a model in
-training mode only, which ours never is: the engine samples from the same modules.
+Only the input of each layer is kept (arXiv 1604.06174). The option of transformers has no effect here: it applies to
+models in training mode, and this model stays in evaluation mode because the engine samples from the same modules.
 """
 
 from collections.abc import Callable
@@ -12,15 +12,15 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from agl_trainer.model.base_model import decoder_layers
-from agl_trainer.model.lora import Routing
+from agl_trainer.model.lora import AdapterRouting
 
 
 @dataclass(frozen=True, slots=True)
-class Recomputed:
-    """A layer that keeps only its input where gradients are taken; without them, so while sampling, it is as it was."""
+class RecomputedLayer:
+    """A layer that keeps only its input if gradients are computed; without gradients it is unchanged."""
 
     layer: Callable[..., Any]
-    routing: Routing
+    routing: AdapterRouting
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -28,14 +28,17 @@ class Recomputed:
         runs = self.routing.runs
 
         def run(*args: Any, **options: Any) -> Any:
-            self.routing.runs = runs  # other passes may come between this one and its backward pass, as on a trunk
+            self.routing.runs = runs  # passes in between, e.g. with the same prefix, may have changed the routing
             return self.layer(*args, **options)
 
-        # No layer draws random numbers: the model is in evaluation mode.
+        # No random state to preserve: in evaluation mode no layer draws random numbers.
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
 
-def recompute_layers(body: torch.nn.Module, routing: Routing) -> None:
-    """Let each layer of the decoder `body` be `Recomputed`. Raises ConfigError where none is marked as one."""
+def recompute_layers(body: torch.nn.Module, routing: AdapterRouting) -> None:
+    """Replace the forward pass of each layer of the decoder `body` by a `RecomputedLayer`.
+
+    Raises ConfigError if the layers cannot be identified.
+    """
     for layer in decoder_layers(body, "gradient_checkpointing"):
-        layer.forward = Recomputed(layer.forward, routing)
+        layer.forward = RecomputedLayer(layer.forward, routing)

@@ -1,4 +1,4 @@
-"""A tiny model with random weights, and a tokenizer of its own, for runs that take seconds instead of minutes."""
+"""Builds a tiny model with random weights and its own tokenizer, for runs that take seconds instead of minutes."""
 
 import shutil
 import tempfile
@@ -18,9 +18,9 @@ _CHAT_TEMPLATE = (
 
 
 def build_tiny_model(folder: Path, texts: Iterable[str], seed: int) -> None:
-    """Write a random Llama (4 layers, width 192) to `folder`, with a byte-level BPE learnt from `texts`.
+    """Write a random Llama (4 layers, hidden size 192) to `folder`, with a byte-level BPE tokenizer trained on `texts`.
 
-    The same texts and seed give the same files.
+    The same texts and seed produce the same files.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -41,14 +41,14 @@ def build_tiny_model(folder: Path, texts: Iterable[str], seed: int) -> None:
         eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    half = Path(tempfile.mkdtemp(dir=folder.parent))
+    draft = Path(tempfile.mkdtemp(dir=folder.parent))
     model = LlamaForCausalLM(config)
-    # The embeddings, which are the output layer too, stay frozen: wider ones let a trained layer be sure of a token.
+    # The frozen embeddings are also the output layer: with larger values a trained layer can reach confident logits.
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.15)
-    model.save_pretrained(half)
-    tokenizer.save_pretrained(half)
+    model.save_pretrained(draft)
+    tokenizer.save_pretrained(draft)
     shutil.rmtree(folder, ignore_errors=True)
-    half.rename(folder)
+    draft.rename(folder)
 
 
 def _train_tokenizer(texts: Iterable[str]) -> "PreTrainedTokenizerFast":

@@ -1,1 +1,1 @@
-"""Faster forward passes on a CPU."""
+"""Faster sampling on CPUs."""

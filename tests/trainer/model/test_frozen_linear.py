@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from agl_trainer.model.cpu.products import FrozenProduct
+from agl_trainer.model.cpu.frozen_linear import FrozenLinear
 
 
 @pytest.mark.parametrize("rows", [1, 7, 32, 300])
@@ -16,7 +16,7 @@ def test_a_sampling_product_is_that_of_torch(rows: int, dtype: torch.dtype, bias
     torch.manual_seed(rows)
     weight, x = torch.randn(outputs, 24, dtype=dtype), torch.randn(1, rows, 24, dtype=dtype)
     bias = torch.randn(outputs, dtype=dtype) if biased else None
-    product = FrozenProduct(SimpleNamespace(weight=weight, bias=bias))
+    product = FrozenLinear(SimpleNamespace(weight=weight, bias=bias))
     expected = torch.nn.functional.linear(x, weight, bias)
     for _ in range(2):
         with torch.inference_mode():
@@ -26,7 +26,7 @@ def test_a_sampling_product_is_that_of_torch(rows: int, dtype: torch.dtype, bias
 def test_after_sampling_gradients_still_flow() -> None:
     """The kept layout knows no gradients: a pass that wants them must not take it."""
     weight, x = torch.randn(5, 3), torch.randn(2, 3, requires_grad=True)
-    product = FrozenProduct(SimpleNamespace(weight=weight))
+    product = FrozenLinear(SimpleNamespace(weight=weight))
     with torch.inference_mode():
         product(x)
     product(x).sum().backward()

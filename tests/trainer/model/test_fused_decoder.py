@@ -7,7 +7,7 @@ from torch import Tensor
 from agl_trainer.data.prefix_tree import pack_rows
 from agl_trainer.model.attention import PackedPlan
 from agl_trainer.model.base_model import use_bfloat16_products
-from agl_trainer.model.cpu.fused import can_be_fused
+from agl_trainer.model.cpu.fused_decoder import can_be_fused
 from agl_trainer.model.lora import BASE
 from agl_trainer.model.policy import Policy
 from tests.trainer.small_model import small_model, small_policy

@@ -1,4 +1,4 @@
-"""The mask that a GPU takes for a trie gives what its segments give: values and gradients, on this CPU."""
+"""The block mask used on GPUs gives the values and gradients of the segments, computed here on a CPU."""
 
 import functools
 import random
@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import BlockMask
 
 from agl_trainer.data.prefix_tree import PackedRows, pack_rows
-from agl_trainer.model import flex
+from agl_trainer.model import flex_attention
 from agl_trainer.model.attention import PackedPlan
-from agl_trainer.model.attention_parts import Scores
+from agl_trainer.model.block_attention import ScoreOptions
 from tests.trainer.compute.test_prefix import step
 from tests.trainer.model.test_attention import SCORES
 from tests.trainer.small_model import small_model, small_policy
@@ -37,7 +37,7 @@ def tree(prompt_tokens: int) -> list[list[int]]:
 
 
 class Known:
-    """Keys and values of the first tokens, in two pieces, as a trunk on a trunk has them."""
+    """Keys and values of the first tokens, in two pieces, as for a prefix below a prefix."""
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
         self.end = key.shape[1]
@@ -47,7 +47,7 @@ class Known:
         return self._pieces
 
 
-def attend(packed: PackedRows, start: int, scores: Scores) -> list[Tensor]:
+def attend(packed: PackedRows, start: int, scores: ScoreOptions) -> list[Tensor]:
     """Output for the tokens from `start` on, and the gradients of query, key and value."""
     generator, count = torch.Generator().manual_seed(0), len(packed.token_ids)
     shapes = [(KV_HEADS, count - start, GROUPS, WIDTH), *[(KV_HEADS, count, WIDTH)] * 2]
@@ -64,11 +64,11 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("scores", SCORES, ids=["plain", "window", "softcap", "both"])
-@pytest.mark.parametrize("start", [0, 100], ids=["whole", "on a trunk"])
-def test_a_mask_gives_what_segments_give(start: int, scores: Scores, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("start", [0, 100], ids=["whole", "below a prefix"])
+def test_a_mask_gives_what_segments_give(start: int, scores: ScoreOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = pack_rows(tree(150) if start else [*tree(150), *tree(70)])
     expected = attend(packed, start, scores)
-    monkeypatch.setattr(flex, "takes", lambda _: True)
+    monkeypatch.setattr(flex_attention, "is_supported", lambda _: True)
     assert_same(attend(packed, start, scores), expected)
 
 
@@ -82,8 +82,8 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
     found = CompileCounterWithBackend("aot_eager")
     with monkeypatch.context() as patch:
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend=found))
-        compiled = flex.compiled_attention.__wrapped__()
-    monkeypatch.setattr(flex, "flex_attention", compiled)
+        compiled = flex_attention.compiled_kernel.__wrapped__()
+    monkeypatch.setattr(flex_attention, "flex_attention", compiled)
     return found
 
 
@@ -97,10 +97,10 @@ def test_compiled_once_it_takes_other_lengths_windows_and_caps(
         (350, 0, 5, 3.0),
         (600, 9, 6, 0.5),
     ]:
-        packed, scores = pack_rows(tree(prompt_tokens)), Scores(0.3, window, cap)
+        packed, scores = pack_rows(tree(prompt_tokens)), ScoreOptions(0.3, window, cap)
         expected = attend(packed, start, scores)
         with monkeypatch.context() as patch:
-            patch.setattr(flex, "takes", lambda _: True)
+            patch.setattr(flex_attention, "is_supported", lambda _: True)
             assert_same(attend(packed, start, scores), expected)
         graphs.append(counter.frame_count)
     whole, below_a_prefix, *others = graphs
@@ -110,21 +110,21 @@ def test_compiled_once_it_takes_other_lengths_windows_and_caps(
 
 @pytest.mark.usefixtures("counter")
 @pytest.mark.parametrize("recomputes", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("pack_tokens", [4096, 130], ids=["one pass", "trunk on trunk"])
+@pytest.mark.parametrize("pack_tokens", [4096, 130], ids=["one pass", "prefix below prefix"])
 def test_a_policy_has_the_same_loss_and_gradient(
     pack_tokens: int, recomputes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With layers that have a window and layers that have none; each pass makes one mask for either."""
     policy = small_policy(small_model("gemma2", dtype=torch.float64), recomputes=recomputes)
     loss, gradient, _ = step(policy, pack_tokens)
-    make, made = flex.tree_mask, []
+    make, made = flex_attention.tree_mask, []
 
     def tree_mask(packed: PackedRows, start: int, window: int | None) -> BlockMask:
         made.append((packed, window))
         return make(packed, start, window)
 
-    monkeypatch.setattr(flex, "takes", lambda _: True)
-    monkeypatch.setattr(flex, "tree_mask", tree_mask)
+    monkeypatch.setattr(flex_attention, "is_supported", lambda _: True)
+    monkeypatch.setattr(flex_attention, "tree_mask", tree_mask)
     other_loss, other_gradient, _ = step(policy, pack_tokens)
     assert other_loss == pytest.approx(loss, rel=1e-9)
     assert (other_gradient - gradient).norm() < 1e-9 * gradient.norm()
@@ -136,15 +136,15 @@ def test_a_policy_has_the_same_loss_and_gradient(
 def test_only_gpus_take_it_and_only_heads_of_common_widths(
     why: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(flex, "refusal", lambda _: why)
-    flex.is_compiled.cache_clear()
+    monkeypatch.setattr(flex_attention, "compile_error", lambda _: why)
+    flex_attention.can_compile.cache_clear()
     with FakeTensorMode():
         found = [
             (device, width)
             for device in ("cpu", "cuda")
             for width in (8, 16, 64, 96, 128, 512)
-            if flex.takes(torch.empty(1, 3, 5, width, device=device))
+            if flex_attention.is_supported(torch.empty(1, 3, 5, width, device=device))
         ]
-    flex.is_compiled.cache_clear()
+    flex_attention.can_compile.cache_clear()
     assert found == ([] if why else [("cuda", 16), ("cuda", 64), ("cuda", 128)])
     assert [record.getMessage().partition(": until")[0] for record in caplog.records] == ([why] if why else [])

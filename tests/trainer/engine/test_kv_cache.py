@@ -1,4 +1,4 @@
-"""What the engine keeps: prompts in a tree that is split, shared and shrunk, and the slab of running sequences."""
+"""The engine's KV cache: the prefix tree of prompts and the slots of running sequences."""
 
 from dataclasses import dataclass, field
 
@@ -6,9 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agl_trainer.engine.local.kv import KvShape, PrefixNode, PrefixTree, Slab
+from agl_trainer.engine.local.prefix_tree import KvShape, PrefixNode, PrefixTree
+from agl_trainer.engine.local.slot_cache import SlotCache
 
-SHAPE = KvShape(layers=2, heads=1, width=1, dtype=torch.float32, device=torch.device("cpu"))
+SHAPE = KvShape(layers=2, kv_heads=1, head_dim=1, dtype=torch.float32, device=torch.device("cpu"))
 PROMPTS = st.lists(st.integers(0, 2), max_size=9)
 """Few token ids, so that prompts share prefixes of every length; the empty one too (a prompt of one token)."""
 INSERT = st.tuples(st.just("insert"), PROMPTS)
@@ -18,12 +19,12 @@ COMPUTE = st.tuples(st.just("compute"), st.none())
 
 
 def value_of(prefix: list[int]) -> float:
-    """A number for the token that ends `prefix`, different for all prefixes: stands for its keys and values."""
+    """A number that is unique to `prefix`, in place of the keys and values of its last token."""
     return float(sum((token + 1) * 4**place for place, token in enumerate(prefix)))
 
 
 def compute(tree: PrefixTree) -> None:
-    """Fill what is pending, as a prefill does."""
+    """Compute pending nodes, as a prefill does."""
     for node in tree.nodes():
         if node.pending:
             before = [token for above in node.path()[:-1] for token in above.tokens]
@@ -33,7 +34,7 @@ def compute(tree: PrefixTree) -> None:
 
 
 def check_path(tree: PrefixTree, node: PrefixNode, prompt: list[int]) -> None:
-    """`node` ends the path of `prompt`, all of it is in the tree, and what is computed belongs to its tokens."""
+    """Assert that the path of `node` is in the tree and spells `prompt`, with the values of its tokens."""
     path = node.path()
     assert [token for part in path for token in part.tokens] == prompt
     assert set(map(id, path)) <= set(map(id, tree.nodes()))
@@ -56,8 +57,8 @@ def check_tree(tree: PrefixTree) -> None:
 
 
 @dataclass
-class Held:
-    """The prompts that callers hold."""
+class InsertedPrompts:
+    """A tree and the prompts in use."""
 
     tree: PrefixTree = field(default_factory=lambda: PrefixTree(SHAPE))
     leaves: list[tuple[PrefixNode, list[int]]] = field(default_factory=list)
@@ -71,22 +72,22 @@ class Held:
 
     def shrink(self, size: int) -> None:
         self.tree.shrink(size)
-        held = {tuple(prompt[:end]) for _, prompt in self.leaves for end in range(1, len(prompt) + 1)}
-        # More than `size` is left only where all of it is in use.
-        assert self.tree.size <= max(size, len(held))
+        used = {tuple(prompt[:end]) for _, prompt in self.leaves for end in range(1, len(prompt) + 1)}
+        # More than `size` tokens are left only if all of them are in use.
+        assert self.tree.size <= max(size, len(used))
 
     def compute(self, _: None) -> None:
         compute(self.tree)
 
 
 @given(st.lists(st.one_of(INSERT, INSERT, RELEASE, SHRINK, COMPUTE), max_size=40))
-def test_what_is_held_stays_whole_whatever_else_comes_and_goes(steps: list[tuple[str, object]]) -> None:
-    held = Held()
+def test_prompts_in_use_stay_complete_while_others_are_added_and_removed(steps: list[tuple[str, object]]) -> None:
+    prompts = InsertedPrompts()
     for verb, argument in steps:
-        getattr(held, verb)(argument)
-        check_tree(held.tree)
-        for node, prompt in held.leaves:
-            check_path(held.tree, node, prompt)
+        getattr(prompts, verb)(argument)
+        check_tree(prompts.tree)
+        for node, prompt in prompts.leaves:
+            check_path(prompts.tree, node, prompt)
 
 
 @given(st.lists(PROMPTS, min_size=1, max_size=10))
@@ -97,7 +98,7 @@ def test_a_shared_prefix_is_kept_once(prompts: list[list[int]]) -> None:
     assert tree.size == len({tuple(prompt[:end]) for prompt in prompts for end in range(1, len(prompt) + 1)})
 
 
-def test_what_is_computed_is_not_pending_again() -> None:
+def test_computed_tokens_are_not_pending_again() -> None:
     tree = PrefixTree(SHAPE)
     tree.insert([1, 2, 3, 4])
     compute(tree)
@@ -105,7 +106,7 @@ def test_what_is_computed_is_not_pending_again() -> None:
     assert {tuple(node.tokens): node.pending for node in tree.nodes()} == {(1, 2): False, (3, 4): False, (5,): True}
 
 
-def test_the_leaf_used_longest_ago_is_dropped_first() -> None:
+def test_the_least_recently_used_leaf_is_removed_first() -> None:
     tree = PrefixTree(SHAPE)
     first, second, third = (tree.insert([7, token]) for token in (1, 2, 3))
     for node in (first, third, second):
@@ -118,7 +119,7 @@ def test_the_leaf_used_longest_ago_is_dropped_first() -> None:
     assert tree.size == 0
 
 
-def test_a_node_that_two_hold_is_kept_until_both_let_go() -> None:
+def test_a_node_in_use_twice_is_kept_until_both_release_it() -> None:
     tree = PrefixTree(SHAPE)
     node = tree.insert([1, 2])
     assert tree.insert([1, 2]) is node
@@ -130,7 +131,7 @@ def test_a_node_that_two_hold_is_kept_until_both_let_go() -> None:
     assert tree.size == 0
 
 
-def test_a_path_is_parted_at_the_last_shared_node() -> None:
+def test_a_path_is_split_after_the_last_shared_node() -> None:
     tree = PrefixTree(SHAPE)
     for prompt in ([1] * 8, [1] * 8 + [2, 2, 3], [1] * 8 + [2, 2, 4]):
         leaf = tree.insert(prompt)
@@ -141,9 +142,9 @@ def test_a_path_is_parted_at_the_last_shared_node() -> None:
     assert root is tree.root and everything == leaf.path()
 
 
-def slab_row(slab: Slab, slot: int, length: int) -> list[list[float]]:
-    """Keys and values of each layer in the first `length` places of `slot`."""
-    return [pair[slot, 0, :length, 0].tolist() for layer in slab.layers for pair in layer]
+def slot_rows(cache: SlotCache, slot: int, length: int) -> list[list[float]]:
+    """Keys and values of each layer for the first `length` tokens of `slot`."""
+    return [pair[slot, 0, :length, 0].tolist() for layer in cache.layers for pair in layer]
 
 
 def numbered(tokens: int, first: int) -> PrefixNode:
@@ -152,27 +153,27 @@ def numbered(tokens: int, first: int) -> PrefixNode:
     return PrefixNode(list(range(tokens)), kv, depth=0)
 
 
-def test_a_slot_is_filled_with_nodes_in_turn_moved_and_shortened() -> None:
-    slab = Slab(SHAPE, slots=3)
-    assert slab.fill(2, [numbered(2, first=0), numbered(1, first=100)]) == 3
+def test_a_slot_is_filled_moved_and_shortened() -> None:
+    cache = SlotCache(SHAPE, slots=3)
+    assert cache.fill(2, [numbered(2, first=0), numbered(1, first=100)]) == 3
     expected = [[0, 1, 100], [2, 3, 101], [4, 5, 102], [6, 7, 103]]
-    assert slab_row(slab, 2, 3) == expected
-    slab.move(2, 0)
-    assert slab_row(slab, 0, 3) == expected
-    assert slab_row(slab, 1, 3) == [[0, 0, 0]] * 4
-    slab.forget(2, 1, kept=3)
-    assert slab_row(slab, 2, 2) == [row[1:] for row in expected]
+    assert slot_rows(cache, 2, 3) == expected
+    cache.move(2, 0)
+    assert slot_rows(cache, 0, 3) == expected
+    assert slot_rows(cache, 1, 3) == [[0, 0, 0]] * 4
+    cache.drop_first(2, 1, length=3)
+    assert slot_rows(cache, 2, 2) == [row[1:] for row in expected]
 
 
-def test_a_slab_that_grows_keeps_what_it_holds_and_is_zero_elsewhere() -> None:
-    slab = Slab(SHAPE, slots=2)
-    slab.fill(1, [numbered(3, first=1)])
-    before = slab_row(slab, 1, 3)
-    slab.reserve(33)
-    capacity = slab.layers[0][0].shape[2]
+def test_a_growing_cache_keeps_its_content_and_is_zero_elsewhere() -> None:
+    cache = SlotCache(SHAPE, slots=2)
+    cache.fill(1, [numbered(3, first=1)])
+    before = slot_rows(cache, 1, 3)
+    cache.reserve(33)
+    capacity = cache.layers[0][0].shape[2]
     assert capacity == 64
-    assert slab_row(slab, 1, 64) == [row + [0.0] * 61 for row in before]
-    slab.reserve(10)
-    assert slab.layers[0][0].shape[2] == capacity
-    assert slab.fill(0, [numbered(200, first=0)]) == 200
-    assert slab_row(slab, 0, 200)[0] == list(range(200))
+    assert slot_rows(cache, 1, 64) == [row + [0.0] * 61 for row in before]
+    cache.reserve(10)
+    assert cache.layers[0][0].shape[2] == capacity
+    assert cache.fill(0, [numbered(200, first=0)]) == 200
+    assert slot_rows(cache, 0, 200)[0] == list(range(200))

@@ -5,7 +5,7 @@ import threading
 
 import torch
 
-from agl_trainer.model.cpu.threads import give_back_workers
+from agl_trainer.model.cpu.openmp import release_openmp_workers
 
 
 def compute() -> None:
@@ -24,7 +24,7 @@ def test_workers_are_gone_once_they_are_given_back() -> None:
         for _ in range(2):
             compute()
             found.append(threads())
-            give_back_workers()
+            release_openmp_workers()
             found.append(threads())
 
     thread = threading.Thread(target=work)
