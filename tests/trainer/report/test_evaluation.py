@@ -105,4 +105,4 @@ def test_the_table_shows_means_and_paired_differences() -> None:
 def test_the_table_says_how_many_rollouts_failed() -> None:
     base = EvalResult("base", {"q0": TaskScore(0.0, failed=2), "q1": TaskScore(0.5, failed=1)})
     *_, last = comparison_table([base, result("sft", [0.5, 0.5])]).splitlines()
-    assert last == "base: 3 rollouts failed and count 0; the log says how each did"
+    assert last == "base: 3 rollouts failed and count 0; the log has the error of each"

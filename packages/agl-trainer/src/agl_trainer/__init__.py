@@ -1,4 +1,4 @@
-"""GRPO and SFT over recorded agent spans: one LoRA adapter per role on one frozen base model."""
+"""GRPO and SFT on recorded agent spans: one LoRA adapter per role on a frozen base model."""
 
 import logging
 from typing import TYPE_CHECKING, Any
@@ -8,12 +8,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Trainer"]
 
-# PEFT imports it where it is installed, whereupon it asks for kernels that know no gradients.
+# PEFT imports it if installed; it then logs advice to install kernels that have no backward pass.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when asked for: importing the trainer takes torch's seconds, and the `agl` program looks in here often.
+    # Lazy: it imports torch, which takes seconds, and every `agl` command imports this package.
     if name == "Trainer":
         from agl_trainer.loop.trainer import Trainer
 

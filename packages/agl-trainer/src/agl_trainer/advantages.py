@@ -1,4 +1,4 @@
-"""The documented place of the advantages, which `agl_trainer.algo.advantages` implements."""
+"""Public import path of `agl_trainer.algo.advantages`."""
 
 from agl_trainer.algo.advantages import group_advantages
 

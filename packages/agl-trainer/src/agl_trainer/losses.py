@@ -1,4 +1,4 @@
-"""The documented place of the policy losses, which `agl_trainer.algo.losses` implements."""
+"""Public import path of `agl_trainer.algo.losses`."""
 
 from agl_trainer.algo.losses import policy_loss
 

@@ -1,4 +1,4 @@
-"""The commands that this package adds to `agl`: train, sft, eval and demo."""
+"""The commands `agl train`, `agl sft`, `agl eval` and `agl demo`."""
 
 import argparse
 import sys
@@ -13,53 +13,60 @@ EXAMPLE = Path("examples/sql_agent")
 
 
 def train_command(subparsers: Any) -> None:
-    description = "Train the roles, with GRPO or by rejection sampling, from the last checkpoint if there is one."
+    description = (
+        "Train the adapters of all roles with GRPO or rejection sampling. Resumes from the last checkpoint, if any."
+    )
     parser = _add(subparsers, "train", _train, description)
     parser.add_argument(
         "--from-store",
         action="store_true",
-        help="train on rollouts that the store holds already (train.traces): no engine, no agent",
+        help="train on rollouts in the store, selected by train.traces, without running agents or an engine",
     )
 
 
 def sft_command(subparsers: Any) -> None:
-    _add(subparsers, "sft", _sft, "Fine-tune the roles on the examples, or the traces, of the `sft` section.")
+    _add(
+        subparsers,
+        "sft",
+        _sft,
+        "Fine-tune the adapters of all roles on the examples or traces that the `sft` section names.",
+    )
 
 
 def eval_command(subparsers: Any) -> None:
-    description = (
-        "Evaluate a policy on the held-out tasks, and compare it with an earlier result. Intervals are paired by task."
-    )
+    description = "Evaluate a policy on the held-out tasks, and compare it with an earlier result, paired by task."
     example = f"agl eval {EXAMPLE}/config.yaml --of best --label after --against before"
     parser = _add(subparsers, "eval", _eval, description, example)
     parser.add_argument(
         "--of",
         choices=("last", "best", "base"),
         default="last",
-        help="the last checkpoint, the best one (train.eval_every), or the base model (default: last)",
+        help="policy to evaluate: last or best checkpoint (see train.eval_every), or base model (default: last)",
     )
     parser.add_argument(
-        "--label", default="eval", help="name of the result, kept in <output_dir>/eval/ (default: eval)"
+        "--label", default="eval", help="name under which the result is saved in <output_dir>/eval/ (default: eval)"
     )
-    parser.add_argument("--against", metavar="LABEL", help="compare with the kept result of this name")
-    parser.add_argument("--samples", type=int, default=1, help="rollouts of each task (default: 1)")
-    parser.add_argument("--pass-at", type=int, nargs="+", default=[], metavar="K", help="print pass@K too")
+    parser.add_argument("--against", metavar="LABEL", help="saved result to compare with")
+    parser.add_argument("--samples", type=int, default=1, help="rollouts per task (default: 1)")
+    parser.add_argument("--pass-at", type=int, nargs="+", default=[], metavar="K", help="also report pass@K")
     parser.add_argument(
-        "--success", type=float, default=1.0, metavar="REWARD", help="least reward that solves a task (default: 1.0)"
+        "--success", type=float, default=1.0, metavar="REWARD", help="minimum reward of a solved task (default: 1.0)"
     )
     add_json_option(parser)
 
 
 def demo_command(subparsers: Any) -> None:
     description = (
-        "Train a LangGraph agent that writes SQL: evaluate, fine-tune on a few examples, evaluate, reinforce with "
-        "GRPO, evaluate. Stop it with Ctrl-C; the same command goes on from there."
+        "Train a LangGraph agent that writes SQL: evaluate, fine-tune on a few examples, evaluate, train with GRPO, "
+        "evaluate. Stop it with Ctrl-C; the same command resumes it."
     )
     parser = add_command(subparsers, "demo", _demo, description, "agl demo --tiny")
-    parser.add_argument("--tiny", action="store_true", help="a tiny random model: a minute instead of ten")
-    parser.add_argument("--output", type=Path, help="folder of the run (default: runs/demo or runs/demo-tiny)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of adapters, sampling and order (default: 0)")
-    parser.add_argument("--fresh", action="store_true", help="forget an earlier run in the same folder")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny random model: one minute instead of ten")
+    parser.add_argument("--output", type=Path, help="output folder (default: runs/demo or runs/demo-tiny)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of adapters, sampling and task order (default: 0)")
+    parser.add_argument(
+        "--fresh", action="store_true", help="delete an earlier run in the output folder and start again"
+    )
     add_json_option(parser)
 
 
@@ -67,13 +74,13 @@ def _add(
     subparsers: Any, name: str, run: Callable[[argparse.Namespace], int], description: str, example: str | None = None
 ) -> argparse.ArgumentParser:
     parser = add_command(subparsers, name, run, description, example or f"agl {name} {EXAMPLE}/config.yaml")
-    parser.add_argument("config", type=Path, help="the YAML file")
+    parser.add_argument("config", type=Path, help="YAML configuration file")
     return parser
 
 
 def _train(arguments: argparse.Namespace) -> int:
     trainer = _trainer(arguments)
-    return _lead(trainer, lambda: trainer.fit(from_store=arguments.from_store))
+    return _run_distributed(trainer, lambda: trainer.fit(from_store=arguments.from_store))
 
 
 def _sft(arguments: argparse.Namespace) -> int:
@@ -83,7 +90,7 @@ def _sft(arguments: argparse.Namespace) -> int:
         with trainer.open(samples=False):
             trainer.sft()
 
-    return _lead(trainer, tune)
+    return _run_distributed(trainer, tune)
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -115,7 +122,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     try:
         results = demo.run()
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on from the last step in {demo.folder}", file=sys.stderr)
+        print(f"\nstopped; the same command resumes from the last step in {demo.folder}", file=sys.stderr)
         raise
     print(comparison_json(results) if arguments.json else demo.report(results))
     return 0
@@ -123,20 +130,20 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _trainer(arguments: argparse.Namespace) -> Any:
     config = Config.load(arguments.config)
-    # Not before the configuration is known to be right: this loads torch.
+    # Imported after the configuration is validated, because it loads torch.
     from agl_trainer.loop.trainer import Trainer
 
     return Trainer(config)
 
 
-def _lead(trainer: Any, lead: Callable[[], None]) -> int:
-    """Train in this process, or, where torchrun started several, do what the first of them asks for."""
+def _run_distributed(trainer: Any, lead: Callable[[], None]) -> int:
+    """Train in this process; if torchrun started several, the first leads and the others follow."""
     from agl_trainer.compute.devices import lead_or_follow
     from agl_trainer.loop.session import open_policy
 
-    return _say_where(trainer.folder) if lead_or_follow(lead, lambda: open_policy(trainer.config)) else 0
+    return _print_outputs(trainer.folder) if lead_or_follow(lead, lambda: open_policy(trainer.config)) else 0
 
 
-def _say_where(folder: Path) -> int:
+def _print_outputs(folder: Path) -> int:
     print(f"adapters: {folder / 'adapters'}\nmetrics:  {folder / 'metrics.jsonl'}")
     return 0

@@ -1,4 +1,4 @@
-"""`agl adapters`: what a training has made, to look at and to take elsewhere."""
+"""The commands `agl adapters list`, `export` and `merge`."""
 
 import argparse
 from collections.abc import Callable
@@ -11,28 +11,28 @@ from agl.config import Config
 from agl_trainer.loop.adapters import Adapter, export_adapter, find_adapters, merge_adapter, pick_adapter
 
 _EXAMPLE = "examples/sql_agent/config.yaml"
-_HEAD = ("adapter", "rank", "alpha", "parameters", "kept in")
+_HEADER = ("adapter", "rank", "alpha", "parameters", "kept in")
 
 
 def adapters_command(subparsers: Any) -> None:
     parser = subparsers.add_parser("adapters", description="List, export and merge the adapters of a training.")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    described = "List every adapter that is kept in train.output_dir, by role and version."
-    listing = add_command(verbs, "list", _list, described, f"agl adapters list {_EXAMPLE}")
-    listing.add_argument("config", type=Path, help="the YAML file of the training")
+    description = "List the adapters in train.output_dir by role and version."
+    listing = add_command(verbs, "list", _list, description, f"agl adapters list {_EXAMPLE}")
+    listing.add_argument("config", type=Path, help="YAML configuration file of the training")
     add_json_option(listing)
     _add_writer(
         verbs,
         "export",
         _export,
-        "Write an adapter to a folder that PeftModel.from_pretrained and vLLM load.",
+        "Write an adapter to a folder that PeftModel.from_pretrained and vLLM can load.",
         f"agl adapters export {_EXAMPLE} writer --to adapters/writer",
     )
     _add_writer(
         verbs,
         "merge",
         _merge,
-        "Write the base model with an adapter merged into its weights: a model folder that needs no PEFT.",
+        "Merge an adapter into the base model and write a model folder that needs no PEFT.",
         f"agl adapters merge {_EXAMPLE} writer@60 --to models/writer",
     )
 
@@ -41,11 +41,11 @@ def _add_writer(
     verbs: Any, name: str, run: Callable[[argparse.Namespace], int], description: str, example: str
 ) -> None:
     parser = add_command(verbs, name, run, description, example)
-    parser.add_argument("config", type=Path, help="the YAML file of the training")
+    parser.add_argument("config", type=Path, help="YAML configuration file of the training")
     parser.add_argument(
-        "adapter", metavar="ROLE[@VERSION]", help="which one; without a version the one that is served, else the newest"
+        "adapter", metavar="ROLE[@VERSION]", help="adapter; without a version the published one, else the newest"
     )
-    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="folder to create")
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -53,7 +53,7 @@ def _list(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json([_to_json(adapter) for adapter in found])
     elif found:
-        print("\n".join(align([_HEAD, *map(_cells, found)])))
+        print("\n".join(align([_HEADER, *map(_cells, found)])))
     else:
         print(f"no adapters yet below {_output_dir(Config.load(arguments.config))}")
     return 0
@@ -68,7 +68,7 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 
 def _write(arguments: argparse.Namespace, write: Callable[[Adapter, Path, Path], None]) -> int:
-    # Not before it is needed: this loads torch.
+    # Imported here because it loads torch.
     from agl_trainer.loop.session import base_folder
 
     config = Config.load(arguments.config)

@@ -1,4 +1,4 @@
-"""What `agl doctor` asks of the trainer: is the model there?"""
+"""The check of `agl doctor` that the base model is available."""
 
 from collections.abc import Iterator
 
@@ -7,15 +7,15 @@ from agl.config import Config
 from agl.errors import ConfigError
 from agl_trainer.model.base_model import model_folder
 
-_MADE_FOR_EACH_RUN = "tiny"
+_BUILT_BY_RUN = "tiny"
 
 
 def check_model(config: Config) -> Iterator[Check]:
-    """One check where the configuration names a model; the first look at `smollm2` unpacks it."""
+    """One check if the configuration has a `train` section; the first check of `smollm2` unpacks it."""
     if config.train is None:
         return
     name = config.train.model
-    if name == _MADE_FOR_EACH_RUN:
+    if name == _BUILT_BY_RUN:
         yield Check("model", f"{name} is made by the run that needs it")
         return
     try:

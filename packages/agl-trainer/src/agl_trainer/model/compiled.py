@@ -1,8 +1,8 @@
 """Compiles the layers of the base model for training passes (torch.compile).
 
 Each layer is compiled rather than the whole model, so that layers of the same kind share one compiled code. From the
-second pass length on, the number of tokens is a variable in it. Attention over a prefix tree is excluded, as is all else
-that changes from pass to pass; every adapter has its own code.
+second pass length on, the number of tokens is a variable in it. Attention over a prefix tree is excluded, as is all
+else that changes from pass to pass; every adapter has its own code.
 """
 
 import functools

@@ -1,1 +1,1 @@
-"""Metrics, progress and evaluation results."""
+"""Metrics, the progress line, and evaluation results."""

@@ -1,4 +1,4 @@
-"""The reward curve of a training, as a PNG and as text for a terminal."""
+"""Draws the reward curve of a training, as a PNG or as text for a terminal."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -7,20 +7,20 @@ from pathlib import Path
 from agl.errors import ConfigError
 
 Points = Sequence[tuple[int, float]]
-"""(step, value) pairs by step, as `store.query_metrics(run)[name]` gives them."""
+"""(step, value) pairs in step order, as returned by `store.query_metrics(run)[name]`."""
 
-_SMOOTHED_OVER = 5
+_WINDOW = 5
 _BRAILLE = 0x2800
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
-"""Bit of each of the 4 x 2 dots of a braille cell, from the top."""
+"""Bits of the dots of a braille cell: 4 rows from the top, 2 columns."""
 
 
 def save_curve(
     path: Path, series: Mapping[str, Points], *, title: str, levels: Mapping[str, float] | None = None
 ) -> None:
-    """Draw `series` (name to points, raw and smoothed over 5 steps) over the step; `levels` are dashed lines across.
+    """Draw each of `series` over the step, raw and smoothed over 5 steps; `levels` are dashed horizontal lines.
 
-    Raises ConfigError where matplotlib is not installed.
+    Raises ConfigError if matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -43,7 +43,7 @@ def save_curve(
 
 
 def terminal_curve(points: Points, *, width: int = 60, height: int = 8) -> str:
-    """`points`, smoothed over 5 steps, as `height` lines of braille, with the range of values and of steps."""
+    """`points`, smoothed over 5 steps, as `height` lines of braille characters, with axis labels."""
     if not points:
         return "no points yet"
     values = _smooth([value for _, value in points])
@@ -52,7 +52,7 @@ def terminal_curve(points: Points, *, width: int = 60, height: int = 8) -> str:
     rows = [round(depth * (height * 4 - 1)) for depth in depths]
     cells = [[_BRAILLE] * width for _ in range(height)]
     for column, (before, row) in enumerate(pairwise([rows[0], *rows])):
-        for dot in range(min(before + 1, row), max(before, row + 1)):  # without a gap to the column before
+        for dot in range(min(before + 1, row), max(before, row + 1)):  # connects to the previous column
             cells[dot // 4][column // 2] |= _DOTS[dot % 4][column % 2]
     labels = [f"{high:.3f}", *[""] * (height - 2), f"{low:.3f}"]
     lines = [f"{label:>7} ┤{''.join(map(chr, row))}" for label, row in zip(labels, cells, strict=True)]
@@ -61,16 +61,17 @@ def terminal_curve(points: Points, *, width: int = 60, height: int = 8) -> str:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Mean of each value and the up to four before it."""
-    windows = [values[max(0, end - _SMOOTHED_OVER) : end] for end in range(1, len(values) + 1)]
+    """Mean of each value and up to four values before it."""
+    windows = [values[max(0, end - _WINDOW) : end] for end in range(1, len(values) + 1)]
     return [sum(window) / len(window) for window in windows]
 
 
 def _resample(values: Sequence[float], count: int) -> list[float]:
-    """`count` values along the straight lines between `values`."""
+    """`count` values at equal distances, interpolated linearly between `values`."""
     scale = (len(values) - 1) / (count - 1)
-    places = [index * scale for index in range(count)]
+    positions = [index * scale for index in range(count)]
     return [
-        values[int(place)] + (place - int(place)) * (values[min(int(place) + 1, len(values) - 1)] - values[int(place)])
-        for place in places
+        values[int(position)]
+        + (position - int(position)) * (values[min(int(position) + 1, len(values) - 1)] - values[int(position)])
+        for position in positions
     ]

@@ -1,7 +1,7 @@
-"""Results of an evaluation and what may be said about them: means and paired differences with their intervals.
+"""Evaluation results, and their statistics: means and paired differences with confidence intervals.
 
-Intervals are percentile bootstrap intervals over tasks (Efron and Tibshirani, An Introduction to the Bootstrap, 13.3),
-drawn from a fixed seed: the same results always print the same table.
+Intervals are percentile bootstrap intervals over tasks (Efron and Tibshirani, An Introduction to the Bootstrap, 13.3)
+with a fixed seed, so that the same results always print the same table.
 """
 
 import json
@@ -21,7 +21,7 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean over `count` tasks, and where it lies with the asked confidence."""
+    """A mean over `count` tasks and its confidence interval."""
 
     mean: float
     low: float
@@ -33,50 +33,50 @@ class Interval:
         return (self.high - self.low) / 2
 
     def signed(self) -> str:
-        """A difference, as `+0.041 [-0.010, +0.093]`."""
+        """The interval of a difference, e.g. `+0.041 [-0.010, +0.093]`."""
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
 @dataclass(frozen=True, slots=True)
 class TaskScore:
-    """Reward of one task and its parts; the mean of its rollouts where there were several."""
+    """Reward of one task and its parts, each a mean over the task's rollouts."""
 
     reward: float
     parts: Mapping[str, float] = field(default_factory=dict)
     failed: int = 0
-    """Rollouts that came to no end, by an error or out of time, and count 0."""
+    """Rollouts that ended with an error or a timeout; they count as 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """How one policy (`base`, `sft`, `grpo`) did on the held-out tasks, by task id."""
+    """Scores of one policy (`base`, `sft`, `grpo`) on the held-out tasks, by task id."""
 
     label: str
     tasks: Mapping[str, TaskScore]
 
     @property
     def parts(self) -> list[str]:
-        """Reward parts in the order in which they were first given."""
+        """Names of the reward parts, in the order of their first appearance."""
         return list(dict.fromkeys(part for score in self.tasks.values() for part in score.parts))
 
     @property
     def failed(self) -> int:
-        """Rollouts that count 0 since they failed."""
+        """Number of rollouts that failed and count as 0."""
         return sum(score.failed for score in self.tasks.values())
 
     def scores(self, part: str | None = None) -> dict[str, float]:
-        """Task id to its reward, or to one part of it for the tasks that have this part."""
+        """Reward by task id, or one part of it, for the tasks that have this part."""
         if part is None:
             return {task: score.reward for task, score in self.tasks.items()}
         return {task: score.parts[part] for task, score in self.tasks.items() if part in score.parts}
 
     def mean(self, part: str | None = None) -> float:
-        """Of the reward, or of one part of it."""
+        """Mean of the reward, or of one part of it."""
         values = list(self.scores(part).values())
         return sum(values) / len(values)
 
     def save(self, path: Path) -> None:
-        """Write JSON that `load` reads."""
+        """Write a JSON file for `load`."""
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.draft")
         draft.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
@@ -84,18 +84,18 @@ class EvalResult:
 
     @classmethod
     def load(cls, path: Path) -> "EvalResult":
-        """Read what `save` wrote. Raises TrainingError for a file that is not there or is no such result."""
+        """Read a file of `save`. Raises TrainingError if it does not exist or is not an evaluation result."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             return cls(data["label"], {task: TaskScore(**score) for task, score in data["tasks"].items()})
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise TrainingError(f"{path} is not an evaluation result of ours: {error!r}") from error
+            raise TrainingError(f"{path} is not an evaluation result of `agl eval`: {error!r}") from error
 
 
 def mean_interval(values: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> Interval:
-    """Mean of `values` with its bootstrap interval. One value alone has an infinite one: it says nothing of the spread.
+    """Mean of `values` with its bootstrap interval, which is infinite for a single value.
 
-    Raises TrainingError for no values or one that is not finite.
+    Raises TrainingError if there are no values or one is not finite.
     """
     sample = np.asarray(values, dtype=np.float64)
     if sample.size == 0 or not np.isfinite(sample).all():
@@ -109,9 +109,9 @@ def mean_interval(values: Sequence[float], *, confidence: float = 0.95, seed: in
 
 
 def paired_difference(before: Mapping[str, float], after: Mapping[str, float], *, seed: int = 0) -> Interval:
-    """Mean of `after - before` over the tasks that both have, resampled by task.
+    """Mean of `after - before` over the tasks that both contain, resampled by task.
 
-    Raises TrainingError where they share no task.
+    Raises TrainingError if they have no task in common.
     """
     shared = [task for task in before if task in after]
     if not shared:
@@ -122,16 +122,16 @@ def paired_difference(before: Mapping[str, float], after: Mapping[str, float], *
 
 
 def comparison_table(results: Sequence[EvalResult]) -> str:
-    """Aligned text: a row for the reward and for each part, a column for each result and for each step between two.
+    """Table of text: rows are the reward and its parts, columns the results and the differences of successive results.
 
-    A cell over fewer tasks than the largest says over how many.
+    A cell computed over fewer tasks than the largest result shows their number.
     """
     total = max(len(result.tasks) for result in results)
     parts = list(dict.fromkeys(part for result in results for part in result.parts))
     header = ["", *(result.label for result in results), *(f"{b.label} - {a.label}" for a, b in pairwise(results))]
     rows = [[part or "reward", *_cells(results, part, total)] for part in (None, *parts)]
     failures = [
-        f"\n{result.label}: {result.failed} rollouts failed and count 0; the log says how each did"
+        f"\n{result.label}: {result.failed} rollouts failed and count 0; the log has the error of each"
         for result in results
         if result.failed
     ]
@@ -140,17 +140,17 @@ def comparison_table(results: Sequence[EvalResult]) -> str:
 
 
 def comparison_json(results: Sequence[EvalResult]) -> str:
-    """Mean reward and parts of each result, and under `<after> - <before>` the paired differences with intervals."""
-    said: dict[str, dict[str, Any]] = {}
+    """Means of each result under its label, and paired differences with intervals under `<after> - <before>`."""
+    report: dict[str, dict[str, Any]] = {}
     for result in results:
         means = {part: result.mean(part) for part in result.parts}
-        said[result.label] = {"reward": result.mean(), "tasks": len(result.tasks), "failed": result.failed} | means
+        report[result.label] = {"reward": result.mean(), "tasks": len(result.tasks), "failed": result.failed} | means
     for before, after in pairwise(results):
         parts = [None, *(part for part in after.parts if before.scores(part).keys() & after.scores(part).keys())]
-        said[f"{after.label} - {before.label}"] = {
+        report[f"{after.label} - {before.label}"] = {
             part or "reward": asdict(paired_difference(before.scores(part), after.scores(part))) for part in parts
         }
-    return json.dumps(said, indent=1)
+    return json.dumps(report, indent=1)
 
 
 def _cells(results: Sequence[EvalResult], part: str | None, total: int) -> list[str]:
@@ -163,14 +163,14 @@ def _cells(results: Sequence[EvalResult], part: str | None, total: int) -> list[
 
 
 def _mean_cell(interval: Interval, total: int) -> str:
-    return f"{interval.mean:.3f} ± {interval.half_width:.3f}{_over(interval, total)}"
+    return f"{interval.mean:.3f} ± {interval.half_width:.3f}{_count_suffix(interval, total)}"
 
 
 def _difference_cell(interval: Interval, total: int) -> str:
-    return f"{interval.signed()}{_over(interval, total)}"
+    return f"{interval.signed()}{_count_suffix(interval, total)}"
 
 
-def _over(interval: Interval, total: int) -> str:
+def _count_suffix(interval: Interval, total: int) -> str:
     return f" (n={interval.count})" if interval.count != total else ""
 
 

@@ -1,4 +1,4 @@
-"""The metrics of a run: to the store, to a JSONL file, and to trackers."""
+"""Writes the metrics of a run to the store, a JSONL file and trackers."""
 
 import json
 import logging
@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 class MetricsLog:
     """Writes metrics of `run` to `store`, to `metrics.jsonl` in `folder`, and to `trackers`, which it closes.
 
-    A run that starts again at `first_step` replaces what an earlier process wrote for this and later steps, and drops
-    a line that a crash cut short; lines of other runs in the same file stay.
+    A run that resumes at `first_step` removes its lines from that step on, and lines that a crash left incomplete.
+    Lines of other runs in the same file are kept.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class MetricsLog:
         self._trackers = trackers
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Keep `metrics` of `step`. A value that is not finite is null in the file and absent from the store."""
+        """Write the metrics of `step`. A value that is not finite is null in the file and absent from the store."""
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         self._store.append_metrics(self._run, step, finite)
         line = {
@@ -54,23 +54,23 @@ class MetricsLog:
 
 
 def _rewind(path: Path, run: str, first_step: int) -> None:
-    """Take the lines of `run` from `first_step` on, and broken lines, out of the file at `path`."""
+    """Remove the lines of `run` from `first_step` on, and incomplete lines, from the file."""
     if not path.exists():
         return
     kept = path.with_suffix(".jsonl.kept")
     with kept.open("w", encoding="utf-8") as file:
         file.writelines(
-            text + "\n" for text, line in _whole_lines(path) if line["run"] != run or line["step"] < first_step
+            text + "\n" for text, line in _complete_lines(path) if line["run"] != run or line["step"] < first_step
         )
     os.replace(kept, path)
 
 
-def _whole_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """Text and value of each line of `path` that was written to its end."""
+def _complete_lines(path: Path) -> Iterator[tuple[str, dict]]:
+    """Text and value of each complete line of `path`."""
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
         except ValueError:
-            logger.warning("%s: left out a line that was cut short: %.60s", path, text)
+            logger.warning("%s: removed an incomplete line: %.60s", path, text)
         else:
             yield text, line

@@ -1,4 +1,4 @@
-"""One live line that says where a training is and what it waits for."""
+"""The progress line: phase, step, reward, speed, time left, and the rollouts that are waited for."""
 
 import contextlib
 import os
@@ -12,8 +12,8 @@ _CLEAR = "\r\x1b[K"
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """What the line shows; None is left out."""
+class ProgressState:
+    """Fields of the line; None is omitted."""
 
     phase: str
     step: int = 0
@@ -35,18 +35,18 @@ class Standing:
 
 
 class Progress:
-    """The line on `stream` (standard error): redrawn in place on a terminal, else a plain line now and then.
+    """Draws the line on `stream` (default: standard error), in place on a terminal, else as plain lines.
 
-    Thread-safe. A terminal that has gone away never stops the training.
+    Thread-safe. Errors of a closed terminal are ignored.
     """
 
     def __init__(self, stream: TextIO | None = None, *, every_s: float = 10.0) -> None:
-        """`every_s`: shortest time between two lines where `stream` is no terminal."""
+        """`every_s`: minimum time between two lines, in seconds, if `stream` is no terminal."""
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
         self._every_s = every_s
         self._lock = threading.Lock()
-        self._standing = Standing("starting")
+        self._state = ProgressState("starting")
         self._started_at, self._first_step = monotonic(), 0
         self._drawn, self._drawn_at = "", 0.0
 
@@ -57,43 +57,43 @@ class Progress:
         self.close()
 
     def start(self, phase: str, *, step: int = 0, steps: int | None = None) -> None:
-        """Begin a phase; the time left is reckoned from here."""
+        """Begin a phase; the time left is estimated from the steps since then."""
         with self._lock:
-            self._standing = Standing(phase, step, steps)
+            self._state = ProgressState(phase, step, steps)
             self._started_at, self._first_step = monotonic(), step
             self._draw(due=True)
 
     def update(self, **changes: Any) -> None:
-        """Change fields of `Standing`; the others stay."""
+        """Change the named fields of `ProgressState`."""
         with self._lock:
-            before, self._standing = self._standing, replace(self._standing, **changes)
-            self._draw(due=self._live or before.step != self._standing.step)
+            before, self._state = self._state, replace(self._state, **changes)
+            self._draw(due=self._live or before.step != self._state.step)
 
     def note(self, text: str) -> None:
-        """Print `text` as a line of its own, above the live one."""
+        """Print `text` as a separate line above the progress line."""
         with self._lock:
             self._write(f"{_CLEAR}{text}\n" if self._live else f"{text}\n")
             if self._live:
                 self._write(self._drawn)
 
     def close(self) -> None:
-        """Leave the last line standing."""
-        line = self._standing.line(None)
+        """Print the last state as a permanent line."""
+        line = self._state.line(None)
         with self._lock:
             if self._drawn:
                 self._write(f"{_CLEAR}{line}\n" if self._live else f"{line}\n")
 
     def _eta_s(self) -> float | None:
-        done = self._standing.step - self._first_step
-        if self._standing.steps is None or done <= 0:
+        done = self._state.step - self._first_step
+        if self._state.steps is None or done <= 0:
             return None
-        return (monotonic() - self._started_at) / done * (self._standing.steps - self._standing.step)
+        return (monotonic() - self._started_at) / done * (self._state.steps - self._state.step)
 
     def _draw(self, *, due: bool) -> None:
         now = monotonic()
         if not due and now - self._drawn_at < self._every_s:
             return
-        line = self._standing.line(self._eta_s())
+        line = self._state.line(self._eta_s())
         if self._live:
             line = line[: _columns(self._stream) - 1]
         self._write(f"{_CLEAR}{line}" if self._live else f"{line}\n")

@@ -1,4 +1,4 @@
-"""What a GRPO step says of itself: rewards, lengths, staleness, tokens and time, by their usual names."""
+"""Metrics of a GRPO step: rewards, lengths, staleness, tokens and time."""
 
 import statistics
 import time
@@ -11,7 +11,7 @@ from agl_trainer.compute.optimizer_step import StepStats
 
 
 class Stopwatch:
-    """Where the time of a step goes."""
+    """Measures the parts of a step."""
 
     def __init__(self) -> None:
         self._since = time.monotonic()
@@ -19,7 +19,7 @@ class Stopwatch:
         """Seconds by name."""
 
     def lap(self, name: str) -> None:
-        """The time since the lap before was that of `name`."""
+        """Record the time since the previous lap under `name`."""
         now = time.monotonic()
         self.laps[name], self._since = max(now - self._since, 1e-9), now
 
@@ -28,7 +28,7 @@ class Stopwatch:
 
 
 def reward_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Mean and standard deviation of the last reward on each rollout and on each role in it, and of their parts."""
+    """Mean and standard deviation of the final reward of each rollout and of each role, and of their parts."""
     values: dict[str, list[float]] = {}
     for trajectory in trajectories:
         last = {reward.role: reward for reward in trajectory.rewards if reward.target is None}
@@ -38,11 +38,11 @@ def reward_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
             for part, value in reward.dimensions.items():
                 values.setdefault(f"{prefix}/{part}", []).append(value)
     means = {name: statistics.fmean(found) for name, found in values.items()}
-    return means | {_std_of(name): statistics.pstdev(found) for name, found in values.items()}
+    return means | {_std_name(name): statistics.pstdev(found) for name, found in values.items()}
 
 
 def batch_metrics(batch: GrpoBatch, roles: Mapping[str, RoleState]) -> dict[str, float]:
-    """What each role earned, how long its calls were, and how many versions behind those that train."""
+    """Per role: credit, lengths of calls, and staleness of the calls that train, in versions."""
     metrics: dict[str, float] = {}
     for role, credits in batch.credits.items():
         metrics[f"{role}/credit_mean"] = statistics.fmean(credits)
@@ -51,14 +51,15 @@ def batch_metrics(batch: GrpoBatch, roles: Mapping[str, RoleState]) -> dict[str,
         own = [outcome for outcome in batch.outcomes if outcome.call.role == role]
         metrics |= {f"{role}/{name}": value for name, value in _lengths(outcome.call for outcome in own).items()}
         version = roles[role].version if role in roles else None
-        behind = _staleness(own, version) if version is not None else []
-        if behind:
-            metrics[f"{role}/staleness_mean"], metrics[f"{role}/staleness_max"] = statistics.fmean(behind), max(behind)
+        staleness = _staleness(own, version) if version is not None else []
+        if staleness:
+            metrics[f"{role}/staleness_mean"] = statistics.fmean(staleness)
+            metrics[f"{role}/staleness_max"] = max(staleness)
     return metrics
 
 
 def update_metrics(updates: Mapping[str, StepStats], seconds: float) -> dict[str, float]:
-    """What the optimizer steps of the adapters say, and how fast the rows were computed in `seconds`."""
+    """Metrics of the optimizer steps of the adapters, and the speed of the update, which took `seconds`."""
     metrics = {f"{owner}/{name}": value for owner, update in updates.items() for name, value in update.metrics.items()}
     distinct = sum(update.distinct_tokens for update in updates.values())
     total = sum(update.total_tokens for update in updates.values())
@@ -66,7 +67,7 @@ def update_metrics(updates: Mapping[str, StepStats], seconds: float) -> dict[str
     return metrics | {f"tokens/{name}": value for name, value in tokens.items()}
 
 
-def _std_of(name: str) -> str:
+def _std_name(name: str) -> str:
     return f"{name.removesuffix('mean')}std" if name.endswith("reward/mean") else f"{name}_std"
 
 
@@ -86,5 +87,5 @@ def _lengths(calls: Iterable[Call]) -> dict[str, float]:
 
 def _staleness(outcomes: Iterable[CallOutcome], version: int) -> list[float]:
     numbers = [version_number(outcome.call.policy_version) for outcome in outcomes if outcome.reason is None]
-    # A higher number is of another training: rollouts of a store may be.
+    # Rollouts read from a store may have a higher version, of another training: they are skipped.
     return [float(version - number) for number in numbers if number is not None and number <= version]

@@ -1,4 +1,4 @@
-"""Metrics for those who watch them elsewhere: TensorBoard, Weights & Biases and MLflow, where they are installed."""
+"""Experiment trackers: TensorBoard, Weights & Biases and MLflow, if installed."""
 
 import importlib
 import logging
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """One of them, with a run of its own for the training."""
+    """A tracker with one run for the training."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None: ...
 
@@ -21,10 +21,10 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files below `folder`. What an earlier process logged for `first_step` and later steps is hidden."""
+    """Event files in `folder`. Events of an earlier process from `first_step` on are hidden."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """Raises ImportError where it is not installed."""
+        """Raises ImportError if TensorBoard is not installed."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=first_step)
@@ -39,14 +39,14 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run in project `agl`, or `$WANDB_PROJECT`. A training that is resumed goes on in the run it had."""
+    """A run in project `agl`, or `$WANDB_PROJECT`. A resumed training continues its run."""
 
     def __init__(self, run: str, folder: Path, config: Mapping[str, Any]) -> None:
         wandb = _import("wandb")
-        kept = folder / "wandb-run"
-        settings = {"id": kept.read_text(encoding="utf-8"), "resume": "allow"} if kept.exists() else {}
+        run_file = folder / "wandb-run"
+        settings = {"id": run_file.read_text(encoding="utf-8"), "resume": "allow"} if run_file.exists() else {}
         self._run = wandb.init(name=run, dir=str(folder), config=dict(config), **_project(), **settings)
-        kept.write_text(self._run.id, encoding="utf-8")
+        run_file.write_text(self._run.id, encoding="utf-8")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self._run.log(dict(metrics), step=step)
@@ -56,19 +56,19 @@ class WeightsAndBiases:
 
 
 class Mlflow:
-    """A run at `$MLFLOW_TRACKING_URI`. A training that is resumed goes on in the run it had."""
+    """A run at `$MLFLOW_TRACKING_URI`. A resumed training continues its run."""
 
     def __init__(self, run: str, folder: Path, config: Mapping[str, Any]) -> None:
         mlflow = _import("mlflow")
         self._client: Any = mlflow.MlflowClient()
-        kept = folder / "mlflow-run"
-        if not kept.exists():
+        run_file = folder / "mlflow-run"
+        if not run_file.exists():
             experiment = mlflow.set_experiment("agl").experiment_id
-            made = self._client.create_run(experiment, run_name=run)
-            for name, value in _flat(config).items():
-                self._client.log_param(made.info.run_id, name, value)
-            kept.write_text(made.info.run_id, encoding="utf-8")
-        self._run_id = kept.read_text(encoding="utf-8")
+            new_run = self._client.create_run(experiment, run_name=run)
+            for name, value in _flatten(config).items():
+                self._client.log_param(new_run.info.run_id, name, value)
+            run_file.write_text(new_run.info.run_id, encoding="utf-8")
+        self._run_id = run_file.read_text(encoding="utf-8")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for name, value in metrics.items():
@@ -78,15 +78,15 @@ class Mlflow:
         self._client.set_terminated(self._run_id)
 
 
-_LONGEST_PARAM = 500
-_NAMED = {"wandb": WeightsAndBiases, "mlflow": Mlflow}
+_MAX_PARAM_CHARS = 500
+_TRACKERS = {"wandb": WeightsAndBiases, "mlflow": Mlflow}
 
 
 def open_trackers(
     names: Sequence[str], run: str, folder: Path, config: Mapping[str, Any], first_step: int
 ) -> list[Tracker]:
-    """TensorBoard where it is installed, and those that `names` asks for. Raises ConfigError for one that is not."""
-    found: list[Tracker] = [_NAMED[name](run, folder, config) for name in names]
+    """The trackers `names`, and TensorBoard if installed. Raises ConfigError if one of `names` is not installed."""
+    found: list[Tracker] = [_TRACKERS[name](run, folder, config) for name in names]
     try:
         found.append(TensorBoard(folder / "tensorboard" / run, first_step))
     except ImportError:
@@ -105,12 +105,12 @@ def _project() -> dict[str, str]:
     return {} if "WANDB_PROJECT" in os.environ else {"project": "agl"}
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """`config` with keys joined by dots, and values as short as MLflow takes them."""
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """`config` flattened, with keys joined by dots and values cut to MLflow's limit."""
     found: dict[str, str] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
+            found |= _flatten(value, f"{prefix}{name}.")
         else:
-            found[f"{prefix}{name}"] = str(value)[:_LONGEST_PARAM]
+            found[f"{prefix}{name}"] = str(value)[:_MAX_PARAM_CHARS]
     return found
