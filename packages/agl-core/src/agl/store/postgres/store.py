@@ -38,7 +38,8 @@ class PostgresStore(SqlStore[PostgresDatabase]):
         unique, attempts = spans.without_duplicates(rows), attempt_ids(rows)
 
         def append(db: PostgresConnection) -> int:
-            heartbeat_known(db, attempts, now_ns)
+            if attempts:
+                heartbeat_known(db, attempts, now_ns)
             return spans.insert(db, unique, now_ns)
 
         try:

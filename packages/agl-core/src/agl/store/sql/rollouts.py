@@ -89,8 +89,7 @@ def get_rollout(db: Connection, rollout_id: str) -> Rollout | None:
 
 def heartbeat_known(db: Connection, attempt_ids: Sequence[str], now_ns: int) -> None:
     """Record a heartbeat of those attempts that the store knows."""
-    if attempt_ids:
-        _record_heartbeats(db, _find_attempts(db, attempt_ids), now_ns)
+    _record_heartbeats(db, _find_attempts(db, attempt_ids), now_ns)
 
 
 def _lease(db: Connection, worker_id: str, rollout_id: str | None, now_ns: int) -> tuple[Rollout, Attempt] | None:

@@ -35,7 +35,8 @@ class SqliteStore(SqlStore[SqliteDatabase]):
         batch, attempts = spans.Batch.of(rows, now_ns), attempt_ids(rows)
 
         def append(db: Connection) -> int:
-            heartbeat_known(db, attempts, now_ns)
+            if attempts:
+                heartbeat_known(db, attempts, now_ns)
             return spans.insert(db, batch)
 
         return self._database.write(append) if rows else 0
