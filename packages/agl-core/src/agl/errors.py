@@ -1,12 +1,12 @@
-"""The error model: one root, one class for each boundary that can refuse something.
+"""Error classes: one root, and one class for each boundary at which something can fail.
 
-A message says what was got, what was expected, for which rollout, role or row, and what to do next. The CLI prints
-the message alone and exits with 2; a traceback is for our own defects only.
+A message says what was got, what was expected, for which rollout, role or row, and what to do. The CLI prints the
+message without a traceback and exits with 2; a traceback is a sign of a defect of ours.
 """
 
 
 class AglError(Exception):
-    """Root of every error raised on purpose."""
+    """Base class of all errors that are raised deliberately."""
 
 
 class ConfigError(AglError):
@@ -14,48 +14,48 @@ class ConfigError(AglError):
 
 
 class TelemetryError(AglError):
-    """A rollout, role, reward or other value that a span cannot carry; raised before anything was recorded."""
+    """A rollout, role, reward or other value cannot be recorded on a span. Nothing of it was recorded."""
 
 
 class StoreError(AglError):
-    """The store cannot be opened, cannot keep what it was given, or refuses a verb (an unknown id)."""
+    """The store cannot be opened or cannot execute a verb."""
 
 
 class QueueError(StoreError):
-    """The queue before the store cannot be reached, is full, or may lose what it acknowledges."""
+    """The queue in front of the store cannot be reached, is full, or is not durable."""
 
 
 class InputError(StoreError):
-    """A store was given what it can never keep; to send it again is of no use."""
+    """The store can never accept the input, so repeating the call is of no use."""
 
 
 class UnknownIdError(StoreError):
-    """A verb names a rollout or an attempt that the store does not hold."""
+    """A verb names a rollout or an attempt that is not in the store."""
 
 
 class TransitionError(StoreError):
-    """A rollout or an attempt is in a state from which the state table does not allow the change."""
+    """The state table does not allow the change from the state of the rollout or attempt."""
 
 
 class OtlpError(AglError):
-    """An OTLP body could not be decoded; nothing of it was stored."""
+    """An OTLP body cannot be decoded; none of its spans was stored."""
 
 
 class TrajectoryError(AglError):
-    """Spans that cannot be read as one rollout."""
+    """The spans are not those of exactly one rollout."""
 
 
 class CommandError(AglError):
-    """A command was asked for something that is not there, or names a file, port or plug-in it cannot use."""
+    """The arguments of a command name something that does not exist or cannot be used."""
 
 
 class GatewayError(AglError):
-    """The gateway cannot answer: no engine, an engine that fails, a request it cannot read."""
+    """The gateway cannot answer a request: there is no engine, the engine failed, or the request is invalid."""
 
 
 class AgentError(AglError):
-    """An agent function failed or did not answer in time. It is data: the rollout is marked failed with it."""
+    """An agent function raised or timed out. It is data: the rollout is marked as failed with it."""
 
 
 class TrainingError(AglError):
-    """A batch, a loss or a checkpoint that cannot be right; the message names the rollout, role or file."""
+    """A batch, a loss or a checkpoint is invalid; the message names the rollout, role or file."""

@@ -1,7 +1,7 @@
-"""Spans on the wire: OTLP trace requests, protobuf and JSON, to and from `agl.span.Span`.
+"""Encodes and decodes OTLP trace requests, in protobuf and JSON, from and to `agl.span.Span`.
 
-Serialised requests may be concatenated: the bytes of two requests one after the other decode to the spans of both.
-Stores use that, keeping each span as the request that would carry it alone.
+Concatenated protobuf requests are one valid request with the spans of all of them. Stores rely on that: they keep each
+span as a request of its own.
 """
 
 import base64
@@ -30,17 +30,17 @@ _LAST_NS = 2**63 - 1
 
 
 def decode(body: bytes) -> list[Span]:
-    """Spans of a protobuf ExportTraceServiceRequest. Raises OtlpError; then nothing of the body counts."""
+    """Spans of a protobuf ExportTraceServiceRequest. Raises OtlpError if any of them is invalid."""
     return _read_request(parse(body))
 
 
 def decode_json(body: bytes | str) -> list[Span]:
-    """Spans of an OTLP/JSON request. Raises OtlpError; then nothing of the body counts."""
+    """Spans of an OTLP/JSON request. Raises OtlpError if any of them is invalid."""
     return _read_request(parse_json(body))
 
 
 def parse(body: bytes) -> ExportTraceServiceRequest:
-    """The protobuf request; its spans are not looked at. Raises OtlpError."""
+    """The protobuf request, with its spans unchecked. Raises OtlpError."""
     try:
         return ExportTraceServiceRequest.FromString(body)
     except DecodeError as error:
@@ -54,25 +54,25 @@ def parse_json(body: bytes | str) -> ExportTraceServiceRequest:
         data = json.loads(body)
         _convert_ids(data, lambda text: base64.b64encode(bytes.fromhex(text)).decode())
         json_format.ParseDict(data, request, ignore_unknown_fields=True)
-    # A wrong type somewhere inside surfaces as any of these, depending on where it stands; a key with half a surrogate
-    # pair as the SystemError.
+    # A wrong type inside the body raises any of these, depending on its position; an unpaired surrogate in a key raises
+    # SystemError.
     except (ValueError, TypeError, AttributeError, RecursionError, SystemError, json_format.ParseError) as error:
         raise OtlpError(f"the body is not an OTLP/JSON trace request: {error}") from error
     return request
 
 
 def encode(spans: Iterable[Span]) -> bytes:
-    """Protobuf ExportTraceServiceRequest with `spans`. Raises OtlpError on a value that OTLP cannot carry."""
+    """Protobuf ExportTraceServiceRequest with `spans`. Raises OtlpError for a value that OTLP cannot represent."""
     return _write_request(spans).SerializeToString()
 
 
 def encode_json(spans: Iterable[Span]) -> str:
-    """OTLP/JSON request with `spans`, on one line. Raises OtlpError on a value that OTLP cannot carry."""
+    """OTLP/JSON request with `spans`, on one line. Raises OtlpError for a value that OTLP cannot represent."""
     return _write_json(_write_request(spans))
 
 
 def to_json(bodies: Iterable[bytes]) -> str:
-    """OTLP/JSON request with all that protobuf requests have, on one line; neighbours share their heading."""
+    """The protobuf requests `bodies` as one OTLP/JSON request, on one line, with every field kept."""
     whole = ExportTraceServiceRequest()
     for body in bodies:
         for resource_spans in parse(body).resource_spans:
@@ -84,7 +84,7 @@ def to_json(bodies: Iterable[bytes]) -> str:
 def _add_spans(
     request: ExportTraceServiceRequest, resource_spans: trace_pb2.ResourceSpans, scope_spans: trace_pb2.ScopeSpans
 ) -> None:
-    """Add the spans of `scope_spans`, which stands in `resource_spans`, under a heading that says the same."""
+    """Add the spans of `scope_spans` with their resource and scope, which equal neighbours share."""
     outer = request.resource_spans[-1] if request.resource_spans else None
     if outer is None or (outer.resource, outer.schema_url) != (resource_spans.resource, resource_spans.schema_url):
         outer = request.resource_spans.add(resource=resource_spans.resource, schema_url=resource_spans.schema_url)
@@ -101,7 +101,7 @@ def _write_json(request: ExportTraceServiceRequest) -> str:
 
 
 def _convert_ids(data: Any, convert: Callable[[str], str]) -> None:
-    """Rewrite the ids of every span in place: OTLP/JSON writes hex where protobuf's own JSON writes base64."""
+    """Convert the ids of every span in place: OTLP/JSON has hex where protobuf's own JSON has base64."""
     for resource_spans in data.get("resourceSpans") or ():
         for scope_spans in resource_spans.get("scopeSpans") or ():
             for span in scope_spans.get("spans") or ():
@@ -139,12 +139,12 @@ def _read_span(span: trace_pb2.Span, resource: dict[str, AttributeValue], scope:
 
 
 def has_parent(span: trace_pb2.Span) -> bool:
-    """An id of zeros alone is none."""
+    """Whether `span` names a parent; an id of zeros does not count."""
     return bool(span.parent_span_id.strip(b"\0"))
 
 
 def check_head(span: trace_pb2.Span) -> None:
-    """Raises OtlpError for ids and times that no span can have."""
+    """Raises OtlpError for invalid ids and times."""
     _check_id(span.trace_id, 16, "trace id", span)
     _check_id(span.span_id, 8, "span id", span)
     if has_parent(span):
@@ -176,7 +176,7 @@ def read_attributes(pairs: Iterable[KeyValue]) -> dict[str, AttributeValue]:
 
 
 def read_value(value: AnyValue) -> AttributeValue | None:
-    """A plain value; what an attribute cannot hold (maps, mixed or nested arrays) becomes its JSON text."""
+    """A plain value; maps and mixed or nested arrays, which attributes cannot hold, become JSON text."""
     kind = value.WhichOneof("value")
     if kind is None:
         return None
@@ -196,7 +196,7 @@ def _read_array(values: Sequence[AnyValue]) -> AttributeValue:
 
 
 def _to_json(value: AnyValue) -> Any:
-    """`value` as the JSON value nearest to it: bytes become base64."""
+    """`value` as a JSON value; bytes become base64."""
     kind = value.WhichOneof("value")
     if kind is None:
         return None
@@ -221,7 +221,7 @@ def _write_request(spans: Iterable[Span]) -> ExportTraceServiceRequest:
 
 
 def _add_span(request: ExportTraceServiceRequest, span: Span, previous: Span | None) -> None:
-    """Add `span`, under the heading of `previous` if resource and scope are the same."""
+    """Add `span`, in the group of `previous` if its resource and scope are equal."""
     if previous is None or span.resource != previous.resource or span.scope != previous.scope:
         resource = Resource(attributes=_write_attributes(span.resource))
         request.resource_spans.add(resource=resource).scope_spans.add(scope=InstrumentationScope(name=span.scope))

@@ -1,15 +1,15 @@
-"""Names of span attributes: one constant each, nothing else.
+"""Names of span attributes and of spans, one constant each.
 
-Standard OpenTelemetry GenAI names come first; ours (`agl.*`) stand always on the *span*, never on the resource,
-because a resource is one per process and two rollouts in one process would collide on it.
+The standard OpenTelemetry GenAI names come first. Ours (`agl.*`) are always attributes of the *span*, never of the
+resource: a process has one resource, so two rollouts in one process would collide on it.
 """
 
 from typing import Final
 
-# --- OpenTelemetry GenAI -------------------------------------------------------------------------------------------
+# --- OpenTelemetry GenAI ---------------------------------------------------------------------------------------------
 
 GEN_AI_OPERATION_NAME: Final = "gen_ai.operation.name"
-"""What the span is: one of the `OPERATION_*` values."""
+"""str: kind of operation, one of the `OPERATION_*` values."""
 GEN_AI_PROVIDER_NAME: Final = "gen_ai.provider.name"
 """Provider of the model as the client names it, e.g. `openai`."""
 GEN_AI_AGENT_NAME: Final = "gen_ai.agent.name"
@@ -19,17 +19,17 @@ GEN_AI_WORKFLOW_NAME: Final = "gen_ai.workflow.name"
 GEN_AI_REQUEST_MODEL: Final = "gen_ai.request.model"
 """`model` of the request, as the client sent it."""
 GEN_AI_RESPONSE_MODEL: Final = "gen_ai.response.model"
-"""`model` of the answer."""
+"""`model` of the response."""
 GEN_AI_RESPONSE_ID: Final = "gen_ai.response.id"
-"""`id` of the answer; joins a framework span with the gateway's span of the same call."""
+"""`id` of the response; joins a framework span with the gateway's span of the same call."""
 GEN_AI_RESPONSE_FINISH_REASONS: Final = "gen_ai.response.finish_reasons"
-"""Array of str, one for each choice."""
+"""Array of str, one per choice."""
 GEN_AI_REQUEST_TEMPERATURE: Final = "gen_ai.request.temperature"
 """float."""
 GEN_AI_REQUEST_MAX_TOKENS: Final = "gen_ai.request.max_tokens"
 """int."""
 GEN_AI_REQUEST_SEED: Final = "gen_ai.request.seed"
-"""int: seed the engine sampled with."""
+"""int: seed with which the engine sampled."""
 GEN_AI_INPUT_MESSAGES: Final = "gen_ai.input.messages"
 """JSON string: list of `{role, parts: [{type, ...}]}`."""
 GEN_AI_OUTPUT_MESSAGES: Final = "gen_ai.output.messages"
@@ -45,21 +45,21 @@ GEN_AI_USAGE_OUTPUT_TOKENS: Final = "gen_ai.usage.output_tokens"
 GEN_AI_TOOL_NAME: Final = "gen_ai.tool.name"
 """Name of the tool that ran."""
 GEN_AI_TOOL_DESCRIPTION: Final = "gen_ai.tool.description"
-"""What the tool is for, as its author wrote it."""
+"""Description of the tool, as its author wrote it."""
 GEN_AI_TOOL_CALL_ID: Final = "gen_ai.tool.call.id"
-"""Id that the model gave to the tool call."""
+"""Id of the tool call, as the model set it."""
 GEN_AI_TOOL_CALL_ARGUMENTS: Final = "gen_ai.tool.call.arguments"
 """JSON string."""
 GEN_AI_TOOL_CALL_RESULT: Final = "gen_ai.tool.call.result"
 """JSON string."""
 GEN_AI_RETRIEVAL_QUERY_TEXT: Final = "gen_ai.retrieval.query.text"
-"""What was searched for."""
+"""The search query."""
 GEN_AI_RETRIEVAL_DOCUMENTS: Final = "gen_ai.retrieval.documents"
 """JSON string: list of `{id, content, metadata}`."""
 ERROR_TYPE: Final = "error.type"
 """Class name of the exception, or the HTTP status."""
 HTTP_RESPONSE_STATUS_CODE: Final = "http.response.status_code"
-"""int: status that the client got."""
+"""int: status of the response to the client."""
 
 OPERATION_CHAT: Final = "chat"
 OPERATION_TEXT_COMPLETION: Final = "text_completion"
@@ -68,42 +68,42 @@ OPERATION_EXECUTE_TOOL: Final = "execute_tool"
 OPERATION_RETRIEVAL: Final = "retrieval"
 OPERATION_INVOKE_WORKFLOW: Final = "invoke_workflow"
 
-# --- Rollout, role and policy --------------------------------------------------------------------------------------
+# --- Rollout, role and policy ----------------------------------------------------------------------------------------
 
 ROLLOUT_ID: Final = "agl.rollout.id"
-"""str: execution of an agent on one input. Absent: the trace id stands for it (an implicit rollout)."""
+"""str: execution of an agent on one input. Without it the rollout is the trace (an implicit rollout)."""
 ATTEMPT_ID: Final = "agl.attempt.id"
 """str: one try of a rollout."""
 GROUP_ID: Final = "agl.group.id"
-"""str: rollouts of the same task, compared with each other by GRPO."""
+"""str: rollouts of the same task, which GRPO compares with each other."""
 MODE: Final = "agl.mode"
 """str: `train`, `eval` or `prod`."""
 ROLE: Final = "agl.role"
-"""str: role of the agent that made the call."""
+"""str: role of the agent, e.g. `planner`."""
 PROJECT: Final = "agl.project"
 """str: project of the token with which the call was made."""
 POLICY_VERSION: Final = "agl.policy.version"
-"""str: `<role-or-model>@<n>` that answered the call."""
+"""str: `<role-or-model>@<n>` that sampled the response."""
 
-# --- Tokens --------------------------------------------------------------------------------------------------------
+# --- Tokens ----------------------------------------------------------------------------------------------------------
 
 PROMPT_TOKEN_IDS: Final = "agl.prompt.token_ids"
 """bytes: int32 little-endian, packed (see `agl.tokens.packing`)."""
 RESPONSE_TOKEN_IDS: Final = "agl.response.token_ids"
 """bytes: int32 little-endian, packed."""
 RESPONSE_LOGPROBS: Final = "agl.response.logprobs"
-"""bytes: float32 little-endian, packed; one for each response token, as sampled."""
+"""bytes: float32 little-endian, packed; one per response token, as sampled."""
 
-# --- Rewards and what the emitters write ----------------------------------------------------------------------------
+# --- Rewards and other emitted values --------------------------------------------------------------------------------
 
 REWARD_VALUE: Final = "agl.reward.value"
-"""float: the scalar used for training."""
+"""float: the scalar reward."""
 REWARD_PREFIX: Final = "agl.reward."
-"""Prefix of one float for each reward dimension: `agl.reward.<dimension>`."""
+"""Prefix of the reward dimensions, a float each: `agl.reward.<dimension>`."""
 REWARD_TARGET: Final = "agl.reward.target"
-"""str: response id or span id that the reward belongs to. Absent: the whole rollout (or the role in `agl.role`)."""
+"""str: response id or span id of the rewarded call. Absent if the reward is for a rollout or a role."""
 OBSERVATION_CONTENT: Final = "agl.observation.content"
-"""str: what an agent saw."""
+"""str: an observation of an agent."""
 MESSAGE_BODY: Final = "agl.message.body"
 """str."""
 OBJECT_TYPE: Final = "agl.object.type"
@@ -113,7 +113,7 @@ OBJECT_JSON: Final = "agl.object.json"
 OBJECT_BYTES: Final = "agl.object.bytes"
 """bytes."""
 OPERATION_NAME: Final = "agl.operation.name"
-"""str: name given to `agl.operation`."""
+"""str: name of an `agl.operation`."""
 OPERATION_INPUT: Final = "agl.operation.input"
 """str: JSON of the arguments."""
 OPERATION_OUTPUT: Final = "agl.operation.output"
@@ -123,52 +123,52 @@ HANDOFF_SOURCE: Final = "agl.handoff.source"
 HANDOFF_TARGET: Final = "agl.handoff.target"
 """str: role that takes over."""
 
-# --- The gateway's account of a call -------------------------------------------------------------------------------
+# --- Recorded by the gateway for a call ------------------------------------------------------------------------------
 
 GATEWAY_REQUEST: Final = "agl.gateway.request"
-"""str: JSON body of the request as the client sent it, without keys."""
+"""str: JSON body of the request as the client sent it, without API keys."""
 GATEWAY_UPSTREAM: Final = "agl.gateway.upstream"
-"""str: engine that answered."""
+"""str: URL of the engine that responded."""
 GATEWAY_FIRST_TOKEN_NS: Final = "agl.gateway.first_token_ns"
 """int: nanoseconds from the request to the first token."""
 GATEWAY_QUEUE_NS: Final = "agl.gateway.queue_ns"
-"""int: nanoseconds that the call waited for a place at an engine; counted in the time to the first token."""
+"""int: nanoseconds that the call waited for an engine; included in the time to the first token."""
 GATEWAY_CHANGED: Final = "agl.gateway.changed"
-"""str: JSON object of the fields that the engine got otherwise than the client sent them; null: left out. Where the
-request was translated for the engine, all that it got."""
+"""str: JSON object of the request fields that the engine received with another value than the client sent; null for a
+removed field. If the request was translated to another API, the whole request to the engine."""
 GATEWAY_RETRIES: Final = "agl.gateway.retries"
-"""Array of str: why each try before the last came to nothing."""
+"""Array of str: why each attempt of the request before the last failed."""
 GATEWAY_DRIFT: Final = "agl.gateway.drift"
-"""str: set where the call continues another call, but its prompt differs from the tokens sampled there. JSON object of
+"""str: set if the call continues an earlier call, but its prompt differs from the tokens of that call. JSON object of
 `kind` (`agl.tokens.drift`), `position` of the first token in the prompt that differs, `sampled` and `prompt` (id and
-text of the two tokens), and `after`, the span id of the call before."""
+text of the two tokens), and `after`, the span id of the earlier call."""
 GATEWAY_PREFIX: Final = "agl.gateway.prefix"
-"""str: with `gateway.exact_prefix`, where the call continues another: `exact` for a prompt made of the tokens held,
-else why the engine's chat template made it."""
+"""str: set with `gateway.exact_prefix` if the call continues an earlier call: `exact` if the prompt was built from that
+call's tokens, else the reason why the engine's chat template rendered it."""
 GATEWAY_CHOICE: Final = "agl.gateway.choice"
-"""int: index of the choice the span's tokens belong to; choices after the first get a span of their own."""
+"""int: index of the choice whose tokens the span has; each choice after the first has its own span."""
 
-# --- What a training step did with a call ---------------------------------------------------------------------------
+# --- Recorded by a training step for a call --------------------------------------------------------------------------
 
 TRAINED_CALL: Final = "agl.trained.call"
 """str: span id of the call."""
 TRAINED_STEP: Final = "agl.trained.step"
-"""int: the step."""
+"""int: number of the step."""
 TRAINED_RUN: Final = "agl.trained.run"
-"""str: name of the training that the step is of."""
+"""str: name of the training run."""
 TRAINED_ADVANTAGE: Final = "agl.trained.advantage"
-"""float: advantage of the call's tokens in the step. Absent where the call did not train."""
+"""float: advantage of the call's tokens. Absent if the call did not train."""
 TRAINED_WEIGHT: Final = "agl.trained.weight"
-"""float: factor on the loss of each of the call's tokens in the step. Absent where the call did not train."""
+"""float: factor on the loss of each of the call's tokens. Absent if the call did not train."""
 TRAINED_REASON: Final = "agl.trained.reason"
 """str: why the call did not train."""
 
-# --- The word of a judge -------------------------------------------------------------------------------------------
+# --- Recorded by the judge -------------------------------------------------------------------------------------------
 
 JUDGE_DISAGREEMENT: Final = "agl.judge.disagreement"
-"""float: share of the pairs of rollouts that two rankings of the group order differently."""
+"""float: fraction of the pairs of rollouts that two rankings of the group order differently."""
 
-# --- Span names ----------------------------------------------------------------------------------------------------
+# --- Span names ------------------------------------------------------------------------------------------------------
 
 SPAN_ROLLOUT: Final = "agl.rollout"
 SPAN_GATEWAY_CALL: Final = "agl.gateway.call"

@@ -1,4 +1,4 @@
-"""A span as the store keeps it: plain values, no OpenTelemetry object."""
+"""The span type of stores and trajectories: plain values, independent of the OpenTelemetry SDK."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ AttributeValue = str | bool | int | float | bytes | list[str] | list[bool] | lis
 Status = Literal["unset", "ok", "error"]
 
 _AGENTLIGHTNING_ROLLOUT, _AGENTLIGHTNING_ATTEMPT = "agentlightning.rollout_id", "agentlightning.attempt_id"
-_OPENINFERENCE_KIND, _OPENINFERENCE_ANSWER = "openinference.span.kind", "output.value"
+_OPENINFERENCE_KIND, _OPENINFERENCE_RESPONSE = "openinference.span.kind", "output.value"
 
 COLUMN_ATTRIBUTES: Final = frozenset(
     {
@@ -21,15 +21,15 @@ COLUMN_ATTRIBUTES: Final = frozenset(
         _AGENTLIGHTNING_ROLLOUT,
         _AGENTLIGHTNING_ATTEMPT,
         _OPENINFERENCE_KIND,
-        _OPENINFERENCE_ANSWER,
+        _OPENINFERENCE_RESPONSE,
     }
 )
-"""What `rollout_id`, `attempt_id` and `response_id` are read from."""
+"""The attributes from which `rollout_id`, `attempt_id` and `response_id` are read."""
 
 
 @dataclass(frozen=True, slots=True)
 class SpanEvent:
-    """Something that happened at one moment of a span, e.g. an exception."""
+    """An event at one moment of a span, e.g. an exception."""
 
     name: str
     time_ns: int
@@ -37,7 +37,7 @@ class SpanEvent:
 
 
 class Named:
-    """What the attributes of a span say of where it belongs."""
+    """Ids of the rollout, attempt and response, read from the attributes of a span."""
 
     __slots__ = ()
 
@@ -46,7 +46,7 @@ class Named:
 
     @property
     def named_rollout(self) -> str | None:
-        """The rollout that the span names."""
+        """The rollout that the span names; None if it names none."""
         return self.text(semconv.ROLLOUT_ID) or self._agentlightning_id(_AGENTLIGHTNING_ROLLOUT)
 
     @property
@@ -56,7 +56,7 @@ class Named:
 
     @property
     def response_id(self) -> str | None:
-        """Id of the model's answer that the span tells of. OpenInference has it nowhere but in the answer's JSON."""
+        """Id of the model's response. OpenInference records it only within the JSON of the response."""
         return self.text(semconv.GEN_AI_RESPONSE_ID) or self._openinference_response_id()
 
     def text(self, name: str) -> str | None:
@@ -70,17 +70,17 @@ class Named:
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
     def _agentlightning_id(self, name: str) -> str | None:
-        """agentlightning names its ids on the span or on the resource."""
+        """An id of agentlightning, which is on the span or on the resource."""
         found = self.attributes.get(name) or self.resource.get(name)
         return found if isinstance(found, str) and found else None
 
     def _openinference_response_id(self) -> str | None:
-        answer = self.text(_OPENINFERENCE_ANSWER)
-        if answer is None or self.text(_OPENINFERENCE_KIND) != "LLM":
+        response = self.text(_OPENINFERENCE_RESPONSE)
+        if response is None or self.text(_OPENINFERENCE_KIND) != "LLM":
             return None
         try:
-            data = json.loads(answer)
-        except (ValueError, RecursionError):  # redacted, or cut to a length
+            data = json.loads(response)
+        except (ValueError, RecursionError):  # The text is redacted or truncated.
             return None
         of_langchain = data.get("llm_output") if isinstance(data, dict) else None
         holder = of_langchain if isinstance(of_langchain, dict) else data
@@ -90,7 +90,7 @@ class Named:
 
 @dataclass(frozen=True, slots=True)
 class Span(Named):
-    """One finished span. Ids are lower-case hex (32 digits a trace, 16 a span), times Unix nanoseconds."""
+    """One finished span. Ids are lower-case hex (trace: 32 digits, span: 16 digits), times are Unix nanoseconds."""
 
     trace_id: str
     span_id: str
@@ -108,7 +108,7 @@ class Span(Named):
 
     @property
     def rollout_id(self) -> str:
-        """The rollout that the span names, else the implicit one: its trace."""
+        """The rollout that the span names, else its trace (an implicit rollout)."""
         return self.named_rollout or self.trace_id
 
     @property

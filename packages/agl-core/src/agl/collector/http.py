@@ -13,8 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from agl.collector.receiver import IDENTITY, RETRY_AFTER_S, ZLIB_WINDOWS, Parse, Receiver, RejectedRequest
-from agl.server.memory_budget import Reservation
-from agl.server.receiving import read_body
+from agl.server.receiving import Reservation, read_body
 from agl.store import span_row
 
 PROTOBUF: Final = "application/x-protobuf"

@@ -16,7 +16,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from agl.config.collector import CollectorConfig
 from agl.errors import InputError, OtlpError, StoreError
 from agl.server.auth import BearerTokens
-from agl.server.memory_budget import MemoryBudget, Reservation
+from agl.server.receiving import MemoryBudget, Reservation
 from agl.store.span_row import ParsedSpans, SpanRow
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""The configuration as a typed tree: a file for each section of the YAML, and `file` for the whole."""
+"""The configuration as a typed tree: one module per section of the YAML file, and `file` for the whole."""
 
 from agl.config.collector import CollectorConfig
 from agl.config.engine import EngineConfig

@@ -13,18 +13,20 @@ TOKEN_VARIABLE: Final = "AGL_TOKEN"
 
 
 class CollectorConfig(Section):
-    """What receives spans, over OTLP/HTTP and OTLP/gRPC (`agl serve`)."""
+    """The receivers of spans over OTLP/HTTP and OTLP/gRPC (`agl serve`)."""
 
     max_body_bytes: Count = 64 * 2**20
-    """Largest request, after decompression."""
+    """Largest request body, after decompression."""
     max_pending_bytes: Count = 128 * 2**20
-    """Most bytes of requests that are not committed yet; above it senders are asked to send again."""
+    """Limit on the request bytes in memory that are not committed yet; above it senders are asked to retry."""
     token_file: Path | None = None
-    """Bearer tokens, one a line, beside `--token`; a request needs one of them."""
+    """File of bearer tokens, one per line. A request needs one of them or `--token`."""
     tls: TlsConfig | None = None
 
     @model_validator(mode="after")
     def _leave_room(self) -> Self:
         if self.max_pending_bytes < 2 * self.max_body_bytes:
-            raise ValueError("max_pending_bytes must be twice max_body_bytes: a body is held compressed and plain")
+            raise ValueError(
+                "max_pending_bytes must be twice max_body_bytes: memory holds a compressed body and the plain one"
+            )
         return self

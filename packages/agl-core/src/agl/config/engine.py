@@ -8,17 +8,17 @@ from agl.config.section import Count, Positive, Section
 
 
 class EngineConfig(Section):
-    """What samples: the in-process engine, or vLLM. `engine: vllm` stands for `engine: {kind: vllm}`."""
+    """The engine that samples: in this process, or vLLM. `engine: vllm` is short for `engine: {kind: vllm}`."""
 
     kind: Literal["local", "vllm"] = "local"
-    """`vllm`: a training pushes its adapters to the servers that `gateway` names."""
+    """`vllm`: training pushes its adapters to the vLLM servers in `gateway`."""
     max_batch: Count = 64
-    """Sequences that the in-process engine decodes together."""
+    """Largest number of sequences that the in-process engine decodes together."""
     max_model_len: Count = 2048
-    """Longest prompt plus answer, in tokens."""
+    """Longest prompt plus response, in tokens."""
     tolerance: Positive = 0.05
-    """Largest mean difference between the logprobs of vLLM and the trainer at which an adapter counts as live, in nats
-    a token."""
+    """An adapter on vLLM is accepted as live if its logprobs differ from the trainer's by at most this, in nats per
+    token on average."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,6 +1,6 @@
-"""The whole configuration: one YAML file, one typed tree. Unknown keys are errors that name the key and its neighbours.
+"""The whole configuration: one YAML file as one typed tree.
 
-The tree is part of agl-core so that it can be read and checked without torch; each section says which command reads it.
+It is part of agl-core, so that reading and checking it does not need torch.
 """
 
 import difflib
@@ -23,7 +23,7 @@ from agl.config.train import TrainConfig
 from agl.errors import ConfigError
 
 DEFAULT_STORE_URI: Final = "sqlite:///agl.db"
-"""The store where the user names none."""
+"""The store if the user names none."""
 
 
 class Config(Section):
@@ -31,7 +31,7 @@ class Config(Section):
 
     store_uri: str = Field(default=DEFAULT_STORE_URI, validation_alias=AliasChoices("store_uri", "lightning_store_uri"))
     queue_uri: str | None = None
-    """`redis://host:port`: a durable queue between receivers and the store."""
+    """`redis://host:port` of a durable queue between receivers and store."""
     rewards: dict[str, float] = Field(default_factory=dict)
     """Weight of each reward dimension in the scalar reward."""
     agent_roles: AgentRoles = Field(default_factory=AgentRoles)
@@ -46,12 +46,12 @@ class Config(Section):
     @model_validator(mode="after")
     def _weighs_its_judge(self) -> Self:
         if self.judge is not None and self.rewards and "judge" not in self.rewards:
-            raise ValueError("rewards has no weight for the dimension judge")
+            raise ValueError("rewards has no weight for the dimension judge: add one, which may be 0")
         return self
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a YAML file. Raises ConfigError that names the file and every wrong key or value."""
+        """Read a YAML file. Raises ConfigError naming the file and every wrong key or value."""
         try:
             data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -64,14 +64,14 @@ class Config(Section):
 
     @classmethod
     def parse(cls, data: dict[str, Any], source: str = "configuration") -> Self:
-        """Check `data`. Raises ConfigError that names `source` and every wrong key or value."""
+        """Check `data`. Raises ConfigError naming `source` and every wrong key or value."""
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise ConfigError("\n".join(f"{source}: {_say(item)}" for item in error.errors())) from error
+            raise ConfigError("\n".join(f"{source}: {_format_error(item)}" for item in error.errors())) from error
 
     def require_train(self) -> TrainConfig:
-        """The `train` section. Raises ConfigError where the file has none."""
+        """The `train` section. Raises ConfigError if there is none."""
         if self.train is None:
             raise ConfigError(
                 "the configuration has no `train` section; this command needs train.model and train.agent"
@@ -79,26 +79,26 @@ class Config(Section):
         return self.train
 
     def to_yaml(self) -> str:
-        """The resolved tree as YAML that `load` reads back."""
+        """The tree with all defaults, as YAML that `load` accepts."""
         data = self.model_dump(mode="json", exclude_none=True)
         roles = data["agent_roles"].pop("roles")
         data["agent_roles"].update(roles)
         return yaml.safe_dump(data, sort_keys=False)
 
 
-def _say(item: Any) -> str:
-    """One pydantic error as a sentence with the path of the key."""
+def _format_error(item: Any) -> str:
+    """One pydantic error as a message that begins with the path of the key."""
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] != "extra_forbidden":
         return f"{path}: {item['msg']} (got {item['input']!r})"
-    known = _keys_beside(item["loc"])
+    known = _known_keys(item["loc"])
     close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
     return f"{path}: unknown key; {hint}"
 
 
-def _keys_beside(loc: tuple[str | int, ...]) -> list[str]:
-    """Keys that the section holding `loc` knows."""
+def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
+    """Keys of the section that the key at `loc` is in."""
     section: type[BaseModel] = Config
     for part in (part for part in loc[:-1] if isinstance(part, str)):
         section = _SECTIONS.get(part, RoleConfig)

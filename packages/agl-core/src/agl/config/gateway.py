@@ -1,4 +1,4 @@
-"""`gateway`: the proxy in front of engines, the engines behind it, and its timeouts."""
+"""`gateway`: the proxy in front of the engines, the engines, and the timeouts."""
 
 import itertools
 from typing import Annotated, Any, Literal, Self
@@ -15,61 +15,61 @@ class UpstreamConfig(Section):
     url: Annotated[str, Field(pattern=r"^https?://")]
     """Base URL of an OpenAI-compatible server (ending in `/v1`)."""
     kind: Literal["vllm", "sglang"] = "vllm"
-    """How it is asked for token ids, and given them; `vllm` also for servers in the shape of vLLM."""
+    """Its API for token ids; `vllm` also for servers with the same API as vLLM."""
     key_env: str | None = None
-    """Environment variable of its key; clients then show the engine none of theirs."""
+    """Environment variable of the engine's API key. It replaces the key that a client sends."""
     models: list[str] = Field(default_factory=list)
-    """Roles, policies and models that it serves, in every version; empty: whatever it is asked for."""
+    """Roles, policies and models that it serves, in all versions; empty: all."""
     max_concurrent: Count = 256
-    """Calls there at once; further ones wait, and rollouts take turns."""
+    """Limit on concurrent calls. Further calls wait, with the rollouts taking turns."""
 
 
 class TimeoutsConfig(Section):
-    """How long the gateway waits at each hop of a call."""
+    """Time limits for each stage of a call."""
 
     connect_s: Positive = 10.0
     queue_s: Positive = 300.0
-    """For a place at the engine."""
+    """Until the engine has fewer than `max_concurrent` calls."""
     first_byte_s: Positive = 300.0
-    """Where the answer is not streamed, that is all of it."""
+    """Until the first byte of the response; without streaming, until the whole response."""
     chunk_s: Positive = 120.0
-    """Between two pieces of a stream."""
+    """Between two chunks of a stream."""
     total_s: Positive = 1800.0
-    """For all of it, from the call's arrival."""
+    """For the whole call, from its arrival."""
 
 
 RecordMode = Literal["closed", "open"]
 
 
 class GatewayConfig(Section):
-    """The OpenAI-compatible proxy in front of engines (`agl serve`, `agl train`)."""
+    """The OpenAI-compatible proxy in front of the engines (`agl serve`, `agl train`)."""
 
     upstream: str = "local"
     """`local` for the in-process engine, else the base URL of an OpenAI-compatible server (ending in `/v1`)."""
     engines: list[UpstreamConfig] = Field(default_factory=list)
-    """Several engines, or one that needs a key, in place of `upstream`."""
+    """Engines in place of `upstream`, if there are several or if one needs a key."""
     models: dict[str, str] = Field(default_factory=dict)
-    """Names that clients ask for, and what each stands for at the engines: a role, a policy or a pinned version."""
+    """Aliases: `model` of a client's request to `model` at the engine, a role, a policy or a pinned version."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
-    """Fields put into every request that the client did not set itself; engines are asked for token ids without it."""
+    """Fields to add to each request unless the client set them. Token ids are requested from engines in any case."""
     exact_prefix: bool = False
-    """Make the prompt of a turn that continues a conversation of the tokens sampled so far, where the engine takes
-    tokens; the chat template writes only what is new."""
+    """Build the prompt of a continued conversation from the tokens sampled so far, if the engine accepts token ids; the
+    chat template renders the new messages only."""
     record: RecordMode = "closed"
-    """What becomes of an answer that cannot be recorded: `closed` withholds it, `open` lets it pass and says so."""
+    """If a response cannot be recorded, `closed` withholds it, and `open` passes it on with a warning."""
     retries: Annotated[int, Field(ge=0)] = 2
-    """Further tries of a call of which nothing was passed on yet."""
+    """How often a failed call is retried, unless part of its response was passed on already."""
     backoff_s: Positive = 0.5
-    """Pause before the first of them; each further one is twice as long."""
+    """Pause before the first retry; it doubles for each further one."""
     hedge_after_s: Positive | None = None
-    """Ask a second engine too when the first has been silent for so long."""
+    """Send the call to a second engine too if the first sends nothing for this long."""
     health_s: Positive = 10.0
-    """Time between two looks at the engines, where there are several."""
+    """Time between two health checks of the engines, if there are several."""
     timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
     max_body_bytes: Count = 32 * 2**20
-    """Largest request."""
+    """Largest request body."""
     tls: TlsConfig | None = None
-    """Of the gateway's port; the receivers' is `collector.tls`."""
+    """TLS of the gateway's port; the receivers have `collector.tls`."""
 
     @model_validator(mode="after")
     def _names_its_engines_once(self) -> Self:
@@ -86,7 +86,7 @@ class GatewayConfig(Section):
 
     @model_validator(mode="after")
     def _holds_the_tokens_it_needs(self) -> Self:
-        is_left_out = self.extra_body.get("return_token_ids", True) is None
-        if self.exact_prefix and is_left_out and not any(engine.kind == "sglang" for engine in self.engines):
-            raise ValueError("exact_prefix needs the token ids that return_token_ids: null in extra_body leaves out")
+        is_off = self.extra_body.get("return_token_ids", True) is None
+        if self.exact_prefix and is_off and not any(engine.kind == "sglang" for engine in self.engines):
+            raise ValueError("exact_prefix needs the token ids that return_token_ids: null in extra_body switches off")
         return self

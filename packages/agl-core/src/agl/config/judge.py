@@ -1,4 +1,4 @@
-"""`judge`: a language model that ranks rollouts."""
+"""`judge`: a language model whose ranking of rollouts is a reward."""
 
 from typing import Annotated
 
@@ -8,21 +8,21 @@ from agl.config.section import Count, Positive, Section
 
 
 class JudgeConfig(Section):
-    """A language model that ranks the rollouts of each group, as a reward (`agl train`)."""
+    """A language model that ranks the rollouts of each group; the rank is a reward (`agl train`)."""
 
     url: Annotated[str, Field(pattern=r"^https?://")]
     """Base URL of an OpenAI-compatible server (ending in `/v1`)."""
     model: str
-    """Its model."""
+    """`model` of the requests."""
     key_env: str | None = None
-    """Environment variable of its key."""
+    """Environment variable that holds the API key."""
     criteria: str
-    """What makes one rollout better than another, in words."""
+    """The criteria in words: the properties of a good rollout."""
     roles: list[str] = Field(default_factory=list)
-    """Roles whose parts are ranked each by themselves; none: rollouts as a whole."""
+    """Roles to rank separately, each by its part of the rollouts; empty: rank whole rollouts."""
     rankings: Count = 2
-    """Rankings of each group, in orders of their own."""
+    """Number of rankings of each group, each with the rollouts in a different order."""
     max_chars: Count = 8000
-    """Longest text of a rollout, and of the task, that it is shown."""
+    """Longest text of a rollout, and of the task, in its prompt; in characters."""
     timeout_s: Positive = 120.0
-    """For each of its answers."""
+    """Limit for each of its responses."""

@@ -1,4 +1,4 @@
-"""`queue`: the Redis queue between receivers and the store, and its writers."""
+"""`queue`: the Redis queue between receivers and store, and its writers."""
 
 from typing import Annotated, Literal, Self
 
@@ -10,32 +10,32 @@ Appendfsync = Literal["everysec", "always"]
 
 
 class QueueConfig(Section):
-    """The queue in Redis between receivers and the store, and the writers that empty it (`agl serve --queue`)."""
+    """The Redis queue between receivers and store, and the writers that move its spans (`agl serve --queue`)."""
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "agl"
-    """Queues of other names in the same Redis are others."""
+    """Name of the queue; one Redis can have several queues."""
     appendfsync: Appendfsync = "everysec"
-    """The weakest setting of Redis that is accepted: what `everysec` may lose is warned of."""
+    """Weakest setting of Redis that is accepted. `everysec` can lose spans, and a warning says so."""
     high: Count = 5000
-    """Spans in the queue; above it writers are added, and `on_queue_high` is called."""
+    """Number of queued spans above which writers are added and `on_queue_high` is called."""
     hard_limit: Count = 100_000
-    """Spans in the queue; from there on senders are asked to send again."""
+    """Number of queued spans from which on senders are asked to retry."""
     min_writers: Count = 1
     max_writers: Count = 4
-    """Processes."""
+    """Writer processes."""
     shrink_after_s: Positive = 30.0
-    """A writer ends each time that the queue was below half of `high` for so long."""
+    """One writer ends each time that the queue has been shorter than half of `high` for this long."""
     check_s: Positive = 1.0
-    """Time between two looks at the queue and its writers."""
+    """Time between two checks of the queue and its writers."""
     claim_after_s: Positive = 60.0
-    """What a writer has taken and not finished by then, another takes over."""
+    """Spans that a writer took this long ago without committing them are given to another writer."""
     on_queue_high: str | None = None
-    """A command, or a URL to POST to, when the queue gets above `high` and each minute that it stays there."""
+    """A command to run, or a URL to POST to, when the queue exceeds `high`, and every minute while it does."""
 
     @model_validator(mode="after")
     def _is_in_order(self) -> Self:
         if self.max_writers < self.min_writers:
             raise ValueError("max_writers must not be below min_writers")
         if self.hard_limit <= self.high:
-            raise ValueError("hard_limit must be above high: else no writer is ever added")
+            raise ValueError("hard_limit must be above high: otherwise no writer is ever added")
         return self

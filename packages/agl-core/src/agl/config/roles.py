@@ -8,31 +8,31 @@ from agl.config.section import Count, Fraction, Section
 
 
 class RoleConfig(Section):
-    """One role: its own LoRA adapter on the shared base model."""
+    """One role, with its own LoRA adapter on the shared base model."""
 
     lora_r: Count = 16
     lora_alpha: Count = 32
     adapter: str | None = None
-    """Another role whose adapter this one shares; it then has no rank of its own."""
+    """Another role whose adapter this one shares, with that role's `lora_r`, `lora_alpha` and `frozen`."""
     frozen: bool = False
-    """Its adapter answers but is not trained."""
+    """The adapter is used but not trained."""
     rewards: dict[str, float] = Field(default_factory=dict)
-    """Weights of reward dimensions for this role; none: the scalar as it was emitted."""
+    """Weights of reward dimensions for this role; empty: the scalar reward as emitted."""
 
     @model_validator(mode="after")
     def _shares_or_has(self) -> Self:
         if self.adapter is not None and self.model_fields_set & {"lora_r", "lora_alpha", "frozen"}:
-            raise ValueError("a role with the adapter of another takes lora_r, lora_alpha and frozen from it")
+            raise ValueError("a role that shares an adapter takes lora_r, lora_alpha and frozen from it; remove them")
         return self
 
 
 class AgentRoles(Section):
-    """The roles to train, each a key of its own beside `gamma`."""
+    """The roles to train: each is a key in this section, beside `gamma` and `turn_gamma`."""
 
     gamma: Fraction = 0.85
-    """Factor on a reward for each hand-off between roles that lies between a call and the reward."""
+    """Discount per hand-off between roles from a call to the reward."""
     turn_gamma: Fraction = 1.0
-    """Factor on a reward for each call that lies between a call and the reward."""
+    """Discount per call from a call to the reward."""
     roles: dict[str, RoleConfig] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -50,6 +50,6 @@ class AgentRoles(Section):
             if role.adapter and (owner is None or owner.adapter):
                 known = ", ".join(other for other, config in self.roles.items() if not config.adapter)
                 raise ValueError(
-                    f"role {name} shares the adapter of {role.adapter!r}; adapters of their own have {known}"
+                    f"role {name} shares the adapter of {role.adapter!r}, expected a role with its own adapter: {known}"
                 )
         return self

@@ -1,4 +1,4 @@
-"""What every section of the configuration shares: unknown keys are errors, values do not change, and common types."""
+"""Base class and common types of the configuration's sections."""
 
 from typing import Annotated
 
@@ -8,8 +8,10 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Reference = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
-"""`module:function`, importable from the folder where the command runs."""
+"""`module:function`, importable from the folder in which the command runs."""
 
 
 class Section(BaseModel):
+    """Immutable; unknown keys are errors."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)

@@ -1,4 +1,4 @@
-"""`tls`: certificate and key of a port."""
+"""`tls`: certificate and key of a server."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ from agl.config.section import Section
 
 
 class TlsConfig(Section):
-    """PEM files."""
+    """Paths of PEM files."""
 
     certificate: Path
-    """The certificate, followed by those that it rests on."""
+    """The certificate, followed by its chain of intermediate certificates."""
     key: Path
     client_ca: Path | None = None
-    """Who signs the certificates of senders; without one senders need none."""
+    """Certificate authority of the clients; without it clients need no certificate."""

@@ -14,8 +14,7 @@ from starlette.routing import BaseRoute, Route
 from agl.config.collector import CollectorConfig
 from agl.errors import AglError, StoreError
 from agl.server.api_error import ApiError
-from agl.server.memory_budget import MemoryBudget, Reservation
-from agl.server.receiving import read_body
+from agl.server.receiving import MemoryBudget, Reservation, read_body
 from agl.store.http.openapi import document
 from agl.store.http.verb import ERRORS, INVALID, JSON, MAX_WAIT_S, PREFIX, PROTOBUF, UNAVAILABLE, VERBS, Verb
 from agl.store.protocol import Store
