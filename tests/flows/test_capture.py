@@ -1,4 +1,4 @@
-"""Agents through plugin, collector, gateway and store: their calls come out joined, with roles and ids."""
+"""Agents with plug-in, collector, gateway and store: calls are joined, with roles and ids."""
 
 from collections.abc import Iterator
 from typing import Any, TypedDict

@@ -1,4 +1,4 @@
-"""Turns before the in-process engine, with chat templates and tokens that drift: named, or with `exact_prefix` kept."""
+"""Turns with the in-process engine, whose chat templates make tokens drift: reported, or avoided by `exact_prefix`."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from tests.trainer.scripted_sampler import PLAIN_TEMPLATE, Script, ScriptedSampl
 
 TRIMMING = PLAIN_TEMPLATE.replace("m['content']", "m['content'] | trim")
 FORGETFUL = PLAIN_TEMPLATE.replace("m['content']", "m['content'].split('</think>')[-1].lstrip()")
-"""Drops what was thought, as Qwen3's does."""
+"""Drops the thoughts of earlier answers, as Qwen3's does."""
 WITH_TOOLS = (
     "{% if tools %}<|im_start|>system\nCall as <tool_call>:{% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>\n"
     "{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
@@ -27,7 +27,7 @@ WITH_TOOLS = (
     '<tool_call>{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}</tool_call>'
     "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""Writes arguments anew, with blanks of its own."""
+"""Formats arguments again, with different blanks."""
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 END = "<|im_end|>"
 
@@ -151,7 +151,7 @@ def test_an_exact_prefix_keeps_turns_in_one_row(template: str, stream: bool) -> 
         assert talk.messages[-1]["content"] in ("there", "three")
 
 
-def test_exact_turns_follow_one_another_and_hold_their_tokens_once() -> None:
+def test_exact_turns_share_their_tokens() -> None:
     with conversation(FORGETFUL, exact=True) as talk:
         for turn in range(5):
             talk.ask(f"question {turn}", f"<think>{turn}</think>\n\nanswer {turn}{END}")
@@ -160,7 +160,7 @@ def test_exact_turns_follow_one_another_and_hold_their_tokens_once() -> None:
         assert talk.tokenizer.decode(row.token_ids).count("<think>") == 5
 
 
-def test_an_answer_that_was_cut_short_is_ended_as_the_template_ends_it() -> None:
+def test_an_answer_that_was_cut_short_is_ended_by_the_template() -> None:
     with conversation(TRIMMING, exact=True, max_tokens=3) as talk:
         talk.ask("hi", "hello \n there")
         talk.ask("on", "so" + END)
@@ -172,7 +172,7 @@ def test_an_answer_that_was_cut_short_is_ended_as_the_template_ends_it() -> None
         assert text == f"{cut}<|im_end|>\n<|im_start|>user\non<|im_end|>\n<|im_start|>assistant\nso<|im_end|>"
 
 
-def test_an_answer_that_ends_at_a_stop_string_keeps_what_was_sampled_of_it() -> None:
+def test_an_answer_that_ends_at_a_stop_string_keeps_its_sampled_tokens() -> None:
     with conversation(PLAIN_TEMPLATE, exact=True, stop=["there"]) as talk:
         assert talk.ask("hi", "hello there")["content"] == "hello "
         talk.ask("on", "so" + END)
@@ -180,19 +180,19 @@ def test_an_answer_that_ends_at_a_stop_string_keeps_what_was_sampled_of_it() -> 
         assert "hello there<|im_end|>" in talk.tokenizer.decode(row.token_ids)
 
 
-def test_a_changed_answer_is_named_and_not_undone() -> None:
+def test_an_edited_answer_is_reported_and_not_replaced() -> None:
     with conversation(PLAIN_TEMPLATE, exact=True) as talk:
         talk.ask("hi", "hello" + END)
         talk.messages[-1] = {"role": "assistant", "content": "good day"}
         talk.ask("and?", "there" + END)
         second = talk.calls[1]
         assert second.drifted is not None and second.drifted.kind == Drift.EDITED
-        assert second.prefix == "the answer was sent back changed"
+        assert second.prefix == "the client changed the answer"
         assert "good day" in talk.tokenizer.decode(second.prompt_ids or [])
-        assert "no exact prefix: the answer was sent back changed" in Inspection(talk.spans).text()
+        assert "no exact prefix: the client changed the answer" in Inspection(talk.spans).text()
 
 
-def test_of_several_answers_the_one_that_was_sent_back_is_gone_on_from() -> None:
+def test_of_several_choices_the_one_that_was_sent_back_is_continued() -> None:
     with conversation(PLAIN_TEMPLATE, exact=True) as talk:
         talk.sampler.scripts.append(Script(talk.sampler.ids("one" + END)))
         talk.options["n"] = 2
@@ -205,15 +205,15 @@ def test_of_several_answers_the_one_that_was_sent_back_is_gone_on_from() -> None
         assert prompt[: len(chosen.prompt_ids) + 3] == [*chosen.prompt_ids, *talk.token_ids("two")]
 
 
-def test_a_template_that_ends_answers_otherwise_is_left_to_itself() -> None:
+def test_a_template_with_a_different_end_of_turn_renders_the_prompt_itself() -> None:
     odd = PLAIN_TEMPLATE.replace("{{ m['content'] }}<|im_end|>", "{{ m['content'] }}<|endoftext|>")
     with conversation(odd, exact=True) as talk:
         talk.ask("hi", "hello" + END)
         talk.ask("and?", "there" + END)
-        assert talk.calls[1].prefix == "the chat template ends an answer otherwise than the model did"
+        assert talk.calls[1].prefix == "the chat template ends an answer with a different token than the model did"
 
 
-def test_a_prompt_too_long_for_the_engine_is_made_by_the_template() -> None:
+def test_a_prompt_too_long_for_the_engine_is_rendered_by_the_template() -> None:
     """What was thought stays in an exact prompt, and counts."""
     with conversation(FORGETFUL, exact=True, max_tokens=300) as talk:
         talk.ask("hi", "<think>" + "h" * 250 + "</think>\n\nhello" + END)
@@ -223,8 +223,8 @@ def test_a_prompt_too_long_for_the_engine_is_made_by_the_template() -> None:
         assert second.drifted is not None and second.drifted.kind == Drift.REASONING
 
 
-def test_a_call_of_which_nothing_is_held_says_so() -> None:
+def test_a_call_that_continues_no_known_call_reports_it() -> None:
     with conversation(PLAIN_TEMPLATE, exact=True) as talk:
         talk.messages += [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
         talk.ask("and?", "there" + END)
-        assert talk.calls[0].prefix == "no call is held whose messages these continue"
+        assert talk.calls[0].prefix == "no recorded call has the messages that these continue"

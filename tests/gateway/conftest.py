@@ -1,4 +1,4 @@
-"""A gateway that the tests of this folder share."""
+"""Fixtures: a gateway that the tests of a module share."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""A gateway before an engine in vLLM's shape, and the real store beside: what the tests of this folder share."""
+"""Starts a gateway with a fake vLLM engine and a real store, and reads what was recorded."""
 
 import json
 import time
@@ -26,7 +26,7 @@ LOGPROBS = [logprob(0, position) for position in range(3)]
 
 
 class Store(SqliteStore):
-    """The real store in memory; it can be told to be slow or to refuse, and remembers what was appended."""
+    """The real store in memory, which can be slow or refuse; `appended` has the appended spans."""
 
     def __init__(self) -> None:
         super().__init__(":memory:", uri="memory://")
@@ -45,7 +45,7 @@ class Store(SqliteStore):
 
 @dataclass
 class Setup:
-    """A gateway before a fake engine, both served."""
+    """A gateway and its fake engine, both served."""
 
     store: Store
     engine: FakeEngine
@@ -94,7 +94,7 @@ def output(span: Span) -> Any:
 
 
 def parsed(answer: httpx.Response, stream: bool) -> Any:
-    """What a client reads: the answer, or the chunks of its stream."""
+    """The client's JSON: the response, or the chunks of its stream."""
     if not stream:
         return answer.json()
     *events, done, rest = answer.text.split("\n\n")
@@ -112,7 +112,7 @@ def serving(engine: FakeEngine, port: int = 0) -> Iterator[str]:
 
 @contextmanager
 def gateway(engine: FakeEngine | None = None, **settings: Any) -> Iterator[Setup]:
-    """A gateway before `engine`, with these settings of its configuration; without one, before those it lists."""
+    """A gateway for `engine`, or for the engines in `settings`, which configure it."""
     store = Store()
     engine = engine or (None if "engines" in settings else FakeEngine())
     config = GatewayConfig(**settings)

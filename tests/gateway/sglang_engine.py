@@ -1,4 +1,4 @@
-"""A small engine in the shape of SGLang: ids come in `sglext`, behind the answer; prompts are taken as `input_ids`."""
+"""A fake SGLang engine: ids are in `sglext` after the answer, prompts in `input_ids`."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Every client for real, in a process and where need be an environment of its own, against one gateway."""
+"""Every real client, in a separate process and, if needed, a separate environment, against one gateway."""
 
 import json
 import os
@@ -64,7 +64,7 @@ CLIENTS = {
 
 @pytest.mark.timeout(900)  # The first time environments are made.
 @pytest.mark.parametrize("name", CLIENTS)
-def test_a_client_gets_what_the_engine_says_and_every_call_has_its_tokens(name: str) -> None:
+def test_a_client_gets_the_engine_s_response_and_every_call_has_its_tokens(name: str) -> None:
     client = CLIENTS[name]
     command = client.command()
     with gateway() as setup:

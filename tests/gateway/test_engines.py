@@ -1,4 +1,4 @@
-"""Several engines: which gets a call, what happens when one fails, and by which name it is asked."""
+"""Several engines: routing, failures, retries, keys and model names."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ NOBODY = "http://127.0.0.1:9/v1"
 
 @contextmanager
 def before_two(**settings: Any) -> Iterator[tuple[Setup, FakeEngine, FakeEngine]]:
-    """A gateway before two engines."""
+    """A gateway with two engines."""
     engines = FakeEngine(), FakeEngine()
     with ExitStack() as stack:
         served = [stack.enter_context(serving(engine)) for engine in engines]
@@ -55,13 +55,13 @@ def test_a_rollout_keeps_its_engine_and_rollouts_are_spread() -> None:
     assert moved == {rollout for rollout, engine in chosen.items() if engine is gone}
 
 
-def test_a_call_of_no_rollout_goes_where_there_is_room() -> None:
+def test_a_call_without_a_rollout_goes_to_the_least_busy_engine() -> None:
     table = routes([], [])
     table.engines[0].queue.in_use = 3
     assert table.choose("m", None) is table.engines[1]
 
 
-def test_an_engine_gets_the_models_that_it_serves_in_every_version() -> None:
+def test_an_engine_gets_every_version_of_the_models_that_it_serves() -> None:
     table = routes(["planner"], ["executor", "base"])
     for model, place in [("planner", 0), ("planner@7", 0), ("executor@1", 1), ("base", 1)]:
         assert table.choose(model, "r") is table.engines[place]
@@ -70,7 +70,7 @@ def test_an_engine_gets_the_models_that_it_serves_in_every_version() -> None:
     assert (caught.value.http_status, caught.value.code) == (404, "model_not_found")
 
 
-def test_when_no_engine_answers_one_is_tried_all_the_same() -> None:
+def test_when_no_engine_is_reachable_one_is_tried() -> None:
     table = routes([], [])
     for engine in table.engines:
         engine.is_reachable = False
@@ -78,7 +78,7 @@ def test_when_no_engine_answers_one_is_tried_all_the_same() -> None:
     assert table.choose("m", "r", [first]) is not first
 
 
-def test_a_name_stands_for_another() -> None:
+def test_a_model_name_is_mapped_once() -> None:
     table = routes([], **{"gpt-4o": "planner", "planner": "planner@12"})
     assert [table.resolve(name) for name in ("gpt-4o", "planner", "planner@3")] == [
         "planner",
@@ -87,7 +87,7 @@ def test_a_name_stands_for_another() -> None:
     ]
 
 
-def test_a_rollouts_calls_meet_one_engine() -> None:
+def test_all_calls_of_a_rollout_go_to_one_engine() -> None:
     with before_two() as (setup, one, two):
         for number in range(12):
             post(setup, chat_body(), f"r{number % 4}")
@@ -99,7 +99,7 @@ def test_a_rollouts_calls_meet_one_engine() -> None:
         assert len(one.seen) + len(two.seen) == 12
 
 
-def test_a_name_of_the_configuration_and_one_that_is_set_while_it_runs() -> None:
+def test_model_names_are_mapped_by_the_configuration_and_over_http() -> None:
     with gateway(models={"gpt-4o": "writer@3"}) as setup:
         assert setup.post(chat_body(model="gpt-4o")).json()["model"] == "gpt-4o"
         assert setup.engine.seen[-1]["model"] == "writer@3"
@@ -136,7 +136,7 @@ def test_an_engine_sees_its_own_key_and_none_of_the_client(monkeypatch: pytest.M
         assert "secret" not in str(setup.span())
 
 
-def test_a_key_that_is_not_there_is_refused_at_the_start() -> None:
+def test_a_missing_key_is_an_error_at_the_start() -> None:
     with (
         pytest.raises(ConfigError, match=r"gateway\.engines: \$NO_SUCH_KEY, the key of http://x/v1, is not set"),
         gateway(engines=[{"url": "http://x/v1", "key_env": "NO_SUCH_KEY"}]),
@@ -149,7 +149,7 @@ def test_a_key_that_is_not_there_is_refused_at_the_start() -> None:
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_an_engine_cannot_do_now_is_tried_again_and_noted(status: int, stream: bool) -> None:
+def test_a_temporary_failure_of_an_engine_is_retried_and_recorded(status: int, stream: bool) -> None:
     with gateway(backoff_s=0.01) as setup:
         setup.engine.failures += [status, status]
         assert setup.post(chat_body(stream=stream)).status_code == 200
@@ -160,7 +160,7 @@ def test_what_an_engine_cannot_do_now_is_tried_again_and_noted(status: int, stre
         assert str(retries[0]).endswith(f"answered {status}: not now")
 
 
-def test_the_last_refusal_of_an_engine_reaches_the_client() -> None:
+def test_the_last_error_of_an_engine_reaches_the_client() -> None:
     with gateway(backoff_s=0.01, retries=1) as setup:
         setup.engine.failures += [503, 429]
         answer = setup.post(chat_body())
@@ -169,21 +169,21 @@ def test_the_last_refusal_of_an_engine_reaches_the_client() -> None:
 
 
 @pytest.mark.parametrize("status", [400, 404, 500])
-def test_what_an_engine_refuses_for_good_is_not_tried_again(status: int) -> None:
+def test_a_permanent_failure_of_an_engine_is_not_retried(status: int) -> None:
     with gateway(backoff_s=0.01) as setup:
         setup.engine.failures += [status]
         assert setup.post(chat_body()).status_code == status
         assert len(setup.engine.seen) == 1
 
 
-def test_a_stream_that_has_begun_is_not_tried_again() -> None:
+def test_a_stream_that_has_begun_is_not_retried() -> None:
     with gateway(backoff_s=0.01) as setup:
         assert "broke off" in setup.post(chat_body("BREAK", stream=True)).text
         assert len(setup.engine.seen) == 1
         assert semconv.GATEWAY_RETRIES not in setup.span().attributes
 
 
-def test_where_one_engine_is_down_the_other_answers() -> None:
+def test_if_one_engine_is_down_the_other_answers() -> None:
     engine = FakeEngine()
     with serving(engine) as url, gateway(engines=[{"url": NOBODY}, {"url": url}], backoff_s=0.01) as setup:
         for number in range(8):
@@ -191,7 +191,7 @@ def test_where_one_engine_is_down_the_other_answers() -> None:
         assert len(engine.seen) == 8
 
 
-def test_an_engine_that_comes_back_is_asked_again() -> None:
+def test_an_engine_that_comes_back_gets_calls_again() -> None:
     one, two = FakeEngine(), FakeEngine()
     with serving(one) as url, ExitStack() as stack:
         second = stack.enter_context(ExitStack())
@@ -245,7 +245,7 @@ def states(setup: Setup) -> list[Any]:
     return httpx.get(f"{setup.url}/api/health").json()["engines"]
 
 
-def test_without_hedging_nobody_else_is_asked() -> None:
+def test_without_hedging_only_one_engine_is_asked() -> None:
     with before_two(timeouts={"first_byte_s": 0.3}) as (setup, one, two):
         assert post(setup, chat_body("HOLD"), "r").status_code == 504
         assert len(one.seen) + len(two.seen) == 1

@@ -1,4 +1,4 @@
-"""The gateway over loopback: real clients in front, an engine in vLLM's shape behind, the real store beside."""
+"""The gateway over loopback, with real clients, a fake vLLM engine and the real store."""
 
 import asyncio
 import json
@@ -78,7 +78,7 @@ def test_a_chat_call_is_recorded_with_exact_tokens(setup: Setup) -> None:
     }
 
 
-def test_a_streamed_chat_is_recorded_alike(setup: Setup) -> None:
+def test_a_streamed_chat_is_recorded_with_exact_tokens(setup: Setup) -> None:
     stream = setup.client().chat.completions.create(
         model="writer@3", messages=[{"role": "user", "content": "hi"}], stream=True
     )
@@ -101,7 +101,7 @@ def test_a_completion_is_recorded(setup: Setup, stream: bool) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_engine_that_gives_no_ids_as_hosted_ones_do_is_recorded_and_inspection_says_so(stream: bool) -> None:
+def test_a_call_without_ids_as_from_hosted_engines_is_recorded_and_inspection_reports_it(stream: bool) -> None:
     with gateway(extra_body={"return_token_ids": None, "logprobs": None}) as setup:
         answer = setup.post(chat_body(stream=stream), "/rollout/r1/attempt/a1/v1/chat/completions")
         assert answer.status_code == 200
@@ -109,12 +109,12 @@ def test_an_engine_that_gives_no_ids_as_hosted_ones_do_is_recorded_and_inspectio
         span = setup.span()
         assert output(span)["parts"] == [{"type": "text", "content": "Hello there!"}]
         assert semconv.RESPONSE_TOKEN_IDS not in span.attributes
-        said = Inspection(setup.store.query_spans("r1")).text()
-        assert "dropped: no_ids" in said and "it must know return_token_ids, or be of `kind: sglang`" in said
+        text = Inspection(setup.store.query_spans("r1")).text()
+        assert "dropped: no_ids" in text and "it must know return_token_ids, or be of `kind: sglang`" in text
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_each_of_several_choices_is_a_span(setup: Setup, stream: bool) -> None:
+def test_each_choice_is_a_span(setup: Setup, stream: bool) -> None:
     setup.post(chat_body(n=2, stream=stream))
     first, second = setup.store.appended
     for number, span in enumerate((first, second)):
@@ -185,7 +185,7 @@ def test_a_call_that_cannot_be_recorded_is_an_error(setup: Setup, stream: bool) 
         {"content": "TOOL", "return_token_ids": True},
     ],
 )
-def test_the_client_gets_what_the_engine_would_say(
+def test_the_client_gets_the_response_that_the_engine_would_send(
     setup: Setup, path: str, stream: bool, asked: Mapping[str, Any]
 ) -> None:
     content, more = asked.get("content", "hi"), {name: value for name, value in asked.items() if name != "content"}
@@ -209,7 +209,7 @@ def test_models_are_passed_on(setup: Setup) -> None:
 # --- What the engine gets --------------------------------------------------------------------------------------------
 
 
-def test_the_engine_gets_the_request_with_what_capture_needs(setup: Setup) -> None:
+def test_the_engine_gets_the_request_with_the_fields_for_the_capture(setup: Setup) -> None:
     setup.post(chat_body(top_p=0.5), **{"x-request-id": "abc", "authorization": "Bearer key"})
     added = {"return_token_ids": True, "logprobs": True, "top_k": 50, "max_tokens": 77}
     assert setup.engine.seen == [chat_body(top_p=0.5) | added]
@@ -218,7 +218,7 @@ def test_the_engine_gets_the_request_with_what_capture_needs(setup: Setup) -> No
     assert "key" not in json.dumps({name: str(value) for name, value in setup.span().attributes.items()})
 
 
-def test_what_the_client_set_itself_stays(setup: Setup) -> None:
+def test_fields_that_the_client_set_stay(setup: Setup) -> None:
     setup.post(chat_body(top_k=3, max_completion_tokens=5, logprobs=False))
     (sent,) = setup.engine.seen
     assert (sent["top_k"], sent["max_completion_tokens"], sent["logprobs"]) == (3, 5, True)
@@ -231,7 +231,7 @@ def prepared(body: Json, operation: str, **options: Any) -> Json:
     return prepare(body, requested, capture=capture, **{"extra_body": {}, "forced": {}, "seed": None} | options)
 
 
-def test_fields_can_be_forced_left_out_or_left_alone() -> None:
+def test_fields_can_be_forced_removed_or_kept() -> None:
     body = {"max_completion_tokens": 5, "temperature": 0.2, "seed": 1}
     sent = prepared(body, "chat", extra_body={"logprobs": None, "seed": 3}, forced={"max_tokens": 9}, seed=2)
     assert sent == {"temperature": 0.2, "seed": 1, "return_token_ids": True, "max_tokens": 9}
@@ -245,9 +245,7 @@ def test_fields_can_be_forced_left_out_or_left_alone() -> None:
 # --- Whose call it is ------------------------------------------------------------------------------------------------
 
 
-def test_headers_join_the_call_with_the_span_and_rollout_that_made_it(
-    setup: Setup, spans: InMemorySpanExporter
-) -> None:
+def test_headers_join_the_call_with_its_parent_span_and_rollout(setup: Setup, spans: InMemorySpanExporter) -> None:
     with agl.rollout("r1", group_id="g1", attempt_id="r1-a2", mode="eval"), agl.role("planner"):
         headers = agl.headers()
     setup.post(chat_body(temperature=0.9), **headers)
@@ -270,7 +268,7 @@ def test_headers_join_the_call_with_the_span_and_rollout_that_made_it(
 CALLER = (semconv.ROLLOUT_ID, semconv.ATTEMPT_ID, semconv.GROUP_ID, semconv.MODE, semconv.ROLE)
 
 
-def test_a_url_names_the_rollout_and_the_store_its_mode_and_group(setup: Setup) -> None:
+def test_the_url_has_the_rollout_and_the_store_its_mode_and_group(setup: Setup) -> None:
     setup.store.enqueue_rollouts([Rollout("r 2", "task", group_id="g2", mode="train")])
     setup.client("/rollout/r%202/attempt/a1/v1").chat.completions.create(**chat_body(temperature=0.1))
     span = setup.span()
@@ -280,13 +278,13 @@ def test_a_url_names_the_rollout_and_the_store_its_mode_and_group(setup: Setup) 
     assert setup.engine.seen[0]["temperature"] == 1.0
 
 
-def test_a_url_of_a_rollout_nobody_queued_is_production(setup: Setup) -> None:
+def test_a_rollout_that_was_not_queued_has_mode_prod(setup: Setup) -> None:
     setup.post(chat_body(temperature=0.1), "/rollout/stray/attempt/a1/v1/chat/completions")
     assert [setup.span().text(name) for name in CALLER] == ["stray", "a1", None, "prod", None]
     assert setup.engine.seen[0]["temperature"] == 0.1
 
 
-def test_the_url_counts_more_than_the_baggage(setup: Setup) -> None:
+def test_the_url_overrides_the_baggage(setup: Setup) -> None:
     path = "/rollout/from-url/attempt/a1/v1/chat/completions"
     setup.post(chat_body(), path, baggage="agl.rollout.id=from-baggage,agl.mode=eval,other=x")
     assert [setup.span().text(name) for name in CALLER] == ["from-url", "a1", None, "eval", None]
@@ -343,7 +341,7 @@ def test_unknown_paths_and_methods_get_an_openai_error(setup: Setup, method: str
     assert answer.json()["error"]["message"] == f"the gateway does not serve {method} {path}"
 
 
-def test_odd_values_of_a_client_reach_the_engine_and_do_not_stop_the_record(setup: Setup) -> None:
+def test_values_of_wrong_types_reach_the_engine_and_the_call_is_recorded(setup: Setup) -> None:
     answer = setup.post(chat_body(temperature="hot", max_tokens=[1], seed={}))
     assert answer.status_code == 200
     assert setup.engine.seen[0]["temperature"] == "hot"
@@ -401,7 +399,7 @@ def test_an_engine_that_breaks_off_ends_the_stream_with_an_error(
     assert ids(span, semconv.RESPONSE_TOKEN_IDS) == IDS[:1]
 
 
-def test_a_client_that_leaves_a_stream_cancels_it_and_what_was_sampled_is_recorded(setup: Setup) -> None:
+def test_a_client_that_leaves_a_stream_cancels_it_and_the_tokens_so_far_are_recorded(setup: Setup) -> None:
     stream = setup.client().chat.completions.create(**chat_body("SLOW", stream=True))
     for chunk in stream:
         if chunk.choices[0].delta.content == " there":
@@ -445,7 +443,7 @@ async def test_many_streams_at_once_keep_their_tokens_apart(setup: Setup) -> Non
 # --- The wire, as pure functions -------------------------------------------------------------------------------------
 
 
-def test_events_are_cut_wherever_the_network_cuts() -> None:
+def test_events_are_split_wherever_the_network_splits_the_bytes() -> None:
     stream = b": ping\r\n\r\ndata: 1\n\ndata: 2\r\n\r\nda"
     assert split_events(stream) == ([b": ping", b"data: 1", b"data: 2"], b"da")
     for cut in range(len(stream)):
@@ -454,7 +452,7 @@ def test_events_are_cut_wherever_the_network_cuts() -> None:
         assert (events + more, rest) == split_events(stream)
 
 
-def test_tool_calls_are_put_together_from_their_pieces() -> None:
+def test_tool_calls_are_joined_from_chunks() -> None:
     capture = Capture()
     for function in ({"name": "search", "arguments": ""}, {"arguments": '{"x"'}, {"arguments": ": 1}"}):
         calls = [{"index": 0, "id": "c1" if "name" in function else None, "function": function}]

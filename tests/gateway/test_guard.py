@@ -1,4 +1,4 @@
-"""Who gets in: tokens and their scopes, pages of other sites, too much at once, TLS."""
+"""Access: tokens and scopes, cross-origin requests, size limits, TLS."""
 
 import socket
 import ssl
@@ -45,7 +45,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
         ("all-of-i", 401, 401, 401),
     ],
 )
-def test_a_token_opens_what_its_scopes_say(guarded: Setup, token: str, calls: int, reads: int, steers: int) -> None:
+def test_a_token_allows_what_its_scopes_say(guarded: Setup, token: str, calls: int, reads: int, steers: int) -> None:
     headers = {"authorization": f"Bearer {token}"}
     for path in ("/v1/chat/completions", "/rollout/r/attempt/a/v1/chat/completions"):
         assert guarded.post(chat_body(), path, **headers).status_code == calls
@@ -56,12 +56,12 @@ def test_a_token_opens_what_its_scopes_say(guarded: Setup, token: str, calls: in
     assert httpx.get(f"{guarded.url}/api/health").status_code == 200
 
 
-def test_a_refusal_says_what_is_missing(guarded: Setup) -> None:
+def test_an_error_names_the_missing_scope(guarded: Setup) -> None:
     with pytest.raises(openai.PermissionDeniedError, match="POST /v1/chat/completions needs the scope agent"):
         guarded.client().with_options(api_key="a-reader").chat.completions.create(**chat_body())
 
 
-def test_the_project_of_the_token_is_on_the_call_and_the_token_nowhere(
+def test_the_call_has_the_project_of_the_token_and_never_the_token(
     guarded: Setup, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG")
@@ -76,21 +76,21 @@ def test_the_project_of_the_token_is_on_the_call_and_the_token_nowhere(
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "reason"),
     [
         ("secret-token everything", "line 2: the scopes are 'everything', expected some of agent, trainer, read"),
         ("secret-token agent shop more", r"line 2: expected token, scopes \(agent, trainer, read\) and project"),
     ],
 )
-def test_a_line_that_cannot_be_read_is_named_without_its_token(tmp_path: Path, line: str, said: str) -> None:
+def test_the_error_for_an_invalid_line_does_not_show_its_token(tmp_path: Path, line: str, reason: str) -> None:
     (tmp_path / "tokens").write_text(f"fine\n{line}\n")
-    with pytest.raises(ConfigError, match=said) as caught:
+    with pytest.raises(ConfigError, match=reason) as caught:
         BearerTokens.read(None, tmp_path / "tokens")
     assert "secret-token" not in str(caught.value)
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1"])
-def test_pages_of_other_sites_are_kept_out(setup: Setup, origin: str) -> None:
+def test_cross_origin_requests_are_rejected(setup: Setup, origin: str) -> None:
     answer = setup.post(chat_body(), origin=origin)
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "cross_origin")
     assert not [name for name in answer.headers if name.startswith("access-control")]
@@ -117,7 +117,7 @@ def test_a_head_over_the_limit_is_refused_before_it_ends(setup: Setup, head: str
     assert setup.post(chat_body(), **{"x-long": "y" * (MAX_HEAD_BYTES // 2)}).status_code == 200
 
 
-def test_the_gateway_speaks_tls(tmp_path: Path) -> None:
+def test_the_gateway_serves_tls(tmp_path: Path) -> None:
     authority = trustme.CA()
     authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
@@ -134,7 +134,7 @@ def test_the_gateway_speaks_tls(tmp_path: Path) -> None:
     store.close()
 
 
-def test_tls_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
+def test_the_error_for_invalid_tls_files_names_them(tmp_path: Path) -> None:
     (tmp_path / "junk.pem").write_text("junk")
     store = Store()
     config = GatewayConfig(tls=TlsConfig(certificate=tmp_path / "junk.pem", key=tmp_path / "junk.pem"))
@@ -143,7 +143,7 @@ def test_tls_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
     store.close()
 
 
-def test_others_reach_the_gateway_only_with_a_token() -> None:
+def test_a_gateway_that_other_machines_reach_needs_a_token() -> None:
     store = Store()
     with pytest.raises(ConfigError, match=r"others can reach 0\.0\.0\.0: pass --token"):
         ServerThread(store, host="0.0.0.0", port=0, otlp_http_port=0)

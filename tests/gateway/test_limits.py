@@ -1,4 +1,4 @@
-"""Pausing, places at an engine, timeouts of each hop, and what is not recorded."""
+"""Pause, slots of an engine, timeouts, and calls that are not recorded."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ def control(setup: Setup, verb: str, **body: Any) -> Any:
     return answer.json()
 
 
-def test_a_pause_turns_calls_away_until_they_may_come_again() -> None:
+def test_a_paused_gateway_answers_429_until_it_resumes() -> None:
     with gateway() as setup:
         assert control(setup, "pause") == {"paused": True, "calls": 0, "models": {}}
         answer = setup.post(chat_body())
@@ -36,7 +36,7 @@ def test_a_pause_turns_calls_away_until_they_may_come_again() -> None:
             assert call.result(30).choices[0].message.content == "".join(WORDS)
 
 
-def test_a_pause_waits_for_the_calls_that_are_under_way() -> None:
+def test_a_pause_waits_for_active_calls() -> None:
     with gateway() as setup, ThreadPoolExecutor() as pool:
         call = pool.submit(setup.post, chat_body("HOLD"))
         wait_until(lambda: bool(setup.engine.seen))
@@ -47,7 +47,7 @@ def test_a_pause_waits_for_the_calls_that_are_under_way() -> None:
         assert call.result().status_code == 200
 
 
-def test_a_wrong_pause_is_refused() -> None:
+def test_an_invalid_pause_is_refused() -> None:
     with gateway() as setup:
         answer = httpx.post(f"{setup.url}/api/gateway/pause", json={"drain_s": -1})
         assert answer.status_code == 422
@@ -56,14 +56,14 @@ def test_a_wrong_pause_is_refused() -> None:
 
 @contextmanager
 def narrow(**settings: Any) -> Iterator[Setup]:
-    """A gateway before an engine that has one place."""
+    """A gateway with an engine that has one slot."""
     engine = FakeEngine()
     with serving(engine) as url, gateway(engines=[{"url": url, "max_concurrent": 1}], **settings) as setup:
         setup.engine = engine
         yield setup
 
 
-def test_calls_wait_for_a_place_and_their_spans_say_how_long() -> None:
+def test_calls_wait_for_a_slot_and_their_spans_have_the_time() -> None:
     with narrow() as setup, ThreadPoolExecutor() as pool:
         first = pool.submit(setup.post, chat_body("HOLD"))
         wait_until(lambda: len(setup.engine.seen) == 1)
@@ -76,7 +76,7 @@ def test_calls_wait_for_a_place_and_their_spans_say_how_long() -> None:
         assert waited > 1_000_000
 
 
-def test_a_call_that_finds_no_place_in_time_may_come_again() -> None:
+def test_a_call_that_gets_no_slot_in_time_may_be_repeated() -> None:
     with narrow(timeouts={"queue_s": 0.05}) as setup, ThreadPoolExecutor() as pool:
         first = pool.submit(setup.post, chat_body("HOLD"))
         wait_until(lambda: len(setup.engine.seen) == 1)
@@ -99,7 +99,7 @@ def test_a_stream_that_is_too_slow_ends_with_an_error(hop: str, limit: float) ->
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_open_lets_an_answer_pass_and_says_that_it_is_not_recorded(stream: bool) -> None:
+def test_record_open_passes_an_unrecorded_response_and_marks_it(stream: bool) -> None:
     with gateway(record="open") as setup:
         setup.store.refusing = True
         answer = setup.post(chat_body(stream=stream))
@@ -116,8 +116,8 @@ def test_open_lets_an_answer_pass_and_says_that_it_is_not_recorded(stream: bool)
         assert_tokens(setup.span())
 
 
-async def test_one_call_that_cannot_be_kept_does_not_take_others_along(setup: Setup) -> None:
-    setup.store.delay_s = 0.1  # They queue up behind the first, and are committed together.
+async def test_a_call_that_cannot_be_stored_does_not_fail_its_batch(setup: Setup) -> None:
+    setup.store.delay_s = 0.1  # They wait for the first, and are committed together.
     bodies = [chat_body(model="\ud800" if number == 3 else "base") for number in range(6)]
     async with httpx.AsyncClient() as client:
         url = f"{setup.url}/v1/chat/completions"

@@ -1,4 +1,4 @@
-"""A thousand rollouts that hold streams open at once, before `agl serve` as a process of its own.
+"""A thousand rollouts with open streams at once, on `agl serve` in a separate process.
 
 This takes longer than other tests: four thousand streams, on two cores that clients and engine share with the gateway.
 """
@@ -12,7 +12,7 @@ GROWTH_MB = 30
 """Most that the process may grow by from the second wave to the last: 15 KB a call."""
 
 
-def test_none_is_lost_every_call_has_its_own_tokens_and_memory_is_flat(tmp_path: Path) -> None:
+def test_no_call_is_lost_each_has_its_own_tokens_and_memory_is_flat(tmp_path: Path) -> None:
     memory: list[float] = []
     with null_engine() as engine, ours(tmp_path, engine) as (url, process, store):
         for wave in range(WAVES):

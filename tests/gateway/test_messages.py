@@ -1,4 +1,4 @@
-"""Anthropic's Messages API on the wire; its own client is among the clients (`test_clients`)."""
+"""Anthropic's Messages API over HTTP; `test_clients` runs its official client."""
 
 import json
 from typing import Any
@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from agl import semconv
+from agl.gateway.dialect.messages import Messages
 from tests.core.fake_engine import WORDS
 from tests.gateway.serving import Setup, assert_tokens
 
@@ -72,6 +73,15 @@ def test_a_tool_is_used(setup: Setup, stream: bool) -> None:
     assert sent["tool_choice"] == {"type": "function", "function": {"name": "search"}}
 
 
+@pytest.mark.parametrize("field", ["stop_reason", "matched_stop"])
+def test_a_stop_string_is_reported_by_vllm_and_sglang(field: str) -> None:
+    call = Messages({"model": "m", "max_tokens": 9, "messages": []}, "m")
+    response = {"id": "x", "choices": [{"message": {"content": "a"}, "finish_reason": "stop", field: "END"}]}
+    call.capture.add(response)
+    message = json.loads(call.render_whole(b"", response))
+    assert (message["stop_reason"], message["stop_sequence"]) == ("stop_sequence", "END")
+
+
 def test_a_conversation_is_sent_as_chat_messages(setup: Setup) -> None:
     image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "xx"}}
     result = {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "a mug"}]}
@@ -100,7 +110,7 @@ def test_a_conversation_is_sent_as_chat_messages(setup: Setup) -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "reason"),
     [
         ({"mcp_servers": [{}]}, "mcp_servers is not for engines"),
         ({"tools": [{"type": "web_search_20250305", "name": "web"}]}, "the tool 'web' runs at a provider"),
@@ -108,12 +118,14 @@ def test_a_conversation_is_sent_as_chat_messages(setup: Setup) -> None:
         ({"messages": 3}, "not of the right form"),
     ],
 )
-def test_what_has_no_chat_completion_is_refused(setup: Setup, more: dict[str, Any], said: str) -> None:
+def test_a_request_without_an_equivalent_chat_completion_is_refused(
+    setup: Setup, more: dict[str, Any], reason: str
+) -> None:
     answer = post(setup, **more)
     assert answer.status_code == 400
     assert answer.json()["type"] == "error"
     assert answer.json()["error"]["type"] == "invalid_request_error"
-    assert said in answer.json()["error"]["message"]
+    assert reason in answer.json()["error"]["message"]
     assert setup.engine.seen == []
 
 

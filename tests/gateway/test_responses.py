@@ -1,4 +1,4 @@
-"""OpenAI's Responses API: what its own client makes of answers, and what engines are asked."""
+"""OpenAI's Responses API: responses as its official client reads them, and requests to engines."""
 
 import json
 from typing import Any
@@ -55,7 +55,7 @@ def test_a_tool_call_comes_back_as_an_item(setup: Setup, stream: bool) -> None:
     assert output(setup.span())["parts"][0]["type"] == "tool_call"
 
 
-def test_the_stream_helper_of_the_client_follows_every_event(setup: Setup) -> None:
+def test_the_client_s_stream_helper_accepts_every_event(setup: Setup) -> None:
     with setup.client().responses.stream(model="writer@3", input="TOOL", tools=[TOOL]) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_response()
@@ -63,7 +63,7 @@ def test_the_stream_helper_of_the_client_follows_every_event(setup: Setup) -> No
     assert final.output[0].type == "function_call"
 
 
-def test_logprobs_come_where_they_are_asked_for(setup: Setup) -> None:
+def test_logprobs_are_returned_if_requested(setup: Setup) -> None:
     for stream in (False, True):
         answer: Any = create(setup, include=["message.output_text.logprobs"], top_logprobs=0, stream=stream)
         answer = list(answer)[-1].response if stream else answer
@@ -73,14 +73,14 @@ def test_logprobs_come_where_they_are_asked_for(setup: Setup) -> None:
 
 def test_a_conversation_is_sent_as_messages(setup: Setup) -> None:
     image = {"type": "input_image", "image_url": "data:image/png;base64,xx", "detail": "auto"}
-    said = [{"type": "output_text", "text": "looking", "annotations": []}]
+    content = [{"type": "output_text", "text": "looking", "annotations": []}]
     create(
         setup,
         [
             {"role": "developer", "content": "be brief"},
             {"role": "user", "content": [{"type": "input_text", "text": "what is it?"}, image]},
             {"type": "reasoning", "id": "rs", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
-            {"type": "message", "role": "assistant", "content": said},
+            {"type": "message", "role": "assistant", "content": content},
             {"type": "function_call", "call_id": "c1", "name": "search", "arguments": "{}"},
             {"type": "function_call", "call_id": "c2", "name": "search", "arguments": "{}"},
             {"type": "function_call_output", "call_id": "c1", "output": "a mug"},
@@ -113,16 +113,18 @@ def test_a_conversation_is_sent_as_messages(setup: Setup) -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "reason"),
     [
-        ({"previous_response_id": "r"}, "previous_response_id needs what earlier calls left behind"),
+        ({"previous_response_id": "r"}, "the gateway keeps no state between calls, which previous_response_id needs"),
         ({"tools": [{"type": "web_search"}]}, "a tool of type web_search runs at a provider"),
         ({"given": [{"type": "item_reference", "id": "x"}]}, "no input item of type 'item_reference'"),
         ({"given": [{"role": "user"}]}, "not of the right form: KeyError: 'content'"),
     ],
 )
-def test_what_has_no_chat_completion_is_refused(setup: Setup, more: dict[str, Any], said: str) -> None:
-    with pytest.raises(openai.BadRequestError, match=said) as caught:
+def test_a_request_without_an_equivalent_chat_completion_is_refused(
+    setup: Setup, more: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=reason) as caught:
         create(setup, **more)
     assert caught.value.code == "not_translatable"
     assert setup.engine.seen == []

@@ -1,4 +1,4 @@
-"""SGLang's shape of token ids, read and asked for."""
+"""SGLang: requesting and reading token ids."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -39,7 +39,7 @@ def setup(sglang: tuple[SglangEngine, str]) -> Iterator[Setup]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_ids_behind_the_answer_are_recorded_and_train(setup: Setup, stream: bool) -> None:
+def test_ids_after_the_answer_are_recorded_and_train(setup: Setup, stream: bool) -> None:
     assert setup.post(chat_body(stream=stream, n=2), URL).status_code == 200
     for number, span in enumerate(setup.store.appended):
         assert_tokens(span, number)
@@ -63,7 +63,7 @@ def test_a_completion_is_recorded(setup: Setup) -> None:
         {"return_output_ids_in_sglext": False},
     ],
 )
-def test_the_client_gets_what_the_engine_would_say(
+def test_the_client_gets_the_response_that_the_engine_would_send(
     setup: Setup, sglang: tuple[SglangEngine, str], asked: dict[str, Any], stream: bool
 ) -> None:
     body = chat_body(stream=stream, **asked)
@@ -74,7 +74,7 @@ def test_the_client_gets_what_the_engine_would_say(
     assert parsed(through, stream) == parsed(direct, stream)
 
 
-def test_ids_are_asked_for_in_sglang_s_words(setup: Setup, sglang: tuple[SglangEngine, str]) -> None:
+def test_ids_are_requested_by_sglang_s_fields(setup: Setup, sglang: tuple[SglangEngine, str]) -> None:
     setup.post(chat_body(stream=True), URL)
     sent = sglang[0].seen[-1]
     assert sent["return_input_ids_in_sglext"] is sent["return_output_ids_in_sglext"] is True
@@ -82,7 +82,7 @@ def test_ids_are_asked_for_in_sglang_s_words(setup: Setup, sglang: tuple[SglangE
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_exact_prompt_is_given_as_input_ids(sglang: tuple[SglangEngine, str], stream: bool) -> None:
+def test_an_exact_prompt_is_sent_as_input_ids(sglang: tuple[SglangEngine, str], stream: bool) -> None:
     with gateway(engines=[{"url": sglang[1], "kind": "sglang"}], exact_prefix=True) as setup:
         for messages in (TURNS[:1], TURNS):
             setup.post(chat_body(stream=stream) | {"messages": messages}, URL)
@@ -92,7 +92,7 @@ def test_an_exact_prompt_is_given_as_input_ids(sglang: tuple[SglangEngine, str],
         assert span.text(semconv.GATEWAY_PREFIX) == "exact"
 
 
-def test_drift_has_the_texts_that_sglang_tells(setup: Setup) -> None:
+def test_drift_has_the_texts_that_sglang_reports(setup: Setup) -> None:
     for messages in (TURNS[:1], TURNS):
         setup.post(chat_body() | {"messages": messages}, URL)
     drifted = Drifted.of_json(setup.store.appended[-1].text(semconv.GATEWAY_DRIFT) or "")
@@ -101,7 +101,7 @@ def test_drift_has_the_texts_that_sglang_tells(setup: Setup) -> None:
 
 
 @pytest.mark.parametrize("models", [[], ["planner"]])
-def test_engines_that_serve_the_same_are_of_one_kind(models: list[str]) -> None:
+def test_engines_of_the_same_model_are_of_one_kind(models: list[str]) -> None:
     engines = [
         {"url": "http://a/v1", "models": ["planner"]},
         {"url": "http://b/v1", "kind": "sglang", "models": models},

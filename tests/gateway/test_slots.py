@@ -1,4 +1,4 @@
-"""Places at an engine: never too many, and rollouts take turns."""
+"""The queue of an engine: never more calls than the limit, and rollouts take turns."""
 
 import asyncio
 
@@ -12,7 +12,7 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def test_a_rollout_with_many_calls_does_not_keep_others_waiting() -> None:
+async def test_a_rollout_with_many_calls_does_not_delay_the_others() -> None:
     queue, order = FairQueue(1), list[str]()
 
     async def call(rollout: str) -> None:
@@ -31,7 +31,7 @@ async def test_a_rollout_with_many_calls_does_not_keep_others_waiting() -> None:
     assert (queue.in_use, queue.waiting) == (0, 0)
 
 
-async def test_there_are_never_more_than_the_limit() -> None:
+async def test_there_are_never_more_calls_than_the_limit() -> None:
     queue, most = FairQueue(3), 0
 
     async def call(number: int) -> None:
@@ -46,7 +46,7 @@ async def test_there_are_never_more_than_the_limit() -> None:
 
 
 @pytest.mark.parametrize("handed_over", [False, True])
-async def test_who_leaves_the_queue_takes_no_place_along(handed_over: bool) -> None:
+async def test_a_cancelled_waiter_does_not_keep_a_slot(handed_over: bool) -> None:
     queue = FairQueue(1)
     await queue.acquire("a")
     leaving, staying = (asyncio.create_task(queue.acquire(name)) for name in ("b", "c"))

@@ -1,4 +1,4 @@
-"""Turns before engines that take tokens, or do not: how they are asked, and what the call's span says."""
+"""Turns of a conversation, with engines that take prompt ids and engines that do not."""
 
 import json
 from typing import Any
@@ -28,7 +28,7 @@ def second_turn(setup: Setup, *more: dict[str, Any], **options: Any) -> Span:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_engine_in_vllm_s_shape_is_given_the_tokens_held(stream: bool) -> None:
+def test_an_engine_of_kind_vllm_gets_the_sampled_tokens(stream: bool) -> None:
     with gateway(exact_prefix=True) as setup:
         span = second_turn(setup, stream=stream)
         expected = PROMPT_IDS + IDS + [TURN, ord("o"), ord("n"), END, TURN]
@@ -40,18 +40,18 @@ def test_an_engine_in_vllm_s_shape_is_given_the_tokens_held(stream: bool) -> Non
         assert "kv_transfer_params" not in (span.text(semconv.GATEWAY_CHANGED) or "")
 
 
-def test_tokens_are_not_mixed_with_what_else_the_client_hands_over() -> None:
+def test_prompt_ids_are_added_to_the_client_s_transfer_parameters() -> None:
     with gateway(exact_prefix=True) as setup:
         second_turn(setup, kv_transfer_params={"do_remote_prefill": False})
         assert setup.engine.seen[0]["kv_transfer_params"] == {"do_remote_prefill": False}
         assert setup.engine.seen[1]["kv_transfer_params"].keys() == {"do_remote_prefill", "prompt_token_ids"}
 
 
-def test_what_continues_nothing_is_asked_as_ever() -> None:
+def test_a_call_that_continues_no_other_is_sent_unchanged() -> None:
     with gateway(exact_prefix=True) as setup:
         setup.post(chat_body(), URL)
         setup.post(chat_body(), "/rollout/r2/attempt/a1/v1/chat/completions")
-        setup.post(chat_body() | {"messages": [USER, ANSWER, NEXT]})  # Of no conversation that could be told.
+        setup.post(chat_body() | {"messages": [USER, ANSWER, NEXT]})  # Without a conversation.
         assert all("kv_transfer_params" not in body for body in setup.engine.seen)
         assert all(semconv.GATEWAY_PREFIX not in span.attributes for span in setup.store.appended)
 
@@ -63,16 +63,16 @@ def test_what_continues_nothing_is_asked_as_ever() -> None:
         ("responses", [USER, {"role": "assistant", "content": "".join(WORDS)}, NEXT]),
     ],
 )
-def test_the_apis_that_are_translated_have_turns_too(api: str, turns: list[dict[str, Any]]) -> None:
+def test_translated_apis_have_exact_prefixes_too(api: str, turns: list[dict[str, Any]]) -> None:
     url = f"/rollout/r1/attempt/a1/v1/{api}"
     with gateway(exact_prefix=True) as setup:
-        for said in (turns[:1], turns):
-            body = {"model": "writer@3", "max_tokens": 9, "messages" if api == "messages" else "input": said}
+        for messages in (turns[:1], turns):
+            body = {"model": "writer@3", "max_tokens": 9, "messages" if api == "messages" else "input": messages}
             assert setup.post(body, url).status_code == 200
         assert setup.store.appended[-1].text(semconv.GATEWAY_PREFIX) == "exact"
 
 
-def test_calls_of_one_trace_are_a_conversation_too() -> None:
+def test_calls_of_one_trace_form_a_conversation() -> None:
     parent = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
     with gateway(exact_prefix=True) as setup:
         setup.post(chat_body() | {"messages": [USER]}, **parent)
@@ -89,7 +89,7 @@ def test_calls_of_one_trace_are_a_conversation_too() -> None:
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_engine_that_takes_no_tokens_answers_by_its_template(engine: FakeEngine, why: str, stream: bool) -> None:
+def test_an_engine_that_takes_no_tokens_uses_its_template(engine: FakeEngine, why: str, stream: bool) -> None:
     with gateway(engine, exact_prefix=True) as setup:
         span = second_turn(setup, stream=stream)
         assert (span.status, span.text(semconv.GATEWAY_PREFIX)) == ("ok", why)
@@ -106,23 +106,23 @@ def test_an_engine_that_takes_no_tokens_answers_by_its_template(engine: FakeEngi
 @pytest.mark.parametrize(
     ("options", "more", "why"),
     [
-        ({"add_generation_prompt": False}, (NEXT,), "the request goes on with its last message"),
-        ({}, (NEXT, {"role": "assistant", "content": "Well,"}), "the request goes on with its last message"),
+        ({"add_generation_prompt": False}, (NEXT,), "the request continues its last message"),
+        ({}, (NEXT, {"role": "assistant", "content": "Well,"}), "the request continues its last message"),
         (
             {},
             ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]},),
-            "the messages hold more than text",
+            "the messages contain more than text",
         ),
     ],
 )
-def test_requests_whose_prompt_cannot_be_told_are_left_to_the_template(
+def test_requests_without_a_known_prompt_are_left_to_the_template(
     options: dict[str, Any], more: tuple[dict[str, Any], ...], why: str
 ) -> None:
     with gateway(exact_prefix=True) as setup:
         assert second_turn(setup, *more, **options).text(semconv.GATEWAY_PREFIX) == why
 
 
-def test_without_the_setting_nothing_is_asked_and_drift_is_told() -> None:
+def test_without_exact_prefix_the_request_is_unchanged_and_drift_is_recorded() -> None:
     with gateway(FakeEngine(tokenizes=False)) as setup:
         span = second_turn(setup)
         assert "kv_transfer_params" not in setup.engine.seen[1]
@@ -131,28 +131,31 @@ def test_without_the_setting_nothing_is_asked_and_drift_is_told() -> None:
         assert drifted is not None and drifted.kind == Drift.RETOKENIZED
 
 
-def test_other_tools_make_another_conversation() -> None:
-    """Tokens held would hide the new tools from the model."""
+def test_different_tools_make_a_different_conversation() -> None:
+    """The sampled tokens would hide the new tools from the model."""
     tools = [{"type": "function", "function": {"name": "add"}}]
     with gateway(exact_prefix=True) as setup:
         setup.post(chat_body() | {"messages": [USER]}, URL)
         setup.post(chat_body() | {"messages": [USER, ANSWER, NEXT], "tools": tools}, URL)
         assert "kv_transfer_params" not in setup.engine.seen[1]
-        assert setup.store.appended[1].text(semconv.GATEWAY_PREFIX) == "no call is held whose messages these continue"
+        assert (
+            setup.store.appended[1].text(semconv.GATEWAY_PREFIX)
+            == "no recorded call has the messages that these continue"
+        )
 
 
 @pytest.mark.parametrize("messages", [None, "hi", [], [1], [{"role": "assistant", "tool_calls": 3}, NEXT]])
-def test_odd_messages_are_the_engine_s_to_refuse(messages: Any) -> None:
+def test_malformed_messages_are_passed_to_the_engine(messages: Any) -> None:
     with gateway(exact_prefix=True) as setup:
         setup.post(chat_body() | {"messages": [USER]}, URL)
         setup.post(chat_body() | {"messages": messages}, URL)
         assert setup.post(chat_body() | {"messages": [USER, ANSWER, NEXT]}, URL).status_code == 200
 
 
-# --- What is held, as pure functions ---------------------------------------------------------------------------------
+# --- Conversations and drift, as pure functions ----------------------------------------------------------------------
 
 
-def test_the_first_other_token_is_found_wherever_it_is() -> None:
+def test_the_first_token_that_differs_is_found_at_every_position() -> None:
     held = list(range(100, 140))
     for position in range(40):
         for prompt in ([*held[:position], 7, *held[position + 1 :], 9], held[:position]):
@@ -163,31 +166,36 @@ def test_the_first_other_token_is_found_wherever_it_is() -> None:
     assert first_difference(pack_ids(held), pack_ids([*held, 1])) is None
 
 
-def said(text: str = "", reasoning: str = "", *calls: tuple[str, str]) -> AssistantMessage:
+def message(text: str = "", reasoning: str = "", *calls: tuple[str, str]) -> AssistantMessage:
     return AssistantMessage(text, reasoning, calls)
 
 
 @pytest.mark.parametrize(
     ("given", "sent_back", "texts", "kind"),
     [
-        (said("a b"), said("a b"), ("a b<e>", "a b<e>more", "<e>"), Drift.RETOKENIZED),
-        (said("a b "), said("a b"), (" <e>", "<e>more", "<e>"), Drift.WHITESPACE),
-        (said("x</think>a"), said("a"), ("x</think>\na<e>", "a<e>more", "<e>"), Drift.REASONING),
-        (said("a", "x"), said("a"), ("x</think>\na<e>", "</think>\na<e>", "<e>"), Drift.REASONING),
+        (message("a b"), message("a b"), ("a b<e>", "a b<e>more", "<e>"), Drift.RETOKENIZED),
+        (message("a b "), message("a b"), (" <e>", "<e>more", "<e>"), Drift.WHITESPACE),
+        (message("x</think>a"), message("a"), ("x</think>\na<e>", "a<e>more", "<e>"), Drift.REASONING),
+        (message("a", "x"), message("a"), ("x</think>\na<e>", "</think>\na<e>", "<e>"), Drift.REASONING),
         (
-            said("", "", ("add", "{}")),
-            said("", "", ("add", "{}")),
+            message("", "", ("add", "{}")),
+            message("", "", ("add", "{}")),
             ('{"a":1}<e>', '{"a": 1}<e>', "<e>"),
             Drift.ARGUMENTS,
         ),
-        (said("", "", ("add", "{}")), said("", "", ("add", "{}")), ("\nadd{}<e>", "add{}<e>", "<e>"), Drift.WHITESPACE),
-        (said("a"), said("a"), ("a<e>", "b<e>", "<e>"), Drift.REWRITTEN),
-        (said("a b"), said("a b"), (" b", " b<e>more", ""), Drift.RETOKENIZED),
-        (said("a b "), said("a b"), (" b ", " b<e>more", ""), Drift.WHITESPACE),
-        (said("a", "x"), said("a"), None, Drift.REASONING),
-        (said("", "", ("add", '{"a":1}')), said("", "", ("add", '{"a": 1}')), None, Drift.ARGUMENTS),
-        (said("a "), said("a"), None, Drift.WHITESPACE),
-        (said("a"), said("a"), None, Drift.RETOKENIZED),
+        (
+            message("", "", ("add", "{}")),
+            message("", "", ("add", "{}")),
+            ("\nadd{}<e>", "add{}<e>", "<e>"),
+            Drift.WHITESPACE,
+        ),
+        (message("a"), message("a"), ("a<e>", "b<e>", "<e>"), Drift.REWRITTEN),
+        (message("a b"), message("a b"), (" b", " b<e>more", ""), Drift.RETOKENIZED),
+        (message("a b "), message("a b"), (" b ", " b<e>more", ""), Drift.WHITESPACE),
+        (message("a", "x"), message("a"), None, Drift.REASONING),
+        (message("", "", ("add", '{"a":1}')), message("", "", ("add", '{"a": 1}')), None, Drift.ARGUMENTS),
+        (message("a "), message("a"), None, Drift.WHITESPACE),
+        (message("a"), message("a"), None, Drift.RETOKENIZED),
     ],
 )
 def test_kinds_of_drift(
@@ -197,12 +205,14 @@ def test_kinds_of_drift(
     assert kind_of_drift(given, sent_back, texts) == kind
 
 
-@pytest.mark.parametrize("other", [said("b"), said("a", "", ("add", "{}")), said("a", "x", ("add", '{"a": 2}'))])
-def test_another_answer_is_not_taken_for_the_one_given(other: AssistantMessage) -> None:
-    assert not said("a").means_the_same(other)
+@pytest.mark.parametrize(
+    "other", [message("b"), message("a", "", ("add", "{}")), message("a", "x", ("add", '{"a": 2}'))]
+)
+def test_a_different_answer_does_not_mean_the_same(other: AssistantMessage) -> None:
+    assert not message("a").means_the_same(other)
 
 
-def test_conversations_beyond_the_limit_are_forgotten_the_stalest_first() -> None:
+def test_beyond_the_limit_the_least_recently_continued_conversations_are_dropped() -> None:
     conversations = Conversations(limit=20_000)
     messages = [USER, ANSWER, NEXT]
     for number in range(20):
@@ -220,7 +230,7 @@ def test_conversations_beyond_the_limit_are_forgotten_the_stalest_first() -> Non
     assert [number for number in range(20) if is_known(number)] == list(range(14, 20))
 
 
-def test_a_broken_attribute_is_no_drift() -> None:
+def test_a_malformed_drift_attribute_is_ignored() -> None:
     for text in (
         "",
         "[]",

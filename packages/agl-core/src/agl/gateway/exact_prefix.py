@@ -19,10 +19,10 @@ from agl.tokens.capture import Json
 from agl.tokens.drift import PREFIX_EXACT
 from agl.tokens.packing import ID_BYTES, pack_ids, unpack_ids
 
-_UNKNOWN: Final = "no call is held whose messages these continue"
-_EDITED: Final = "the answer was sent back changed"
-_MEDIA: Final = "the messages hold more than text"
-_CONTINUES_LAST: Final = "the request goes on with its last message"
+_UNKNOWN: Final = "no recorded call has the messages that these continue"
+_EDITED: Final = "the client changed the answer"
+_MEDIA: Final = "the messages contain more than text"
+_CONTINUES_LAST: Final = "the request continues its last message"
 _TEMPLATE_S: Final = 10.0
 """Limit for a response of `/tokenize`, in seconds."""
 _WORDS: Final = ("a", "b")
@@ -78,14 +78,14 @@ def suffix_ids(turn: SampledTurn, renderings: Sequence[Sequence[int]]) -> list[i
     first, second, *others = renderings
     suffix = _common_end(first, second)
     if len(suffix) == len(first) or not suffix:
-        raise NoSuffixError("the chat template does not write the answer")
+        raise NoSuffixError("the chat template does not render the answer")
     if not turn.ended_by_model:
         if any(_common_end(first, other) != suffix for other in others):
-            raise NoSuffixError("the answer was cut short, and the tokenizer joins its end with what follows")
+            raise NoSuffixError("the answer was cut short, and the tokenizer merges its end with the text after it")
         return suffix
     (end,) = unpack_ids(turn.added[-ID_BYTES:])
     if end not in suffix:
-        raise NoSuffixError("the chat template ends an answer otherwise than the model did")
+        raise NoSuffixError("the chat template ends an answer with a different token than the model did")
     return suffix[suffix.index(end) + 1 :]
 
 

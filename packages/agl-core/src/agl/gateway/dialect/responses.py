@@ -49,7 +49,9 @@ class Responses(Translated):
     def translate(self, body: Json) -> Json:
         for name in _STATEFUL:
             if body.get(name):
-                raise ValueError(f"{name} needs what earlier calls left behind; send the whole input instead")
+                raise ValueError(
+                    f"the gateway keeps no state between calls, which {name} needs; send the whole input instead"
+                )
         content = body["input"]
         items = [{"role": "user", "content": content}] if isinstance(content, str) else content
         system = [{"role": "system", "content": body["instructions"]}] if body.get("instructions") else []
