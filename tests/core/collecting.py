@@ -1,4 +1,4 @@
-"""The whole collector on free ports of loopback, over a store that can be told to refuse."""
+"""The whole collector on free ports of loopback, with a store that fails on request."""
 
 import threading
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""An OTLP/HTTP collector that keeps decoded spans in a list; it can be told to refuse."""
+"""An OTLP/HTTP collector that keeps decoded spans in a list, and fails on request."""
 
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -144,6 +145,13 @@ def test_rooms_are_listed_from_top_to_bottom(package: str) -> None:
     order = [*ROOMS[package]]
     arrows = [(name, below) for name, rooms in ROOMS[package].items() for below in rooms.split()]
     assert not [arrow for arrow in arrows if order.index(arrow[0]) > order.index(arrow[1])]
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    try:
+        TopologicalSorter({module: names & modules().keys() for module, names in imports().items()}).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
 
 
 def run(code: str, text: str = "") -> str:

@@ -1,4 +1,4 @@
-"""OTLP bodies to spans and back, against the encoder of the OpenTelemetry SDK and the OTLP/JSON specification."""
+"""OTLP bodies to spans and back, checked with the encoder of the OpenTelemetry SDK and the OTLP/JSON specification."""
 
 import json
 import math
@@ -82,7 +82,7 @@ def test_every_field_survives_a_round_trip(form: str) -> None:
     assert (otlp.decode(body) if isinstance(body, bytes) else otlp.decode_json(body)) == spans
 
 
-def test_neighbours_of_one_resource_share_its_heading() -> None:
+def test_neighbours_with_one_resource_share_it() -> None:
     request = ExportTraceServiceRequest.FromString(otlp.encode([FULL, FULL]))
     assert [len(group.scope_spans[0].spans) for group in request.resource_spans] == [2]
 
@@ -205,6 +205,6 @@ def test_the_message_names_the_span_and_what_was_expected() -> None:
 
 
 @pytest.mark.parametrize("value", [2**63, object(), {"a": 1}, None, "\ud800", [object()]])
-def test_a_value_that_otlp_cannot_carry_is_refused_by_name(value: Any) -> None:
+def test_a_value_that_otlp_cannot_represent_is_an_error_that_names_it(value: Any) -> None:
     with pytest.raises(OtlpError, match=r"span 'chat' .* cannot be written"):
         otlp.encode([Span(TRACE, SPAN, None, "chat", 1, 2, {"key": value})])

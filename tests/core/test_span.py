@@ -1,4 +1,4 @@
-"""What a span says of itself, in our words and in those of others."""
+"""Ids read from a span, under our names and those of other tools."""
 
 import json
 from typing import Any
@@ -14,7 +14,7 @@ def make(attributes: dict[str, Any], resource: dict[str, Any] | None = None) -> 
     return Span(TRACE, "1" * 16, None, "span", 0, 1, attributes, resource=resource or {})
 
 
-def test_the_rollout_is_the_spans_then_agentlightnings_then_the_trace() -> None:
+def test_the_rollout_is_ours_else_agentlightnings_else_the_trace() -> None:
     theirs = {"agentlightning.rollout_id": "theirs"}
     assert make({"agl.rollout.id": "ours"} | theirs, theirs).rollout_id == "ours"
     assert make(theirs, {"agentlightning.rollout_id": "of the process"}).rollout_id == "theirs"
@@ -30,7 +30,7 @@ def test_the_rollout_is_the_spans_then_agentlightnings_then_the_trace() -> None:
         {"id": "chatcmpl-7", "object": "chat.completion"},  # the OpenAI client's
     ],
 )
-def test_openinference_keeps_the_response_id_in_the_answer(answer: dict[str, Any]) -> None:
+def test_the_response_id_of_openinference_is_read_from_the_response(answer: dict[str, Any]) -> None:
     attributes = {"openinference.span.kind": "LLM", "output.value": json.dumps(answer)}
     assert make(attributes).response_id == "chatcmpl-7"
     assert make(attributes | {"openinference.span.kind": "CHAIN"}).response_id is None
@@ -41,5 +41,5 @@ def test_openinference_keeps_the_response_id_in_the_answer(answer: dict[str, Any
     "answer",
     ["", "__REDACTED__", "[1]", "7", '{"id": 7}', '{"llm_output": {"id": null}}', '{"llm_output": null}', '{"'],
 )
-def test_an_answer_that_tells_no_id_has_none(answer: str) -> None:
+def test_a_response_without_an_id_has_none(answer: str) -> None:
     assert make({"openinference.span.kind": "LLM", "output.value": answer}).response_id is None

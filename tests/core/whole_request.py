@@ -1,4 +1,4 @@
-"""A request in which every field that OTLP knows is set."""
+"""An OTLP request in which every field is set."""
 
 from collections.abc import MutableSequence
 

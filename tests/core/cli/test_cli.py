@@ -1,4 +1,4 @@
-"""The `agl` program as it is installed, in a process of its own."""
+"""The installed `agl` program, in a separate process."""
 
 import json
 import os
@@ -57,15 +57,15 @@ def agl(*arguments: str, stdin: str | None = None, path: Path | None = None) -> 
     )
 
 
-def said(*arguments: str, **options: Any) -> str:
-    """What a command that succeeds prints."""
+def stdout_of(*arguments: str, **options: Any) -> str:
+    """stdout of a command that succeeds."""
     done = agl(*arguments, **options)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
 
-def refused(*arguments: str, **options: Any) -> str:
-    """What a command that cannot run says: exit code 2, a message, no traceback, nothing on stdout."""
+def error_of(*arguments: str, **options: Any) -> str:
+    """stderr of a command that cannot run: exit code 2, no traceback, nothing on stdout."""
     done = agl(*arguments, **options)
     assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr
@@ -88,21 +88,21 @@ def rollout_spans() -> list[Span]:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_has_help_with_an_example(command: list[str]) -> None:
-    text = said(*command, "--help")
+    text = stdout_of(*command, "--help")
     assert f"example:\n  agl {' '.join(command)}" in text
 
 
 def test_help_lists_our_commands_and_those_of_plug_ins() -> None:
-    text = said("--help")
+    text = stdout_of("--help")
     listed = set(re.findall(r"^    (\w+)", text, re.MULTILINE))
     assert {"serve", "inspect", "trajectories", "spans", "store", "config", "doctor"} <= listed
     assert {"train", "sft", "eval", "demo"} <= listed
 
 
 def test_a_wrong_command_or_option_exits_with_2() -> None:
-    assert "invalid choice: 'nope'" in refused("nope")
-    assert "--upstraem" in refused("serve", "--upstraem", "x")
-    assert "required" in refused()
+    assert "invalid choice: 'nope'" in error_of("nope")
+    assert "--upstraem" in error_of("serve", "--upstraem", "x")
+    assert "required" in error_of()
 
 
 def test_reading_a_store_loads_neither_torch_nor_a_server() -> None:
@@ -125,7 +125,7 @@ def install_plugin(folder: Path, code: str, entry_points: str) -> None:
     (info / "entry_points.txt").write_text(entry_points)
 
 
-def test_a_plug_in_command_is_imported_only_when_it_is_asked_for(tmp_path: Path) -> None:
+def test_a_plug_in_command_is_imported_only_when_it_runs(tmp_path: Path) -> None:
     code = """
 print("imported")
 def register(subparsers):
@@ -134,23 +134,23 @@ def register(subparsers):
     parser.set_defaults(run=lambda arguments: print("hello", arguments.name) or 1)
 """
     install_plugin(tmp_path, code, "[agl.commands]\nhello = demo_plugin:register\nserve = demo_plugin:register\n")
-    listing = said("--help", path=tmp_path)
+    listing = stdout_of("--help", path=tmp_path)
     assert "hello" in listing
     assert "(from demo-plugin)" in listing
     assert "imported" not in listing
-    assert "imported" not in said("serve", "--help", path=tmp_path)
+    assert "imported" not in stdout_of("serve", "--help", path=tmp_path)
     done = agl("hello", "you", path=tmp_path)
     assert (done.returncode, done.stdout.splitlines()) == (1, ["imported", "hello you"])
 
 
 def test_a_plug_in_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
     install_plugin(tmp_path, "import not_there", "[agl.commands]\nhello = demo_plugin:register\n")
-    message = refused("hello", path=tmp_path)
+    message = error_of("hello", path=tmp_path)
     assert message.startswith("agl: the command 'hello' cannot be loaded (demo_plugin:register)")
     assert "not_there" in message
 
 
-def test_output_into_a_closed_pipe_is_no_error() -> None:
+def test_output_into_a_closed_pipe_is_not_an_error() -> None:
     # More than a pipe holds, so that the program is still writing when its reader leaves.
     keep(*(span(f"step {number} {'x' * 50}") for number in range(3000)))
     process = subprocess.Popen([AGL, "inspect", "--last"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -169,46 +169,46 @@ def test_output_into_a_closed_pipe_is_no_error() -> None:
 def test_inspect_prints_the_tree_of_the_named_or_last_rollout() -> None:
     keep(*rollout_spans())
     keep(span("other", {semconv.ROLLOUT_ID: "r-2"}))
-    text = said("inspect", "r-1")
+    text = stdout_of("inspect", "r-1")
     assert text.startswith("rollout r-1  mode train\nreward 0.8\n")
     assert "row 1, not trained yet" in text
     assert "dropped: no_ids" in text
     assert "point the model's base URL at the gateway" in text
-    assert said("inspect", "--last").startswith("rollout r-2")
+    assert stdout_of("inspect", "--last").startswith("rollout r-2")
 
 
 def test_inspect_as_json() -> None:
     keep(*rollout_spans())
-    calls = json.loads(said("inspect", "--last", "--json"))["calls"]
+    calls = json.loads(stdout_of("inspect", "--last", "--json"))["calls"]
     assert [(call["role"], call["row"], (call["drop"] or {}).get("reason")) for call in calls] == [
         ("writer", 1, None),
         ("default", None, "no_ids"),
     ]
 
 
-def test_inspect_says_what_is_not_there_and_makes_no_store() -> None:
-    message = refused("inspect", "--last")
+def test_inspect_names_what_is_missing_and_creates_no_store() -> None:
+    message = error_of("inspect", "--last")
     assert "there is no store at" in message
     assert not Path("agl.db").exists()
     Path("runs/demo").mkdir(parents=True)
     keep(uri="sqlite:///runs/demo/agl.db")
-    assert "there are --store sqlite:///runs/demo/agl.db" in refused("inspect", "--last")
-    assert "holds no spans yet" in refused("inspect", "--last", "--store", "sqlite:///runs/demo/agl.db")
+    assert "there are --store sqlite:///runs/demo/agl.db" in error_of("inspect", "--last")
+    assert "holds no spans yet" in error_of("inspect", "--last", "--store", "sqlite:///runs/demo/agl.db")
     keep(*rollout_spans())
-    assert "no span of rollout 'r-9'; the last one there is r-1" in refused("inspect", "r-9")
-    assert "required" in refused("inspect")
+    assert "no span of rollout 'r-9'; the last one there is r-1" in error_of("inspect", "r-9")
+    assert "required" in error_of("inspect")
 
 
 @pytest.mark.parametrize("uri", ["mysql://x", "sqlite:///not_a_store"])
 def test_a_store_that_does_not_open_is_named(uri: str) -> None:
     Path("not_a_store").write_text("just text, and rather more of it than a header would need\n" * 20)
-    assert uri.removeprefix("sqlite:///") in refused("store", "count", "--store", uri)
+    assert uri.removeprefix("sqlite:///") in error_of("store", "count", "--store", uri)
 
 
 def test_trajectories_as_json_hold_rows_and_every_drop() -> None:
     spans = rollout_spans()
     keep(*spans)
-    data = json.loads(said("trajectories", "--rollout", "r-1", "--json"))
+    data = json.loads(stdout_of("trajectories", "--rollout", "r-1", "--json"))
     (row,) = data["rows"]
     expected = build_trajectory(spans).rows[0]
     assert (row["token_ids"], row["loss_mask"], row["logprobs"]) == ([1, 2, 3, 4], [0, 0, 1, 1], [0.0, 0.0, -0.5, -0.5])
@@ -224,33 +224,33 @@ def test_trajectories_of_a_group_are_those_of_its_rollouts() -> None:
         store.enqueue_rollouts([Rollout(name, None, group_id="task-17") for name in ("r-1", "r-2", "r-3")])
         for name in ("r-1", "r-2"):
             store.append_spans([gateway_call(attributes={semconv.ROLLOUT_ID: name})])
-    data = json.loads(said("trajectories", "--group", "task-17", "--json"))
+    data = json.loads(stdout_of("trajectories", "--group", "task-17", "--json"))
     assert [row["rollout_id"] for row in data["rows"]] == ["r-1", "r-2"]
-    table = said("trajectories", "--group", "task-17")
+    table = stdout_of("trajectories", "--group", "task-17")
     assert "2 rollouts, 2 rows, 0 dropped calls" in table
-    assert "no rollout of group 'task-18'" in refused("trajectories", "--group", "task-18")
+    assert "no rollout of group 'task-18'" in error_of("trajectories", "--group", "task-18")
 
 
 def test_trajectories_as_a_table_show_drops_with_what_to_do() -> None:
     keep(*rollout_spans())
-    head, row, _, drop, counts = said("trajectories", "--last").splitlines()
+    head, row, _, drop, counts = stdout_of("trajectories", "--last").splitlines()
     assert head.split() == ["rollout", "role", "policy", "tokens", "trained", "calls", "reward"]
     assert row.split() == ["r-1", "writer", "writer@3", "4", "2", "1", "0.8"]
     assert "no_ids: set return_token_ids" in drop
     assert counts == "1 rollout, 1 row, 1 dropped call"
 
 
-def test_trajectories_say_in_which_token_a_history_came_back_otherwise() -> None:
+def test_trajectories_print_the_first_token_in_which_a_history_differs() -> None:
     first = gateway_call([1], [2, 3])
-    told = Drifted(Drift.WHITESPACE, Difference(1, 2, 9, " ", "\n"), first.span_id)
-    second = gateway_call([1, 9, 4], [5], attributes={semconv.GATEWAY_DRIFT: told.to_json()})
+    drifted = Drifted(Drift.WHITESPACE, Difference(1, 2, 9, " ", "\n"), first.span_id)
+    second = gateway_call([1, 9, 4], [5], attributes={semconv.GATEWAY_DRIFT: drifted.to_json()})
     keep(first, second)
-    said_of_it = "token 1: 2 ' ' was sampled, the prompt has 9 '\\n'"
-    assert f"r-1 writer {second.span_id}: whitespace: {said_of_it}" in said("trajectories", "--last")
-    rows = json.loads(said("trajectories", "--last", "--json"))["rows"]
+    difference_text = "token 1: 2 ' ' was sampled, the prompt has 9 '\\n'"
+    assert f"r-1 writer {second.span_id}: whitespace: {difference_text}" in stdout_of("trajectories", "--last")
+    rows = json.loads(stdout_of("trajectories", "--last", "--json"))["rows"]
     difference = {"position": 1, "sampled": 2, "prompt": 9, "sampled_text": " ", "prompt_text": "\n"}
     assert [(row["drift"], row["difference"]) for row in rows] == [([None], [None]), (["whitespace"], [difference])]
-    (call,) = [call for call in json.loads(said("inspect", "--last", "--json"))["calls"] if call["drift"]]
+    (call,) = [call for call in json.loads(stdout_of("inspect", "--last", "--json"))["calls"] if call["drift"]]
     assert (call["drift"], call["difference"], call["prefix"]) == ("whitespace", difference, None)
 
 
@@ -260,45 +260,47 @@ def test_trajectories_say_in_which_token_a_history_came_back_otherwise() -> None
 def test_spans_go_from_one_store_to_another_and_stay_the_same() -> None:
     spans = [*rollout_spans(), *(span(f"step {number}") for number in range(150))]
     keep(*spans)
-    lines = said("spans", "export", "--last")
+    lines = stdout_of("spans", "export", "--last")
     assert [len(otlp.decode_json(line)) for line in lines.splitlines()] == [100, 55]
     Path("spans.jsonl").write_text(lines)
     other = ("--store", "sqlite:///other.db")
-    assert said("spans", "import", "spans.jsonl", *other) == "155 spans read, 155 of them new in sqlite:///other.db\n"
-    assert json.loads(said("spans", "import", "-", "--json", *other, stdin=lines)) == {"read": 155, "new": 0}
+    assert (
+        stdout_of("spans", "import", "spans.jsonl", *other) == "155 spans read, 155 of them new in sqlite:///other.db\n"
+    )
+    assert json.loads(stdout_of("spans", "import", "-", "--json", *other, stdin=lines)) == {"read": 155, "new": 0}
     with closing(open_store("sqlite:///other.db")) as store:
         assert store.query_spans("r-1") == sorted(spans, key=lambda one: one.start_ns)
 
 
-def test_an_export_keeps_all_that_otlp_knows_of_a_span() -> None:
+def test_an_export_keeps_every_field_of_otlp() -> None:
     """Links, trace state, flags, counts of what was dropped, versions and attributes of scopes, schemas."""
     request = whole_request()
     with closing(open_store("sqlite:///agl.db")) as store:
         store.append_rows(span_row.parse(request.SerializeToString()).rows)
-    Path("spans.jsonl").write_text(said("spans", "export", "--last"))
-    said("spans", "import", "spans.jsonl", "--store", "sqlite:///other.db")
+    Path("spans.jsonl").write_text(stdout_of("spans", "export", "--last"))
+    stdout_of("spans", "import", "spans.jsonl", "--store", "sqlite:///other.db")
     with closing(open_store("sqlite:///other.db")) as store:
         (kept,) = store.query_rows(str(store.last_rollout_id()))
     assert ExportTraceServiceRequest.FromString(kept) == request
     assert request.resource_spans[0].scope_spans[0].spans[0].links[0].trace_state
 
 
-def test_an_import_that_breaks_off_names_the_line_and_can_be_repeated() -> None:
+def test_an_import_names_an_invalid_line_and_can_be_repeated() -> None:
     lines = [otlp.encode_json([span("one")]), "", "not JSON", otlp.encode_json([span("two")])]
     Path("spans.jsonl").write_text("\n".join(lines))
-    assert "spans.jsonl:3: the body is not" in refused("spans", "import", "spans.jsonl")
-    assert said("store", "count") == "1\n"
+    assert "spans.jsonl:3: the body is not" in error_of("spans", "import", "spans.jsonl")
+    assert stdout_of("store", "count") == "1\n"
     Path("spans.jsonl").write_text("\n".join([*lines[:2], *lines[3:]]))
-    assert said("spans", "import", "spans.jsonl").startswith("2 spans read, 1 of them new")
-    assert "cannot read nowhere.jsonl: No such file" in refused("spans", "import", "nowhere.jsonl")
+    assert stdout_of("spans", "import", "spans.jsonl").startswith("2 spans read, 1 of them new")
+    assert "cannot read nowhere.jsonl: No such file" in error_of("spans", "import", "nowhere.jsonl")
 
 
 def test_store_count_prints_the_number_and_nothing_else() -> None:
     keep(*rollout_spans())
-    assert said("store", "count", "--store", "sqlite:///agl.db") == "5\n"
+    assert stdout_of("store", "count", "--store", "sqlite:///agl.db") == "5\n"
 
 
-def test_store_gc_deletes_what_is_over_and_old() -> None:
+def test_store_gc_deletes_old_finished_rollouts() -> None:
     for name in ("done", "running"):
         with closing(open_store("sqlite:///agl.db")) as store:
             store.enqueue_rollouts([Rollout(name, None)])
@@ -306,31 +308,31 @@ def test_store_gc_deletes_what_is_over_and_old() -> None:
             store.append_spans([span("step", {semconv.ROLLOUT_ID: name})])
     with closing(open_store("sqlite:///agl.db")) as store:
         store.finish_attempt("done-a1", AttemptState.SUCCEEDED)
-    assert said("store", "gc", "--older-than", "1d", "--max-bytes", "2GB") == (
+    assert stdout_of("store", "gc", "--older-than", "1d", "--max-bytes", "2GB") == (
         "deleted 0 rollouts with 0 spans; 2 spans left\n"
     )
-    assert json.loads(said("store", "gc", "--older-than", "0s", "--json")) == {
+    assert json.loads(stdout_of("store", "gc", "--older-than", "0s", "--json")) == {
         "rollouts": 1,
         "spans": 1,
         "spans_left": 1,
     }
-    assert "say what may go: --older-than" in refused("store", "gc")
-    assert "'soon' is not a time such as 7d" in refused("store", "gc", "--older-than", "soon")
-    assert "'2 lots' is not a size such as 2GB" in refused("store", "gc", "--max-bytes", "2 lots")
+    assert "say what may go: --older-than" in error_of("store", "gc")
+    assert "'soon' is not a time such as 7d" in error_of("store", "gc", "--older-than", "soon")
+    assert "'2 lots' is not a size such as 2GB" in error_of("store", "gc", "--max-bytes", "2 lots")
 
 
 def test_store_backup_check_and_migrate() -> None:
     keep(*rollout_spans())
-    assert said("store", "backup", "copy.db") == "sqlite:///agl.db is copied to copy.db\n"
-    assert said("store", "count", "--store", "sqlite:///copy.db") == "5\n"
-    assert "copy.db is there already" in refused("store", "backup", "copy.db")
-    assert said("store", "check", "--store", "sqlite:///copy.db") == "sqlite:///copy.db is sound\n"
+    assert stdout_of("store", "backup", "copy.db") == "sqlite:///agl.db is copied to copy.db\n"
+    assert stdout_of("store", "count", "--store", "sqlite:///copy.db") == "5\n"
+    assert "copy.db is there already" in error_of("store", "backup", "copy.db")
+    assert stdout_of("store", "check", "--store", "sqlite:///copy.db") == "sqlite:///copy.db is sound\n"
     Path("copy.db").write_bytes(Path("copy.db").read_bytes()[:-20_000])
     damaged = agl("store", "check", "--store", "sqlite:///copy.db")
     assert damaged.returncode == 1 and "sqlite:///copy.db is damaged" in damaged.stdout
-    assert re.fullmatch(r"sqlite:///agl.db is up to date: schema version \d+\n", said("store", "migrate"))
-    assert "postgresql://x/y is not a SQLite store" in refused("store", "backup", "a", "--store", "postgresql://x/y")
-    assert "there is no store at" in refused("store", "check", "--store", "sqlite:///nowhere.db")
+    assert re.fullmatch(r"sqlite:///agl.db is up to date: schema version \d+\n", stdout_of("store", "migrate"))
+    assert "postgresql://x/y is not a SQLite store" in error_of("store", "backup", "a", "--store", "postgresql://x/y")
+    assert "there is no store at" in error_of("store", "check", "--store", "sqlite:///nowhere.db")
 
 
 # --- config ---------------------------------------------------------------------------------------------------------
@@ -338,19 +340,19 @@ def test_store_backup_check_and_migrate() -> None:
 
 def test_config_show_prints_the_resolved_tree() -> None:
     Path("config.yaml").write_text("lightning_store_uri: sqlite:///x.db\nagent_roles: {gamma: 0.9, writer: {}}\n")
-    text = said("config", "show", "config.yaml")
+    text = stdout_of("config", "show", "config.yaml")
     assert "store_uri: sqlite:///x.db" in text
     Path("again.yaml").write_text(text)
-    assert said("config", "show", "again.yaml") == text
-    data = json.loads(said("config", "show", "config.yaml", "--json"))
+    assert stdout_of("config", "show", "again.yaml") == text
+    data = json.loads(stdout_of("config", "show", "config.yaml", "--json"))
     assert data["agent_roles"]["gamma"] == 0.9
     assert data["agent_roles"]["writer"]["lora_alpha"] == 32  # a role's default, beside it as in the file
 
 
 def test_config_show_names_a_wrong_key_and_a_missing_file() -> None:
     Path("config.yaml").write_text("rewardz: {}\n")
-    assert "config.yaml: rewardz: unknown key; did you mean 'rewards'?" in refused("config", "show", "config.yaml")
-    assert "cannot read the configuration nowhere.yaml" in refused("config", "show", "nowhere.yaml")
+    assert "config.yaml: rewardz: unknown key; did you mean 'rewards'?" in error_of("config", "show", "config.yaml")
+    assert "cannot read the configuration nowhere.yaml" in error_of("config", "show", "nowhere.yaml")
 
 
 # --- serve ----------------------------------------------------------------------------------------------------------
@@ -393,8 +395,8 @@ def stopped(process: subprocess.Popen[str], number: signal.Signals) -> tuple[int
     return process.wait(20), process.stderr.read()
 
 
-def test_serve_keeps_spans_and_calls_that_inspect_then_shows(engine_url: str) -> None:
-    """The whole way: an OTLP client and a plain HTTP client of the gateway, joined in the tree."""
+def test_serve_stores_spans_and_calls_that_inspect_shows(engine_url: str) -> None:
+    """Spans of an OTLP client and of a plain HTTP client of the gateway, joined in the tree."""
     asked = chat(attributes={semconv.ROLE: "planner"})
     with serving("--upstream", engine_url) as (process, gateway, collector):
         body = {"model": "writer@3", "messages": [{"role": "user", "content": "hi"}]}
@@ -407,15 +409,15 @@ def test_serve_keeps_spans_and_calls_that_inspect_then_shows(engine_url: str) ->
             headers={"content-type": "application/x-protobuf"},
         )
         assert answer.status_code == 200
-        tree = said("inspect", "--last")
+        tree = stdout_of("inspect", "--last")
         assert stopped(process, signal.SIGTERM) == (0, "")
     assert re.search(r"chat writer +planner", tree)
     assert re.search(r"└─ agl.gateway.call +planner +3\+3 +writer@3 .* row 1", tree)
-    (row,) = json.loads(said("trajectories", "--rollout", "r-1", "--json"))["rows"]
+    (row,) = json.loads(stdout_of("trajectories", "--rollout", "r-1", "--json"))["rows"]
     assert (row["role"], sum(row["loss_mask"]), len(row["token_ids"])) == ("planner", 3, 6)
 
 
-def test_serve_without_an_engine_refuses_calls_and_ctrl_c_ends_it_quietly() -> None:
+def test_serve_without_an_engine_rejects_calls_and_ctrl_c_ends_it_silently() -> None:
     with serving() as (process, gateway, _):
         answer = httpx.post(f"{gateway}/v1/chat/completions", json={"model": "writer", "messages": []})
         assert answer.status_code >= 500
@@ -423,14 +425,14 @@ def test_serve_without_an_engine_refuses_calls_and_ctrl_c_ends_it_quietly() -> N
         assert stopped(process, signal.SIGINT) == (130, "")
 
 
-def test_serve_takes_the_upstream_and_the_store_of_the_file(engine_url: str) -> None:
+def test_serve_reads_upstream_and_store_from_the_file(engine_url: str) -> None:
     Path("config.yaml").write_text(f"store_uri: sqlite:///from_file.db\ngateway: {{upstream: '{engine_url}'}}\n")
     with serving("--config", "config.yaml") as (_, gateway, _):
         assert httpx.get(f"{gateway}/v1/models").json()["data"][0]["id"] == "writer@3"
     assert Path("from_file.db").exists()
 
 
-def test_serve_takes_spans_over_grpc_from_those_who_have_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_accepts_spans_over_grpc_with_the_token_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AGL_TOKEN", "secret")
     port = str(free_port())
     with serving("--otlp-grpc-port", port), grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -439,15 +441,15 @@ def test_serve_takes_spans_over_grpc_from_those_who_have_the_token(monkeypatch: 
             export(otlp.encode(rollout_spans()), timeout=10)
         export(otlp.encode(rollout_spans()), metadata=[("authorization", "Bearer secret")], timeout=10)
     monkeypatch.delenv("AGL_TOKEN")
-    assert said("store", "count") == "5\n"
-    assert "pass --token" in refused("serve", "--host", "0.0.0.0")
+    assert stdout_of("store", "count") == "5\n"
+    assert "pass --token" in error_of("serve", "--host", "0.0.0.0")
 
 
 def test_serve_names_a_port_in_use_and_a_wrong_upstream() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert f"127.0.0.1:{port}" in refused("serve", "--port", port, "--otlp-http-port", "0")
-    assert "the upstream is 'gpt', expected `local` or a base URL" in refused("serve", "--upstream", "gpt")
+        assert f"127.0.0.1:{port}" in error_of("serve", "--port", port, "--otlp-http-port", "0")
+    assert "the upstream is 'gpt', expected `local` or a base URL" in error_of("serve", "--upstream", "gpt")
 
 
 # --- doctor ---------------------------------------------------------------------------------------------------------
@@ -462,7 +464,7 @@ def doctor(*arguments: str, path: Path | None = None) -> tuple[int, dict[str, di
     return done.returncode, {check["name"]: check for check in json.loads(done.stdout)}
 
 
-def test_doctor_is_content_with_a_sound_installation(engine_url: str) -> None:
+def test_doctor_finds_no_problem_in_a_sound_installation(engine_url: str) -> None:
     keep(*rollout_spans())
     Path("config.yaml").write_text(f"gateway: {{upstream: '{engine_url}'}}\n")
     code, checks = doctor("--config", "config.yaml")
@@ -472,7 +474,7 @@ def test_doctor_is_content_with_a_sound_installation(engine_url: str) -> None:
     assert checks["agl-core"]["found"] == checks["agl-trainer"]["found"] == "0.1.0"
 
 
-def test_doctor_makes_no_store() -> None:
+def test_doctor_creates_no_store() -> None:
     code, checks = doctor("--store", "sqlite:///runs/new/agl.db")
     assert (code, checks["store"]["found"]) == (0, "sqlite:///runs/new/agl.db will be made")
     assert not Path("runs").exists()
@@ -491,7 +493,7 @@ def test_doctor_names_each_problem_with_what_to_do() -> None:
     assert "agl.db" in checks["store"]["todo"]
 
 
-def test_doctor_knows_its_own_server() -> None:
+def test_doctor_recognises_a_running_server() -> None:
     with serving() as (_, gateway, collector):
         ports = ("--port", gateway.rpartition(":")[2], "--otlp-http-port", collector.rpartition(":")[2])
         code, checks = doctor(*ports)

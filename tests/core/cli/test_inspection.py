@@ -1,4 +1,4 @@
-"""What `agl inspect` shows of a rollout: the tree, and the account of every call."""
+"""The content of `agl inspect`: the tree of a rollout, and the outcome of each call."""
 
 import json
 from dataclasses import replace
@@ -37,7 +37,7 @@ def lines_of(spans: list[Span]) -> list[str]:
     return Inspection(spans).text().splitlines()
 
 
-def test_the_tree_shows_roles_tokens_versions_errors_and_what_became_of_each_call() -> None:
+def test_the_tree_shows_roles_tokens_versions_errors_and_the_outcome_of_each_call() -> None:
     assert lines_of(team()) == [
         "rollout r-1  attempt r-1-a1  group task-17  mode train",
         "reward 0.8 (goal 1, syntax 0.5)",
@@ -58,7 +58,7 @@ def test_the_tree_shows_roles_tokens_versions_errors_and_what_became_of_each_cal
     ]
 
 
-def test_a_call_says_in_which_step_it_trained_or_why_not() -> None:
+def test_a_call_shows_in_which_step_it_trained_or_why_not() -> None:
     spans = team()
     planner, executor, _ = build_trajectory(spans).calls
     spans += [
@@ -83,7 +83,7 @@ def test_a_call_says_in_which_step_it_trained_or_why_not() -> None:
     assert Inspection(team()).outcomes == {"pending": 2, "no_ids": 1}
 
 
-def test_steps_of_several_trainings_are_told_apart() -> None:
+def test_steps_of_several_runs_show_the_name_of_the_run() -> None:
     call = gateway_call(attributes={semconv.MODE: "train"})
     (made,) = build_trajectory([call]).calls
     words = [trained_span(made, 1, 0.5, run=run) for run in ("shop", "again")]
@@ -93,12 +93,12 @@ def test_steps_of_several_trainings_are_told_apart() -> None:
     assert len({word.span_id for word in [*words, trained_span(made, 1, 0.5, run="shop")]}) == 2
 
 
-def test_a_rollout_that_is_not_for_training_says_so() -> None:
+def test_a_rollout_that_is_not_for_training_shows_its_mode() -> None:
     call = gateway_call(attributes={semconv.MODE: "eval"})
     assert lines_of([call])[-1].endswith("row 1, not trained on (mode eval)")
 
 
-def test_forks_and_retokenized_histories_are_named() -> None:
+def test_forks_and_retokenized_histories_are_shown() -> None:
     spans = [gateway_call([1], [2, 3]), gateway_call([1, 9, 4], [5]), gateway_call([1], [8])]
     assert [line.split("row ")[1] for line in lines_of(spans)[-3:]] == [
         "1, not trained on (mode prod)",
@@ -115,7 +115,7 @@ def test_orphans_and_cycles_are_shown_once() -> None:
     assert shown == ["orphan", "left", "└─ right"]
 
 
-def test_a_deep_tree_is_no_problem() -> None:
+def test_a_deep_tree_is_shown() -> None:
     spans = [span("step")]
     for _ in range(1500):
         spans.append(span("step", parent=spans[-1]))
@@ -124,7 +124,7 @@ def test_a_deep_tree_is_no_problem() -> None:
     assert json.loads(json.dumps(inspection.to_json()))["spans"][-1]["depth"] == 1500
 
 
-def test_text_from_spans_cannot_steer_the_terminal() -> None:
+def test_text_from_spans_cannot_control_the_terminal() -> None:
     text = Inspection([span("evil\x1b[2J\nname\u202e", status="error", message="a\rb")]).text()
     assert "\x1b" not in text
     assert "\u202e" not in text
@@ -132,7 +132,7 @@ def test_text_from_spans_cannot_steer_the_terminal() -> None:
     assert "evil" in text.splitlines()[-1]
 
 
-def test_json_says_the_same_without_the_ids() -> None:
+def test_json_has_the_same_content_without_token_ids() -> None:
     data = json.loads(json.dumps(Inspection(team()).to_json()))
     assert (data["rollout_id"], data["group_id"], data["mode"], data["reward"]) == ("r-1", "task-17", "train", 0.8)
     planner, executor, critic = data["calls"]
@@ -145,15 +145,15 @@ def test_json_says_the_same_without_the_ids() -> None:
     assert data["spans"][4]["error"] == "OperationalError: no such column"
 
 
-def test_columns_are_aligned_by_what_a_terminal_shows() -> None:
+def test_columns_are_aligned_by_display_width() -> None:
     assert align([("ab", "x"), ("漢字", "y"), ("e\u0301", "z")]) == ["ab    x", "漢字  y", "e\u0301     z"]
 
 
-def test_durations_are_said_in_the_unit_that_fits() -> None:
+def test_durations_have_a_fitting_unit() -> None:
     said = [duration(ns) for ns in (-5, 0, 400, 1_000_000, 999_499_999, 999_500_000, 1_240_000_000, 125 * 10**9)]
     assert said == ["", "", "<1 ms", "1 ms", "999 ms", "1.00 s", "1.24 s", "2 min 05 s"]
 
 
-def test_long_names_are_cut() -> None:
+def test_long_names_are_truncated() -> None:
     assert printable("abcdef", 4) == "abc…"
     assert printable("abcd", 4) == "abcd"

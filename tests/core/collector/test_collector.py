@@ -1,4 +1,4 @@
-"""The collector as the exporters of the OpenTelemetry SDK meet it, over both transports."""
+"""The collector with the exporters of the OpenTelemetry SDK, over both transports."""
 
 import logging
 import threading
@@ -92,7 +92,7 @@ def test_spans_of_the_sdk_are_in_the_store_once_they_are_exported(
 
 
 @BOTH
-def test_the_sdk_sends_again_until_the_store_has_taken_it(
+def test_the_sdk_retries_until_the_store_has_committed(
     running: Collecting, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
     store, server = running
@@ -105,7 +105,7 @@ def test_the_sdk_sends_again_until_the_store_has_taken_it(
 
 
 @BOTH
-def test_what_was_committed_and_is_sent_again_is_kept_once(running: Collecting, connect: Connect) -> None:
+def test_spans_that_are_sent_twice_are_kept_once(running: Collecting, connect: Connect) -> None:
     store, server = running
     span = make_span()
     assert export(connect(server), span)
@@ -113,7 +113,7 @@ def test_what_was_committed_and_is_sent_again_is_kept_once(running: Collecting, 
     assert stored(store, span) == 1
 
 
-def test_senders_that_are_too_many_at_once_are_asked_to_wait_and_all_arrive(caplog: pytest.LogCaptureFixture) -> None:
+def test_too_many_senders_at_once_are_asked_to_retry_and_lose_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """Two bodies fit; the store is slow at first; twelve senders over both transports lose nothing."""
     with collecting(max_body_bytes=50_000, max_pending_bytes=100_000) as (store, server):
         store.open.clear()
@@ -163,7 +163,7 @@ def guarded() -> Iterator[Collecting]:
 
 
 @BOTH
-def test_each_of_several_tokens_opens(guarded: Collecting, connect: Connect) -> None:
+def test_each_of_several_tokens_is_accepted(guarded: Collecting, connect: Connect) -> None:
     store, server = guarded
     for token in ("s3cret-one", "s3cret-two"):
         span = make_span()
@@ -173,7 +173,7 @@ def test_each_of_several_tokens_opens(guarded: Collecting, connect: Connect) -> 
 
 @BOTH
 @pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer s3cret"}, {"authorization": "Basic s3cret-one"}])
-def test_other_senders_are_refused_for_good_and_no_token_is_logged(
+def test_other_senders_are_rejected_without_retry_and_no_token_is_logged(
     guarded: Collecting, connect: Connect, headers: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     store, server = guarded
@@ -197,7 +197,7 @@ def test_the_gateway_takes_the_token_as_api_key_and_keeps_its_health_open(guarde
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
-def test_nobody_listens_to_others_without_a_token(host: str) -> None:
+def test_a_server_that_others_can_reach_needs_a_token(host: str) -> None:
     store = open_store("memory://")
     with pytest.raises(ConfigError, match="pass --token"):
         ServerThread(store, host=host, port=0, otlp_http_port=0, otlp_grpc_port=0)
@@ -209,7 +209,7 @@ def test_nobody_listens_to_others_without_a_token(host: str) -> None:
 
 @pytest.fixture(scope="module")
 def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an authority, a certificate for this machine and one for a sender."""
+    """A folder with a certificate authority, a certificate for this machine and one for a sender."""
     folder, authority = tmp_path_factory.mktemp("tls"), trustme.CA()
     authority.cert_pem.write_to_path(folder / "ca.pem")
     for name, issued in {
@@ -223,13 +223,13 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_other_authorities(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests prefers these variables to the file that an exporter names."""
+    """`requests` prefers these variables to the file that an exporter sets."""
     for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
 
 
 def trusting(connect: Connect, pem: Path, sender: str | None = None) -> dict[str, Any]:
-    """Options of an exporter that trusts our authority, and shows the certificate of `sender`."""
+    """Options of an exporter that trusts our authority and presents the certificate of `sender`."""
     files = {"ca": pem / "ca.pem"} | ({"cert": pem / f"{sender}.pem", "key": pem / f"{sender}.key"} if sender else {})
     if connect is over_http:
         shown = {"client_certificate_file": str(files["cert"]), "client_key_file": str(files["key"])} if sender else {}
@@ -250,7 +250,7 @@ def test_spans_travel_encrypted(pem: Path, connect: Connect) -> None:
 
 @BOTH
 @pytest.mark.usefixtures("no_other_authorities")
-def test_senders_may_be_asked_for_a_certificate(pem: Path, connect: Connect) -> None:
+def test_senders_may_need_a_certificate(pem: Path, connect: Connect) -> None:
     tls = {"certificate": pem / "server.pem", "key": pem / "server.key", "client_ca": pem / "ca.pem"}
     with collecting(tls=tls) as (store, server):
         assert not export(connect(server, timeout=0.5, **trusting(connect, pem)), make_span())
@@ -261,7 +261,7 @@ def test_senders_may_be_asked_for_a_certificate(pem: Path, connect: Connect) -> 
 @pytest.mark.parametrize(
     ("certificate", "key"), [("server.pem", "sender.key"), ("server.pem", "nowhere.key"), ("ca.txt", "server.key")]
 )
-def test_files_that_do_not_fit_are_named(pem: Path, certificate: str, key: str) -> None:
+def test_tls_files_that_cannot_be_loaded_are_named(pem: Path, certificate: str, key: str) -> None:
     (pem / "ca.txt").write_text("no certificate")
     with (
         pytest.raises(AglError, match=rf"tls: .*{certificate}.*{key} cannot be used"),

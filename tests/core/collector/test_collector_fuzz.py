@@ -1,4 +1,4 @@
-"""Bodies that nobody should send, over both transports: refused, never a fault, and good spans between them are kept.
+"""Damaged bodies over both transports: they are rejected without a server error, and valid spans between them are kept.
 
 `AGL_FUZZ=100000 pytest --log-cli-level=INFO tests/core/test_collector_fuzz.py` sends that many and shows what came of
 it.
@@ -36,7 +36,7 @@ def good(number: int) -> Span:
 
 
 class Mutator:
-    """Damages sound bodies: bytes flipped, cut out, doubled and put in; lengths made absurd; encodings mistaken."""
+    """Damages valid bodies: flips, removes, repeats and inserts bytes, changes lengths, declares wrong encodings."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -80,7 +80,7 @@ class Mutator:
 
 
 class Senders:
-    """One kept connection of each transport; the methods return the status that was answered."""
+    """One persistent connection per transport; the methods return the status of the response."""
 
     def __init__(self, server: ServerThread) -> None:
         host, port = server.otlp_url.removeprefix("http://").split(":")
@@ -110,7 +110,7 @@ def resident_mib() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def test_no_body_is_a_fault_and_good_spans_between_them_are_kept(tmp_path: Path) -> None:
+def test_no_body_causes_a_server_error_and_valid_spans_between_them_are_kept(tmp_path: Path) -> None:
     mutator = Mutator(SEED)
     answers: Counter[int | str] = Counter()
     sizes: list[float] = []

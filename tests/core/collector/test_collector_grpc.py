@@ -1,4 +1,4 @@
-"""OTLP/gRPC over loopback: raw messages, and every refusal."""
+"""OTLP/gRPC over loopback: raw messages, and every rejection."""
 
 import gzip
 import logging
@@ -80,7 +80,9 @@ CUT_GZIP = gzip.compress(otlp.encode(make_spans(1)), mtime=0)[:-4]
         (zlib.compress(bytes(50_000_000)), grpc.StatusCode.INVALID_ARGUMENT, f"over {LIMIT} bytes"),
     ],
 )
-def test_a_bad_message_is_refused_for_good(running: Running, message: bytes, code: grpc.StatusCode, said: str) -> None:
+def test_an_invalid_message_is_rejected_without_retry(
+    running: Running, message: bytes, code: grpc.StatusCode, said: str
+) -> None:
     store, channel = running
     before = store.count_spans()
     error = refused(channel, message)
@@ -90,14 +92,14 @@ def test_a_bad_message_is_refused_for_good(running: Running, message: bytes, cod
     assert store.count_spans() == before
 
 
-def test_a_message_over_the_limit_is_refused_before_it_is_read(running: Running) -> None:
+def test_a_message_over_the_limit_is_rejected_before_it_is_read(running: Running) -> None:
     _, channel = running
     error = refused(channel, bytes(LIMIT + 1))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert f"({LIMIT + 1} vs. {LIMIT})" in error.details()
 
 
-def test_a_store_that_refuses_asks_the_sender_to_retry(running: Running) -> None:
+def test_a_store_error_asks_the_sender_to_retry(running: Running) -> None:
     store, channel = running
     store.refusals = 1
     error = refused(channel, otlp.encode(make_spans(400)))
@@ -108,7 +110,7 @@ def test_a_store_that_refuses_asks_the_sender_to_retry(running: Running) -> None
     assert send(channel, otlp.encode(make_spans(400))) == b""
 
 
-def test_spans_that_can_never_be_kept_are_a_partial_success(running: Running) -> None:
+def test_invalid_spans_are_a_partial_success(running: Running) -> None:
     store, channel = running
     before = store.count_spans()
     bad = Span(TRACE, "00" * 8, None, "n" * 60_000, 1, 2)
@@ -120,13 +122,13 @@ def test_spans_that_can_never_be_kept_are_a_partial_success(running: Running) ->
     assert refused(channel, otlp.encode([bad])).code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_other_methods_are_not_there(running: Running) -> None:
+def test_other_methods_are_unimplemented(running: Running) -> None:
     _, channel = running
     assert refused(channel, b"", method="/a.b.C/Export").code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-def test_a_sender_is_refused_before_its_message_is_read() -> None:
-    """It sends nothing at all, and is told so at once."""
+def test_a_sender_without_a_token_is_rejected_before_its_message_is_read() -> None:
+    """It sends no message, and is rejected immediately."""
     with collecting("secret") as (_, server), dial(server) as channel:
         silent: Iterator[bytes] = iter(threading.Event().wait, True)
         begin = time.monotonic()
@@ -153,7 +155,7 @@ def test_over_the_limit_of_pending_bytes_senders_are_asked_to_retry() -> None:
         assert store.count_spans() == 3
 
 
-def test_requests_under_way_are_finished_when_the_server_stops() -> None:
+def test_requests_in_progress_finish_when_the_server_stops() -> None:
     store = open_store("memory://")
     entered, leave = threading.Event(), threading.Event()
     others = set(threading.enumerate())
@@ -180,7 +182,7 @@ def test_requests_under_way_are_finished_when_the_server_stops() -> None:
     store.close()
 
 
-def test_a_sender_that_goes_away_leaves_no_trace_in_the_log(running: Running, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_sender_that_disconnects_logs_nothing(running: Running, caplog: pytest.LogCaptureFixture) -> None:
     store, channel = running
     before = store.count_spans()
     silent: Iterator[bytes] = iter(threading.Event().wait, True)

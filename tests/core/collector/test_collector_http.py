@@ -1,4 +1,4 @@
-"""OTLP/HTTP over loopback: raw bodies, and every refusal."""
+"""OTLP/HTTP over loopback: raw bodies, and every rejection."""
 
 import gzip
 import json
@@ -72,7 +72,7 @@ def test_gzipped_json_is_understood(server: tuple[RefusingStore, str]) -> None:
         (zlib.compress(bytes(50_000_000)), "deflate", 413, f"over {LIMIT} bytes"),
     ],
 )
-def test_a_bad_body_gets_a_status_in_protobuf(
+def test_an_invalid_body_gets_a_status_in_protobuf(
     server: tuple[RefusingStore, str], body: bytes, encoding: str, status: int, message: str
 ) -> None:
     store, url = server
@@ -84,7 +84,7 @@ def test_a_bad_body_gets_a_status_in_protobuf(
     assert store.count_spans() == before
 
 
-def test_bad_json_gets_a_status_in_json(server: tuple[RefusingStore, str]) -> None:
+def test_invalid_json_gets_a_status_in_json(server: tuple[RefusingStore, str]) -> None:
     _, url = server
     answer = post(url, '{"resourceSpans": 7}', JSON)
     assert (answer.status_code, answer.headers["content-type"]) == (400, JSON)
@@ -99,7 +99,7 @@ def test_other_content_types_are_named(server: tuple[RefusingStore, str]) -> Non
     assert "content type 'text/plain'" in answer.json()["message"]
 
 
-def test_a_store_that_refuses_asks_the_sender_to_retry(server: tuple[RefusingStore, str]) -> None:
+def test_a_store_error_asks_the_sender_to_retry(server: tuple[RefusingStore, str]) -> None:
     store, url = server
     store.refusals = 1
     answer = post(url, otlp.encode(make_spans(400)))
@@ -109,7 +109,7 @@ def test_a_store_that_refuses_asks_the_sender_to_retry(server: tuple[RefusingSto
     assert post(url, otlp.encode(make_spans(400))).status_code == 200
 
 
-def test_a_span_with_an_id_that_no_store_can_index_is_refused_and_those_beside_it_kept(
+def test_a_span_with_an_id_too_long_to_index_is_rejected_and_its_neighbours_are_kept(
     server: tuple[RefusingStore, str],
 ) -> None:
     store, url = server
@@ -121,7 +121,7 @@ def test_a_span_with_an_id_that_no_store_can_index_is_refused_and_those_beside_i
     assert "501 characters, expected at most 500" in partial.error_message
 
 
-def test_what_the_store_can_never_keep_is_not_asked_for_again(server: tuple[RefusingStore, str]) -> None:
+def test_input_that_the_store_can_never_accept_is_rejected_without_retry(server: tuple[RefusingStore, str]) -> None:
     store, url = server
     store.refuses_for_good = True
     try:
@@ -134,7 +134,7 @@ def test_what_the_store_can_never_keep_is_not_asked_for_again(server: tuple[Refu
 
 
 @pytest.mark.parametrize("signal", ["metrics", "logs"])
-def test_other_signals_are_answered_politely(server: tuple[RefusingStore, str], signal: str) -> None:
+def test_other_signals_are_answered_with_success(server: tuple[RefusingStore, str], signal: str) -> None:
     _, url = server
     answer = httpx.post(f"{url}/v1/{signal}", content=b"\x0a\x00", headers={"content-type": PROTOBUF})
     assert (answer.status_code, answer.content, answer.headers["content-type"]) == (200, b"", PROTOBUF)
@@ -142,7 +142,7 @@ def test_other_signals_are_answered_politely(server: tuple[RefusingStore, str], 
     assert (answer.status_code, answer.json()) == (200, {})
 
 
-def test_a_sender_that_goes_away_half_way_leaves_nothing(
+def test_a_sender_that_disconnects_within_a_body_stores_nothing(
     server: tuple[RefusingStore, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     store, url = server
@@ -169,8 +169,8 @@ def test_acknowledged_spans_are_in_the_file(tmp_path: Path) -> None:
     store.close()
 
 
-def test_spans_that_can_never_be_kept_are_a_partial_success(server: tuple[RefusingStore, str]) -> None:
-    """The good ones of a request are kept; a sender that sent it again would change nothing."""
+def test_invalid_spans_are_a_partial_success(server: tuple[RefusingStore, str]) -> None:
+    """The valid spans of the request are kept; repeating the request would not help the others."""
     store, url = server
     bad, good = Span(TRACE, "00" * 8, None, "chat", 1, 2), *make_spans(7000)
     before = store.count_spans()
@@ -182,7 +182,7 @@ def test_spans_that_can_never_be_kept_are_a_partial_success(server: tuple[Refusi
     assert good in store.query_spans(TRACE)
 
 
-def test_a_refusal_that_asks_for_another_try_says_so_in_json_too(server: tuple[RefusingStore, str]) -> None:
+def test_a_retryable_rejection_has_retry_info_in_json_too(server: tuple[RefusingStore, str]) -> None:
     store, url = server
     store.refusals = 1
     answer = post(url, otlp.encode_json(make_spans(800)), JSON)
@@ -201,7 +201,7 @@ def test_other_paths_and_methods_are_named(
 
 @contextmanager
 def head_only(url: str, *lines: str) -> Iterator[socket.socket]:
-    """A connection on which the head of a request was sent, and nothing of its body."""
+    """A connection on which only the head of a request was sent."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=5) as connection:
         head = ["POST /v1/traces HTTP/1.1", "Host: x", f"Content-Type: {PROTOBUF}", *lines]
@@ -217,7 +217,7 @@ def head_only(url: str, *lines: str) -> Iterator[socket.socket]:
         (["Content-Length: 1000", "Expect: 100-continue", "Content-Type: text/plain"], 415),
     ],
 )
-def test_what_the_head_tells_is_refused_before_the_body_is_read(
+def test_a_request_with_invalid_headers_is_rejected_before_the_body_is_read(
     server: tuple[RefusingStore, str], lines: list[str], status: int
 ) -> None:
     _, url = server
@@ -225,7 +225,7 @@ def test_what_the_head_tells_is_refused_before_the_body_is_read(
         assert connection.recv(1000).startswith(f"HTTP/1.1 {status} ".encode())
 
 
-def test_senders_without_a_token_are_refused_before_the_body_is_read() -> None:
+def test_senders_without_a_token_are_rejected_before_the_body_is_read() -> None:
     with collecting("secret") as (_, server):
         with head_only(server.otlp_url, "Content-Length: 1000") as connection:
             answer = connection.recv(1000)
@@ -235,7 +235,7 @@ def test_senders_without_a_token_are_refused_before_the_body_is_read() -> None:
 
 
 def test_over_the_limit_of_pending_bytes_senders_are_asked_to_retry() -> None:
-    """What others announced counts; it is given back when they go away."""
+    """Announced bodies count, and are released when their senders disconnect."""
     body = otlp.encode([Span(TRACE, f"{1:016x}", None, "x" * 2000, 1, 2)])
     with collecting(max_body_bytes=LIMIT, max_pending_bytes=2 * LIMIT) as (store, server):
         with (
@@ -250,7 +250,7 @@ def test_over_the_limit_of_pending_bytes_senders_are_asked_to_retry() -> None:
 
 
 def until(url: str, status: int, body: bytes, **headers: str) -> httpx.Response:
-    """The first answer of `status`: a server notices in its own time what its connections do."""
+    """Repeat until the response has `status`: a server notices closed connections with a delay."""
     for _ in range(100):
         if (answer := post(url, body, **headers)).status_code == status:
             return answer
@@ -258,7 +258,7 @@ def until(url: str, status: int, body: bytes, **headers: str) -> httpx.Response:
     raise AssertionError(f"never {status}")
 
 
-def test_a_body_that_would_inflate_past_what_is_pending_is_asked_to_come_again() -> None:
+def test_a_body_that_inflates_past_the_limit_of_pending_bytes_is_to_be_retried() -> None:
     body = gzip.compress(otlp.encode([Span(TRACE, f"{1:016x}", None, "x" * 90_000, 1, 2)]))
     with collecting(max_body_bytes=LIMIT, max_pending_bytes=2 * LIMIT) as (_, server):
         with (

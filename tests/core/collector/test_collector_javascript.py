@@ -1,4 +1,4 @@
-"""The collector as the exporters of OpenTelemetry's JavaScript SDK meet it. Needs node and npm."""
+"""The collector with the exporters of OpenTelemetry's JavaScript SDK. Needs node and npm."""
 
 import json
 import os
@@ -20,7 +20,7 @@ Collecting = tuple[RefusingStore, ServerThread]
 
 @pytest.fixture(scope="session")
 def exporters() -> Path:
-    """A folder with the script and what it requires."""
+    """A folder with the script and its dependencies."""
     return folder_with("javascript", SOURCE)
 
 
@@ -65,7 +65,7 @@ def test_spans_of_the_javascript_sdk_are_in_the_store(
 
 
 @pytest.mark.parametrize("kind", ["json", "proto", "grpc"])
-def test_the_javascript_sdk_is_told_that_its_token_is_wrong(exporters: Path, running: Collecting, kind: str) -> None:
+def test_the_javascript_sdk_reports_a_wrong_token(exporters: Path, running: Collecting, kind: str) -> None:
     store, server = running
     before = store.count_spans()
     assert not export(exporters, server, kind, token="wrong")["ok"]
@@ -73,8 +73,8 @@ def test_the_javascript_sdk_is_told_that_its_token_is_wrong(exporters: Path, run
 
 
 @pytest.mark.parametrize("kind", ["json", "proto"])
-def test_the_javascript_sdk_sends_again_when_the_store_refuses(exporters: Path, running: Collecting, kind: str) -> None:
-    """Over HTTP: its gRPC exporter gives up at the first refusal, whatever the status says."""
+def test_the_javascript_sdk_retries_after_a_store_error(exporters: Path, running: Collecting, kind: str) -> None:
+    """Over HTTP only: the gRPC exporter gives up after the first error, whatever its status."""
     store, server = running
     store.refusals = 1
     said = export(exporters, server, kind)

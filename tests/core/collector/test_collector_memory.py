@@ -1,4 +1,4 @@
-"""The memory of `agl serve`, a process of its own."""
+"""The memory of `agl serve` in a separate process."""
 
 import threading
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.store.serving import serving
 
 
 def post(url: str, body: bytes, status: list[int]) -> None:
-    """Again until it is taken."""
+    """POST until the status is not 503."""
     with httpx.Client(headers={"content-type": PROTOBUF}, timeout=60) as client:
         while not status or status[-1] == 503:
             status.append(client.post(url, content=body).status_code)
@@ -22,8 +22,8 @@ def peak_mb(pid: int) -> float:
     return int(Path(f"/proc/{pid}/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
 
 
-def test_a_flood_of_large_bodies_takes_a_bounded_memory(tmp_path: Path) -> None:
-    """Parsed whole each of them would take ten times its 20 MB."""
+def test_many_large_bodies_at_once_take_bounded_memory(tmp_path: Path) -> None:
+    """Parsed at once, each would take ten times its 20 MB."""
     ids = list(range(100_000, 100_400))
     some = otlp.encode([span("chat", {"ids": ids, "more": "x" * 1_000}) for _ in range(400)])
     body = some * (20 * 2**20 // len(some))

@@ -29,7 +29,7 @@ SPANS = 300
 
 @pytest.fixture(scope="session")
 def rotel() -> Path:
-    """The program."""
+    """Path of the program."""
     python = python_with("rotel", "rotel==0.0.1a15", over_ours=False)
     (program,) = python.parents[1].glob("lib/python*/site-packages/rotel/rotel-agent")
     program.chmod(0o755)  # The wheel brings it without the right to be run; its Python wrapper gives it.
@@ -44,7 +44,7 @@ def running() -> Iterator[Collecting]:
 
 @contextmanager
 def relaying(program: Path, server: ServerThread, protocol: str, compression: str) -> Iterator[str]:
-    """A relay to `server`; the URL at which it takes spans."""
+    """A relay to `server`; yields the URL at which it receives spans."""
     http, grpc = free_port(), free_port()
     to = server.otlp_grpc_url if protocol == "grpc" else server.otlp_url
     options = {
@@ -86,7 +86,7 @@ def send(url: str) -> str:
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 @pytest.mark.parametrize("compression", ["none", "gzip"])
-def test_what_another_collector_sends_on_is_kept_once_and_whole(
+def test_spans_relayed_by_another_collector_are_kept_once_and_complete(
     rotel: Path, running: Collecting, protocol: str, compression: str
 ) -> None:
     store, server = running

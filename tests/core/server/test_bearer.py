@@ -1,4 +1,4 @@
-"""Tokens: where they are from, what opens, and who can reach a host."""
+"""Bearer tokens: how they are read and checked, and which hosts are loopback."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from agl.errors import ConfigError
 from agl.server.auth import BearerTokens, is_loopback
 
 
-def test_the_token_and_those_of_the_file_open(tmp_path: Path) -> None:
+def test_the_token_and_those_of_the_file_are_accepted(tmp_path: Path) -> None:
     (tmp_path / "tokens").write_text("one\n\n  two\n")
     tokens = BearerTokens.read("three", tmp_path / "tokens")
     assert [tokens.admit(f"Bearer {token}".encode()) for token in ("one", "two", "three", "four", "")] == [
@@ -21,21 +21,21 @@ def test_the_token_and_those_of_the_file_open(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("header", [None, b"", b"one", b"Basic one", b"Bearer", b"Bearer on", b"Bearer one two"])
-def test_anything_else_does_not(header: bytes | None) -> None:
+def test_other_headers_are_rejected(header: bytes | None) -> None:
     assert not BearerTokens(["one"]).admit(header)
 
 
-def test_the_scheme_may_be_written_in_any_case() -> None:
+def test_the_scheme_is_case_insensitive() -> None:
     assert BearerTokens(["one"]).admit(b"bEARER  one")
 
 
-def test_without_tokens_everybody_is_let_in() -> None:
+def test_without_tokens_every_request_is_accepted() -> None:
     tokens = BearerTokens.read(None, None)
     assert not tokens
     assert tokens.admit(None)
 
 
-def test_an_empty_token_is_no_token_by_mistake(tmp_path: Path) -> None:
+def test_an_empty_token_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "tokens").write_text("\n")
     for token, path, said in [(" ", None, "empty"), (None, tmp_path / "tokens", "holds no token")]:
         with pytest.raises(ConfigError, match=said):

@@ -52,7 +52,7 @@ def test_health_says_that_no_engine_answers() -> None:
     ("busy", "name"),
     [("port", "the gateway cannot listen"), ("otlp_http_port", "the OTLP/HTTP receiver cannot listen")],
 )
-def test_a_port_in_use_is_named_and_the_other_ports_are_given_back(busy: str, name: str) -> None:
+def test_a_port_in_use_is_named_and_the_other_ports_are_released(busy: str, name: str) -> None:
     store = open_store("memory://")
     with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as other:
         ports = {"port": other.getsockname()[1], "otlp_http_port": other.getsockname()[1]}
@@ -69,7 +69,7 @@ def other_port(ports: dict[str, int], busy: str) -> int:
     return port
 
 
-def test_small_answers_on_a_kept_connection_do_not_wait_for_a_delayed_acknowledgement() -> None:
+def test_small_responses_on_a_kept_connection_do_not_wait_for_a_delayed_acknowledgement() -> None:
     server = AppThread()
     url = server.add(Starlette(routes=[Route("/", lambda _: PlainTextResponse("ok"), methods=["POST"])]))
     with server, httpx.Client() as client:
@@ -78,7 +78,7 @@ def test_small_answers_on_a_kept_connection_do_not_wait_for_a_delayed_acknowledg
     assert min(times[1:]) < 0.03
 
 
-def test_stop_gives_the_port_back_and_ends_the_thread() -> None:
+def test_stop_releases_the_port_and_ends_the_thread() -> None:
     others = threading.enumerate()
     store = open_store("memory://")
     server = ServerThread(store, port=0, otlp_http_port=0)
@@ -97,7 +97,7 @@ def test_a_server_that_was_never_started_can_be_stopped() -> None:
     store.close()
 
 
-def test_a_host_that_is_not_ours_is_named() -> None:
+def test_a_host_of_another_machine_is_named() -> None:
     with pytest.raises(AglError, match=r"the engine cannot listen on 192\.0\.2\.1:0"):
         AppThread().add(Starlette(), host="192.0.2.1", name="engine")
 
@@ -115,7 +115,7 @@ def test_an_app_that_does_not_start_is_an_error() -> None:
         server.start()
 
 
-def test_a_request_under_way_is_finished_before_the_server_stops() -> None:
+def test_a_request_in_progress_finishes_before_the_server_stops() -> None:
     entered, leave = threading.Event(), threading.Event()
 
     def slow(_: Request) -> PlainTextResponse:

@@ -1,4 +1,4 @@
-"""Who is at work in a span: the rarer words of instrumentations. tests/foreign runs the real ones."""
+"""The agent of a span, read from rarer attributes. tests/foreign runs the real instrumentations."""
 
 import json
 from typing import Any
@@ -21,7 +21,7 @@ def openllmetry(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("spell", [openinference, openllmetry])
-def test_langchain_metadata_is_read_wherever_it_is_written(spell: Any) -> None:
+def test_langchain_metadata_is_read_in_every_form(spell: Any) -> None:
     assert agent_of(span("x", spell(NODE))) == "planner"
     assert agent_of(span("x", spell({"langgraph_node": "planner"}))) == "planner"
     assert agent_of(span("x", spell(STEP | {"lc_agent_name": "writer"}))) == "writer"
@@ -30,7 +30,7 @@ def test_langchain_metadata_is_read_wherever_it_is_written(spell: Any) -> None:
 
 
 @pytest.mark.parametrize("spell", [openinference, openllmetry])
-def test_the_steps_of_a_prebuilt_agent_are_no_agents(spell: Any) -> None:
+def test_the_steps_of_a_prebuilt_agent_are_not_agents(spell: Any) -> None:
     assert agent_of(span("x", spell(STEP))) is None
     assert agent_of(span("x", spell(NODE | {"ls_integration": "langchain_chat_model"}))) is None
 
@@ -57,7 +57,7 @@ def test_the_steps_of_a_prebuilt_agent_are_no_agents(spell: Any) -> None:
         ({"metadata": json.dumps({"langgraph_node": 7})}, None),
     ],
 )
-def test_the_words_of_each_instrumentation(attributes: dict[str, Any], name: str | None) -> None:
+def test_the_agent_is_read_from_each_instrumentation(attributes: dict[str, Any], name: str | None) -> None:
     assert agent_of(span("x", attributes)) == name
 
 

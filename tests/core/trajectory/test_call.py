@@ -1,4 +1,4 @@
-"""Calls from the spans of gateway and framework: how they are joined, and what is read from which."""
+"""Calls read from joined spans: which spans are joined, and which of the two each field is read from."""
 
 import json
 from dataclasses import replace
@@ -34,7 +34,7 @@ def test_the_nearest_chat_span_is_joined() -> None:
     assert (call.chat_span_id, call.role) == (inner.span_id, "planner")
 
 
-def test_an_engine_span_below_the_gateway_is_no_second_call() -> None:
+def test_an_engine_span_below_the_gateway_span_is_not_a_second_call() -> None:
     answered = gateway_call(parent=chat())
     assert len(calls_of(answered, chat(parent=answered))) == 1
 
@@ -46,7 +46,7 @@ def test_the_response_id_joins_across_traces() -> None:
     assert (call.chat_span_id, call.role, call.trace_id) == (asked.span_id, "planner", OTHER_TRACE)
 
 
-def test_traceparent_wins_over_a_response_id_that_repeats() -> None:
+def test_traceparent_takes_precedence_over_a_repeated_response_id() -> None:
     attributes = {semconv.GEN_AI_RESPONSE_ID: "same"}
     first, second = chat(attributes=attributes), chat(attributes=attributes)
     calls = calls_of(
@@ -58,7 +58,7 @@ def test_traceparent_wins_over_a_response_id_that_repeats() -> None:
     assert {call.chat_span_id for call in calls} == {first.span_id, second.span_id}
 
 
-def test_a_span_that_is_not_joined_is_a_call_of_its_own() -> None:
+def test_an_unjoined_span_is_a_separate_call() -> None:
     asked, answered = chat(), gateway_call(trace_id=OTHER_TRACE)
     from_framework, from_gateway = calls_of(asked, answered)
     assert (from_framework.span_id, from_framework.response_ids) == (asked.span_id, None)
@@ -66,7 +66,7 @@ def test_a_span_that_is_not_joined_is_a_call_of_its_own() -> None:
     assert (from_framework.through_gateway, from_gateway.through_gateway) == (False, True)
 
 
-def test_choices_and_tries_of_one_request_are_calls_of_their_own() -> None:
+def test_choices_and_retries_of_one_request_are_separate_calls() -> None:
     asked = chat()
     failed = gateway_call(parent=asked, status="error", message="502")
     choices = [gateway_call([1], [i], parent=asked, attributes={semconv.GATEWAY_CHOICE: i}) for i in (2, 0, 1)]
@@ -77,13 +77,13 @@ def test_choices_and_tries_of_one_request_are_calls_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_calls_at_the_same_time_stand_in_one_order_however_they_arrive(order: int) -> None:
+def test_calls_at_the_same_time_are_ordered_independently_of_arrival(order: int) -> None:
     spans = [gateway_call(start=5), gateway_call(start=5), gateway_call(start=4)]
     expected = [spans[2].span_id, spans[0].span_id, spans[1].span_id]
     assert [call.span_id for call in calls_of(*spans[::order])] == expected
 
 
-def test_time_is_the_agents_where_the_gateways_clock_is_behind() -> None:
+def test_calls_are_ordered_by_the_agents_clock_not_the_gateways() -> None:
     first, second = chat(start=10), chat(start=20)
     late = [gateway_call(parent=first, start=9), gateway_call(parent=second, start=1)]
     assert [call.chat_span_id for call in calls_of(first, second, *late)] == [first.span_id, second.span_id]
@@ -96,7 +96,7 @@ def roles(*, on_chat: str = "", on_agent: str = "", agent_name: str = "", on_gat
     return call.role
 
 
-def test_the_role_is_the_word_of_the_framework_then_of_the_gateway_then_of_the_policy() -> None:
+def test_the_role_is_the_frameworks_else_the_gateways_else_the_policys_name() -> None:
     everything = {"on_chat": "a", "on_agent": "b", "agent_name": "c", "on_gateway": "d"}
     assert roles(**everything) == "a"
     assert roles(**everything | {"on_chat": ""}) == "b"
@@ -105,7 +105,7 @@ def test_the_role_is_the_word_of_the_framework_then_of_the_gateway_then_of_the_p
     assert roles() == "policy"
 
 
-def test_a_gateway_call_alone_takes_its_own_role_or_that_of_the_agent_above() -> None:
+def test_an_unjoined_gateway_call_has_its_own_role_else_that_of_the_agent_above() -> None:
     agent = span("invoke_agent", {semconv.GEN_AI_AGENT_NAME: "executor"})
     named, unnamed = gateway_call(parent=agent, role="planner"), gateway_call(parent=agent)
     assert [call.role for call in calls_of(agent, named, unnamed)] == ["planner", "executor"]
@@ -134,13 +134,13 @@ def test_without_any_name_the_role_is_the_requested_model_or_default() -> None:
     ],
     ids=["packed", "arrays", "other names", "json"],
 )
-def test_ids_are_read_in_every_spelling_from_a_framework_span(attributes: dict) -> None:
+def test_token_ids_are_read_under_every_name_and_in_every_encoding(attributes: dict) -> None:
     (call,) = calls_of(chat(attributes=attributes))
     assert (call.prompt_ids, call.response_ids, call.logprobs) == ([1, 2], [3, 4], [-0.5, -0.5])
     assert (call.input_tokens, call.output_tokens, call.malformed) == (2, 2, None)
 
 
-def test_the_gateways_ids_count_where_both_have_some() -> None:
+def test_the_gateways_token_ids_take_precedence() -> None:
     asked = chat(attributes=tokens([1], [2]))
     (call,) = calls_of(asked, gateway_call([1, 2, 3], [4], parent=asked))
     assert (call.prompt_ids, call.response_ids) == ([1, 2, 3], [4])
@@ -159,20 +159,20 @@ def test_the_gateways_ids_count_where_both_have_some() -> None:
         ({semconv.RESPONSE_LOGPROBS: pack_logprobs([float("nan"), 0.0])}, "not finite"),
     ],
 )
-def test_broken_ids_are_named_and_never_half_read(attributes: dict, said: str) -> None:
+def test_invalid_token_ids_are_reported_and_never_partly_read(attributes: dict, said: str) -> None:
     (call,) = calls_of(chat(attributes=tokens([1], [2, 3]) | attributes))
     assert call.malformed is not None
     assert said in call.malformed
     assert (call.prompt_ids, call.response_ids, call.logprobs) == (None, None, None)
 
 
-def test_token_counts_come_from_the_usage_where_there_are_no_ids() -> None:
+def test_token_counts_are_from_the_usage_if_there_are_no_ids() -> None:
     usage = {semconv.GEN_AI_USAGE_INPUT_TOKENS: 40, semconv.GEN_AI_USAGE_OUTPUT_TOKENS: 2}
     (call,) = calls_of(chat(attributes=usage))
     assert (call.input_tokens, call.output_tokens, call.response_ids) == (40, 2, None)
 
 
-def test_counts_and_finish_reasons_are_read_in_other_spellings() -> None:
+def test_counts_and_finish_reasons_are_read_under_other_names() -> None:
     openinference = {"llm.token_count.prompt": 40, "llm.token_count.completion": 2, "llm.finish_reason": "stop"}
     agentops = {"gen_ai.usage.prompt_tokens": 40, "gen_ai.usage.completion_tokens": 2}
     for attributes in (openinference, agentops | {"gen_ai.response.finish_reasons": '["stop"]'}):
@@ -180,13 +180,13 @@ def test_counts_and_finish_reasons_are_read_in_other_spellings() -> None:
         assert (call.input_tokens, call.output_tokens, call.finish_reason) == (40, 2, "stop")
 
 
-def test_the_version_is_the_answering_models_where_it_has_a_number() -> None:
+def test_the_policy_version_is_the_response_model_if_it_has_a_number() -> None:
     for model, version in (("writer@3", "writer@3"), ("gpt-5", None)):
         (call,) = calls_of(chat(attributes={semconv.GEN_AI_RESPONSE_MODEL: model}))
         assert call.policy_version == version
 
 
-def test_an_error_of_either_span_is_the_calls() -> None:
+def test_an_error_of_either_span_is_the_error_of_the_call() -> None:
     asked = chat(status="error", message="TimeoutError: no answer")
     (call,) = calls_of(asked, gateway_call(parent=asked))
     assert call.error == "TimeoutError: no answer"
@@ -212,7 +212,7 @@ def test_the_attempt_is_read_from_the_nearest_span_that_names_one() -> None:
     assert call.attempt_id == "r-1-a2"
 
 
-def test_spans_that_are_their_own_ancestors_do_no_harm() -> None:
+def test_spans_that_are_their_own_ancestors_are_read() -> None:
     asked, agent = chat(), span("invoke_agent", {semconv.ROLE: "planner"})
     asked, agent = replace(asked, parent_id=agent.span_id), replace(agent, parent_id=asked.span_id)
     (call,) = calls_of(asked, agent)

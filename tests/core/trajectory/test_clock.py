@@ -1,4 +1,4 @@
-"""Rollouts over several processes whose clocks disagree: the order is that of causes, and the same as without skew."""
+"""Rollouts over several processes with clock skew: the order of spans is the same as without skew."""
 
 from dataclasses import replace
 
@@ -18,13 +18,13 @@ SKEWS = st.integers(-HOUR_NS, HOUR_NS)
 
 
 def at(made: Span, process: str | None, start_s: float, end_s: float, kind: int = 1) -> Span:
-    """`made` in a process (None: the gateway's, which names none) and at true times."""
+    """`made` with these times, in this process; None is the gateway's, which has no resource attributes."""
     resource = {"service.name": "agent", "service.instance.id": process} if process else {}
     return replace(made, start_ns=int(start_s * S), end_ns=int(end_s * S), resource=resource, kind=kind)
 
 
 def team() -> list[Span]:
-    """A planner asks two executors on other hosts, one after the other, and all ask the model through a gateway."""
+    """A planner calls two executors on other hosts, one after the other; all call the model through a gateway."""
     root = at(span(semconv.SPAN_ROLLOUT), "a", 0, 100)
     plan = at(chat(root, {semconv.ROLE: "planner"}), "a", 1, 9)
     spans = [root, plan, at(gateway_call([1], [2], parent=plan), None, 2, 8)]
@@ -41,7 +41,7 @@ def team() -> list[Span]:
 
 
 def skew(spans: list[Span], by_ns: dict[str | None, int]) -> list[Span]:
-    """What the stores would hold if the clocks of the processes went wrong by so much."""
+    """`spans` as recorded if the clock of each process were wrong by these nanoseconds."""
     offsets = [by_ns.get(one.resource.get("service.instance.id"), 0) for one in spans]  # type: ignore[arg-type]
     return [
         replace(one, start_ns=one.start_ns + by + HOUR_NS, end_ns=one.end_ns + by + HOUR_NS)
@@ -49,7 +49,7 @@ def skew(spans: list[Span], by_ns: dict[str | None, int]) -> list[Span]:
     ]
 
 
-def told(spans: list[Span]) -> tuple[list[str], float | None, list[float]]:
+def order_and_rewards(spans: list[Span]) -> tuple[list[str], float | None, list[float]]:
     """Roles of the calls in order, the rollout's reward, and all rewards in order."""
     trajectory = build_trajectory(spans)
     assert not trajectory.drops
@@ -61,17 +61,17 @@ def told(spans: list[Span]) -> tuple[list[str], float | None, list[float]]:
 def test_skewed_clocks_change_neither_order_nor_reward(gateway: int, first: int, second: int) -> None:
     spans = team()
     roles = ["planner", "executor-b", "executor-c", "planner"]
-    assert told(spans) == (roles, 1.0, [0.0, 0.1, 1.0])
-    assert told(skew(spans, {None: gateway, "b": first, "c": second})) == (roles, 1.0, [0.0, 0.1, 1.0])
+    assert order_and_rewards(spans) == (roles, 1.0, [0.0, 0.1, 1.0])
+    assert order_and_rewards(skew(spans, {None: gateway, "b": first, "c": second})) == (roles, 1.0, [0.0, 0.1, 1.0])
 
 
-def test_clocks_that_agree_are_left_alone() -> None:
+def test_clocks_that_agree_are_not_shifted() -> None:
     spans = team()
     assert in_one_clock(spans) == spans
 
 
 @pytest.mark.parametrize("skew_s", [-600, 600])
-def test_a_gateway_that_was_joined_by_its_answer_is_moved_to_the_request(skew_s: int) -> None:
+def test_the_clock_of_a_gateway_span_joined_by_response_id_is_shifted_to_the_request(skew_s: int) -> None:
     answer = {semconv.GEN_AI_RESPONSE_ID: "a"}
     request = at(chat(attributes=answer), "a", 1000, 1010)
     call = at(gateway_call(attributes=answer, trace_id="c" * 32), None, 1002 + skew_s, 1008 + skew_s)
@@ -80,8 +80,8 @@ def test_a_gateway_that_was_joined_by_its_answer_is_moved_to_the_request(skew_s:
     assert request.start_ns <= call_now.start_ns < call_now.end_ns <= request.end_ns
 
 
-def test_what_goes_on_after_its_cause_has_ended_is_not_taken_for_skew() -> None:
-    """A task handed on, or a request that was given up while the gateway went on."""
+def test_a_span_that_outlives_its_cause_does_not_count_as_skew() -> None:
+    """A queued task, or a request that the client abandoned while the gateway continued."""
     hand = at(span("enqueue"), "a", 0, 1)
     work = at(span("work", parent=hand), "b", 500, 600)
     asked = at(chat(hand), "a", 0, 1)
@@ -89,8 +89,8 @@ def test_what_goes_on_after_its_cause_has_ended_is_not_taken_for_skew() -> None:
     assert in_one_clock([hand, work, asked, call]) == [hand, work, asked, call]
 
 
-def test_the_own_order_of_a_process_is_kept() -> None:
-    """All its spans are moved alike, though each would need to be moved by something else."""
+def test_the_order_within_a_process_is_kept() -> None:
+    """All its spans are shifted by one offset, although each of them needs a different one."""
     root = at(span(semconv.SPAN_ROLLOUT), "a", 1000, 1100)
     calls = [at(gateway_call([number], [1], parent=root), None, number, number + 1) for number in (20, 10, 30)]
     moved = in_one_clock([root, *calls])[1:]
@@ -98,7 +98,7 @@ def test_the_own_order_of_a_process_is_kept() -> None:
     assert moved[1].start_ns == root.start_ns
 
 
-def test_times_of_one_process_stay_even_where_a_child_begins_first() -> None:
+def test_times_of_one_process_are_kept_even_if_a_child_starts_before_its_parent() -> None:
     parent = at(span("parent"), "a", 10, 20)
     child = at(span("child", parent=parent), "a", 5, 6)
     assert in_one_clock([parent, child]) == [parent, child]

@@ -1,4 +1,4 @@
-"""Rows and drops of a rollout: what trains, in which row, and why the rest does not."""
+"""Rows and drops of a rollout."""
 
 import random
 from collections import Counter
@@ -50,7 +50,7 @@ def test_turns_that_continue_token_by_token_are_one_row() -> None:
 
 
 def test_interleaved_sub_agents_merge_each_into_its_own_row() -> None:
-    """The fault of comparing with the previous call only."""
+    """A comparison with the previous call only would split them."""
     spans = [
         gateway_call([1], [2]),
         gateway_call([8], [9]),
@@ -67,8 +67,8 @@ def test_the_longest_row_that_fits_is_continued() -> None:
     assert (len(shorter.turns), longer.token_ids) == (1, [1, 2, 3, 4, 5, 6, 7])
 
 
-def test_several_answers_to_one_prompt_stay_apart() -> None:
-    """The fault of keeping the last of equal prompts: best-of-n lost all but one."""
+def test_several_responses_to_one_prompt_are_separate_rows() -> None:
+    """Keeping only the last call of a prompt would lose all but one sample of best-of-n."""
     rows = rows_of(gateway_call([1], [2]), gateway_call([1], [3]), gateway_call([1], [2]))
     assert [row.token_ids for row in rows] == [[1, 2], [1, 3], [1, 2]]
     assert [drifts(row) for row in rows] == [[None], [Drift.FORK], [Drift.FORK]]
@@ -80,16 +80,16 @@ def test_a_second_continuation_of_the_same_history_is_a_fork_that_trains_only_it
     assert (fork.token_ids, fork.loss_mask, drifts(fork)) == ([1, 2, 5, 5, 6], [0, 0, 0, 0, 1], [Drift.FORK])
 
 
-def test_the_gateway_knows_better_what_drift_it_is() -> None:
-    """By ids alone a history that changed before the latest answer is a conversation of its own."""
+def test_the_drift_that_the_gateway_recorded_takes_precedence() -> None:
+    """By token ids alone, a history that differs before the latest response is a new conversation."""
     first = gateway_call([1, 2], [3, 4])
-    told = Drifted(Drift.REASONING, Difference(1, 2, 9, "<think>", "so"), first.span_id)
-    second = gateway_call([1, 9, 5], [6], attributes={semconv.GATEWAY_DRIFT: told.to_json()})
-    forked = gateway_call([1, 2], [8], attributes={semconv.GATEWAY_DRIFT: told.to_json()})
+    drifted = Drifted(Drift.REASONING, Difference(1, 2, 9, "<think>", "so"), first.span_id)
+    second = gateway_call([1, 9, 5], [6], attributes={semconv.GATEWAY_DRIFT: drifted.to_json()})
+    forked = gateway_call([1, 2], [8], attributes={semconv.GATEWAY_DRIFT: drifted.to_json()})
     rows = rows_of(first, second, forked)
     assert [drifts(row) for row in rows] == [[None], [Drift.REASONING], [Drift.FORK]]
-    assert [turn.difference for row in rows for turn in row.turns] == [None, told.difference, None]
-    assert str(told.difference) == "token 1: 2 '<think>' was sampled, the prompt has 9 'so'"
+    assert [turn.difference for row in rows for turn in row.turns] == [None, drifted.difference, None]
+    assert str(drifted.difference) == "token 1: 2 '<think>' was sampled, the prompt has 9 'so'"
 
 
 def test_a_history_with_other_tokens_for_the_answer_is_retokenized() -> None:
@@ -99,7 +99,7 @@ def test_a_history_with_other_tokens_for_the_answer_is_retokenized() -> None:
 
 
 def test_the_drift_is_named_against_the_call_that_shares_most() -> None:
-    """The third call forks off the first, but it is the second whose answer came back changed."""
+    """The third call continues the first exactly, but its prompt has the second call's response changed."""
     *_, last = rows_of(gateway_call([1], [2]), gateway_call([1, 2, 3], [4, 5]), gateway_call([1, 2, 3, 9, 6], [7]))
     assert drifts(last) == [Drift.RETOKENIZED]
 
@@ -135,19 +135,19 @@ def without(name: str, spans: Span) -> Span:
     return replace(spans, attributes={key: value for key, value in spans.attributes.items() if key != name})
 
 
-def test_a_framework_call_without_ids_says_where_ids_come_from() -> None:
+def test_the_drop_of_a_framework_call_without_ids_says_how_to_get_ids() -> None:
     reason, detail = sole_drop(chat())
     assert reason is DropReason.NO_IDS
     assert "set return_token_ids: point the model's base URL at the gateway" in detail
 
 
-def test_a_gateway_call_without_ids_names_the_engine() -> None:
+def test_the_drop_of_a_gateway_call_without_ids_names_the_engine() -> None:
     bare = without(semconv.PROMPT_TOKEN_IDS, without(semconv.RESPONSE_TOKEN_IDS, gateway_call()))
     reason, detail = sole_drop(bare)
     assert (reason, "engine" in detail) == (DropReason.NO_IDS, True)
 
 
-def test_a_call_that_could_not_be_joined_names_traceparent() -> None:
+def test_the_drop_of_a_call_that_may_be_unjoined_names_traceparent() -> None:
     reason, detail = sole_drop(chat(), gateway_call(trace_id=OTHER_TRACE))
     assert (reason, "traceparent" in detail) == (DropReason.NO_IDS, True)
 
@@ -163,7 +163,7 @@ def test_a_failed_call_is_dropped_with_its_error_and_its_retry_trains() -> None:
 
 
 @pytest.mark.parametrize("response", [b"", None])
-def test_an_answer_without_a_token_is_empty(response: bytes | None) -> None:
+def test_a_response_without_tokens_is_a_drop(response: bytes | None) -> None:
     call = without(semconv.RESPONSE_TOKEN_IDS, gateway_call([1], [2]))
     if response is not None:
         call = replace(call, attributes={**call.attributes, semconv.RESPONSE_TOKEN_IDS: response})
@@ -175,7 +175,7 @@ def test_missing_logprobs_are_a_drop() -> None:
     assert (reason, "logprobs: true" in detail) == (DropReason.NO_LOGPROBS, True)
 
 
-def test_a_length_mismatch_is_a_drop_and_never_a_cut() -> None:
+def test_a_length_mismatch_is_a_drop_and_never_truncated() -> None:
     reason, detail = sole_drop(gateway_call([1], [2, 3], attributes={semconv.RESPONSE_LOGPROBS: [-0.5]}))
     assert reason is DropReason.LENGTH_MISMATCH
     assert "2 response tokens but 1 logprobs" in detail
@@ -186,8 +186,8 @@ def test_unreadable_ids_are_a_drop() -> None:
     assert (reason, "3 bytes" in detail) == (DropReason.MALFORMED, True)
 
 
-def test_an_answer_from_a_cache_trains_once() -> None:
-    """A client that caches gives the same answer again, response id and all; it was sampled once."""
+def test_a_response_from_a_cache_trains_once() -> None:
+    """A caching client returns the same response, with its id, again; it was sampled once."""
     attributes = {semconv.GEN_AI_RESPONSE_ID: "chatcmpl-7"}
     asked, again = chat(attributes=attributes), chat(attributes=attributes | tokens([1], [2]))
     answered = gateway_call([1], [2], parent=asked, attributes=attributes)
@@ -229,20 +229,20 @@ def test_rollout_group_mode_and_error_are_read_from_the_spans() -> None:
     assert (trajectory.error, trajectory.reward, trajectory.rows) == ("boom", None, [])
 
 
-def test_a_trace_without_a_rollout_is_one() -> None:
+def test_a_trace_that_names_no_rollout_is_an_implicit_rollout() -> None:
     call = without(semconv.ROLLOUT_ID, gateway_call())
     trajectory = build_trajectory([call])
     assert (trajectory.rollout_id, trajectory.rows[0].rollout_id, trajectory.mode) == (TRACE, TRACE, "prod")
 
 
-def test_spans_of_two_rollouts_are_refused_by_name() -> None:
+def test_spans_of_two_rollouts_are_an_error_that_names_both() -> None:
     with pytest.raises(TrajectoryError, match=r"2 rollouts \(r-1, r-2"):
         build_trajectory([chat(), chat(attributes={semconv.ROLLOUT_ID: "r-2"})])
     with pytest.raises(TrajectoryError, match="no spans"):
         build_trajectory([])
 
 
-def test_the_last_reward_wins_and_a_roles_own_comes_before_it() -> None:
+def test_the_last_reward_counts_and_a_roles_own_takes_precedence() -> None:
     spans = [
         gateway_call([1], [2], role="planner"),
         gateway_call([5], [6], role="executor"),
@@ -258,7 +258,7 @@ def test_the_last_reward_wins_and_a_roles_own_comes_before_it() -> None:
     assert [found.target for found in trajectory.rewards] == [None, None, None, "elsewhere"]
 
 
-def test_agentlightning_rewards_have_their_dimensions_and_targets() -> None:
+def test_agentlightning_rewards_are_read_with_dimensions_and_targets() -> None:
     def annotation(value: float, attributes: dict[str, Any]) -> Span:
         first = {"agentlightning.reward.0.name": "goal", "agentlightning.reward.0.value": value}
         return span("agentlightning.annotation", first | attributes)
@@ -281,8 +281,8 @@ def test_agentlightning_rewards_have_their_dimensions_and_targets() -> None:
     assert [reward.target for reward in linked] == ["chatcmpl-7", "f" * 16, "agentlightning.tag draft"]
 
 
-def test_the_reward_of_a_trace_is_its_attempts_though_only_the_gateway_names_one() -> None:
-    """The URL names the attempts; the framework's spans, and the rewards among them, name nothing of ours."""
+def test_a_reward_belongs_to_the_attempt_of_its_trace_that_only_the_gateway_names() -> None:
+    """The URL names the attempt of gateway calls; framework spans and rewards name none."""
     spans: list[Span] = []
     for number, trace in enumerate((TRACE, OTHER_TRACE), start=1):
         answer = {semconv.GEN_AI_RESPONSE_ID: f"chatcmpl-{number}"}
@@ -296,7 +296,7 @@ def test_the_reward_of_a_trace_is_its_attempts_though_only_the_gateway_names_one
     assert [found.value for found in trajectory.rewards] == [2]
 
 
-def test_no_reward_is_none_and_not_zero() -> None:
+def test_a_missing_reward_is_none_and_not_zero() -> None:
     trajectory = build_trajectory([gateway_call()])
     assert (trajectory.reward, trajectory.rows[0].reward) == (None, None)
 
@@ -304,7 +304,7 @@ def test_no_reward_is_none_and_not_zero() -> None:
 # --- What a step records --------------------------------------------------------------------------------------------
 
 
-def test_what_a_step_did_with_a_call_is_read_back_and_is_no_call_itself() -> None:
+def test_records_of_steps_are_read_back_and_are_not_calls() -> None:
     spans = [gateway_call([1], [2]), gateway_call([5], [6])]
     kept, dropped = build_trajectory(spans).calls
     steps = [
@@ -319,7 +319,7 @@ def test_what_a_step_did_with_a_call_is_read_back_and_is_no_call_itself() -> Non
     assert {one.rollout_id for one in steps} == {"r-1"}
 
 
-def test_a_step_that_is_repeated_records_under_the_same_id() -> None:
+def test_a_repeated_step_has_the_same_span_id() -> None:
     (call,) = build_trajectory([gateway_call()]).calls
     ids = [trained_span(call, step, 0.1).span_id for step in (1, 1, 2)]
     assert ids[0] == ids[1] != ids[2]
@@ -356,7 +356,7 @@ def rollouts(draw: st.DrawFn) -> list[Span]:
 
 
 def trained_positions(trajectory: Trajectory) -> Counter[tuple[str, int]]:
-    """How often each sampled token, named by call and place in its answer, stands with mask 1."""
+    """How often each sampled token, named by call and position in its response, has mask 1."""
     return Counter(
         (turn.call.span_id, place)
         for row in trajectory.rows
@@ -368,7 +368,7 @@ def trained_positions(trajectory: Trajectory) -> Counter[tuple[str, int]]:
 
 @settings(max_examples=200, deadline=None)
 @given(rollouts())
-def test_every_sampled_token_trains_exactly_once_and_every_call_is_accounted_for(spans: list[Span]) -> None:
+def test_every_sampled_token_trains_exactly_once_and_every_call_is_a_turn_or_a_drop(spans: list[Span]) -> None:
     trajectory = build_trajectory(spans)
     turns = [turn for row in trajectory.rows for turn in row.turns]
     accounted = [turn.call.span_id for turn in turns] + [drop.call.span_id for drop in trajectory.drops]
