@@ -119,7 +119,7 @@ def _engine() -> Callable[[Any], Any]:
     """Answers like the tests' server, without a socket: an agent with tools calls them, then ends the run."""
     import httpx2
 
-    from tests.vllm_server import Answer, Seen
+    from tests.vllm_server import RecordedRequest, ResponseBuilder
 
     numbers = count()
 
@@ -128,7 +128,7 @@ def _engine() -> Callable[[Any], Any]:
         done = sum(message["role"] == "tool" for message in body["messages"])
         call = _lookup_call(done) if body.get("tools") and done < TOOL_CALLS else None
         words = (FACT, "; ", "TERMINATE") if body.get("tools") else ("Look up", " four", " facts.")
-        given = Answer(Seen({}, body, f"chatcmpl-{next(numbers)}"), words, call)
+        given = ResponseBuilder(RecordedRequest({}, body, f"chatcmpl-{next(numbers)}"), words, call)
         if not body.get("stream"):
             return httpx2.Response(200, json=given.whole())
         events = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in given.chunks())

@@ -1,4 +1,4 @@
-"""A small OpenAI-compatible server in vLLM's shape, over a real socket, that remembers what it was asked."""
+"""A small server with vLLM's API on a real socket, which records its requests."""
 
 import asyncio
 import json
@@ -17,8 +17,8 @@ LOGPROBS = [-0.5, -0.25, -0.125]
 
 
 @dataclass
-class Seen:
-    """One request: lower-case headers, JSON body and the id it was answered with."""
+class RecordedRequest:
+    """A request's lower-case headers and JSON body, and the id of its response."""
 
     headers: dict[str, str]
     body: dict[str, Any]
@@ -26,30 +26,30 @@ class Seen:
 
 
 @dataclass
-class VllmServer:
-    """`base_url` to talk to; `seen` in order of arrival. It answers with `words`, a tool call with `arguments`."""
+class FakeVllmServer:
+    """Answers with `words`, or with a tool call with `arguments`. `seen` holds the requests in order."""
 
     base_url: str = ""
     words: Sequence[str] = ("Seven", " mugs", " TERMINATE")
     arguments: str = '{"item": "mug"}'
-    seen: list[Seen] = field(default_factory=list)
+    seen: list[RecordedRequest] = field(default_factory=list)
     _numbers: Any = field(default_factory=count)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         headers = {name.lower(): value for name, value in request.headers.items()}
-        seen = Seen(headers, body, f"chatcmpl-{next(self._numbers)}")
+        seen = RecordedRequest(headers, body, f"chatcmpl-{next(self._numbers)}")
         self.seen.append(seen)
         if "FAIL" in body["messages"][-1]["content"]:
             return web.json_response({"error": {"message": "boom", "code": 400}}, status=400)
         await asyncio.sleep(0.3 if "SLOW" in body["messages"][-1]["content"] else 0.001)  # requests interleave
-        answer = Answer(seen, self.words, _tool_call(body, self.arguments))
+        answer = ResponseBuilder(seen, self.words, _tool_call(body, self.arguments))
         return await _stream(request, answer.chunks()) if body.get("stream") else web.json_response(answer.whole())
 
     async def complete(self, request: web.Request) -> web.Response:
         body = await request.json()
         headers = {name.lower(): value for name, value in request.headers.items()}
-        seen = Seen(headers, body, f"cmpl-{next(self._numbers)}")
+        seen = RecordedRequest(headers, body, f"cmpl-{next(self._numbers)}")
         self.seen.append(seen)
         choice = {"index": 0, "text": "".join(self.words), "finish_reason": "stop", "logprobs": None}
         answer = {"id": seen.response_id, "object": "text_completion", "created": 1, "model": body["model"]}
@@ -57,8 +57,8 @@ class VllmServer:
 
 
 @asynccontextmanager
-async def running_server() -> AsyncIterator[VllmServer]:
-    server = VllmServer()
+async def running_server() -> AsyncIterator[FakeVllmServer]:
+    server = FakeVllmServer()
     app = web.Application()
     app.router.add_post("/v1/chat/completions", server.chat)
     app.router.add_post("/v1/completions", server.complete)
@@ -72,10 +72,10 @@ async def running_server() -> AsyncIterator[VllmServer]:
 
 
 @dataclass
-class Answer:
-    """What the server says to one request, whole or in chunks; three words, three tokens."""
+class ResponseBuilder:
+    """Builds the response to one request, whole or in chunks; each of the three words is a token."""
 
-    seen: Seen
+    seen: RecordedRequest
     words: Sequence[str]
     call: dict[str, Any] | None
 
@@ -91,7 +91,7 @@ class Answer:
         return range(self.seen.body.get("n") or 1)
 
     def _tokens(self, choice: int, first: int, last: int) -> dict[str, Any]:
-        """The choice's fields about the tokens from `first` to before `last`, where they were asked for."""
+        """Requested fields of a choice for the tokens [first, last)."""
         fields: dict[str, Any] = {}
         if self.seen.body.get("logprobs"):
             pairs = zip(self.words[first:last], LOGPROBS[first:last], strict=True)
@@ -107,8 +107,8 @@ class Answer:
         message: dict[str, Any] = {"role": "assistant", "content": None if self.call else "".join(self.words)}
         if self.call:
             message["tool_calls"] = [self.call]
-        said = {"message": message, "finish_reason": self._finish_reason}
-        choices = [{"index": index, **said, **self._tokens(index, 0, 3)} for index in self._choices]
+        answer = {"message": message, "finish_reason": self._finish_reason}
+        choices = [{"index": index, **answer, **self._tokens(index, 0, 3)} for index in self._choices]
         return {**self._head("chat.completion"), "choices": choices, "usage": USAGE, **self._prompt()}
 
     def _delta(self, index: int, word: str) -> dict[str, Any]:
@@ -117,26 +117,26 @@ class Answer:
         return {"tool_calls": [{"index": 0, **self.call}]} if index == 0 else {"tool_calls": []}
 
     def chunks(self) -> list[dict[str, Any]]:
-        """vLLM's order: the prompt's ids with an empty first chunk, then token by token, then the usage.
+        """Chunks in vLLM's order: an empty one with the prompt ids, one per token, one with the usage.
 
-        A token without text, as half a character is, has a chunk only where its id was asked for.
+        A token without text, such as half a character, has a chunk only if token ids were requested.
         """
         head = self._head("chat.completion.chunk")
         opening = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
         chunks = [{**head, "choices": [{"index": choice, **opening}], **self._prompt()} for choice in self._choices]
         for index, word in enumerate(self.words):
             reason = self._finish_reason if index == len(self.words) - 1 else None
-            said = {"delta": self._delta(index, word), "finish_reason": reason}
+            delta = {"delta": self._delta(index, word), "finish_reason": reason}
             for choice in self._choices if word or self.seen.body.get("return_token_ids") else ():
                 tokens = self._tokens(choice, index, index + 1)
-                chunks.append({**head, "choices": [{"index": choice, **said, **tokens}]})
+                chunks.append({**head, "choices": [{"index": choice, **delta, **tokens}]})
         if (self.seen.body.get("stream_options") or {}).get("include_usage"):
             chunks.append({**head, "choices": [], "usage": USAGE})
         return chunks
 
 
 def _tool_call(body: dict[str, Any], arguments: str) -> dict[str, Any] | None:
-    """A hand-off where one is offered; else the first tool, once."""
+    """A call of a hand-off tool if there is one, else of the first tool, once."""
     names = [tool["function"]["name"] for tool in body.get("tools") or []]
     handoffs = [name for name in names if name.startswith("transfer_to_")]
     used = any(message["role"] == "tool" for message in body["messages"])

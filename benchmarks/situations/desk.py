@@ -14,7 +14,7 @@ from opentelemetry import trace
 
 from benchmarks.instrumentations import Switched
 from benchmarks.situations.recording import USER, Recording
-from tests.vllm_server import VllmServer, running_server
+from tests.vllm_server import FakeVllmServer, running_server
 
 TRACER = trace.get_tracer(USER)
 _SETTLE_S = 0.6
@@ -36,7 +36,7 @@ class Desk:
 
     switched: Switched
     recording: Recording
-    server: VllmServer
+    server: FakeVllmServer
     log: list[str] = field(default_factory=list)
 
     async def settled(self) -> Recording:

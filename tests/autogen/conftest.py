@@ -9,7 +9,7 @@ from autogen_ext.models.openai import OpenAIChatCompletionClient
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from agl_autogen import AutoGenInstrumentor
-from tests.vllm_server import VllmServer, running_server
+from tests.vllm_server import FakeVllmServer, running_server
 
 MODEL_INFO: ModelInfo = {
     "vision": False,
@@ -47,13 +47,13 @@ def switch_on(spans: InMemorySpanExporter) -> SwitchOn:
 
 
 @pytest.fixture
-async def server() -> AsyncIterator[VllmServer]:
+async def server() -> AsyncIterator[FakeVllmServer]:
     async with running_server() as server:
         yield server
 
 
 @pytest.fixture
-async def client(server: VllmServer) -> AsyncIterator[MakeClient]:
+async def client(server: FakeVllmServer) -> AsyncIterator[MakeClient]:
     """Makes clients of the server and closes them after the test: `client("planner", temperature=0.5)`."""
     made: list[OpenAIChatCompletionClient] = []
 

@@ -12,19 +12,19 @@ from examples.autogen_team.inventory import PIECES
 from examples.autogen_team.reward import score
 from examples.autogen_team.tasks import eval_tasks, gold_examples, train_tasks
 from tests.autogen.span_tree import tree
-from tests.vllm_server import VllmServer
+from tests.vllm_server import FakeVllmServer
 
 FOLDER = Path(agent.__file__).parent
 
 
 @pytest.fixture
-def served(server: VllmServer, monkeypatch: pytest.MonkeyPatch) -> VllmServer:
+def served(server: FakeVllmServer, monkeypatch: pytest.MonkeyPatch) -> FakeVllmServer:
     monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     return server
 
 
-def say(server: VllmServer, article: str) -> None:
+def say(server: FakeVllmServer, article: str) -> None:
     """Have the planner name `article` and the executor look it up."""
     server.words = (*article.partition("-"),)
     server.arguments = f'{{"article": "{article}"}}'

@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from agl_langchain import LangChainInstrumentor
 from agl_langchain._run import OPEN_RUNS
-from tests.vllm_server import VllmServer, running_server
+from tests.vllm_server import FakeVllmServer, running_server
 
 MakeModel = Callable[..., ChatOpenAI]
 
@@ -45,14 +45,14 @@ def instrumented(spans: InMemorySpanExporter) -> Iterator[InMemorySpanExporter]:
 
 
 @pytest.fixture
-def server() -> Iterator[VllmServer]:
+def server() -> Iterator[FakeVllmServer]:
     """In a separate thread, because a synchronous agent blocks the test's event loop."""
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(running_server()) as server:
         yield server
 
 
 @pytest.fixture
-async def make_model(server: VllmServer) -> AsyncIterator[MakeModel]:
+async def make_model(server: FakeVllmServer) -> AsyncIterator[MakeModel]:
     """Makes chat models of the server and closes them after the test: `make_model("tiny", temperature=0.5)`."""
     made: list[ChatOpenAI] = []
 

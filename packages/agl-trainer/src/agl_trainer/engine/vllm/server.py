@@ -1,4 +1,4 @@
-"""What a training asks of a vLLM server, over HTTP."""
+"""HTTP client of a vLLM server: lists, loads and unloads adapters, and reads prompt logprobs."""
 
 import time
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from torch import Tensor
 from agl.errors import TrainingError
 
 _TIMEOUT_S = 300.0
-"""A CPU takes its time over a prompt, and loads an adapter for the first time in seconds."""
-_ASK_EVERY_S = 2.0
+"""Long, because on a CPU prompts and the first loading of an adapter are slow."""
+_POLL_INTERVAL_S = 2.0
 
 
 class VllmServer:
-    """The server at `url`, which ends in `/v1`. Every verb raises TrainingError where it cannot be reached or refuses.
+    """The server at `url`, which ends in `/v1`. Every method raises TrainingError if the server fails or rejects it.
 
-    It has to run with `--enable-lora`, `--max-lora-rank` of at least the largest `lora_r`, `--max-loras` of at least
-    twice the number of roles, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment.
+    The server must run with `--enable-lora`, `--max-lora-rank` of at least the largest `lora_r`, `--max-loras` of at
+    least twice the number of roles, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment.
     """
 
     def __init__(self, url: str, key: str | None = None) -> None:
@@ -39,11 +39,11 @@ class VllmServer:
         self._pool.clear()
 
     def models(self) -> list[str]:
-        """The base model by the name it is served under, and every adapter that is loaded."""
-        return [str(model["id"]) for model in self._ask("GET", "models").json()["data"]]
+        """Names of the base model and of every loaded adapter."""
+        return [str(model["id"]) for model in self._request("GET", "models").json()["data"]]
 
     def wait(self, timeout_s: float) -> list[str]:
-        """`models`, asked again and again while it does not answer, for so long."""
+        """`models`, retried for up to `timeout_s` while the server does not answer."""
         deadline = time.monotonic() + timeout_s
         while True:
             try:
@@ -51,38 +51,38 @@ class VllmServer:
             except TrainingError:
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(_ASK_EVERY_S)
+                time.sleep(_POLL_INTERVAL_S)
 
     def load(self, name: str, folder: Path) -> None:
-        """Serve the PEFT adapter in `folder`, a path that the server can read, as `name`."""
-        self._ask("POST", "load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())})
+        """Serve the PEFT adapter in `folder`, which the server must be able to read, as `name`."""
+        self._request("POST", "load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())})
 
     def unload(self, name: str) -> None:
-        self._ask("POST", "unload_lora_adapter", {"lora_name": name})
+        self._request("POST", "unload_lora_adapter", {"lora_name": name})
 
     def prompt_logprobs(self, model: str, token_ids: Sequence[int]) -> Tensor:
-        """[N - 1] float32: the logprob under `model` of each of `token_ids` but the first, given those before it."""
+        """Logprobs [N - 1] (float32) under `model` of all `token_ids` except the first, each given those before it."""
         body = {"model": model, "prompt": list(token_ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-        (choice,) = self._ask("POST", "completions", body).json()["choices"]
+        (choice,) = self._request("POST", "completions", body).json()["choices"]
         rows = choice.get("prompt_logprobs")
         if not rows or len(rows) != len(token_ids):
-            raise TrainingError(
-                f"{self.url} answered without prompt_logprobs, by which adapters are proved; is it vLLM?"
-            )
+            raise TrainingError(f"{self.url} answered without prompt_logprobs, which verify adapters; is it vLLM?")
         return torch.tensor([row[str(token)]["logprob"] for row, token in zip(rows[1:], token_ids[1:], strict=True)])
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> urllib3.BaseHTTPResponse:
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> urllib3.BaseHTTPResponse:
         try:
             response = self._pool.request(method, f"{self.url}/{path}", json=body)
         except urllib3.exceptions.HTTPError as error:
-            raise TrainingError(f"vLLM at {self.url} does not answer ({error}); start it, or mend the URL") from error
-        said = response.data[:500].decode(errors="replace")
+            raise TrainingError(
+                f"vLLM at {self.url} does not answer ({error}); start it, or correct the URL"
+            ) from error
+        body_text = response.data[:500].decode(errors="replace")
         if response.status == HTTPStatus.NOT_FOUND and path.endswith("lora_adapter"):
             raise TrainingError(
-                f"{self.url} knows no /{path}: start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True "
-                f"(it answered {said})"
+                f"{self.url} has no /{path}: start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True "
+                f"(it answered {body_text})"
             )
-        # A redirect too: the key is for this server.
+        # A redirect is an error too: the key must not go to another server.
         if response.status != HTTPStatus.OK:
-            raise TrainingError(f"vLLM at {self.url} refused /{path}: {response.status} {said}")
+            raise TrainingError(f"vLLM at {self.url} rejected /{path}: {response.status} {body_text}")
         return response
