@@ -13,12 +13,12 @@ from agl.errors import TrainingError
 from agl.span import Span
 from agl.store import Store, open_store
 from agl.trajectory import DropReason
-from agl_trainer.data.sft_examples import TraceLimits, trace_lessons
+from agl_trainer.data.sft_examples import TraceLimits, examples_from_traces
 from agl_trainer.rollout.traces import load_groups, read_traces, stored_groups
 from tests.core.span_maker import OTHER_TRACE, chat, gateway_call, reward, span
 from tests.trainer.rollout_maker import call, reward_on, trajectory
 
-LIMITS = TraceLimits({"writer": RoleConfig(), "fixer": RoleConfig(frozen=True)}, max_tokens=6, vocabulary=90)
+LIMITS = TraceLimits({"writer": RoleConfig(), "fixer": RoleConfig(frozen=True)}, max_tokens=6, vocabulary_size=90)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def _without_rollout(span: Span) -> dict[str, Any]:
     return {name: value for name, value in span.attributes.items() if name != semconv.ROLLOUT_ID}
 
 
-def test_lessons_are_rows_that_earned_enough_and_every_other_call_has_its_reason() -> None:
+def test_examples_are_rows_that_earned_enough_and_every_other_call_has_its_reason() -> None:
     wanted = SftTracesConfig(min_reward=0.5)
     turns = call("writer", [3], prompt=[1]), call("writer", [5], prompt=[1, 3, 4])
     made = [
@@ -85,10 +85,10 @@ def test_lessons_are_rows_that_earned_enough_and_every_other_call_has_its_reason
         trajectory("other", call("writer", [99]), reward_on(None, 1.0)),
         trajectory("hosted", chat(attributes={semconv.ROLE: "writer"}), reward(1.0)),
     ]
-    lessons, dropped = trace_lessons(made, wanted, LIMITS)
-    (lesson,) = lessons
-    assert (lesson.role, list(lesson.token_ids), list(lesson.loss_mask)) == ("writer", [1, 3, 4, 5], [0, 1, 0, 1])
-    assert [one.span_id for one in lesson.calls] == [turn.span_id for turn in turns]
+    examples, dropped = examples_from_traces(made, wanted, LIMITS)
+    (example,) = examples
+    assert (example.role, list(example.token_ids), list(example.loss_mask)) == ("writer", [1, 3, 4, 5], [0, 1, 0, 1])
+    assert [one.span_id for one in example.calls] == [turn.span_id for turn in turns]
     assert [(call.rollout_id, reason) for call, reason in dropped] == [
         ("good", DropReason.ROLE_FROZEN),
         ("good", DropReason.ROLE_NOT_TRAINED),
@@ -101,8 +101,8 @@ def test_lessons_are_rows_that_earned_enough_and_every_other_call_has_its_reason
         ("hosted", DropReason.NO_IDS),
     ]
     calls = sum(len(one.calls) for one in made)
-    assert len(dropped) + sum(len(lesson.calls) for lesson in lessons) == calls
+    assert len(dropped) + sum(len(example.calls) for example in examples) == calls
     others = SftTracesConfig(roles=["fixer"])
-    assert not trace_lessons(made, others, LIMITS)[0]
-    anything = trace_lessons(made[3:4], SftTracesConfig(), LIMITS)[0]
+    assert not examples_from_traces(made, others, LIMITS)[0]
+    anything = examples_from_traces(made[3:4], SftTracesConfig(), LIMITS)[0]
     assert len(anything) == 1
