@@ -1,4 +1,4 @@
-"""An MCP server over stdin and stdout, to be started by the tests: `python mcp_server.py`."""
+"""An MCP server over stdin and stdout, which tests start with `python mcp_server.py`."""
 
 from mcp.server.fastmcp import FastMCP
 

@@ -1,4 +1,4 @@
-"""Models that say what the test wants, and agents over them."""
+"""Models with scripted responses, and agents that use them."""
 
 import json
 from typing import Any
@@ -14,12 +14,12 @@ USAGE = RequestUsage(prompt_tokens=11, completion_tokens=3)
 
 
 def says(*answers: str | CreateResult) -> ReplayChatCompletionClient:
-    """A model that gives these answers in order."""
+    """A model that returns these responses in order."""
     return ReplayChatCompletionClient(list(answers), model_info=MODEL_INFO)
 
 
 def calls(*names: str, **arguments: Any) -> CreateResult:
-    """An answer that calls each of these tools with the same arguments; the ids of the calls are c0, c1, ..."""
+    """A response that calls each of these tools with the same arguments; call ids are c0, c1, ..."""
     content = [FunctionCall(f"c{index}", json.dumps(arguments), name) for index, name in enumerate(names)]
     return CreateResult(finish_reason="function_calls", content=content, usage=USAGE, cached=False)
 

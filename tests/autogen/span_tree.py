@@ -1,4 +1,4 @@
-"""Finished spans as text, for golden trees."""
+"""Finished spans as text, to compare with an expected tree."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ def attributes(span: ReadableSpan) -> dict[str, object]:
 
 
 def named(spans: Sequence[ReadableSpan], name: str) -> list[ReadableSpan]:
-    """Spans called `name`, in order of their start."""
+    """The spans `name`, by start time."""
     return sorted((span for span in spans if span.name == name), key=lambda span: span.start_time or 0)
 
 

@@ -30,14 +30,14 @@ async def stock(item: str) -> str:
 
 
 async def recorded(memory: InMemorySpanExporter) -> list[dict[str, Any]]:
-    """The tree of one run in a rollout; `memory` is where the global provider exports to."""
+    """The tree of one run in a rollout; `memory` is the exporter of the global provider."""
     AutoGenInstrumentor().instrument(capture_token_ids=True)
     try:
         async with running_server() as server:
             options = {"base_url": server.base_url, "api_key": "none", "model_info": MODEL_INFO, "temperature": 0.5}
             clients = [OpenAIChatCompletionClient(model=name, **options) for name in ("planner", "finder", "executor")]
             team = swarm(*clients)
-            memory.clear()  # agents are made before the run
+            memory.clear()  # create_agent spans precede the run
             with agl.rollout("r1", group_id="g1"):
                 await team.run(task="How many mugs?")
             for client in clients:
@@ -48,7 +48,7 @@ async def recorded(memory: InMemorySpanExporter) -> list[dict[str, Any]]:
 
 
 def swarm(planner: Any, finder: Any, executor: Any) -> Swarm:
-    """The planner hands over to the finder, and that to the executor, which calls a tool and streams."""
+    """The planner hands off to the finder, and the finder to the executor, which calls a tool and streams."""
     return Swarm(
         [
             AssistantAgent("planner", planner, handoffs=["finder"]),

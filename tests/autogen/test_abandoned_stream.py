@@ -1,4 +1,4 @@
-"""Streams broken off half-way: nothing of ours stays current in the caller's task, and every span ends."""
+"""Abandoned streams: no span stays current in the caller's task, and every span ends."""
 
 import asyncio
 import gc
@@ -20,7 +20,7 @@ ASK = [UserMessage(content="How many mugs?", source="user")]
 
 
 async def break_off(stream: Any) -> None:
-    """Read up to the first streamed piece of text, then forget the stream without closing it."""
+    """Read up to the first text chunk, then drop the stream without closing it."""
     async for item in stream:
         if isinstance(item, str | ModelClientStreamingChunkEvent):
             break
@@ -39,7 +39,7 @@ def assert_nothing_left(caplog: pytest.LogCaptureFixture) -> None:
     assert "Failed to detach context" not in caplog.text
 
 
-async def test_a_model_stream_broken_off_ends_its_span(spans, client, caplog):
+async def test_an_abandoned_model_stream_ends_its_span(spans, client, caplog):
     await break_off(client("planner").create_stream(ASK))
     await all_ended(spans, 1)
     assert_nothing_left(caplog)
@@ -50,7 +50,7 @@ async def test_a_model_stream_broken_off_ends_its_span(spans, client, caplog):
     assert attributes(span)["gen_ai.response.id"] == "chatcmpl-0"
 
 
-async def test_an_agent_stream_broken_off_logs_no_failed_detach_and_leaves_no_span_current(spans, client, caplog):
+async def test_an_abandoned_agent_stream_logs_no_failed_detach_and_leaves_no_span_current(spans, client, caplog):
     agent = AssistantAgent("solo", client("solo"), model_client_stream=True)
     spans.clear()
     await break_off(agent.run_stream(task="How many mugs?"))
@@ -59,7 +59,7 @@ async def test_an_agent_stream_broken_off_logs_no_failed_detach_and_leaves_no_sp
     assert tree(spans.get_finished_spans()).splitlines() == ["invoke_agent solo [solo]", "  chat solo [solo] ERROR"]
 
 
-async def test_a_stream_of_an_agent_asked_directly_broken_off_leaves_no_span_current(spans, client, caplog):
+async def test_an_abandoned_stream_of_an_agent_called_directly_leaves_no_span_current(spans, client, caplog):
     agent = AssistantAgent("solo", client("solo"), model_client_stream=True)
     spans.clear()
     await break_off(agent.on_messages_stream([TextMessage(content="How many?", source="user")], CancellationToken()))
@@ -68,8 +68,8 @@ async def test_a_stream_of_an_agent_asked_directly_broken_off_leaves_no_span_cur
     assert tree(spans.get_finished_spans()).splitlines() == ["invoke_agent solo [solo]", "  chat solo [solo] ERROR"]
 
 
-async def test_a_team_stream_broken_off_leaves_no_span_current_and_goes_on_in_its_trace(spans, client, caplog):
-    """AutoGen itself plays a broken-off run to its end in the background; its spans stay in the run's trace."""
+async def test_an_abandoned_team_stream_leaves_no_span_current_and_continues_in_its_trace(spans, client, caplog):
+    """AutoGen completes an abandoned run in the background; its spans stay in the run's trace."""
     agents = [AssistantAgent(name, client(name), model_client_stream=True) for name in ("planner", "executor")]
     team = RoundRobinGroupChat([*agents], max_turns=2)
     spans.clear()
@@ -93,7 +93,7 @@ async def test_a_stream_closed_by_its_reader_ends_at_once(spans, client, caplog)
     assert only(spans.get_finished_spans(), "chat planner").status.status_code.name == "ERROR"
 
 
-async def test_a_reader_who_has_the_result_has_abandoned_nothing(spans, client, caplog):
+async def test_a_stream_closed_after_its_result_is_not_abandoned(spans, client, caplog):
     team = RoundRobinGroupChat([AssistantAgent("solo", client("solo"), model_client_stream=True)], max_turns=1)
     spans.clear()
     async for item in client("planner").create_stream(ASK):
@@ -107,7 +107,7 @@ async def test_a_reader_who_has_the_result_has_abandoned_nothing(spans, client, 
     assert [span.name for span in spans.get_finished_spans() if not span.status.is_unset] == []
 
 
-async def test_a_time_out_around_a_stream_still_works(spans, client):
+async def test_a_timeout_around_a_stream_still_works(spans, client):
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
             async for _ in client("planner").create_stream([UserMessage(content="SLOW", source="user")]):

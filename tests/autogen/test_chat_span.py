@@ -1,4 +1,4 @@
-"""The `chat` span: exact attributes, whole and streamed, over any model client."""
+"""The `chat` span: exact attributes, whole and streamed, for every model client."""
 
 import asyncio
 import json
@@ -105,7 +105,7 @@ async def test_a_tool_call(spans, client, stream):
     assert tool["parameters"]["required"] == ["item"]
 
 
-async def test_a_stream_without_usage_claims_none(spans, client):
+async def test_a_stream_without_usage_has_no_usage_attributes(spans, client):
     await ask(client("planner"), ASK, stream=True)
     assert "gen_ai.usage.input_tokens" not in attributes(only(spans.get_finished_spans(), "chat planner"))
 
@@ -153,7 +153,7 @@ async def test_a_whole_conversation_is_recorded_in_parts(spans):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_is_not_openais_has_a_chat_span_too(spans, stream):
+async def test_a_client_other_than_openais_has_a_chat_span(spans, stream):
     await ask(ReplayChatCompletionClient(["yes"], model_info=MODEL_INFO), ASK, stream=stream)
     span = attributes(only(spans.get_finished_spans(), "chat"))
     assert span["gen_ai.provider.name"] == "replay"
@@ -161,7 +161,7 @@ async def test_a_client_that_is_not_openais_has_a_chat_span_too(spans, stream):
 
 
 class Traced(ReplayChatCompletionClient):
-    """A client that makes a span of its own, as an instrumented HTTP library does."""
+    """A client that makes a span, like an instrumented HTTP library."""
 
     async def create(self, *args: Any, **options: Any) -> CreateResult:
         with trace.get_tracer("user").start_as_current_span("POST"):
@@ -174,7 +174,7 @@ class Traced(ReplayChatCompletionClient):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_span_of_the_http_library_hangs_below_the_chat_span(spans, stream):
+async def test_a_span_of_the_http_library_is_a_child_of_the_chat_span(spans, stream):
     await ask(Traced(["yes"], model_info=MODEL_INFO), ASK, stream=stream)
     assert tree(spans.get_finished_spans()).splitlines() == ["chat", "  POST"]
 
@@ -232,7 +232,7 @@ async def test_headers_of_the_user_stay(spans, server):
     assert "traceparent" in server.seen[0].headers
 
 
-async def test_a_request_that_cannot_be_described_is_made_all_the_same(spans, caplog):
+async def test_a_request_whose_description_fails_is_still_made(spans, caplog):
     class Unreadable(FunctionTool):
         @property
         def schema(self) -> Any:
@@ -259,8 +259,8 @@ async def test_the_function_calls_of_autogen_are_tool_calls(spans):
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
 
 
-async def test_text_that_utf8_cannot_carry_is_escaped_and_not_lost(spans):
-    half = "\ud83d"  # half of an emoji, as a model that is cut off writes it
+async def test_text_that_utf8_cannot_encode_is_escaped(spans):
+    half = "\ud83d"  # half of an emoji, as a truncated response can contain
     await says("Seven.").create([UserMessage(content=f"How many {half}?", source="user")])
     said = str(attributes(only(spans.get_finished_spans(), "chat"))["gen_ai.input.messages"])
     assert said.isascii()

@@ -1,4 +1,4 @@
-"""Core agents: every message that one handles is a turn, below the turn that the message was sent in."""
+"""Core agents: each message that one handles is a turn, a child of the sender's turn."""
 
 import asyncio
 import subprocess
@@ -34,7 +34,7 @@ class Note:
 
 
 class Asker(RoutedAgent):
-    """Asks its model, then passes the answer on, if it knows to whom."""
+    """Calls its model, then sends the response to the next agent, if it has one."""
 
     def __init__(self, client: ChatCompletionClient, next_agent: str | None = None) -> None:
         super().__init__("asks its model")
@@ -58,7 +58,7 @@ class Asker(RoutedAgent):
 
 
 class TeamOwner(RoutedAgent):
-    """Has a team answer."""
+    """Answers by running a team."""
 
     @message_handler
     async def on_question(self, message: Question, ctx: MessageContext) -> None:
@@ -66,7 +66,7 @@ class TeamOwner(RoutedAgent):
 
 
 async def pair() -> SingleThreadedAgentRuntime:
-    """A started runtime with `planner`, who passes on to `executor`."""
+    """A started runtime with `planner`, which sends its response to `executor`."""
     runtime = SingleThreadedAgentRuntime()
     models = {"planner": says(*"abcdefgh"), "executor": says(*"abcdefgh")}
     for name, next_agent in (("planner", "executor"), ("executor", None)):
@@ -83,7 +83,7 @@ invoke_agent planner [planner]
     chat [executor]"""
 
 
-async def test_a_message_and_what_it_brings_about_is_one_trace(spans):
+async def test_a_message_and_the_messages_that_follow_from_it_are_one_trace(spans):
     runtime = await pair()
     await runtime.send_message(Question("How many?"), AgentId("planner", "default"))
     await runtime.stop_when_idle()
@@ -101,7 +101,7 @@ async def test_a_message_and_what_it_brings_about_is_one_trace(spans):
     }
 
 
-async def test_what_is_published_is_handled_in_the_turn_that_published_it(spans):
+async def test_a_published_message_is_handled_below_the_publishers_turn(spans):
     runtime = await pair()
     await runtime.publish_message(Note("How many?"), TopicId("planner", "default"))
     await runtime.stop_when_idle()
@@ -109,7 +109,7 @@ async def test_what_is_published_is_handled_in_the_turn_that_published_it(spans)
 
 
 async def test_messages_of_two_rollouts_to_one_runtime_stay_apart(spans):
-    """The runtime's loop runs in the context of its start: here in a rollout that neither belongs to."""
+    """The runtime's loop runs in the context in which it was started: here, in a third rollout."""
     with agl.rollout("elsewhere"):
         runtime = await pair()
 
@@ -126,7 +126,7 @@ async def test_messages_of_two_rollouts_to_one_runtime_stay_apart(spans):
         assert len({attributes(span)["agl.rollout.id"] for span in inside}) == 1
 
 
-async def test_the_spans_of_the_message_bus_hang_with_the_turns_in_one_trace(spans, monkeypatch):
+async def test_the_spans_of_the_message_bus_are_in_the_trace_of_the_turns(spans, monkeypatch):
     monkeypatch.delenv("AUTOGEN_DISABLE_RUNTIME_TRACING")
     with agl.rollout("r1"):
         runtime = await pair()
@@ -138,7 +138,7 @@ async def test_the_spans_of_the_message_bus_hang_with_the_turns_in_one_trace(spa
     assert attributes(only(finished, "invoke_agent executor"))["agl.role"] == "executor"
 
 
-async def test_a_team_in_a_core_agent_hangs_below_its_turn(spans):
+async def test_a_team_in_a_core_agent_is_a_child_of_its_turn(spans):
     runtime = SingleThreadedAgentRuntime()
     await TeamOwner.register(runtime, "owner", lambda: TeamOwner("has a team"))
     runtime.start()

@@ -25,13 +25,13 @@ def served(server: FakeVllmServer, monkeypatch: pytest.MonkeyPatch) -> FakeVllmS
 
 
 def say(server: FakeVllmServer, article: str) -> None:
-    """Have the planner name `article` and the executor look it up."""
+    """Script the planner to name `article` and the executor to look it up."""
     server.words = (*article.partition("-"),)
     server.arguments = f'{{"article": "{article}"}}'
 
 
 def plain(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as a chat template sees them: without the speaker's name."""
+    """Messages as a chat template receives them: without the agent's name."""
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
@@ -43,7 +43,7 @@ async def test_right_answers_earn_the_whole_reward(served):
     assert score(task, answer) == {"plan": 1.0, "call": 1.0, "goal": 1.0}
 
 
-async def test_a_wrong_article_earns_the_call_alone(served):
+async def test_a_wrong_article_earns_the_reward_of_the_call_only(served):
     task = eval_tasks()[0]
     other = next(code for code, pieces in PIECES.items() if pieces != task["pieces"])
     say(served, other)
@@ -84,7 +84,7 @@ async def test_a_run_is_two_turns(spans, served):
     ]
 
 
-def test_held_out_articles_are_made_of_known_words_but_never_trained_on():
+def test_held_out_articles_consist_of_known_words_and_are_not_trained_on():
     trained = {task["article"] for task in train_tasks()}
     held_out = {task["article"] for task in eval_tasks()}
     assert not trained & held_out

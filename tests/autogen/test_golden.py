@@ -1,4 +1,4 @@
-"""The exact spans of a Swarm of three: what stands on them is what users and trainers rely on."""
+"""The exact spans of a Swarm of three agents, on which users and trainers rely."""
 
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -7,9 +7,9 @@ from tests import golden
 from tests.autogen.swarm_team import GOLDEN, recorded
 
 
-async def test_the_span_tree_of_a_swarm_with_hand_offs_and_tools_is_the_golden_one(
+async def test_the_span_tree_of_a_swarm_with_hand_offs_and_tools_equals_the_golden_file(
     memory: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a change is meant: `python -m tests.autogen.swarm_team`, and read the difference."""
+    """After an intended change, run `python -m tests.autogen.swarm_team` and read the difference."""
     monkeypatch.setenv("AUTOGEN_DISABLE_RUNTIME_TRACING", "true")
     assert await recorded(memory) == golden.read(GOLDEN)

@@ -68,7 +68,7 @@ def test_uninstrument_puts_back_the_very_objects(options):
     assert [name for name in before if before[name] is not after[name]] == []
 
 
-def test_a_client_class_defined_between_is_put_back_too():
+def test_a_client_class_defined_while_instrumented_is_restored():
     AutoGenInstrumentor().instrument()
 
     class Mine(ReplayChatCompletionClient):
@@ -80,7 +80,7 @@ def test_a_client_class_defined_between_is_put_back_too():
     assert vars(Mine)["create"] is wrapped.__wrapped__
 
 
-def test_switching_on_twice_wraps_once(caplog):
+def test_instrumenting_twice_wraps_once(caplog):
     AutoGenInstrumentor().instrument()
     wrapped = BaseGroupChat.run_stream
     AutoGenInstrumentor().instrument()
@@ -106,7 +106,7 @@ def test_a_wrong_pattern_is_refused_and_nothing_is_replaced():
 
 
 def test_a_patch_that_fails_undoes_the_earlier_ones(monkeypatch):
-    """As in a later version of AutoGen that lacks a method: the agent must not run half patched."""
+    """A later version of AutoGen may lack a method; it must not be left half patched."""
     AutoGenInstrumentor().instrument()  # loads all modules, so that they are in both snapshots
     AutoGenInstrumentor().uninstrument()
     monkeypatch.delattr(BaseOpenAIChatCompletionClient, "_create_stream_chunks_beta_client")
@@ -121,7 +121,7 @@ def test_a_patch_that_fails_undoes_the_earlier_ones(monkeypatch):
 
 
 async def chat_with(**options: Any) -> ReadableSpan:
-    """The span of one call, made with the instrumentation switched on with `options`."""
+    """The span of one call, with AutoGen instrumented with `options`."""
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     AutoGenInstrumentor().instrument(tracer_provider=provider, **options)

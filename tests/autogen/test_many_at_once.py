@@ -1,4 +1,4 @@
-"""Many runs at once: every span under the right parent in the right rollout, and nothing left behind."""
+"""Many concurrent runs: every span has the right parent and rollout, and no run stays registered."""
 
 import asyncio
 from collections import defaultdict
@@ -22,7 +22,7 @@ async def stock(item: str) -> str:
 
 
 async def in_rollouts(count: int, run: Callable[[int], Awaitable[object]]) -> None:
-    """`run(number)` in rollout `r<number>`, for all numbers at once."""
+    """Run `run(number)` in rollout `r<number>`, concurrently for all numbers."""
 
     async def one(number: int) -> None:
         with agl.rollout(f"r{number}"):
@@ -57,7 +57,7 @@ agl.rollout
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_two_hundred_agents_at_once_stay_apart(spans, caplog, stream):
+async def test_two_hundred_concurrent_agents_do_not_mix(spans, caplog, stream):
     options = {"tools": [stock], "reflect_on_tool_use": True, "model_client_stream": stream}
     agents = [agent("executor", calls("stock", item="mug"), "Seven.", **options) for _ in range(200)]
     spans.clear()
@@ -73,7 +73,7 @@ async def test_two_hundred_agents_at_once_stay_apart(spans, caplog, stream):
     assert "Failed to detach context" not in caplog.text
 
 
-async def test_twenty_teams_at_once_stay_apart(spans, client, server, caplog):
+async def test_twenty_concurrent_teams_do_not_mix(spans, client, server, caplog):
     def team(stream: bool) -> RoundRobinGroupChat:
         options = {"model_client_stream": stream}
         planner = AssistantAgent("planner", client("planner"), **options)

@@ -32,8 +32,8 @@ async def test_a_tool_of_an_mcp_server_has_one_span(spans, warehouse):
     ]
 
 
-async def test_an_error_that_an_mcp_server_answers_marks_the_tools_span(spans, switch_on: SwitchOn, warehouse):
-    """AutoGen itself leaves no mark of it."""
+async def test_an_error_returned_by_an_mcp_server_marks_the_tools_span(spans, switch_on: SwitchOn, warehouse):
+    """AutoGen itself does not mark it."""
     switch_on(redact=lambda text: text.replace("mug", "***"))
     executor = agent("executor", calls("broken", item="mug"), workbench=warehouse)
     spans.clear()

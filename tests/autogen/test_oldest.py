@@ -1,4 +1,4 @@
-"""The oldest AutoGen and OpenAI client that we declare; the newest is what all other tests run with."""
+"""The tests again with the oldest supported AutoGen and OpenAI client; otherwise they run with the newest."""
 
 import re
 import tomllib
@@ -19,12 +19,12 @@ FILES = [
     "test_tool.py",
     "test_turn.py",
 ]
-LATER = ["test_token_ids_of_the_server_are_packed", "test_what_else_the_user_puts_on_the_request_stays"]
-"""AutoGen 0.7.0 lets no `extra_body` of the user's through."""
+LATER = ["test_token_ids_of_the_server_are_packed", "test_the_users_extra_body_stays"]
+"""AutoGen 0.7.0 does not pass the user's `extra_body` on."""
 
 
 def oldest() -> list[str]:
-    """The lower bound of everything that the extra `instruments` declares: `openai==1.93.0`."""
+    """The lower bound of each requirement of the extra `instruments`, e.g. `openai==1.93.0`."""
     project = tomllib.loads((ROOT / "packages/agl-autogen/pyproject.toml").read_text())
     declared = project["project"]["optional-dependencies"]["instruments"]
     bounds = [re.match(r"([\w.\[\]-]+)>=([\d.]+)", requirement) for requirement in declared]

@@ -1,4 +1,4 @@
-"""What is said stays in the process, or leaves it redacted: on our spans and on AutoGen's."""
+"""Content is left out or redacted, on our spans and on AutoGen's."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,7 @@ def redact(text: str) -> str:
 
 
 def left(spans: InMemorySpanExporter) -> str:
-    """Everything that left the process."""
+    """All text that an exporter sends."""
     return "\n".join(span.to_json() for span in spans.get_finished_spans())
 
 
@@ -35,7 +35,7 @@ async def take(code: str) -> str:
 
 @pytest.fixture
 def tell_all(spans: InMemorySpanExporter, client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> TellAll:
-    """A run in which everybody says the secret, and a tool and a model call fail over it; the message bus traced."""
+    """A run in which every text has the secret, and a tool and a model call fail with it; the message bus is traced."""
     monkeypatch.delenv("AUTOGEN_DISABLE_RUNTIME_TRACING")
 
     async def run() -> None:
@@ -61,8 +61,8 @@ async def test_every_text_is_redacted_before_it_is_on_a_span(spans, switch_on: S
     assert attributes(only(spans.get_finished_spans(), "chat failing"))["error.type"] == "BadRequestError"
 
 
-async def test_the_redaction_of_the_process_counts_where_the_instrumentor_has_none(spans, tell_all: TellAll):
-    use_redaction(redact)  # as a later `agl.init(redact=...)` does
+async def test_without_redact_the_instrumentor_uses_that_of_the_process(spans, tell_all: TellAll):
+    use_redaction(redact)  # like a later `agl.init(redact=...)`
     try:
         await tell_all()
     finally:
@@ -71,7 +71,7 @@ async def test_the_redaction_of_the_process_counts_where_the_instrumentor_has_no
     assert SECRET not in left(spans)
 
 
-async def test_without_content_nothing_is_said_on_autogens_spans_either(spans, switch_on: SwitchOn, tell_all: TellAll):
+async def test_without_captured_content_autogens_spans_have_none_either(spans, switch_on: SwitchOn, tell_all: TellAll):
     switch_on(capture_content=False)
     await tell_all()
     assert SECRET not in left(spans)
@@ -79,12 +79,12 @@ async def test_without_content_nothing_is_said_on_autogens_spans_either(spans, s
 
 
 async def test_with_content_everything_is_there(spans, tell_all: TellAll):
-    """What the two tests above look for can be found."""
+    """Shows that the tests above could find the secret."""
     await tell_all()
     assert left(spans).count(SECRET) > 10
 
 
-async def test_redaction_touches_no_token_ids(spans, switch_on: SwitchOn, client):
+async def test_redaction_does_not_apply_to_token_ids(spans, switch_on: SwitchOn, client):
     switch_on(redact=lambda text: "", capture_token_ids=True)
     executor = AssistantAgent("executor", client("executor"))
     spans.clear()
@@ -94,6 +94,6 @@ async def test_redaction_touches_no_token_ids(spans, switch_on: SwitchOn, client
     assert "mugs" not in str(span["gen_ai.input.messages"])
 
 
-def test_a_redact_that_cannot_be_called_is_refused():
+def test_a_redact_that_is_not_callable_is_refused():
     with pytest.raises(ConfigError, match="redact is 'x'"):
         AutoGenInstrumentor().instrument(redact="x")

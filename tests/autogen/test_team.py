@@ -56,7 +56,7 @@ invoke_workflow RoundRobinGroupChat
 @pytest.mark.parametrize("stream", [False, True])
 async def test_without_an_outer_span_one_run_is_one_trace_and_not_sixteen(spans, client, stream):
     team = round_robin(client, stream=stream)
-    spans.clear()  # create_agent spans stand alone: agents are made before the run
+    spans.clear()  # create_agent spans have no parent: agents are created before the run
 
     await team.run(task="How many mugs?")
 
@@ -71,7 +71,7 @@ async def test_without_an_outer_span_one_run_is_one_trace_and_not_sixteen(spans,
     assert root.instrumentation_scope.name == "agl_autogen"
 
 
-async def test_a_run_with_spans_of_the_message_bus_is_one_trace_too(spans, client, monkeypatch):
+async def test_a_run_with_spans_of_the_message_bus_is_one_trace(spans, client, monkeypatch):
     monkeypatch.delenv("AUTOGEN_DISABLE_RUNTIME_TRACING")
     team = round_robin(client)
     spans.clear()
@@ -146,8 +146,8 @@ async def test_every_request_carries_the_chat_span_and_the_rollout(spans, client
         }
 
 
-async def test_teams_on_a_runtime_started_elsewhere_stay_apart(spans, client, server):
-    """The runtime's loop runs in the context of its start: here in a rollout that none of the teams belongs to."""
+async def test_teams_on_a_runtime_started_elsewhere_do_not_mix(spans, client, server):
+    """The runtime's loop runs in the context in which it was started: here, in a rollout of no team."""
     runtime = SingleThreadedAgentRuntime()
     with agl.rollout("elsewhere"):
         runtime.start()
@@ -169,7 +169,7 @@ async def test_teams_on_a_runtime_started_elsewhere_stay_apart(spans, client, se
         assert len([span for span in inside if span.name.startswith("chat ")]) == 2
 
 
-async def test_a_failing_tool_is_an_error_on_its_span_and_the_run_goes_on(spans, client):
+async def test_a_failing_tool_marks_its_span_and_the_run_continues(spans, client):
     team = round_robin(client, tool=broken_stock)
     spans.clear()
 
@@ -198,7 +198,7 @@ async def test_a_failing_model_call_is_an_error_on_the_agent_span_too_and_reache
     assert [event.name for event in chat.events] == ["exception"]
 
 
-async def test_roles_may_be_mapped(spans, switch_on: SwitchOn, client):
+async def test_roles_are_mapped(spans, switch_on: SwitchOn, client):
     switch_on(roles={"thinker": "plan.*|critic"})
     team = swarm(client)
     spans.clear()
@@ -210,7 +210,7 @@ async def test_roles_may_be_mapped(spans, switch_on: SwitchOn, client):
     assert attributes(only(spans.get_finished_spans(), "agl.handoff"))["agl.handoff.source"] == "thinker"
 
 
-async def test_an_agent_alone_needs_no_span_of_ours_around_it(spans, client):
+async def test_an_agent_without_a_team_has_no_workflow_span(spans, client):
     agent = AssistantAgent("solo", client("solo"))
     spans.clear()
 

@@ -1,4 +1,4 @@
-"""Every kind of team: one trace for a run, turns below the team, roles also on the calls that the team makes itself."""
+"""Every kind of team: one trace per run, turns below the team, and roles on the team's own model calls."""
 
 import json
 from typing import Any
@@ -18,7 +18,7 @@ from tests.autogen.span_tree import attributes, named, tree
 
 
 async def lines_of(spans: Any, team: Any) -> list[str]:
-    """The tree of a run of `team`, which must be one trace."""
+    """The tree of a run of `team`; checks that it is one trace."""
     spans.clear()
     await team.run(task="How many mugs?")
     finished = spans.get_finished_spans()
@@ -27,7 +27,7 @@ async def lines_of(spans: Any, team: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_the_manager_of_a_selector_team_asks_in_its_own_role(spans, stream):
+async def test_the_manager_of_a_selector_team_has_its_own_role(spans, stream):
     participants = [agent("planner", "7"), agent("executor", "7")]
     manager = says("executor", "planner")
     team = SelectorGroupChat([*participants], manager, max_turns=2, model_client_streaming=stream)
@@ -44,7 +44,7 @@ async def test_the_manager_of_a_selector_team_asks_in_its_own_role(spans, stream
 
 
 def ledger(*, done: bool) -> str:
-    """What the orchestrator of MagenticOne wants of its model before every step."""
+    """The JSON that MagenticOne's orchestrator requests from its model before every step."""
     answers: dict[str, Any] = {
         "is_request_satisfied": done,
         "is_progress_being_made": True,
@@ -55,7 +55,7 @@ def ledger(*, done: bool) -> str:
     return json.dumps({name: {"reason": "so", "answer": answer} for name, answer in answers.items()})
 
 
-async def test_the_orchestrator_of_magentic_one_asks_in_its_own_role(spans):
+async def test_the_orchestrator_of_magentic_one_has_its_own_role(spans):
     orchestrator = says("facts", "plan", ledger(done=False), ledger(done=True), "Seven mugs.")
     assert await lines_of(spans, MagenticOneGroupChat([agent("executor", "7"), agent("critic")], orchestrator)) == [
         "invoke_workflow MagenticOneGroupChat",
@@ -69,7 +69,7 @@ async def test_the_orchestrator_of_magentic_one_asks_in_its_own_role(spans):
     ]
 
 
-async def test_branches_of_a_graph_are_turns_side_by_side(spans):
+async def test_branches_of_a_graph_are_sibling_turns(spans):
     writer, critic, editor = agent("writer", "1"), agent("critic", "2"), agent("editor", "3")
     builder = DiGraphBuilder()
     for node in (writer, critic, editor):
@@ -87,7 +87,7 @@ async def test_branches_of_a_graph_are_turns_side_by_side(spans):
     ]
 
 
-async def test_a_team_in_a_team_hangs_below_it(spans):
+async def test_a_nested_team_is_a_child_of_the_outer_team(spans):
     inner = RoundRobinGroupChat([agent("writer", "1")], name="inner", max_turns=1)
     outer = RoundRobinGroupChat([inner, agent("critic", "2")], name="outer", max_turns=2)
     assert await lines_of(spans, outer) == [
@@ -100,7 +100,7 @@ async def test_a_team_in_a_team_hangs_below_it(spans):
     ]
 
 
-async def test_a_society_of_mind_sums_up_in_its_own_role_and_its_members_speak_in_theirs(spans):
+async def test_a_society_of_mind_and_its_members_have_their_own_roles(spans):
     inner = RoundRobinGroupChat([agent("writer", "1"), agent("editor", "2")], name="inner", max_turns=2)
     society = SocietyOfMindAgent("society", inner, says("Seven."))
     assert await lines_of(spans, RoundRobinGroupChat([society, agent("critic", "3")], max_turns=2)) == [

@@ -48,7 +48,7 @@ async def test_ids_and_logprobs_are_on_the_span_and_the_user_sees_none(spans, sw
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_nothing_is_asked_for_unless_switched_on(spans, client, server, stream):
+async def test_ids_are_requested_only_with_capture_token_ids(spans, client, server, stream):
     await ask(client("planner"), stream=stream)
     assert not {"return_token_ids", "logprobs"} & set(server.seen[0].body)
 
@@ -65,7 +65,7 @@ async def test_a_user_who_asks_for_logprobs_gets_them(spans, switch_on: SwitchOn
     assert [token.logprob for token in result.logprobs or []] == LOGPROBS
 
 
-async def test_what_else_the_user_puts_on_the_request_stays(spans, switch_on: SwitchOn, client, server):
+async def test_the_users_extra_body_stays(spans, switch_on: SwitchOn, client, server):
     switch_on(capture_token_ids=True)
     extra = {"top_k": 5}
     await ask(client("planner", extra_body=extra), stream=False)
@@ -73,7 +73,7 @@ async def test_what_else_the_user_puts_on_the_request_stays(spans, switch_on: Sw
     assert extra == {"top_k": 5}
 
 
-async def test_the_log_of_autogen_tells_what_the_user_asked_for(spans, switch_on: SwitchOn, client, caplog):
+async def test_the_log_of_autogen_has_only_fields_that_the_user_requested(spans, switch_on: SwitchOn, client, caplog):
     switch_on(capture_token_ids=True)
     with caplog.at_level(logging.INFO, "autogen_core.events"):
         await ask(client("planner"), stream=False)
@@ -84,7 +84,7 @@ async def test_the_log_of_autogen_tells_what_the_user_asked_for(spans, switch_on
     assert response["choices"][0]["message"]["content"] == "Seven mugs TERMINATE"
 
 
-async def test_a_cache_before_the_client_keeps_what_the_user_asked_for(spans, switch_on: SwitchOn, client):
+async def test_a_cached_result_has_only_fields_that_the_user_requested(spans, switch_on: SwitchOn, client):
     switch_on(capture_token_ids=True)
     cached = ChatCompletionCache(client("planner"), InMemoryStore())
     await cached.create(ASK)
@@ -94,7 +94,7 @@ async def test_a_cache_before_the_client_keeps_what_the_user_asked_for(spans, sw
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_an_answer_that_is_parsed_has_ids_too(spans, switch_on: SwitchOn, client, server, stream):
+async def test_a_structured_output_has_ids(spans, switch_on: SwitchOn, client, server, stream):
     switch_on(capture_token_ids=True)
     server.words = ('{"mugs"', ": ", "7}")
     made = client("planner", model_info=MODEL_INFO | {"structured_output": True, "json_output": True})

@@ -1,4 +1,4 @@
-"""Tools: AutoGen's own span for each call, never a second one, below the turn it belongs to."""
+"""Tools: one span per call, AutoGen's own, as a child of its turn."""
 
 import asyncio
 from typing import Any
@@ -33,13 +33,13 @@ async def slow(item: str) -> str:
 
 
 async def lines_of(spans: Any, asked: AssistantAgent) -> list[str]:
-    """The tree of a run of `asked`."""
+    """The span tree of a run of `asked`."""
     spans.clear()
     await asked.run(task="How many mugs?")
     return tree(spans.get_finished_spans()).splitlines()
 
 
-async def test_a_span_of_the_users_in_a_tool_is_no_trace_of_its_own(spans):
+async def test_a_users_span_in_a_tool_belongs_to_the_trace(spans):
     assert await lines_of(spans, agent("executor", calls("stock", item="mug"), tools=[stock])) == [
         "invoke_agent executor [executor]",
         "  chat [executor]",
@@ -48,7 +48,7 @@ async def test_a_span_of_the_users_in_a_tool_is_no_trace_of_its_own(spans):
     ]
 
 
-async def test_parallel_calls_are_side_by_side_each_with_its_id(spans):
+async def test_parallel_calls_are_siblings_with_their_own_ids(spans):
     executor = agent("executor", calls("price", "price", "price", item="mug"), tools=[price])
     assert await lines_of(spans, executor) == [
         "invoke_agent executor [executor]",
@@ -71,7 +71,7 @@ async def test_a_tool_of_a_workbench_has_one_span(spans, workbench_class):
 
 
 @pytest.mark.parametrize("kind", [AgentTool, TeamTool])
-async def test_an_agent_or_team_as_a_tool_hangs_below_the_tool_in_its_own_role(spans, kind):
+async def test_an_agent_or_team_as_a_tool_is_a_child_of_the_tool_in_its_own_role(spans, kind):
     writer = agent("writer", "7")
     team = RoundRobinGroupChat([writer], max_turns=1)
     tool = AgentTool(writer) if kind is AgentTool else TeamTool(team, name="writer", description="writes")
@@ -119,7 +119,7 @@ async def test_a_cancelled_run_ends_every_span_with_an_error(spans, client, serv
 
 
 async def test_a_tool_whose_task_is_cancelled_ends_with_an_error(spans):
-    """AutoGen itself ends the tool's span as if nothing had happened."""
+    """AutoGen itself ends the tool's span without an error."""
     run = asyncio.ensure_future(FunctionTool(slow, description="").run_json({"item": "mug"}, CancellationToken()))
     await asyncio.sleep(0.01)
     run.cancel()
@@ -129,7 +129,7 @@ async def test_a_tool_whose_task_is_cancelled_ends_with_an_error(spans):
     assert (tool.status.status_code.name, attributes(tool)["error.type"]) == ("ERROR", "CancelledError")
 
 
-async def test_a_saved_team_goes_on_in_a_second_run_of_one_trace(spans):
+async def test_a_restored_team_continues_in_a_second_run_of_one_trace(spans):
     def team() -> RoundRobinGroupChat:
         return RoundRobinGroupChat([agent("planner", "1"), agent("executor", "2")], max_turns=1)
 

@@ -1,4 +1,4 @@
-"""Turns that no team gives out, and whose role counts."""
+"""Turns outside of a team, and the precedence of roles."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ async def stock(item: str) -> str:
 
 
 async def ask(asked: Any, *, stream: bool) -> Response:
-    """Ask an agent directly, without `run`."""
+    """Call an agent's `on_messages` directly, without `run`."""
     if not stream:
         return await asked.on_messages(TASK, CancellationToken())
     items = [item async for item in asked.on_messages_stream(TASK, CancellationToken())]
@@ -32,7 +32,7 @@ async def ask(asked: Any, *, stream: bool) -> Response:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_an_agent_that_is_asked_directly_has_a_turn_and_a_role(spans, stream):
+async def test_an_agent_called_directly_has_a_turn_and_a_role(spans, stream):
     executor = agent("executor", calls("stock", item="mug"), "Seven.", tools=[stock], reflect_on_tool_use=True)
     spans.clear()
     assert (await ask(executor, stream=stream)).chat_message.to_text() == "Seven."
@@ -47,7 +47,7 @@ async def test_an_agent_that_is_asked_directly_has_a_turn_and_a_role(spans, stre
     assert turn["gen_ai.agent.description"] == "the executor"
 
 
-async def test_a_society_that_is_asked_directly_is_one_trace(spans):
+async def test_a_society_called_directly_is_one_trace(spans):
     society = SocietyOfMindAgent("society", RoundRobinGroupChat([agent("writer", "1")], max_turns=1), says("Seven."))
     spans.clear()
     await ask(society, stream=False)
@@ -61,7 +61,7 @@ async def test_a_society_that_is_asked_directly_is_one_trace(spans):
 
 
 class Relay(BaseChatAgent):
-    """An agent that asks another one directly."""
+    """An agent that calls another one directly."""
 
     def __init__(self, name: str, other: BaseChatAgent) -> None:
         super().__init__(name, "passes on")
@@ -78,7 +78,7 @@ class Relay(BaseChatAgent):
         await self._other.on_reset(cancellation_token)
 
 
-async def test_an_agent_of_a_class_of_the_users_asks_another_in_that_ones_role(spans):
+async def test_an_agent_called_by_a_custom_agent_has_its_own_role(spans):
     relay = Relay("relay", agent("writer", "1"))
     spans.clear()
     await relay.run(task="How many mugs?")
@@ -89,7 +89,7 @@ async def test_an_agent_of_a_class_of_the_users_asks_another_in_that_ones_role(s
     ]
 
 
-async def test_a_stated_role_comes_before_the_mapping_and_the_mapping_before_the_name(spans, switch_on: SwitchOn):
+async def test_agl_role_overrides_the_mapping_and_the_mapping_the_name(spans, switch_on: SwitchOn):
     switch_on(roles={"thinker": "plan.*"})
     planner, executor = agent("planner", "1", "2"), agent("executor", "1", "2")
     spans.clear()
@@ -102,12 +102,12 @@ async def test_a_stated_role_comes_before_the_mapping_and_the_mapping_before_the
     assert [(chat["gen_ai.agent.name"], chat["agl.role"]) for chat in chats] == list(zip(names, roles, strict=True))
 
 
-async def test_a_role_stated_inside_a_turn_holds_for_the_agents_below(spans):
+async def test_a_role_set_inside_a_turn_applies_to_nested_agents(spans):
     helper = agent("helper", "7", "8")
 
     async def count(item: str) -> str:
         """Count items."""
-        with agl.role("executor"):  # the same word as the name of the agent whose turn it is
+        with agl.role("executor"):  # equal to the current agent's name
             await helper.run(task=item)
         return (await helper.run(task=item)).messages[-1].to_text()  # type: ignore[union-attr]
 
@@ -125,7 +125,7 @@ async def test_a_role_stated_inside_a_turn_holds_for_the_agents_below(spans):
     ]
 
 
-async def test_a_hand_off_under_a_stated_role_names_the_roles_that_its_calls_have(spans):
+async def test_a_hand_off_inside_agl_role_has_the_role_of_its_calls(spans):
     planner = agent("planner", calls("transfer_to_executor"), handoffs=["executor"])
     team = Swarm([planner, agent("executor", "7")], max_turns=2)
     spans.clear()

@@ -1,4 +1,4 @@
-"""Rollout and role context: what is stamped on spans, in threads and tasks, and what travels in headers."""
+"""The current rollout and role: on spans, in threads and tasks, in headers, and in other processes."""
 
 import asyncio
 import contextvars
@@ -32,9 +32,9 @@ from tests.core.otlp_sink import OtlpSink, attributes
 FOREIGN = trace.get_tracer("some.other.instrumentation")
 
 
-def foreign_span(name: str, **said: Any) -> None:
-    """A span that somebody else starts and that knows nothing of us."""
-    FOREIGN.start_span(name, attributes=said).end()
+def foreign_span(name: str, **own: Any) -> None:
+    """Start and end a span of another instrumentation."""
+    FOREIGN.start_span(name, attributes=own).end()
 
 
 def attributes_of(spans: InMemorySpanExporter, name: str) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def test_rollout_span_and_foreign_spans_carry_the_ids(spans: InMemorySpanExporte
     assert root.status.is_unset
 
 
-def test_missing_ids_are_made(spans: InMemorySpanExporter) -> None:
+def test_missing_ids_are_generated(spans: InMemorySpanExporter) -> None:
     with agl.rollout() as first, agl.rollout() as second:
         pass
     assert len(first.rollout_id) == 32 and int(first.rollout_id, 16) >= 0
@@ -75,7 +75,7 @@ def test_handle_is_frozen() -> None:
         active.rollout_id = "r2"  # type: ignore[misc]  # the point of the test
 
 
-def test_a_rollout_is_a_trace_of_its_own_linked_to_what_was_around_it(spans: InMemorySpanExporter) -> None:
+def test_a_rollout_is_a_new_trace_linked_to_the_outer_span(spans: InMemorySpanExporter) -> None:
     with FOREIGN.start_as_current_span("request") as request:
         with agl.rollout("r1"):
             pass
@@ -143,7 +143,7 @@ def test_only_our_baggage_is_copied_and_sent(spans: InMemorySpanExporter) -> Non
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), asyncio.CancelledError(), StopIteration(1)])
-def test_an_exception_marks_the_span_and_goes_on_unchanged(spans: InMemorySpanExporter, error: BaseException) -> None:
+def test_an_exception_marks_the_span_and_propagates(spans: InMemorySpanExporter, error: BaseException) -> None:
     with pytest.raises(type(error)) as caught, agl.rollout("r1"), agl.role("planner"):
         raise error
     assert caught.value is error and error.__cause__ is None
@@ -155,7 +155,7 @@ def test_an_exception_marks_the_span_and_goes_on_unchanged(spans: InMemorySpanEx
     assert agl.current_rollout() is None and agl.current_role() is None
 
 
-def test_an_exception_that_cannot_be_printed_goes_on_too(spans: InMemorySpanExporter) -> None:
+def test_an_exception_that_cannot_be_printed_propagates(spans: InMemorySpanExporter) -> None:
     class Unprintable(Exception):
         def __str__(self) -> str:
             raise RuntimeError("no text")
@@ -177,7 +177,7 @@ async def test_async_with(spans: InMemorySpanExporter) -> None:
     assert agl.current_rollout() is None
 
 
-async def test_200_concurrent_rollouts_keep_their_ids_apart(
+async def test_200_concurrent_rollouts_do_not_mix_ids(
     spans: InMemorySpanExporter, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def call(rollout_id: str, role: str) -> None:
@@ -232,7 +232,7 @@ def test_headers_carry_ids_and_parent_to_another_service(spans: InMemorySpanExpo
     assert attributes_of(spans, "remote")["agl.group.id"] == "täsk; a=1, b"
 
 
-def test_a_threads_work_is_carried_there(spans: InMemorySpanExporter) -> None:
+def test_carry_takes_the_rollout_to_a_thread(spans: InMemorySpanExporter) -> None:
     with ThreadPoolExecutor(2) as pool:
         for name in ("r1", "r2"):
             with agl.rollout(name), agl.role("planner"):
@@ -262,7 +262,7 @@ POOLS = Path(__file__).with_name("pools.py")
     ],
 )
 def test_other_processes(sink: OtlpSink, kind: str, method: str) -> None:
-    """Whatever starts them and however they end, their spans arrive, in their rollout and under its span."""
+    """However they are started and ended, their spans arrive in the rollout, as children of its span."""
     command = [sys.executable, str(POOLS), kind, method, sink.url]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
@@ -273,7 +273,7 @@ def test_other_processes(sink: OtlpSink, kind: str, method: str) -> None:
     roots = {attributes(span)["agl.rollout.id"].string_value: span for span in sink.spans if span.name == "agl.rollout"}
     assert sorted(roots) == ["r1", "r2", "r3"]
     assert len(sink.spans) == 3 * 3 + len(started)
-    if started:  # a forked process has its parent's connection and must not write to it
+    if started:  # a forked process inherits its parent's connection and must not use it
         assert sink.connections["agl.message"].isdisjoint(sink.connections["r1"])
     for name, root in roots.items():
         inside = [span for span in sink.spans if span.parent_span_id == root.span_id]
@@ -287,14 +287,14 @@ def test_other_processes(sink: OtlpSink, kind: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/ours", "/plain"])
-def test_a_service_that_gets_our_headers_goes_on_in_the_rollout(spans: InMemorySpanExporter, path: str) -> None:
+def test_a_service_with_our_headers_continues_the_rollout(spans: InMemorySpanExporter, path: str) -> None:
     async def ours(request: Request) -> Response:
         async with agl.joined(request.headers) as active:
             await asyncio.to_thread(foreign_span, "served")
             return Response(active.rollout_id if active else "")
 
     async def plain(request: Request) -> Response:
-        """A service that knows OpenTelemetry only."""
+        """A service that is instrumented by OpenTelemetry only."""
         token = attach(propagate.extract(request.headers))
         try:
             foreign_span("served")
@@ -315,7 +315,7 @@ def test_a_service_that_gets_our_headers_goes_on_in_the_rollout(spans: InMemoryS
     ).items()
 
 
-def test_joining_leaves_nothing_of_the_block_around_it(spans: InMemorySpanExporter) -> None:
+def test_joined_replaces_the_outer_rollout_and_trace(spans: InMemorySpanExporter) -> None:
     with agl.rollout("r1", group_id="g"), agl.role("planner"):
         carried = agl.environment()
     assert sorted(carried) == ["BAGGAGE", "TRACEPARENT"]
@@ -329,8 +329,8 @@ def test_joining_leaves_nothing_of_the_block_around_it(spans: InMemorySpanExport
     assert only(spans, "alone").parent is None
 
 
-def test_a_role_that_nobody_stated_stays_so_on_its_way_to_a_service(spans: InMemorySpanExporter) -> None:
-    """There, too, it gives way to the names of the agents that act."""
+def test_an_inferred_role_stays_inferred_in_a_service(spans: InMemorySpanExporter) -> None:
+    """There, too, the names of nested agents override it."""
     token = attach(with_inferred_role("executor", get_current()))
     try:
         carried = agl.headers()
@@ -345,11 +345,11 @@ def test_a_role_that_nobody_stated_stays_so_on_its_way_to_a_service(spans: InMem
     assert attributes_of(spans, "served") == {"agl.role": "executor"}
 
 
-def test_headers_outside_of_everything_are_empty() -> None:
+def test_headers_without_span_and_rollout_are_empty() -> None:
     assert agl.headers() == {}
 
 
-def test_baggage_of_another_tool_that_knows_only_the_rollout() -> None:
+def test_baggage_with_only_a_rollout_id() -> None:
     token = attach(baggage.set_baggage("agl.rollout.id", "r1"))
     try:
         assert agl.current_rollout() == ActiveRollout("r1", "r1-a1", None, "train")
@@ -357,7 +357,7 @@ def test_baggage_of_another_tool_that_knows_only_the_rollout() -> None:
         detach(token)
 
 
-def test_wrong_arguments_are_refused_at_the_call() -> None:
+def test_invalid_arguments_are_refused_at_the_call() -> None:
     with pytest.raises(TelemetryError, match="mode is 'training', expected one of train, eval, prod"):
         agl.rollout(mode="training")  # type: ignore[arg-type]  # the point of the test
     with pytest.raises(TelemetryError, match="rollout_id is '', expected a non-empty string"):

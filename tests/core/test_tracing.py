@@ -1,4 +1,4 @@
-"""From a span to the collector over real OTLP/HTTP: types, bursts, failures, and what init does to a process."""
+"""Export to a collector over real OTLP/HTTP: types, bursts, failures, and the effects of `init` on a process."""
 
 import logging
 import subprocess
@@ -51,7 +51,7 @@ def test_a_span_arrives_with_its_ids_and_value_types(sink: OtlpSink) -> None:
 
 
 def test_packed_token_ids_survive_the_sdk_and_the_wire(sink: OtlpSink) -> None:
-    # 0xC000 and -0.1 are not UTF-8: an SDK that takes bytes for text loses them.
+    # 0xC000 and -0.1 are not UTF-8: an SDK that decodes bytes as text would lose them.
     ids, logprobs = [65, 255, 0xC000, 151_643], [-0.1, 0.0, -17.25]
     packed = {semconv.RESPONSE_TOKEN_IDS: pack_ids(ids), semconv.RESPONSE_LOGPROBS: pack_logprobs(logprobs)}
     with exporting(sink):
@@ -77,7 +77,7 @@ def test_a_burst_while_the_collector_is_stuck_loses_nothing(sink: OtlpSink) -> N
     assert sorted(int(attributes(span)["agl.message.body"].string_value) for span in sink.spans) == list(range(10_000))
 
 
-def test_flush_tells_of_spans_that_the_collector_refused(sink: OtlpSink, caplog: pytest.LogCaptureFixture) -> None:
+def test_flush_is_false_if_the_collector_refused_spans(sink: OtlpSink, caplog: pytest.LogCaptureFixture) -> None:
     sink.status = 400
     with exporting(sink):
         agl.emit_message("refused")
@@ -136,13 +136,13 @@ def test_a_provider_that_is_already_set_keeps_its_exporters(sink: OtlpSink, span
     assert len(sink.spans) == len(spans.get_finished_spans()) == 1
 
 
-def test_an_endpoint_that_is_no_url_is_refused() -> None:
+def test_an_endpoint_that_is_not_a_url_is_refused() -> None:
     with pytest.raises(ConfigError, match="endpoint is 'localhost:4318', expected the collector's URL"):
         agl.init(endpoint="localhost:4318")
 
 
 def run_agent(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`code` in a process of its own, where no provider is set yet."""
+    """Run `code` in a new process, where no provider is set yet."""
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True
     )
@@ -158,7 +158,7 @@ def test_environment_names_collector_and_service_and_exit_flushes(sink: OtlpSink
     assert sink.services == {"named-outside"}
 
 
-def test_opentelemetry_instrument_exports_an_agent_that_does_not_know_us(sink: OtlpSink) -> None:
+def test_opentelemetry_instrument_exports_an_unchanged_agent(sink: OtlpSink) -> None:
     code = "from opentelemetry import trace; trace.get_tracer('theirs').start_span('step').end()"
     launcher = Path(sys.executable).with_name("opentelemetry-instrument")
     environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": sink.url, "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS": "*"}
@@ -184,7 +184,7 @@ def test_agents_that_seed_python_s_random_numbers_do_not_repeat_ids(sink: OtlpSi
     assert len({span.trace_id for span in sink.spans}) == 2
 
 
-def test_a_provider_that_takes_no_processor_is_refused() -> None:
+def test_a_provider_without_span_processors_is_refused() -> None:
     done = run_agent(
         "import agl; from opentelemetry import trace\n"
         "trace.set_tracer_provider(trace.NoOpTracerProvider())\n"
@@ -194,7 +194,7 @@ def test_a_provider_that_takes_no_processor_is_refused() -> None:
     assert "the global tracer provider is NoOpTracerProvider, expected an OpenTelemetry SDK" in done.stdout
 
 
-def test_emitting_without_init_says_so_once() -> None:
+def test_emitting_without_init_warns_once() -> None:
     done = run_agent("import agl\nfor _ in range(3): print(agl.emit_reward(1))\nprint(agl.flush())")
     assert done.stdout.split() == ["None", "None", "None", "False"]
     assert done.stderr.count("agl.init() was not called") == 1

@@ -1,7 +1,8 @@
-"""An engine in vLLM's shape whose tokens can be told apart: one for each byte of a plain chat template.
+"""An engine with vLLM's API whose tokens are the bytes of a plain chat template.
 
-What it answers depends on the request alone, so two agents that send the same messages get the same tokens. It plans
-when asked without tools; with tools it calls the first one, and says what that returned.
+The response depends on the request only, so two agents that send the same messages receive the same tokens. A request
+without tools is answered with a plan. A request with tools is answered with a call of the first tool, and then with the
+tool's result.
 """
 
 import json
@@ -62,7 +63,7 @@ def _answer(body: Json) -> Json:
 
 
 async def _events(answer: Json, body: Json) -> AsyncIterator[bytes]:
-    """The prompt's ids with an empty first chunk, then all of the answer, then the usage."""
+    """The prompt's ids with an empty first chunk, then the whole response, then the usage."""
     head = {name: answer[name] for name in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
     whole = dict(answer["choices"][0])
     delta = whole.pop("message")
@@ -94,20 +95,20 @@ def _render(messages: list[Json]) -> str:
 
 def _render_message(message: Json) -> str:
     functions = [call["function"] for call in message.get("tool_calls") or ()]
-    # clients may write the arguments of a call anew
+    # clients may serialize the arguments of a call differently
     calls = [f"{function['name']}({json.dumps(json.loads(function['arguments']))})" for function in functions]
     role = _ROLES.get(message["role"], message["role"])
     return f"{role}: {_text(message.get('content'))}{''.join(calls)}\n"
 
 
 def _text(content: Any) -> str:
-    """Content as clients write it: a string, a list of parts, or nothing."""
+    """The text of a message, whose content may be a string, a list of parts, or absent."""
     if isinstance(content, list):
         return "".join(part["text"] for part in content)
     return content or ""
 
 
 def _logprob(position: int, token: int) -> Json:
-    """Different for each position and token, and exact in 32 bits."""
+    """A value that differs by position and token and is exact in float32."""
     logprob = -(position % 64 + token / 256 + 1) / 64
     return {"token": chr(token), "logprob": logprob, "bytes": [token], "top_logprobs": []}

@@ -1,7 +1,7 @@
-"""Agents instrumented by others train like ours: each real package, on a real team of two, against our own plugin.
+"""Agents traced by other instrumentations yield the same training rows as with our own plug-in.
 
-The team is the same everywhere: `planner` plans, `executor` calls a tool and answers. Each runs in a process and an
-environment of its own, and knows of us at most a base URL and the address of an OTLP collector.
+The team is always the same: `planner` plans, `executor` calls a tool and answers. Each agent runs in a separate process
+and virtual environment, configured only with a base URL and the address of an OTLP collector.
 """
 
 import os
@@ -67,12 +67,12 @@ AGENTLIGHTNING = Agent(
     "agentlightning_team",
     (ROLLOUT,),
     requirements=(
-        # agentops looks for openai in its own environment, and breaks with later exporters.
+        # agentops looks for openai in its environment, and fails with later exporters.
         "agentops==0.4.21",
         "openai==2.45.0",
         "opentelemetry-exporter-otlp-proto-http==1.38.0",
         "opentelemetry-instrumentation==0.59b0",
-        # What tracer and emitters load of the rest.
+        # Other packages that its tracer and emitters import.
         "aiologic==0.17.1",
         "fastapi>=0.120",
         "gunicorn>=23",
@@ -97,7 +97,7 @@ def server(store: Store) -> Iterator[ServerThread]:
 
 
 def run(agent: Agent, server: ServerThread, folder: Path, *, base_url: str, **environment: str) -> None:
-    """Run `agent` to its end in `folder`, as its user would start it."""
+    """Run `agent` in `folder` as a user would, until it ends."""
     own = {"OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": "none", "OTEL_EXPORTER_OTLP_ENDPOINT": server.otlp_url}
     command = [str(agent.python()), str(AGENTS / f"{agent.script}.py"), *agent.arguments]
     done = subprocess.run(
@@ -123,7 +123,7 @@ def tokens(row: Row) -> tuple[object, ...]:
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[object, ...]]:
-    """The rows that our own plugin gives."""
+    """The rows from our own plug-in."""
     store = open_store("memory://")
     with ServerThread(store, port=0, otlp_http_port=0, upstream=engine.app()) as server:
         run(OURS, server, tmp_path_factory.mktemp("ours"), base_url=f"{server.base_url}/v1", ROLLOUT=ROLLOUT)
@@ -165,7 +165,7 @@ def test_the_url_names_the_rollout(
 def test_agl_rollout_names_the_rollout(
     agent: Agent, store: Store, server: ServerThread, tmp_path: Path, expected: list[tuple[object, ...]]
 ) -> None:
-    """The base URL names nothing, and there is no HTTP instrumentation to send baggage."""
+    """The base URL does not name the rollout, and no HTTP instrumentation sends baggage."""
     base_url = f"{server.base_url}/v1"
     run(agent, server, tmp_path, base_url=base_url, ROLLOUT=ROLLOUT, PYTHONPATH=str(CORE))
     trajectory = captured(store)
@@ -187,10 +187,10 @@ def test_streaming(
 
 
 @pytest.mark.parametrize("agent", [OPENINFERENCE, OPENLLMETRY], ids=lambda agent: agent.script)
-def test_langchain_shows_others_nothing_that_joins_a_stream(
+def test_other_langchain_instrumentations_cannot_join_streams(
     agent: Agent, store: Store, server: ServerThread, tmp_path: Path, expected: list[tuple[object, ...]]
 ) -> None:
-    """The tokens are there all the same; the model's name is the role. Our own plugin joins streams too."""
+    """The gateway still records the tokens, and the role is the model's name. Our own plug-in joins streams."""
     run(agent, server, tmp_path, base_url=rollout_url(server), STREAMING="1")
     trajectory = build_trajectory(store.query_spans(ROLLOUT))
     assert [("team", *tokens(row)[1:-1]) for row in trajectory.rows] == [("team", *row[1:-1]) for row in expected]

@@ -1,4 +1,4 @@
-"""A LangGraph agent of two roles with a tool, as a user would write it: it knows nothing of tracing rollouts."""
+"""A LangGraph agent of two roles with a tool, as a user would write it, without any import of ours."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ def two_roles(model: Any) -> Any:
 
 
 def two_async_roles(model: Any) -> Any:
-    """The same with coroutines for nodes."""
+    """`two_roles` with coroutines as nodes."""
     with_tool = model.bind_tools([STOCK])
 
     async def plan(state: MessagesState) -> dict[str, Any]:

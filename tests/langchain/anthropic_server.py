@@ -1,4 +1,4 @@
-"""A small server in the shape of Anthropic's Messages API, over a real socket, that remembers what it was asked."""
+"""A small server with Anthropic's Messages API over a real socket, which records its requests."""
 
 import json
 from collections.abc import AsyncIterator, Iterator
@@ -18,7 +18,7 @@ USAGE = {"input_tokens": 11, "output_tokens": 3}
 
 @dataclass
 class AnthropicServer:
-    """Who has tools thinks and calls `stock` first; everybody then says `Seven mugs.`"""
+    """A request with tools is answered with thinking and a call of `stock`, any other with `Seven mugs.`"""
 
     base_url: str = ""
     seen: list[Json] = field(default_factory=list)
@@ -74,7 +74,7 @@ def _events(message: Json) -> Iterator[Json]:
 
 
 def _pieces(block: Json) -> tuple[Json, Json]:
-    """A content block as it starts in a stream, and what then comes of it."""
+    """A content block at its start in a stream, and the deltas that follow."""
     if block["type"] == "tool_use":
         return {**block, "input": {}}, {"type": "input_json_delta", "partial_json": json.dumps(block["input"])}
     if block["type"] == "thinking":

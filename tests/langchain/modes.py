@@ -1,4 +1,4 @@
-"""The ways to run a LangChain runnable; each takes `(runnable, input, config)` and reads the answer to its end."""
+"""The ways to run a LangChain runnable; each takes `(runnable, input, config)` and reads the output to its end."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any

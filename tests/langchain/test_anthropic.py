@@ -1,4 +1,4 @@
-"""A chat model that is not OpenAI's, over its own API: what its spans say, in every mode."""
+"""Spans of a chat model with an API other than OpenAI's, in every mode."""
 
 import json
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def messages(span: Any, which: str) -> Any:
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_a_call_says_what_the_conventions_name(
+async def test_a_call_has_the_attributes_of_the_conventions(
     mode: Mode, instrumented: InMemorySpanExporter, claude: AnthropicServer
 ) -> None:
     await mode(chat(claude, temperature=0.5), [HumanMessage("How many mugs?")], {})
@@ -46,7 +46,9 @@ async def test_a_call_says_what_the_conventions_name(
     assert json.loads(str(found.pop("gen_ai.output.messages"))) == said
     assert json.loads(str(found.pop("gen_ai.input.messages")))[0]["parts"][0]["content"] == "How many mugs?"
     assert found.pop("gen_ai.request.max_tokens", None) is not None
-    assert found.pop("gen_ai.response.id", None) == (None if mode in STREAMS else "msg_1")  # LangChain drops it there
+    assert found.pop("gen_ai.response.id", None) == (
+        None if mode in STREAMS else "msg_1"
+    )  # LangChain drops it in streams
     assert found == {
         "gen_ai.operation.name": "chat",
         "gen_ai.provider.name": "anthropic",

@@ -1,4 +1,4 @@
-"""Agents of one framework inside those of the other: each acts in its own role, unless the user states one."""
+"""Agents of one framework nested in agents of the other: each has its own role, unless `agl.role` sets one."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -61,7 +61,7 @@ async def test_a_graph_in_a_tool_of_an_autogen_agent_has_the_roles_of_its_nodes(
     ]
 
 
-async def test_a_stated_role_holds_for_the_agents_of_both(both: InMemorySpanExporter) -> None:
+async def test_a_role_set_by_the_user_applies_to_agents_of_both_frameworks(both: InMemorySpanExporter) -> None:
     graph = graph_of(answer)
 
     async def count(item: str) -> str:
@@ -77,7 +77,9 @@ async def test_a_stated_role_holds_for_the_agents_of_both(both: InMemorySpanExpo
     assert all(line.endswith(" [stated]") for line in lines)
 
 
-async def test_a_model_that_nothing_names_acts_for_the_agent_whose_tool_asks_it(both: InMemorySpanExporter) -> None:
+async def test_a_model_call_in_a_tool_has_the_role_of_the_agent_that_called_the_tool(
+    both: InMemorySpanExporter,
+) -> None:
     async def count(item: str) -> str:
         """Count items."""
         return MODEL.invoke(item).text

@@ -1,4 +1,4 @@
-"""Attributes of a model call's span, by exact name, type and value, in every mode."""
+"""Attributes of a model call's span: exact names, types and values, in every mode."""
 
 import json
 from datetime import datetime
@@ -26,7 +26,7 @@ ANSWER = [
 
 
 class Asked(BaseModel):
-    """What of which day is asked."""
+    """Arguments of a tool."""
 
     at: datetime
     of: dict[str, int]
@@ -39,7 +39,7 @@ def stock(item: str) -> int:
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_a_call_says_everything_the_conventions_name(
+async def test_a_call_has_every_attribute_of_the_conventions(
     mode: Mode, spans: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     model = make_model(temperature=0.5, max_tokens=64, stream_usage=True)
@@ -139,7 +139,7 @@ async def test_a_completion_model_that_is_not_openai_has_its_span(spans: InMemor
 
 
 async def test_conversations_of_one_generate_keep_their_own_answers(spans: InMemorySpanExporter) -> None:
-    """`generate` with two conversations is two runs; neither may take the other's answer."""
+    """`generate` with two conversations starts two runs, each with its own response."""
     FakeListChatModel(responses=["one", "two"]).generate(
         [[HumanMessage("a")], [HumanMessage("b")]], callbacks=[AglCallbackHandler()]
     )
@@ -172,7 +172,7 @@ def test_content_stays_off_the_span_by_switch_or_environment(
         model.invoke(QUESTION, {"callbacks": [AglCallbackHandler(capture_content=switch)]})
         return content & set(attributes(only(spans.get_finished_spans(), "chat")))
 
-    assert captured(None) == content  # training needs it: on unless said otherwise
+    assert captured(None) == content  # on by default, because training needs it
     assert captured(False) == set()
     for off in ("false", "NO_CONTENT", "EVENT_ONLY"):
         monkeypatch.setenv("OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT", off)
@@ -183,7 +183,7 @@ def test_content_stays_off_the_span_by_switch_or_environment(
 
 
 @pytest.mark.parametrize("mode", STREAMS)
-async def test_the_instrumentor_sees_the_id_of_a_streamed_answer(
+async def test_with_the_instrumentor_a_streamed_call_has_its_response_id(
     mode: Mode, instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     await mode(make_model(), QUESTION, {})
@@ -192,7 +192,7 @@ async def test_the_instrumentor_sees_the_id_of_a_streamed_answer(
     assert attributes(call)["gen_ai.response.id"] == server.seen[0].response_id
 
 
-def test_streams_read_in_turn_have_each_its_own_id(
+def test_interleaved_streams_have_their_own_response_ids(
     instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     first, second = make_model("first"), make_model("second")
@@ -205,8 +205,8 @@ def test_streams_read_in_turn_have_each_its_own_id(
         assert attributes(only(instrumented.get_finished_spans(), f"chat {name}"))["gen_ai.response.id"] == response_id
 
 
-def test_text_that_utf8_cannot_carry_is_escaped_and_not_lost(spans: InMemorySpanExporter) -> None:
-    half = "\ud83d"  # half of an emoji, as a model that is cut off writes it
+def test_text_that_utf8_cannot_encode_is_escaped(spans: InMemorySpanExporter) -> None:
+    half = "\ud83d"  # half of an emoji, as a truncated response can contain
 
     FakeListChatModel(responses=["Seven."]).invoke(f"How many {half}?", {"callbacks": [AglCallbackHandler()]})
 
@@ -214,7 +214,7 @@ def test_text_that_utf8_cannot_carry_is_escaped_and_not_lost(spans: InMemorySpan
     assert said.isascii() and json.loads(said)[0]["parts"][0]["content"] == f"How many {half}?"
 
 
-def test_arguments_that_plain_json_does_not_know_are_written(spans: InMemorySpanExporter) -> None:
+def test_arguments_that_json_has_no_form_for_are_written(spans: InMemorySpanExporter) -> None:
     huge, asked = 2**70, datetime(2026, 1, 2, 3, 4)
     count = StructuredTool.from_function(lambda **_: {1: huge}, name="count", description="Counts.", args_schema=Asked)
 

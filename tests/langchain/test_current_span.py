@@ -1,4 +1,4 @@
-"""Where a run's span is the current one: inside the run, and nowhere else."""
+"""A run's span is the current one inside the run, and nowhere else."""
 
 import asyncio
 import logging
@@ -31,7 +31,7 @@ def current() -> trace.SpanContext:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["model", "sequence", "graph"])
-async def test_a_run_that_has_ended_is_no_parent_of_later_runs_in_its_task(
+async def test_a_finished_run_is_not_the_parent_of_later_runs_in_its_task(
     kind: str, mode: Mode, instrumented: InMemorySpanExporter, make_model: MakeModel
 ) -> None:
     model = make_model()
@@ -45,9 +45,7 @@ async def test_a_run_that_has_ended_is_no_parent_of_later_runs_in_its_task(
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_a_span_of_the_http_client_hangs_under_the_call_not_beside_it(
-    mode: Mode, instrumented: InMemorySpanExporter
-) -> None:
+async def test_a_span_of_the_http_client_is_a_child_of_the_call(mode: Mode, instrumented: InMemorySpanExporter) -> None:
 
     class Client(FakeListChatModel):
         def _call(self, *args: Any, **kwargs: Any) -> str:
@@ -66,7 +64,7 @@ async def test_a_span_of_the_http_client_hangs_under_the_call_not_beside_it(
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_a_span_of_a_completion_models_client_hangs_under_the_call(
+async def test_a_span_of_a_completion_models_client_is_a_child_of_the_call(
     mode: Mode, instrumented: InMemorySpanExporter
 ) -> None:
     class Client(FakeListLLM):
@@ -98,9 +96,7 @@ async def test_a_cancelled_completion_ends_with_its_type(instrumented: InMemoryS
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_a_span_opened_in_a_tool_is_no_root_of_another_trace(
-    mode: Mode, instrumented: InMemorySpanExporter
-) -> None:
+async def test_a_span_opened_in_a_tool_belongs_to_its_trace(mode: Mode, instrumented: InMemorySpanExporter) -> None:
     await mode(STOCK, {"item": "mug"}, {})
 
     assert tree(instrumented.get_finished_spans()) == "execute_tool stock\n  look into the database"
@@ -130,17 +126,17 @@ async def test_a_span_around_the_run_is_its_parent_and_current_again_after_it(
 async def test_a_task_that_makes_many_calls_does_not_pile_up_contexts(instrumented: InMemorySpanExporter) -> None:
     model = FakeListChatModel(responses=["Seven."])
 
-    for _ in range(1200):  # one more level of indirection for each would be more than Python recurses
+    for _ in range(1200):  # more than the recursion limit, if each call added a level of indirection
         await model.ainvoke("hello")
 
     assert not current().is_valid
     assert all(span.parent is None for span in instrumented.get_finished_spans())
 
 
-async def test_a_role_in_force_during_a_stream_stays_in_force_after_it(
+async def test_a_role_set_while_a_stream_is_read_stays_set_after_it(
     instrumented: InMemorySpanExporter, make_model: MakeModel
 ) -> None:
-    """What a stream attached must not be given back over what the reader attached since."""
+    """The end of a stream must not replace a context that the caller attached later."""
     model = make_model()
     with agl.role("first"):
         items = model.stream("hello")
@@ -151,16 +147,14 @@ async def test_a_role_in_force_during_a_stream_stays_in_force_after_it(
     assert agl.current_role() is None
 
 
-def test_the_reader_of_a_stream_is_not_inside_it(instrumented: InMemorySpanExporter, make_model: MakeModel) -> None:
+def test_a_streams_span_is_not_current_in_its_caller(instrumented: InMemorySpanExporter, make_model: MakeModel) -> None:
     for _ in two_roles(make_model()).stream(QUESTION):
         assert not current().is_valid
     for _ in make_model().stream("hello"):
         assert not current().is_valid
 
 
-def test_streams_read_in_turn_are_traces_of_their_own(
-    instrumented: InMemorySpanExporter, make_model: MakeModel
-) -> None:
+def test_interleaved_streams_are_separate_traces(instrumented: InMemorySpanExporter, make_model: MakeModel) -> None:
     agent, model = two_roles(make_model()), make_model()
 
     for _ in zip(agent.stream(QUESTION), agent.stream(QUESTION), strict=True):
@@ -174,7 +168,7 @@ def test_streams_read_in_turn_are_traces_of_their_own(
     assert len([span for span in named(spans, "chat tiny") if span.parent is None]) == 2
 
 
-async def test_a_stream_broken_off_ends_its_spans_and_leaves_nothing_current(
+async def test_an_abandoned_stream_ends_its_spans_and_leaves_none_current(
     instrumented: InMemorySpanExporter, make_model: MakeModel
 ) -> None:
     model = make_model()
@@ -202,7 +196,7 @@ async def test_a_stream_broken_off_ends_its_spans_and_leaves_nothing_current(
 async def test_a_timeout_in_the_callers_own_task_leaves_nothing_open_or_current(
     instrumented: InMemorySpanExporter, make_model: MakeModel
 ) -> None:
-    """LangChain reports no end of a model call that is cancelled: neither that of the call nor that of its task."""
+    """LangChain does not report the end of a cancelled model call."""
     model = make_model()
 
     with pytest.raises(TimeoutError):
@@ -213,7 +207,7 @@ async def test_a_timeout_in_the_callers_own_task_leaves_nothing_open_or_current(
     assert attributes(only(instrumented.get_finished_spans(), "chat tiny"))["error.type"] == "CancelledError"
 
 
-def test_a_generator_inside_a_chain_sees_the_chain(instrumented: InMemorySpanExporter) -> None:
+def test_the_chains_span_is_current_inside_a_generator(instrumented: InMemorySpanExporter) -> None:
     def shout(words: Iterator[str]) -> Iterator[str]:
         for word in words:
             with TRACER.start_as_current_span("shout"):
@@ -224,7 +218,7 @@ def test_a_generator_inside_a_chain_sees_the_chain(instrumented: InMemorySpanExp
     assert tree(instrumented.get_finished_spans()) == "invoke_workflow shouter\n  shout"
 
 
-def test_a_thread_without_a_context_still_knows_its_rollout(
+def test_a_thread_without_a_copied_context_keeps_the_rollout(
     instrumented: InMemorySpanExporter, make_model: MakeModel
 ) -> None:
     model = make_model()
@@ -241,7 +235,7 @@ def test_a_thread_without_a_context_still_knows_its_rollout(
     assert {attributes(span)["agl.rollout.id"] for span in spans} == {"r1"}
 
 
-def test_a_run_with_callbacks_of_its_own_hangs_under_the_tool_it_runs_in(spans: InMemorySpanExporter) -> None:
+def test_a_run_with_its_own_callbacks_is_a_child_of_the_run_around_it(spans: InMemorySpanExporter) -> None:
     model = FakeListChatModel(responses=["Seven."])
     handler = AglCallbackHandler()
 
@@ -258,7 +252,7 @@ def test_code_in_a_run_may_read_and_write_the_current_span(instrumented: InMemor
         span = trace.get_current_span()
         span.set_attribute("shop", "mugs")
         span.add_event("opened")
-        span.end()  # not the user's to end
+        span.end()  # has no effect
         assert span.is_recording()
         assert span.attributes["shop"] == "mugs"  # type: ignore[attr-defined]
 

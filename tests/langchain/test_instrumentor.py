@@ -1,4 +1,4 @@
-"""The instrumentor comes and goes without a trace, and each run has one span however many handlers hear of it."""
+"""`instrument` and `uninstrument`, and one span per run with any number of handlers."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ from tests.langchain.test_tree import GOLDEN, QUESTION
 
 
 def state() -> list[Any]:
-    """All that the instrumentor changes in the framework."""
+    """Everything that the instrumentor changes in the framework."""
     classes = (BaseChatOpenAI, BaseOpenAI, BaseLLM, AsyncCallbackManager)
     return [list(context._configure_hooks), *(dict(vars(owner)) for owner in classes)]
 
@@ -37,7 +37,7 @@ def state() -> list[Any]:
 def test_a_patch_that_fails_undoes_the_earlier_ones(
     spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a later version of the framework that lacks a method: the agent must not run half patched."""
+    """A later version of the framework may lack a method; it must not be left half patched."""
     monkeypatch.delattr(BaseChatOpenAI, "_convert_chunk_to_generation_chunk")
     before = state()
 
@@ -65,7 +65,7 @@ def test_uninstrument_leaves_the_framework_exactly_as_it_was(spans: InMemorySpan
     assert spans.get_finished_spans() == ()
 
 
-def test_explicit_handlers_beside_the_instrumentor_make_no_span_twice(
+def test_explicit_handlers_with_the_instrumentor_record_each_span_once(
     instrumented: InMemorySpanExporter, make_model: MakeModel
 ) -> None:
     model = make_model(callbacks=[AglCallbackHandler()])
@@ -75,7 +75,7 @@ def test_explicit_handlers_beside_the_instrumentor_make_no_span_twice(
     assert tree(instrumented.get_finished_spans()) == GOLDEN
 
 
-def test_a_run_under_way_ends_its_spans_after_uninstrument(spans: InMemorySpanExporter) -> None:
+def test_a_running_chain_ends_its_spans_after_uninstrument(spans: InMemorySpanExporter) -> None:
     instrumentor = LangChainInstrumentor()
     instrumentor.instrument()
 
@@ -114,7 +114,7 @@ def test_the_tracer_is_named_after_the_package(instrumented: InMemorySpanExporte
 
 
 @pytest.mark.parametrize(("disabled", "instruments"), [("", True), ("agl_langchain", False)])
-def test_opentelemetry_instrument_leaves_it_off_where_it_is_disabled(disabled: str, instruments: bool) -> None:
+def test_opentelemetry_instrument_respects_disabled_instrumentations(disabled: str, instruments: bool) -> None:
     code = "import agl_langchain; print(agl_langchain.LangChainInstrumentor().is_instrumented_by_opentelemetry)"
     launcher = Path(sys.executable).with_name("opentelemetry-instrument")
     environment = {**os.environ, "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS": disabled}
@@ -127,9 +127,7 @@ def test_opentelemetry_instrument_leaves_it_off_where_it_is_disabled(disabled: s
 
 
 @pytest.mark.parametrize("mode", EVERY_MODE)
-async def test_a_suppressed_run_has_no_span_and_hides_none_that_is_not(
-    mode: Mode, instrumented: InMemorySpanExporter
-) -> None:
+async def test_a_suppressed_run_has_no_span_and_later_runs_do(mode: Mode, instrumented: InMemorySpanExporter) -> None:
     model = FakeListChatModel(responses=["Seven."])
 
     with suppress_instrumentation():

@@ -1,4 +1,4 @@
-"""What instrumentations of LangChain are known to keep for ever, and ours does not."""
+"""Memory leaks known from other instrumentations of LangChain."""
 
 import gc
 import threading
@@ -22,14 +22,14 @@ from tests.langchain.modes import EVERY_MODE, Mode
 async def test_ended_runs_are_not_kept_in_a_map_of_spans(
     mode: Mode, instrumented: InMemorySpanExporter, make_model: MakeModel
 ) -> None:
-    """As traceloop/openllmetry#2790: each run stayed in the handler's dictionary."""
+    """traceloop/openllmetry#2790: each run stayed in the handler's dictionary."""
     await mode(two_roles(make_model()), {"messages": [("user", "How many mugs?")]}, {})
 
     assert len(instrumented.get_finished_spans()) > 5 and len(OPEN_RUNS) == 0
 
 
 def test_two_hundred_runs_leave_none_of_their_messages_in_memory(instrumented: InMemorySpanExporter) -> None:
-    """As langchain-ai/langsmith-sdk#2097: what agents were given outlived them."""
+    """langchain-ai/langsmith-sdk#2097: the inputs of agents were never freed."""
     model = FakeListChatModel(responses=["Seven."])
     kept = []
     for number in range(200):
@@ -43,7 +43,7 @@ def test_two_hundred_runs_leave_none_of_their_messages_in_memory(instrumented: I
 
 
 def test_a_handler_for_each_call_leaves_no_handler_and_no_thread(spans: InMemorySpanExporter) -> None:
-    """As langfuse/langfuse#2974: each handler had threads of its own, which held it."""
+    """langfuse/langfuse#2974: each handler had its own threads, which referred to it."""
     model = FakeListChatModel(responses=["Seven."])
     threads = threading.active_count()
     kept = []
@@ -58,8 +58,10 @@ def test_a_handler_for_each_call_leaves_no_handler_and_no_thread(spans: InMemory
     assert threading.active_count() == threads
 
 
-def test_runs_whose_end_never_comes_are_given_up(spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LangChain forgets some ends, as that of a cancelled model; their number and their age are bounded."""
+def test_runs_whose_end_is_never_reported_are_abandoned(
+    spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LangChain does not report some ends, e.g. of a cancelled model: open runs are bounded in number and age."""
     monkeypatch.setattr(OPEN_RUNS, "_max_open", 10)
     handler = AglCallbackHandler()
 

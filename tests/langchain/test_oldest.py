@@ -1,4 +1,4 @@
-"""The oldest LangChain and LangGraph that we declare; the newest is what all other tests run with."""
+"""The tests again with the oldest supported LangChain and LangGraph; otherwise they run with the newest."""
 
 import re
 import tomllib
@@ -21,20 +21,20 @@ FILES = [
     "test_tree.py",
 ]
 LATER = [
-    "v3",  # events of this version
-    "test_a_prebuilt_agent_acts_as_its_name",  # LangGraph drops the name of an agent inside another graph before 1.2.4
+    "v3",  # event version v3 does not exist yet
+    "test_the_role_of_a_prebuilt_agent_is_its_name",  # LangGraph before 1.2.4 drops the name of a nested agent
 ]
 
 
 def declared() -> list[Requirement]:
-    """What the package and its extra `instruments` ask for of LangChain."""
+    """The requirements of the package and of its extra `instruments`."""
     project = tomllib.loads((ROOT / "packages/agl-langchain/pyproject.toml").read_text())["project"]
     lines = [*project["dependencies"], *project["optional-dependencies"]["instruments"]]
     return [Requirement(line) for line in lines if re.match("lang", line)]
 
 
 def oldest(requirement: Requirement) -> str:
-    """`langgraph==1.1.5` of `langgraph>=1.1.5,<2`."""
+    """The lower bound of a requirement: `langgraph==1.1.5` for `langgraph>=1.1.5,<2`."""
     (bound,) = [bound.version for bound in requirement.specifier if bound.operator == ">="]
     return f"{requirement.name}=={bound}"
 

@@ -1,4 +1,4 @@
-"""The runs held open are bounded, and telemetry that fails does not reach the agent."""
+"""Open runs are bounded, and failures of telemetry do not reach the agent."""
 
 import asyncio
 import gc
@@ -26,7 +26,7 @@ def start(runs: OpenRuns, name: str) -> Run:
     return run
 
 
-def test_beyond_the_limit_the_oldest_run_is_given_up(spans: InMemorySpanExporter) -> None:
+def test_beyond_the_limit_the_oldest_run_is_abandoned(spans: InMemorySpanExporter) -> None:
     runs = OpenRuns(max_open=2)
     first, second, third = (start(runs, name) for name in ("first", "second", "third"))
 
@@ -37,7 +37,7 @@ def test_beyond_the_limit_the_oldest_run_is_given_up(spans: InMemorySpanExporter
     assert given_up.status.status_code is trace.StatusCode.ERROR
 
 
-def test_a_run_open_for_too_long_is_given_up_when_the_next_one_starts(spans: InMemorySpanExporter) -> None:
+def test_a_run_open_for_too_long_is_abandoned_when_the_next_one_starts(spans: InMemorySpanExporter) -> None:
     runs = OpenRuns(max_seconds=60)
     old = start(runs, "old")
     old.started -= 61
@@ -48,7 +48,7 @@ def test_a_run_open_for_too_long_is_given_up_when_the_next_one_starts(spans: InM
     assert attributes(only(spans.get_finished_spans(), "old"))["error.type"] == "abandoned"
 
 
-def test_a_stand_in_that_is_given_up_ends_nothing(spans: InMemorySpanExporter) -> None:
+def test_dropping_a_run_without_a_span_does_not_end_its_parent(spans: InMemorySpanExporter) -> None:
     runs = OpenRuns(max_open=2)
     run = start(runs, "node")
     hidden = uuid4()
@@ -58,11 +58,11 @@ def test_a_stand_in_that_is_given_up_ends_nothing(spans: InMemorySpanExporter) -
     assert run.span.is_recording() and runs.pop(run.run_id) is run
 
 
-def test_what_cannot_be_described_is_logged_and_the_span_still_ends(
+def test_a_span_whose_description_fails_still_ends(
     spans: InMemorySpanExporter, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken(FakeListChatModel):
-        """Answers with a message whose content breaks every reader."""
+        """A model that accepts a message whose content cannot be converted."""
 
         def _call(self, *args: object, **kwargs: object) -> str:
             return "Seven."
@@ -79,7 +79,7 @@ def test_what_cannot_be_described_is_logged_and_the_span_still_ends(
     caplog.clear()
 
 
-def test_an_end_without_a_start_is_no_matter(spans: InMemorySpanExporter, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_end_without_a_start_is_ignored(spans: InMemorySpanExporter, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     handler = AglCallbackHandler()
 
@@ -90,7 +90,7 @@ def test_an_end_without_a_start_is_no_matter(spans: InMemorySpanExporter, caplog
 
 
 async def test_a_run_that_has_ended_is_freed_without_the_garbage_collector(spans: InMemorySpanExporter) -> None:
-    """A server that runs agents all day should not pay for cycles of ours."""
+    """A long-running server should not need the garbage collector for runs."""
     model = FakeListChatModel(responses=["Seven."])
     handler = AglCallbackHandler()
     gc.collect()
@@ -98,7 +98,7 @@ async def test_a_run_that_has_ended_is_freed_without_the_garbage_collector(spans
     try:
         model.invoke("hello", {"callbacks": [handler]})
         await asyncio.create_task(model.ainvoke("hello", {"callbacks": [handler]}))
-        await asyncio.sleep(0)  # the loop lets go of the task
+        await asyncio.sleep(0)  # so that the loop drops its reference to the task
         left = [held for held in gc.get_objects() if isinstance(held, Run)]
     finally:
         gc.enable()

@@ -1,4 +1,4 @@
-"""What a redaction leaves of a run: nothing of the secret on any span, everything of it in the agent."""
+"""Redaction: the secret is on no span, and the agent's own data is unchanged."""
 
 import json
 from typing import Any
@@ -39,14 +39,14 @@ class Register(BaseRetriever):
 
 @tool
 def greet(name: str) -> str:
-    """Greet someone; refuses nobody."""
+    """Greet someone."""
     if name.startswith("refuse"):
         raise ValueError(f"no greeting for {name}")
     return f"Hello {name}"
 
 
 def everything_on(spans: tuple[ReadableSpan, ...]) -> str:
-    """All text that an exporter would send, `exception` events included."""
+    """All text that an exporter sends, including `exception` events."""
     return "\n".join(span.to_json() for span in spans)
 
 
@@ -74,7 +74,7 @@ async def test_no_text_of_a_run_is_on_a_span_unredacted(
         and "About <name>" in said
         and '"exception.message": "no greeting for refuse <name>"' in said
     )
-    assert SECRET in str(server.seen[0].body)  # the agent itself is left alone
+    assert SECRET in str(server.seen[0].body)  # the agent's data is unchanged
 
 
 def test_the_instrumentor_takes_a_redaction(spans: InMemorySpanExporter) -> None:
@@ -89,9 +89,9 @@ def test_the_instrumentor_takes_a_redaction(spans: InMemorySpanExporter) -> None
     assert messages[0]["parts"][0]["content"] == "<name>"
 
 
-def test_the_redaction_of_the_process_counts_where_a_handler_has_none(spans: InMemorySpanExporter) -> None:
+def test_a_handler_without_redact_uses_that_of_the_process(spans: InMemorySpanExporter) -> None:
     handler, stricter = AglCallbackHandler(), AglCallbackHandler(redact=lambda _: "-")
-    use_redaction(scrub)  # as a later `agl.init(redact=...)` does
+    use_redaction(scrub)  # like a later `agl.init(redact=...)`
     try:
         for one in (handler, stricter):
             FakeListChatModel(responses=[SECRET]).invoke(SECRET, {"callbacks": [one]})
@@ -117,7 +117,7 @@ def test_names_and_ids_are_not_redacted(spans: InMemorySpanExporter, make_model:
     }
 
 
-def test_a_redaction_that_fails_leaves_the_content_out_and_the_run_alone(
+def test_if_redaction_fails_the_content_is_left_out_and_the_run_goes_on(
     spans: InMemorySpanExporter, caplog: pytest.LogCaptureFixture
 ) -> None:
     answer = FakeListChatModel(responses=[SECRET]).invoke(SECRET, {"callbacks": [AglCallbackHandler(redact=fails)]})
@@ -130,7 +130,7 @@ def test_a_redaction_that_fails_leaves_the_content_out_and_the_run_alone(
     caplog.clear()
 
 
-def test_a_second_handler_does_not_put_back_what_the_first_redacts(spans: InMemorySpanExporter) -> None:
+def test_a_second_handler_does_not_record_what_the_first_redacts(spans: InMemorySpanExporter) -> None:
     handlers = [AglCallbackHandler(redact=scrub), AglCallbackHandler()]
 
     FakeListChatModel(responses=[SECRET]).invoke(SECRET, {"callbacks": handlers})
@@ -140,7 +140,7 @@ def test_a_second_handler_does_not_put_back_what_the_first_redacts(spans: InMemo
     assert SECRET not in everything_on(spans.get_finished_spans())
 
 
-def test_an_error_says_its_type_alone_where_content_is_not_captured(spans: InMemorySpanExporter) -> None:
+def test_without_captured_content_an_error_is_its_type(spans: InMemorySpanExporter) -> None:
     with pytest.raises(ValueError, match=SECRET):
         greet.invoke({"name": f"refuse {SECRET}"}, {"callbacks": [AglCallbackHandler(capture_content=False)]})
 

@@ -1,4 +1,4 @@
-"""Headers on the requests: which call, which rollout, which role."""
+"""Request headers: the call, its rollout and its role."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -62,7 +62,7 @@ async def test_a_request_names_its_call_rollout_and_role(
 
 
 def check_apart(spans: tuple[ReadableSpan, ...], seen: list[RecordedRequest], runs: int) -> None:
-    """Every request carries the rollout that asked it, its role, and the span of its own call."""
+    """Every request carries its rollout, its role, and the span of its own call."""
     calls = {span_id(span): attributes(span) for span in spans if span.name == "chat tiny"}
     assert len(seen) == len(calls) == 2 * runs
     for request in seen:
@@ -72,7 +72,7 @@ def check_apart(spans: tuple[ReadableSpan, ...], seen: list[RecordedRequest], ru
     assert len({parent_of(request) for request in seen}) == 2 * runs
 
 
-async def test_agents_at_once_in_tasks_do_not_mix(
+async def test_concurrent_agents_in_tasks_do_not_mix(
     instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     agent = two_async_roles(make_model())
@@ -90,7 +90,7 @@ async def test_agents_at_once_in_tasks_do_not_mix(
     check_apart(instrumented.get_finished_spans(), server.seen, 64)
 
 
-def test_agents_at_once_in_threads_do_not_mix(
+def test_concurrent_agents_in_threads_do_not_mix(
     instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     agent = two_roles(make_model())
@@ -111,7 +111,7 @@ def test_agents_at_once_in_threads_do_not_mix(
     check_apart(instrumented.get_finished_spans(), server.seen, 64 + len(range(1, 64, 3)))
 
 
-def test_a_batch_in_threads_of_its_own_joins_each_request(
+def test_each_request_of_a_batch_in_threads_is_joined(
     instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     with agl.rollout("r1"):
@@ -124,10 +124,10 @@ def test_a_batch_in_threads_of_its_own_joins_each_request(
         assert carried(seen)["agl.rollout.id"] == "r1"
 
 
-async def test_requests_of_one_generate_are_not_joined_with_each_others_calls(
+async def test_requests_of_one_generate_are_not_joined_with_the_wrong_call(
     instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
-    """Their runs share a context, so the header cannot say which is meant: it names the run around them."""
+    """Their runs share a context, so the header names their parent run, not the call."""
     model = make_model()
     conversations: list[Any] = [[HumanMessage("one")], [HumanMessage("two")]]
 
@@ -144,7 +144,7 @@ async def test_requests_of_one_generate_are_not_joined_with_each_others_calls(
     assert ids == {seen.response_id for seen in server.seen}
 
 
-async def test_an_answer_that_is_streamed_beside_another_does_not_get_the_others_id(
+async def test_concurrent_streams_do_not_mix_response_ids(
     instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     begun = asyncio.Event()
@@ -200,7 +200,7 @@ async def test_a_completion_request_carries_them(
     assert (carried(seen)["agl.rollout.id"], carried(seen)["agl.role"]) == ("r1", "writer")
 
 
-def test_the_users_headers_stay_and_his_baggage_stays_at_home(
+def test_the_users_headers_stay_and_the_users_baggage_is_not_sent(
     instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     token = attach(baggage.set_baggage("customer", "secret"))
@@ -223,7 +223,7 @@ def test_no_headers_without_the_instrumentor_or_when_suppressed(
     assert named(instrumented.get_finished_spans(), "chat tiny") == []
 
 
-def test_the_handler_alone_leaves_requests_alone_and_joins_by_response_id(
+def test_the_handler_alone_does_not_change_requests_and_joins_by_response_id(
     spans: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     make_model().invoke("hello", {"callbacks": [AglCallbackHandler()]})

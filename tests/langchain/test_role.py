@@ -1,4 +1,4 @@
-"""The role on a span: stated by the caller, else mapped, else the name of node or agent."""
+"""The role on a span: set by the caller, else mapped, else the name of node or agent."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def role_of_chat(spans: InMemorySpanExporter) -> object:
     return attributes(only(spans.get_finished_spans(), "chat")).get("agl.role")
 
 
-def test_the_order_of_what_decides(spans: InMemorySpanExporter) -> None:
+def test_precedence_of_roles(spans: InMemorySpanExporter) -> None:
     graph = graph_with("rewrite_query", answer)
     mapped = AglCallbackHandler(roles={"writer": "write_query|rewrite.*", "late": ".*"})
     stated = {"tags": ["role:by-tag"], "metadata": {"agl_role": "by-metadata"}}
@@ -61,7 +61,7 @@ def test_the_tag_nearest_to_the_call_wins(instrumented: InMemorySpanExporter) ->
     assert role_of_chat(instrumented) == "near"
 
 
-def test_a_mapping_knows_chains_outside_of_graphs(spans: InMemorySpanExporter) -> None:
+def test_a_mapping_applies_to_chains_outside_of_graphs(spans: InMemorySpanExporter) -> None:
     handler = AglCallbackHandler(roles={"writer": "write_.*"})
 
     RunnableLambda(lambda _: MODEL.invoke("hello")).with_config(run_name="write_query").invoke(
@@ -77,7 +77,7 @@ def test_without_any_name_there_is_no_role(instrumented: InMemorySpanExporter) -
     assert role_of_chat(instrumented) is None
 
 
-def test_a_call_that_takes_no_config_has_the_role_of_the_run_around_it(instrumented: InMemorySpanExporter) -> None:
+def test_a_call_without_config_has_the_role_of_the_run_around_it(instrumented: InMemorySpanExporter) -> None:
     def write(state: MessagesState) -> dict[str, Any]:
         return {"messages": [MODEL.generate([state["messages"]]).generations[0][0].text]}
 
@@ -94,7 +94,7 @@ def test_a_handler_on_the_model_alone_finds_the_node(spans: InMemorySpanExporter
     assert role_of_chat(spans) == "writer"
 
 
-def test_a_prebuilt_agent_acts_as_its_name_or_its_node_not_as_its_steps(
+def test_the_role_of_a_prebuilt_agent_is_its_name_or_node_not_its_steps(
     instrumented: InMemorySpanExporter, make_model: MakeModel
 ) -> None:
     named_agent = create_agent(make_model(), [STOCK], name="keeper")
@@ -120,7 +120,7 @@ def test_a_prebuilt_agent_acts_as_its_name_or_its_node_not_as_its_steps(
     assert [attributes(span)["agl.role"] for span in calls] == ["shop", "shop"]
 
 
-def test_a_graph_inside_an_agents_tool_has_roles_of_its_own(instrumented: InMemorySpanExporter) -> None:
+def test_a_graph_in_an_agents_tool_has_its_own_roles(instrumented: InMemorySpanExporter) -> None:
     inner = graph_with("critic", answer)
 
     def outer(state: MessagesState) -> dict[str, Any]:
@@ -131,6 +131,6 @@ def test_a_graph_inside_an_agents_tool_has_roles_of_its_own(instrumented: InMemo
     assert role_of_chat(instrumented) == "critic"
 
 
-def test_a_pattern_that_is_no_regular_expression_is_refused() -> None:
+def test_an_invalid_regular_expression_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"roles\['writer'\] is '\(', expected a regular expression"):
         AglCallbackHandler(roles={"writer": "("})

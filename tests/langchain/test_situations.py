@@ -1,4 +1,4 @@
-"""Every kind of run in every mode, and what LangChain and LangGraph make of them: each has its span in its place."""
+"""Every kind of LangChain and LangGraph run in every mode: each has one span with the right parent."""
 
 import asyncio
 import operator
@@ -100,19 +100,19 @@ async def test_every_run_type_in_every_mode(
 
 
 @pytest.mark.parametrize("mode", EVERY_MODE)
-async def test_branches_of_a_parallel_hang_under_it(mode: Mode, instrumented: InMemorySpanExporter) -> None:
+async def test_branches_of_a_parallel_are_its_children(mode: Mode, instrumented: InMemorySpanExporter) -> None:
     second = (MODEL | StrOutputParser()).with_config(run_name="second")
 
     await mode(RunnableParallel(first=MODEL, second=second), "How many?", {})
 
     lines = tree(instrumented.get_finished_spans()).splitlines()
     assert lines[0] == "invoke_workflow RunnableParallel<first,second>"
-    # branches run at once; each keeps its own children
+    # branches run concurrently, so their order varies
     assert sorted(lines[1:]) == sorted(["  chat", "  second", "    chat", "    StrOutputParser"])
 
 
 @pytest.mark.parametrize("mode", EVERY_MODE)
-async def test_a_subgraph_hangs_under_its_node(mode: Mode, instrumented: InMemorySpanExporter) -> None:
+async def test_a_subgraph_is_a_child_of_its_node(mode: Mode, instrumented: InMemorySpanExporter) -> None:
     team = graph_of(("writer", answer), ("critic", answer))
 
     await mode(graph_of(("team", team), ("editor", answer)), {}, {})
@@ -180,7 +180,7 @@ async def test_an_interrupt_and_its_resume_are_two_runs_without_a_failure(
     assert graph.get_state(config).values["said"][0] == "yes"
 
 
-@pytest.mark.parametrize("mode", [invoke, ainvoke, batch, abatch])  # LangChain does not try a stream again
+@pytest.mark.parametrize("mode", [invoke, ainvoke, batch, abatch])  # LangChain does not retry a stream
 async def test_each_try_of_a_retry_has_a_span(mode: Mode, instrumented: InMemorySpanExporter) -> None:
     tries = iter([ValueError("no"), ValueError("no"), None])
 
@@ -196,7 +196,7 @@ async def test_each_try_of_a_retry_has_a_span(mode: Mode, instrumented: InMemory
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_a_fallback_hangs_beside_what_failed(mode: Mode, instrumented: InMemorySpanExporter) -> None:
+async def test_a_fallback_is_a_sibling_of_the_failed_run(mode: Mode, instrumented: InMemorySpanExporter) -> None:
     def fail(_: Any) -> str:
         raise ValueError("no")
 
@@ -239,7 +239,7 @@ def test_a_parser_that_cannot_parse_ends_with_its_error(instrumented: InMemorySp
     assert attributes(only(spans, "JsonOutputParser"))["error.type"] == "OutputParserException"
 
 
-def test_a_generator_abandoned_half_way_ends_its_span(instrumented: InMemorySpanExporter) -> None:
+def test_an_abandoned_generator_ends_its_span(instrumented: InMemorySpanExporter) -> None:
     def count(_: Iterator[Any]) -> Iterator[int]:
         yield from range(100)
 
@@ -271,7 +271,9 @@ async def test_a_cancelled_tool_ends_its_span(mode: Mode, instrumented: InMemory
     assert found["error.type"] == "CancelledError"
 
 
-def test_runs_that_a_worker_thread_starts_hang_under_the_run_it_works_for(instrumented: InMemorySpanExporter) -> None:
+def test_runs_started_in_worker_threads_are_children_of_the_run_in_their_config(
+    instrumented: InMemorySpanExporter,
+) -> None:
     names: list[str] = []
 
     def work(config: RunnableConfig) -> None:
@@ -290,10 +292,10 @@ def test_runs_that_a_worker_thread_starts_hang_under_the_run_it_works_for(instru
     assert tree(instrumented.get_finished_spans()) == ("agl.rollout\n  invoke_workflow share\n" + tool * 8).rstrip()
 
 
-async def test_two_hundred_runs_at_once_in_every_way_keep_parents_and_rollouts(
+async def test_two_hundred_concurrent_runs_keep_parents_and_rollouts(
     instrumented: InMemorySpanExporter,
 ) -> None:
-    """And leave nothing open, current or complained about, which the fixture checks."""
+    """The fixture checks that no run stays open or current, and that nothing is logged."""
     graph = graph_of(("planner", aanswer), ("executor", aanswer))
     ways: list[Callable[..., Any]] = EVERY_ASYNC_MODE
 

@@ -1,4 +1,4 @@
-"""Token ids without a gateway: on the span in every mode, and nothing of them in the agent."""
+"""Token ids without a gateway: on the span in every mode, and hidden from the agent."""
 
 import asyncio
 import json
@@ -65,7 +65,7 @@ async def test_the_agent_sees_what_it_saw_without_capture(
         dumped = [message.model_dump(exclude={"id"}) for message in (answer if isinstance(answer, list) else [answer])]
         return json.dumps(dumped).replace(server.seen[-1].response_id, "id")
 
-    server.words = ("Seven", "", " mugs")  # the middle one has a chunk only where ids are asked for
+    server.words = ("Seven", "", " mugs")  # the server sends a chunk for the empty word only if ids are requested
     plain = seen(await mode(make_model(), "How many mugs?", {}))
     captured = seen(await mode(capture_token_ids(make_model()), "How many mugs?", {}))
 
@@ -121,7 +121,7 @@ async def test_events_of_a_model_are_captured(
     assert tokens_on(only(instrumented.get_finished_spans(), "chat tiny")) == TOKENS
 
 
-async def test_a_model_told_to_stream_is_captured_when_it_is_invoked(
+async def test_a_model_with_streaming_enabled_is_captured_when_invoked(
     instrumented: InMemorySpanExporter, make_model: MakeModel
 ) -> None:
     model = capture_token_ids(make_model(streaming=True))
@@ -151,7 +151,7 @@ async def test_each_choice_of_several_trains(
 async def test_conversations_of_one_generate_keep_their_own_ids(
     streaming: bool, instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
-    """Their runs share a context, in which none of them is the current one."""
+    """Their runs share a context, so none of them is current."""
     model = capture_token_ids(make_model(streaming=streaming))
 
     await model.agenerate([[HumanMessage("one")], [HumanMessage("two")]])
@@ -166,7 +166,7 @@ async def test_conversations_of_one_generate_keep_their_own_ids(
         assert asked[response_id] in str(attributes(span)["gen_ai.input.messages"])
 
 
-async def test_agents_at_once_keep_their_own_ids(
+async def test_concurrent_agents_keep_their_own_ids(
     instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     agent = two_async_roles(capture_token_ids(make_model()))
@@ -190,7 +190,7 @@ async def test_agents_at_once_keep_their_own_ids(
 
 
 def trajectory_of(spans: tuple[ReadableSpan, ...]) -> Trajectory:
-    """As the collector would build it from what the exporter sends."""
+    """The trajectory that the collector builds from exported spans."""
     return build_trajectory(decode(encode_spans(spans).SerializeToString()))
 
 
@@ -212,7 +212,9 @@ def test_captured_spans_become_a_trajectory_that_trains(
         assert row.reward == 0.5
 
 
-def test_a_stream_broken_off_has_the_ids_it_got(instrumented: InMemorySpanExporter, make_model: MakeModel) -> None:
+def test_an_abandoned_stream_has_the_ids_received_so_far(
+    instrumented: InMemorySpanExporter, make_model: MakeModel
+) -> None:
     for chunk in capture_token_ids(make_model()).stream("How many mugs?"):
         if chunk.content:
             break
@@ -228,7 +230,7 @@ def test_a_failed_request_has_none(instrumented: InMemorySpanExporter, make_mode
     assert tokens_on(only(instrumented.get_finished_spans(), "chat tiny")) == {}
 
 
-def test_a_redaction_leaves_token_ids_alone(spans: InMemorySpanExporter, make_model: MakeModel) -> None:
+def test_redaction_does_not_apply_to_token_ids(spans: InMemorySpanExporter, make_model: MakeModel) -> None:
     handler = AglCallbackHandler(redact=lambda _: "-")
 
     capture_token_ids(make_model()).invoke("How many mugs?", {"callbacks": [handler]})
@@ -236,13 +238,13 @@ def test_a_redaction_leaves_token_ids_alone(spans: InMemorySpanExporter, make_mo
     assert tokens_on(only(spans.get_finished_spans(), "chat tiny")) == TOKENS
 
 
-def test_nothing_is_asked_for_where_nobody_listens(server: FakeVllmServer, make_model: MakeModel) -> None:
+def test_an_untraced_call_requests_no_ids(server: FakeVllmServer, make_model: MakeModel) -> None:
     capture_token_ids(make_model()).invoke("How many mugs?")
 
     assert {"return_token_ids", "logprobs"} & set(server.seen[0].body) == set()
 
 
-def test_other_models_are_left_alone(
+def test_other_models_do_not_change(
     instrumented: InMemorySpanExporter, server: FakeVllmServer, make_model: MakeModel
 ) -> None:
     captured, other = make_model(), make_model()
@@ -286,6 +288,6 @@ def test_other_handlers_see_no_logprobs(instrumented: InMemorySpanExporter, make
 @pytest.mark.parametrize(
     "make", [lambda model: FakeListChatModel(responses=["x"]), lambda model: model.bind_tools([STOCK])]
 )
-def test_what_is_no_openai_chat_model_is_refused(make: Callable[[Any], Any], make_model: MakeModel) -> None:
+def test_other_objects_than_openai_chat_models_are_refused(make: Callable[[Any], Any], make_model: MakeModel) -> None:
     with pytest.raises(ConfigError, match="expected a ChatOpenAI itself, before tools or a schema are bound to it"):
         capture_token_ids(make(make_model()))

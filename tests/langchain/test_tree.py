@@ -1,4 +1,4 @@
-"""The tree of spans: the golden one of a two-role graph, and that of a thousand spans at once."""
+"""The span tree of a graph of two roles, alone and in many concurrent runs."""
 
 import asyncio
 import json
@@ -65,7 +65,7 @@ async def test_a_graph_of_two_roles_and_a_tool(
     assert {span.kind for span in spans if not span.name.startswith("chat")} == {SpanKind.INTERNAL}
 
 
-async def test_two_hundred_agents_at_once_keep_their_spans_apart(
+async def test_two_hundred_concurrent_agents_do_not_mix_spans(
     instrumented: InMemorySpanExporter, make_model: MakeModel
 ) -> None:
     agent = two_async_roles(make_model())
@@ -90,7 +90,7 @@ async def test_two_hundred_agents_at_once_keep_their_spans_apart(
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_a_tool_error_marks_the_tool_and_all_that_fail_with_it(
+async def test_a_tool_error_marks_the_tool_and_every_run_that_fails_with_it(
     mode: Mode, instrumented: InMemorySpanExporter
 ) -> None:
     def use(_: Any) -> Any:
@@ -109,7 +109,7 @@ async def test_a_tool_error_marks_the_tool_and_all_that_fail_with_it(
     assert attributes(only(spans, "invoke_workflow shop"))["error.type"] == "LookupError"
 
 
-def test_a_tool_that_answers_with_its_error_is_marked(instrumented: InMemorySpanExporter) -> None:
+def test_a_tool_that_returns_its_error_is_marked(instrumented: InMemorySpanExporter) -> None:
     def refuse(item: str) -> str:
         """Refuse."""
         raise ToolException(f"no {item}")
@@ -140,7 +140,7 @@ async def test_a_cancelled_run_ends_with_its_type(instrumented: InMemorySpanExpo
     assert {attributes(span)["error.type"] for span in spans} == {"CancelledError"}
 
 
-def test_an_interrupt_is_no_failure(instrumented: InMemorySpanExporter) -> None:
+def test_an_interrupt_is_not_an_error(instrumented: InMemorySpanExporter) -> None:
     def ask(_: Any) -> Any:
         raise GraphInterrupt()
 
@@ -151,7 +151,7 @@ def test_an_interrupt_is_no_failure(instrumented: InMemorySpanExporter) -> None:
     assert span.status.is_unset and "error.type" not in attributes(span)
 
 
-def test_a_retriever_says_what_it_looked_for_and_found(instrumented: InMemorySpanExporter) -> None:
+def test_a_retrieval_has_its_query_and_documents(instrumented: InMemorySpanExporter) -> None:
     from langchain_core.documents import Document
     from langchain_core.retrievers import BaseRetriever
 

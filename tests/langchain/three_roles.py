@@ -1,6 +1,6 @@
 """A LangGraph agent of three roles in subgraphs, and the golden tree of its spans.
 
-`python -m tests.langchain.three_roles` writes the golden file anew, from what the agent's run looks like now.
+`python -m tests.langchain.three_roles` writes the golden file from a run of the agent.
 """
 
 import operator
@@ -40,7 +40,7 @@ class Shelf(BaseRetriever):
 
 
 def three_roles(model: Any) -> Any:
-    """`planner` is a node; `researcher`, a graph of two steps; `critic`, a graph with a graph in it."""
+    """`planner` is a node, `researcher` a graph of two steps, `critic` a graph with a nested graph."""
     chain = ChatPromptTemplate.from_template("{question}") | model | StrOutputParser()
 
     def plan(state: State) -> State:

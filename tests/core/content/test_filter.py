@@ -1,4 +1,4 @@
-"""Content on spans: captured or not, and redacted before it is there."""
+"""`ContentFilter`: content is captured or not, and redacted before it is recorded."""
 
 import json
 import logging
@@ -22,19 +22,19 @@ def scrub(text: str) -> str:
 
 
 def put(content: ContentFilter, **attributes: str) -> dict[str, Any]:
-    """What is on a span after `content` was asked to put `attributes`, by the names of their constants, on it."""
+    """Attributes of a span on which `content` sets `attributes`, whose keys are the names of constants."""
     span = PROVIDER.get_tracer("test").start_span("span")
     content.set_content(span, lambda: {getattr(semconv, name): value for name, value in attributes.items()})
     return dict(span.attributes or {})  # type: ignore[attr-defined]
 
 
 def redacted(name: str, value: Any, redact: Callable[[str], str] = scrub) -> Any:
-    """`value` as JSON, as it comes out of `redact` under the constant `name`."""
+    """The JSON `value` of the attribute with the constant `name`, after redaction."""
     return json.loads(put(ContentFilter(redact=redact), **{name: json.dumps(value)})[getattr(semconv, name)])
 
 
 def error_on_span(content: ContentFilter, error: Exception) -> tuple[dict[str, Any], str, dict[str, Any]]:
-    """Attributes and status message of the span, and attributes of its event."""
+    """Attributes and status message of a span marked with `error`, and attributes of its event."""
     span: Any = PROVIDER.get_tracer("test").start_span("span")
     try:
         raise error
@@ -58,7 +58,7 @@ def error_on_span(content: ContentFilter, error: Exception) -> tuple[dict[str, A
         (False, "true", False),
     ],
 )
-def test_content_is_captured_unless_the_switch_or_the_environment_says_no(
+def test_content_is_captured_unless_switched_off(
     switch: bool | None, variable: str | None, captured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(CAPTURE_CONTENT, raising=False)
@@ -68,7 +68,7 @@ def test_content_is_captured_unless_the_switch_or_the_environment_says_no(
     assert ContentFilter.of(switch).captured is captured
 
 
-def test_what_is_not_captured_is_not_even_described() -> None:
+def test_content_that_is_not_captured_is_not_computed() -> None:
     asked: list[bool] = []
     span = PROVIDER.get_tracer("test").start_span("span")
 
@@ -77,7 +77,7 @@ def test_what_is_not_captured_is_not_even_described() -> None:
     assert asked == [] and not span.attributes  # type: ignore[attr-defined]
 
 
-def test_messages_are_redacted_in_every_part_and_keep_what_names_them() -> None:
+def test_messages_are_redacted_in_every_part_except_names_and_ids() -> None:
     call = {"type": "tool_call", "id": "Ada-1", "name": "Ada", "arguments": {"name": "Ada", "tags": ["Ada", 7, None]}}
     answer = {"type": "tool_call_response", "id": "Ada-1", "response": [{"type": "text", "text": "Ada"}]}
     unknown = {"type": "video", "caption": {"Ada": "Ada"}}
@@ -137,14 +137,14 @@ def fails(text: str) -> str:
 
 
 @pytest.mark.parametrize("redact", [fails, lambda text: None, lambda text: text.encode()])
-def test_what_cannot_be_redacted_is_left_out_and_logged_without_the_text(
+def test_content_whose_redaction_fails_is_left_out_and_logged_without_the_text(
     redact: Callable[[str], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     query, documents = "for Ada", json.dumps([{"id": "1", "content": 7, "metadata": {}}])
 
     found = put(ContentFilter(redact=redact), GEN_AI_RETRIEVAL_QUERY_TEXT=query, GEN_AI_RETRIEVAL_DOCUMENTS=documents)
 
-    assert list(found) == ["gen_ai.retrieval.documents"]  # nothing to redact in it, so nothing left out
+    assert list(found) == ["gen_ai.retrieval.documents"]  # it has no text to redact
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
     assert "gen_ai.retrieval.query.text is left out" in caplog.text and "Ada" not in caplog.text
@@ -175,7 +175,7 @@ def test_without_captured_content_an_error_is_its_type() -> None:
     assert (attributes, status, event) == ({"error.type": "ValueError"}, "ValueError", {"exception.type": "ValueError"})
 
 
-def test_a_rollout_that_fails_says_why_as_far_as_the_environment_lets_content_on_spans(
+def test_the_error_of_a_rollout_has_its_message_only_if_content_is_captured(
     memory: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def status_of_failed_rollout() -> str:
@@ -189,6 +189,6 @@ def test_a_rollout_that_fails_says_why_as_far_as_the_environment_lets_content_on
     assert status_of_failed_rollout() == "ValueError"
 
 
-def test_a_redact_that_cannot_be_called_is_refused() -> None:
+def test_a_redact_that_is_not_callable_is_refused() -> None:
     with pytest.raises(ConfigError, match="redact is 'yes', expected a function from str to str"):
         ContentFilter.of(redact="yes")  # type: ignore[arg-type]

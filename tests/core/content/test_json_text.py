@@ -1,3 +1,5 @@
+"""`content_json`."""
+
 import json
 from datetime import datetime
 
@@ -6,7 +8,7 @@ import pytest
 from agl.content.json_text import content_json
 
 
-def test_it_is_compact_and_keeps_every_script():
+def test_json_is_compact_and_not_escaped():
     assert content_json([{"role": "user", "content": "für 七"}]) == '[{"role":"user","content":"für 七"}]'
 
 
@@ -28,9 +30,9 @@ def test_it_is_compact_and_keeps_every_script():
         ),
     ],
 )
-def test_what_json_does_not_know_is_written_all_the_same(value, read_back):
+def test_values_that_json_has_no_form_for_are_written(value, read_back):
     assert json.loads(content_json(value)) == read_back
 
 
-def test_the_caller_says_what_stands_for_the_unknown():
+def test_default_converts_values_that_json_has_no_form_for():
     assert content_json([1j], default=lambda value: {"imaginary": value.imag}) == '[{"imaginary":1.0}]'

@@ -1,4 +1,4 @@
-"""Emitters: exact attribute names and types, clear refusals, and nothing ever raised into the agent."""
+"""Emitters: exact attribute names and types, error messages, and no exception raised into the agent."""
 
 import asyncio
 import inspect
@@ -43,7 +43,7 @@ def only(spans: InMemorySpanExporter) -> ReadableSpan:
 
 
 def attributes(spans: InMemorySpanExporter) -> dict[str, Any]:
-    """Attributes of the one span, a `(type, value)` each, so that 1, 1.0 and True differ."""
+    """Attributes of the only span as `(type, value)`, so that 1, 1.0 and True differ."""
     return typed(only(spans).attributes or {})
 
 
@@ -68,7 +68,7 @@ def test_bool_and_int_become_floats(value: Any, number: float) -> None:
     assert typed(reward_attributes(value)) == {"agl.reward.value": (float, number)}
 
 
-def test_dimensions_without_weights_count_alike(spans: InMemorySpanExporter) -> None:
+def test_dimensions_without_weights_have_their_mean(spans: InMemorySpanExporter) -> None:
     agl.emit_reward({"syntax": 1, "goal": 0.5})
     assert attributes(spans) == {
         "agl.reward.value": (float, 0.75),
@@ -158,7 +158,7 @@ def test_weights_come_with_init_and_stay_when_it_is_called_again(spans: InMemory
     assert attributes(spans)["agl.reward.value"] == (float, 1.0)
 
 
-def test_a_weight_that_is_no_number_is_refused() -> None:
+def test_a_weight_that_is_not_a_number_is_refused() -> None:
     with pytest.raises(TelemetryError, match="weight of 'goal' is str, expected a number"):
         agl.init(reward_weights={"goal": "much"})  # type: ignore[dict-item]  # the point of the test
 
@@ -189,7 +189,7 @@ def greet_all(names: list[str]) -> Iterator[str]:
     yield from names
 
 
-def test_all_that_emitters_say_is_redacted(spans: InMemorySpanExporter, redacting: None) -> None:
+def test_every_emitted_text_is_redacted(spans: InMemorySpanExporter, redacting: None) -> None:
     agl.emit_message("Ada")
     agl.emit_observation("Ada is here")
     agl.emit_observation({"Ada": ["Ada", 17]})
@@ -210,10 +210,10 @@ def test_all_that_emitters_say_is_redacted(spans: InMemorySpanExporter, redactin
     said += [span.status.description for span in found]
     assert len([text for text in said if "***" in str(text)]) == 21
     named = {text for text in said if "Ada" in str(text)}
-    assert named == {'{"Ada":["***",17]}', '{"Ada":"Hello ***"}'}  # keys of objects name something
+    assert named == {'{"Ada":["***",17]}', '{"Ada":"Hello ***"}'}  # keys of objects are not redacted
 
 
-def test_what_names_something_is_not_redacted(spans: InMemorySpanExporter, redacting: None) -> None:
+def test_names_and_ids_are_not_redacted(spans: InMemorySpanExporter, redacting: None) -> None:
     with agl.rollout("Ada"), agl.role("Ada"):
         agl.emit_reward({"Ada": 1.0}, target="Ada")
         agl.emit_object(b"Ada", attributes={"gen_ai.response.id": "Ada"})
@@ -235,7 +235,7 @@ def only_named(spans: InMemorySpanExporter, name: str) -> dict[str, Any]:
     return dict(span.attributes or {})
 
 
-def test_a_redaction_that_is_no_function_is_refused() -> None:
+def test_a_redact_that_is_not_callable_is_refused() -> None:
     with pytest.raises(ConfigError, match="redact is 'yes', expected a function from str to str"):
         agl.init(redact="yes")  # type: ignore[arg-type]  # the point of the test
 
@@ -272,7 +272,7 @@ def test_object_as_bytes(spans: InMemorySpanExporter) -> None:
     assert attributes(spans) == {"agl.object.type": (str, "bytes"), "agl.object.bytes": (bytes, b"\xff\x00")}
 
 
-def test_object_with_text_that_utf8_cannot_carry_is_escaped() -> None:
+def test_object_with_text_that_utf8_cannot_encode_is_escaped() -> None:
     assert object_attributes("half \ud83d")["agl.object.json"] == r'"half \ud83d"'
 
 
@@ -308,7 +308,7 @@ def test_annotation(spans: InMemorySpanExporter) -> None:
         ({3: 1}, "attribute name a.x.3 is not a non-empty string"),
     ],
 )
-def test_values_that_a_span_cannot_carry_are_refused(value: Any, message: str) -> None:
+def test_values_that_a_span_cannot_hold_are_refused(value: Any, message: str) -> None:
     with pytest.raises(TelemetryError, match=message):
         flat_attributes({"a": {"x": value}})
 
@@ -357,7 +357,7 @@ def test_every_emitter_in_and_out_of_a_rollout(spans: InMemorySpanExporter, name
 
 @pytest.mark.parametrize("name", EMITTERS)
 @pytest.mark.parametrize("bad", [{"x": object()}, {"": 1}, "x"])
-def test_every_emitter_logs_bad_attributes_and_goes_on(
+def test_every_emitter_logs_bad_attributes_and_returns_none(
     spans: InMemorySpanExporter, caplog: pytest.LogCaptureFixture, name: str, bad: Any
 ) -> None:
     assert EMITTERS[name](attributes=bad) is None
@@ -397,7 +397,7 @@ def test_a_strict_operation_refuses_its_attributes_before_it_runs(
     assert len(spans.get_finished_spans()) == 1
 
 
-def test_a_value_that_fails_in_an_unforeseen_way_is_logged_with_its_traceback(
+def test_an_unexpected_failure_is_logged_with_its_traceback(
     spans: InMemorySpanExporter, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert agl.emit_reward(np.ones(2)) is None  # type: ignore[arg-type]  # the point of the test
@@ -481,7 +481,7 @@ async def test_operation_on_a_coroutine_function(spans: InMemorySpanExporter) ->
 
 
 @pytest.mark.parametrize("kind", ["call", "coroutine", "generator", "async generator", "block"])
-async def test_an_exception_marks_the_operation_and_goes_on_unchanged(spans: InMemorySpanExporter, kind: str) -> None:
+async def test_an_exception_marks_the_operation_and_propagates(spans: InMemorySpanExporter, kind: str) -> None:
     error = LookupError("gone")
 
     @agl.operation
@@ -520,7 +520,7 @@ async def test_an_exception_marks_the_operation_and_goes_on_unchanged(spans: InM
     assert attributes(spans)["error.type"] == (str, "LookupError")
 
 
-def test_values_that_json_does_not_know_are_kept_as_their_repr(spans: InMemorySpanExporter) -> None:
+def test_values_that_json_has_no_form_for_are_recorded_as_their_repr(spans: InMemorySpanExporter) -> None:
     loop: list[Any] = []
     loop.append(loop)
 
@@ -562,7 +562,7 @@ def test_a_wrong_call_raises_what_the_function_raises(spans: InMemorySpanExporte
 # --- Operations that are generators --------------------------------------------------------------------------------
 
 
-def test_generator_is_current_inside_and_not_for_its_reader(spans: InMemorySpanExporter) -> None:
+def test_generator_span_is_current_in_the_body_and_not_in_the_caller(spans: InMemorySpanExporter) -> None:
     @agl.operation
     def count(n: int) -> Iterator[int]:
         for number in range(n):
@@ -596,7 +596,7 @@ def test_generator_is_current_inside_and_not_for_its_reader(spans: InMemorySpanE
     ]
 
 
-def test_generator_passes_on_what_is_sent_thrown_and_returned(spans: InMemorySpanExporter) -> None:
+def test_values_sent_thrown_and_returned_pass_through_a_generator(spans: InMemorySpanExporter) -> None:
     @agl.operation
     def echo() -> Any:
         heard = []
@@ -617,7 +617,7 @@ def test_generator_passes_on_what_is_sent_thrown_and_returned(spans: InMemorySpa
     assert only(spans).status.is_unset
 
 
-def test_generator_left_early_is_closed_in_its_span_and_ended_without_error(spans: InMemorySpanExporter) -> None:
+def test_generator_closed_early_ends_in_its_span_without_an_error(spans: InMemorySpanExporter) -> None:
     @agl.operation
     def forever() -> Iterator[int]:
         try:
@@ -646,7 +646,7 @@ def test_a_long_generator_keeps_its_first_items(spans: InMemorySpanExporter) -> 
     assert inputs_and_output(spans)[1] == list(range(MAX_ITEMS))
 
 
-async def test_async_generators_side_by_side(spans: InMemorySpanExporter) -> None:
+async def test_concurrent_async_generators(spans: InMemorySpanExporter) -> None:
     @agl.operation
     async def count(name: str) -> AsyncIterator[int]:
         for number in range(3):
@@ -671,9 +671,7 @@ async def test_async_generators_side_by_side(spans: InMemorySpanExporter) -> Non
         assert (outer[span.parent.span_id].attributes or {})["agl.operation.input"] == json.dumps({"name": name})
 
 
-async def test_async_generator_left_early_is_closed_and_ended(
-    spans: InMemorySpanExporter, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_async_generator_closed_early_ends(spans: InMemorySpanExporter, caplog: pytest.LogCaptureFixture) -> None:
     closed = []
 
     @agl.operation

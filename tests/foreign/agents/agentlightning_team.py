@@ -1,6 +1,6 @@
-"""The team on the bare OpenAI client, traced by agentlightning 0.3, to which our collector is a store of its own.
+"""The team on the plain OpenAI client, traced by agentlightning 0.3, which uses our collector as its store.
 
-Two rewards: 0.5 for the run, and, linked by the answer's id as its users do, 0.25 for the plan.
+Two rewards: 0.5 for the run, and 0.25 for the plan, linked by response id as its users do.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-# The root of the package would load its servers and trainers, and what those need.
+# The root of the package would import its servers and trainers and their dependencies.
 package = ModuleType("agentlightning")
 package.__path__ = list(find_spec("agentlightning").submodule_search_locations)
 sys.modules["agentlightning"] = package

@@ -1,6 +1,6 @@
-"""What the agents share: spans leave by OpenTelemetry's own exporter, and the span around the run has the reward.
+"""Shared by the agents: OpenTelemetry's own exporter, and a span around the run that has the reward.
 
-`$ROLLOUT` runs them in `agl.rollout`; without it they know nothing of us. `$STREAMING` lets them stream.
+With `$ROLLOUT` they run in `agl.rollout`; without it they import nothing of ours. With `$STREAMING` they stream.
 """
 
 import os
@@ -31,7 +31,7 @@ def exporting() -> Iterator[None]:
 
 @contextmanager
 def rewarded() -> Iterator[None]:
-    """The run, of which a span says what it was worth."""
+    """Run the block in a span that has its reward."""
     with _rollout(), trace.get_tracer("agent").start_as_current_span("run") as span:
         yield
         span.set_attribute("agl.reward.value", 0.5)

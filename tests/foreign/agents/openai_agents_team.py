@@ -1,7 +1,7 @@
 """The team on the OpenAI Agents SDK, instrumented by the package that the first argument names.
 
-None of them tells the answer's id for chat completions, so OpenTelemetry's instrumentation of the HTTP client is on as
-well: it sends `traceparent`.
+None of them records the response id of chat completions. So OpenTelemetry's instrumentation of the HTTP client is
+enabled as well, which sends `traceparent`.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ async def run() -> None:
 
 
 set_default_openai_api("chat_completions")
-set_trace_processors([])  # the SDK's own wants to send to OpenAI
+set_trace_processors([])  # the SDK's own exporter sends to OpenAI
 planner = Agent(name="planner", instructions="You plan.", model="team@3")
 executor = Agent(name="executor", instructions="You do.", model="team@3", tools=[count_stock])
 

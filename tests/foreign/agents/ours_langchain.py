@@ -1,4 +1,4 @@
-"""The team on LangGraph with our own plugin: what the others are measured by."""
+"""The team on LangGraph with our own plug-in, the reference for the others."""
 
 import os
 
