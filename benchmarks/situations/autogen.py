@@ -1,4 +1,4 @@
-"""What can happen to an AutoGen team, and what its spans should say then."""
+"""Situations of AutoGen teams, each with the spans that it must have."""
 
 import asyncio
 import gc
@@ -68,18 +68,18 @@ async def broken_stock(item: str) -> str:
 
 def chat(desk: Desk, **options: Any) -> OpenAIChatCompletionClient:
     defaults = {"model": "tiny", "base_url": desk.server.base_url, "api_key": "none", "max_retries": 0}
-    client = {"http_client": DefaultAsyncHttpxClient(verify=False)}  # without TLS it loads no certificates
+    client = {"http_client": DefaultAsyncHttpxClient(verify=False)}  # without TLS, because loading certificates is slow
     return OpenAIChatCompletionClient(model_info=_INFO, **{**defaults, **client, **options})
 
 
 def ready(desk: Desk, team: Any) -> Any:
-    """`team`, with nothing recorded yet: AutoGen makes a span of its own for each agent that is made."""
+    """`team`, after clearing the recording: AutoGen records a span for each agent that is created."""
     desk.recording.clear()
     return team
 
 
 def pair(desk: Desk, *, streaming: bool = False, tool: Any = stock, **options: Any) -> RoundRobinGroupChat:
-    """Planner, and executor with a tool: three model calls, one tool call."""
+    """A team of a planner and an executor with a tool: three model calls, one tool call."""
     model = chat(desk, **options)
     planner = AssistantAgent("planner", model, model_client_stream=streaming)
     tools: Any = [FunctionTool(tool, description="Number of items in stock.", name="stock")]
@@ -155,7 +155,7 @@ def society_of_mind(desk: Desk) -> Any:
 
 
 def magentic_one(desk: Desk) -> Any:
-    """Its orchestrator asks for facts, a plan and the ledger, and then for the answer: the ledger says it is done."""
+    """Makes four model calls: facts, plan, ledger and answer. The ledger marks the request as satisfied."""
     desk.server.words = (json.dumps({name: {"reason": "so", "answer": answer} for name, answer in _LEDGER.items()}),)
     return MagenticOneGroupChat([AssistantAgent("executor", chat(desk))], chat(desk))
 
@@ -171,7 +171,7 @@ _SAYS_END = TextMentionTermination("TERMINATE")
 _WORDS = ("Seven", " mugs", " TERMINATE")
 
 
-@SITUATIONS.row("without a span around it a team's run is one trace: one root, every model and tool call in it", WAYS)
+@SITUATIONS.row("a team's run without an outer span is one trace: one root, every model and tool call in it", WAYS)
 async def one_trace(desk: Desk, way: Any) -> None:
     await way(desk)
     recording = await desk.settled()
@@ -182,7 +182,7 @@ async def one_trace(desk: Desk, way: Any) -> None:
 OTHER_TEAMS = [swarm, selector, graph_flow, nested, society_of_mind, magentic_one]
 
 
-@SITUATIONS.row("so are the runs of other teams", OTHER_TEAMS)
+@SITUATIONS.row("runs of other kinds of teams are one trace each", OTHER_TEAMS)
 async def other_teams(desk: Desk, make: Any) -> None:
     try:
         team = ready(desk, make(desk))
@@ -193,7 +193,7 @@ async def other_teams(desk: Desk, make: Any) -> None:
     expect_one_trace(desk, calls=4 if make is magentic_one else 2)
 
 
-@SITUATIONS.row("so is a run with the spans of AutoGen's message bus", WAYS)
+@SITUATIONS.row("a run with the spans of AutoGen's message bus is one trace", WAYS)
 async def with_the_bus(desk: Desk, way: Any) -> None:
     quiet = os.environ.pop(_BUS)
     try:
@@ -204,7 +204,7 @@ async def with_the_bus(desk: Desk, way: Any) -> None:
     expect_one_trace(desk, calls=3)
 
 
-@SITUATIONS.row("so is a run in a runtime that the user started before")
+@SITUATIONS.row("a run in a runtime that the user started before is in the caller's trace")
 async def own_runtime(desk: Desk) -> None:
     runtime = SingleThreadedAgentRuntime()
     runtime.start()
@@ -218,7 +218,7 @@ async def own_runtime(desk: Desk) -> None:
     expect(traces == {around.get_span_context().trace_id}, f"{len(traces)} traces, or one that is not the caller's")
 
 
-@SITUATIONS.row("a team whose state was saved and loaded in between has one trace for each run")
+@SITUATIONS.row("a team whose state is saved and loaded between two runs has one trace for each run")
 async def saved_and_loaded(desk: Desk) -> None:
     before, after = pair(desk), pair(desk)
     desk.server.seen.clear()
@@ -232,7 +232,7 @@ async def saved_and_loaded(desk: Desk) -> None:
     expect(len(recording.roots) == 2, f"{len(recording.roots)} spans have no parent, expected 2")
 
 
-@SITUATIONS.row("a model call hangs under the turn of the agent that made it", WAYS)
+@SITUATIONS.row("a model call is below the turn of the agent that made it", WAYS)
 async def under_its_turn(desk: Desk, way: Any) -> None:
     await way(desk)
     recording = await desk.settled()
@@ -246,7 +246,7 @@ def _is_turn_of(span: ReadableSpan, agent: str) -> bool:
     return agent in span.name or says(span, agent)
 
 
-@SITUATIONS.row("a call of a tool of an MCP server hangs under the turn that makes it")
+@SITUATIONS.row("a tool call of an MCP server is below the turn that makes it")
 async def mcp_tool(desk: Desk) -> None:
     async with McpWorkbench(SERVER) as warehouse:
         executor = ready(desk, AssistantAgent("executor", chat(desk), workbench=warehouse))
@@ -258,7 +258,7 @@ async def mcp_tool(desk: Desk) -> None:
 
 
 class EchoClient(ReplayChatCompletionClient):
-    """A model client of the user's own."""
+    """A model client class of the user's."""
 
     async def create(self, messages: Sequence[Any], **options: Any) -> CreateResult:
         return await super().create(messages, **options)
@@ -268,7 +268,7 @@ class EchoClient(ReplayChatCompletionClient):
             yield item
 
 
-@SITUATIONS.row("a call of a client that is not OpenAI's is recorded once", CALLS)
+@SITUATIONS.row("a call of a client other than OpenAI's is recorded once", CALLS)
 async def other_clients(desk: Desk, ask: Any) -> None:
     for client_class in (ReplayChatCompletionClient, EchoClient):
         desk.recording.clear()
@@ -277,7 +277,7 @@ async def other_clients(desk: Desk, ask: Any) -> None:
         expect(len(calls) == 1, f"{len(calls)} model calls recorded of {client_class.__name__}, 1 made")
 
 
-@SITUATIONS.row("20 teams at once keep their spans apart", WAYS)
+@SITUATIONS.row("20 concurrent teams have separate traces", WAYS)
 async def twenty_at_once(desk: Desk, way: Any) -> None:
     async def under_a_span(number: int) -> int:
         with TRACER.start_as_current_span(f"team {number}") as span:
@@ -294,10 +294,10 @@ async def twenty_at_once(desk: Desk, way: Any) -> None:
         expect(all(says(call, f"question {number}.") for call in calls), "a trace has a call of another team")
 
 
-# ------------------------------------------------------------------ what is current where
+# ------------------------------------------------------------------ the current span
 
 
-@SITUATIONS.row("a span that user code opens in a tool hangs under the tool", WAYS)
+@SITUATIONS.row("a span that user code opens in a tool is a child of the tool", WAYS)
 async def span_in_a_tool(desk: Desk, way: Any) -> None:
     await way(desk)
     recording = await desk.settled()
@@ -312,7 +312,7 @@ class _Transport(httpx2.AsyncHTTPTransport):
             return await super().handle_async_request(request)
 
 
-@SITUATIONS.row("a span of the HTTP client hangs under its model call", WAYS)
+@SITUATIONS.row("a span of the HTTP client is a child of its model call", WAYS)
 async def span_of_the_client(desk: Desk, way: Any) -> None:
     await way(desk, http_client=DefaultAsyncHttpxClient(transport=_Transport(verify=False)))
     recording = await desk.settled()
@@ -332,7 +332,7 @@ async def traceparent(desk: Desk, way: Any) -> None:
     expect([header[3:52] for header in sent] == calls, "it names a span that is not the call's")
 
 
-@SITUATIONS.row("after a run its caller has the current span it had before", WAYS)
+@SITUATIONS.row("after a run the caller's current span is the same as before", WAYS)
 async def nothing_left_current(desk: Desk, way: Any) -> None:
     await way(desk)
     expect(current_name() is None, f"{current_name()} stays current")
@@ -358,15 +358,13 @@ def team(desk: Desk) -> Any:
 STREAMS = [model, agent, team]
 
 
-@SITUATIONS.row("who reads a stream is not inside it", STREAMS)
+@SITUATIONS.row("no span of a stream is current in the code that reads it", STREAMS)
 async def reading_a_stream(desk: Desk, open_stream: Any) -> None:
     async for _ in open_stream(desk):
         expect(current_name() is None, f"between two items {current_name()} is current")
 
 
-@SITUATIONS.row(
-    "a stream that is broken off ends its spans, and leaves nothing current and nothing in the log", STREAMS
-)
+@SITUATIONS.row("an abandoned stream ends its spans, leaves none current and logs nothing", STREAMS)
 async def broken_off(desk: Desk, open_stream: Any) -> None:
     async def read() -> None:
         async for item in open_stream(desk):
@@ -375,7 +373,7 @@ async def broken_off(desk: Desk, open_stream: Any) -> None:
 
     await read()
     gc.collect()
-    await asyncio.sleep(0.1)  # the event loop closes the generator, and AutoGen plays a team's run to its end
+    await asyncio.sleep(0.1)  # the event loop closes the generator, and AutoGen completes a team's run
     recording = await desk.settled()
     expect(current_name() is None, f"{current_name()} stays current")
     expect(recording.open == 0, f"{recording.open} of {recording.started} spans never end")
@@ -427,7 +425,7 @@ async def _cancelled(desk: Desk, way: Any) -> None:
         await way(desk, task="SLOW", cancellation_token=token)
 
 
-@SITUATIONS.row("afterwards no span is held: 20 teams at once, failures, cancelled runs")
+@SITUATIONS.row("no span stays in memory after 20 concurrent teams, failures and cancelled runs")
 async def nothing_held(desk: Desk) -> None:
     async def several() -> None:
         await asyncio.gather(*(run(desk) for _ in range(20)))
@@ -436,31 +434,31 @@ async def nothing_held(desk: Desk) -> None:
                 await way(desk, task="FAIL")
             await _cancelled(desk, way)
 
-    await asyncio.to_thread(Context().run, asyncio.run, several())  # whose loop holds nothing, once it is closed
+    await asyncio.to_thread(Context().run, asyncio.run, several())  # a closed event loop refers to no span
     await desk.settled()
     held = desk.recording.held()
-    expect(held == 0, f"{held} spans are held")
+    expect(held == 0, f"{held} spans are still in memory")
 
 
-# ------------------------------------------------------------------ what a call says
+# ------------------------------------------------------------------ attributes of a call
 
 
-@SITUATIONS.row("a model call says what was asked and answered, and names the model", CALLS)
+@SITUATIONS.row("a model call has its messages, its response and the model's name", CALLS)
 async def content(desk: Desk, ask: Any) -> None:
     await ask(chat(desk))
     expect_one_trace(await _settled(desk), calls=1)
     for text in (ASK, "Seven mugs", "tiny"):
-        expect(says(desk.recording.calls[0], text), f"it does not say {text!r}")
+        expect(says(desk.recording.calls[0], text), f"{text!r} is missing")
 
 
-@SITUATIONS.row("a model call says its usage and finish reason", CALLS)
+@SITUATIONS.row("a model call has its usage and finish reason", CALLS)
 async def usage(desk: Desk, ask: Any) -> None:
     await ask(chat(desk), **({"include_usage": True} if ask is create_stream else {}))
     (call,) = (await desk.settled()).calls
     attributes: Mapping[str, Any] = call.attributes or {}
-    told = " ".join(f"{value}" for name, value in attributes.items() if "usage" in name or "token" in name)
-    expect("11" in told and "3" in told, "it does not say its usage")
-    expect(says(call, "stop"), "it does not say its finish reason")
+    counts = " ".join(f"{value}" for name, value in attributes.items() if "usage" in name or "token" in name)
+    expect("11" in counts and "3" in counts, "its usage is missing")
+    expect(says(call, "stop"), "its finish reason is missing")
 
 
 @SITUATIONS.row("a model call names the agent that made it", WAYS)
@@ -475,7 +473,7 @@ async def role(desk: Desk, way: Any) -> None:
 
 
 def _named_elsewhere(call: ReadableSpan, agent: str) -> bool:
-    """Whether an attribute is the agent's name: messages may name it as a source."""
+    """Whether an attribute equals the agent's name. Messages do not count, because they name their source."""
     return any(value == agent for value in (call.attributes or {}).values())
 
 
@@ -484,10 +482,10 @@ async def response_id(desk: Desk, ask: Any) -> None:
     desk.server.seen.clear()
     await ask(chat(desk))
     (call,) = (await desk.settled()).calls
-    expect(says(call, desk.server.seen[0].response_id), "it has not")
+    expect(says(call, desk.server.seen[0].response_id), "missing")
 
 
-@SITUATIONS.row("through our gateway a model call gets its token ids", CALLS)
+@SITUATIONS.row("with our gateway a model call gets its token ids", CALLS)
 async def ids_through_the_gateway(desk: Desk, ask: Any) -> None:
     store = open_store("memory://")
     with ServerThread(store, port=0, otlp_http_port=0, upstream=FakeEngine().app) as server:
@@ -500,29 +498,29 @@ async def ids_through_the_gateway(desk: Desk, ask: Any) -> None:
         trajectory = build_trajectory(store.query_spans("r1"))
     expected = [token_id(0, position) for position in range(3)]
     joined = [call for call in trajectory.calls if call.chat_span_id and call.response_ids == expected]
-    expect(len(trajectory.calls) == 1 and len(joined) == 1, "it is not joined with what the gateway saw")
+    expect(len(trajectory.calls) == 1 and len(joined) == 1, "it is not joined with the gateway's span")
     store.close()
 
 
-@SITUATIONS.row("without a gateway a model call has its token ids, where the engine returns them", CALLS)
+@SITUATIONS.row("without a gateway a model call has its token ids, if the engine returns them", CALLS)
 async def ids_without_a_gateway(desk: Desk, ask: Any) -> None:
     asked = {"logprobs": True, "extra_body": {"return_token_ids": True}}
     await ask(chat(desk), extra_create_args=asked)
     (call,) = (await desk.settled()).calls
-    expect(has_ids(call, PROMPT_IDS) and has_ids(call, TOKEN_IDS), "it has not")
+    expect(has_ids(call, PROMPT_IDS) and has_ids(call, TOKEN_IDS), "missing")
 
 
 # ------------------------------------------------------------------ off
 
 
-@SITUATIONS.row("in suppress_instrumentation() nothing is recorded beside AutoGen's own spans", WAYS)
+@SITUATIONS.row("in suppress_instrumentation() only AutoGen's own spans are recorded", WAYS)
 async def suppressed(desk: Desk, way: Any) -> None:
     with suppress_instrumentation():
         await way(desk)
     expect_only_autogens_own(await _settled(desk))
 
 
-@SITUATIONS.row("switched off it leaves nothing behind", WAYS)
+@SITUATIONS.row("after it is disabled it records nothing and adds no headers", WAYS)
 async def switched_off(desk: Desk, way: Any) -> None:
     desk.switched.off()
     desk.server.seen.clear()

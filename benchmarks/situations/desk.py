@@ -1,4 +1,4 @@
-"""Where situations are tried: a model server, what records the spans, and how a situation says what is wrong."""
+"""A test bench for situations: a model server, the recorded spans, and the result of each situation."""
 
 import asyncio
 import gc
@@ -22,7 +22,7 @@ _LIMIT_S = 30.0
 
 
 class WrongError(Exception):
-    """What is not as it should be, in words for the page."""
+    """A span that is wrong or missing, described for the page."""
 
 
 def expect(right: bool, wrong: str) -> None:
@@ -32,7 +32,7 @@ def expect(right: bool, wrong: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Desk:
-    """`switched` is the instrumentation; `log` is what was logged as a warning or worse."""
+    """The test bench. `switched` is the instrumentation; `log` has the messages logged as warnings or errors."""
 
     switched: Switched
     recording: Recording
@@ -40,7 +40,7 @@ class Desk:
     log: list[str] = field(default_factory=list)
 
     async def settled(self) -> Recording:
-        """The recording, as soon as every span has ended; in any case after a while."""
+        """The recording, once every span has ended or after _SETTLE_S seconds."""
         for _ in range(int(_SETTLE_S / 0.02)):
             if not self.recording.open:
                 break
@@ -54,14 +54,14 @@ Way = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """One row. `check` raises where something is wrong; it is tried in each of `ways`, where it has some."""
+    """One row of the page. `check` raises WrongError; it runs once for each of `ways`, or once if there are none."""
 
     title: str
     check: Check
     ways: Sequence[Way]
 
     def verdict(self, desk: Desk) -> str | None:
-        """None, or what is wrong and in which ways."""
+        """None if nothing is wrong, else the faults with the ways in which they occur."""
         if not self.ways:
             return self._wrong(desk)
         wrongs: dict[str, list[str]] = {}
@@ -73,15 +73,15 @@ class Situation:
         return "; ".join(f"{', '.join(ways)}: {wrong}" for wrong, ways in wrongs.items()) or None
 
     def _wrong(self, desk: Desk, *way: Way) -> str | None:
-        """Every attempt starts with nothing recorded, in a context without spans."""
-        gc.collect()  # else what the attempt before left to be finalised would be logged in this one
+        """Run the check with an empty recording, in a context without spans."""
+        gc.collect()  # so that finalizers of the previous attempt do not log in this one
         desk.recording.clear()
         desk.log.clear()
         try:
             Context().run(asyncio.run, asyncio.wait_for(self.check(desk, *way), _LIMIT_S))
         except WrongError as error:
             return str(error)
-        except Exception as error:  # noqa: BLE001 - whatever an instrumentation does to an agent is a finding
+        except Exception as error:  # noqa: BLE001 - any failure that an instrumentation causes is a finding
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return None
 
@@ -103,13 +103,13 @@ class _Listener(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not record.name.startswith("aiohttp"):  # the server, whose clients may hang up
+        if not record.name.startswith("aiohttp"):  # the server, whose clients may disconnect
             self._log.append(record.getMessage())
 
 
 @contextmanager
 def open_desk(switched: Switched, recording: Recording) -> Iterator[Desk]:
-    """With the server in a thread of its own: an agent that is not async would stand in its way."""
+    """A desk whose server runs in a separate thread, because a synchronous agent blocks the event loop."""
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(running_server()) as server:
         desk = Desk(switched, recording, server)
         listener = _Listener(desk.log)

@@ -1,4 +1,4 @@
-"""What can happen to a LangChain or LangGraph agent, and what its spans should say then."""
+"""Situations of LangChain and LangGraph agents, each with the spans that it must have."""
 
 import asyncio
 import gc
@@ -57,7 +57,7 @@ ONCE: list[Mode] = [invoke, ainvoke]
 
 
 def chat(desk: Desk, **options: Any) -> ChatOpenAI:
-    """A model of the server."""
+    """A model that calls the desk's server."""
     defaults = {"model": "tiny", "base_url": desk.server.base_url, "api_key": "none", "max_retries": 0}
     return ChatOpenAI(**{**defaults, "stream_usage": True, **_clients(), **options})
 
@@ -107,7 +107,7 @@ async def one_trace(desk: Desk, way: Mode) -> None:
     expect(len(recording.tools) == 1, f"{len(recording.tools)} tool calls recorded, 1 made")
 
 
-@SITUATIONS.row("a model call hangs under the node that made it", ALL)
+@SITUATIONS.row("a model call is below the node that made it", ALL)
 async def under_its_node(desk: Desk, way: Mode) -> None:
     await way(agent_for(way, chat(desk)), QUESTION, config(desk))
     recording = await desk.settled()
@@ -139,7 +139,7 @@ async def retriever_and_completion(desk: Desk, way: Mode) -> None:
     expect(len(recording.retrievals) == 1, "the retriever is not recorded as one")
 
 
-@SITUATIONS.row("branches of a RunnableParallel hang under it", ALL)
+@SITUATIONS.row("branches of a RunnableParallel are below it", ALL)
 async def parallel_branches(desk: Desk, way: Mode) -> None:
     model = chat(desk)
     await way(RunnableParallel(left=model, right=model), ASK, config(desk))
@@ -152,7 +152,7 @@ class Items(TypedDict):
     found: Annotated[list[str], operator.add]
 
 
-@SITUATIONS.row("a subgraph hangs under the node that holds it", ALL)
+@SITUATIONS.row("a subgraph is below the node that contains it", ALL)
 async def a_subgraph(desk: Desk, way: Mode) -> None:
     inner = agent_for(way, chat(desk))
     outer = StateGraph(MessagesState)
@@ -166,7 +166,7 @@ async def a_subgraph(desk: Desk, way: Mode) -> None:
     expect(nodes[:1] == ["planner"] and nodes[-1:] == ["outer"], f"above the inner call are {', '.join(names)}")
 
 
-@SITUATIONS.row("calls of a Send fan-out hang each under a node of its own", WHOLE_AND_STREAMED)
+@SITUATIONS.row("each call of a Send fan-out is below its own node", WHOLE_AND_STREAMED)
 async def send_fan_out(desk: Desk, way: Mode) -> None:
     model = chat(desk)
 
@@ -184,7 +184,7 @@ async def send_fan_out(desk: Desk, way: Mode) -> None:
     expect(len(parents) == 3, f"the 3 calls have {len(parents)} different parents")
 
 
-@SITUATIONS.row("tool calls in parallel are spans of their own, under the node that makes them", ONCE)
+@SITUATIONS.row("parallel tool calls have separate spans below the node that makes them", ONCE)
 async def parallel_tools(desk: Desk, way: Mode) -> None:
     graph = StateGraph(MessagesState)
     graph.add_node("tools", ToolNode([STOCK]))
@@ -197,7 +197,7 @@ async def parallel_tools(desk: Desk, way: Mode) -> None:
         expect(any("tools" in span.name for span in recording.above(tool)), "one is not under the node")
 
 
-@SITUATIONS.row("calls from worker threads hang under the run whose config they were given")
+@SITUATIONS.row("calls from worker threads are below the run whose config they receive")
 async def worker_threads(desk: Desk) -> None:
     model = chat(desk)
 
@@ -210,7 +210,7 @@ async def worker_threads(desk: Desk) -> None:
     expect_one_trace(desk, calls=2)
 
 
-@SITUATIONS.row("50 agents at once keep their spans apart", [ainvoke, astream])
+@SITUATIONS.row("50 concurrent agents have separate traces", [ainvoke, astream])
 async def fifty_at_once(desk: Desk, way: Mode) -> None:
     agent = two_async_roles(chat(desk))
 
@@ -228,7 +228,7 @@ async def fifty_at_once(desk: Desk, way: Mode) -> None:
         expect(all(says(call, f"question {number}.") for call in calls), "a trace has a call of another agent")
 
 
-@SITUATIONS.row("an interrupt is no failure, and the graph goes on after it", ONCE)
+@SITUATIONS.row("an interrupt is not marked as failed, and the graph continues after it", ONCE)
 async def interrupted(desk: Desk, way: Mode) -> None:
     model = chat(desk)
 
@@ -279,16 +279,16 @@ async def fell_back(desk: Desk, way: Mode) -> None:
     expect(failed == [True, False], f"{failed.count(True)} of 2 calls are marked as failed, expected 1")
 
 
-# ------------------------------------------------------------------ what is current where
+# ------------------------------------------------------------------ the current span
 
 
-@SITUATIONS.row("a span that user code opens in a tool hangs under the tool", ALL)
+@SITUATIONS.row("a span that user code opens in a tool is a child of the tool", ALL)
 async def span_in_a_tool(desk: Desk, way: Mode) -> None:
     await way(agent_for(way, chat(desk)), QUESTION, config(desk))
     recording = await desk.settled()
     (look,) = recording.named("database")
     tools = {span.context.span_id for span in recording.tools}
-    parent = next((span.name for span in recording.above(look)), "none: it is a trace of its own")
+    parent = next((span.name for span in recording.above(look)), "none")
     expect(look.parent is not None and look.parent.span_id in tools, f"its parent is {parent}")
 
 
@@ -313,7 +313,7 @@ class _AsyncTransport(httpx2.AsyncHTTPTransport):
             return await super().handle_async_request(request)
 
 
-@SITUATIONS.row("a span of the HTTP client hangs under its model call", ALL)
+@SITUATIONS.row("a span of the HTTP client is a child of its model call", ALL)
 async def span_of_the_client(desk: Desk, way: Mode) -> None:
     clients = {
         "http_client": DefaultHttpxClient(transport=_Transport(verify=False)),
@@ -324,9 +324,7 @@ async def span_of_the_client(desk: Desk, way: Mode) -> None:
     posts, calls = recording.named("POST"), {call.context.span_id for call in recording.calls}
     parents = {post.parent.span_id for post in posts if post.parent}
     above = {span.name for post in posts for span in recording.above(post)[:1]}
-    expect(
-        parents == calls, f"the requests' parent is {', '.join(sorted(above)) or 'none: they are traces of their own'}"
-    )
+    expect(parents == calls, f"the requests' parent is {', '.join(sorted(above)) or 'none'}")
 
 
 @SITUATIONS.row("a request carries the traceparent of its model call, without an HTTP instrumentation", ALL)
@@ -340,7 +338,7 @@ async def traceparent(desk: Desk, way: Mode) -> None:
     expect([header[3:52] for header in sent] == calls, "it names a span that is not the call's")
 
 
-@SITUATIONS.row("after a run its caller has the current span it had before", ALL)
+@SITUATIONS.row("after a run the caller's current span is the same as before", ALL)
 async def nothing_left_current(desk: Desk, way: Mode) -> None:
     model = chat(desk)
     runs = {"a model": (model, ASK), "a chain": (chain_of(model), {"question": ASK})}
@@ -353,7 +351,7 @@ async def nothing_left_current(desk: Desk, way: Mode) -> None:
         expect(same, f"within a span of the caller's, {current_name()} is current after it")
 
 
-@SITUATIONS.row("runs one after the other in one task are traces of their own", ALL)
+@SITUATIONS.row("successive runs in one task are separate traces", ALL)
 async def one_after_the_other(desk: Desk, way: Mode) -> None:
     model = chat(desk)
     for _ in range(2):
@@ -361,10 +359,10 @@ async def one_after_the_other(desk: Desk, way: Mode) -> None:
         await way(chain_of(model), {"question": ASK}, config(desk))
         await way(agent_for(way, model), QUESTION, config(desk))
     recording = await desk.settled()
-    expect(len(recording.traces) == 6, f"6 runs came out as {len(recording.traces)} traces")
+    expect(len(recording.traces) == 6, f"6 runs are {len(recording.traces)} traces")
 
 
-@SITUATIONS.row("who reads a stream is not inside it", [stream, astream])
+@SITUATIONS.row("no span of a stream is current in the code that reads it", [stream, astream])
 async def reading_a_stream(desk: Desk, way: Mode) -> None:
     for runnable, value in ((chat(desk), ASK), (agent_for(way, chat(desk)), QUESTION)):
         if way is stream:
@@ -387,7 +385,7 @@ async def nothing_logged(desk: Desk, way: Mode) -> None:
 # ------------------------------------------------------------------ how runs end
 
 
-@SITUATIONS.row("a tool that raises is marked as failed, and so is what fails with it", ALL)
+@SITUATIONS.row("a tool that raises is marked as failed, and so are the runs that fail with it", ALL)
 async def tool_raises(desk: Desk, way: Mode) -> None:
     async def ause(_: Any) -> Any:
         return await STOCK.ainvoke({"item": "car"})
@@ -401,7 +399,7 @@ async def tool_raises(desk: Desk, way: Mode) -> None:
     expect(all(is_error(span) for span in recording.named("shop")), "the chain is not marked")
 
 
-@SITUATIONS.row("a tool that answers with its error is marked as failed", ALL)
+@SITUATIONS.row("a tool that returns its error is marked as failed", ALL)
 async def tool_answers_with_its_error(desk: Desk, way: Mode) -> None:
     def refuse(item: str) -> str:
         """Refuse."""
@@ -466,7 +464,7 @@ async def agent_astream(desk: Desk) -> None:
 
 
 @SITUATIONS.row(
-    "a stream that is broken off ends its spans, and leaves nothing current",
+    "an abandoned stream ends its spans, and leaves none current",
     [model_stream, model_astream, agent_stream, agent_astream],
 )
 async def broken_off(desk: Desk, read: Any) -> None:
@@ -478,7 +476,7 @@ async def broken_off(desk: Desk, read: Any) -> None:
     expect(len(recording.calls) >= 1, "the model call is not recorded")
 
 
-@SITUATIONS.row("afterwards no span is held: 20 agents at once, failures, cancelled and broken-off runs")
+@SITUATIONS.row("no span stays in memory after 20 concurrent agents, failures, cancelled and abandoned runs")
 async def nothing_held(desk: Desk) -> None:
     async def several() -> None:
         agent = two_async_roles(chat(desk))
@@ -491,43 +489,46 @@ async def nothing_held(desk: Desk) -> None:
             with suppress(TimeoutError, asyncio.CancelledError):
                 await run(desk)
 
-    await asyncio.to_thread(Context().run, asyncio.run, several())  # whose loop holds nothing, once it is closed
+    await asyncio.to_thread(Context().run, asyncio.run, several())  # a closed event loop refers to no span
     await desk.settled()
     held = desk.recording.held()
-    expect(held == 0, f"{held} of {desk.recording.started} spans are held")
+    expect(held == 0, f"{held} of {desk.recording.started} spans are still in memory")
 
 
-# ------------------------------------------------------------------ what a call says
+# ------------------------------------------------------------------ attributes of a call
 
 
-@SITUATIONS.row("a model call says what was asked and answered, and names the model", ALL)
+@SITUATIONS.row("a model call has its messages, its response and the model's name", ALL)
 async def content(desk: Desk, way: Mode) -> None:
     await way(chat(desk), ASK, config(desk))
     recording = await desk.settled()
     expect_one_trace(desk, calls=1)
     for text in (ASK, "Seven mugs", "tiny"):
-        expect(says(recording.calls[0], text), f"it does not say {text!r}")
+        expect(says(recording.calls[0], text), f"{text!r} is missing")
 
 
-@SITUATIONS.row("a model call says its usage and finish reason", ALL)
+@SITUATIONS.row("a model call has its usage and finish reason", ALL)
 async def usage(desk: Desk, way: Mode) -> None:
     await way(chat(desk), ASK, config(desk))
     (call,) = (await desk.settled()).calls
-    told = " ".join(f"{value}" for name, value in (call.attributes or {}).items() if "usage" in name or "token" in name)
-    expect("11" in told and "3" in told, "it does not say its usage")
-    expect(says(call, "stop"), "it does not say its finish reason")
+    counts = " ".join(
+        f"{value}" for name, value in (call.attributes or {}).items() if "usage" in name or "token" in name
+    )
+    expect("11" in counts and "3" in counts, "its usage is missing")
+    expect(says(call, "stop"), "its finish reason is missing")
 
 
-@SITUATIONS.row("so does a call of a model that is not OpenAI's: Anthropic's", ALL)
+@SITUATIONS.row("a call of Anthropic's model has all of these", ALL)
 async def other_model(desk: Desk, way: Mode) -> None:
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(running_anthropic()) as server:
         model = ChatAnthropic(model_name="claude-tiny", base_url=server.base_url, api_key="none", max_retries=0)  # type: ignore[call-arg]
         await way(model, ASK, config(desk))
     recording = await desk.settled()
-    calls = [call for call in recording.calls if not call.name.startswith("anthropic.")]  # those are Anthropic's own
+    # Anthropic's client makes spans itself
+    calls = [call for call in recording.calls if not call.name.startswith("anthropic.")]
     expect(len(calls) == 1, f"{len(calls)} model calls recorded, 1 made")
     for text in (ASK, "Seven mugs", "claude-tiny", "end_turn", "11"):
-        expect(says(calls[0], text), f"it does not say {text!r}")
+        expect(says(calls[0], text), f"{text!r} is missing")
 
 
 @SITUATIONS.row("a model call names the node that made it", ALL)
@@ -536,7 +537,7 @@ async def role(desk: Desk, way: Mode) -> None:
     recording = await desk.settled()
     expect_one_trace(desk, calls=2)
     for call, node in zip(recording.calls, ("planner", "executor"), strict=True):
-        expect(says(call, node), f"the call of {node} does not say {node}")
+        expect(says(call, node), f"the call of {node} does not name it")
 
 
 @SITUATIONS.row("a model call has the id of its response", WHOLE_AND_STREAMED)
@@ -544,10 +545,10 @@ async def response_id(desk: Desk, way: Mode) -> None:
     desk.server.seen.clear()
     await way(chat(desk), ASK, config(desk))
     (call,) = (await desk.settled()).calls
-    expect(says(call, desk.server.seen[0].response_id), "it has not")
+    expect(says(call, desk.server.seen[0].response_id), "missing")
 
 
-@SITUATIONS.row("through our gateway a model call gets its token ids", WHOLE_AND_STREAMED)
+@SITUATIONS.row("with our gateway a model call gets its token ids", WHOLE_AND_STREAMED)
 async def ids_through_the_gateway(desk: Desk, way: Mode) -> None:
     store = open_store("memory://")
     with ServerThread(store, port=0, otlp_http_port=0, upstream=FakeEngine().app) as server:
@@ -560,19 +561,19 @@ async def ids_through_the_gateway(desk: Desk, way: Mode) -> None:
         trajectory = build_trajectory(store.query_spans("r1"))
     expected = [token_id(0, position) for position in range(3)]
     joined = [call for call in trajectory.calls if call.chat_span_id and call.response_ids == expected]
-    expect(len(trajectory.calls) == 1 and len(joined) == 1, "it is not joined with what the gateway saw")
+    expect(len(trajectory.calls) == 1 and len(joined) == 1, "it is not joined with the gateway's span")
     store.close()
 
 
-@SITUATIONS.row("without a gateway a model call has its token ids, where the engine returns them", WHOLE_AND_STREAMED)
+@SITUATIONS.row("without a gateway a model call has its token ids, if the engine returns them", WHOLE_AND_STREAMED)
 async def ids_without_a_gateway(desk: Desk, way: Mode) -> None:
     model = chat(desk, logprobs=True, extra_body={"return_token_ids": True})
     await way(desk.switched.capture(model), ASK, config(desk))
     (call,) = (await desk.settled()).calls
-    expect(has_ids(call, PROMPT_IDS) and has_ids(call, TOKEN_IDS), "it has not")
+    expect(has_ids(call, PROMPT_IDS) and has_ids(call, TOKEN_IDS), "missing")
 
 
-@SITUATIONS.row("so has each of several that one `agenerate` makes, streaming or not")
+@SITUATIONS.row("each model call of one `agenerate` has its token ids, streaming or not")
 async def ids_of_one_generate(desk: Desk) -> None:
     for streaming in (False, True):
         desk.recording.clear()
@@ -581,7 +582,7 @@ async def ids_of_one_generate(desk: Desk) -> None:
         await desk.switched.capture(model).agenerate(asked, callbacks=config(desk).get("callbacks"))
         calls = (await desk.settled()).calls
         have = [call for call in calls if has_ids(call, PROMPT_IDS) and has_ids(call, TOKEN_IDS)]
-        expect(len(have) == 2, f"{len(have)} of 2 have")
+        expect(len(have) == 2, f"{len(have)} of 2 have them")
 
 
 # ------------------------------------------------------------------ off
@@ -595,7 +596,7 @@ async def suppressed(desk: Desk, way: Mode) -> None:
     expect(desk.recording.started == 0, f"{desk.recording.started} spans are recorded")
 
 
-@SITUATIONS.row("switched off it leaves nothing behind")
+@SITUATIONS.row("after it is disabled it records nothing and adds no headers")
 async def switched_off(desk: Desk) -> None:
     desk.switched.off()
     desk.server.seen.clear()

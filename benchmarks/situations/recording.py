@@ -1,4 +1,4 @@
-"""Spans as they are recorded, read without knowing who made them."""
+"""Recorded spans, read in the same way for every instrumentation."""
 
 import gc
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ USER = "the user's own"
 
 
 class Recording(SpanProcessor):
-    """Every span that has started, and in `ended` those that have ended, in order of their start."""
+    """Counts the started spans and keeps the ended ones, ordered by start time."""
 
     def __init__(self) -> None:
         self.started = 0
@@ -46,7 +46,7 @@ class Recording(SpanProcessor):
         self._alive.clear()
 
     def held(self) -> int:
-        """Number of spans that somebody still holds."""
+        """Number of spans that are still referenced."""
         gc.collect()
         return len(self._alive)
 
@@ -73,16 +73,16 @@ class Recording(SpanProcessor):
 
     @property
     def roots(self) -> list[ReadableSpan]:
-        """Spans of the instrumentation without a parent, or with one that nobody recorded."""
+        """Spans of the instrumentation whose parent is missing or not recorded."""
         ids = {span.context.span_id for span in self._ended}
-        return [span for span in self._made() if span.parent is None or span.parent.span_id not in ids]
+        return [span for span in self._of_instrumentation() if span.parent is None or span.parent.span_id not in ids]
 
     @property
     def traces(self) -> set[int]:
-        """Traces that the spans of the instrumentation make up."""
-        return {span.context.trace_id for span in self._made()}
+        """Trace ids of the instrumentation's spans."""
+        return {span.context.trace_id for span in self._of_instrumentation()}
 
-    def _made(self) -> list[ReadableSpan]:
+    def _of_instrumentation(self) -> list[ReadableSpan]:
         return [
             span for span in self.ended if not (span.instrumentation_scope and span.instrumentation_scope.name == USER)
         ]
@@ -92,7 +92,7 @@ class Recording(SpanProcessor):
         return [span for span in self.ended if word in span.name]
 
     def above(self, span: ReadableSpan) -> list[ReadableSpan]:
-        """The span's parent, its parent, and so on."""
+        """The ancestors of the span, its parent first."""
         return list(self._above(span))
 
     def _above(self, span: ReadableSpan) -> Iterator[ReadableSpan]:
@@ -111,13 +111,13 @@ def is_error(span: ReadableSpan) -> bool:
 
 
 def has_ids(span: ReadableSpan, ids: Sequence[int]) -> bool:
-    """Whether these token ids stand in one of the span's attributes, packed or written out."""
+    """Whether an attribute of the span has these token ids, packed or as text."""
     packed = pack_ids(ids)
     return any(value == packed for value in (span.attributes or {}).values()) or says(span, str(list(ids))[1:-1])
 
 
 def says(span: ReadableSpan, text: str) -> bool:
-    """Whether `text` stands in one of the span's attributes."""
+    """Whether an attribute of the span contains `text`."""
     return any(text in str(value) for value in (span.attributes or {}).values())
 
 
