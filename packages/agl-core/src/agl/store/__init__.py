@@ -4,7 +4,8 @@ protocol   the verbs of every store
 rollout, states, lifecycle   rollouts, attempts, and how events change them
 span_row, otlp_split   OTLP requests, parsed into one row for each span
 membership, retention   which spans belong to a rollout, and which rollouts `gc` deletes
-mapping, end_notifier, watchdog   JSON columns, waiting for rollouts, limits of attempts
+mapping, migration   database rows and schema versions
+end_notifier, watchdog   waiting for rollouts, and ending overdue attempts
 sql, sqlite, postgres, cassandra, http   the backends
 """
 

@@ -27,6 +27,7 @@ from cassandra.query import SimpleStatement
 
 from agl.errors import StoreError
 from agl.store.cassandra.address import Address
+from agl.store.migration import Migrations, pending_statements
 
 # Tables of short-lived rows. Tombstones expire soon, because a deleted row that reappears does no harm.
 _SHORT_LIVED: Final = "WITH gc_grace_seconds = 3600"
@@ -75,8 +76,7 @@ _FIRST = (
         PRIMARY KEY (run, name, step))""",
 )
 
-MIGRATIONS: Final = (_FIRST,)
-"""Statements that migrate from each version to the next; version 0 is a keyspace without the tables."""
+MIGRATIONS: Final[Migrations] = (_FIRST,)
 
 _VERSION: Final = "CREATE TABLE IF NOT EXISTS {}.schema_version (place int PRIMARY KEY, version int, holder text)"
 """Row 0 has the version, row 1 is the lock of the process that migrates."""
@@ -120,12 +120,11 @@ def migrate(cluster: Cluster, session: Session, address: Address) -> None:
             if not _has_version(metadata, address):
                 _create_version_table(session, metadata, address)
     session.set_keyspace(address.keyspace)
-    if _version(session, address) == len(MIGRATIONS):
+    if not _pending_statements(session, address):
         return
     with _locked(session, _OWN_LOCK, 1):
-        for statements in MIGRATIONS[_version(session, address) :]:
-            for statement in statements:
-                session.execute(statement, timeout=_LOCK_S, host=_first(metadata))
+        for statement in _pending_statements(session, address):
+            session.execute(statement, timeout=_LOCK_S, host=_first(metadata))
         session.execute("INSERT INTO schema_version (place, version) VALUES (0, %s)", (len(MIGRATIONS),))
 
 
@@ -163,14 +162,9 @@ def _first(metadata: Metadata) -> Host:
     return min([host for host in hosts if host.is_up] or hosts, key=lambda host: str(host.address))
 
 
-def _version(session: Session, address: Address) -> int:
+def _pending_statements(session: Session, address: Address) -> list[str]:
     row = session.execute("SELECT version FROM schema_version WHERE place = 0").one()
-    version = row[0] if row else 0
-    if version > len(MIGRATIONS):
-        raise StoreError(
-            f"{address.name} has schema version {version}, this program knows up to {len(MIGRATIONS)}; update agl-core"
-        )
-    return version
+    return pending_statements(address.name, row[0] if row else 0, MIGRATIONS)
 
 
 @contextmanager

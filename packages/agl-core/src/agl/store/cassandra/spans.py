@@ -9,8 +9,9 @@ from agl.errors import InputError
 from agl.store.cassandra import span_partition
 from agl.store.cassandra.keyspace import Keyspace, Statement
 from agl.store.cassandra.membership import find_spans
+from agl.store.cassandra.rollouts import heartbeat_known
 from agl.store.cassandra.span_partition import BucketFill, IndexedSpan, Partition, home_of
-from agl.store.span_row import SpanRow
+from agl.store.span_row import SpanRow, attempt_ids
 
 _MAX_SPAN_BYTES: Final = 15 * 2**20
 """A node rejects mutations of more than half a commit log segment (16 MB by default)."""
@@ -50,7 +51,57 @@ class _NewSpan:
         return self.row.asked or self.row.answered
 
 
-def insert(db: Keyspace, rows: Sequence[SpanRow], now_ns: int, fill: BucketFill) -> int:
+class CassandraSpans:
+    """The verbs of `Store` for spans."""
+
+    _keyspace: Keyspace
+    _fill: BucketFill
+
+    def append_rows(self, rows: Sequence[SpanRow]) -> int:
+        now_ns = self._keyspace.now_ns()
+        heartbeat_known(self._keyspace, attempt_ids(rows), now_ns)
+        return _insert(self._keyspace, rows, now_ns, self._fill)
+
+    def query_rows(self, rollout_id: str) -> list[bytes]:
+        spans = sorted(find_spans(self._keyspace, rollout_id).all(), key=_order, reverse=True)
+        found = {span.span: span for span in spans}  # The first by order of a span that has two partition keys.
+        partitions = sorted({(span.home, span.bucket) for span in found.values()})
+        results = self._keyspace.run([(_BODIES, key) for key in partitions])
+        bodies = {span: otlp for rows in results for span, otlp in rows}
+        return [bodies[span.span] for span in sorted(found.values(), key=_order) if span.span in bodies]
+
+    def count_spans(self) -> int:
+        """Counted by the nodes, range by range. A counter column would drift: a retried increment may count twice."""
+        step = 2**64 // _TOKEN_RANGES
+        bounds = [-(2**63) + number * step for number in range(_TOKEN_RANGES)] + [2**63 - 1]
+        results = self._keyspace.run([(_COUNT, bounds[n : n + 2]) for n in range(_TOKEN_RANGES)])
+        return sum(rows[0][0] for rows in results)
+
+    def last_rollout_id(self) -> str | None:
+        latest = dict(self._keyspace.read(_LATEST))
+        for home in (latest.get(True), latest.get(False)):
+            if home is not None and self._keyspace.read(_ANY, home):
+                return home
+        if not latest:
+            return None
+        # `gc` has deleted the rollout in `latest`: scan all spans.
+        rows = (row for row in self._keyspace.scan(_ALL) if row[1] is not None)
+        last = max(((home != span[:16].hex(), arrived_ns, home) for home, span, arrived_ns in rows), default=None)
+        return last[2] if last else None
+
+    def rollout_ids(self) -> list[str]:
+        first: dict[str, int] = {}
+        named: set[str] = set()
+        for home, span, arrived_ns in self._keyspace.scan(_ALL):
+            if span is None or arrived_ns is None:  # A closed bucket without spans.
+                continue
+            first[home] = min(arrived_ns, first.get(home, arrived_ns))
+            if home != (trace := span[:16].hex()):
+                named.add(trace)
+        return sorted(first.keys() - named, key=lambda home: (first[home], home))
+
+
+def _insert(db: Keyspace, rows: Sequence[SpanRow], now_ns: int, fill: BucketFill) -> int:
     """Insert those of `rows` that the store does not have yet; returns how many.
 
     Writes the index entries of a span before the span: if the insert fails in between, a retry finds the span missing
@@ -142,48 +193,6 @@ def _latest(spans: Iterable[_NewSpan]) -> list[Statement]:
         if span.row.rollout_id is not None:
             latest[True] = home_of(span.row)
     return [(_INSERT_LATEST, (is_named, home)) for is_named, home in latest.items()]
-
-
-def query(db: Keyspace, rollout_id: str) -> list[bytes]:
-    """Spans of a rollout in order. Of a span that is stored under two partition keys, the first by order."""
-    found = {span.span: span for span in sorted(find_spans(db, rollout_id).all(), key=_order, reverse=True)}
-    partitions = sorted({(span.home, span.bucket) for span in found.values()})
-    bodies = {span: otlp for rows in db.run([(_BODIES, key) for key in partitions]) for span, otlp in rows}
-    return [bodies[span.span] for span in sorted(found.values(), key=_order) if span.span in bodies]
-
-
-def count(db: Keyspace) -> int:
-    """Count on the nodes, range by range. A counter column would drift: a retried increment may count twice."""
-    step = 2**64 // _TOKEN_RANGES
-    bounds = [-(2**63) + number * step for number in range(_TOKEN_RANGES)] + [2**63 - 1]
-    return sum(rows[0][0] for rows in db.run([(_COUNT, bounds[n : n + 2]) for n in range(_TOKEN_RANGES)]))
-
-
-def last_rollout_id(db: Keyspace) -> str | None:
-    latest = dict(db.read(_LATEST))
-    for home in (latest.get(True), latest.get(False)):
-        if home is not None and db.read(_ANY, home):
-            return home
-    return _scan_for_last(db) if latest else None
-
-
-def _scan_for_last(db: Keyspace) -> str | None:
-    """The last rollout by a scan of all spans, for when `gc` has deleted the one in `latest`."""
-    spans = (row for row in db.scan(_ALL) if row[1] is not None)
-    last = max(((home != span[:16].hex(), arrived_ns, home) for home, span, arrived_ns in spans), default=None)
-    return last[2] if last else None
-
-
-def rollout_ids(db: Keyspace) -> list[str]:
-    first: dict[str, int] = {}
-    named: set[str] = set()
-    for home, span, arrived_ns in db.scan(_ALL):
-        if span is None or arrived_ns is None:  # A closed bucket without spans.
-            continue
-        first[home] = min(arrived_ns, first.get(home, arrived_ns))
-        if home != (trace := span[:16].hex()):
-            named.add(trace)
-    return sorted(first.keys() - named, key=lambda home: (first[home], home))
 
 
 def _order(span: IndexedSpan) -> tuple[int, int]:

@@ -12,6 +12,8 @@ from psycopg.types.string import StrBinaryDumper, StrDumper
 from psycopg_pool import ConnectionPool
 
 from agl.errors import InputError, StoreError
+from agl.store.migration import Migrations, pending_statements
+from agl.store.sql.database import Rows
 
 SCHEMA: Final = "agl"
 ENDS_CHANNEL: Final = "agl_endings"
@@ -54,9 +56,7 @@ class PostgresConnection:
     def executemany(self, sql: str, parameters: Iterable[Any], /) -> None:
         self.cursor().executemany(_psycopg_sql(sql), parameters)
 
-    def select_by_id(
-        self, columns: str, table: str, key: str, ids: Iterable[str], *, lock: bool = False
-    ) -> Sequence[Any]:
+    def select_by_id(self, columns: str, table: str, key: str, ids: Iterable[str], *, lock: bool = False) -> Rows:
         query = f"SELECT {columns} FROM {table} WHERE {key} = ANY(?) ORDER BY {key}{' FOR UPDATE' if lock else ''}"
         return self.execute(query, (list(ids),)).fetchall()
 
@@ -101,11 +101,11 @@ class _BinaryText(StrBinaryDumper):
 class PostgresDatabase:
     """A database shared by threads, processes and machines.
 
-    `migrations` has the statements of each schema version; opening an older schema migrates it. Raises StoreError,
-    without the password, if the server cannot be reached or another program owns the schema.
+    Opening an older schema version migrates it. Raises StoreError, without the password, if the server cannot be
+    reached or another program owns the schema.
     """
 
-    def __init__(self, uri: str, migrations: tuple[tuple[str, ...], ...]) -> None:
+    def __init__(self, uri: str, migrations: Migrations) -> None:
         self.uri = uri
         self.name = without_password(uri)
         self._closed = False
@@ -162,17 +162,12 @@ class PostgresDatabase:
         with self._pool.connection() as connection, connection.transaction():
             return work(PostgresConnection(connection))
 
-    def _migrate(self, db: PostgresConnection, migrations: tuple[tuple[str, ...], ...]) -> None:
+    def _migrate(self, db: PostgresConnection, migrations: Migrations) -> None:
         db.execute("SELECT pg_advisory_xact_lock(?, 0)", (LOCK,))
         version = self._version(db)
-        if version > len(migrations):
-            raise StoreError(
-                f"{self.name} has schema version {version}, this program knows up to {len(migrations)}; update agl-core"
-            )
         db.execute(f"SET LOCAL search_path TO {SCHEMA}")
-        for statements in migrations[version:]:
-            for statement in statements:
-                db.execute(statement)
+        for statement in pending_statements(self.name, version, migrations):
+            db.execute(statement)
         if version < len(migrations):
             db.execute("UPDATE version SET version = ?", (len(migrations),))
 

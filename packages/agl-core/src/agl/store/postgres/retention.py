@@ -1,4 +1,4 @@
-"""`gc` in PostgreSQL: also deletes the bodies of deleted spans, a whole day's partition where it can."""
+"""`gc` in PostgreSQL: also deletes the bodies of deleted spans, and drops the partitions of days without spans."""
 
 from collections.abc import Sequence
 from functools import partial

@@ -8,6 +8,8 @@ contain the partition key, so a span that is sent again after midnight would be 
 
 from typing import Final
 
+from agl.store.migration import Migrations
+
 _FIRST = (
     "CREATE SEQUENCE batches",
     """CREATE TABLE spans (
@@ -83,5 +85,4 @@ _FIRST = (
         PRIMARY KEY (run, name, step))""",
 )
 
-MIGRATIONS: Final = (_FIRST,)
-"""Statements that migrate from each version to the next; version 0 is a database without the schema."""
+MIGRATIONS: Final[Migrations] = (_FIRST,)

@@ -9,15 +9,13 @@ from agl.store.postgres.database import PostgresConnection, PostgresDatabase
 from agl.store.postgres.listener import Listener
 from agl.store.postgres.retention import PostgresRetention
 from agl.store.postgres.schema import MIGRATIONS
-from agl.store.protocol import Collected
-from agl.store.retention import Limits
 from agl.store.rollout import Rollout
 from agl.store.span_row import SpanRow, attempt_ids
 from agl.store.sql.rollouts import heartbeat_known
 from agl.store.sql.store import SqlStore
 
 _POLL_S: Final = 1.0
-"""Interval at which waiting callers look while the server sends no notifications."""
+"""Poll interval of waiting callers, in case the server sends no notification."""
 
 
 class PostgresStore(SqlStore[PostgresDatabase]):
@@ -28,6 +26,7 @@ class PostgresStore(SqlStore[PostgresDatabase]):
     """
 
     LAST_SPAN = spans.LAST_SPAN
+    RETENTION = PostgresRetention
 
     def __init__(self, uri: str) -> None:
         super().__init__(uri, PostgresDatabase(uri, MIGRATIONS), EndNotifier(_POLL_S))
@@ -54,12 +53,6 @@ class PostgresStore(SqlStore[PostgresDatabase]):
     def wait_for_rollouts(self, rollout_ids: Sequence[str], timeout_s: float | None = None) -> list[Rollout]:
         self._listener.start()
         return super().wait_for_rollouts(rollout_ids, timeout_s)
-
-    def gc(
-        self, *, older_than_s: float | None = None, max_bytes: int | None = None, now_ns: int | None = None
-    ) -> Collected:
-        limits = Limits.of(older_than_s, max_bytes, now_ns or self._database.now_ns())
-        return PostgresRetention(self._database, limits).collect()
 
     def close(self) -> None:
         self._listener.close()

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 Result = TypeVar("Result")
+Rows = Sequence[Any]
 
 
 class Cursor(Protocol):
@@ -19,9 +20,7 @@ class Connection(Protocol):
 
     def executemany(self, sql: str, parameters: Iterable[Any], /) -> object: ...
 
-    def select_by_id(
-        self, columns: str, table: str, key: str, ids: Iterable[str], *, lock: bool = False
-    ) -> Sequence[Any]:
+    def select_by_id(self, columns: str, table: str, key: str, ids: Iterable[str], *, lock: bool = False) -> Rows:
         """Rows of `table` whose column `key` is one of `ids`, ordered by it.
 
         With `lock` only this transaction may change them until it ends.

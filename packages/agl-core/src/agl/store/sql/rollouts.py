@@ -155,7 +155,7 @@ def _cancel(db: Connection, rollout_ids: Sequence[str], now_ns: int) -> None:
 
 
 def _end_overdue(db: Connection, now_ns: int) -> list[Attempt]:
-    """Locks only the rollouts that are overdue by a first look, and decides by a second look."""
+    """Finds overdue attempts without a lock, then locks only their rollouts and checks the attempts again."""
     running = {attempt.rollout_id: attempt for attempt in map(to_attempt, db.execute(_RUNNING).fetchall())}
     overdue = [
         running[rollout_id]

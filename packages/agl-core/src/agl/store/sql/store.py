@@ -1,11 +1,13 @@
 """The store class of the SQL backends."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from agl.store.end_notifier import EndNotifier
-from agl.store.protocol import Store
+from agl.store.protocol import Collected, Store
+from agl.store.retention import Limits
 from agl.store.sql.database import DatabaseT
 from agl.store.sql.resources import SqlResources
+from agl.store.sql.retention import Retention
 from agl.store.sql.rollouts import SqlRollouts
 
 _ROLLOUT_IDS = """
@@ -19,10 +21,11 @@ SELECT rollout_id, trace_id FROM (
 
 
 class SqlStore(SqlRollouts[DatabaseT], SqlResources[DatabaseT], Store):
-    """All of `Store` but for spans and `gc`, which depend on how a backend stores spans."""
+    """All of `Store` except `append_rows` and `query_rows`, which depend on how a backend stores spans."""
 
     LAST_SPAN: ClassVar[str]
     """Query for the last rollout id that a span names, and the trace id of the last span."""
+    RETENTION: ClassVar[type[Retention[Any]]]
 
     def __init__(self, uri: str, database: DatabaseT, ends: EndNotifier) -> None:
         self.uri = uri
@@ -39,6 +42,12 @@ class SqlStore(SqlRollouts[DatabaseT], SqlResources[DatabaseT], Store):
     def rollout_ids(self) -> list[str]:
         rows = self._database.read(lambda db: db.execute(_ROLLOUT_IDS).fetchall())
         return [rollout_id or trace_id.hex() for rollout_id, trace_id in rows]
+
+    def gc(
+        self, *, older_than_s: float | None = None, max_bytes: int | None = None, now_ns: int | None = None
+    ) -> Collected:
+        limits = Limits.of(older_than_s, max_bytes, now_ns or self._database.now_ns())
+        return self.RETENTION(self._database, limits).collect()
 
     def close(self) -> None:
         self._database.close()

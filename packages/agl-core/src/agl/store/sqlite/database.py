@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from agl.errors import InputError, StoreError
+from agl.store.migration import Migrations, pending_statements
+from agl.store.sql.database import Rows
 
 IN_MEMORY = ":memory:"
 _APPLICATION_ID = 0x41474C31  # "AGL1": identifies a store among SQLite files.
@@ -45,9 +47,7 @@ Result = TypeVar("Result")
 class SqliteConnection(sqlite3.Connection):
     """Implements `agl.store.sql.database.Connection`. The writer has the database to itself: nothing needs a lock."""
 
-    def select_by_id(
-        self, columns: str, table: str, key: str, ids: Iterable[str], *, lock: bool = False
-    ) -> Sequence[Any]:
+    def select_by_id(self, columns: str, table: str, key: str, ids: Iterable[str], *, lock: bool = False) -> Rows:
         query = f"SELECT {columns} FROM {table} WHERE {key} = ?"
         return [row for value in sorted({*ids}) for row in self.execute(query, (value,))]
 
@@ -73,11 +73,10 @@ class _Job:
 class SqliteDatabase:
     """A database file shared by threads and processes, or one in memory (`:memory:`) shared by threads.
 
-    `migrations` has the statements of each schema version; opening a file of an older version migrates it. Raises
-    StoreError, with the path, if the file is not a store.
+    Opening a file of an older schema version migrates it. Raises StoreError, with the path, if the file is not a store.
     """
 
-    def __init__(self, path: str, migrations: tuple[tuple[str, ...], ...]) -> None:
+    def __init__(self, path: str, migrations: Migrations) -> None:
         self.path = path
         self._readers: deque[SqliteConnection] = deque()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -140,7 +139,7 @@ class SqliteDatabase:
         except IndexError:
             return connect(self.path)
 
-    def _open(self, migrations: tuple[tuple[str, ...], ...]) -> SqliteConnection:
+    def _open(self, migrations: Migrations) -> SqliteConnection:
         try:
             if self.path != IN_MEMORY:
                 Path(self.path).parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +155,7 @@ class SqliteDatabase:
             raise StoreError(f"cannot open the store {self.path}: {error}") from error
         return connection
 
-    def _prepare(self, connection: SqliteConnection, migrations: tuple[tuple[str, ...], ...]) -> None:
+    def _prepare(self, connection: SqliteConnection, migrations: Migrations) -> None:
         self._check_owner(connection)
         version = _pragma(connection, "user_version")
         for setting in (*(() if version else _NEW_FILE_SETTINGS), *_WRITER_SETTINGS):
@@ -164,17 +163,12 @@ class SqliteDatabase:
         if version != len(migrations):  # An up-to-date store can be opened on a full disk.
             self._migrate(connection, migrations)
 
-    def _migrate(self, connection: SqliteConnection, migrations: tuple[tuple[str, ...], ...]) -> None:
+    def _migrate(self, connection: SqliteConnection, migrations: Migrations) -> None:
         connection.execute("BEGIN IMMEDIATE")
         self._check_owner(connection)  # Again, now that no other process can change the file.
         version = _pragma(connection, "user_version")
-        if version > len(migrations):
-            raise StoreError(
-                f"{self.path} has schema version {version}, this program knows up to {len(migrations)}; update agl-core"
-            )
-        for statements in migrations[version:]:
-            for statement in statements:
-                connection.execute(statement)
+        for statement in pending_statements(self.path, version, migrations):
+            connection.execute(statement)
         connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {len(migrations)}")
         connection.execute("COMMIT")

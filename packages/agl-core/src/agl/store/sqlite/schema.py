@@ -2,6 +2,8 @@
 
 from typing import Final
 
+from agl.store.migration import Migrations
+
 _FIRST = (
     """CREATE TABLE spans (
         arrival INTEGER PRIMARY KEY,
@@ -112,5 +114,4 @@ _LIMITS_AND_LEASES = (
         PRIMARY KEY (name, version, holder)) WITHOUT ROWID""",
 )
 
-MIGRATIONS: Final = (_FIRST, _JOIN_BY_ANSWER, (*_LEAN_SPANS, *_LIMITS_AND_LEASES))
-"""Statements that migrate from each version to the next; version 0 is an empty file."""
+MIGRATIONS: Final[Migrations] = (_FIRST, _JOIN_BY_ANSWER, (*_LEAN_SPANS, *_LIMITS_AND_LEASES))

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 
 from agl.errors import StoreError
 from agl.store.end_notifier import EndNotifier
-from agl.store.protocol import Collected
-from agl.store.retention import Limits
 from agl.store.span_row import SpanRow, attempt_ids
 from agl.store.sql.database import Connection
 from agl.store.sql.rollouts import heartbeat_known
@@ -24,6 +22,7 @@ class SqliteStore(SqlStore[SqliteDatabase]):
     """
 
     LAST_SPAN = spans.LAST_SPAN
+    RETENTION = SqliteRetention
 
     def __init__(self, path: str, *, uri: str) -> None:
         if not path:
@@ -47,9 +46,3 @@ class SqliteStore(SqlStore[SqliteDatabase]):
             # Query in the transaction of the last step: other threads may append new asks all the time.
             found = self._database.write(lambda db: None if spans.index_new_asks(db) else spans.query(db, rollout_id))
         return found
-
-    def gc(
-        self, *, older_than_s: float | None = None, max_bytes: int | None = None, now_ns: int | None = None
-    ) -> Collected:
-        limits = Limits.of(older_than_s, max_bytes, now_ns or time.time_ns())
-        return SqliteRetention(self._database, limits).collect()
