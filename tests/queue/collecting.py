@@ -22,7 +22,7 @@ def make_rows(first: int, count: int) -> list[SpanRow]:
 
 
 def numbers_in(store: Store) -> list[int]:
-    """What `make_spans` was given, sorted; one that is there twice stands there twice."""
+    """The numbers of the stored spans, sorted, duplicates included."""
     return sorted(int(span.span_id, 16) for span in store.query_spans(TRACE))
 
 
@@ -30,7 +30,7 @@ def numbers_in(store: Store) -> list[int]:
 def collecting(
     queue_uri: str, store_uri: str, config: QueueConfig
 ) -> Iterator[tuple[SpanQueue, WriterPool, ServerThread, Store]]:
-    """What `agl serve --queue` runs."""
+    """The parts that `agl serve --queue` runs."""
     with (
         closing(open_store(store_uri)) as store,
         closing(SpanQueue(queue_uri, config)) as queue,

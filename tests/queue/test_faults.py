@@ -1,4 +1,4 @@
-"""A writer, and Redis itself, killed under load; and a cluster. Every acknowledged span is found exactly once."""
+"""A writer or Redis killed under load, and a cluster: every acknowledged span is stored exactly once."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ def taken(queue: SpanQueue) -> int:
     return queue._redis.xpending(queue._stream, "writers")["pending"]
 
 
-def test_a_writer_killed_twice_in_a_load_loses_and_doubles_nothing(
+def test_a_writer_killed_twice_under_load_loses_and_duplicates_nothing(
     redis: RedisServer, new_config: NewConfig, tmp_path: Path
 ) -> None:
     uri = f"sqlite:///{tmp_path}/agl.db"
@@ -52,7 +52,7 @@ def test_a_writer_killed_twice_in_a_load_loses_and_doubles_nothing(
     check(load, uri)
 
 
-def test_a_redis_killed_twice_in_a_load_loses_and_doubles_nothing(new_config: NewConfig, tmp_path: Path) -> None:
+def test_a_redis_killed_twice_under_load_loses_and_duplicates_nothing(new_config: NewConfig, tmp_path: Path) -> None:
     redis, uri = RedisServer(tmp_path / "redis"), f"sqlite:///{tmp_path}/agl.db"
     redis.start()
     try:
@@ -71,8 +71,8 @@ def test_a_redis_killed_twice_in_a_load_loses_and_doubles_nothing(new_config: Ne
     check(load, uri)
 
 
-def test_everything_killed_with_a_full_queue_the_next_start_stores_it(new_config: NewConfig, tmp_path: Path) -> None:
-    """Acknowledged is on the disk of Redis, before any writer has seen it."""
+def test_a_full_queue_is_stored_after_redis_and_all_writers_were_killed(new_config: NewConfig, tmp_path: Path) -> None:
+    """Acknowledged spans are on the disk of Redis before a writer reads them."""
     redis, config = RedisServer(tmp_path / "redis"), new_config()
     redis.start()
     try:
@@ -111,7 +111,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RedisServ
         node.kill()
 
 
-def test_a_cluster_keeps_a_queue_too_and_its_node_may_be_killed(
+def test_a_queue_in_a_cluster_survives_the_kill_of_its_node(
     cluster: list[RedisServer], new_config: NewConfig, tmp_path: Path
 ) -> None:
     uri = "redis://" + ",".join(f"127.0.0.1:{node.port}" for node in cluster)
@@ -131,7 +131,7 @@ def test_a_cluster_keeps_a_queue_too_and_its_node_may_be_killed(
     check(load, store_uri)
 
 
-def test_any_node_tells_of_the_cluster(cluster: list[RedisServer], new_config: NewConfig) -> None:
+def test_any_node_reports_the_whole_cluster(cluster: list[RedisServer], new_config: NewConfig) -> None:
     for node in cluster:
         with closing(SpanQueue(node.uri, new_config())) as queue:
             assert queue.length() == 0

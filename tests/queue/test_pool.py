@@ -1,4 +1,4 @@
-"""The writer pool: it grows and shrinks, replaces its dead, calls its hook, and tells how long the queue is."""
+"""The writer pool: it grows and shrinks, replaces dead writers, calls its hook, and exports the queue length."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def test_it_grows_by_one_above_high_and_shrinks_by_one_after_calm(
 def test_the_pool_grows_while_the_queue_is_high_and_shrinks_again(
     redis: RedisServer, new_config: NewConfig, tmp_path: Path
 ) -> None:
-    """A store that another holds locked lets nothing through: so the queue stays high for as long as we want."""
+    """The test locks the store, so that the queue stays long for as long as the test needs."""
     uri = f"sqlite:///{tmp_path}/agl.db"
     config = new_config(high=20, max_writers=3, shrink_after_s=0.3)
     with closing(open_store(uri)) as store, closing(SpanQueue(redis.uri, config)) as queue:
@@ -82,7 +82,7 @@ def test_a_queue_in_front_of_postgresql(redis: RedisServer, new_config: NewConfi
 
 @contextmanager
 def stuck(queue: SpanQueue, path: Path, config: QueueConfig) -> Iterator[None]:
-    """A pool with six spans in its queue, and a store that takes none."""
+    """A pool with six spans in its queue, and a store that is locked."""
     uri = f"sqlite:///{path}"
     with closing(open_store(uri)), WriterPool(queue, uri, config), locked(path):
         queue.append_rows(make_rows(1, 6))
@@ -169,9 +169,7 @@ def test_the_length_is_exported_and_at_the_hard_limit_senders_are_asked_to_send_
         assert post(11).status_code == 200
 
 
-def test_without_its_redis_the_length_is_not_a_number_and_spans_are_refused(
-    tmp_path: Path, new_config: NewConfig
-) -> None:
+def test_without_redis_the_length_is_nan_and_spans_are_rejected(tmp_path: Path, new_config: NewConfig) -> None:
     redis = RedisServer(tmp_path / "redis")
     redis.start()
     try:

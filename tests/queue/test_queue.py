@@ -23,7 +23,7 @@ from tests.queue.redis_server import DURABLE, RedisServer
 
 
 class RefusingStore:
-    """Refuses once, then is the real store in memory."""
+    """A store in memory whose first write fails."""
 
     def __init__(self) -> None:
         self.refusals = 1
@@ -36,27 +36,27 @@ class RefusingStore:
         return self.real.append_rows(rows)
 
 
-def test_rows_come_out_as_the_bytes_that_went_in_and_count_until_they_are_finished(queue: SpanQueue) -> None:
+def test_entries_have_the_bytes_of_the_rows_and_count_until_they_are_finished(queue: SpanQueue) -> None:
     rows = make_rows(1, 3)
     assert queue.append_rows([]) == 0
     assert queue.append_rows(rows) == 3
     (entry,) = queue.take("a")
     assert (entry.spans, entry.otlp) == (3, b"".join(row.otlp for row in rows))
-    assert queue.length() == 3  # Taken is not stored.
+    assert queue.length() == 3  # A taken entry still counts.
     queue.finish([entry])
-    queue.finish([entry])  # Another writer may have moved it, too.
+    queue.finish([entry])  # Twice, as if another writer had moved it too.
     assert queue.length() == 0
     assert queue.take("a") == queue.take_unfinished("a") == []
 
 
-def test_a_large_request_is_cut_into_entries_that_a_writer_can_hold(queue: SpanQueue) -> None:
+def test_a_large_request_is_split_into_entries_of_limited_size(queue: SpanQueue) -> None:
     large = [SpanRow(b"t" * 16, bytes([n]) * 8, None, None, 1, None, None, b"x" * 400_000) for n in range(5)]
     queue.append_rows(large)
     assert [entry.spans for entry in queue.take("a")] == [2, 2, 1]
     assert queue.length() == 5
 
 
-def test_what_a_dead_writer_had_taken_goes_to_its_successor_or_after_a_while_to_others(
+def test_entries_of_a_dead_writer_go_to_its_successor_or_after_a_time_to_others(
     redis: RedisServer, new_config: NewConfig
 ) -> None:
     config = new_config(claim_after_s=1.0)
@@ -70,7 +70,7 @@ def test_what_a_dead_writer_had_taken_goes_to_its_successor_or_after_a_while_to_
         assert queue.take_unfinished("dead") == []
 
 
-def test_a_store_that_refuses_gets_the_same_spans_again(queue: SpanQueue, new_config: NewConfig) -> None:
+def test_spans_are_written_again_after_a_store_error(queue: SpanQueue, new_config: NewConfig) -> None:
     store = RefusingStore()
     writer = Writer("a", queue, store, new_config())  # pyright: ignore[reportArgumentType] - the verb it uses
     queue.append_rows(make_rows(1, 10))
@@ -99,7 +99,7 @@ def test_spans_that_are_queued_twice_are_stored_once(queue: SpanQueue, new_confi
         assert (numbers_in(store), queue.length()) == (list(range(1, 11)), 0)
 
 
-def test_what_is_no_otlp_is_set_aside_with_its_reason(
+def test_an_entry_that_is_not_otlp_is_set_aside_with_the_reason(
     redis: RedisServer, queue: SpanQueue, new_config: NewConfig
 ) -> None:
     queue.append_rows([SpanRow(b"t" * 16, b"s" * 8, None, None, 1, None, None, b"\xff\xff")])
@@ -112,7 +112,7 @@ def test_what_is_no_otlp_is_set_aside_with_its_reason(
 
 
 class PickyStore:
-    """The real store in memory, which can never keep the span of number 2."""
+    """A store in memory that can never store span number 2."""
 
     def __init__(self) -> None:
         self.real = open_store("memory://")
@@ -123,7 +123,7 @@ class PickyStore:
         return self.real.append_rows(rows)
 
 
-def test_what_the_store_can_never_keep_is_set_aside_alone(
+def test_only_the_entry_that_the_store_can_never_store_is_set_aside(
     redis: RedisServer, queue: SpanQueue, new_config: NewConfig
 ) -> None:
     store = PickyStore()
@@ -138,7 +138,7 @@ def test_what_the_store_can_never_keep_is_set_aside_alone(
     store.real.close()
 
 
-def test_it_goes_over_tls_and_with_a_password_that_no_refusal_tells(tmp_path: Path, new_config: NewConfig) -> None:
+def test_it_works_over_tls_and_errors_do_not_show_the_password(tmp_path: Path, new_config: NewConfig) -> None:
     authority, tls_port = trustme.CA(), free_port()
     issued = authority.issue_cert("127.0.0.1")
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
@@ -164,7 +164,7 @@ def test_it_goes_over_tls_and_with_a_password_that_no_refusal_tells(tmp_path: Pa
         server.kill()
 
 
-def test_at_the_hard_limit_it_refuses_and_takes_again_when_there_is_room(
+def test_at_the_hard_limit_it_rejects_spans_until_entries_are_finished(
     redis: RedisServer, new_config: NewConfig
 ) -> None:
     with closing(SpanQueue(redis.uri, new_config(high=5, hard_limit=10))) as queue:
@@ -175,7 +175,7 @@ def test_at_the_hard_limit_it_refuses_and_takes_again_when_there_is_room(
         assert queue.append_rows(make_rows(11, 1)) == 1
 
 
-def test_a_queue_that_somebody_emptied_goes_on(redis: RedisServer, queue: SpanQueue, new_config: NewConfig) -> None:
+def test_a_queue_whose_keys_were_deleted_goes_on(redis: RedisServer, queue: SpanQueue, new_config: NewConfig) -> None:
     with redis.client() as client:
         client.delete(f"{{{new_config().name}}}:spans", f"{{{new_config().name}}}:spans:length")
     assert queue.take("a") == []
@@ -183,7 +183,7 @@ def test_a_queue_that_somebody_emptied_goes_on(redis: RedisServer, queue: SpanQu
     assert [entry.spans for entry in queue.take("a")] == [1]
 
 
-def test_out_of_memory_redis_refuses_spans_and_lets_writers_finish(tmp_path: Path, new_config: NewConfig) -> None:
+def test_redis_out_of_memory_rejects_spans_and_lets_writers_finish(tmp_path: Path, new_config: NewConfig) -> None:
     server = RedisServer(tmp_path)
     server.start()
     try:
@@ -211,7 +211,7 @@ def test_out_of_memory_redis_refuses_spans_and_lets_writers_finish(tmp_path: Pat
         (("--appendonly", "yes", "--appendfsync", "always"), "always", None),
     ],
 )
-def test_a_redis_that_may_lose_what_it_acknowledged_is_refused_or_warned_of(
+def test_a_redis_that_may_lose_acknowledged_spans_is_rejected_or_logged(
     redis: RedisServer,
     new_config: NewConfig,
     caplog: pytest.LogCaptureFixture,
@@ -236,7 +236,7 @@ def test_a_redis_that_may_lose_what_it_acknowledged_is_refused_or_warned_of(
     assert bool(warned) == (refusal is None and "everysec" in options)
 
 
-def test_refusals_name_the_address_and_never_the_password() -> None:
+def test_errors_show_the_address_and_never_the_password() -> None:
     with pytest.raises(QueueError, match=r"redis://127\.0\.0\.1:9: ") as caught:
         SpanQueue("redis://user:secret@127.0.0.1:9")
     assert "secret" not in str(caught.value)
@@ -244,7 +244,7 @@ def test_refusals_name_the_address_and_never_the_password() -> None:
         SpanQueue("amqp://127.0.0.1")
 
 
-def test_settings_that_cannot_work_are_refused(queue: SpanQueue) -> None:
+def test_invalid_settings_are_rejected(queue: SpanQueue) -> None:
     with pytest.raises(ConfigError, match="max_writers must not be below min_writers"):
         Config.parse({"queue": {"min_writers": 3, "max_writers": 2}})
     with pytest.raises(ConfigError, match="hard_limit must be above high"):

@@ -26,7 +26,7 @@ SERVE = [str(AGL), "serve", "--port", "0", "--otlp-http-port", "0", "--otlp-grpc
 
 @contextmanager
 def serving(folder: Path, redis: RedisServer, name: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process, and where its collector listens."""
+    """The process, and the URL of its collector."""
     (folder / "config.yaml").write_text(f"queue_uri: {redis.uri}\nqueue: {{name: {name}}}\n")
     command = [*SERVE, "--config", "config.yaml", "--upstream", "http://127.0.0.1:9/v1"]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
@@ -67,7 +67,7 @@ def test_it_moves_spans_through_the_queue_and_a_kill_leaves_no_writer_behind(
         assert numbers_in(store) == list(range(1, 21))
 
 
-def test_a_redis_that_keeps_nothing_is_refused_before_anything_listens(tmp_path: Path) -> None:
+def test_a_redis_without_persistence_is_rejected_before_the_server_listens(tmp_path: Path) -> None:
     redis = RedisServer(tmp_path / "redis", ("--appendonly", "no"))
     redis.start()
     try:

@@ -55,7 +55,7 @@ class PostgresServer:
         wait_until(lambda: not any(map(is_alive, pids)))
 
     def limit_files(self, size: int | Literal["unlimited"]) -> None:
-        """Let no file grow beyond `size` bytes, as if the disk were full."""
+        """Limit all files to `size` bytes, which simulates a full disk."""
         # The first process twice: the others include those that it started before its own limit applied.
         for pid in (self._process.pid, *self._pids()):
             # As the server's user: in a container even root may lack the right. Some processes may have ended.

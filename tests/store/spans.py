@@ -1,4 +1,4 @@
-"""Spans as short as the store's tests need them."""
+"""Short spans for the tests of the store."""
 
 from typing import Any
 
@@ -24,17 +24,17 @@ def make_span(
 
 
 def asked(number: int, response_id: str, *, name: str = "chat", rollout: str | None = None, **more: Any) -> Span:
-    """A framework's span of a request, as OpenTelemetry's conventions have it."""
+    """A framework's span of a request, by the conventions of OpenTelemetry."""
     trace, parent, start_ns = more.get("trace", TRACE), more.get("parent"), more.get("start_ns", 0)
     attributes = {semconv.GEN_AI_RESPONSE_ID: response_id} | ({semconv.ROLLOUT_ID: rollout} if rollout else {})
     return Span(trace, f"{number:016x}", parent, name, start_ns, start_ns + 1, attributes)
 
 
 def answered(number: int, response_id: str, **more: Any) -> Span:
-    """A gateway call that came without `traceparent`, in a trace of its own."""
+    """A gateway call whose request had no `traceparent`: it is in a trace of its own."""
     return asked(number, response_id, **{"trace": f"{number:032x}"} | more, name=semconv.SPAN_GATEWAY_CALL)
 
 
 def numbers(spans: list[Span]) -> list[int]:
-    """What `make_span` was given, sorted."""
+    """The numbers that `make_span` got, sorted."""
     return sorted(int(span.span_id, 16) for span in spans)

@@ -1,4 +1,4 @@
-"""What only Cassandra can show: nodes that come and go, homes of several buckets, addresses, who makes the tables."""
+"""Cassandra only: nodes that fail and restart, partitions of several buckets, URIs, creating the keyspace."""
 
 import threading
 from collections.abc import Iterator
@@ -41,9 +41,7 @@ def run(cluster: CassandraServer, uri: str, query: str) -> list[tuple]:
 # --- Nodes -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_node_killed_in_a_load_and_brought_back_loses_nothing_that_was_acknowledged(
-    cluster: CassandraServer, uri: str
-) -> None:
+def test_a_node_killed_under_load_and_restarted_loses_no_acknowledged_span(cluster: CassandraServer, uri: str) -> None:
     open_store(uri).close()
     with serving(uri) as (_, url), Load(url) as load:
         load.reach(SPANS // 3)
@@ -55,7 +53,7 @@ def test_a_node_killed_in_a_load_and_brought_back_loses_nothing_that_was_acknowl
     check(load, uri)
 
 
-def test_without_a_node_the_queue_goes_on_and_without_two_the_store_says_so(
+def test_the_queue_works_with_one_node_down_and_fails_with_two_down(
     cluster: CassandraServer, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [f"r{number}" for number in range(10)]
@@ -85,16 +83,14 @@ def test_without_a_node_the_queue_goes_on_and_without_two_the_store_says_so(
         assert store.count_rollouts()[RolloutState.SUCCEEDED] == 10
 
 
-# --- Homes -----------------------------------------------------------------------------------------------------------
+# --- Partitions ------------------------------------------------------------------------------------------------------
 
 
 def small_buckets(store: CassandraStore, max_spans: int) -> None:
     store._fill = BucketFill(max_spans=max_spans)
 
 
-def test_a_home_that_is_full_goes_on_in_another_bucket_and_keeps_each_span_once(
-    cluster: CassandraServer, uri: str
-) -> None:
+def test_a_full_bucket_is_followed_by_another_and_each_span_is_stored_once(cluster: CassandraServer, uri: str) -> None:
     with closing(CassandraStore(uri)) as store, closing(CassandraStore(uri)) as other:
         for opened in (store, other):
             small_buckets(opened, 10)
@@ -111,7 +107,7 @@ def test_a_home_that_is_full_goes_on_in_another_bucket_and_keeps_each_span_once(
         assert numbers(other.query_spans("r")) == [1]
 
 
-def test_what_comes_while_a_rollout_is_collected_stays(
+def test_spans_that_arrive_while_their_rollout_is_deleted_stay(
     cluster: CassandraServer, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with closing(CassandraStore(uri)) as store, closing(CassandraStore(uri)) as other:
@@ -119,17 +115,17 @@ def test_what_comes_while_a_rollout_is_collected_stays(
         real = membership.find_spans
         late = [make_span(2, rollout="r")]
 
-        def look_and_be_late(db: object, rollout_id: str) -> object:
+        def find_and_append(db: object, rollout_id: str) -> object:
             found = real(store._keyspace, rollout_id)
             other.append_spans(late)
             return found
 
-        monkeypatch.setattr("agl.store.cassandra.membership.find_spans", look_and_be_late)
+        monkeypatch.setattr("agl.store.cassandra.membership.find_spans", find_and_append)
         assert store.gc(max_bytes=0, now_ns=2**62) == Collected(rollouts=1, spans=1)
         assert numbers(store.query_spans("r")) == [2]
 
 
-def test_nothing_is_left_of_what_was_collected(cluster: CassandraServer, uri: str) -> None:
+def test_gc_leaves_no_rows_of_a_deleted_rollout_in_any_table(cluster: CassandraServer, uri: str) -> None:
     with closing(open_store(uri)) as store:
         store.enqueue_rollouts([Rollout("r", 1, group_id="g", timeout_s=5)])
         store.lease_rollout("worker")
@@ -143,7 +139,7 @@ def test_nothing_is_left_of_what_was_collected(cluster: CassandraServer, uri: st
     assert {table: run(cluster, uri, f"SELECT * FROM {table}") for table in tables} == {table: [] for table in tables}
 
 
-def test_values_that_cassandra_cannot_hold_are_refused_for_good_and_alone(uri: str) -> None:
+def test_values_that_cassandra_cannot_store_raise_input_error_and_affect_no_others(uri: str) -> None:
     with closing(open_store(uri)) as store:
         for name, version in (("w", 2**70), ("n" * 100_000, 1), ("\ud800", 1)):
             with pytest.raises(InputError, match="can never keep this"):
@@ -163,7 +159,7 @@ def test_a_long_body_comes_back_whole(uri: str) -> None:
         assert store.query_spans(TRACE) == [span]
 
 
-def test_the_last_rollout_is_found_when_that_was_collected(uri: str) -> None:
+def test_the_last_rollout_is_found_after_gc_deleted_the_latest(uri: str) -> None:
     with closing(open_store(uri)) as store:
         store.append_spans([make_span(1, rollout="old")])
         store.enqueue_rollouts([Rollout("old", 1), Rollout("new", 2)])
@@ -177,7 +173,7 @@ def test_the_last_rollout_is_found_when_that_was_collected(uri: str) -> None:
 # --- Transactions ----------------------------------------------------------------------------------------------------
 
 
-def test_a_transaction_whose_answer_was_lost_is_known_again(uri: str) -> None:
+def test_a_repeated_transaction_detects_that_its_first_try_succeeded(uri: str) -> None:
     change = "UPDATE resources SET revision = ? WHERE name = ? IF revision = ?"
     with closing(CassandraStore(uri)) as store:
         store.put_resource(Resource("writer", 0, "adapters/0"))
@@ -214,7 +210,7 @@ def test_a_version_is_leased_or_collected_but_never_both(uri: str) -> None:
 # --- The keyspace ----------------------------------------------------------------------------------------------------
 
 
-def test_processes_that_make_the_same_store_at_once_make_one(cluster: CassandraServer) -> None:
+def test_processes_that_create_the_same_store_at_once_create_one(cluster: CassandraServer) -> None:
     uri, failed = cluster.new_keyspace(), []
 
     def append(number: int) -> None:
@@ -260,7 +256,7 @@ def check_refusals(cluster: CassandraServer, uri: str) -> None:
         ("cassandra://h1,h2/agl?replication_factor=x", "replication_factor 'x', expected a number"),
     ],
 )
-def test_an_address_that_leads_nowhere_is_named_without_its_password(uri: str, said: str) -> None:
+def test_errors_for_an_invalid_address_show_it_without_its_password(uri: str, said: str) -> None:
     with pytest.raises(StoreError, match=said) as caught:
         open_store(uri)
     assert "s3cr3t" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""`agl serve` or its PostgreSQL killed, and out of room, in the middle of a load."""
+"""`agl serve` or its PostgreSQL killed, or its disk full, under load."""
 
 import resource
 import subprocess
@@ -19,7 +19,7 @@ from tests.store.spans import make_span
 from tests.waiting import wait_until
 
 
-def test_a_collector_killed_twice_in_a_load_loses_nothing_that_it_acknowledged(tmp_path: Path) -> None:
+def test_a_collector_killed_twice_under_load_loses_no_acknowledged_span(tmp_path: Path) -> None:
     path, uri = tmp_path / "agl.db", f"sqlite:///{tmp_path}/agl.db"
     with Load() as load:
         for part in (SPANS // 3, SPANS * 2 // 3):
@@ -42,7 +42,7 @@ def postgres() -> Iterator[PostgresServer]:
         yield server
 
 
-def test_a_postgresql_killed_twice_in_a_load_loses_nothing_that_was_acknowledged(postgres: PostgresServer) -> None:
+def test_a_postgresql_killed_twice_under_load_loses_no_acknowledged_span(postgres: PostgresServer) -> None:
     uri = postgres.new_database()
     with serving(uri) as (_, url), Load(url) as load:
         for part in (SPANS // 3, SPANS * 2 // 3):
@@ -58,7 +58,7 @@ def test_a_postgresql_killed_twice_in_a_load_loses_nothing_that_was_acknowledged
 
 @contextmanager
 def full_sqlite(folder: Path, _: PostgresServer) -> Iterator[tuple[str, str, Callable[[], None]]]:
-    """The write-ahead log meets the limit first."""
+    """The write-ahead log reaches the limit first."""
     uri = f"sqlite:///{folder}/agl.db"
     with serving(uri) as (process, url):
         limit_files(process.pid, 2**20)
@@ -68,7 +68,7 @@ def full_sqlite(folder: Path, _: PostgresServer) -> Iterator[tuple[str, str, Cal
 
 @contextmanager
 def full_postgres(_: Path, server: PostgresServer) -> Iterator[tuple[str, str, Callable[[], None]]]:
-    """A table meets the limit; the log comes in files of 16 MB."""
+    """A table reaches the limit; the files of the log have 16 MB each."""
     uri = server.new_database()
     with serving(uri) as (_, url):
         server.limit_files(17 * 2**20)
@@ -80,16 +80,16 @@ def limit_files(pid: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("full", [full_sqlite, full_postgres])
-def test_a_full_disk_is_answered_with_retry_later_and_harms_nothing(
+def test_on_a_full_disk_the_collector_responds_with_retry_later_and_nothing_is_damaged(
     tmp_path: Path, postgres: PostgresServer, full: Callable[..., Any]
 ) -> None:
-    """A limit on the size of files stands in for the disk."""
+    """A limit on file sizes simulates the full disk."""
     with full(tmp_path, postgres) as (uri, url, make_room):
         with Load(url, text=500) as load:
             load.allow(SPANS)
             wait_until(lambda: load.answers[503] >= 5)
             assert len(load.acknowledged) < SPANS
-            assert load.acknowledged <= set(found_at(uri))  # Whoever reads still can.
+            assert load.acknowledged <= set(found_at(uri))  # Reads still work.
             make_room()
         assert set(load.answers) == {200, 503}
         check(load, uri)

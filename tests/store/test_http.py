@@ -1,4 +1,4 @@
-"""The store over HTTP, beside its contract (tests/store): statuses, repeats, tokens, long polls and the document."""
+"""The store over HTTP, besides the contract: status codes, retries, tokens, long polls and the OpenAPI document."""
 
 import inspect
 import json
@@ -36,7 +36,7 @@ SECRET = "hush-hush"
 
 
 class FailingStore:
-    """A real store whose next `failures` verbs fail as on a full disk."""
+    """A store in memory whose next `failures` verbs fail as on a full disk."""
 
     def __init__(self) -> None:
         self.failures = 0
@@ -81,10 +81,14 @@ def post(url: str, verb: str, body: Any, content_type: str = JSON) -> httpx.Resp
 
 def test_every_verb_of_the_protocol_is_served() -> None:
     verbs = {name for name, _ in inspect.getmembers(Store, inspect.isfunction) if not name.startswith("_")}
-    assert set(VERBS) == verbs - {"append_spans", "query_spans", "close"}  # of rows, and of this process alone
+    assert set(VERBS) == verbs - {
+        "append_spans",
+        "query_spans",
+        "close",
+    }  # Derived, or local to the process.
 
 
-def test_spans_come_and_go_as_otlp_and_the_rest_as_json(url: str) -> None:
+def test_spans_are_otlp_and_everything_else_is_json(url: str) -> None:
     span = make_span(1, rollout="wire", text="x")
     answer = post(url, "append_spans", otlp.encode([span]), PROTOBUF)
     assert (answer.status_code, answer.json()) == (200, {"result": 1})
@@ -128,7 +132,7 @@ def test_errors_have_one_shape(
     assert message in answer.json()["error"]["message"]
 
 
-def test_a_body_that_is_no_trace_request_is_refused_whole(url: str, remote: Store) -> None:
+def test_a_body_with_an_invalid_span_is_rejected_as_a_whole(url: str, remote: Store) -> None:
     before = remote.count_spans()
     bad = otlp.encode([make_span(7)]) + otlp.encode([make_span(8)]).replace(bytes.fromhex(f"{8:016x}"), bytes(8))
     for body in (b"\xff", bad):
@@ -137,12 +141,12 @@ def test_a_body_that_is_no_trace_request_is_refused_whole(url: str, remote: Stor
 
 
 def test_web_pages_cannot_post(url: str) -> None:
-    """What a page may send elsewhere without asking first is of these types."""
+    """A web page may send these content types to another origin without a preflight request."""
     for content_type in ("text/plain", "application/x-www-form-urlencoded", ""):
         assert post(url, "gc", {"max_bytes": 0}, content_type).status_code == 415
 
 
-def test_numbers_that_json_has_not_are_written_as_text(url: str, remote: Store) -> None:
+def test_nan_and_infinity_are_written_as_strings(url: str, remote: Store) -> None:
     remote.append_metrics("nan", 1, {"loss": float("nan"), "reward": float("-inf")})
     answer = httpx.get(f"{url}{PREFIX}/query_metrics", params={"run": "nan"}).json()
     assert answer == {"result": {"loss": [[1, "NaN"]], "reward": [[1, "-Infinity"]]}}
@@ -157,7 +161,7 @@ def test_ids_may_be_any_text(remote: Store, odd: str) -> None:
 
 
 @pytest.mark.parametrize("value", [object(), b"\xff", {1, 2}, "\ud800"])
-def test_what_json_cannot_carry_is_refused_before_it_is_sent(remote: Store, value: object) -> None:
+def test_values_that_json_cannot_express_are_rejected_before_they_are_sent(remote: Store, value: object) -> None:
     with pytest.raises(StoreError, match=r"enqueue_rollouts|the input of rollout odd"):
         remote.enqueue_rollouts([Rollout("odd", value)])
     with pytest.raises(StoreError, match=r"put_resource|the metadata of writer@0"):
@@ -179,7 +183,7 @@ def test_errors_come_back_as_the_store_raised_them(remote: Store) -> None:
 # --- Repeats -----------------------------------------------------------------------------------------------------
 
 
-def test_a_store_that_cannot_keep_a_change_now_is_asked_again(
+def test_a_verb_is_retried_while_the_store_is_unavailable(
     served: tuple[FailingStore, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, url = served
@@ -198,7 +202,7 @@ def test_a_store_that_cannot_keep_a_change_now_is_asked_again(
     assert store.failures == 0
 
 
-def test_a_server_that_is_away_for_a_moment_is_waited_for() -> None:
+def test_a_verb_is_retried_while_the_server_is_down() -> None:
     with closing(open_store("memory://")) as store:
         api = StoreApi(store)
         with closing(api), closing(HttpStore(f"http://127.0.0.1:{free_port()}")) as remote:
@@ -210,7 +214,7 @@ def test_a_server_that_is_away_for_a_moment_is_waited_for() -> None:
 
 
 def serve_once(api: StoreApi, remote: HttpStore) -> None:
-    """Serve at the address of `remote` for as long as one request needs."""
+    """Serve at the address of `remote` for one second."""
     with serving(api, int(remote.uri.rpartition(":")[2])):
         time.sleep(1)
 
@@ -226,7 +230,7 @@ def starlette(api: StoreApi) -> Starlette:
 
 
 class LossyProxy:
-    """Passes connections on to `url`; the next `losses` answers it keeps to itself, and hangs up."""
+    """A proxy to `url` that drops the next `losses` responses and closes their connections."""
 
     def __init__(self, url: str) -> None:
         self.losses = 0
@@ -268,7 +272,7 @@ def receive(connection: socket.socket) -> bytes:
 
 
 def hang_up(connection: socket.socket) -> None:
-    with suppress(OSError):  # The other side was first.
+    with suppress(OSError):  # Closed by the other side already.
         connection.shutdown(socket.SHUT_RDWR)
 
 
@@ -278,7 +282,7 @@ def lossy(url: str) -> Iterator[tuple[LossyProxy, Store]]:
         yield proxy, store
 
 
-def test_a_verb_whose_answer_was_lost_is_repeated(lossy: tuple[LossyProxy, Store]) -> None:
+def test_a_verb_whose_response_was_lost_is_repeated(lossy: tuple[LossyProxy, Store]) -> None:
     proxy, store = lossy
     span = make_span(1, trace="9" * 32, rollout="lost")
     steps: list[Callable[[], object]] = [
@@ -295,7 +299,7 @@ def test_a_verb_whose_answer_was_lost_is_repeated(lossy: tuple[LossyProxy, Store
     assert store.get_rollout("lost") is not None
 
 
-def test_a_lease_whose_answer_was_lost_is_not_repeated(lossy: tuple[LossyProxy, Store]) -> None:
+def test_a_lease_whose_response_was_lost_is_not_repeated(lossy: tuple[LossyProxy, Store]) -> None:
     proxy, store = lossy
     store.enqueue_rollouts([Rollout("leased", 1)])
     proxy.losses = 1
@@ -304,7 +308,7 @@ def test_a_lease_whose_answer_was_lost_is_not_repeated(lossy: tuple[LossyProxy, 
     assert [attempt.number for attempt in store.query_attempts("leased")] == [1]
 
 
-def test_an_end_whose_answer_was_lost_was_made_all_the_same(lossy: tuple[LossyProxy, Store]) -> None:
+def test_finish_attempt_whose_response_was_lost_has_ended_the_attempt(lossy: tuple[LossyProxy, Store]) -> None:
     proxy, store = lossy
     store.enqueue_rollouts([Rollout("ended", 1)])
     store.lease_rollout("worker", "ended")
@@ -317,7 +321,7 @@ def test_an_end_whose_answer_was_lost_was_made_all_the_same(lossy: tuple[LossyPr
 # --- Waiting -----------------------------------------------------------------------------------------------------
 
 
-def test_a_wait_is_answered_in_time_and_goes_on_by_asking_again(
+def test_a_wait_returns_within_its_limit_and_the_client_repeats_it(
     url: str, remote: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (routes, client):
@@ -334,7 +338,7 @@ def test_a_wait_is_answered_in_time_and_goes_on_by_asking_again(
     assert ended.state.is_over
 
 
-def test_those_who_wait_keep_nobody_from_the_store(remote: Store) -> None:
+def test_waiting_clients_do_not_block_other_verbs(remote: Store) -> None:
     remote.enqueue_rollouts([Rollout("awaited", 1)])
     waiters = [threading.Thread(target=remote.wait_for_rollouts, args=(["awaited"], 30)) for _ in range(40)]
     for waiter in waiters:
@@ -352,7 +356,7 @@ def test_those_who_wait_keep_nobody_from_the_store(remote: Store) -> None:
 # --- Tokens and TLS ----------------------------------------------------------------------------------------------
 
 
-def test_the_token_opens_the_store_and_is_shown_to_nobody_else(
+def test_the_token_is_required_and_never_shown(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -377,13 +381,13 @@ def with_token(url: str, token: str) -> str:
 
 
 @pytest.mark.parametrize("uri", ["http://", "http://h:x", "https://h/?a=b", "http://h:99999", "http://h#f"])
-def test_a_uri_that_is_none_is_refused_without_its_token(uri: str) -> None:
+def test_an_invalid_uri_is_rejected_without_its_token(uri: str) -> None:
     with pytest.raises(StoreError, match=r"http://HOST:PORT") as refused:
         open_store(with_token(uri, SECRET))
     assert SECRET not in str(refused.getrepr(style="long"))
 
 
-def test_tls_servers_are_taken_if_their_certificate_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tls_servers_are_accepted_if_their_certificate_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     authority, files = trustme.CA(), [tmp_path / name for name in ("certificate.pem", "key.pem", "ca.pem")]
     issued = authority.issue_cert("127.0.0.1")
     issued.cert_chain_pems[0].write_to_path(str(files[0]))
@@ -396,7 +400,7 @@ def test_tls_servers_are_taken_if_their_certificate_is(tmp_path: Path, monkeypat
             began = time.monotonic()
             with closing(open_store(url)) as remote, pytest.raises(StoreError, match="CERTIFICATE_VERIFY_FAILED"):
                 remote.count_spans()
-            assert time.monotonic() - began < 5  # Trying again would not help.
+            assert time.monotonic() - began < 5  # It is not retried.
             monkeypatch.setenv("SSL_CERT_FILE", str(files[2]))
             with closing(open_store(url)) as remote:
                 assert remote.count_spans() == 0

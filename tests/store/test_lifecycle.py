@@ -1,4 +1,4 @@
-"""What events make of rollouts and attempts: pure functions, under every order of events."""
+"""How events change rollouts and attempts: pure functions, tested with random sequences of events."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ ROLLOUTS = st.builds(
 
 
 def apply(event: str, rollout: Rollout, attempt: Attempt | None, end: AttemptState, now_ns: int) -> Pair | None:
-    """What a store would keep; None where nothing changes."""
+    """The rollout and attempt that a store would save; None if nothing changes."""
     if event == "begin":
         return begin(rollout, "worker", now_ns)
     if attempt is None:
@@ -39,12 +39,12 @@ def apply(event: str, rollout: Rollout, attempt: Attempt | None, end: AttemptSta
 
 
 @given(ROLLOUTS, EVENTS)
-def test_one_attempt_runs_at_most_and_no_end_is_taken_back(rollout: Rollout, events: list) -> None:
+def test_at_most_one_attempt_runs_and_a_rollout_that_ended_never_runs_again(rollout: Rollout, events: list) -> None:
     attempts: list[Attempt] = []
     for second, (event, which, end) in enumerate(events):
         attempt = attempts[which] if which < len(attempts) else None
         if event == "expire" and (attempt is None or attempt.state is not AttemptState.RUNNING):
-            continue  # The watchdog looks at running ones.
+            continue  # The watchdog examines running attempts only.
         before = rollout
         if event == "cancel":
             rollout, last = cancel(rollout, attempts[-1] if attempts else None, second * 10**9)
@@ -73,13 +73,13 @@ def check(before: Rollout, rollout: Rollout, attempts: list[Attempt]) -> None:
         assert (attempt.ended_ns is None) == (attempt.state is AttemptState.RUNNING)
 
 
-def test_every_state_has_its_row_in_the_tables() -> None:
+def test_every_state_is_in_the_transition_tables() -> None:
     assert set(ROLLOUT_TRANSITIONS) == set(RolloutState)
     assert set(ATTEMPT_TRANSITIONS) == set(AttemptState)
     assert [state for state in RolloutState if state.is_over] == ["succeeded", "failed", "cancelled"]
 
 
-def test_heartbeats_never_go_back() -> None:
+def test_heartbeat_times_never_decrease() -> None:
     rollout, attempt = begin(Rollout("r", None), "worker", 100)
     changed = heartbeat(rollout, replace(attempt, heartbeat_ns=200), 150)
     assert changed is not None and changed[1].heartbeat_ns == 200

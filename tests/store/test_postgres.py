@@ -1,4 +1,4 @@
-"""What only PostgreSQL can show: partitions, a server that dies, passwords, and who else is in the database."""
+"""PostgreSQL only: partitions, a server that is killed, passwords, and other programs in the database."""
 
 import random
 import threading
@@ -51,7 +51,7 @@ def partitions(uri: str) -> list[str]:
 # --- Faults ----------------------------------------------------------------------------------------------------------
 
 
-def test_who_waits_for_a_rollout_hears_of_its_end_across_a_restart_of_the_server(
+def test_waiting_for_a_rollout_survives_a_restart_of_the_server(
     durable_server: PostgresServer,
 ) -> None:
     found: list[Rollout] = []
@@ -76,7 +76,7 @@ def wait(store: PostgresStore) -> list[Rollout]:
             time.sleep(0.05)
 
 
-def test_commits_wait_for_the_disk_even_where_the_database_would_not(uri: str) -> None:
+def test_commits_are_synchronous_even_if_the_database_default_is_not(uri: str) -> None:
     database = uri.rpartition("/")[2]
     with psycopg.connect(uri, autocommit=True) as connection:
         connection.execute(f"ALTER DATABASE {database} SET synchronous_commit TO off".encode())
@@ -85,7 +85,7 @@ def test_commits_wait_for_the_disk_even_where_the_database_would_not(uri: str) -
     assert found == ("on",)
 
 
-def test_an_end_is_told_not_looked_for(uri: str) -> None:
+def test_the_end_of_a_rollout_is_notified_without_polling(uri: str) -> None:
     with closing(PostgresStore(uri)) as here, closing(PostgresStore(uri)) as there:
         here._ends._poll_s = 60
         here.enqueue_rollouts([Rollout("r", 1)])
@@ -97,7 +97,7 @@ def test_an_end_is_told_not_looked_for(uri: str) -> None:
     assert rollout.state is RolloutState.SUCCEEDED
 
 
-def test_a_lease_takes_what_nobody_else_is_about_to_take(uri: str) -> None:
+def test_a_lease_skips_rollouts_that_another_transaction_has_locked(uri: str) -> None:
     with closing(PostgresStore(uri)) as store, psycopg.connect(uri) as other:
         store.enqueue_rollouts([Rollout("first", 1), Rollout("second", 2)])
         other.execute("SELECT FROM agl.rollouts WHERE rollout_id = 'first' FOR UPDATE")
@@ -110,12 +110,12 @@ def test_a_lease_takes_what_nobody_else_is_about_to_take(uri: str) -> None:
 
 
 def on_day(store: PostgresStore, monkeypatch: pytest.MonkeyPatch, days: int) -> None:
-    """Let spans arrive that many days from now."""
+    """Move the clock of the store by `days` days."""
     now_ns = time.time_ns() + days * DAY_NS
     monkeypatch.setattr(store._database, "now_ns", lambda: now_ns)
 
 
-def test_a_span_sent_again_on_another_day_is_kept_once(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_span_sent_again_on_another_day_is_stored_once(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(PostgresStore(uri)) as store:
         assert store.append_spans([make_span(1, rollout="r"), make_span(2, rollout="r")]) == 2
         on_day(store, monkeypatch, 1)
@@ -126,7 +126,7 @@ def test_a_span_sent_again_on_another_day_is_kept_once(uri: str, monkeypatch: py
         assert store.last_rollout_id() == "r"
 
 
-def test_days_of_which_nothing_is_left_are_dropped_whole(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partitions_of_days_without_spans_are_dropped(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(PostgresStore(uri)) as store:
         store.enqueue_rollouts([Rollout("running", 1)])
         store.lease_rollout("worker")
@@ -148,7 +148,7 @@ def test_days_of_which_nothing_is_left_are_dropped_whole(uri: str, monkeypatch: 
 
 
 def test_reading_a_rollout_looks_up_its_own_spans_only(uri: str) -> None:
-    """The planner takes rollouts for large: with a join it read the bodies of all the others as well."""
+    """The planner overestimates the size of a rollout: with a join it would read the bodies of all rollouts."""
     with closing(PostgresStore(uri)) as store:
         for rollout in range(20):
             trace, name = f"{rollout + 1:032x}", f"r{rollout}"
@@ -174,13 +174,13 @@ def test_errors_name_the_server_but_never_the_password(form: str) -> None:
     assert caught.value.__cause__ is None and caught.value.__suppress_context__
 
 
-def test_a_uri_that_cannot_be_read_does_not_show_its_password() -> None:
+def test_the_error_for_an_invalid_uri_does_not_show_its_password() -> None:
     with pytest.raises(StoreError) as caught:
         open_store("postgresql://me:s3cr3t%zz@127.0.0.1:1/db")
     assert "s3cr3t" not in str(caught.value)
 
 
-def test_a_newer_schema_is_refused(uri: str) -> None:
+def test_a_newer_schema_is_rejected(uri: str) -> None:
     open_store(uri).close()
     with psycopg.connect(uri, autocommit=True) as connection:
         connection.execute("UPDATE agl.version SET version = 99")
@@ -188,7 +188,7 @@ def test_a_newer_schema_is_refused(uri: str) -> None:
         open_store(uri)
 
 
-def test_a_schema_of_another_program_is_refused_and_its_tables_left_alone(uri: str) -> None:
+def test_a_schema_of_another_program_is_rejected_and_not_changed(uri: str) -> None:
     with psycopg.connect(uri, autocommit=True) as connection:
         connection.execute("CREATE TABLE spans (id integer)")
     open_store(uri).close()  # In another schema: not in our way.
@@ -200,14 +200,14 @@ def test_a_schema_of_another_program_is_refused_and_its_tables_left_alone(uri: s
     assert one(uri, "SELECT count(*) FROM information_schema.columns WHERE table_name = 'spans'") == (2,)
 
 
-def test_ids_that_postgresql_cannot_hold_do_not_block_the_spans_beside_them(uri: str) -> None:
+def test_ids_that_postgresql_cannot_store_do_not_block_other_spans_of_the_batch(uri: str) -> None:
     with closing(PostgresStore(uri)) as store:
         assert store.append_spans([asked(1, "a\0b"), make_span(2, rollout="r\0", attempt="\0-a1")]) == 2
         assert [span.attributes.get("gen_ai.response.id") for span in store.query_spans(TRACE)] == ["a\0b"]
         assert numbers(store.query_spans("r\0")) == [1, 2]
 
 
-def test_values_that_postgresql_cannot_hold_are_refused_for_good(uri: str) -> None:
+def test_values_that_postgresql_cannot_store_raise_input_error(uri: str) -> None:
     with closing(PostgresStore(uri)) as store:
         for name, version in (("w", 2**70), (random.Random(0).randbytes(5_000).hex(), 1)):
             with pytest.raises(InputError, match="can never keep this"):

@@ -49,7 +49,7 @@ def put_versions(store: Store, count: int) -> None:
 
 
 def collected(store: Store, keep: int = 1, *, in_s: float = 0) -> list[int]:
-    """Versions that are collected that many seconds from now."""
+    """Versions that `collect_resources` deletes as of `in_s` seconds from now."""
     found = store.collect_resources("writer", keep, now_ns=time.time_ns() + int(in_s * 1e9))
     return [resource.version for resource in found]
 
@@ -67,7 +67,7 @@ def test_old_versions_are_collected_and_the_newest_stay(store: Store) -> None:
     assert store.get_resource("other") is not None
 
 
-def test_what_is_leased_is_not_collected(store: Store) -> None:
+def test_leased_versions_are_not_collected(store: Store) -> None:
     put_versions(store, 4)
     assert store.lease_resource("writer", "engine-1", 60, 1) == Resource("writer", 1, "adapters/writer/1")
     store.lease_resource("writer", "engine-1", 60, 2)
@@ -81,7 +81,7 @@ def test_what_is_leased_is_not_collected(store: Store) -> None:
     assert collected(store) == [2]
 
 
-def test_a_lease_ends_by_itself_unless_it_is_renewed(store: Store) -> None:
+def test_a_lease_expires_unless_it_is_renewed(store: Store) -> None:
     put_versions(store, 3)
     store.lease_resource("writer", "dead", 10, 0)
     store.lease_resource("writer", "alive", 10, 1)

@@ -1,4 +1,4 @@
-"""The store's contract: the queue of rollouts, their attempts, and who waits for them."""
+"""The store's contract: the queue of rollouts, their attempts, and waiting for them."""
 
 import threading
 import time
@@ -35,11 +35,11 @@ def attempt_states(store: Store, rollout_id: str) -> list[AttemptState]:
 
 
 def end_overdue(store: Store, in_s: float = 0) -> list[Attempt]:
-    """What the watchdog ends when it looks that many seconds from now."""
+    """`end_overdue_attempts` as of `in_s` seconds from now."""
     return store.end_overdue_attempts(time.time_ns() + int(in_s * 1e9))
 
 
-def test_rollouts_are_leased_in_order_and_carry_what_was_queued(store: Store) -> None:
+def test_rollouts_are_leased_in_order_with_all_their_fields(store: Store) -> None:
     first = Rollout(
         "r1",
         {"question": "q", "n": [1, None]},
@@ -66,7 +66,7 @@ def test_rollouts_are_leased_in_order_and_carry_what_was_queued(store: Store) ->
     assert store.lease_rollout("worker-1") is None
 
 
-def test_a_named_rollout_is_leased_past_the_others_while_it_is_queued(store: Store) -> None:
+def test_a_rollout_can_be_leased_by_id_before_earlier_ones(store: Store) -> None:
     store.enqueue_rollouts([Rollout("theirs", 1), Rollout("ours", 2)])
     leased = store.lease_rollout("worker", "ours")
     assert leased is not None and leased[1].attempt_id == "ours-a1"
@@ -86,7 +86,7 @@ def test_enqueueing_again_changes_nothing(store: Store) -> None:
     ]
 
 
-def test_an_input_that_is_not_json_is_refused_by_name(store: Store) -> None:
+def test_an_input_that_is_not_json_is_rejected_with_its_rollout_id(store: Store) -> None:
     with pytest.raises(StoreError, match="input of rollout r1"):
         store.enqueue_rollouts([Rollout("r1", object())])
 
@@ -105,16 +105,16 @@ def test_a_finished_attempt_ends_its_rollout(store: Store) -> None:
     assert rollout.ended_ns is not None and rollout.ended_ns >= attempt.started_ns
 
 
-def test_a_failed_attempt_is_tried_again_while_tries_are_left(store: Store) -> None:
+def test_a_failed_attempt_is_retried_while_attempts_are_left(store: Store) -> None:
     store.enqueue_rollouts([Rollout("r1", 1, max_attempts=2), Rollout("r2", 2)])
     store.lease_rollout("worker")
     assert store.finish_attempt("r1-a1", AttemptState.FAILED).state is RolloutState.QUEUED
-    again = store.lease_rollout("worker")  # It keeps its place before r2.
+    again = store.lease_rollout("worker")  # It keeps its position before r2.
     assert again is not None and again[1].attempt_id == "r1-a2"
     assert store.finish_attempt("r1-a2", AttemptState.FAILED).state is RolloutState.FAILED
 
 
-def test_a_final_attempt_refuses_another_end(store: Store) -> None:
+def test_an_attempt_that_ended_cannot_end_again(store: Store) -> None:
     store.enqueue_rollouts([Rollout("r1", 1)])
     store.lease_rollout("worker")
     store.finish_attempt("r1-a1", AttemptState.SUCCEEDED)
@@ -125,7 +125,7 @@ def test_a_final_attempt_refuses_another_end(store: Store) -> None:
 
 
 @pytest.mark.parametrize("state", [AttemptState.RUNNING, AttemptState.UNRESPONSIVE, AttemptState.CANCELLED])
-def test_a_worker_ends_its_attempt_by_an_end_only(store: Store, state: AttemptState) -> None:
+def test_a_worker_can_report_only_the_allowed_ends(store: Store, state: AttemptState) -> None:
     attempt_id = begin(store, "r1")
     with pytest.raises(TransitionError, match=f"attempt r1-a1 cannot be finished as {state}"):
         store.finish_attempt(attempt_id, state)
@@ -154,7 +154,7 @@ def test_cancelled_rollouts_are_not_leased_and_stay_cancelled(store: Store) -> N
     store.cancel_rollouts(["done", "running", "queued"])
     assert store.lease_rollout("worker") is None
     assert attempt_states(store, "running") == [AttemptState.CANCELLED]
-    assert store.heartbeat(["running-a1"]) == ["running-a1"]  # So its worker learns of it.
+    assert store.heartbeat(["running-a1"]) == ["running-a1"]  # Tells the worker to stop.
     assert store.finish_attempt("running-a1", AttemptState.SUCCEEDED).state is RolloutState.CANCELLED
     done = store.get_rollout("done")
     assert done is not None and done.state is RolloutState.SUCCEEDED
@@ -191,7 +191,7 @@ def test_states_are_counted(store: Store) -> None:
 # --- Retries and the watchdog ----------------------------------------------------------------------------------------
 
 
-def test_only_the_ends_that_a_rollout_names_are_tried_again(store: Store) -> None:
+def test_only_the_ends_in_retry_on_are_retried(store: Store) -> None:
     on_timeout = {"max_attempts": 3, "retry_on": frozenset({AttemptState.TIMEOUT})}
     attempt_id = begin(store, "r1", **on_timeout)
     assert store.finish_attempt(attempt_id, AttemptState.TIMEOUT).state is RolloutState.QUEUED
@@ -199,7 +199,7 @@ def test_only_the_ends_that_a_rollout_names_are_tried_again(store: Store) -> Non
     assert attempt_states(store, "r1") == [AttemptState.TIMEOUT, AttemptState.FAILED]
 
 
-def test_an_attempt_over_its_time_is_ended_however_busy_it_is(store: Store) -> None:
+def test_an_attempt_over_its_timeout_is_ended_even_if_it_sends_heartbeats(store: Store) -> None:
     attempt_id = begin(store, "r1", timeout_s=10)
     begin(store, "unlimited")
     store.heartbeat([attempt_id])
@@ -212,7 +212,7 @@ def test_an_attempt_over_its_time_is_ended_however_busy_it_is(store: Store) -> N
     assert state_of(store, "unlimited") is RolloutState.RUNNING
 
 
-def test_a_silent_attempt_is_unresponsive_and_its_rollout_tried_again(store: Store) -> None:
+def test_a_silent_attempt_is_unresponsive_and_its_rollout_is_retried(store: Store) -> None:
     begin(store, "silent", unresponsive_s=10, max_attempts=2)
     assert end_overdue(store, in_s=9) == []
     (ended,) = end_overdue(store, in_s=11)
@@ -228,32 +228,32 @@ def test_heartbeats_and_spans_keep_an_attempt_alive(store: Store, sign: str) -> 
     attempt_id = begin(store, "r1", unresponsive_s=10)
     (before,) = store.query_attempts("r1")
     time.sleep(0.15)
-    show_life(store, attempt_id, sign)
+    send_sign(store, attempt_id, sign)
     (after,) = store.query_attempts("r1")
     assert 0.1e9 < after.heartbeat_ns - before.heartbeat_ns < 60e9
     assert end_overdue(store, in_s=9) == []
 
 
-def show_life(store: Store, attempt_id: str, sign: str) -> None:
+def send_sign(store: Store, attempt_id: str, sign: str) -> None:
     if sign == "heartbeat":
         assert store.heartbeat([attempt_id]) == []
-    elif sign == "span":  # By the clock of the store: that of its sender may be far off.
+    elif sign == "span":  # The heartbeat has the time of arrival, not the start time of the span.
         store.append_spans([make_span(1, rollout="r1", attempt=attempt_id, start_ns=7)])
     else:
         store.append_spans([make_span(1, **{"agentlightning.attempt_id": attempt_id})])
 
 
 @pytest.mark.parametrize("sign", ["heartbeat", "span"])
-def test_a_sign_of_life_revives_an_attempt_that_nobody_has_replaced(store: Store, sign: str) -> None:
+def test_a_heartbeat_or_span_revives_an_unresponsive_attempt_that_was_not_replaced(store: Store, sign: str) -> None:
     attempt_id = begin(store, "r1", unresponsive_s=10, max_attempts=2)
     end_overdue(store, in_s=11)
-    show_life(store, attempt_id, sign)
+    send_sign(store, attempt_id, sign)
     assert (state_of(store, "r1"), attempt_states(store, "r1")) == (RolloutState.RUNNING, [AttemptState.RUNNING])
     assert store.lease_rollout("other") is None
     assert store.finish_attempt(attempt_id, AttemptState.SUCCEEDED).state is RolloutState.SUCCEEDED
 
 
-def test_an_answer_that_comes_before_the_next_attempt_counts(store: Store) -> None:
+def test_an_unresponsive_attempt_may_still_finish_before_the_next_attempt_begins(store: Store) -> None:
     attempt_id = begin(store, "r1", unresponsive_s=10, max_attempts=2)
     end_overdue(store, in_s=11)
     assert store.finish_attempt(attempt_id, AttemptState.SUCCEEDED).state is RolloutState.SUCCEEDED
@@ -261,30 +261,30 @@ def test_an_answer_that_comes_before_the_next_attempt_counts(store: Store) -> No
 
 
 @pytest.mark.parametrize("sign", ["heartbeat", "span"])
-def test_an_attempt_that_was_replaced_is_not_revived(store: Store, sign: str) -> None:
+def test_an_unresponsive_attempt_that_was_replaced_never_runs_again(store: Store, sign: str) -> None:
     first = begin(store, "r1", unresponsive_s=10, max_attempts=3)
     end_overdue(store, in_s=11)
     second = lease(store, "r1")
     if sign == "heartbeat":
         assert store.heartbeat([first, second]) == [first]
     else:
-        show_life(store, first, sign)
+        send_sign(store, first, sign)
         assert store.count_spans() == 1
     with pytest.raises(TransitionError, match="attempt r1-a1 is unresponsive and cannot become succeeded"):
         store.finish_attempt(first, AttemptState.SUCCEEDED)
-    store.finish_attempt(second, AttemptState.FAILED)  # Queued again, and still the first is not the last.
+    store.finish_attempt(second, AttemptState.FAILED)  # Queued again, but the first attempt is not the last one.
     assert store.heartbeat([first]) == [first]
     assert attempt_states(store, "r1") == [AttemptState.UNRESPONSIVE, AttemptState.FAILED]
 
 
 @pytest.mark.parametrize("sign", ["heartbeat", "span"])
-def test_the_end_of_a_rollout_is_never_taken_back(store: Store, sign: str) -> None:
+def test_a_rollout_that_ended_never_runs_again(store: Store, sign: str) -> None:
     attempt_id = begin(store, "r1", unresponsive_s=10)
     end_overdue(store, in_s=11)
     if sign == "heartbeat":
         assert store.heartbeat([attempt_id]) == [attempt_id]
     else:
-        show_life(store, attempt_id, sign)
+        send_sign(store, attempt_id, sign)
     assert (state_of(store, "r1"), attempt_states(store, "r1")) == (RolloutState.FAILED, [AttemptState.UNRESPONSIVE])
 
 
@@ -295,7 +295,7 @@ def test_a_queued_rollout_is_cancelled_with_the_attempt_that_went_silent(store: 
     assert (state_of(store, "r1"), attempt_states(store, "r1")) == (RolloutState.CANCELLED, [AttemptState.CANCELLED])
 
 
-def test_spans_that_come_after_the_end_belong_to_the_rollout(store: Store) -> None:
+def test_spans_that_arrive_after_the_end_belong_to_the_rollout(store: Store) -> None:
     attempt_id = begin(store, "r1")
     store.append_spans([make_span(1, rollout="r1", attempt=attempt_id)])
     store.finish_attempt(attempt_id, AttemptState.SUCCEEDED)
@@ -313,7 +313,7 @@ def test_spans_that_come_after_the_end_belong_to_the_rollout(store: Store) -> No
         ({"retry_on": frozenset({AttemptState.SUCCEEDED})}, "retries on"),
     ],
 )
-def test_limits_that_no_rollout_can_have_are_refused_by_name(limits: dict[str, Any], said: str) -> None:
+def test_invalid_limits_are_rejected_with_the_rollout_id(limits: dict[str, Any], said: str) -> None:
     with pytest.raises(StoreError, match=f"rollout r1 .*{said}"):
         Rollout("r1", 1, **limits)
 
@@ -336,7 +336,7 @@ def test_waiting_ends_with_the_last_of_the_rollouts(store: Store) -> None:
     ]
 
 
-def test_cancelling_and_the_watchdog_wake_who_waits(store: Store) -> None:
+def test_cancelling_and_the_watchdog_end_a_wait(store: Store) -> None:
     begin(store, "late", timeout_s=1)
     store.enqueue_rollouts([Rollout("cancelled", 1)])
     found: list[Rollout] = []

@@ -43,13 +43,13 @@ def start(program: str, *arguments: object) -> subprocess.Popen[str]:
 
 
 def lines_of(*processes: subprocess.Popen[str]) -> list[list[str]]:
-    """What each printed, once all have ended well."""
+    """The words that each process printed, after all have exited with 0."""
     printed = [process.communicate(timeout=60)[0].split() for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes)
     return printed
 
 
-def test_everything_is_found_again(shared_uri: str) -> None:
+def test_a_store_that_is_opened_again_has_everything(shared_uri: str) -> None:
     rollout = Rollout("r", {"n": 1}, group_id="g", max_attempts=2, timeout_s=5.0)
     with closing(open_store(shared_uri)) as store:
         store.append_spans([make_span(1, rollout="r")])
@@ -86,7 +86,7 @@ def test_killed_while_writing_every_acknowledged_span_is_there_once(shared_uri: 
 
 
 def test_processes_that_write_the_same_spans_leave_each_once_while_others_read(shared_uri: str) -> None:
-    """The store is new: they make it at the same time, too."""
+    """The store is new: the processes also create it at the same time."""
     writers = [start(WRITER, shared_uri, 1, 101), start(WRITER, shared_uri, 51, 151)]
     seen: list[int] = []
     with closing(open_store(shared_uri)) as store:
@@ -96,7 +96,7 @@ def test_processes_that_write_the_same_spans_leave_each_once_while_others_read(s
         printed = [[int(line) for line in lines] for lines in lines_of(*writers)]
         assert numbers(store.query_spans("r")) == list(range(1, 151))
         assert store.count_spans() == 150
-    assert seen == sorted(seen)  # What was there once stays.
+    assert seen == sorted(seen)  # No span disappears.
     assert [list(map(abs, lines)) for lines in printed] == [list(range(1, 101)), list(range(51, 151))]
     new = [number for lines in printed for number in lines if number > 0]
     assert set(new) == set(range(1, 151))  # Each was new to one of them,
@@ -115,7 +115,7 @@ def test_each_rollout_is_leased_by_one_process(shared_uri: str) -> None:
         assert {len(store.query_attempts(name)) for name in names} == {1}
 
 
-def test_an_end_in_one_store_is_noticed_by_who_waits_in_another(shared_uri: str) -> None:
+def test_an_end_in_one_store_ends_a_wait_in_another(shared_uri: str) -> None:
     with closing(open_store(shared_uri)) as here, closing(open_store(shared_uri)) as there:
         here.enqueue_rollouts([Rollout("r", 1)])
         assert there.lease_rollout("worker") is not None
@@ -128,7 +128,7 @@ def test_an_end_in_one_store_is_noticed_by_who_waits_in_another(shared_uri: str)
 
 
 @pytest.mark.parametrize("verb", ["append", "enqueue", "finish"])
-def test_what_is_answered_in_one_store_is_seen_by_another_at_once(shared_uri: str, verb: str) -> None:
+def test_a_change_in_one_store_is_visible_in_another_at_once(shared_uri: str, verb: str) -> None:
     with closing(open_store(shared_uri)) as here, closing(open_store(shared_uri)) as there:
         for number in range(1, 6):
             if verb == "append":

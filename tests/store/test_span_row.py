@@ -1,4 +1,4 @@
-"""A request cut into rows: the same spans and columns as by way of decoded spans."""
+"""Requests parsed into rows: the same spans and columns as from decoded spans."""
 
 from dataclasses import replace
 
@@ -42,7 +42,7 @@ def test_rows_of_a_request_are_the_rows_of_its_spans(spans: list[Span]) -> None:
     assert span_row.parse_json(otlp.encode_json(spans)) == parsed
 
 
-def test_an_openinference_span_is_found_by_the_id_in_its_answer() -> None:
+def test_an_openinference_span_gets_the_response_id_from_its_output() -> None:
     attributes = {"openinference.span.kind": "LLM", "output.value": '{"id": "chatcmpl-1"}'}
     (found,) = span_row.parse(otlp.encode([span("ChatOpenAI", attributes)])).rows
     assert (found.asked, found.answered) == ("chatcmpl-1", None)
@@ -57,22 +57,22 @@ def test_an_openinference_span_is_found_by_the_id_in_its_answer() -> None:
         ({"end_ns": 2**63}, "time"),
     ],
 )
-def test_spans_that_no_reader_could_read_again_are_refused_and_the_others_kept(change: dict, reason: str) -> None:
+def test_invalid_spans_are_rejected_and_the_others_parsed(change: dict, reason: str) -> None:
     good = span("good")
     parsed = span_row.parse(otlp.encode([replace(span("bad"), **change), good]))
     assert [found.span_id.hex() for found in parsed.rows] == [good.span_id]
     assert parsed.rejected == 1 and reason in parsed.reason
 
 
-def test_what_is_no_request_is_an_otlp_error() -> None:
+def test_a_body_that_is_not_protobuf_is_an_otlp_error() -> None:
     with pytest.raises(OtlpError, match="9 bytes are not"):
         span_row.parse(b"garbage!!")
 
 
 @settings(deadline=None)
 @given(SPANS, st.integers(1, 2000), st.binary(max_size=3))
-def test_a_large_request_is_read_in_pieces_to_the_same_rows(spans: list[Span], size: int, after: bytes) -> None:
-    """And what follows it, if it is broken, breaks it as it would in one piece."""
+def test_a_large_request_is_parsed_in_chunks_with_the_same_rows(spans: list[Span], size: int, after: bytes) -> None:
+    """Trailing bytes that are invalid raise the same error as without chunks."""
     body = otlp.encode(spans) + after
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(otlp_split, "CHUNK_BYTES", 2**30)
@@ -88,7 +88,7 @@ def test_a_large_request_is_read_in_pieces_to_the_same_rows(spans: list[Span], s
             assert span_row.parse(body) == whole
 
 
-def test_pieces_are_as_small_as_they_should_be() -> None:
+def test_chunks_are_within_their_size() -> None:
     body = otlp.encode([span(f"{number}", {"text": "x" * 1_000}) for number in range(5_000)])
     pieces = list(otlp_split.split(body))
     assert len(pieces) <= len(body) // otlp_split.CHUNK_BYTES + 2
@@ -97,13 +97,13 @@ def test_pieces_are_as_small_as_they_should_be() -> None:
     assert [one for _, alone in pieces for request in alone for one in otlp.decode(request)] == otlp.decode(body)
 
 
-def test_a_row_is_the_span_to_the_last_field() -> None:
+def test_a_row_has_every_field_of_the_span() -> None:
     request = whole_request()
     (found,) = span_row.parse(request.SerializeToString()).rows
     assert ExportTraceServiceRequest.FromString(found.otlp) == request
 
 
-def test_a_long_resource_is_not_copied_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_copies_of_a_long_resource_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(otlp_split, "MAX_TOTAL_BYTES", 10**6)
     spans = [replace(span("chat"), resource={"text": "x" * 10_000}) for _ in range(200)]
     assert len(span_row.parse(otlp.encode(spans[:90])).rows) == 90
@@ -114,8 +114,8 @@ def test_a_long_resource_is_not_copied_without_end(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("odd", [b"\x08\x01", b"\xc2\x3e\x02\x08\x01", b"\x0d1234"])
-def test_what_otlp_does_not_know_is_passed_over(odd: bytes) -> None:
-    """Of a later version, say: numbers and messages beside the spans, in every message around them."""
+def test_unknown_fields_are_ignored(odd: bytes) -> None:
+    """Fields of a later OTLP version, for example: numbers and messages in each message that contains spans."""
     plain = otlp.encode([span("chat")])
     expected = span_row.parse(plain)
     assert span_row.parse(odd + plain + odd) == expected
@@ -125,18 +125,18 @@ def test_what_otlp_does_not_know_is_passed_over(odd: bytes) -> None:
     assert span_row.parse(ExportTraceServiceRequest(resource_spans=[resource_spans]).SerializeToString()) == expected
 
 
-def test_headings_that_come_in_parts_are_one() -> None:
-    """Protobuf merges a message that comes twice."""
+def test_a_resource_in_several_fields_is_merged() -> None:
+    """Protobuf merges a message field that occurs twice."""
     plain = otlp.encode([replace(span("chat"), attributes={})])
     inner = ExportTraceServiceRequest.FromString(plain).resource_spans[0].SerializeToString()
-    parts = said("agentlightning.rollout_id", "r") + inner + said("service.name", "s")
+    parts = resource_field("agentlightning.rollout_id", "r") + inner + resource_field("service.name", "s")
     (found,) = span_row.parse(b"\x0a" + bytes((len(parts) & 0x7F | 0x80, len(parts) >> 7)) + parts).rows
     assert found.rollout_id == "r"
     (one,) = otlp.decode(found.otlp)
     assert one.resource == {"agentlightning.rollout_id": "r", "service.name": "s"}
 
 
-def said(key: str, value: str) -> bytes:
-    """Part of a ResourceSpans: its resource."""
+def resource_field(key: str, value: str) -> bytes:
+    """A ResourceSpans with only this resource attribute."""
     attribute = KeyValue(key=key, value=AnyValue(string_value=value))
     return ResourceSpans(resource=Resource(attributes=[attribute])).SerializeToString()

@@ -1,4 +1,4 @@
-"""The store's contract: spans, in every order and as often as they come."""
+"""The store's contract: spans, in any order and sent any number of times."""
 
 import math
 import threading
@@ -46,7 +46,7 @@ def test_a_span_comes_back_as_it_was(store: Store) -> None:
     assert isinstance(reals, list) and [type(item) for item in reals] == [float, float]
 
 
-def test_a_span_sent_twice_is_kept_once_and_as_first_sent(store: Store) -> None:
+def test_a_span_sent_twice_is_stored_once_as_it_was_first_sent(store: Store) -> None:
     assert store.append_spans([make_span(1), make_span(2)]) == 2
     assert store.append_spans([make_span(2, start_ns=99), make_span(3), make_span(3)]) == 1
     assert store.count_spans() == 3
@@ -79,7 +79,7 @@ def test_query_finds_named_spans_and_the_unnamed_of_their_traces_by_start(store:
     assert store.query_spans("unknown") == []
 
 
-def test_spans_come_by_their_clocks_whatever_order_they_arrive_in_and_by_arrival_where_those_agree(
+def test_spans_are_ordered_by_start_time_and_then_by_arrival(
     store: Store,
 ) -> None:
     starts = {1: 50, 2: 10, 3: 30, 4: 10, 5: 50, 6: 10}
@@ -89,39 +89,39 @@ def test_spans_come_by_their_clocks_whatever_order_they_arrive_in_and_by_arrival
     assert [span.name[-1] for span in store.query_spans("r")] == ["6", "4", "2", "3", "5", "1"]
 
 
-def test_a_trace_belongs_to_the_rollout_whose_gateway_calls_answered_it(store: Store) -> None:
-    """The URL names the rollout, and the framework's instrumentation nothing of ours."""
+def test_a_trace_joins_the_rollout_whose_gateway_calls_returned_its_responses(store: Store) -> None:
+    """The rollout id is in the gateway URL; the framework's spans have none of our attributes."""
     store.append_spans([make_span(1), asked(2, "a"), asked(3, "b"), make_span(4, trace=OTHER_TRACE)])
     store.append_spans([answered(5, "a", rollout="r1"), answered(6, "b", rollout="r1")])
     assert numbers(store.query_spans("r1")) == [1, 2, 3, 5, 6]
 
 
-def test_gateway_calls_that_name_no_rollout_belong_to_the_spans_they_answered(store: Store) -> None:
+def test_gateway_calls_that_name_no_rollout_join_the_spans_that_requested_their_responses(store: Store) -> None:
     store.append_spans(
         [asked(1, "a", rollout="r1"), asked(2, "b", trace=OTHER_TRACE), asked(3, "c", trace=OTHER_TRACE)]
     )
     store.append_spans([answered(4, "a"), answered(5, "b"), answered(6, "c"), answered(7, "other")])
     assert numbers(store.query_spans("r1")) == [1, 4]
     assert numbers(store.query_spans(OTHER_TRACE)) == [2, 3, 5, 6]
-    assert numbers(store.query_spans(f"{5:032x}")) == [2, 3, 5, 6]  # from whichever span one starts
+    assert numbers(store.query_spans(f"{5:032x}")) == [2, 3, 5, 6]  # From any of its spans.
 
 
-def test_spans_of_another_rollout_are_never_taken_by_their_answer(store: Store) -> None:
+def test_spans_that_name_another_rollout_never_join_by_response_id(store: Store) -> None:
     store.append_spans([asked(1, "a", rollout="r1"), answered(2, "a", rollout="r2")])
     assert (numbers(store.query_spans("r1")), numbers(store.query_spans("r2"))) == ([1], [2])
 
 
-def test_an_answer_from_a_cache_joins_nothing(store: Store) -> None:
-    """The second request was given the answer of the first: neither its trace nor the gateway call changes hands."""
+def test_a_request_served_from_a_cache_joins_nothing(store: Store) -> None:
+    """The second request got the response of the first: the gateway call joins the trace of the first only."""
     store.append_spans([asked(1, "a", trace=OTHER_TRACE, start_ns=2), asked(2, "a", start_ns=1), answered(3, "a")])
     assert numbers(store.query_spans(TRACE)) == [2, 3]
     assert numbers(store.query_spans(OTHER_TRACE)) == [1]
     store.append_spans([asked(4, "b"), answered(5, "b", trace=TRACE, parent=f"{4:016x}", rollout="r1")])
     store.append_spans([asked(6, "b", trace="3" * 32)])
-    assert 6 not in numbers(store.query_spans("r1"))  # a call with a parent stands where it belongs
+    assert 6 not in numbers(store.query_spans("r1"))  # A call with a parent is in the right trace already.
 
 
-def test_last_rollout_prefers_the_last_that_is_named(store: Store) -> None:
+def test_last_rollout_prefers_spans_that_name_a_rollout(store: Store) -> None:
     assert store.last_rollout_id() is None
     store.append_spans([make_span(1)])
     assert store.last_rollout_id() == TRACE
@@ -138,7 +138,7 @@ def test_rollouts_are_those_that_spans_name_and_traces_of_which_no_span_names_on
     assert store.rollout_ids() == ["late", OTHER_TRACE, "early"]
 
 
-def test_a_value_that_otlp_cannot_carry_is_refused_and_the_store_lives_on(store: Store) -> None:
+def test_a_value_that_otlp_cannot_encode_is_rejected_and_the_store_goes_on(store: Store) -> None:
     with pytest.raises(AglError, match="span 1"):
         store.append_spans([make_span(1), Span(TRACE, "2" * 16, None, "span 1", 0, 1, {"big": 2**70})])
     assert store.append_spans([make_span(1)]) == 1

@@ -1,4 +1,4 @@
-"""What only a SQLite file can show."""
+"""SQLite only: files, migrations, the index of requested responses, damage and backups."""
 
 import itertools
 import sqlite3
@@ -30,7 +30,7 @@ def test_a_file_is_made_with_its_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"this is a text file, not a database" * 50, None])
-def test_a_file_that_is_not_a_store_is_refused_and_left_alone(tmp_path: Path, content: bytes | None) -> None:
+def test_a_file_that_is_not_a_store_is_rejected_and_not_changed(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "shop.db"
     if content is None:
         with sqlite3.connect(path) as other:
@@ -44,7 +44,7 @@ def test_a_file_that_is_not_a_store_is_refused_and_left_alone(tmp_path: Path, co
     assert path.read_bytes() == before
 
 
-def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
+def test_a_newer_schema_is_rejected(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/agl.db"
     open_store(uri).close()
     with sqlite3.connect(tmp_path / "agl.db") as db:
@@ -54,14 +54,14 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
         open_store(uri)
 
 
-def test_uris_that_name_no_store_are_refused() -> None:
+def test_uris_that_name_no_store_are_rejected() -> None:
     with pytest.raises(StoreError, match="mysql"):
         open_store("mysql://host/db")
     with pytest.raises(StoreError, match="names no file"):
         open_store("sqlite:///")
 
 
-def test_values_that_sqlite_cannot_hold_are_refused_for_good_and_alone() -> None:
+def test_values_that_sqlite_cannot_store_raise_input_error_and_affect_no_others() -> None:
     with closing(open_store("memory://")) as store:
         for version in (2**70, "\ud800"):
             with pytest.raises(InputError, match="can never keep this"):
@@ -80,7 +80,7 @@ OLD_SPANS = (
 
 
 def make_old_file(path: Path, version: int) -> None:
-    """Spans and rollouts as a program of that version left them."""
+    """A file with spans and rollouts in the schema of that version."""
     SqliteDatabase(str(path), MIGRATIONS[:version]).close()
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         for trace, number, rollout, response, answer in OLD_SPANS:
@@ -103,7 +103,7 @@ def make_old_file(path: Path, version: int) -> None:
 
 
 @pytest.mark.parametrize("version", range(1, len(MIGRATIONS)))
-def test_a_file_of_an_older_version_is_brought_up_to_date(tmp_path: Path, version: int) -> None:
+def test_a_file_of_an_older_version_is_migrated(tmp_path: Path, version: int) -> None:
     make_old_file(tmp_path / "agl.db", version)
     with closing(open_store(f"sqlite:///{tmp_path}/agl.db")) as store:
         assert numbers(store.query_spans("r1")) == ([1, 2] if version == 1 else [1, 2, 3])
@@ -119,10 +119,10 @@ def test_a_file_of_an_older_version_is_brought_up_to_date(tmp_path: Path, versio
         assert db.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
 
 
-# --- Sorting the answers that spans asked for ------------------------------------------------------------------------
+# --- The index of requested responses (`asks`) -----------------------------------------------------------------------
 
 
-def test_a_join_holds_however_many_requests_are_sorted_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_join_works_when_asks_are_indexed_in_several_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spans, "_ASKS_PER_STEP", 3)
     with closing(open_store(f"sqlite:///{tmp_path}/agl.db")) as store:
         store.append_spans([asked(number, f"a{number}", trace=f"{number:032x}") for number in range(1, 21)])
@@ -131,7 +131,7 @@ def test_a_join_holds_however_many_requests_are_sorted_for_it(tmp_path: Path, mo
         assert numbers(store.query_spans("r2")) == [1, 31]
 
 
-def test_a_reader_is_not_kept_from_its_answer_by_writers(tmp_path: Path) -> None:
+def test_concurrent_writers_do_not_block_a_query(tmp_path: Path) -> None:
     stop = threading.Event()
 
     def write() -> None:
@@ -152,7 +152,7 @@ def test_a_reader_is_not_kept_from_its_answer_by_writers(tmp_path: Path) -> None
     assert found == [[1, 2]] * 20
 
 
-def test_a_rollout_without_such_answers_is_read_without_sorting(tmp_path: Path) -> None:
+def test_a_rollout_without_gateway_calls_is_read_without_indexing_new_asks(tmp_path: Path) -> None:
     with closing(open_store(f"sqlite:///{tmp_path}/agl.db")) as store:
         store.append_spans([asked(1, "a", rollout="r1"), answered(2, "b", rollout="r2")])
         assert numbers(store.query_spans("r1")) == [1]
@@ -171,13 +171,13 @@ def make_store(path: Path, spans: int = 400) -> None:
 
 
 def overwrite(path: Path, place: float) -> None:
-    """Write over 64 KB that begin at that part of the file."""
+    """Overwrite 64 KB, `place` of the way through the file (0 to 1)."""
     with path.open("r+b") as file:
         file.seek(int(path.stat().st_size * place) // 4096 * 4096)
         file.write(b"\xa5" * 65_536)
 
 
-def test_a_damaged_file_is_said_to_be_damaged_by_whoever_reads_it(tmp_path: Path) -> None:
+def test_reading_a_damaged_file_reports_the_damage(tmp_path: Path) -> None:
     path = tmp_path / "agl.db"
     make_store(path)
     assert maintenance.check(path) == []
@@ -190,7 +190,7 @@ def test_a_damaged_file_is_said_to_be_damaged_by_whoever_reads_it(tmp_path: Path
         store.query_spans("r1")
 
 
-def test_a_file_whose_beginning_is_damaged_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_a_file_with_a_damaged_header_is_rejected_with_advice(tmp_path: Path) -> None:
     path = tmp_path / "agl.db"
     make_store(path)
     overwrite(path, 0)
@@ -201,7 +201,7 @@ def test_a_file_whose_beginning_is_damaged_is_refused_with_what_to_do(tmp_path: 
         maintenance.schema_version(path)
 
 
-def test_a_backup_is_whole_while_others_write(tmp_path: Path) -> None:
+def test_a_backup_is_consistent_while_others_write(tmp_path: Path) -> None:
     path, copy = tmp_path / "agl.db", tmp_path / "copy.db"
     make_store(path)
     stop, written = threading.Event(), [400]

@@ -19,8 +19,8 @@ def lease(store: Store) -> None:
     assert store.lease_rollout("worker") is not None
 
 
-class Refusing(SqliteStore):
-    """The real store in memory, which refuses the first time that it is looked at."""
+class FailingOnceStore(SqliteStore):
+    """A store in memory that raises StoreError at the first look for overdue attempts."""
 
     looks = 0
 
@@ -31,8 +31,8 @@ class Refusing(SqliteStore):
         return super().end_overdue_attempts(now_ns)
 
 
-def test_the_watchdog_outlives_a_refusal_and_says_what_it_ended(caplog: pytest.LogCaptureFixture) -> None:
-    with closing(Refusing(":memory:", uri="memory://")) as store, caplog.at_level(logging.WARNING):
+def test_the_watchdog_survives_a_store_error_and_logs_the_attempts_it_ended(caplog: pytest.LogCaptureFixture) -> None:
+    with closing(FailingOnceStore(":memory:", uri="memory://")) as store, caplog.at_level(logging.WARNING):
         lease(store)
         with watching(store, every_s=0.05):
             (rollout,) = store.wait_for_rollouts(["r1"], timeout_s=10)
