@@ -13,8 +13,7 @@ from opentelemetry.trace import SpanKind
 import agl
 from agl import semconv
 from agl.failsafe import never_raises
-from agl_autogen._attributes import Attributes, request_attributes
-from agl_autogen._chat_call import ChatCall, current_call
+from agl_autogen._chat_call import Attributes, ChatCall, current_call, request_attributes
 from agl_autogen._settings import Settings
 from agl_autogen._span import mark_abandoned, open_span
 from agl_autogen._stream import IsolatedStream
