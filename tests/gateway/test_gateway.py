@@ -385,7 +385,7 @@ def test_a_silent_engine_is_a_504() -> None:
 def test_an_answer_that_is_not_json_is_a_502(setup: Setup) -> None:
     answer = setup.post(chat_body("GARBAGE"))
     assert answer.status_code == 502
-    assert "not an OpenAI answer" in answer.json()["error"]["message"]
+    assert "is not an OpenAI response" in answer.json()["error"]["message"]
     assert setup.span().status == "error"
 
 

@@ -1,4 +1,4 @@
-"""Kinds of engine: how each is asked for token ids, and how it takes a prompt of token ids.
+"""Kinds of engine: the request fields that ask for token ids, and those that pass a prompt of token ids.
 
 `agl.tokens.capture` reads the responses of all kinds.
 """

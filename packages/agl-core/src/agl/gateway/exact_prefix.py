@@ -2,7 +2,7 @@
 
 The ids up to the last answer are known. The ids after it (end of turn, new messages, start of the next answer) come
 from the chat template: it renders the messages twice, with placeholder answers that differ in their last word. The
-longest common end of the two renderings, after the token that ends the answer, is what the template adds.
+longest common end of the two renderings, after the token that ends the answer, is the template's part.
 """
 
 import asyncio

@@ -210,7 +210,7 @@ class Exchange:
             return render(part)
         except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
             url = self._record.engine and self._record.engine.url
-            message = f"the engine at {url} sent what is not an OpenAI answer: {error}"
+            message = f"the response of the engine at {url} is not an OpenAI response: {error}"
             raise ApiError(502, "engine_error", message) from error
 
     async def _compare_prompt(self, exact: bytes | None) -> None:
@@ -247,7 +247,7 @@ class Exchange:
         return self._dialect.error_response(error)
 
     def _mark_unrecorded(self, ending: ASGIApp) -> ASGIApp:
-        """`ending` with a header, or a comment in the stream, that says that the call is not recorded."""
+        """`ending` with a header, or a comment in the stream, for a call that is not recorded."""
         if isinstance(ending, _StreamEnd):
             return _StreamEnd(_NOT_RECORDED_EVENT + ending.body)
         if isinstance(ending, Response):

@@ -1,6 +1,6 @@
 """Token ids, logprobs, text and tool calls captured from an OpenAI-compatible engine's response, whole or in chunks.
 
-`Capture.add` reads a whole response or one chunk; `strip` removes from it what the client did not request.
+`Capture.add` reads a whole response or one chunk; `strip` removes the fields that the client did not request.
 
 vLLM: `prompt_token_ids` is at the top level (chat) or in the choice (completions), `token_ids` in the choice. In a
 stream the first chunk has the prompt's ids, and each chunk the ids of its tokens.
@@ -172,7 +172,7 @@ class Capture:
 
 
 def strip(response: Json, requested: RequestedFields) -> bool:
-    """Remove, in place, what the client did not request from a whole response or a chunk. Returns whether it changed.
+    """Remove the captured fields that the client did not request, in place. Returns whether `response` changed.
 
     `model` becomes the name that the client asked for: clients compare the two, and the version is on the call's span.
     """

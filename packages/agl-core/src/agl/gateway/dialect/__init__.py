@@ -1,1 +1,1 @@
-"""The APIs that clients speak. Engines are asked in OpenAI's chat completions and completions, which have token ids."""
+"""The APIs that clients speak. Engines get chat completions and completions only: these return token ids."""

@@ -1,4 +1,4 @@
-"""An API that clients speak: what a dialect does with one call, and the two APIs that engines speak themselves."""
+"""The protocol of an API that clients speak, the two APIs that engines speak too, and server-sent events."""
 
 import json
 import re

@@ -43,7 +43,7 @@ class Translated(Dialect):
 
     @classmethod
     def not_translatable(cls, reason: str) -> ApiError:
-        message = f"this request to {cls.api} cannot be asked as a chat completion: {reason}"
+        message = f"this request to {cls.api} has no equivalent chat completion: {reason}"
         return ApiError(400, "not_translatable", message)
 
     @property
