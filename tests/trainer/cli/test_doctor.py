@@ -1,4 +1,4 @@
-"""What the trainer tells `agl doctor` of the model, through the entry point that `agl` finds it by."""
+"""The model check of `agl doctor`, through its entry point."""
 
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
@@ -21,13 +21,13 @@ def test_a_folder_with_a_model_is_found(tmp_path: Path) -> None:
     assert (check.ok, check.found) == (True, f"{tmp_path} in {tmp_path}")
 
 
-def test_a_model_that_is_not_there_is_a_problem_that_names_the_folder(tmp_path: Path) -> None:
+def test_the_problem_of_a_missing_model_names_its_folder(tmp_path: Path) -> None:
     (check,) = model_checks(str(tmp_path / "nowhere"))
     assert not check.ok
     assert "nowhere has no config.json" in check.todo
 
 
-def test_the_tiny_model_is_always_there() -> None:
+def test_the_tiny_model_is_always_available() -> None:
     assert [check.ok for check in model_checks("tiny")] == [True]
 
 

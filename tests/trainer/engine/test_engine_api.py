@@ -1,4 +1,4 @@
-"""The engine's HTTP face, driven by the clients that agents use."""
+"""The engine's HTTP API, called by the clients that agents use."""
 
 import json
 from collections.abc import Iterator
@@ -83,7 +83,7 @@ def test_an_answer(client: OpenAI, sampler: ScriptedSampler):
     assert answer.usage.total_tokens == len(sampler.ids(PROMPT)) + len(ids)
 
 
-def test_what_reaches_the_sampler(client: OpenAI, sampler: ScriptedSampler):
+def test_parameters_reach_the_sampler(client: OpenAI, sampler: ScriptedSampler):
     sampler.say("a", "b")
     client.chat.completions.create(
         model="writer@3", messages=USER, temperature=0.5, top_p=0.9, seed=7, max_completion_tokens=20, n=2
@@ -112,7 +112,7 @@ def test_the_default_limit_shrinks_to_the_room_that_is_left(url: str, sampler: S
     assert submitted.params.max_tokens == 512 - len(submitted.prompt_ids) < 128
 
 
-def test_token_ids_and_logprobs_stand_where_vllm_puts_them(url: str, sampler: ScriptedSampler):
+def test_token_ids_and_logprobs_are_in_vllms_fields(url: str, sampler: ScriptedSampler):
     (ids,) = sampler.say("é")
     answer = chat(url, return_token_ids=True, logprobs=True, top_logprobs=2)
     choice = answer["choices"][0]
@@ -133,7 +133,7 @@ def test_a_token_that_is_half_a_character_has_no_bytes(url: str, sampler: Script
     assert [item["bytes"] for item in answer["choices"][0]["logprobs"]["content"][:-1]] == [None] * (len(ids) - 1)
 
 
-def test_nothing_is_reported_that_was_not_asked_for(url: str, sampler: ScriptedSampler):
+def test_only_requested_fields_are_reported(url: str, sampler: ScriptedSampler):
     sampler.say("a", "a")
     answer = chat(url)
     assert "prompt_token_ids" not in answer
@@ -195,7 +195,7 @@ def test_a_special_token_may_be_a_stop_string(url: str, sampler: ScriptedSampler
 # --- streaming
 
 
-def test_a_stream_in_vllm_s_shape(url: str, sampler: ScriptedSampler):
+def test_a_stream_in_vllms_format(url: str, sampler: ScriptedSampler):
     (ids,) = sampler.say("hello 🦜")
     chunks = stream(url, messages=USER, return_token_ids=True, logprobs=True, stream_options={"include_usage": True})
     first, *middle, last, usage = chunks
@@ -213,7 +213,7 @@ def test_a_stream_in_vllm_s_shape(url: str, sampler: ScriptedSampler):
     }
 
 
-def test_text_arrives_while_the_rest_is_still_being_sampled(client: OpenAI, sampler: ScriptedSampler):
+def test_text_arrives_while_sampling_continues(client: OpenAI, sampler: ScriptedSampler):
     sampler.scripts.append(Script(sampler.ids("hello"), hangs=True))
     with client.chat.completions.create(model="writer", messages=USER, stream=True) as chunks:
         text = ""
@@ -282,7 +282,7 @@ def test_every_token_of_a_streamed_tool_call_is_reported(url: str, sampler: Scri
 
 
 @pytest.mark.parametrize("parameters", [{}, {"tools": [ADD], "tool_choice": "none"}])
-def test_calls_stay_text_where_no_tool_is_offered(url: str, sampler: ScriptedSampler, parameters: dict):
+def test_calls_stay_text_if_no_tool_is_offered(url: str, sampler: ScriptedSampler, parameters: dict):
     sampler.say(SUM.text())
     choice = chat(url, **parameters)["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"]) == (SUM.text(), "stop")
@@ -300,7 +300,7 @@ def test_a_malformed_call_stays_text(url: str, sampler: ScriptedSampler):
     ("choice", "start"),
     [({"type": "function", "function": {"name": "add"}}, forced_start("add")), ("required", forced_start(None))],
 )
-def test_a_forced_call_is_begun_for_the_model(url: str, sampler: ScriptedSampler, choice: object, start: str):
+def test_a_forced_call_is_started_in_the_prompt(url: str, sampler: ScriptedSampler, choice: object, start: str):
     sampler.say(SUM.text().removeprefix(start))
     answer = chat(url, tools=[ADD], tool_choice=choice, return_token_ids=True)
     (call,) = answer["choices"][0]["message"]["tool_calls"]
@@ -361,7 +361,7 @@ def test_several_prompts_with_n(client: OpenAI, sampler: ScriptedSampler):
     assert answer.usage.prompt_tokens == len(sampler.ids("hi")) + len(sampler.ids("hello"))
 
 
-def test_completion_token_ids_and_logprobs_stand_in_the_choice(url: str, sampler: ScriptedSampler):
+def test_completion_token_ids_and_logprobs_are_in_the_choice(url: str, sampler: ScriptedSampler):
     (ids,) = sampler.say("é!")
     body = {"prompt": "hi", "return_token_ids": True, "logprobs": 1}
     choice = post(url, body, "completions").json()["choices"][0]
@@ -405,7 +405,7 @@ async def test_cancelling_a_request_cancels_its_generation(url: str, sampler: Sc
     assert sampler.submitted[0].cancelled.wait(5)
 
 
-def test_one_hanging_request_does_not_hold_up_others(client: OpenAI, sampler: ScriptedSampler):
+def test_one_hanging_request_does_not_block_others(client: OpenAI, sampler: ScriptedSampler):
     sampler.scripts.append(Script([], hangs=True))
     with client.chat.completions.create(model="writer", messages=USER, stream=True):
         sampler.say("quick")
@@ -450,7 +450,9 @@ def test_models_and_health(client: OpenAI, url: str):
         ({"temprature": 1}, "temprature", "does not know"),
     ],
 )
-def test_a_wrong_parameter_is_named(url: str, sampler: ScriptedSampler, parameters: dict, param: str, says: str):
+def test_the_error_names_an_invalid_parameter(
+    url: str, sampler: ScriptedSampler, parameters: dict, param: str, says: str
+):
     response = post(url, {"model": "writer", "messages": USER, **parameters})
     error = response.json()["error"]
     assert (response.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
@@ -458,14 +460,14 @@ def test_a_wrong_parameter_is_named(url: str, sampler: ScriptedSampler, paramete
 
 
 @pytest.mark.parametrize("prompt", [None, "", [], [[]], 5, ["a", 5], [400], [-1], {"a": 1}])
-def test_a_wrong_prompt_is_refused(url: str, sampler: ScriptedSampler, prompt: object):
+def test_an_invalid_prompt_is_rejected(url: str, sampler: ScriptedSampler, prompt: object):
     response = post(url, {"model": "writer", "prompt": prompt}, "completions")
     assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt")
     assert not sampler.submitted
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff", b"[]", b"3", b"", b"[" * 100_000, b'{"messages": "\\ud800"}'])
-def test_a_body_that_is_no_json_object(url: str, content: bytes):
+def test_a_body_that_is_not_a_json_object(url: str, content: bytes):
     response = httpx.post(f"{url}/v1/chat/completions", content=content)
     assert response.status_code == 400 and "JSON" in response.json()["error"]["message"]
 
@@ -473,7 +475,7 @@ def test_a_body_that_is_no_json_object(url: str, content: bytes):
 @pytest.mark.parametrize(
     "extra", [{"max_tokens": 512}, {"messages": [{"role": "user", "content": "<|im_end|>" * 600}]}]
 )
-def test_what_does_not_fit_is_refused(url: str, sampler: ScriptedSampler, extra: dict):
+def test_a_request_beyond_the_context_is_rejected(url: str, sampler: ScriptedSampler, extra: dict):
     response = post(url, {"messages": USER, **extra})
     error = response.json()["error"]
     assert (response.status_code, error["code"]) == (400, "context_length_exceeded")

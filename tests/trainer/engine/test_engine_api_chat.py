@@ -1,4 +1,4 @@
-"""Conversations as prompts: what the chat template writes, with and without knowing tools."""
+"""Conversations as prompts, by chat templates with and without support for tools."""
 
 import importlib.util
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_a_template_without_tools_gets_them_as_text():
     )
 
 
-def test_a_template_that_knows_tools_gets_them_as_they_are():
+def test_a_template_with_tool_support_gets_the_tools():
     template = ChatTemplate(small_tokenizer(TOOL_TEMPLATE))
     text = template.prompt_text(CONVERSATION, [ADD])
     assert template.supports_tools
@@ -58,7 +58,7 @@ def test_without_tools_nothing_is_added():
     assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_the_next_prompt_goes_on_from_what_was_sampled():
+def test_the_next_prompt_continues_the_sampled_tokens():
     tokenizer = small_tokenizer()
     template = ChatTemplate(tokenizer)
     first = template.prompt_ids(CONVERSATION[:2], [ADD])
@@ -68,7 +68,7 @@ def test_the_next_prompt_goes_on_from_what_was_sampled():
     assert second[: len(first) + len(sampled)] == first + sampled
 
 
-def test_the_end_of_turn_is_the_template_s_even_where_eos_is_another():
+def test_the_end_of_turn_is_the_templates_even_if_eos_differs():
     tokenizer = small_tokenizer()
     tokenizer.eos_token = "<|endoftext|>"
     template = ChatTemplate(tokenizer)
@@ -76,13 +76,13 @@ def test_the_end_of_turn_is_the_template_s_even_where_eos_is_another():
     assert template.stop_token_ids == {tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")}
 
 
-def test_a_template_that_refuses_says_why():
+def test_the_error_of_a_template_is_reported():
     template = ChatTemplate(small_tokenizer("{{ raise_exception('roles must alternate') }}"))
     with pytest.raises(ChatTemplateError, match="roles must alternate"):
         template.prompt_ids([{"role": "user", "content": "hi"}])
 
 
-def test_a_tokenizer_without_template_is_named():
+def test_the_error_names_a_tokenizer_without_template():
     with pytest.raises(ChatTemplateError, match="use /v1/completions"):
         ChatTemplate(small_tokenizer(None)).prompt_ids([{"role": "user", "content": "hi"}])
 

@@ -1,4 +1,4 @@
-"""Text of answers: detokenised as it arrives, cut at stop strings, split into content and tool calls."""
+"""Text of answers: detokenized as it arrives, cut at stop strings, split into content and tool calls."""
 
 import functools
 import json
@@ -58,7 +58,7 @@ def cut(parts: list[str], stops: list[str]) -> tuple[str, str | None]:
 
 
 def first_to_complete(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """The rule on the full text, one character at a time."""
+    """Reference implementation on the full text, one character at a time."""
     for end in range(1, len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:
@@ -134,20 +134,20 @@ def test_content_and_calls_are_the_same_however_the_text_arrives(parts: list[str
     assert (said + rest, calls) == parse("".join(parts))
 
 
-def test_content_is_given_out_before_the_answer_ends():
+def test_content_is_passed_on_before_the_answer_ends():
     reader = ToolCallParser()
     assert reader.feed("I add <to") == "I add "
     assert reader.feed("morrow> ") == "<tomorrow> "
     assert reader.feed(ADD.text()) == ""
 
 
-def test_a_forced_call_is_read_together_with_its_start():
+def test_a_forced_call_is_parsed_together_with_its_start():
     reader = ToolCallParser(forced_start("add"))
     assert reader.feed(' {"a": 1, "b": 2}}</tool_call>') == ""
     assert reader.finish() == ("", [ADD])
 
 
-def test_an_answer_sent_back_is_written_as_it_was_sampled():
+def test_a_returned_answer_renders_as_it_was_sampled():
     sampled = 'I look.\n<tool_call>{"name": "sql", "arguments": {"q":"SELECT 1",  "n": [1,2]}}</tool_call>'
     content, calls = parse(sampled)
     tool_calls = [{"function": {"name": call.name, "arguments": call.arguments}} for call in calls]

@@ -1,4 +1,4 @@
-"""From logits to tokens: the distribution drawn from, the limits of it, and the logprobs reported."""
+"""Sampling from logits: the distribution of the tokens, edge cases, and reported logprobs."""
 
 import math
 import random
@@ -13,12 +13,12 @@ from agl_trainer.engine.protocol import SampledToken, SamplingParams
 
 WEIGHTS = [0.4, 0.25, 0.2, 0.1, 0.05]
 LOGITS = torch.tensor(WEIGHTS).log() + 3.0
-"""Of `WEIGHTS`; logits are known only up to a constant."""
+"""Logits of `WEIGHTS`, shifted by a constant."""
 DRAWS = 4000
 
 
 class Fixed(random.Random):
-    """Draws one number for ever."""
+    """Always returns the same number."""
 
     def __init__(self, number: float) -> None:
         super().__init__()
@@ -33,13 +33,13 @@ def params(**options: float) -> SamplingParams:
 
 
 def drawn(options: dict[str, float], logits: Tensor = LOGITS) -> list[SampledToken]:
-    """Many draws from one distribution, each from a source of its own."""
+    """Many draws from one distribution, each with its own generator."""
     sources = [random.Random(seed) for seed in range(DRAWS)]
     return sample(logits.expand(DRAWS, -1), [params(**options)] * DRAWS, sources)
 
 
 def chi_square(tokens: Sequence[SampledToken], weights: Sequence[float]) -> float:
-    """Pearson's statistic of the counts of `tokens` against `weights`. Raises where a token of weight 0 was drawn."""
+    """Pearson's statistic of the counts of `tokens` against `weights`. Fails if a token of weight 0 was drawn."""
     counts = torch.bincount(torch.tensor([token.token_id for token in tokens]), minlength=len(weights))
     expected = torch.tensor(weights) / sum(weights) * len(tokens)
     assert counts[expected == 0].sum() == 0
@@ -60,22 +60,22 @@ def chi_square(tokens: Sequence[SampledToken], weights: Sequence[float]) -> floa
         ({"top_p": 0.6, "temperature": 0.5}, [0.16, 0.0625, 0, 0, 0]),
     ],
 )
-def test_tokens_come_as_often_as_they_should(options: dict[str, float], weights: list[float]) -> None:
+def test_tokens_have_the_expected_frequencies(options: dict[str, float], weights: list[float]) -> None:
     assert chi_square(drawn(options), weights) < 18.5  # 0.1 % point of chi square with 4 degrees of freedom
 
 
-def test_the_nucleus_is_found_whatever_the_order_of_the_tokens() -> None:
+def test_the_nucleus_does_not_depend_on_the_order_of_the_tokens() -> None:
     tokens = drawn({"top_p": 0.6}, LOGITS.flip(0))
     assert {token.token_id for token in tokens} == {3, 4}
 
 
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.6}, {"temperature": 0.3}])
-def test_logprobs_are_the_models_own_whatever_shapes_the_draw(options: dict[str, float]) -> None:
+def test_logprobs_are_those_of_the_full_distribution(options: dict[str, float]) -> None:
     for token in drawn(options)[:20]:
         assert token.logprob == pytest.approx(math.log(WEIGHTS[token.token_id]), abs=1e-6)
 
 
-def test_temperature_zero_takes_the_best_and_spends_no_number() -> None:
+def test_temperature_zero_is_greedy_and_draws_no_number() -> None:
     sources = [random.Random(1), random.Random(2)]
     tokens = sample(LOGITS.flip(0).expand(2, -1), [params(temperature=0.0), params()], sources)
     assert tokens[0].token_id == 4
@@ -86,7 +86,7 @@ def test_temperature_zero_takes_the_best_and_spends_no_number() -> None:
     assert alone.token_id == 0
 
 
-def test_a_row_is_drawn_alike_whatever_stands_beside_it() -> None:
+def test_a_draw_does_not_depend_on_the_rest_of_the_batch() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(30, 50, generator=generator)
     asked = [params(temperature=0.5 + 0.5 * (i % 3), top_p=1.0 if i % 2 else 0.8) for i in range(30)]
@@ -97,7 +97,7 @@ def test_a_row_is_drawn_alike_whatever_stands_beside_it() -> None:
 
 
 @pytest.mark.parametrize("number", [0.0, math.nextafter(1.0, 0.0)])
-def test_the_ends_of_the_unit_interval_draw_only_what_has_weight(number: float) -> None:
+def test_the_ends_of_the_unit_interval_draw_only_tokens_with_weight(number: float) -> None:
     """As float32 the largest random number is 1, which no cumulated weight exceeds."""
     logits = torch.tensor([-torch.inf, -torch.inf, 0.0, 1.0, 2.0, -torch.inf, -torch.inf])
     (token,) = sample(logits[None], [params()], [Fixed(number)])
@@ -106,7 +106,7 @@ def test_the_ends_of_the_unit_interval_draw_only_what_has_weight(number: float) 
     assert token.token_id == (4 if number else 3)
 
 
-def test_alternatives_are_the_best_of_all_in_order() -> None:
+def test_alternatives_are_the_most_likely_tokens_in_order() -> None:
     two, none = sample(
         LOGITS.expand(2, -1), [SamplingParams(1, top_p=0.1, top_logprobs=2), params()], [Fixed(0.9), Fixed(0.9)]
     )

@@ -1,4 +1,4 @@
-"""The engine's loop on a small model: its tokens are those of PEFT and transformers, whoever else is being served."""
+"""The scheduler on a small model: it samples the tokens of PEFT and transformers, whatever else is in the batch."""
 
 import asyncio
 import random
@@ -29,10 +29,10 @@ from agl_trainer.model.policy import Policy
 from tests.trainer.small_model import plain_logits, plain_model, small_model, small_policy
 
 MODELS = {"writer": "writer", "fixer": "fixer", "small": BASE}
-"""Names that requests use, and the adapter of each."""
+"""Model names of requests, and the adapter of each."""
 LONG = random.Random(0).choices(range(400), k=48)
 PROMPTS = [LONG, [*LONG, 1, 2], [*LONG, 3], [*LONG[:40], 4, 5], [*LONG[:12], 6], LONG[:12], [7], [7, 8], LONG]
-"""Prefixes shared over more and over fewer than MIN_SHARED_TOKENS tokens, one prompt inside another, twice the same."""
+"""Prefixes longer and shorter than MIN_SHARED_TOKENS, a prompt that is a prefix of another, and equal prompts."""
 
 
 def greedy(max_tokens: int, **options: Any) -> SamplingParams:
@@ -54,7 +54,7 @@ async def answer(generation: Generation) -> list[int]:
 
 
 async def first_tokens(generation: Generation, count: int) -> AsyncIterator[SampledToken]:
-    """The iterator over `generation` after its first `count` tokens: it runs by then."""
+    """Iterator over `generation` after its first `count` tokens, so that it runs."""
     tokens = generation.__aiter__()
     for _ in range(count):
         await anext(tokens)
@@ -79,8 +79,8 @@ def policy() -> Policy:
 
 
 @pytest.mark.parametrize("max_batch", [1, 4, 64])
-async def test_greedy_answers_are_those_of_the_plain_model_in_any_company(policy: Policy, max_batch: int) -> None:
-    """Adapters mixed, prompts sharing prefixes, answers of different lengths, more requests than fit the batch."""
+async def test_greedy_answers_equal_the_plain_models_in_any_batch(policy: Policy, max_batch: int) -> None:
+    """Mixed adapters, shared prefixes, answers of different lengths, and more requests than fit the batch."""
     asked = [(name, prompt, 1 + (3 * i + len(name)) % 8) for name in MODELS for i, prompt in enumerate(PROMPTS)]
     random.Random(5).shuffle(asked)
     async with engine(policy, max_batch=max_batch) as scheduler:
@@ -104,7 +104,7 @@ async def test_a_running_sequence_keeps_its_prefix_when_others_split_it(policy: 
     assert answers == [plain_answer(policy, "writer", prompt, 4) for prompt in PROMPTS]
 
 
-async def test_who_came_first_reads_the_shared_prefix_with_those_that_came_later(policy: Policy) -> None:
+async def test_an_earlier_request_shares_its_prefix_with_later_ones(policy: Policy) -> None:
     async with engine(policy) as scheduler:
         first = scheduler.submit([*LONG, 9], "writer", greedy(40))
         rest = await first_tokens(first, 2)
@@ -117,9 +117,7 @@ async def test_who_came_first_reads_the_shared_prefix_with_those_that_came_later
     assert answers == [plain_answer(policy, "writer", [*LONG, token], 4) for token in range(4)]
 
 
-async def test_prompts_in_use_outlive_a_full_cache_and_no_others(
-    policy: Policy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_only_prompts_in_use_survive_in_a_full_cache(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler_module, "PREFIX_TOKENS", 16)
     async with engine(policy, max_batch=3) as scheduler:
         for _ in range(2):
@@ -133,7 +131,7 @@ async def test_prompts_in_use_outlive_a_full_cache_and_no_others(
     assert answers == expected
 
 
-async def test_a_known_prompt_is_not_computed_again(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_cached_prompt_is_not_computed_again(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[int] = []
     through = policy.sampled_states
 
@@ -220,7 +218,7 @@ async def test_cancelled_sequences_leave_the_others_their_slots(policy: Policy) 
         assert tail == plain_answer(policy, "writer", prompt, 12)[1:]
 
 
-async def test_a_caller_whose_loop_is_gone_does_not_hold_the_engine_up(policy: Policy) -> None:
+async def test_a_caller_with_a_closed_loop_does_not_block_the_engine(policy: Policy) -> None:
     async with engine(policy, max_batch=1) as scheduler:
 
         async def leave() -> Generation:
@@ -234,7 +232,7 @@ async def test_a_caller_whose_loop_is_gone_does_not_hold_the_engine_up(policy: P
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
-async def test_models_that_are_not_served_are_refused(policy: Policy) -> None:
+async def test_models_that_are_not_served_are_rejected(policy: Policy) -> None:
     policy.versions["writer"] = 3
     async with engine(policy) as scheduler:
         assert scheduler.models() == ["small", "writer", "fixer", "writer@3", "fixer@0"]
@@ -247,7 +245,7 @@ async def test_models_that_are_not_served_are_refused(policy: Policy) -> None:
     assert [generation.version for generation in served] == versions
 
 
-async def test_prompts_that_cannot_be_answered_are_refused(policy: Policy) -> None:
+async def test_invalid_prompts_are_rejected(policy: Policy) -> None:
     async with engine(policy, max_model_len=20) as scheduler:
         with pytest.raises(ContextLengthError, match=r"15 prompt tokens and max_tokens 6 exceed .* max_model_len 20"):
             scheduler.submit([1] * 15, "writer", greedy(6))
@@ -274,7 +272,7 @@ class Pause:
             self.release.wait(10)
 
 
-async def test_a_pause_waits_for_what_runs_and_holds_what_comes(policy: Policy) -> None:
+async def test_a_pause_waits_for_running_sequences_and_holds_new_ones(policy: Policy) -> None:
     async with engine(policy) as scheduler:
         running = scheduler.submit(LONG, "writer", greedy(150))
         rest = await first_tokens(running, 1)
@@ -289,7 +287,7 @@ async def test_a_pause_waits_for_what_runs_and_holds_what_comes(policy: Policy) 
         assert len(await held) == 2
 
 
-async def test_a_pause_right_after_another_waits_for_what_the_first_held(policy: Policy) -> None:
+async def test_a_second_pause_waits_for_sequences_that_the_first_held(policy: Policy) -> None:
     async with engine(policy) as scheduler:
         with scheduler.paused():
             held = scheduler.submit(LONG, "writer", greedy(150))
@@ -310,7 +308,7 @@ async def test_pauses_nest(policy: Policy) -> None:
 
 
 async def test_after_an_update_the_new_weights_answer(policy: Policy) -> None:
-    """Nothing that the old weights computed is used: the prompt was kept before the pause."""
+    """The prompt was cached before the pause; the keys and values of the old weights must not be used."""
     other = small_policy(adapter_std=0.3)
     async with engine(policy) as scheduler:
         before = await answer(scheduler.submit(LONG, "writer", greedy(6)))
@@ -325,7 +323,7 @@ async def test_after_an_update_the_new_weights_answer(policy: Policy) -> None:
     assert after == plain_answer(other, "writer", LONG, 6) != before
 
 
-async def test_a_version_is_that_of_admission(policy: Policy) -> None:
+async def test_the_version_is_set_on_admission(policy: Policy) -> None:
     async with engine(policy, max_batch=1) as scheduler:
         early = scheduler.submit(LONG, "writer", greedy(40))
         late = scheduler.submit(LONG, "writer", greedy(1))
@@ -339,7 +337,7 @@ async def test_a_version_is_that_of_admission(policy: Policy) -> None:
 
 
 @pytest.mark.parametrize(("deliver_at_end", "wakes"), [(False, [1, 1, 1, 1]), (True, [4])])
-async def test_a_caller_that_wants_all_deliver_at_end_sleeps_until_the_end(
+async def test_delivery_at_the_end_wakes_the_caller_once(
     policy: Policy, monkeypatch: pytest.MonkeyPatch, deliver_at_end: bool, wakes: list[int]
 ) -> None:
     arrived: list[int] = []
@@ -373,7 +371,7 @@ async def test_an_error_reaches_every_caller_and_the_engine_goes_on(
             pass
 
 
-async def test_an_engine_that_stops_tells_its_callers(policy: Policy) -> None:
+async def test_a_stopping_engine_raises_in_its_callers(policy: Policy) -> None:
     async with engine(policy, max_batch=1) as scheduler:
         running, waiting = (scheduler.submit(LONG, "writer", greedy(200)) for _ in range(2))
         await first_tokens(running, 1)

@@ -34,7 +34,7 @@ def tensors(packed: PackedRows) -> list[Tensor]:
 
 
 def seen(packed: PackedRows, window: int | None) -> Tensor:
-    """[N, N]: the query's row holds the key no later than itself, and no further away than `window`."""
+    """Mask [N, N]: the key is in the query's row, no later than the query, and within `window`."""
     found = torch.zeros(len(packed.token_ids), len(packed.token_ids), dtype=torch.bool)
     for index in packed.row_index:
         for depth, place in enumerate(index.tolist()):
@@ -52,7 +52,7 @@ def dense(packed: PackedRows, query: Tensor, key: Tensor, value: Tensor, scores:
 
 
 @pytest.mark.parametrize("scores", SCORES, ids=["plain", "window", "softcap", "both"])
-def test_values_and_gradients_are_those_of_a_mask(scores: ScoreOptions) -> None:
+def test_values_and_gradients_equal_masked_attention(scores: ScoreOptions) -> None:
     packed = rows()
     query, key, value, grad = tensors(packed)
     found = PackedPlan(packed).attend(0, query, key, value, scores)
@@ -63,8 +63,8 @@ def test_values_and_gradients_are_those_of_a_mask(scores: ScoreOptions) -> None:
         assert torch.allclose(one, other, atol=1e-12)
 
 
-def test_the_kernels_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU computes is tested on this CPU."""
+def test_the_backends_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests the backend that GPUs use on this CPU."""
     packed = rows()
     *given, grad = tensors(packed)
     plan, found = PackedPlan(packed), []
@@ -79,7 +79,7 @@ def test_the_kernels_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "scores", [ScoreOptions(0.3), ScoreOptions(0.3, window=6, softcap=2.0)], ids=["flash", "plain"]
 )
-def test_bfloat16_rounds_no_more_than_it_has_to(scores: ScoreOptions) -> None:
+def test_bfloat16_adds_no_rounding_beyond_its_inputs(scores: ScoreOptions) -> None:
     packed = rows()
     *given, grad = tensors(packed)
     halves = [tensor.detach().bfloat16().requires_grad_() for tensor in given]
@@ -91,7 +91,7 @@ def test_bfloat16_rounds_no_more_than_it_has_to(scores: ScoreOptions) -> None:
         assert (one.double() - other).norm() < 0.02 * other.norm()
 
 
-def test_torchs_own_kernel_is_taken_where_it_knows_the_scores() -> None:
+def test_the_flash_backend_is_chosen_for_plain_scores_on_a_cpu() -> None:
     positions = torch.arange(3)
     assert isinstance(choose_backend(ScoreOptions(1.0), positions), FlashBackend)
     assert isinstance(choose_backend(ScoreOptions(1.0, window=2), positions), MatmulBackend)

@@ -1,4 +1,4 @@
-"""Which base models are taken, and what a refusal says."""
+"""Base models that are accepted or rejected, with the message of each rejection."""
 
 from pathlib import Path
 
@@ -13,29 +13,29 @@ from agl_trainer.model.base_model import check_sampled, check_trainable, model_f
 from tests.trainer.small_model import small_model
 
 
-def test_a_missing_model_is_named_with_what_was_expected(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_model_names_it_and_what_is_expected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere.*smollm2.*config.json"):
         model_folder(str(tmp_path / "nowhere"))
 
 
-def test_a_window_is_not_sampled_from_where_rows_are_longer_than_it() -> None:
+def test_a_sliding_window_shorter_than_the_context_is_rejected() -> None:
     check_sampled(MistralConfig(sliding_window=4096), 2048, packs=True)
     with pytest.raises(ConfigError, match=r"mistral.*sliding_window=1024.*kind: vllm"):
         check_sampled(MistralConfig(sliding_window=1024), 2048, packs=True)
 
 
-def test_a_window_that_is_switched_off_is_no_window() -> None:
+def test_a_disabled_sliding_window_is_accepted() -> None:
     check_sampled(Qwen2Config(sliding_window=16, use_sliding_window=False), 2048, packs=True)
 
 
-def test_capped_scores_and_an_attention_of_its_own_are_not_sampled_from() -> None:
+def test_softcaps_and_custom_attention_are_rejected_for_sampling() -> None:
     with pytest.raises(ConfigError, match="attn_logit_softcapping"):
         check_sampled(Gemma2Config(), 2048, packs=True)
     with pytest.raises(ConfigError, match="llama model with attention=of its own"):
         check_sampled(LlamaConfig(), 2048, packs=False)
 
 
-def test_an_output_layer_that_does_more_is_refused() -> None:
+def test_an_unsupported_output_layer_is_rejected() -> None:
     check_trainable(small_model("gemma2"))
     model = small_model()
     model.config.logit_scale = 0.5
@@ -48,9 +48,7 @@ def test_an_output_layer_that_does_more_is_refused() -> None:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_frozen_weights_are_rounded_only_where_that_is_asked_for_and_the_cpu_can(
-    bf16: bool, tmp_path: Path
-) -> None:
+def test_weights_become_bfloat16_only_if_requested_and_supported_by_the_cpu(bf16: bool, tmp_path: Path) -> None:
     toy = {"agent": "tests.flows.toy_agent:answer", "tasks": "tests.flows.toy_agent:tasks"}
     train = {"model": "tiny", "bf16": bf16, "output_dir": str(tmp_path), **toy}
     policy = open_policy(Config.parse({"agent_roles": {"solver": {}}, "train": train}))

@@ -1,4 +1,4 @@
-"""Compiled layers: the same losses and gradients, no new code for another tree of tokens, and sampling as it was."""
+"""Compiled layers: same losses and gradients, no recompilation for another tree of tokens, unchanged sampling."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ from tests.trainer.small_model import small_model, small_policy
 
 @pytest.fixture(autouse=True)
 def nothing_compiled() -> Iterator[None]:
-    """By itself torch makes here no more than one code of a function."""
+    """Limits torch to one compiled variant per function."""
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(cache_size_limit=1):
@@ -35,12 +35,12 @@ def nothing_compiled() -> Iterator[None]:
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs run as they were traced: what inductor makes of them takes seconds each."""
+    """Runs traced graphs without inductor, which takes seconds per graph."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
 
 
 def codes() -> int:
-    """How many pieces of code were compiled so far."""
+    """Number of compiled graphs so far."""
     return counters["stats"]["unique_graphs"]
 
 
@@ -115,12 +115,12 @@ def test_each_layer_is_wrapped_once() -> None:
     assert sum(isinstance(module.forward, CompiledLayer) for module in model.modules()) == 3
 
 
-def test_a_model_without_marked_layers_is_refused() -> None:
+def test_a_model_without_marked_layers_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"train.compile: a Linear has no layers"):
         compile_layers(torch.nn.Linear(2, 2))
 
 
-def test_without_a_compiler_it_is_said_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_error_without_a_compiler_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     missing = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
     monkeypatch.setattr("agl_trainer.model.compiled.compile_error", compile_error.__wrapped__)

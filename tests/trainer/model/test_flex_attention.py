@@ -24,19 +24,19 @@ KV_HEADS, GROUPS, WIDTH = 2, 3, 16
 
 @pytest.fixture(autouse=True)
 def _gradients_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch refuses them, but knows them all the same where it makes no kernel."""
+    """torch rejects gradients on a CPU, although it can compute them without a compiled kernel."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
 
 
 def tree(prompt_tokens: int) -> list[list[int]]:
-    """Rows with forks inside forks and ends in the middle of others."""
+    """Rows with nested branches, some of which are prefixes of others."""
     draw = random.Random(prompt_tokens)
     prompt = draw.choices(range(50), k=prompt_tokens)
     turn = prompt + draw.choices(range(50), k=45)
     return [[*prompt, 60], prompt + draw.choices(range(50), k=90), [*turn, 1], [*turn, 2, 3, 4], turn, prompt[:-20]]
 
 
-class Known:
+class TwoPiecePrefix:
     """Keys and values of the first tokens, in two pieces, as for a prefix below a prefix."""
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
@@ -52,7 +52,7 @@ def attend(packed: PackedRows, start: int, scores: ScoreOptions) -> list[Tensor]
     generator, count = torch.Generator().manual_seed(0), len(packed.token_ids)
     shapes = [(KV_HEADS, count - start, GROUPS, WIDTH), *[(KV_HEADS, count, WIDTH)] * 2]
     query, key, value = (torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes)
-    known = Known(key[:, :start], value[:, :start]) if start else None
+    known = TwoPiecePrefix(key[:, :start], value[:, :start]) if start else None
     out = PackedPlan(packed, known).attend(0, query, key[:, start:], value[:, start:], scores)
     grad = torch.randn(out.shape, generator=generator, dtype=torch.float64)
     return [out, *torch.autograd.grad(out, (query, key, value), grad)]
@@ -65,7 +65,9 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("scores", SCORES, ids=["plain", "window", "softcap", "both"])
 @pytest.mark.parametrize("start", [0, 100], ids=["whole", "below a prefix"])
-def test_a_mask_gives_what_segments_give(start: int, scores: ScoreOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mask_gives_the_values_and_gradients_of_the_segments(
+    start: int, scores: ScoreOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
     packed = pack_rows(tree(150) if start else [*tree(150), *tree(70)])
     expected = attend(packed, start, scores)
     monkeypatch.setattr(flex_attention, "is_supported", lambda _: True)
@@ -74,9 +76,9 @@ def test_a_mask_gives_what_segments_give(start: int, scores: ScoreOptions, monke
 
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
-    """Compiles as for a GPU, but for the kernel itself: the graphs of forward and backward pass run as they are.
+    """Compiles as for a GPU except the kernel itself: the forward and backward graphs run as traced.
 
-    Uncompiled, torch gives no right gradient where the attention is computed again in the backward pass.
+    Uncompiled, torch computes a wrong gradient if the backward pass recomputes the attention.
     """
     torch.compiler.reset()
     found = CompileCounterWithBackend("aot_eager")
@@ -87,7 +89,7 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
     return found
 
 
-def test_compiled_once_it_takes_other_lengths_windows_and_caps(
+def test_one_compilation_serves_other_lengths_windows_and_softcaps(
     counter: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graphs = []
@@ -114,7 +116,7 @@ def test_compiled_once_it_takes_other_lengths_windows_and_caps(
 def test_a_policy_has_the_same_loss_and_gradient(
     pack_tokens: int, recomputes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With layers that have a window and layers that have none; each pass makes one mask for either."""
+    """Some layers have a window, others none; each pass makes one mask for each kind."""
     policy = small_policy(small_model("gemma2", dtype=torch.float64), recomputes=recomputes)
     loss, gradient, _ = step(policy, pack_tokens)
     make, made = flex_attention.tree_mask, []
@@ -133,7 +135,7 @@ def test_a_policy_has_the_same_loss_and_gradient(
 
 
 @pytest.mark.parametrize("why", [None, "torch cannot compile here: no compiler"])
-def test_only_gpus_take_it_and_only_heads_of_common_widths(
+def test_only_gpus_and_common_head_dims_are_supported(
     why: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(flex_attention, "compile_error", lambda _: why)

@@ -1,4 +1,4 @@
-"""Products with frozen weights: those of torch, whatever layout the weight is kept in."""
+"""Linear layers with frozen weights: same results as torch in every memory layout."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ from agl_trainer.model.cpu.frozen_linear import FrozenLinear
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("outputs", [40, 1500])
-def test_a_sampling_product_is_that_of_torch(rows: int, dtype: torch.dtype, biased: bool, outputs: int) -> None:
+def test_the_packed_product_equals_torchs(rows: int, dtype: torch.dtype, biased: bool, outputs: int) -> None:
     torch.manual_seed(rows)
     weight, x = torch.randn(outputs, 24, dtype=dtype), torch.randn(1, rows, 24, dtype=dtype)
     bias = torch.randn(outputs, dtype=dtype) if biased else None
@@ -23,8 +23,8 @@ def test_a_sampling_product_is_that_of_torch(rows: int, dtype: torch.dtype, bias
             assert torch.allclose(product(x), expected, atol=1e-5)
 
 
-def test_after_sampling_gradients_still_flow() -> None:
-    """The kept layout knows no gradients: a pass that wants them must not take it."""
+def test_gradients_still_flow_after_sampling() -> None:
+    """The packed layout has no backward pass, so a pass with gradients must not use it."""
     weight, x = torch.randn(5, 3), torch.randn(2, 3, requires_grad=True)
     product = FrozenLinear(SimpleNamespace(weight=weight))
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""The decoder as sampling runs it: what transformers computes, for each family and each adapter."""
+"""The fused decoder computes what transformers computes, for each model family and each adapter."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ ADAPTERS = {
 
 
 def both(policy: Policy, adapters: list[str]) -> tuple[Tensor, Tensor]:
-    """Hidden states as transformers' modules make them, and as sampling does."""
+    """Hidden states of transformers' modules, and of sampling."""
     packed = pack_rows(ROWS)
     given = packed.token_ids, packed.positions, adapters, PackedPlan(packed)
     with torch.no_grad():
@@ -32,7 +32,7 @@ def both(policy: Policy, adapters: list[str]) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("adapters", ADAPTERS.values(), ids=ADAPTERS)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_a_fused_decoder_computes_what_its_modules_do(family: str, adapters: list[str]) -> None:
+def test_a_fused_decoder_equals_its_modules(family: str, adapters: list[str]) -> None:
     model = small_model(family)
     for name, parameter in model.named_parameters():
         if name.endswith(("norm.weight", ".bias")):  # ones and zeros in a new model, which hide what is left out
@@ -42,7 +42,7 @@ def test_a_fused_decoder_computes_what_its_modules_do(family: str, adapters: lis
     assert torch.allclose(found, expected, atol=1e-4), (found - expected).abs().max()
 
 
-def test_adapters_that_have_learned_are_seen_at_once() -> None:
+def test_an_updated_adapter_is_used_immediately() -> None:
     policy = small_policy()
     before, _ = both(policy, ["writer"])
     for parameter in policy.parameters("writer"):
@@ -52,7 +52,7 @@ def test_adapters_that_have_learned_are_seen_at_once() -> None:
     assert torch.allclose(found, expected, atol=1e-4)
 
 
-def test_products_in_bfloat16_round_as_those_of_the_modules() -> None:
+def test_bfloat16_products_round_like_those_of_the_modules() -> None:
     model = small_model()
     use_bfloat16_products(model)
     expected, found = both(small_policy(model), ["writer"])
@@ -60,12 +60,12 @@ def test_products_in_bfloat16_round_as_those_of_the_modules() -> None:
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
-def test_another_decoder_keeps_its_modules(family: str) -> None:
+def test_an_unknown_decoder_is_not_fused(family: str) -> None:
     policy = small_policy(small_model(family))
     assert not can_be_fused(small_model(family).get_decoder())
     expected, found = both(policy, ["writer"])
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_a_model_in_double_precision_keeps_its_modules() -> None:
+def test_a_model_in_double_precision_is_not_fused() -> None:
     assert not can_be_fused(small_model(dtype=torch.float64).get_decoder())

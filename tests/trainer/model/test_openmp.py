@@ -1,4 +1,4 @@
-"""Workers of OpenMP: with those of two threads, more than there are cores, each operation would end in a sleep."""
+"""Releasing OpenMP workers: with more workers than cores, they would sleep after every operation."""
 
 import os
 import threading
@@ -16,7 +16,7 @@ def threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def test_workers_are_gone_once_they_are_given_back() -> None:
+def test_released_workers_have_ended() -> None:
     found: list[int] = []
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""Which models take packed rows, and that the others train padded."""
+"""Models that support packed rows, and training with padded rows for the others."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.trainer.small_model import small_model, small_policy
 
 
 def odd_model(family: str) -> PreTrainedModel:
-    """One that looks at neighbours without attention, or whose attention knows distances otherwise."""
+    """A model that mixes tokens without attention, or whose attention depends on distances by other means."""
     torch.manual_seed(0)
     options = {"mamba": {"state_size": 4, "eos_token_id": 0}, "bloom": {"n_head": 3}}[family]
     config = CONFIG_MAPPING[family](
@@ -23,7 +23,7 @@ def odd_model(family: str) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text"])
-def test_models_that_attend_as_they_are_told_are_packed(family: str) -> None:
+def test_models_with_standard_attention_support_packing(family: str) -> None:
     model = small_model(family)
     own_attention = model.config._attn_implementation
     assert supports_packing(model)
@@ -31,7 +31,7 @@ def test_models_that_attend_as_they_are_told_are_packed(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["mamba", "bloom"])
-def test_others_are_padded_and_it_is_said(family: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_models_are_padded_with_a_warning(family: str, caplog: pytest.LogCaptureFixture) -> None:
     assert not supports_packing(odd_model(family))
     assert f"rows of a {family} model are padded instead of packed" in caplog.text
 

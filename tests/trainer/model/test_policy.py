@@ -1,4 +1,4 @@
-"""The policy: names of roles, adapters in and out, versions."""
+"""The policy: names of roles, saving and loading adapters, versions."""
 
 import pytest
 import torch
@@ -23,12 +23,12 @@ def hidden(policy: Policy, adapters: list[str], *rows: list[int]) -> Tensor:
         return policy.hidden_states(packed.token_ids, packed.positions, adapters, PackedPlan(packed))
 
 
-def test_a_fresh_adapter_says_what_the_base_model_says() -> None:
+def test_a_fresh_adapter_answers_as_the_base_model() -> None:
     policy = Policy(small_model(), small_tokenizer(), ROLES, base_name="small", seed=0)
     assert torch.equal(hidden(policy, ["writer"]), hidden(policy, [BASE]))
 
 
-def test_each_adapter_has_its_say_and_the_base_model_stays() -> None:
+def test_each_adapter_changes_the_answer_but_not_the_base_model() -> None:
     policy = small_policy()
     found = {name: hidden(policy, [name]) for name in ("writer", BASE, "fixer")}
     for name, states in found.items():
@@ -57,7 +57,7 @@ def test_the_same_seed_gives_the_same_adapters() -> None:
 
 
 @pytest.mark.parametrize("role", ["model", "layers", "weight", "lora_A", "default"])
-def test_a_role_may_be_called_like_a_part_of_the_model(role: str) -> None:
+def test_a_role_may_have_the_name_of_a_part_of_the_model(role: str) -> None:
     policy = small_policy(roles={role: RoleConfig(lora_r=2), "other": RoleConfig(lora_r=2)})
     own, others = policy.parameters(role), policy.parameters("other")
     assert len(own) == len(others) == 28
@@ -66,7 +66,7 @@ def test_a_role_may_be_called_like_a_part_of_the_model(role: str) -> None:
 
 
 @pytest.mark.parametrize("role", ["keys", "forward", "a.b", "a@1", "a/b", "", BASE, "small"])
-def test_a_role_whose_name_cannot_be_used_is_refused(role: str) -> None:
+def test_an_invalid_role_name_is_rejected(role: str) -> None:
     with pytest.raises(ConfigError, match=f"agent_roles has a role named '{role}'"):
         small_policy(roles={role: RoleConfig()})
 
@@ -76,13 +76,13 @@ def test_without_a_role_there_is_nothing_to_train() -> None:
         small_policy(roles={})
 
 
-def test_a_layer_that_cannot_be_routed_is_refused_by_its_name() -> None:
+def test_the_error_names_a_layer_that_is_not_linear() -> None:
     model = get_peft_model(small_model(), LoraConfig(target_modules=["embed_tokens"]))
     with pytest.raises(TrainingError, match=r"layer \S+embed_tokens is a Embedding; only LoRA on linear layers"):
         route_layers(model, AdapterRouting())
 
 
-def test_an_adapter_is_taken_over_with_its_version() -> None:
+def test_an_adapter_is_loaded_with_its_version() -> None:
     policy, other = small_policy(), small_policy(adapter_std=0.5)
     assert policy.version_name("writer") == "writer@0"
     policy.load_adapter("writer", other.adapter("writer"), 7)
@@ -91,7 +91,7 @@ def test_an_adapter_is_taken_over_with_its_version() -> None:
     assert all("writer" not in name for name in policy.adapter("writer"))
 
 
-def test_an_adapter_of_another_shape_is_refused() -> None:
+def test_an_adapter_of_another_shape_is_rejected() -> None:
     policy = small_policy()
     before = hidden(policy, ["writer"])
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""A base model in 4 bits: losses and gradients are those of the weights that the bits stand for."""
+"""A base model in 4 bits: losses and gradients equal those of its dequantized weights."""
 
 import importlib.util
 from pathlib import Path
@@ -39,7 +39,7 @@ def quantized(folder: Path) -> PreTrainedModel:
 
 
 def unpacked(folder: Path) -> PreTrainedModel:
-    """A model in float32 whose linear layers have the weights that `quantized` has in 4 bits."""
+    """A model in float32 with the dequantized weights of `quantized`."""
     model, _ = load_model(folder)
     for name, layer in load_model(folder, in_4bit=True)[0].get_decoder().named_modules():
         if isinstance(layer, torch.nn.Linear):
@@ -60,7 +60,7 @@ def gradient(policy: Policy) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
-def test_loss_and_gradient_are_those_of_the_unpacked_weights(folder: Path, recomputes: bool) -> None:
+def test_loss_and_gradient_equal_those_of_the_dequantized_weights(folder: Path, recomputes: bool) -> None:
     policy = small_policy(quantized(folder), recomputes=recomputes)
     expected, expected_gradient = gradient(small_policy(unpacked(folder)))
     logprobs, found = gradient(policy)
@@ -69,8 +69,8 @@ def test_loss_and_gradient_are_those_of_the_unpacked_weights(folder: Path, recom
     assert not torch.allclose(logprobs, gradient(small_policy(load_model(folder)[0]))[0], atol=1e-3), "nothing was lost"
 
 
-def test_sampling_sees_the_same_and_gradients_flow_after_it(folder: Path) -> None:
-    """A kernel for inference keeps weights in a layout of its own: what was sampled must not leave them in it."""
+def test_sampling_agrees_and_gradients_still_flow_afterwards(folder: Path) -> None:
+    """The kernel for inference repacks weights; sampling must not leave them repacked."""
     policy = small_policy(quantized(folder))
     _, before = gradient(policy)
     packed = pack_rows([row.token_ids for row in ROWS])
@@ -90,7 +90,7 @@ def test_linear_layers_take_a_seventh_of_the_memory() -> None:
     assert size(load_model(folder, in_4bit=True)[0]) * 7 < size(load_model(folder)[0])
 
 
-def test_a_configuration_asks_for_it(folder: Path) -> None:
+def test_a_configuration_enables_it(folder: Path) -> None:
     roles = {"writer": {"lora_r": 4}}
     config = Config.model_validate({"agent_roles": roles, "train": {"model": str(folder), "load_in_4bit": True}})
     policy = open_policy(config, samples=True)
@@ -101,7 +101,7 @@ def test_a_configuration_asks_for_it(folder: Path) -> None:
             Config.model_validate({"agent_roles": roles, "train": train})
 
 
-def test_without_bitsandbytes_it_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_without_bitsandbytes_names_the_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'agl-trainer\[qlora\]'"):
         load_model(folder, in_4bit=True)

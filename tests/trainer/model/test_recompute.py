@@ -1,4 +1,4 @@
-"""Layers computed again in the backward pass: the same gradients, fewer tensors kept, and nothing else."""
+"""Recomputed layers: the same gradients with fewer stored tensors."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ from tests.trainer.small_model import small_model, small_policy
 
 
 def gradient(policy: Policy, role: str, pack_tokens: int) -> Tensor:
-    """Of all passes over the rows; other adapters have their say between a pass and its backward pass."""
+    """Gradient of all passes over the rows, with passes of other adapters before each backward pass."""
 
     def run(part: list[Any], prefix: ComputedPrefix | None) -> None:
         loss, _ = sft_loss(row_logprobs(policy, role, part, prefix=prefix), part)
@@ -66,7 +66,7 @@ def test_padded_rows_have_the_same_gradient(make: Any) -> None:
 
 
 def kept_bytes(policy: Policy) -> int:
-    """What a forward pass over all rows leaves for the backward pass."""
+    """Bytes that a forward pass over all rows stores for the backward pass."""
     sizes: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -80,12 +80,12 @@ def kept_bytes(policy: Policy) -> int:
     return sum(sizes.values())
 
 
-def test_less_is_kept_for_the_backward_pass() -> None:
+def test_less_is_stored_for_the_backward_pass() -> None:
     kept, again = (small_policy(small_model(layers=6), recomputes=recomputes) for recomputes in (False, True))
     assert kept_bytes(again) < kept_bytes(kept) / 3
 
 
-def test_sampling_computes_each_layer_once_and_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampling_computes_each_layer_once(monkeypatch: pytest.MonkeyPatch) -> None:
     kept, again = small_policy(), small_policy(recomputes=True)
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -95,7 +95,7 @@ def test_sampling_computes_each_layer_once_and_as_it_was(monkeypatch: pytest.Mon
     assert torch.equal(sample(kept), sample(again))
 
 
-def test_a_model_without_marked_layers_is_refused() -> None:
+def test_a_model_without_marked_layers_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"train.gradient_checkpointing: a Linear has no layers"):
         recompute_layers(torch.nn.Linear(2, 2), AdapterRouting())
 

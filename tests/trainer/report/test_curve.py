@@ -1,4 +1,4 @@
-"""The reward curve as a picture and as text."""
+"""The reward curve as a PNG and as text."""
 
 from pathlib import Path
 
@@ -43,5 +43,5 @@ def test_a_flat_curve_is_a_line(points: list[tuple[int, float]]) -> None:
     assert [dots(line) for line in lines] == [20, 0, 0, 0]
 
 
-def test_no_points_are_said() -> None:
+def test_without_points_there_is_a_message() -> None:
     assert terminal_curve([]) == "no points yet"

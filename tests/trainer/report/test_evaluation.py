@@ -19,7 +19,7 @@ def result(label: str, rewards: list[float], **parts: list[float]) -> EvalResult
     return EvalResult(label, tasks)
 
 
-def test_the_interval_is_the_normal_one_where_the_sample_is_large() -> None:
+def test_the_interval_of_a_large_sample_is_the_normal_one() -> None:
     sample = np.random.default_rng(1).normal(0.5, 0.2, size=400)
     interval = mean_interval(sample.tolist())
     half_width = NormalDist().inv_cdf(0.975) * sample.std() / math.sqrt(400)
@@ -46,7 +46,7 @@ def test_equal_values_have_an_interval_of_no_width() -> None:
     assert (interval.low, interval.mean, interval.high, interval.count) == (0.25, 0.25, 0.25, 10)
 
 
-def test_one_value_says_nothing_of_the_spread() -> None:
+def test_one_value_has_an_infinite_interval() -> None:
     interval = mean_interval([0.25])
     assert (interval.low, interval.high) == (-math.inf, math.inf)
 
@@ -57,22 +57,22 @@ def test_no_mean_without_finite_values(values: list[float]) -> None:
         mean_interval(values)
 
 
-def test_a_paired_difference_does_not_see_how_hard_the_tasks_are() -> None:
-    """Each task gains 0.1, tasks differ by up to 10: unpaired noise would drown it."""
+def test_a_paired_difference_is_independent_of_task_difficulty() -> None:
+    """Each task gains 0.1, tasks differ by up to 10: without pairing the noise would hide it."""
     before = {f"q{index}": float(index) for index in range(10)}
     after = {task: value + 0.1 for task, value in reversed(before.items())}
     difference = paired_difference(before, after)
     assert (difference.low, difference.high) == (pytest.approx(0.1), pytest.approx(0.1))
 
 
-def test_only_tasks_of_both_are_compared() -> None:
+def test_only_common_tasks_are_compared() -> None:
     difference = paired_difference({"a": 0.0, "b": 0.0, "gone": 9.0}, {"b": 1.0, "a": 0.5, "new": -9.0})
     assert (difference.mean, difference.count) == (0.75, 2)
     with pytest.raises(TrainingError, match="none of them the same"):
         paired_difference({"a": 1.0}, {"b": 1.0})
 
 
-def test_a_result_survives_its_file(tmp_path: Path) -> None:
+def test_a_saved_result_loads_unchanged(tmp_path: Path) -> None:
     saved = result("sft", [0.5, 1.0], syntax=[1.0, 1.0], goal=[0.0, 1.0])
     saved.save(tmp_path / "eval" / "sft.json")
     assert EvalResult.load(tmp_path / "eval" / "sft.json") == saved
@@ -80,7 +80,7 @@ def test_a_result_survives_its_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"label": "x", "tasks": {"q": {"score": 1}}}'])
-def test_a_file_that_is_no_result_is_named(tmp_path: Path, text: str | None) -> None:
+def test_the_error_names_a_file_that_is_no_result(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "base.json"
     if text is not None:
         path.write_text(text)
@@ -102,7 +102,7 @@ def test_the_table_shows_means_and_paired_differences() -> None:
     ]
 
 
-def test_the_table_says_how_many_rollouts_failed() -> None:
+def test_the_table_shows_how_many_rollouts_failed() -> None:
     base = EvalResult("base", {"q0": TaskScore(0.0, failed=2), "q1": TaskScore(0.5, failed=1)})
     *_, last = comparison_table([base, result("sft", [0.5, 0.5])]).splitlines()
     assert last == "base: 3 rollouts failed and count 0; the log has the error of each"

@@ -1,4 +1,4 @@
-"""Metrics of a run, and of a run that starts again after it was killed."""
+"""Metrics of a run, and of a run that resumes after it was killed."""
 
 import json
 import math
@@ -77,7 +77,7 @@ def test_a_value_that_is_not_finite_is_null_in_the_file_and_absent_from_the_stor
 
 
 class Told:
-    """What trackers of others were told: a module `wandb` and a module `mlflow` as far as we call them."""
+    """Records the calls of fake modules `wandb` and `mlflow`."""
 
     def __init__(self) -> None:
         self.settings: list[dict[str, Any]] = []
@@ -121,7 +121,7 @@ class Told:
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_a_resumed_training_goes_on_in_the_run_it_had_at_a_tracker(
+def test_a_resumed_training_continues_its_run_in_a_tracker(
     name: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = Told()
@@ -142,7 +142,7 @@ def test_a_resumed_training_goes_on_in_the_run_it_had_at_a_tracker(
         assert told.params == {"train.steps": "3"}
 
 
-def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_a_tracker_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"train\.report_to names wandb, which is not installed: pip install wandb"):
         open_trackers(["wandb"], "shop", tmp_path, {}, 1)

@@ -1,4 +1,4 @@
-"""The live line, on a real pseudo-terminal and in a file."""
+"""The progress line, on a real pseudo-terminal and in a file."""
 
 import errno
 import fcntl
@@ -18,14 +18,14 @@ from agl_trainer.report.progress import Progress, clock
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Sets the clock that the line reckons with."""
+    """Sets the clock of the progress line."""
     time = [1000.0]
     monkeypatch.setattr(progress, "monotonic", lambda: time[0])  # not of `time`: threads of others wait by that
     return lambda seconds: time.__setitem__(0, 1000.0 + seconds)
 
 
 def on_terminal(use: Callable[[Progress], None], columns: int = 100) -> str:
-    """What `use` makes appear on a pseudo-terminal of that width."""
+    """Output of `use` on a pseudo-terminal of that width."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with os.fdopen(theirs, "w") as stream, Progress(stream) as line:
@@ -34,7 +34,7 @@ def on_terminal(use: Callable[[Progress], None], columns: int = 100) -> str:
 
 
 def _read_all(terminal: int) -> Iterator[bytes]:
-    """Until it is closed on the other side, which a terminal says by an error; it may come in pieces."""
+    """Read until the other side closes, which a terminal signals by an error; data may arrive in pieces."""
     try:
         while piece := os.read(terminal, 65536):
             yield piece
@@ -63,7 +63,7 @@ def test_a_line_never_wraps(now: Callable[[float], None]) -> None:
     assert text.split("\r\x1b[K")[1] == "a phase with a very"
 
 
-def test_a_note_stands_above_the_line(now: Callable[[float], None]) -> None:
+def test_a_note_is_printed_above_the_line(now: Callable[[float], None]) -> None:
     def use(line: Progress) -> None:
         line.start("sft")
         line.note("saved step 3")
@@ -71,7 +71,7 @@ def test_a_note_stands_above_the_line(now: Callable[[float], None]) -> None:
     assert "\r\x1b[Ksaved step 3\r\nsft 0\r" in on_terminal(use)
 
 
-def test_in_a_file_lines_come_now_and_then(tmp_path: Path, now: Callable[[float], None]) -> None:
+def test_a_file_gets_lines_at_intervals(tmp_path: Path, now: Callable[[float], None]) -> None:
     path = tmp_path / "log"
     with path.open("w") as stream, Progress(stream, every_s=10) as line:
         line.start("grpo", steps=2)
@@ -89,7 +89,7 @@ def test_in_a_file_lines_come_now_and_then(tmp_path: Path, now: Callable[[float]
     ]
 
 
-def test_a_resumed_phase_reckons_with_the_steps_of_this_process(tmp_path: Path, now: Callable[[float], None]) -> None:
+def test_a_resumed_phase_estimates_from_the_steps_of_this_process(tmp_path: Path, now: Callable[[float], None]) -> None:
     path = tmp_path / "log"
     with path.open("w") as stream, Progress(stream) as line:
         line.start("grpo", step=30, steps=40)
@@ -98,7 +98,7 @@ def test_a_resumed_phase_reckons_with_the_steps_of_this_process(tmp_path: Path, 
     assert "grpo 31/40 · ETA 9:00\n" in path.read_text()
 
 
-def test_a_terminal_that_went_away_does_not_stop_the_training() -> None:
+def test_a_closed_terminal_does_not_stop_the_training() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     stream = os.fdopen(writer, "w")
@@ -123,5 +123,5 @@ def test_updates_from_many_threads_never_mix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (200, "3:20"), (3723, "1:02:03")])
-def test_durations_are_read_as_a_clock(seconds: float, text: str) -> None:
+def test_durations_are_formatted_as_a_clock(seconds: float, text: str) -> None:
     assert clock(seconds) == text

@@ -1,4 +1,4 @@
-"""Scores of tasks: parts of roles, failed rollouts, and pass@k against what counting subsets gives."""
+"""Scores of tasks: parts of roles, failed rollouts, and pass@k compared with counting subsets."""
 
 from itertools import combinations
 
@@ -19,7 +19,7 @@ def outcome(value: float | None = None, error: str | None = None, **parts: float
 
 
 @pytest.mark.parametrize(("samples", "solved", "k"), [(5, 2, 1), (5, 2, 3), (5, 0, 2), (5, 5, 2), (6, 4, 3), (4, 1, 4)])
-def test_pass_at_k_is_the_share_of_subsets_that_hold_a_solution(samples: int, solved: int, k: int) -> None:
+def test_pass_at_k_is_the_share_of_subsets_with_a_solution(samples: int, solved: int, k: int) -> None:
     subsets = list(combinations([place < solved for place in range(samples)], k))
     assert pass_at_k(samples, solved, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
@@ -41,12 +41,12 @@ def test_rewards_of_roles_are_parts() -> None:
     assert rollout_score(outcome(error="boom"), made) is None
 
 
-def test_a_rollout_without_a_reward_is_no_zero() -> None:
+def test_a_rollout_without_a_reward_is_an_error() -> None:
     with pytest.raises(TrainingError, match=r"rollout r ended without a reward; set train\.reward"):
         rollout_score(outcome(), trajectory("r", call("writer")))
 
 
-def test_samples_that_would_say_nothing_are_refused() -> None:
+def test_meaningless_numbers_of_samples_are_rejected() -> None:
     with pytest.raises(ConfigError, match=r"4 samples of each task are the same at temperature 0; set train.eval"):
         Sampling(4).check(0.0)
     with pytest.raises(ConfigError, match=r"pass@8 needs 8 samples of each task or more, got 4"):

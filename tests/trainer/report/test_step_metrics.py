@@ -1,4 +1,4 @@
-"""Metrics of a step, from rollouts written out by hand."""
+"""Metrics of a step, for hand-written rollouts."""
 
 import pytest
 
@@ -57,7 +57,7 @@ def test_lengths_staleness_and_credit_of_a_role() -> None:
     )
 
 
-def test_updates_say_what_they_computed_and_how_fast() -> None:
+def test_update_metrics_include_tokens_and_speed() -> None:
     updates = {"writer": StepStats({"loss": 0.5}, 10, 40), "fixer": StepStats({"loss": 1.5}, 5, 10)}
     assert update_metrics(updates, 2.0) == {
         "writer/loss": 0.5,

@@ -66,12 +66,7 @@ class Policy:
         self._body = model.get_decoder()
         self.is_sharded = shards
         """Every pass needs all devices, see `sharding`."""
-        if shards:
-            shard_layers(self._peft, self._body)
-        if compiles:  # after sharding, which decides the device
-            compile_layers(self._body)
-        if recomputes:
-            recompute_layers(self._body, self._routing)
+        self._prepare_layers(recomputes=recomputes, compiles=compiles)
         self._can_be_fused = can_be_fused(self._body)
         self._fused: FusedDecoder | None = None
         output = model.get_output_embeddings()
@@ -80,6 +75,14 @@ class Policy:
         """Logits become softcap * tanh(logit / softcap)."""
         self._output = FrozenLinear(output)
         self.config = model.config
+
+    def _prepare_layers(self, *, recomputes: bool, compiles: bool) -> None:
+        if self.is_sharded:
+            shard_layers(self._peft, self._body)
+        if compiles:  # after sharding, which decides the device
+            compile_layers(self._body)
+        if recomputes:
+            recompute_layers(self._body, self._routing)
 
     @property
     def roles(self) -> list[str]:

@@ -114,7 +114,7 @@ class _FusedLinear:
 
 
 def _lora_linear(layer: Any) -> LoraLinear:
-    """The `LoraLinear` behind a linear layer; one without adapters for a layer that has none."""
+    """The `LoraLinear` that computes `layer`; a new one without adapters if the layer has none."""
     owner = layer.forward.__self__
     return owner if isinstance(owner, LoraLinear) else LoraLinear(FrozenLinear(layer))
 
