@@ -1,4 +1,4 @@
-"""Our plugins in every situation of the correctness page, asked as the page asks everybody."""
+"""Our plug-ins pass the checks of the correctness page in every situation."""
 
 import pytest
 

@@ -1,8 +1,8 @@
-"""README and docs, done as a reader does them: their code runs, page by page, against real servers on loopback.
+"""The code of README and docs runs as a reader would run it, page by page, against real servers on loopback.
 
-Python blocks of a page are one script, except those that start with `# some/file.py`: they are that file, and so are
-YAML blocks that start so. Then the lines of the shell blocks run, in the folder of these files. What would take
-minutes, or not end, is only parsed; what is not `agl` is left to the other tests.
+The Python blocks of a page form one script. A Python or YAML block that starts with `# some/file` is written to that
+file instead. The lines of the shell blocks then run in the folder of these files. Commands that take minutes or do not
+end are only parsed. Commands other than `agl` are not run; different tests cover them.
 """
 
 import os
@@ -70,7 +70,7 @@ class Block:
 
     @property
     def file(self) -> str | None:
-        """The file that it is."""
+        """Name of the file that the block represents, or None."""
         name = _FILE.match(self.code)
         return name[1] if name else None
 
@@ -82,13 +82,13 @@ def read_blocks(page: Path) -> list[Block]:
 
 @dataclass(frozen=True, slots=True)
 class Desk:
-    """Where a reader tries a page: a folder with the examples, and `agl serve` on ports of its own."""
+    """The environment in which a reader tries a page: a folder with the examples, and a server on separate ports."""
 
     folder: Path
     server: ServerThread
 
     def script(self, blocks: list[Block]) -> str:
-        """`blocks` on their lines of the page, which tracebacks then name, with the ports of this server."""
+        """One script from `blocks`, with the ports of this server. Each block keeps its line numbers for tracebacks."""
         lines: list[str] = []
         for block in blocks:
             lines += [""] * (block.line - 1 - len(lines)) + block.code.splitlines()
@@ -98,7 +98,7 @@ class Desk:
         return source
 
     def run(self, *command: str) -> str:
-        """What it prints on standard error, if it succeeds."""
+        """Run `command`, assert that it succeeds, and return its standard error."""
         done = subprocess.run(command, cwd=self.folder, env=self._environment(), capture_output=True, timeout=120)
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout.decode()}\n{done.stderr.decode()}"
         return done.stderr.decode()
@@ -115,7 +115,7 @@ class Desk:
 
 @pytest.fixture
 def desk(tmp_path: Path) -> Iterator[Desk]:
-    """With one rollout in the store, so that `--last` finds something."""
+    """The store has one rollout, so that `--last` finds one."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     store = open_store(f"sqlite:///{tmp_path / 'agl.db'}")
     with ServerThread(store, port=0, otlp_http_port=0, upstream=FakeEngine(models=ROLES).app) as server:
@@ -190,7 +190,7 @@ def test_files_that_are_named_exist() -> None:
 
 
 def table(page: str, heading: str) -> list[list[str]]:
-    """Cells of the rows of the table whose first column is called `heading`."""
+    """Cells of all rows of the table whose first column has the title `heading`."""
     text = (ROOT / page).read_text(encoding="utf-8")
     rows = re.search(rf"^\| {heading} \|.*\n\|[-|]*\n((?:\|.*\n)+)", text, re.MULTILINE)
     assert rows

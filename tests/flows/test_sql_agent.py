@@ -1,4 +1,4 @@
-"""The SQL example on its own: its database, tasks, reward and agent, without any training."""
+"""The SQL example without training: its database, tasks, reward and agent."""
 
 import json
 import re
