@@ -36,7 +36,7 @@ class SpanEvent:
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
 
 
-class Named:
+class SpanAttributes:
     """Ids of the rollout, attempt and response, read from the attributes of a span."""
 
     __slots__ = ()
@@ -89,7 +89,7 @@ class Named:
 
 
 @dataclass(frozen=True, slots=True)
-class Span(Named):
+class Span(SpanAttributes):
     """One finished span. Ids are lower-case hex (trace: 32 digits, span: 16 digits), times are Unix nanoseconds."""
 
     trace_id: str

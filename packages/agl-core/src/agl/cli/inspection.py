@@ -12,7 +12,7 @@ from agl.cli.tree import LastSiblings, walk
 from agl.span import Span
 from agl.tokens.drift import PREFIX_EXACT
 from agl.trajectory import Call, Drop, Reward, SpanTree, Trained, Trajectory, Turn, build_trajectory, collect_trained
-from agl.trajectory.agent import agent_of
+from agl.trajectory.attributes import agent_of
 from agl.trajectory.call import error_of
 from agl.trajectory.clock import in_one_clock
 from agl.trajectory.reward import read_reward

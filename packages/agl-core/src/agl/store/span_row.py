@@ -13,7 +13,7 @@ from opentelemetry.proto.trace.v1 import trace_pb2
 
 from agl import otlp, semconv
 from agl.errors import OtlpError
-from agl.span import COLUMN_ATTRIBUTES, AttributeValue, Named, Span
+from agl.span import COLUMN_ATTRIBUTES, AttributeValue, Span, SpanAttributes
 from agl.store import otlp_split
 
 _Attributes = Mapping[str, AttributeValue]
@@ -120,7 +120,7 @@ def _row(span: trace_pb2.Span, resource: _Attributes, encoded: bytes) -> SpanRow
 
 
 @dataclass(slots=True)
-class _ColumnAttributes(Named):
+class _ColumnAttributes(SpanAttributes):
     """A span with only the attributes that columns are read from."""
 
     attributes: _Attributes
@@ -128,7 +128,7 @@ class _ColumnAttributes(Named):
 
 
 def _to_row(
-    trace_id: bytes, span_id: bytes, start_ns: int, names: Named, name: str, has_parent: bool, encoded: bytes
+    trace_id: bytes, span_id: bytes, start_ns: int, names: SpanAttributes, name: str, has_parent: bool, encoded: bytes
 ) -> SpanRow:
     rollout_id, attempt_id, response_id = names.named_rollout, names.attempt_id, names.response_id
     for named in (rollout_id, attempt_id, response_id):

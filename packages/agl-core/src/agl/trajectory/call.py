@@ -8,8 +8,7 @@ from agl import semconv
 from agl.span import Span
 from agl.tokens.drift import Drifted
 from agl.tokens.packing import ID_BYTES, unpack_ids
-from agl.trajectory.agent import agent_of
-from agl.trajectory.aliases import read, read_ids, read_logprobs, read_number, read_text, read_texts
+from agl.trajectory.attributes import agent_of, read, read_ids, read_logprobs, read_number, read_text, read_texts
 from agl.trajectory.join import CallSpans, SpanTree
 from agl.trajectory.reward import Reward
 

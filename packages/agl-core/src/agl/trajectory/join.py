@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from agl import semconv
 from agl.span import Span
-from agl.trajectory.aliases import read_number
+from agl.trajectory.attributes import read_number
 
 _CHAT_OPERATIONS = {semconv.OPERATION_CHAT, semconv.OPERATION_TEXT_COMPLETION}
 _REQUEST_TYPES = {"chat", "completion"}

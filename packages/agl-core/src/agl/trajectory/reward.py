@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from agl import semconv
 from agl.span import Span
-from agl.trajectory.aliases import read_number
+from agl.trajectory.attributes import read_number
 
 _NOT_DIMENSIONS = {semconv.REWARD_VALUE, semconv.REWARD_TARGET}
 _NUMBERED = re.compile(r"agentlightning\.reward\.(\d+)\.name")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from agl import semconv
 from agl.span import AttributeValue, Span
-from agl.trajectory.aliases import read_number
+from agl.trajectory.attributes import read_number
 from agl.trajectory.call import Call
 from agl.trajectory.drop import DropReason
 

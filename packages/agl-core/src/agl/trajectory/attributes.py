@@ -1,8 +1,8 @@
-"""Reads our span attributes, also under the names and in the encodings that other tools write."""
+"""Reads tokens, counts and the agent's name from span attributes, also as other instrumentations write them."""
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from agl import semconv
@@ -23,6 +23,10 @@ ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
 """Our attribute names, and their names in other tools. Ours is read first."""
 
 _LARGEST_ID = 2**31 - 1
+_PLACEHOLDERS: Final = {"LangGraph", "OpenAI Agent"}
+"""Names of unnamed graphs (LangGraph) and of all agents (opentelemetry-instrumentation-openai-agents-v2)."""
+
+_TRACELOOP_METADATA: Final = "traceloop.association.properties."
 
 
 def read(span: Span, name: str) -> AttributeValue | None:
@@ -88,6 +92,11 @@ def read_logprobs(span: Span, name: str) -> list[float] | None:
     return logprobs
 
 
+def agent_of(span: Span) -> str | None:
+    """The role of `span` if it has one, else the name of its agent or graph node; None if it names neither."""
+    return next((name for name in _names(span) if name and name not in _PLACEHOLDERS), None)
+
+
 def _decoded(span: Span, name: str) -> Any:
     """Attribute `name` as bytes or a list; a string is parsed as JSON."""
     value = read(span, name)
@@ -96,3 +105,53 @@ def _decoded(span: Span, name: str) -> Any:
     if value is not None and not isinstance(value, bytes | list | tuple):
         raise ValueError(f"{name} is {type(value).__name__}, expected packed bytes or an array of numbers")
     return value
+
+
+def _names(span: Span) -> Iterator[str | None]:
+    """Names on the span, the most specific first."""
+    yield span.role
+    yield from _names_of_langchain(_langchain_metadata(span))
+    yield read_text(span, semconv.GEN_AI_AGENT_NAME)
+    yield from _names_of_kinds(span)
+    # agentlightning reads these too: AutoGen's messages, agentops' LangChain handler, Agent Framework's workflows.
+    yield from map(span.text, ("recipient_agent_type", "langchain.chain.type", "executor.id"))
+    if span.name.startswith("langchain.Chain."):  # Weave's
+        yield span.text("lc_name")
+
+
+def _names_of_langchain(metadata: dict[str, object]) -> Iterator[str | None]:
+    yield _text(metadata.get("agl_role"))
+    yield _text(metadata.get("lc_agent_name"))
+    # The nodes of a prebuilt agent are its steps ("model", "tools"), not agents; older versions do not tell them apart.
+    if metadata.get("ls_integration", "langgraph") == "langgraph":
+        yield _text(metadata.get("langgraph_node"))
+
+
+def _names_of_kinds(span: Span) -> Iterator[str | None]:
+    """Names that belong to an agent only if the span has the kind of an agent."""
+    if span.text("openinference.span.kind") == "AGENT":
+        yield span.text("graph.node.name")
+        yield span.text("graph.node.id")
+    if span.text("traceloop.span.kind") == "agent":
+        yield span.text("traceloop.entity.name")
+    if span.text("agentops.span.kind") == "agent":
+        yield span.text("operation.name")
+    if span.text("type") == "agent":  # Weave's
+        yield span.text("agentlightning.operation.input.name")
+
+
+def _langchain_metadata(span: Span) -> dict[str, object]:
+    """Metadata of the LangChain run: OpenInference writes it as JSON, OpenLLMetry as one attribute per key."""
+    metadata = span.text("metadata")
+    if metadata is None:
+        prefixed = (name for name in span.attributes if name.startswith(_TRACELOOP_METADATA))
+        return {name.removeprefix(_TRACELOOP_METADATA): span.attributes[name] for name in prefixed}
+    try:
+        data = json.loads(metadata)
+    except (ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None

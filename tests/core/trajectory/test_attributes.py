@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from agl.trajectory.agent import agent_of
+from agl.trajectory.attributes import agent_of
 from tests.core.span_maker import span
 
 NODE = {"ls_integration": "langgraph", "langgraph_node": "planner"}
