@@ -25,7 +25,7 @@ from agl.span import Span
 from agl.store import RolloutState, Store, open_store
 from agl.trajectory import DropReason, Trajectory, build_trajectory, collect_trained
 from agl_trainer import Trainer
-from agl_trainer.loop import trainer as trainer_module
+from agl_trainer.loop import training as training_module
 from agl_trainer.loop.checkpoint import load_checkpoint
 from agl_trainer.report.evaluation import EvalResult
 from tests.core.span_maker import gateway_call
@@ -415,7 +415,7 @@ def test_ctrl_c_costs_the_step_under_way(tmp_path: Path, store: Store) -> None:
 def test_a_stop_just_before_or_after_a_checkpoint_leaves_each_step_once(
     tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, saved: bool
 ) -> None:
-    save = trainer_module.save_checkpoint
+    save = training_module.save_checkpoint
 
     def stop_at_two(folder: Path, state: Any) -> None:
         if saved or state.step != 2:
@@ -424,7 +424,7 @@ def test_a_stop_just_before_or_after_a_checkpoint_leaves_each_step_once(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer_module, "save_checkpoint", stop_at_two)
+        patched.setattr(training_module, "save_checkpoint", stop_at_two)
         with pytest.raises(KeyboardInterrupt):
             Trainer(config_in(tmp_path)).fit()
     Trainer(config_in(tmp_path)).fit()

@@ -59,7 +59,8 @@ def test_two_devices_train_as_one_does(one: dict[str, Any], tmp_path: Path, opti
 def test_the_engine_that_samples_from_the_policy_itself_is_refused_sharded_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agl_trainer.loop.session.count", lambda: 2)
+    for module in ("policy_setup", "engines"):
+        monkeypatch.setattr(f"agl_trainer.loop.{module}.device_count", lambda: 2)
     train = {"model": "smollm2", "agent": "examples.sql_agent.agent:run", "fsdp": True, "output_dir": str(tmp_path)}
     config = Config.model_validate(
         {"store_uri": f"sqlite:///{tmp_path}/agl.db", "agent_roles": {"writer": {}}, "train": train}

@@ -14,7 +14,7 @@ from agl.cli import main
 from agl.config import Config, RoleConfig
 from agl_trainer.compute.logprobs import row_logprobs
 from agl_trainer.data.rows import TrainingRow
-from agl_trainer.loop.checkpoint import TrainingState, save_checkpoint
+from agl_trainer.loop.checkpoint import Checkpoint, save_checkpoint
 from agl_trainer.model.adapter_files import save_adapter
 from agl_trainer.model.policy import Policy
 from agl_trainer.model.tiny import build_tiny_model
@@ -54,7 +54,7 @@ def checkpoint(policy: Policy, folder: Path) -> None:
     adapters = {role: policy.adapter(role) for role in policy.roles}
     adapters["writer"] = {name: torch.zeros_like(tensor) for name, tensor in adapters["writer"].items()}
     configs = {role: policy.adapter_config(role) for role in policy.roles}
-    save_checkpoint(folder, TrainingState(7, "grpo", 0, {"writer": 3, "fixer": 0}, adapters, configs, {}, ""))
+    save_checkpoint(folder, Checkpoint(7, "grpo", 0, {"writer": 3, "fixer": 0}, adapters, configs, {}, ""))
 
 
 def logprobs(policy: Policy, role: str) -> torch.Tensor:
@@ -130,5 +130,5 @@ def test_what_cannot_be_written_is_refused(policy: Policy, tmp_path: Path, capsy
     torch.save(policy.adapter("writer"), weights)  # pickled, under the right name
     for verb in ("export", "merge"):
         assert adapters(tmp_path, verb, "writer", "--to", str(tmp_path / "y")) == 2
-        assert "holds no adapter in safetensors" in capsys.readouterr().err
+        assert "has no adapter in safetensors" in capsys.readouterr().err
     assert not (tmp_path / "y").exists() and not list(tmp_path.glob(".y-*"))

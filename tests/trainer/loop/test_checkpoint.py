@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from agl.errors import TrainingError
 from agl_trainer.loop import rng
-from agl_trainer.loop.checkpoint import TrainingState, load_latest, prune, save_checkpoint
+from agl_trainer.loop.checkpoint import Checkpoint, load_latest, prune, save_checkpoint
 
 ROLES = ("writer", "fixer")
 
@@ -41,9 +41,9 @@ def trained(seed: int) -> tuple[PeftModel, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def state_of(step: int) -> TrainingState:
+def state_of(step: int) -> Checkpoint:
     pairs = {role: trained(step + index) for index, role in enumerate(ROLES)}
-    return TrainingState(
+    return Checkpoint(
         step=step,
         phase="grpo",
         position=step * 64,
@@ -55,9 +55,9 @@ def state_of(step: int) -> TrainingState:
     )
 
 
-def small_state(step: int) -> TrainingState:
+def small_state(step: int) -> Checkpoint:
     """Without a model: every adapter value is the step."""
-    return TrainingState(
+    return Checkpoint(
         step,
         "sft",
         step,
@@ -69,7 +69,7 @@ def small_state(step: int) -> TrainingState:
     )
 
 
-def load(folder: Path) -> TrainingState:
+def load(folder: Path) -> Checkpoint:
     state = load_latest(folder)
     assert state is not None
     return state
@@ -97,7 +97,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
 def test_an_optimizer_goes_on_bitwise_where_it_stopped(tmp_path: Path) -> None:
     _, optimizer = trained(3)
     optimizers = {"writer": optimizer.state_dict(), "fixer": torch.optim.AdamW([torch.nn.Parameter()]).state_dict()}
-    save_checkpoint(tmp_path, TrainingState(1, "grpo", 0, {}, {}, {}, optimizers, ""))
+    save_checkpoint(tmp_path, Checkpoint(1, "grpo", 0, {}, {}, {}, optimizers, ""))
     back = load(tmp_path).optimizers
     assert back["fixer"] == optimizers["fixer"]
     assert back["writer"]["param_groups"] == optimizers["writer"]["param_groups"]
@@ -155,8 +155,8 @@ def damage_sums(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (damage_bytes, "optimizer.safetensors is not as it was written"),
-        (damage_json, "state.json is not as it was written"),
+        (damage_bytes, "optimizer.safetensors has changed since it was written"),
+        (damage_json, "state.json has changed since it was written"),
         (damage_adapter, "adapters/writer/adapter_model.safetensors is missing"),
         (damage_sums, "state.json is missing or not listed in SHA256SUMS"),
         (lambda folder: (folder / "SHA256SUMS").unlink(), "SHA256SUMS: No such file"),
@@ -181,7 +181,7 @@ def test_nothing_is_started_afresh_where_every_checkpoint_is_damaged(tmp_path: P
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, small_state(3))
-    save_checkpoint(tmp_path, TrainingState(3, "grpo", 0, {}, {}, {}, {}, ""))
+    save_checkpoint(tmp_path, Checkpoint(3, "grpo", 0, {}, {}, {}, {}, ""))
     assert load(tmp_path).phase == "grpo"
     assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
 
@@ -189,7 +189,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, small_state(3)).rename(tmp_path / "step-000003.old")
     assert load(tmp_path).step == 3
-    save_checkpoint(tmp_path, TrainingState(3, "grpo", 0, {}, {}, {}, {}, ""))
+    save_checkpoint(tmp_path, Checkpoint(3, "grpo", 0, {}, {}, {}, {}, ""))
     assert load(tmp_path).phase == "grpo"
 
 
@@ -205,7 +205,7 @@ SAVE_AND_DIE = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from agl_trainer.loop.checkpoint import TrainingState, prune, save_checkpoint
+from agl_trainer.loop.checkpoint import Checkpoint, prune, save_checkpoint
 
 MOMENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
@@ -223,7 +223,7 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         tensors = {"a": torch.full((64, 64), float(step))}
-        state = TrainingState(step, "sft", step, {"writer": step}, {"writer": tensors}, {"writer": {}}, {}, "")
+        state = Checkpoint(step, "sft", step, {"writer": step}, {"writer": tensors}, {"writer": {}}, {}, "")
         die_at(moment)
         save_checkpoint(Path(sys.argv[1]), state)
         prune(Path(sys.argv[1]), keep=1)

@@ -8,7 +8,7 @@ from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
 
 from agl.config import Config
 from agl.errors import ConfigError
-from agl_trainer.loop.session import open_policy
+from agl_trainer.loop.policy_setup import open_policy
 from agl_trainer.model.base_model import check_sampled, check_trainable, model_folder
 from tests.trainer.small_model import small_model
 

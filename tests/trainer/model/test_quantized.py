@@ -14,7 +14,7 @@ from agl.errors import ConfigError
 from agl_trainer.compute.logprobs import row_logprobs
 from agl_trainer.data.prefix_tree import pack_rows
 from agl_trainer.data.rows import TrainingRow
-from agl_trainer.loop.session import open_policy
+from agl_trainer.loop.policy_setup import open_policy
 from agl_trainer.model.attention import PackedPlan
 from agl_trainer.model.base_model import load_model, model_folder
 from agl_trainer.model.packing_probe import supports_packing

@@ -139,7 +139,7 @@ def _trainer(arguments: argparse.Namespace) -> Any:
 def _run_distributed(trainer: Any, lead: Callable[[], None]) -> int:
     """Train in this process; if torchrun started several, the first leads and the others follow."""
     from agl_trainer.compute.devices import lead_or_follow
-    from agl_trainer.loop.session import open_policy
+    from agl_trainer.loop.policy_setup import open_policy
 
     return _print_outputs(trainer.folder) if lead_or_follow(lead, lambda: open_policy(trainer.config)) else 0
 

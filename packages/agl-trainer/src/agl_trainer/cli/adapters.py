@@ -69,7 +69,7 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 def _write(arguments: argparse.Namespace, write: Callable[[Adapter, Path, Path], None]) -> int:
     # Imported here because it loads torch.
-    from agl_trainer.loop.session import base_folder
+    from agl_trainer.loop.policy_setup import base_folder
 
     config = Config.load(arguments.config)
     adapter = pick_adapter(find_adapters(_output_dir(config)), arguments.adapter)

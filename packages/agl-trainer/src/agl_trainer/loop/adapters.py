@@ -1,6 +1,6 @@
-"""The adapters that a training has written: found, copied out, and merged into their base model.
+"""Finds the adapters that a training wrote, exports them, and merges them into their base model.
 
-Only `adapter_model.safetensors` and `adapter_config.json` of a folder are ever read: nothing that is pickled.
+Reads only `adapter_model.safetensors` and `adapter_config.json` of a folder, never pickled files.
 """
 
 import json
@@ -20,29 +20,29 @@ from agl.errors import CommandError
 from agl_trainer.model.adapter_files import CONFIG, WEIGHTS
 
 PUBLISHED = "adapters"
-"""Folder of what a phase of training leaves to be served."""
+"""Folder of the adapters that training phases publish for serving."""
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A PEFT folder with the adapter of `role` in one version."""
+    """A PEFT folder with one version of the adapter of `role`."""
 
     role: str
     version: int
     folder: Path
     kept_in: str
-    """`PUBLISHED`, else the name of a checkpoint."""
+    """`PUBLISHED`, or the name of a checkpoint."""
 
     @property
     def name(self) -> str:
         return f"{self.role}@{self.version}"
 
     def config(self) -> dict[str, Any]:
-        """Raises CommandError where it cannot be read."""
+        """`adapter_config.json`. Raises CommandError if it cannot be read."""
         return _read_json(self.folder / CONFIG)
 
     def count_parameters(self) -> int:
-        """Raises CommandError for weights that are no safetensors."""
+        """Number of weights. Raises CommandError if the file is not safetensors."""
         total = 0
         with _opened(self.folder / WEIGHTS, "numpy") as file:
             for name in file.keys():  # noqa: SIM118 - the file is not a mapping
@@ -53,13 +53,13 @@ class Adapter:
         return total
 
     def tensors(self) -> dict[str, Any]:
-        """Its tensors on the CPU, named as PEFT names them. Raises CommandError for weights that are no safetensors."""
+        """The tensors on the CPU, named as in PEFT. Raises CommandError if the file is not safetensors."""
         with _opened(self.folder / WEIGHTS, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is not a mapping
 
 
 def find_adapters(output_dir: Path) -> list[Adapter]:
-    """Every adapter below the folder of a training, each version once, by role and version."""
+    """All adapters below the output folder of a training, one per version, sorted by role and version."""
     found: dict[str, Adapter] = {}
     for adapter in (*_published(output_dir / PUBLISHED), *_checkpointed(output_dir / "checkpoints")):
         found.setdefault(adapter.name, adapter)
@@ -67,22 +67,22 @@ def find_adapters(output_dir: Path) -> list[Adapter]:
 
 
 def pick_adapter(adapters: Sequence[Adapter], name: str) -> Adapter:
-    """`writer@3`, or for `writer` what is served: the newest that was published, else the newest of all.
+    """The adapter `writer@3`; for `writer` the one that is served: the latest published version, else the latest.
 
-    Raises CommandError naming those that are there.
+    Raises CommandError if there is none.
     """
-    fitting = [adapter for adapter in adapters if name in (adapter.name, adapter.role)]
-    if not fitting:
+    matching = [adapter for adapter in adapters if name in (adapter.name, adapter.role)]
+    if not matching:
         known = ", ".join(adapter.name for adapter in adapters) or "none: train first"
         raise CommandError(f"there is no adapter {name!r}; there are {known}")
-    published = [adapter for adapter in fitting if adapter.kept_in == PUBLISHED]
-    return (published or fitting)[-1]
+    published = [adapter for adapter in matching if adapter.kept_in == PUBLISHED]
+    return (published or matching)[-1]
 
 
 def export_adapter(adapter: Adapter, base: Path, target: Path) -> None:
-    """Write `adapter` to the new folder `target`, as trained on the model in `base`.
+    """Write `adapter` to the new folder `target`, with `base` as its base model.
 
-    Raises CommandError for a folder that is not empty, and for an adapter that cannot be read.
+    Raises CommandError if the folder is not empty or the adapter cannot be read.
     """
     adapter.count_parameters()
     config = adapter.config() | {"base_model_name_or_path": str(base.resolve())}
@@ -92,7 +92,7 @@ def export_adapter(adapter: Adapter, base: Path, target: Path) -> None:
 
 
 def merge_adapter(adapter: Adapter, base: Path, target: Path) -> None:
-    """Write the model in `base`, `adapter` added to its weights, to the new folder `target`, with its tokenizer.
+    """Merge `adapter` into the weights of the model in `base`, and write model and tokenizer to the folder `target`.
 
     In float32 on the CPU. Raises CommandError as `export_adapter`.
     """
@@ -104,10 +104,10 @@ def merge_adapter(adapter: Adapter, base: Path, target: Path) -> None:
     tensors, config = adapter.tensors(), LoraConfig.from_pretrained(str(adapter.folder))
     disable_progress_bar()
     with _new_folder(target) as draft, warnings.catch_warnings():
-        # PEFT asks for an attribute that transformers has renamed; nothing that a user could mend.
+        # PEFT reads an attribute that transformers renamed; users cannot fix that.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
-        peft: Any = get_peft_model(model, config)  # its annotation knows no merge_and_unload
+        peft: Any = get_peft_model(model, config)  # its annotation lacks merge_and_unload
         missed = set_peft_model_state_dict(peft, tensors)
         if missed.unexpected_keys:
             raise CommandError(f"{adapter.folder} does not fit {base}: it has no {missed.unexpected_keys[0]}")
@@ -118,7 +118,7 @@ def merge_adapter(adapter: Adapter, base: Path, target: Path) -> None:
 def _published(folder: Path) -> Iterator[Adapter]:
     for path in sorted(folder.glob("*@*")):
         role, _, number = path.name.rpartition("@")
-        if number.isdigit() and (path / CONFIG).is_file():  # written last: without it a write was cut short
+        if number.isdigit() and (path / CONFIG).is_file():  # written last; without it the adapter is incomplete
             yield Adapter(role, int(number), path, PUBLISHED)
 
 
@@ -134,7 +134,7 @@ def _opened(path: Path, framework: str) -> Iterator[Any]:
         with safe_open(path, framework=framework) as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise CommandError(f"{path} holds no adapter in safetensors: {error}") from error
+        raise CommandError(f"{path} has no adapter in safetensors: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
-    """A folder to write to that becomes `target` once it is whole."""
+    """A temporary folder that is renamed to `target` once it is complete."""
     if target.exists() and any(target.iterdir()):
         raise CommandError(f"{target} is not empty; name a new folder with --to")
     target.parent.mkdir(parents=True, exist_ok=True)

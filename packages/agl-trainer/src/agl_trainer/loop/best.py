@@ -1,26 +1,26 @@
-"""Which step's adapters did best on the held-out tasks, and how long ago that was."""
+"""The best evaluation of a phase so far."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The best evaluation of a phase so far."""
+    """The step with the highest mean reward on the held-out tasks."""
 
     step: int
     reward: float
     waited: int = 0
-    """Evaluations since then, none of which was better."""
+    """Evaluations since then."""
 
     @classmethod
     def of(cls, data: dict[str, Any] | None) -> Self | None:
-        """What a checkpoint kept."""
+        """From the fields in a checkpoint."""
         return cls(**data) if data else None
 
 
 def next_best(best: Best | None, step: int, reward: float) -> Best:
-    """`best` after the evaluation of `step`; of equals the earlier one stays."""
+    """`best` after the evaluation of `step`; the earlier one of equals."""
     if best is None or reward > best.reward:
         return Best(step, reward)
-    return Best(best.step, best.reward, best.waited + 1)
+    return replace(best, waited=best.waited + 1)

@@ -1,13 +1,13 @@
-"""Checkpoints from which a training goes on exactly: one folder for each step, whole or not there.
+"""Checkpoints from which a training resumes exactly: one folder per step, written atomically.
 
     <folder>/step-000012/
-        adapters/<role>/adapter_model.safetensors, adapter_config.json    a plain PEFT adapter
-        optimizer.safetensors                                             moments of every role's optimizer
+        adapters/<role>/adapter_model.safetensors, adapter_config.json    a PEFT adapter
+        optimizer.safetensors                                             moments of every adapter's optimizer
         state.json                                                        step, phase, position, RNG, versions, config
-        SHA256SUMS                                                        of all of these, as sha256sum(1) reads it
+        SHA256SUMS                                                        of all these files, as sha256sum(1) reads it
 
-A folder is written under a hidden name, synced to disk, then renamed: a process killed at any moment leaves the last
-whole one as it was. Nothing is pickled.
+A folder is written under a hidden name, synced to disk, then renamed, so a process killed at any moment leaves the last
+complete checkpoint intact. Nothing is pickled.
 """
 
 import hashlib
@@ -45,22 +45,22 @@ _SUMS = "SHA256SUMS"
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingState:
-    """All that the next step depends on."""
+class Checkpoint:
+    """Everything that the next step depends on."""
 
     step: int
-    """Steps done, over all phases that share the folder: the highest one is the newest."""
+    """Steps done in all phases that share the folder; the newest checkpoint has the highest."""
     phase: str
     position: int
-    """Tasks or examples drawn so far."""
+    """Tasks or examples drawn in the phase."""
     versions: dict[str, int]
-    """Version of each role's policy."""
+    """Role to the version of its policy."""
     adapters: Mapping[str, Tensors]
-    """Role to the tensors of its adapter, named as PEFT names them."""
+    """Role to the tensors of its adapter, named as in PEFT."""
     adapter_configs: Mapping[str, Mapping[str, Any]]
     """Role to `LoraConfig.to_dict()`."""
     optimizers: Mapping[str, dict[str, Any]]
-    """Role to `optimizer.state_dict()`."""
+    """Owner of an adapter to `optimizer.state_dict()`."""
     config: str
     """`Config.to_yaml()`."""
     phase_step: int = 0
@@ -68,20 +68,20 @@ class TrainingState:
     baselines: dict[str, float] = field(default_factory=dict)
     """Role to the running mean of its rewards."""
     best: dict[str, Any] | None = None
-    """The best evaluation so far: the fields of `best.Best`."""
+    """Fields of the best evaluation so far, a `best.Best`."""
     rng: dict[str, Any] = field(default_factory=rng.capture)
-    """`rng.capture()`, taken when the state is made; the caller hands it to `rng.restore`."""
+    """`rng.capture()` at the creation of the checkpoint."""
 
 
-def save_checkpoint(folder: Path, state: TrainingState) -> Path:
-    """Write `state` below `folder`; returns its folder. One already there for the same step is replaced."""
-    target = checkpoint_of(folder, state.step)
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write `checkpoint` below `folder`, replacing one of the same step; returns the checkpoint's folder."""
+    target = checkpoint_folder(folder, checkpoint.step)
     draft = folder / f".writing-{target.name}"
     _remove(draft)
-    for role, tensors in state.adapters.items():
-        save_adapter(draft / "adapters" / role, tensors, state.adapter_configs[role])
-    write_synced(draft / "optimizer.safetensors", _pack_optimizers(state.optimizers))
-    write_synced(draft / "state.json", to_json(_plain_state(state)))
+    for role, tensors in checkpoint.adapters.items():
+        save_adapter(draft / "adapters" / role, tensors, checkpoint.adapter_configs[role])
+    write_synced(draft / "optimizer.safetensors", _pack_optimizers(checkpoint.optimizers))
+    write_synced(draft / "state.json", _state_json(checkpoint))
     write_synced(
         draft / _SUMS, "".join(f"{_digest(path)}  {path.relative_to(draft)}\n" for path in _files(draft)).encode()
     )
@@ -90,10 +90,10 @@ def save_checkpoint(folder: Path, state: TrainingState) -> Path:
     return target
 
 
-def load_latest(folder: Path) -> TrainingState | None:
-    """The newest whole checkpoint below `folder`; None where there is none at all.
+def load_latest(folder: Path) -> Checkpoint | None:
+    """The newest intact checkpoint below `folder`; None if there is no checkpoint.
 
-    A damaged one is named in a warning and the one before it is used. Raises TrainingError where all are damaged.
+    Skips damaged ones with a warning. Raises TrainingError if all are damaged.
     """
     found = _checkpoints(folder)
     for path in reversed(found):
@@ -106,13 +106,13 @@ def load_latest(folder: Path) -> TrainingState | None:
     return None
 
 
-def load_checkpoint(path: Path) -> TrainingState:
-    """The state kept in the folder `path`. Raises TrainingError naming the file that is missing or changed."""
+def load_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in the folder `path`. Raises TrainingError with the name of a missing or changed file."""
     try:
         _verify(path)
         plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
         roles = plain.pop("roles")
-        return TrainingState(
+        return Checkpoint(
             **plain,
             adapters={role: read_tensors(path / "adapters" / role / WEIGHTS) for role in roles},
             adapter_configs={
@@ -125,16 +125,16 @@ def load_checkpoint(path: Path) -> TrainingState:
 
 
 def prune(folder: Path, keep: int = 2) -> None:
-    """Remove all but the newest `keep` (at least 1) checkpoints, and what a killed process left half-removed."""
+    """Remove all but the newest `keep` (at least 1) checkpoints, and folders that a killed process was removing."""
     _discard(folder, _checkpoints(folder)[:-keep])
 
 
 def keep_only(folder: Path, step: int) -> None:
-    """Remove all checkpoints but that of `step`, and what a killed process left half-removed."""
-    _discard(folder, [path for path in _checkpoints(folder) if path != checkpoint_of(folder, step)])
+    """Remove all checkpoints except that of `step`, and folders that a killed process was removing."""
+    _discard(folder, [path for path in _checkpoints(folder) if path != checkpoint_folder(folder, step)])
 
 
-def checkpoint_of(folder: Path, step: int) -> Path:
+def checkpoint_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
 
 
@@ -142,12 +142,12 @@ def _discard(folder: Path, checkpoints: Iterable[Path]) -> None:
     for path in folder.glob(".removing-*"):
         _remove(path)
     for path in checkpoints:
-        # Renamed first, so that a kill half-way leaves no folder that looks like a damaged checkpoint.
+        # Renamed first, so that a process killed here leaves no folder that looks like a damaged checkpoint.
         _remove(path.rename(path.with_name(f".removing-{path.name}")))
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders from the oldest to the newest; one that is being replaced stands before its successor."""
+    """Checkpoint folders from oldest to newest; a checkpoint that is being replaced precedes its replacement."""
     named = [(match, path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
     return [path for match, path in sorted(named, key=lambda item: (int(item[0][1]), item[0][2] is None))]
 
@@ -164,29 +164,20 @@ def _swap(draft: Path, target: Path) -> None:
 
 def _verify(path: Path) -> None:
     lines = (path / _SUMS).read_text(encoding="utf-8").splitlines()
-    written = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    there = {str(file.relative_to(path)) for file in _files(path)} - {_SUMS}
-    if there != set(written):
-        missing = ", ".join(sorted(set(written) ^ there))
+    listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    found = {str(file.relative_to(path)) for file in _files(path)} - {_SUMS}
+    if found != set(listed):
+        missing = ", ".join(sorted(set(listed) ^ found))
         raise TrainingError(f"checkpoint {path}: {missing} is missing or not listed in {_SUMS}")
-    for name, digest in written.items():
+    for name, digest in listed.items():
         if _digest(path / name) != digest:
-            raise TrainingError(f"checkpoint {path}: {name} is not as it was written (sha256 differs)")
+            raise TrainingError(f"checkpoint {path}: {name} has changed since it was written (sha256 differs)")
 
 
-def _plain_state(state: TrainingState) -> dict[str, Any]:
-    return {
-        "step": state.step,
-        "phase": state.phase,
-        "position": state.position,
-        "phase_step": state.phase_step,
-        "baselines": state.baselines,
-        "best": state.best,
-        "versions": state.versions,
-        "roles": list(state.adapters),
-        "config": state.config,
-        "rng": state.rng,
-    }
+def _state_json(checkpoint: Checkpoint) -> bytes:
+    tensors = ("adapters", "adapter_configs", "optimizers")
+    values = {name: getattr(checkpoint, name) for name in Checkpoint.__dataclass_fields__ if name not in tensors}
+    return to_json(values | {"roles": list(checkpoint.adapters)})
 
 
 def _pack_optimizers(optimizers: Mapping[str, dict[str, Any]]) -> bytes:
@@ -195,7 +186,9 @@ def _pack_optimizers(optimizers: Mapping[str, dict[str, Any]]) -> bytes:
     for role, state in optimizers.items():
         parts, texts[role] = optimizer_state.flatten(state)
         tensors |= {f"{role}/{name}": tensor for name, tensor in parts.items()}
-    return save(contiguous_copies(tensors), metadata=texts or None)  # an empty mapping makes it write a broken header
+    return save(
+        contiguous_copies(tensors), metadata=texts or None
+    )  # with an empty mapping, safetensors writes an invalid header
 
 
 def _unpack_optimizers(path: Path) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The main job from start to end: evaluate the base model, teach it by examples, evaluate, reinforce, evaluate."""
+"""A whole training: evaluate the base model, fine-tune on examples, evaluate, train with GRPO, evaluate."""
 
 import shutil
 from collections.abc import Sequence
@@ -17,27 +17,27 @@ from agl_trainer.report.evaluation import EvalResult, comparison_table
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """A training of one example in one folder. What was done before it was stopped is not done again."""
+    """A training of an example in one folder. It resumes where it was stopped."""
 
     config: Config
     folder: Path
 
     @classmethod
     def of(cls, config_path: Path, folder: Path, *, seed: int) -> Self:
-        """The example of `config_path`, with its store and checkpoints in `folder`. Raises ConfigError."""
+        """The example of `config_path`, with store and checkpoints in `folder`. Raises ConfigError."""
         if not config_path.exists():
-            raise ConfigError(f"{config_path} is not there; run the demo from the folder of the project")
+            raise ConfigError(f"{config_path} does not exist; run the demo from the folder of the project")
         config = Config.load(config_path)
         train = config.require_train().model_copy(update={"output_dir": str(folder), "seed": seed})
         store_uri = f"sqlite:///{folder / 'agl.db'}"
         return cls(config.model_copy(update={"train": train, "store_uri": store_uri}), folder)
 
     def start_over(self) -> None:
-        """Forget what an earlier run left in the folder."""
+        """Remove the folder of an earlier run."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(self) -> list[EvalResult]:
-        """Every phase that is left; returns the evaluations `base`, `sft`, `grpo`."""
+        """Run the remaining phases; returns the evaluations `base`, `sft` and `grpo`."""
         trainer = Trainer(self.config)
         with trainer.open():
             base = self._evaluated(trainer, "base")
@@ -48,7 +48,7 @@ class Demo:
         return [base, sft, grpo]
 
     def report(self, results: Sequence[EvalResult]) -> str:
-        """Table, curve and where to look further; draws the curve as PNG where matplotlib is installed."""
+        """Table, reward curve, and further commands; also saves the curve as PNG if matplotlib is installed."""
         store = open_store(self.config.store_uri)
         try:
             points = store.query_metrics(self.folder.name).get("reward/mean", [])
@@ -73,7 +73,7 @@ class Demo:
         return "\n".join(lines)
 
     def _evaluated(self, trainer: Trainer, label: str) -> EvalResult:
-        """The kept result of `label`, else a new one. It stands for the weights that the trainer has now."""
+        """The saved result of `label`, or a new one of the current weights."""
         path = self.folder / "eval" / f"{label}.json"
         if path.exists():
             return EvalResult.load(path)

@@ -1,4 +1,4 @@
-"""A torch optimizer's state as named tensors and JSON text, so that nothing of a checkpoint is pickled."""
+"""Converts the state of a torch optimizer to named tensors and JSON, so that checkpoints need no pickle."""
 
 import json
 from typing import Any
@@ -11,7 +11,7 @@ from agl.errors import TrainingError
 def flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], str]:
     """`optimizer.state_dict()` as tensors named `<parameter index>.<name>` and JSON for everything else.
 
-    Raises TrainingError for a value that JSON cannot hold.
+    Raises TrainingError for a value that JSON cannot represent.
     """
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
@@ -21,11 +21,11 @@ def flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], str]:
     try:
         return tensors, json.dumps({"values": values, "param_groups": state["param_groups"]})
     except TypeError as error:
-        raise TrainingError(f"the optimizer holds something a checkpoint cannot keep: {error}") from error
+        raise TrainingError(f"the optimizer has a state that a checkpoint cannot hold: {error}") from error
 
 
 def unflatten(tensors: dict[str, torch.Tensor], text: str) -> dict[str, Any]:
-    """What `flatten` took apart, ready for `optimizer.load_state_dict`."""
+    """The inverse of `flatten`, for `optimizer.load_state_dict`."""
     rest = json.loads(text)
     state: dict[int, dict[str, Any]] = {}
     for key, value in (tensors | rest["values"]).items():
@@ -35,7 +35,7 @@ def unflatten(tensors: dict[str, torch.Tensor], text: str) -> dict[str, Any]:
 
 
 def _group(group: dict[str, Any]) -> dict[str, Any]:
-    """`group` with the tuples that JSON made lists; only `params` was a list."""
+    """`group` with tuples for the lists that JSON made of them; only `params` is a list."""
     return {
         name: tuple(value) if isinstance(value, list) and name != "params" else value for name, value in group.items()
     }

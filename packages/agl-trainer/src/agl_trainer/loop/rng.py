@@ -1,7 +1,7 @@
-"""The state of torch's random number generators, which a training draws from, as JSON values.
+"""The state of torch's random number generators as JSON values.
 
-Python's own `random` is left alone: OpenTelemetry draws the ids of spans from it, and a span whose id was there before
-is taken for one that is already kept.
+Python's `random` is not restored: OpenTelemetry draws span ids from it, and the store would take a span with a repeated
+id for one that it already has.
 """
 
 import base64
@@ -11,7 +11,7 @@ import torch
 
 
 def capture() -> dict[str, Any]:
-    """State of torch's generators, on the CPU and on every CUDA device."""
+    """State of torch's generators on the CPU and on every CUDA device."""
     return {
         "torch": _from_tensor(torch.get_rng_state()),
         "cuda": [_from_tensor(state) for state in torch.cuda.get_rng_state_all()],
@@ -19,7 +19,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Put back what `capture` gave; CUDA states are left out on a machine with another number of devices."""
+    """Restore a state of `capture`, without the CUDA generators if the number of devices differs."""
     torch.set_rng_state(_to_tensor(state["torch"]))
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([_to_tensor(text) for text in state["cuda"]])

@@ -1,4 +1,4 @@
-"""The in-process engine for `agl serve`: the base model with the newest adapters that a training published."""
+"""The in-process engine for `agl serve`: the base model with the latest published adapter of each role."""
 
 import logging
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 from agl.config import Config
 from agl.errors import ConfigError
 from agl.store import Store
-from agl_trainer.loop.session import open_engine
+from agl_trainer.loop.engines import open_engine
 from agl_trainer.model.adapter_files import WEIGHTS
 
 log = logging.getLogger(__name__)
@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def local_engine(config: Config, store: Store) -> Iterator[ASGIApp]:
-    """The engine's app. A role without a published adapter answers as the base model does.
+    """The engine's app. A role without a published adapter answers as the base model.
 
-    Raises ConfigError where the store names an adapter that is not there any more.
+    Raises ConfigError if the store names an adapter whose file does not exist.
     """
     with open_engine(config) as (policy, _, app):
         for role in policy.roles:
@@ -31,6 +31,8 @@ def local_engine(config: Config, store: Store) -> Iterator[ASGIApp]:
                 continue
             weights = Path(resource.uri) / WEIGHTS
             if not weights.exists():
-                raise ConfigError(f"{store.uri} says that {role}@{resource.version} lies in {weights}: it is not there")
+                raise ConfigError(
+                    f"{role}@{resource.version} of {store.uri} should be in {weights}: no such file; train again"
+                )
             policy.load_adapter(role, load_file(weights), resource.version)
         yield app

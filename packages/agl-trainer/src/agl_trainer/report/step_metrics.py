@@ -16,12 +16,13 @@ class Stopwatch:
     def __init__(self) -> None:
         self._since = time.monotonic()
         self.laps: dict[str, float] = {}
-        """Seconds by name."""
+        """Seconds by part."""
 
     def lap(self, name: str) -> None:
-        """Record the time since the previous lap under `name`."""
+        """Add the time since the last lap to `name`."""
         now = time.monotonic()
-        self.laps[name], self._since = max(now - self._since, 1e-9), now
+        self.laps[name] = self.laps.get(name, 0.0) + max(now - self._since, 1e-9)
+        self._since = now
 
     def metrics(self) -> dict[str, float]:
         return {f"time/{name}_s": seconds for name, seconds in self.laps.items()}

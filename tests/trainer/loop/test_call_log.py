@@ -18,7 +18,7 @@ from agl.trajectory import DropReason, build_trajectory, trained_span
 from agl_trainer.algo.batch import CallOutcome, GrpoBatch
 from agl_trainer.algo.batch_builder import grpo_batch
 from agl_trainer.algo.options import BatchOptions, RoleState
-from agl_trainer.loop.account import Account, call_metrics, warn_of_missing_rewards
+from agl_trainer.loop.call_log import CallLog, call_metrics, warn_of_missing_rewards
 from tests.core.span_maker import chat, reward, span
 from tests.trainer.rollout_maker import batch_options, call, reward_on, trajectory
 
@@ -134,17 +134,17 @@ def test_a_row_of_another_models_tokens_says_so() -> None:
 
 def test_a_call_that_arrives_after_its_rollout_was_counted_is_counted_once_in_the_next_step(tmp_path: Path) -> None:
     store = open_store(f"sqlite:///{tmp_path / 'agl.db'}")
-    account = Account(store, "shop")
+    call_log = CallLog(store, "shop")
     early, late = (call("writer", **{semconv.ROLLOUT_ID: "hung"}) for _ in range(2))
     store.append_spans([early])
-    assert account.late_calls() == []
+    assert call_log.late_calls() == []
     outcomes = [CallOutcome(made, None, DropReason.FAILED_ROLLOUT) for made in build_trajectory([early]).calls]
-    account.record(3, outcomes, unfinished=["hung", "silent"])
+    call_log.record(3, outcomes, unfinished=["hung", "silent"])
     store.append_spans([late])
-    found = account.late_calls()
+    found = call_log.late_calls()
     assert [(outcome.call.span_id, outcome.reason) for outcome in found] == [(late.span_id, DropReason.LATE)]
-    account.record(4, found)
-    assert account.late_calls() == []
+    call_log.record(4, found)
+    assert call_log.late_calls() == []
     ends = Inspection(store.query_spans("hung")).outcomes
     store.close()
     assert ends == {"failed_rollout": 1, "late": 1}

@@ -1,4 +1,4 @@
-"""The account of a training: what each step did with every call of its rollouts, as spans and as counts."""
+"""The outcome of every call of a training, recorded in the store and counted in the metrics."""
 
 import logging
 from collections import Counter
@@ -11,8 +11,8 @@ from agl_trainer.algo.batch import CallOutcome
 
 logger = logging.getLogger(__name__)
 
-_NAMED = 3
-"""So many rollouts are named in a warning."""
+_MAX_NAMED = 3
+"""Maximum number of rollout ids in a warning."""
 _REWARDED = {
     None,
     DropReason.ZERO_ADVANTAGE,
@@ -22,48 +22,48 @@ _REWARDED = {
     DropReason.TOO_LONG,
     DropReason.SKIPPED_STEP,
 }
-"""What only a call can come to that a reward reached."""
+"""Outcomes that imply that a reward reached the call."""
 
 
 @dataclass(slots=True)
-class Account:
-    """Keeps the outcomes of steps in `store`, beside the calls that they are on.
+class CallLog:
+    """Writes call outcomes to `store`, as spans next to the calls.
 
-    An agent that ran out of time may go on calling: such calls are found in the next step and counted there.
+    An agent that timed out may continue to call; the next step finds such calls and counts them as late.
     """
 
     store: Store
     run: str
     """Name of the training."""
     _counted: dict[str, set[str]] = field(default_factory=dict)
-    """Rollouts that may still call, and the span ids of the calls of theirs that were counted."""
+    """Rollouts whose agents may still call, and the span ids of their calls that are counted already."""
 
     def late_calls(self) -> list[CallOutcome]:
-        """Verdicts on the calls that arrived after their step had counted the rollout; each is found once."""
-        found = []
+        """Outcomes of calls that arrived after their step had counted the rollout; every call is found once."""
+        outcomes = []
         for rollout_id, counted in self._counted.items():
             if spans := self.store.query_spans(rollout_id):
                 late = [call for call in build_trajectory(spans).calls if call.span_id not in counted]
-                found += [CallOutcome(call, None, DropReason.LATE) for call in late]
+                outcomes += [CallOutcome(call, None, DropReason.LATE) for call in late]
         self._counted = {}
-        return found
+        return outcomes
 
     def record(self, step: int, outcomes: Sequence[CallOutcome], unfinished: Iterable[str] = ()) -> None:
-        """Write the outcomes of a step. `unfinished`: rollouts whose agents may still run."""
+        """Write the outcomes of a step. `unfinished`: rollouts whose agents may still be running."""
         self.store.append_spans(
             [
-                trained_span(made.call, step, made.advantage, made.reason, weight=made.weight, run=self.run)
-                for made in outcomes
+                trained_span(one.call, step, one.advantage, one.reason, weight=one.weight, run=self.run)
+                for one in outcomes
             ]
         )
-        self._counted = {name: set() for name in unfinished}
+        self._counted = {rollout_id: set() for rollout_id in unfinished}
         for outcome in outcomes:
             if outcome.call.rollout_id in self._counted:
                 self._counted[outcome.call.rollout_id].add(outcome.call.span_id)
 
 
 def call_metrics(outcomes: Sequence[CallOutcome]) -> dict[str, float]:
-    """`calls`, and what they came to: the other counts add up to it."""
+    """`calls`, and the number of calls by outcome; these add up to `calls`."""
     reasons = Counter(outcome.reason for outcome in outcomes)
     trained = reasons.pop(None, 0)
     dropped = {f"calls/dropped/{reason}": float(number) for reason, number in reasons.items()}
@@ -71,12 +71,12 @@ def call_metrics(outcomes: Sequence[CallOutcome]) -> dict[str, float]:
 
 
 def warn_of_missing_rewards(outcomes: Sequence[CallOutcome]) -> int:
-    """Say which rollouts are left out of their groups because no reward reaches any call; returns how many."""
-    counted = {outcome.call.rollout_id for outcome in outcomes if outcome.reason in _REWARDED}
-    left_out = [outcome.call.rollout_id for outcome in outcomes if outcome.reason is DropReason.NO_REWARD]
-    missing = [rollout_id for rollout_id in dict.fromkeys(left_out) if rollout_id not in counted]
+    """Log a warning with the rollouts that are not in their groups because no reward reaches them; returns how many."""
+    rewarded = {outcome.call.rollout_id for outcome in outcomes if outcome.reason in _REWARDED}
+    without = [outcome.call.rollout_id for outcome in outcomes if outcome.reason is DropReason.NO_REWARD]
+    missing = [rollout_id for rollout_id in dict.fromkeys(without) if rollout_id not in rewarded]
     if missing:
-        named = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
+        named = ", ".join(missing[:_MAX_NAMED]) + (", ..." if len(missing) > _MAX_NAMED else "")
         logger.warning(
             "no reward reaches %d rollouts (%s): they are left out of their groups; set train.reward or call "
             "agl.emit_reward in the agent",

@@ -1,0 +1,85 @@
+"""Evaluations on the held-out tasks, and the adapters of the best one."""
+
+from pathlib import Path
+from typing import Any
+
+from agl.errors import ConfigError, TrainingError
+from agl.trajectory import build_trajectory
+from agl_trainer.loop.best import Best, next_best
+from agl_trainer.loop.checkpoint import checkpoint_folder, keep_only, load_checkpoint, save_checkpoint
+from agl_trainer.loop.policy_setup import load_list
+from agl_trainer.loop.training import Training
+from agl_trainer.report.evaluation import EvalResult, TaskScore
+from agl_trainer.report.scoring import Sampling, rollout_score, task_score
+from agl_trainer.rollout.runner import Outcome
+
+
+def evaluate(training: Training, label: str, sampling: Sampling | None = None) -> EvalResult:
+    """Rewards of each held-out task under the current adapters; a failed rollout counts as 0."""
+    train = training.train
+    if train.eval_tasks is None:
+        raise ConfigError("train.eval_tasks is not set; name a function that returns the held-out tasks")
+    rollouts, sampling = training.rollouts, sampling or Sampling()
+    sampling.check(train.eval_temperature)
+    tasks = load_list(train.eval_tasks, "train.eval_tasks")
+    name = f"{training.run}-eval-{label}"
+    wanted = [
+        rollouts.make(f"{name}-{index:04d}" + (f"-s{sample}" if sample else ""), task, None, "eval")
+        for index, task in enumerate(tasks)
+        for sample in range(sampling.samples)
+    ]
+    training.progress.start(f"evaluating {label}", steps=len(wanted))
+    rollouts.make_live()
+    outcomes = rollouts.run(wanted, counts_steps=True)[: len(wanted)]
+    scores = [_score(training, outcome) for outcome in outcomes]
+    parts = list(dict.fromkeys(part for score in scores if score for part in score.parts))
+    size = sampling.samples
+    by_task = {
+        _task_id(task, index): task_score(scores[index * size : (index + 1) * size], parts, sampling)
+        for index, task in enumerate(tasks)
+    }
+    return EvalResult(label, by_task)
+
+
+def evaluate_step(training: Training) -> EvalResult:
+    """Evaluate the current step, save the result, and keep the adapters if it is the best one so far."""
+    state = training.state
+    result = evaluate(training, f"step-{state.step:05d}")
+    result.save(training.folder / "eval" / f"{result.label}.json")
+    training.forget_prompts()
+    state.best = next_best(state.best, state.step, result.mean())
+    if state.best.waited == 0:
+        save_checkpoint(_best_folder(training), state.to_checkpoint(training.policy, training.config))
+    return result
+
+
+def load_best(training: Training) -> None:
+    """Load the adapters of the best evaluation. Raises TrainingError if there was none."""
+    checkpoint = load_checkpoint(checkpoint_folder(_best_folder(training), best_of(training).step))
+    with training.weights_locked():
+        for role, adapter in checkpoint.adapters.items():
+            training.policy.load_adapter(role, adapter, checkpoint.versions[role])
+
+
+def prune_best(training: Training) -> None:
+    """Remove the adapters of all but the best evaluation."""
+    keep_only(_best_folder(training), best_of(training).step)
+
+
+def best_of(training: Training) -> Best:
+    if training.state.best is None:
+        raise TrainingError(f"no evaluation of {training.folder} was kept; set train.eval_every")
+    return training.state.best
+
+
+def _best_folder(training: Training) -> Path:
+    return training.folder / "best"
+
+
+def _score(training: Training, outcome: Outcome) -> TaskScore | None:
+    spans = training.store.query_spans(outcome.rollout_id)
+    return rollout_score(outcome, build_trajectory(spans) if spans else None)
+
+
+def _task_id(task: Any, index: int) -> str:
+    return str(task["id"]) if isinstance(task, dict) and "id" in task else str(index)

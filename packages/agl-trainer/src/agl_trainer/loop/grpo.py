@@ -1,0 +1,149 @@
+"""The GRPO phase: draw rollouts, build the batch, take the optimizer steps, evaluate, save."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from agl.errors import ConfigError
+from agl_trainer.algo.advantages import next_baseline
+from agl_trainer.algo.options import BatchOptions, RoleState
+from agl_trainer.compute.optimizer_step import StepStats
+from agl_trainer.compute.train_batch import role_states, train_batch
+from agl_trainer.loop.call_log import call_metrics, warn_of_missing_rewards
+from agl_trainer.loop.evaluation import evaluate_step, load_best, prune_best
+from agl_trainer.loop.policy_setup import load_list
+from agl_trainer.loop.state import GRPO
+from agl_trainer.loop.step_rollouts import StepRollouts, draw_rollouts
+from agl_trainer.loop.training import Training
+from agl_trainer.report.step_metrics import Stopwatch, batch_metrics, reward_metrics, update_metrics
+from agl_trainer.rollout.judge import Judge
+from agl_trainer.rollout.judged_source import JudgedSource
+from agl_trainer.rollout.sources import AgentSource, AsyncAgentSource, RolloutSource, StoreSource, TaskStream
+from agl_trainer.rollout.traces import stored_groups
+
+
+def run_grpo(training: Training, *, from_store: bool = False) -> None:
+    """All remaining steps, on new rollouts or on those of the store, unless `train.early_stop` ends them."""
+    train = training.train
+    if from_store and train.eval_every:
+        raise ConfigError("train.eval_every needs an engine; leave it out to train from the store, and `agl eval`")
+    training.enter(GRPO, train.learning_rate)
+    done = training.state.phase_step
+    with _open_source(training, from_store=from_store) as source:
+        if train.eval_every and done == 0:
+            evaluate_step(training)
+        training.progress.start(train.algorithm, step=done, steps=train.steps)
+        for step in range(done, train.steps):
+            best = training.state.best
+            if train.early_stop and best and best.waited >= train.early_stop:
+                training.progress.note(
+                    f"train.early_stop: no better evaluation than that of step {best.step} in the last {best.waited}"
+                )
+                break
+            _GrpoStep(training, step).run(source)
+            training.progress.update(step=step + 1, waiting_for=None)
+    if training.state.best is not None and training.state.best.step != training.state.step:
+        load_best(training)
+    training.publish()
+
+
+@dataclass(frozen=True, slots=True)
+class _GrpoStep:
+    training: Training
+    number: int
+    """Steps of the phase before this one."""
+
+    def run(self, source: RolloutSource) -> None:
+        training, state = self.training, self.training.state
+        clock, tokens_before = Stopwatch(), training.tokens_sampled()
+        roles = role_states(training.config, training.policy, self.number, state.baselines)
+        rollouts = self._draw(source, roles, clock)
+        source.prefetch(self.number)
+        clock.lap("rollouts")
+        stats = self._train(rollouts)
+        clock.lap("update")
+        outcomes = rollouts.batch.outcomes
+        training.call_log.record(state.step, outcomes, rollouts.unfinished)
+        metrics = rollouts.metrics() | reward_metrics(rollouts.trajectories) | call_metrics(outcomes)
+        metrics["rollouts/without_reward"] = float(warn_of_missing_rewards(outcomes))
+        metrics |= batch_metrics(rollouts.batch, roles) | update_metrics(stats, clock.laps["update"])
+        if tokens_before is not None:
+            sampled = (training.tokens_sampled() or 0) - tokens_before
+            metrics["tokens/sampled_per_s"] = sampled / clock.laps["rollouts"]
+        self._finish(metrics, clock)
+
+    def _draw(self, source: RolloutSource, roles: Mapping[str, RoleState], clock: Stopwatch) -> StepRollouts:
+        training = self.training
+        rollouts = draw_rollouts(
+            source,
+            self.number,
+            training.state.position,
+            training.train.groups_per_step,
+            replacements=training.train.dynamic_sampling,
+            roles=roles,
+            options=BatchOptions.of(training.config, vocabulary_size=len(training.policy.output_weight)),
+            clock=clock,
+        )
+        rollouts.check_calls()
+        rollouts.batch.outcomes += training.call_log.late_calls()
+        clock.lap("batch")
+        return rollouts
+
+    def _train(self, rollouts: StepRollouts) -> dict[str, StepStats]:
+        """Take the optimizer steps, and count them; returns their statistics by adapter."""
+        training, state = self.training, self.training.state
+        policy = training.policy
+        with training.weights_locked():
+            stats = train_batch(policy, state.optimizers, rollouts.batch, training.config)
+            updated = {owner for owner, step in stats.items() if not step.was_skipped}
+            state.count_step(policy, rollouts.groups, {role for owner in updated for role in policy.adapters[owner]})
+        for role, credits in rollouts.batch.credits.items():
+            baseline = state.baselines.get(role, 0.0)
+            state.baselines[role] = next_baseline(baseline, torch.tensor(credits), training.train.ema_decay)
+        return stats
+
+    def _finish(self, metrics: dict[str, float], clock: Stopwatch) -> None:
+        """Evaluate if it is due, log `metrics`, and save the state."""
+        training, train, best = self.training, self.training.train, self.training.state.best
+        if train.eval_every and (self.number + 1) % train.eval_every == 0:
+            result = evaluate_step(training)
+            metrics |= {"eval/reward/mean": result.mean()}
+            metrics |= {f"eval/reward/{part}": result.mean(part) for part in result.parts}
+            training.progress.start(train.algorithm, step=self.number, steps=train.steps)
+            clock.lap("eval")
+        training.log(metrics | clock.metrics())
+        # Last: a step that is killed before this is repeated, and logs its metrics again.
+        training.save()
+        if training.state.best not in (None, best):
+            prune_best(training)
+        training.progress.update(reward=metrics.get("reward/mean"))
+
+
+@contextmanager
+def _open_source(training: Training, *, from_store: bool) -> Iterator[RolloutSource]:
+    with _open_unjudged_source(training, from_store=from_store) as source:
+        config = training.config.judge
+        if config is None:
+            yield source
+        else:
+            judge = Judge(config, training.train.seed)
+            yield JudgedSource(source, judge, training.store, config.roles, training.config.rewards)
+
+
+@contextmanager
+def _open_unjudged_source(training: Training, *, from_store: bool) -> Iterator[RolloutSource]:
+    train = training.train
+    if from_store:
+        groups = stored_groups(training.store, train.traces)
+        yield StoreSource(training.store, TaskStream.of(groups, train))
+        return
+    tasks = TaskStream.of(load_list(train.tasks, "train.tasks"), train)
+    agents = AgentSource(training.rollouts, tasks, training.run, train.group_size)
+    if not train.asynchronous:
+        yield agents
+        return
+    steps_left = train.steps - training.state.phase_step
+    with AsyncAgentSource.open(agents, train, training.state.position, steps_left) as ahead:
+        yield ahead

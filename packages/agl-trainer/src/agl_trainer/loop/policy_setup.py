@@ -1,0 +1,91 @@
+"""Opens the policy of a configuration: the base model, built first if it is tiny, with fresh adapters."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
+
+from agl.config import Config, TrainConfig
+from agl.errors import ConfigError
+from agl_trainer.compute.devices import device_count
+from agl_trainer.model.base_model import check_sampled, check_trainable, load_model, model_folder, use_bfloat16_products
+from agl_trainer.model.packing_probe import supports_packing
+from agl_trainer.model.policy import Policy
+from agl_trainer.model.tiny import build_tiny_model
+from agl_trainer.rollout.import_function import load_function
+
+TINY = "tiny"
+"""`train.model` of a tiny random model, built for the run."""
+
+
+def open_policy(config: Config, *, samples: bool = False) -> Policy:
+    """The base model with fresh adapters.
+
+    Raises ConfigError if it cannot be trained or, with `samples`, if the in-process engine does not support it.
+    """
+    train = config.require_train()
+    disable_progress_bar()  # it would disturb the progress line of the training
+    shards = is_sharded(train) and not samples
+    model, tokenizer = load_model(base_folder(config), on_cpu=shards, in_4bit=train.load_in_4bit)
+    check_trainable(model)
+    packs = supports_packing(model)
+    if samples:
+        check_sampled(model.config, config.engine.max_model_len, packs=packs)
+    if train.bf16:
+        use_bfloat16_products(model)
+    name = Path(train.model).name
+    return Policy(
+        model,
+        tokenizer,
+        config.agent_roles.roles,
+        base_name=name,
+        seed=train.seed,
+        packs=packs,
+        recomputes=train.gradient_checkpointing,
+        compiles=train.compile,
+        shards=shards,
+    )
+
+
+def is_sharded(train: TrainConfig) -> bool:
+    """Whether the training policy is sharded across several devices."""
+    return train.fsdp and device_count() > 1
+
+
+def base_folder(config: Config) -> Path:
+    """The folder of `train.model`; a tiny model is built if it does not exist. Raises ConfigError."""
+    train = config.require_train()
+    if train.model != TINY:
+        return model_folder(train.model)
+    folder = Path(train.output_dir) / "model"
+    if not folder.exists():
+        build_tiny_model(folder, _texts(config, train), train.seed)
+    return folder
+
+
+def _texts(config: Config, train: TrainConfig) -> Iterator[str]:
+    """All strings in tasks and examples, to train the tokenizer of a tiny model on."""
+    if train.tasks is not None or config.sft is None:
+        yield from _strings(load_list(train.tasks, "train.tasks"))
+    if config.sft is not None and config.sft.examples is not None:
+        yield from _strings(load_list(config.sft.examples, "sft.examples"))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _strings(list(value.values()))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def load_list(reference: str | None, key: str) -> list[Any]:
+    """The list that the function `reference` returns. Raises ConfigError naming `key` if it is empty or not a list."""
+    function: Callable[[], Any] = load_function(reference, key)
+    items = function()
+    if not isinstance(items, list) or not items:
+        raise ConfigError(f"{key}: {reference} returned {type(items).__name__}, expected a non-empty list")
+    return items

@@ -1,0 +1,97 @@
+"""The state of a training between two steps: its counters and optimizers, saved to and restored from checkpoints."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from agl.config import Config
+from agl.errors import TrainingError
+from agl_trainer.loop import rng
+from agl_trainer.loop.best import Best
+from agl_trainer.loop.checkpoint import Checkpoint
+from agl_trainer.model.policy import Policy
+
+SFT, GRPO = "sft", "grpo"
+"""Phases of a training."""
+
+
+@dataclass(slots=True)
+class TrainingState:
+    """Everything that the next step depends on, except the policy and the random number generators."""
+
+    step: int = 0
+    """Steps done in all phases."""
+    phase: str = SFT
+    position: int = 0
+    """Tasks or examples drawn in this phase."""
+    phase_step: int = 0
+    """Steps done in this phase."""
+    baselines: dict[str, float] = field(default_factory=dict)
+    """Role to the running mean of its rewards."""
+    best: Best | None = None
+    optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
+    """Owner of an adapter to the adapter's optimizer."""
+
+    def enter(self, phase: str, policy: Policy, learning_rate: float) -> None:
+        """Begin `phase`, or continue in it."""
+        if self.phase != phase:
+            self.phase, self.position, self.phase_step, self.best, self.optimizers = phase, 0, 0, None, {}
+        for owner in policy.adapters:
+            if owner not in self.optimizers:
+                self.optimizers[owner] = _new_optimizer(policy, owner, learning_rate)
+
+    def count_step(self, policy: Policy, drawn: int, updated: set[str]) -> None:
+        """Count a step that drew `drawn` tasks or batches and updated the roles `updated`."""
+        self.step += 1
+        self.phase_step += 1
+        self.position += drawn
+        for role in updated:
+            policy.versions[role] += 1
+
+    def to_checkpoint(self, policy: Policy, config: Config) -> Checkpoint:
+        return Checkpoint(
+            step=self.step,
+            phase=self.phase,
+            position=self.position,
+            phase_step=self.phase_step,
+            baselines=self.baselines,
+            best=asdict(self.best) if self.best else None,
+            versions=dict(policy.versions),
+            adapters={role: policy.adapter(role) for role in policy.roles},
+            adapter_configs={role: policy.adapter_config(role) for role in policy.roles},
+            optimizers={owner: optimizer.state_dict() for owner, optimizer in self.optimizers.items()},
+            config=config.to_yaml(),
+        )
+
+
+def restore(checkpoint: Checkpoint, policy: Policy, folder: Path) -> TrainingState:
+    """The state in `checkpoint`; also restores adapters and random number generators.
+
+    Raises TrainingError if the policy has other roles; `folder` is the output folder of the training.
+    """
+    if set(checkpoint.adapters) != set(policy.roles):
+        raise TrainingError(
+            f"the checkpoint in {folder} has the roles {', '.join(checkpoint.adapters)}, agent_roles has "
+            f"{', '.join(policy.roles)}; choose another train.output_dir"
+        )
+    for role, adapter in checkpoint.adapters.items():
+        policy.load_adapter(role, adapter, checkpoint.versions[role])
+    state = TrainingState(
+        checkpoint.step,
+        checkpoint.phase,
+        checkpoint.position,
+        checkpoint.phase_step,
+        dict(checkpoint.baselines),
+        Best.of(checkpoint.best),
+    )
+    for owner, optimizer_state in checkpoint.optimizers.items():
+        optimizer = _new_optimizer(policy, owner, 0.0)  # the learning rate is part of the state
+        optimizer.load_state_dict(optimizer_state)
+        state.optimizers[owner] = optimizer
+    rng.restore(checkpoint.rng)
+    return state
+
+
+def _new_optimizer(policy: Policy, owner: str, learning_rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(policy.parameters(owner), lr=learning_rate, weight_decay=0.0)

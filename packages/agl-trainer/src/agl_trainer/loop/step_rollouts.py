@@ -1,0 +1,99 @@
+"""The rollouts of a training step, drawn until enough groups have different rewards, and the batch built from them."""
+
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from agl.errors import TrainingError
+from agl.trajectory import Trajectory
+from agl_trainer.algo.batch import GrpoBatch
+from agl_trainer.algo.batch_builder import grpo_batch
+from agl_trainer.algo.options import BatchOptions, RoleState
+from agl_trainer.report.step_metrics import Stopwatch
+from agl_trainer.rollout.runner import Outcome
+from agl_trainer.rollout.sources import RolloutBatch, RolloutSource
+
+
+@dataclass(slots=True)
+class StepRollouts:
+    """Rollouts that a step drew, and the batch of them."""
+
+    drawn: list[RolloutBatch] = field(default_factory=list)
+    groups: int = 0
+    """Groups drawn, including those that were replaced."""
+    replaced: list[str] = field(default_factory=list)
+    """Ids of the zero-variance groups that were replaced by new ones."""
+    batch: GrpoBatch = field(default_factory=GrpoBatch)
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        return [outcome for drawn in self.drawn for outcome in drawn.outcomes]
+
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        return [trajectory for drawn in self.drawn for trajectory in drawn.trajectories]
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Rollouts whose agents may still be running."""
+        return [outcome.rollout_id for outcome in self.outcomes if outcome.error is not None]
+
+    def check_calls(self) -> None:
+        """Raises TrainingError if rollouts succeeded without any known call: the training would do nothing."""
+        succeeded = sum(outcome.error is None for outcome in self.outcomes)
+        if succeeded and not self.batch.outcomes:
+            raise TrainingError(
+                f"{succeeded} of {len(self.outcomes)} rollouts succeeded, but no model call was joined to any of them; "
+                "name the framework in train.instrument, or send agl.headers() with each request to OPENAI_BASE_URL"
+            )
+
+    def metrics(self) -> dict[str, float]:
+        errors = [outcome.error for outcome in self.outcomes] or [one.error for one in self.trajectories]
+        return {
+            "rollouts": float(len(errors)),
+            "rollouts/failed": float(sum(error is not None for error in errors)),
+            "groups": float(self.groups),
+            "groups/replaced": float(len(self.replaced)),
+            "groups/zero_variance": float(len(self.batch.zero_variance_groups)),
+        } | _merge(drawn.metrics for drawn in self.drawn)
+
+
+def draw_rollouts(
+    source: RolloutSource,
+    step: int,
+    position: int,
+    groups: int,
+    *,
+    replacements: int,
+    roles: Mapping[str, RoleState],
+    options: BatchOptions,
+    clock: Stopwatch,
+) -> StepRollouts:
+    """Draw `groups` groups for `step`, and replace zero-variance groups at most `replacements` times.
+
+    `position` is the number of groups that earlier steps drew.
+    """
+    rollouts, missing = StepRollouts(), groups
+    for _ in range(1 + replacements):
+        rollouts.replaced = list(rollouts.batch.zero_variance_groups)
+        rollouts.drawn.append(source.draw(step, position, range(rollouts.groups, rollouts.groups + missing)))
+        rollouts.groups += missing
+        clock.lap("rollouts")
+        replaced = frozenset(rollouts.replaced)
+        rollouts.batch = grpo_batch(rollouts.trajectories, roles, options, replaced_groups=replaced)
+        clock.lap("batch")
+        missing = len(rollouts.batch.zero_variance_groups) - len(rollouts.replaced)
+        if not missing:
+            break
+    return rollouts
+
+
+def _merge(metrics: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of several draws: sums, but the mean of the judge's disagreement."""
+    values: dict[str, list[float]] = {}
+    for one in metrics:
+        for name, value in one.items():
+            values.setdefault(name, []).append(value)
+    return {
+        name: statistics.fmean(found) if name == "judge/disagreement" else sum(found) for name, found in values.items()
+    }

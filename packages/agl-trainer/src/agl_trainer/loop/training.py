@@ -1,0 +1,102 @@
+"""An open training: what its phases share."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from agl.config import Config
+from agl.errors import TrainingError
+from agl.store import Resource
+from agl_trainer.loop.call_log import CallLog
+from agl_trainer.loop.checkpoint import load_latest, prune, save_checkpoint
+from agl_trainer.loop.session import Session
+from agl_trainer.loop.state import TrainingState, restore
+from agl_trainer.model.adapter_files import save_adapter
+from agl_trainer.report.metrics import MetricsLog
+from agl_trainer.report.progress import Progress
+from agl_trainer.report.trackers import open_trackers
+from agl_trainer.rollout.rollouts import Rollouts
+
+_CHECKPOINTS_KEPT = 2
+
+
+class Training:
+    """Session, state, metrics and checkpoints of a training."""
+
+    def __init__(self, config: Config, session: Session, progress: Progress) -> None:
+        self.config = config
+        self.train = config.require_train()
+        self.session = session
+        self.policy = session.policy
+        self.store = session.store
+        self.progress = progress
+        self.folder = Path(self.train.output_dir)
+        self.run = self.folder.name
+        self.state = TrainingState()
+        self.call_log = CallLog(session.store, self.run)
+        self._metrics: MetricsLog | None = None
+        serving = session.serving
+        self._rollouts = Rollouts(self.store, serving, progress, self.train.engine_retries) if serving else None
+
+    @property
+    def rollouts(self) -> Rollouts:
+        """Raises TrainingError if the training was opened without an engine."""
+        if self._rollouts is None:
+            raise TrainingError("the trainer was opened without an engine; use `with trainer.open():`")
+        return self._rollouts
+
+    def resume(self) -> None:
+        """Restore the latest checkpoint, if there is one."""
+        checkpoint = load_latest(self.folder / "checkpoints")
+        if checkpoint is not None:
+            self.state = restore(checkpoint, self.policy, self.folder)
+
+    def enter(self, phase: str, learning_rate: float) -> None:
+        """Begin `phase`, or continue in it."""
+        self.forget_prompts()
+        self.state.enter(phase, self.policy, learning_rate)
+
+    def tokens_sampled(self) -> int | None:
+        """Tokens sampled since the engine was opened; None if there is no engine or it does not count them."""
+        serving = self.session.serving
+        return serving.engine.tokens_sampled if serving else None
+
+    @contextmanager
+    def weights_locked(self) -> Iterator[None]:
+        """Context in which weights may change: the engine does not sample, and forgets its cached prompts."""
+        serving = self.session.serving
+        with serving.engine.paused() if serving else nullcontext(), self.policy.lock:
+            yield
+
+    def forget_prompts(self) -> None:
+        """Clear the engine's prompt cache, as a run that resumes here would find it."""
+        with self.weights_locked():
+            pass
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of the current step; opens the trackers at the first step."""
+        if self._metrics is None:
+            first = self.state.step
+            config = self.config.model_dump(mode="json", exclude_none=True)
+            trackers = open_trackers(self.train.report_to, self.run, self.folder, config, first)
+            self._metrics = MetricsLog(self.store, self.run, self.folder, first_step=first, trackers=trackers)
+        self._metrics.append(self.state.step, metrics)
+
+    def save(self) -> None:
+        """Write a checkpoint of the current state."""
+        checkpoints = self.folder / "checkpoints"
+        save_checkpoint(checkpoints, self.state.to_checkpoint(self.policy, self.config))
+        prune(checkpoints, keep=_CHECKPOINTS_KEPT)
+
+    def publish(self) -> None:
+        """Write the adapter of each role to `adapters/<role>@<n>`, register it in the store, and serve it."""
+        for role in self.policy.roles:
+            folder = self.folder / "adapters" / self.policy.version_name(role)
+            save_adapter(folder, self.policy.adapter(role), self.policy.adapter_config(role))
+            self.store.put_resource(Resource(role, self.policy.versions[role], str(folder.resolve())))
+        if self.session.serving is not None:
+            self.session.serving.engine.make_live()
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
