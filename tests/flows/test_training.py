@@ -98,8 +98,8 @@ def test_a_few_steps_raise_the_reward_and_every_call_is_accounted_for(tmp_path: 
     assert sum(after.scores().values()) > sum(before.scores().values()) + 0.2 * 8
     assert list(after.tasks) == toy_agent.WORDS
     version = 0
-    for step, said in enumerate(metrics, start=1):
-        version = check_step(store, step, version, said)
+    for step, step_metrics in enumerate(metrics, start=1):
+        version = check_step(store, step, version, step_metrics)
     adapter = store.get_resource("solver")
     assert adapter is not None and adapter.version == version > 1
     assert sorted(path.name for path in Path(adapter.uri).iterdir()) == [
@@ -110,7 +110,7 @@ def test_a_few_steps_raise_the_reward_and_every_call_is_accounted_for(tmp_path: 
 
 
 def check_step(store: Store, step: int, version: int, metrics: dict[str, float]) -> int:
-    """Each call of the step was sampled by the version before it and has the step's word on it; returns its version."""
+    """The previous version sampled each call of the step, and each has an outcome; returns the new version."""
     trained = 0
     for name in rollout_names(range(step, step + 1), rollouts=8):
         made = trajectory_of(store, name)
@@ -128,7 +128,7 @@ def check_step(store: Store, step: int, version: int, metrics: dict[str, float])
 
 
 def test_groups_without_a_difference_are_replaced_so_often_and_no_more(tmp_path: Path, store: Store) -> None:
-    """All answers earn the same: of 2 + 2 + 2 groups the first four give way to others, and nothing trains."""
+    """All rewards are equal: of 2 + 2 + 2 groups the first four are replaced, and nothing trains."""
     options: dict[str, Any] = {"group_size": 2, "groups_per_step": 2, "shuffle": False, "dynamic_sampling": 2}
     Trainer(config_in(tmp_path, reward=f"{TOY}:flat", steps=1, **options)).fit()
     Trainer(config_in(tmp_path, reward=f"{TOY}:flat", steps=2, **options)).fit()
@@ -178,7 +178,7 @@ def test_a_judge_is_reward_enough(tmp_path: Path, store: Store) -> None:
     assert sum(rewards) == pytest.approx(4 / 2) and max(rewards) > min(rewards)
 
 
-# --- learning from what is there already ----------------------------------------------------------------------------
+# --- training on stored rollouts ----------------------------------------------------------------------------
 
 
 def test_rollouts_of_a_store_train_without_an_agent_or_an_engine(tmp_path: Path, store: Store) -> None:
@@ -207,7 +207,7 @@ def test_rollouts_of_a_store_train_without_an_agent_or_an_engine(tmp_path: Path,
 
 
 def untrained_call(rollout_id: str, mode: str = "prod") -> Span:
-    """A call that no step of theirs has seen, in a group of its own."""
+    """A call that no training step has used, in a group of its own."""
     named = {semconv.ROLLOUT_ID: rollout_id, semconv.MODE: mode}
     return gateway_call(role="solver", attributes=named)
 
@@ -223,7 +223,7 @@ def test_a_training_from_an_empty_store_says_what_it_looked_for(tmp_path: Path) 
 
 
 def test_traces_that_earned_enough_teach(tmp_path: Path, store: Store) -> None:
-    """Supervised steps on the better of the answers of a first step, each call of it with a word in the store."""
+    """Supervised steps on the better rollouts of a first step; every call has an outcome in the store."""
     Trainer(config_in(tmp_path, steps=1, alternate_steps=0, learning_rate=1e-9)).fit()
     traces = {"traces": {"modes": ["train"], "min_reward": 0.4}, "epochs": 2, "batch_size": 4, "learning_rate": 3e-3}
     again: dict[str, Any] = {"model": str(tmp_path / "run" / "model"), "output_dir": str(tmp_path / "again")}
@@ -257,7 +257,7 @@ def test_the_best_adapters_are_kept_and_the_training_ends_when_they_stay_the_bes
     toy_agent.held_out_rewards = [0.2, 0.1, 0.9, 0.5, 0.9]
     Trainer(config).fit()
     assert toy_agent.held_out_rewards == []
-    assert [said["eval/reward/mean"] for said in metrics_of(tmp_path)] == [0.1, 0.9, 0.5, 0.9]
+    assert [step["eval/reward/mean"] for step in metrics_of(tmp_path)] == [0.1, 0.9, 0.5, 0.9]
     labels = [EvalResult.load(path).label for path in sorted((tmp_path / "run" / "eval").iterdir())]
     assert labels == [f"step-{step:05d}" for step in range(5)]
     (kept,) = (tmp_path / "run" / "best").iterdir()
@@ -267,7 +267,7 @@ def test_the_best_adapters_are_kept_and_the_training_ends_when_they_stay_the_bes
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "step-000004").versions["solver"] > published.version
     written = load_file(Path(published.uri) / "adapter_model.safetensors")
     assert written and all(torch.equal(written[name], tensor) for name, tensor in state.adapters["solver"].items())
-    # Started again it is over already; the best is there to be evaluated.
+    # Started again it takes no step; the best adapters can be loaded.
     trainer = Trainer(config)
     with trainer.open():
         trainer.grpo()
@@ -284,10 +284,10 @@ def test_samples_are_compared_with_an_earlier_result(tmp_path: Path, capsys: pyt
     table = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in table[1:4]] == ["reward", "pass@1", "pass@3"]
     assert main([*command, "--label", "after", "--against", "before", "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert list(said) == ["before", "after", "after - before"]
-    assert said["after"]["tasks"] == 8 and 0 <= said["after"]["pass@1"] <= said["after"]["pass@3"] <= 1
-    assert said["after - before"]["reward"].keys() == {"mean", "low", "high", "count"}
+    results = json.loads(capsys.readouterr().out)
+    assert list(results) == ["before", "after", "after - before"]
+    assert results["after"]["tasks"] == 8 and 0 <= results["after"]["pass@1"] <= results["after"]["pass@3"] <= 1
+    assert results["after - before"]["reward"].keys() == {"mean", "low", "high", "count"}
     assert main([*command, "--of", "best"]) == 2
     assert "set train.eval_every" in capsys.readouterr().err
 
@@ -300,10 +300,10 @@ def test_rollouts_run_ahead_of_the_steps_that_take_them(tmp_path: Path, store: S
     options: dict[str, Any] = {"asynchronous": True, "max_staleness": ahead, "steps": 5, "group_size": 8}
     Trainer(config_in(tmp_path, **options, learning_rate=5e-3)).fit()
     metrics = metrics_of(tmp_path)
-    assert [said["calls"] for said in metrics] == [32.0] * 5
-    assert not any("calls/dropped/stale" in said for said in metrics)
+    assert [step["calls"] for step in metrics] == [32.0] * 5
+    assert not any("calls/dropped/stale" in step for step in metrics)
     assert metrics[0]["solver/staleness_max"] == 0
-    assert max(said["solver/staleness_max"] for said in metrics) == ahead
+    assert max(step["solver/staleness_max"] for step in metrics) == ahead
     assert metrics[-1]["solver/staleness_max"] >= 1  # to the end
     assert metrics[-1]["reward/mean"] > metrics[0]["reward/mean"] + 0.1  # old rollouts teach more slowly
     names = [f"run-g{number:06d}-r{i}" for number in range(20) for i in range(8)]
@@ -342,7 +342,7 @@ def test_agents_that_raise_or_hang_do_not_stop_the_training(tmp_path: Path, stor
         toy_agent.release.set()
     for metrics in metrics_of(tmp_path):
         assert (metrics["rollouts"], metrics["rollouts/failed"]) == (16, 12)
-        # The rollouts that hang at once have made no call.
+        # Rollouts that hang at once make no call.
         assert metrics["calls"] == 12
         assert metrics["calls/dropped/failed_rollout"] == 8
         assert metrics["calls/trained"] == 4
@@ -381,13 +381,15 @@ def test_an_engine_that_dies_is_started_again_and_its_rollouts_run_again(
 
 
 def check_sums(store: Store, names: list[str], metrics: dict[str, float]) -> None:
-    """What `agl inspect` says of these rollouts adds up to what the step says."""
+    """The outcomes that `agl inspect` shows for these rollouts add up to the metrics of the step."""
     ends: Counter[str] = Counter()
     for name in names:
         if spans := store.query_spans(name):
             ends += Inspection(spans).outcomes
-    said = {name.removeprefix("calls/").removeprefix("dropped/"): n for name, n in metrics.items() if "calls/" in name}
-    assert ends == {name: count for name, count in said.items() if count}
+    counts = {
+        name.removeprefix("calls/").removeprefix("dropped/"): n for name, n in metrics.items() if "calls/" in name
+    }
+    assert ends == {name: count for name, count in counts.items() if count}
     assert ends.total() == metrics["calls"]
 
 
@@ -395,7 +397,7 @@ def check_sums(store: Store, names: list[str], metrics: dict[str, float]) -> Non
 
 
 def repeated(store: Store, names: list[str]) -> list[str]:
-    """Those of `names` that were run a second time."""
+    """The rollouts of `names` that were repeated."""
     return [name for name in names if store.get_rollout(f"{name}~1") is not None]
 
 
@@ -539,15 +541,17 @@ def test_a_checkpoint_of_other_roles_or_another_size_is_refused(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("act", "said"),
+    ("act", "message"),
     [
         (lambda trainer: trainer.sft(), "no `sft` section"),
         (lambda trainer: trainer.evaluate("x"), "train.eval_tasks is not set"),
     ],
 )
-def test_a_phase_that_is_not_configured_is_refused(tmp_path: Path, act: Callable[[Trainer], object], said: str) -> None:
+def test_a_phase_that_is_not_configured_is_refused(
+    tmp_path: Path, act: Callable[[Trainer], object], message: str
+) -> None:
     trainer = Trainer(config_in(tmp_path, eval_tasks=None).model_copy(update={"sft": None}))
-    with trainer.open(), pytest.raises(ConfigError, match=said):
+    with trainer.open(), pytest.raises(ConfigError, match=message):
         act(trainer)
 
 

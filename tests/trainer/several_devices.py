@@ -1,4 +1,4 @@
-"""Steps of a small policy, taken by as many processes as torchrun starts; what came of them goes to the file named.
+"""Training steps of a small policy in the processes that torchrun starts; writes their results to a file.
 
 python -m tests.trainer.several_devices RESULT.json [fsdp] [recompute] [padded] [failing]
 """
@@ -24,7 +24,7 @@ from tests.trainer.small_model import small_model, small_policy
 
 PREFIX = list(range(10, 50))
 OPTIONS = PolicyLossConfig(beta=0.05, top_entropy_quantile=0.5, importance_sampling_mode="token_truncate")
-"""All that has to be looked up beforehand, in a pass of its own."""
+"""Needs the reference, the entropies and the initial logprobs, each from forward passes of its own."""
 
 
 def policy(model: PreTrainedModel | None = None) -> Policy:
@@ -35,8 +35,8 @@ def policy(model: PreTrainedModel | None = None) -> Policy:
 
 
 def rows() -> list[SampledRow]:
-    """Of different lengths, so that shares are not alike; two are the same. One is alone and long, one ends where
-    others go on."""
+    """Rows of different lengths, so that the shares of devices differ. Two are equal, one shares no prefix and is long,
+    one ends inside a prefix of others."""
     answers = [[100 + number % 4, *range(number % 4), 7] for number in range(5)]
     given = [*((PREFIX, answer) for answer in answers), (PREFIX[:38], PREFIX[38:]), ([8], list(range(60, 130)))]
     made = []
@@ -57,7 +57,7 @@ def train() -> dict[str, object]:
         update = optimizer_step(trained, "writer", optimizer, rows(), objective, pack_tokens=48, max_grad_norm=0.5)
         losses.append(update.metrics["loss"])
         norms.append(update.metrics["grad_norm"])
-    # Fewer rows than devices: some have nothing to do.
+    # Fewer rows than devices.
     update = optimizer_step(trained, "writer", optimizer, rows()[:1], sft_loss, pack_tokens=48, max_grad_norm=0.5)
     losses.append(update.metrics["loss"])
     weights = torch.cat([parameter.detach().flatten() for parameter in trained.parameters("writer")])
@@ -72,19 +72,19 @@ def train() -> dict[str, object]:
 
 
 def fail() -> str:
-    """What is said of a row that only one of the devices cannot take; the next step is taken again."""
+    """Error message for a row that only one device gets and rejects; the step after it succeeds."""
     trained = policy()
     optimizer = torch.optim.SGD(trained.parameters("writer"), lr=0.1)
     long = rows()[0]
     bad = replace(long, loss_mask=[1, *long.loss_mask[1:]])
     options = {"pack_tokens": 48, "max_grad_norm": 1.0}
-    said = ""
+    message = ""
     try:
         optimizer_step(trained, "writer", optimizer, [*rows(), bad], sft_loss, **options)
     except (TrainingError, ValueError) as error:
-        said = str(error)
+        message = str(error)
     optimizer_step(trained, "writer", optimizer, rows(), sft_loss, **options)
-    return said
+    return message
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""GRPO over trajectories: plain GRPO where it should be, weights by rollout, and an outcome on every call."""
+"""The batch of a step: plain GRPO for one role and reward, weights by rollout, and an outcome for every call."""
 
 import math
 from collections.abc import Sequence
@@ -198,7 +198,7 @@ def test_only_calls_that_a_reward_reaches_train() -> None:
     assert (list(row.loss_mask), row.weight) == ([0, 0, 0, 1, 1], 1 / 4)
 
 
-# --- the account of every call --------------------------------------------------------------------------------------
+# --- outcomes of calls --------------------------------------------------------------------------------------
 
 
 def test_what_does_not_train_says_why() -> None:
@@ -263,7 +263,7 @@ def random_trajectory(index: int, calls: list[tuple[str, bool, float | None]], v
 
 @settings(deadline=None)
 @given(ROLLOUTS, st.sampled_from(["group", "batch", "none"]), st.sampled_from([0.0, 0.85, 1.0]))
-def test_there_is_one_verdict_on_every_call_and_what_trains_is_in_a_row(rollouts, scale, gamma: float) -> None:
+def test_there_is_one_outcome_for_every_call_and_what_trains_is_in_a_row(rollouts, scale, gamma: float) -> None:
     made = [random_trajectory(index, *rollout) for index, rollout in enumerate(rollouts)]
     batch = batch_of(*made, scale_rewards=scale, gamma=gamma)
     calls = sorted(call.span_id for trajectory in made for call in trajectory.calls)

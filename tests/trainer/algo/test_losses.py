@@ -193,7 +193,7 @@ def test_nothing_is_made_on_another_device(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"beta": 0.1}, "beta is 0.1: the KL term needs ref_logprobs"),
         ({"entropy_coef": 0.1}, "need entropies"),
@@ -206,8 +206,8 @@ def test_nothing_is_made_on_another_device(name: str) -> None:
         ({"rollout_ids": ["a"]}, "got 1 rollout ids for 6 rows"),
     ],
 )
-def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(TrainingError, match=said):
+def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
         policy_loss("grpo", *inputs(), **options)
 
 

@@ -58,7 +58,7 @@ def test_what_is_kept_takes_the_step_of_supervised_training() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "message"),
     [
         ({"epsilon": 0.1}, "epsilon does nothing with algorithm rejection"),
         ({"advantage": "rloo"}, "advantage does nothing with algorithm rejection"),
@@ -67,6 +67,6 @@ def test_what_is_kept_takes_the_step_of_supervised_training() -> None:
         ({"early_stop": 2}, "early_stop does nothing without eval_every"),
     ],
 )
-def test_keys_that_would_do_nothing_are_refused(keys: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_keys_that_would_do_nothing_are_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         Config.parse({"train": TRAIN | keys})

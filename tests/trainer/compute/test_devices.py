@@ -50,7 +50,7 @@ def test_two_devices_train_as_one_does(one: dict[str, Any], tmp_path: Path, opti
         # Seven linear layers and two norms of each of two layers.
         assert (len(two["sharded"]), kept) == (18, [])
     else:
-        # What one device cannot do is said, and the next step taken.
+        # The failure of one device is reported, and the next step succeeds.
         assert "first token has mask 1" in one["failure"]
         assert "a training step failed on 1 of 2 devices: device" in two["failure"]
         assert "first token has mask 1" in two["failure"]

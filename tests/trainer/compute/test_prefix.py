@@ -16,7 +16,7 @@ from tests.trainer.small_model import small_model, small_policy
 
 
 def rows() -> list[TrainingRow]:
-    """Two groups under one system prompt, with forks; some of what they share trains, and a row ends in it."""
+    """Two groups with one system prompt, and forks; some shared tokens train, and one row ends inside a prefix."""
     draw = random.Random(4)
     system = draw.choices(range(400), k=40)
     made = []
@@ -43,17 +43,17 @@ def step(policy: Policy, pack_tokens: int) -> tuple[float, Tensor, int]:
 
     parts = plan_passes(rows(), pack_tokens)
     assert any(isinstance(part, SharedPrefix) for part in parts) == (pack_tokens < 1000)
-    trunks = PassRunner(policy, "writer", run).run_all(parts)
+    prefix_tokens = PassRunner(policy, "writer", run).run_all(parts)
     grads = [parameter.grad for parameter in policy.parameters("writer") if parameter.grad is not None]
     assert len(grads) == 28
     for parameter in policy.parameters("writer"):
         parameter.grad = None
-    return loss_sum, torch.cat([grad.flatten() for grad in grads]), trunks + distinct
+    return loss_sum, torch.cat([grad.flatten() for grad in grads]), prefix_tokens + distinct
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_trunks_change_neither_loss_nor_gradient(family: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_shared_prefixes_change_neither_loss_nor_gradient(family: str, dtype: torch.dtype, tolerance: float) -> None:
     policy = small_policy(small_model(family, dtype=dtype))
     loss, gradient, distinct = step(policy, 4096)
     for pack_tokens in (250, 130):
@@ -64,7 +64,7 @@ def test_trunks_change_neither_loss_nor_gradient(family: str, dtype: torch.dtype
 
 
 def logprobs(policy: Policy, pack_tokens: int) -> dict[tuple[int, ...], float]:
-    """Of each row, their sum, without a gradient."""
+    """Sum of the logprobs of each row, without gradient."""
     found: dict[tuple[int, ...], float] = {}
 
     def run(part: list[TrainingRow], prefix: ComputedPrefix | None) -> None:
@@ -76,6 +76,6 @@ def logprobs(policy: Policy, pack_tokens: int) -> dict[tuple[int, ...], float]:
     return found
 
 
-def test_without_a_gradient_trunks_give_the_same_logprobs() -> None:
+def test_without_a_gradient_shared_prefixes_give_the_same_logprobs() -> None:
     policy = small_policy(small_model(dtype=torch.float64))
     assert logprobs(policy, 130) == pytest.approx(logprobs(policy, 4096), rel=1e-12)

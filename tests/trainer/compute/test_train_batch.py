@@ -1,4 +1,4 @@
-"""A GRPO step of a whole configuration: which adapters move, and what is said of calls whose step was not taken."""
+"""The optimizer steps of a configuration: which adapters change, and the outcomes of calls whose step was skipped."""
 
 import math
 from typing import Any

@@ -11,7 +11,7 @@ ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1
 
 
 def prefix_of_place(packed: PackedRows, rows: list[list[int]]) -> dict[int, tuple[int, ...]]:
-    """The prefix that each packed place stands for. Two rows must not disagree on it."""
+    """The prefix of each packed index; it must be the same for all rows that use the index."""
     found: dict[int, tuple[int, ...]] = {}
     for row, index in zip(rows, packed.row_index, strict=True):
         for depth, place in enumerate(index.tolist()):

@@ -114,7 +114,7 @@ def test_the_order_of_an_epoch_is_its_own_and_comes_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("bad", "message"),
     [
         ({"role": "writer", "messages": []}, "sft.examples: m:f: example 1 lacks completion"),
         (example("judge"), "sft.examples: example 1 has role 'judge'; agent_roles has writer, fixer"),
@@ -122,7 +122,7 @@ def test_the_order_of_an_epoch_is_its_own_and_comes_again() -> None:
         (example() | {"messages": [{"role": "user"}]}, "example 1: messages.0: a message of role 'user' needs content"),
     ],
 )
-def test_an_example_that_cannot_be_used_is_refused_by_its_number(bad: dict[str, Any], said: str) -> None:
+def test_an_example_that_cannot_be_used_is_refused_by_its_number(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         check_examples([example(), bad], ["writer", "fixer"], "m:f")
-    assert said in str(error.value)
+    assert message in str(error.value)

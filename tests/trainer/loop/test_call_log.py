@@ -1,4 +1,4 @@
-"""The account of every call: steps, metrics and `agl inspect` add up to the calls, whatever the rollouts are like."""
+"""Every call has one outcome: steps, metrics and `agl inspect` add up to the calls, for any rollouts."""
 
 import logging
 from collections import Counter
@@ -58,25 +58,25 @@ def made_call(role: str, kind: str, attempt: int, place: int, prompt: Sequence[i
 
 
 def spans_of(calls: list[tuple[str, str, float | None, int, bool]], value: float | None, failed: bool) -> list[Span]:
-    """Calls of two attempts; `goes_on`: the call continues the one before it, in one row where that can be."""
-    spans, said = [], [1, 2]
+    """Calls of two attempts; `goes_on`: the call continues the previous one, if possible in the same row."""
+    spans, context = [], [1, 2]
     for place, (role, kind, own, attempt, goes_on) in enumerate(calls):
-        made = made_call(role, kind, attempt, place, said if goes_on else [1, 2, 30 + place])
-        said = [*said, 10 + place, 7] if goes_on else said
+        made = made_call(role, kind, attempt, place, context if goes_on else [1, 2, 30 + place])
+        context = [*context, 10 + place, 7] if goes_on else context
         spans += [made] if own is None else [made, reward_on(made, own)]
     return spans if value is None else [*spans, reward(value, {semconv.ATTEMPT_ID: "r-a2"})]
 
 
 @settings(deadline=None, max_examples=150)
 @given(ROLLOUTS, OPTIONS, st.booleans(), st.booleans())
-def test_verdicts_metrics_and_inspection_add_up_to_the_calls(
+def test_outcomes_metrics_and_inspection_add_up_to_the_calls(
     rollouts: Any, options: dict[str, Any], is_skipped: bool, is_replaced: bool
 ) -> None:
-    told, made = [], []
+    spans_by_rollout, made = [], []
     for index, (calls, value, failed) in enumerate(rollouts):
         spans = spans_of(calls, value, failed)
         made.append(trajectory(f"r{index}", *spans, group_id=f"g{index % 2}", failed=failed))
-        told.append(spans)
+        spans_by_rollout.append(spans)
     roles = {"writer": RoleState(version=5), "fixer": RoleState(version=5), "frozen": RoleState(trains=False)}
     replaced = frozenset(["g0"] if is_replaced else [])
     batch = grpo_batch(made, roles, batch_options(vocabulary_size=90, **options), replaced_groups=replaced)
@@ -89,9 +89,12 @@ def test_verdicts_metrics_and_inspection_add_up_to_the_calls(
     metrics = call_metrics(batch.outcomes)
     assert metrics["calls"] == len(calls) == sum(metrics.values()) - metrics["calls"]
     ends: Counter[str] = Counter()
-    for spans, one in zip(told, made, strict=True):
-        words = [outcome for outcome in batch.outcomes if outcome.call.rollout_id == one.rollout_id]
-        trained = [trained_span(word.call, 7, word.advantage, word.reason, weight=word.weight) for word in words]
+    for spans, one in zip(spans_by_rollout, made, strict=True):
+        outcomes = [outcome for outcome in batch.outcomes if outcome.call.rollout_id == one.rollout_id]
+        trained = [
+            trained_span(outcome.call, 7, outcome.advantage, outcome.reason, weight=outcome.weight)
+            for outcome in outcomes
+        ]
         if spans:
             ends += Inspection([*spans, *trained]).outcomes
     named = {name.removeprefix("calls/").removeprefix("dropped/"): count for name, count in metrics.items()}
@@ -99,7 +102,7 @@ def test_verdicts_metrics_and_inspection_add_up_to_the_calls(
 
 
 def check_weights(batch: GrpoBatch) -> None:
-    """What trains has an advantage and the weight of its row, what does not has neither; and no token but theirs."""
+    """Trained calls have an advantage and a weight, dropped calls neither; rows have no unknown token."""
     trained = [outcome for outcome in batch.outcomes if outcome.reason is None]
     for outcome in batch.outcomes:
         assert (outcome.reason is None) == (outcome.advantage is not None) == (outcome.weight is not None)

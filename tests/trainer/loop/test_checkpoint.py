@@ -153,7 +153,7 @@ def damage_sums(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (damage_bytes, "optimizer.safetensors has changed since it was written"),
         (damage_json, "state.json has changed since it was written"),
@@ -163,13 +163,13 @@ def damage_sums(folder: Path) -> None:
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage, said: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage, message: str
 ) -> None:
     save_checkpoint(tmp_path, small_state(1))
     damage(save_checkpoint(tmp_path, small_state(2)))
     with caplog.at_level(logging.WARNING):
         assert load(tmp_path).step == 1
-    assert re.search(f"step-000002.*{said}", caplog.text)
+    assert re.search(f"step-000002.*{message}", caplog.text)
 
 
 def test_nothing_is_started_afresh_where_every_checkpoint_is_damaged(tmp_path: Path) -> None:

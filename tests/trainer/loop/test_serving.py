@@ -105,8 +105,8 @@ def test_a_role_without_an_adapter_answers_as_the_base_model_and_that_is_said(
 def test_an_adapter_that_is_gone_is_named(config: Config, store: Store, tmp_path: Path) -> None:
     weights = publish(store, tmp_path, small_policy(), "fixer", 4) / "adapter_model.safetensors"
     weights.unlink()
-    said = r"fixer@4 of \S+ should be in \S+adapter_model\.safetensors: no such file"
-    with pytest.raises(ConfigError, match=said), local_engine(config, store):
+    message = r"fixer@4 of \S+ should be in \S+adapter_model\.safetensors: no such file"
+    with pytest.raises(ConfigError, match=message), local_engine(config, store):
         pass
 
 

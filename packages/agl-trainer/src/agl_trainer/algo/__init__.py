@@ -1,1 +1,1 @@
-"""Rewards to loss: credit, advantages, weighted rows and policy losses, as functions without a model."""
+"""From rewards to the loss: credit, advantages, weighted rows and policy losses, without a model."""

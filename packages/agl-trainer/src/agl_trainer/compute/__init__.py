@@ -1,1 +1,1 @@
-"""Passes of the model: logprobs, gradients and optimizer steps, on one device or several."""
+"""Forward and backward passes: logprobs, gradients and optimizer steps, on one device or several."""

@@ -1,1 +1,1 @@
-"""Training rows: chats to token ids, rows packed as a prefix tree, rows cut into passes."""
+"""Training rows: chat messages to token ids, SFT examples, the prefix tree, and the split of rows into passes."""

@@ -1,1 +1,1 @@
-"""The training from start to end: session, steps, checkpoints."""
+"""The training loop: session, phases, steps, evaluations and checkpoints."""

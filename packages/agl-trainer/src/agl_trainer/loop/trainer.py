@@ -29,6 +29,7 @@ class Trainer:
         self.config = config
         self.train = config.require_train()
         self.folder = Path(self.train.output_dir)
+        self.run = self.folder.name
         self._opened: Training | None = None
 
     @classmethod
