@@ -15,7 +15,7 @@ LONGEST = (
     "tests/gateway/test_clients.py",
     "tests/foreign/test_trajectories.py",
     "tests/langchain/test_oldest.py",
-    "tests/trainer/model/test_flex.py",
+    "tests/trainer/model/test_flex_attention.py",
     "tests/trainer/model/test_compiled.py",
     "tests/core/cli/test_cli.py",
     "tests/queue/test_faults.py",

@@ -19,13 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from agl_trainer.data.prefix_tree import PackedRows, Segment
 from agl_trainer.model import flex_attention
-from agl_trainer.model.block_attention import (
-    AttentionBlock,
-    ScoreOptions,
-    choose_backend,
-    empty_attention,
-    merge_block,
-)
+from agl_trainer.model.block_attention import AttentionBlock, ScoreOptions, choose_backend, empty_attention, merge_block
 
 NAME = "agl_tree"
 

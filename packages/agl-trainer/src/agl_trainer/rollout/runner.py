@@ -115,10 +115,7 @@ class _Batch:
         return [self._outcomes[rollout.rollout_id] for rollout in rollouts]
 
     def cancel(self) -> None:
-        """Cancel every rollout of the batch that is queued or running in the store.
-
-        Answered rollouts are kept if their spans reach the collector in time.
-        """
+        """Cancel every queued or running rollout of the batch; answered ones are kept if their spans arrive in time."""
         for run in self._running.values():
             run.abandon()
         self._store.cancel_rollouts([*self._waiting, *(run.rollout.rollout_id for run in self._running.values())])
