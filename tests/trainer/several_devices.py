@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from agl.config import PolicyLossConfig
 from agl.errors import TrainingError
 from agl_trainer.algo.sft_loss import sft_loss
-from agl_trainer.compute.devices import count, lead_or_follow
+from agl_trainer.compute.devices import device_count, lead_or_follow
 from agl_trainer.compute.optimizer_step import optimizer_step
 from agl_trainer.compute.train_batch import prepare_objective
 from agl_trainer.data.rows import SampledRow
@@ -28,7 +28,7 @@ OPTIONS = PolicyLossConfig(beta=0.05, top_entropy_quantile=0.5, importance_sampl
 
 
 def policy(model: PreTrainedModel | None = None) -> Policy:
-    shards = "fsdp" in sys.argv and count() > 1
+    shards = "fsdp" in sys.argv and device_count() > 1
     recomputes, packs = "recompute" in sys.argv, "padded" not in sys.argv
     model = model or small_model(dtype=torch.float64)
     return small_policy(model, packs=packs, recomputes=recomputes, shards=shards)
@@ -62,7 +62,7 @@ def train() -> dict[str, object]:
     losses.append(update.metrics["loss"])
     weights = torch.cat([parameter.detach().flatten() for parameter in trained.parameters("writer")])
     return {
-        "devices": count(),
+        "devices": device_count(),
         "sharded": sorted(name for name, value in model.named_parameters() if isinstance(value, DTensor)),
         "losses": losses,
         "norms": norms,
