@@ -26,7 +26,7 @@ from openai import AsyncOpenAI, BadRequestError
 from opentelemetry import trace
 from opentelemetry.trace import SpanKind
 
-from agl.content.json_text import content_json
+from agl.content.filter import content_json
 from tests.autogen.conftest import MODEL_INFO
 from tests.autogen.scripted import says
 from tests.autogen.span_tree import attributes, only, tree

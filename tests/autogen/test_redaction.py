@@ -9,7 +9,7 @@ from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_core.tools import FunctionTool
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from agl.content.redaction import use_redaction
+from agl.content.filter import use_redaction
 from agl.errors import ConfigError
 from agl_autogen import AutoGenInstrumentor
 from tests.autogen.conftest import MakeClient, SwitchOn

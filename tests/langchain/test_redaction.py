@@ -13,7 +13,7 @@ from langchain_core.tools import tool
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from agl.content.redaction import use_redaction
+from agl.content.filter import use_redaction
 from agl_langchain import AglCallbackHandler, LangChainInstrumentor
 from tests.autogen.span_tree import attributes, only
 from tests.langchain.agents import two_roles

@@ -11,9 +11,9 @@ import pytest
 
 from agl.errors import InputError, StoreError
 from agl.store import AttemptState, Collected, Resource, Rollout, RolloutState, open_store
+from agl.store.membership import first_keys
 from agl.store.postgres.spans import DAY_NS, QUERY
 from agl.store.postgres.store import PostgresStore
-from agl.store.sql.membership import first_keys
 from tests.store.postgres_server import PostgresServer, running_postgres
 from tests.store.spans import TRACE, asked, make_span, numbers
 

@@ -13,7 +13,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans
 from agl import otlp, semconv
 from agl.errors import OtlpError
 from agl.span import Span
-from agl.store import otlp_split, span_row
+from agl.store import span_row
 from agl.store.span_row import SpanRow
 from tests.core.span_maker import span
 from tests.core.whole_request import whole_request
@@ -75,12 +75,12 @@ def test_a_large_request_is_parsed_in_chunks_with_the_same_rows(spans: list[Span
     """Trailing bytes that are invalid raise the same error as without chunks."""
     body = otlp.encode(spans) + after
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(otlp_split, "CHUNK_BYTES", 2**30)
+        patch.setattr(span_row, "CHUNK_BYTES", 2**30)
         try:
             whole = span_row.parse(body)
         except OtlpError:
             whole = None
-        patch.setattr(otlp_split, "CHUNK_BYTES", size)
+        patch.setattr(span_row, "CHUNK_BYTES", size)
         if whole is None:
             with pytest.raises(OtlpError):
                 span_row.parse(body)
@@ -90,9 +90,9 @@ def test_a_large_request_is_parsed_in_chunks_with_the_same_rows(spans: list[Span
 
 def test_chunks_are_within_their_size() -> None:
     body = otlp.encode([span(f"{number}", {"text": "x" * 1_000}) for number in range(5_000)])
-    pieces = list(otlp_split.split(body))
-    assert len(pieces) <= len(body) // otlp_split.CHUNK_BYTES + 2
-    assert max(len(piece) for piece, _ in pieces) <= otlp_split.CHUNK_BYTES
+    pieces = list(span_row.split(body))
+    assert len(pieces) <= len(body) // span_row.CHUNK_BYTES + 2
+    assert max(len(piece) for piece, _ in pieces) <= span_row.CHUNK_BYTES
     assert otlp.decode(b"".join(piece for piece, _ in pieces)) == otlp.decode(body)
     assert [one for _, alone in pieces for request in alone for one in otlp.decode(request)] == otlp.decode(body)
 
@@ -104,7 +104,7 @@ def test_a_row_has_every_field_of_the_span() -> None:
 
 
 def test_the_copies_of_a_long_resource_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(otlp_split, "MAX_TOTAL_BYTES", 10**6)
+    monkeypatch.setattr(span_row, "MAX_TOTAL_BYTES", 10**6)
     spans = [replace(span("chat"), resource={"text": "x" * 10_000}) for _ in range(200)]
     assert len(span_row.parse(otlp.encode(spans[:90])).rows) == 90
     body = otlp.encode(spans)

@@ -5,7 +5,7 @@ from datetime import datetime
 
 import pytest
 
-from agl.content.json_text import content_json
+from agl.content.filter import content_json
 
 
 def test_json_is_compact_and_not_escaped():

@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 import agl
-from agl.content.redaction import use_redaction
+from agl.content.filter import use_redaction
 from agl.emit.annotation import annotation_attributes
 from agl.emit.attributes import flat_attributes
 from agl.emit.exception import exception_attributes

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from agl import semconv
 from agl.span import Span
 from agl.trajectory import build_trajectory
-from agl.trajectory.clock import in_one_clock
+from agl.trajectory.join import in_one_clock
 from tests.core.span_maker import chat, gateway_call, reward, span
 
 S = 10**9

@@ -8,7 +8,7 @@ from autogen_core import FunctionCall, Image
 from autogen_core.models import CreateResult, FunctionExecutionResult, LLMMessage
 from autogen_core.tools import Tool, ToolSchema
 
-from agl.content.json_text import content_json
+from agl.content.filter import content_json
 
 Part = dict[str, Any]
 

@@ -16,7 +16,8 @@ from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 
-from agl.content.redaction import Redact, process_redact, use_redaction
+from agl.content.filter import process_redact, use_redaction
+from agl.content.redaction import Redact
 from agl.context import RolloutProcessor
 from agl.emit.reward import process_weights, use_weights
 from agl.errors import ConfigError

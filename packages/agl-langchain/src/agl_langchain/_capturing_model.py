@@ -171,7 +171,10 @@ def _request(manager: RunManager, *, streams: bool) -> _CapturedRequest | None:
     """None if no handler of ours traces the call."""
     manager = manager or _MANAGER.get()
     run = OPEN_RUNS.get(manager.run_id) if manager else active_run()
-    return _CapturedRequest(run.call.captured, streams) if run and run.call else None
+    if run is None or run.call is None:
+        return None
+    run.call.captured = run.call.captured or Capture()  # a model with retries makes several requests in one run
+    return _CapturedRequest(run.call.captured, streams)
 
 
 @contextmanager

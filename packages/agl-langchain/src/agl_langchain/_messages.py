@@ -17,7 +17,7 @@ from langchain_core.messages import (
 from langchain_core.outputs import ChatGeneration, Generation
 from pydantic import BaseModel
 
-from agl.content.json_text import content_json
+from agl.content.filter import content_json
 
 Part = dict[str, Any]
 Message = dict[str, Any]

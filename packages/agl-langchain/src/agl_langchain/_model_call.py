@@ -1,7 +1,7 @@
 """A model call: the span attributes of its request and response, and the token ids captured from the response."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from langchain_core.messages import AIMessage
@@ -15,22 +15,22 @@ from agl_langchain._messages import finish_reason, output_messages, to_json
 Attributes = dict[str, AttributeValue]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ModelCall:
-    """A model call and its captured response, which stays empty unless `capture_token_ids` was applied to the model."""
+    """A model call, and its captured response if `capture_token_ids` was applied to the model."""
 
     request: Attributes
     """Attributes that the span has from its start."""
-    captured: Capture = field(default_factory=Capture)
+    captured: Capture | None = None
 
     def captured_attributes(self) -> Attributes:
         """Response id, and token ids and logprobs of the first choice."""
-        choices = self.captured.choices()
+        choices = self._choices()
         return {**self._response_id(), **choices[0].token_attributes()} if choices else {}
 
     def choice_attributes(self) -> list[Attributes]:
         """If the response has several choices: the attributes of a span for each, as a span holds the ids of one."""
-        choices = self.captured.choices()
+        choices = self._choices()
         return [self._of_choice(choice) for choice in choices] if len(choices) > 1 else []
 
     def _of_choice(self, choice: Choice) -> Attributes:
@@ -44,7 +44,11 @@ class ModelCall:
         }
 
     def _response_id(self) -> Attributes:
-        return {semconv.GEN_AI_RESPONSE_ID: self.captured.response_id} if self.captured.response_id else {}
+        response_id = self.captured and self.captured.response_id
+        return {semconv.GEN_AI_RESPONSE_ID: response_id} if response_id else {}
+
+    def _choices(self) -> Sequence[Choice]:
+        return self.captured.choices() if self.captured else ()
 
 
 def request_attributes(parameters: Mapping[str, Any], metadata: Mapping[str, Any]) -> Attributes:

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -12,10 +12,10 @@ from uuid import UUID
 from langchain_core.runnables.config import var_child_runnable_config
 from opentelemetry import baggage, trace
 from opentelemetry.context import Context, attach, create_key, get_current, set_value
+from opentelemetry.util.types import AttributeValue
 
 from agl import semconv
 from agl.content.filter import ContentFilter
-from agl_langchain._current_span import CurrentSpan
 from agl_langchain._model_call import Attributes, ModelCall
 from agl_langchain._role import Actor
 
@@ -144,6 +144,57 @@ class Run:
         """Whether code of the user opened the current span of `context` inside the run."""
         shown = trace.get_current_span(context)
         return context.get(_RUN) is self and not (isinstance(shown, CurrentSpan) and shown.owner is self)
+
+
+class CurrentSpan(trace.Span):
+    """What `trace.get_current_span()` returns inside a run: its span while the run is active, else the outer span.
+
+    A callback cannot attach a span as usual. LangChain reports the end of an async run in a copied context, where a
+    detach has no effect, and a generator leaves an attached span to its caller. A `CurrentSpan` is attached in place of
+    the run's span: nothing has to be detached in time, and nothing is ever detached in the wrong place. Its `end` does
+    nothing, because the run ends its span.
+    """
+
+    def __init__(self, owner: Run, outer: trace.Span) -> None:
+        self.owner = owner
+        self._outer = outer
+
+    def _target(self) -> trace.Span:
+        return self.owner.span if self.owner.is_active() else self._outer
+
+    def get_span_context(self) -> trace.SpanContext:
+        return self._target().get_span_context()
+
+    def is_recording(self) -> bool:
+        return self._target().is_recording()
+
+    def end(self, end_time: int | None = None) -> None:
+        pass
+
+    def set_attributes(self, attributes: Mapping[str, AttributeValue]) -> None:
+        self._target().set_attributes(attributes)
+
+    def set_attribute(self, key: str, value: AttributeValue) -> None:
+        self._target().set_attribute(key, value)
+
+    def add_event(self, *args: Any, **kwargs: Any) -> None:
+        self._target().add_event(*args, **kwargs)
+
+    def add_link(self, *args: Any, **kwargs: Any) -> None:
+        self._target().add_link(*args, **kwargs)
+
+    def update_name(self, name: str) -> None:
+        self._target().update_name(name)
+
+    def set_status(self, *args: Any, **kwargs: Any) -> None:
+        self._target().set_status(*args, **kwargs)
+
+    def record_exception(self, *args: Any, **kwargs: Any) -> None:
+        self._target().record_exception(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the SDK's spans beyond the interface, e.g. `attributes`, which users' span processors read."""
+        return getattr(self._target(), name)
 
 
 class OpenRuns:

@@ -14,7 +14,7 @@ from agl.tokens.drift import PREFIX_EXACT
 from agl.trajectory import Call, Drop, Reward, SpanTree, Trained, Trajectory, Turn, build_trajectory, collect_trained
 from agl.trajectory.attributes import agent_of
 from agl.trajectory.call import error_of
-from agl.trajectory.clock import in_one_clock
+from agl.trajectory.join import in_one_clock
 from agl.trajectory.reward import read_reward
 
 TRAINED, PENDING = "trained", "pending"

@@ -9,7 +9,6 @@ from typing import Any
 from opentelemetry.util.types import AttributeValue
 
 from agl import semconv
-from agl.errors import ConfigError
 
 Redact = Callable[[str], str]
 """Takes a text and returns the text that may leave the process."""
@@ -20,26 +19,6 @@ _CONVENTIONS = ("agl.", "gen_ai.", "error.")
 """Attributes with these prefixes are ids, roles, names and numbers, unless `_REDACTORS` lists them."""
 
 logger = logging.getLogger("agl")
-
-_process_redact: Redact | None = None
-
-
-def use_redaction(redact: Redact | None) -> None:
-    """Redact by `redact` wherever a plug-in has no function of its own. Raises ConfigError if it is not callable."""
-    global _process_redact
-    _process_redact = checked_redact(redact)
-
-
-def process_redact() -> Redact | None:
-    """The function last given to `use_redaction`."""
-    return _process_redact
-
-
-def checked_redact(redact: Redact | None) -> Redact | None:
-    """`redact` unchanged. Raises ConfigError if it is neither None nor callable."""
-    if redact is not None and not callable(redact):
-        raise ConfigError(f"redact is {redact!r}, expected a function from str to str")
-    return redact
 
 
 def redact_attribute(name: str, value: AttributeValue, redact: Redact) -> AttributeValue | None:

@@ -105,7 +105,7 @@ def read_call(
         finish_reason=_finish_reason(spans, joined.choice),
         error=next((error_of(span) for span in spans if span.status == "error"), None),
         rewards=tuple(reward for target in targets if target for reward in rewards_by_target.get(target, ())),
-        drifted=Drifted.of_json(spans[0].text(semconv.GATEWAY_DRIFT) or ""),
+        drifted=Drifted.of_json(drift) if (drift := spans[0].text(semconv.GATEWAY_DRIFT)) else None,
         prefix=spans[0].text(semconv.GATEWAY_PREFIX),
     )
 

@@ -8,9 +8,8 @@ from agl import semconv
 from agl.errors import TrajectoryError
 from agl.span import Span
 from agl.trajectory.call import Call, error_of, read_call
-from agl.trajectory.clock import in_one_clock
 from agl.trajectory.drop import Drop, find_drops
-from agl.trajectory.join import CallSpans, SpanTree, join_calls
+from agl.trajectory.join import CallSpans, SpanTree, in_one_clock, join_calls
 from agl.trajectory.reward import Reward, by_target, last_reward, read_reward
 from agl.trajectory.row import Row, build_rows
 

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from agl.store.membership import SPANS_OF_KEY, owners_query
 from agl.store.postgres import spans
 from agl.store.postgres.database import PostgresConnection, PostgresDatabase
 from agl.store.protocol import Collected
 from agl.store.retention import SPAN_OVERHEAD_BYTES, Limits
 from agl.store.sql.database import Connection
-from agl.store.sql.membership import SPANS_OF_KEY, owners_query
 from agl.store.sql.retention import Retention
 
 _USED_BYTES = f"SELECT coalesce(sum(size + {SPAN_OVERHEAD_BYTES}), 0) FROM spans"

@@ -5,9 +5,9 @@ from typing import Any, Final
 
 from psycopg.errors import CheckViolation
 
+from agl.store.membership import first_keys
 from agl.store.postgres.database import LOCK, PostgresConnection
 from agl.store.span_row import SpanRow
-from agl.store.sql.membership import first_keys
 
 DAY_NS: Final = 86_400 * 10**9
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Generic
 
+from agl.store.membership import SPANS_OF_KEY, first_keys
 from agl.store.protocol import Collected
 from agl.store.retention import Limits
 from agl.store.sql.database import Connection, DatabaseT
-from agl.store.sql.membership import SPANS_OF_KEY, first_keys
 from agl.store.sql.rollouts import get_rollout
 
 _SPANS_PER_READ: Final = 200

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, Final
 
+from agl.store.membership import SPANS_OF_KEY, owners_query
 from agl.store.protocol import Collected
 from agl.store.sql.database import Connection
-from agl.store.sql.membership import SPANS_OF_KEY, owners_query
 from agl.store.sql.retention import Retention
 from agl.store.sqlite import spans
 from agl.store.sqlite.database import SqliteDatabase

@@ -11,9 +11,9 @@ from functools import cache
 from itertools import chain
 from typing import Any, Final, Self
 
+from agl.store.membership import first_keys
 from agl.store.span_row import SpanRow
 from agl.store.sql.database import Connection
-from agl.store.sql.membership import first_keys
 
 _INSERT = """
 INSERT INTO spans (trace_id, span_id, rollout_id, start_ns, arrived_ns, asked, answered, otlp)
