@@ -262,6 +262,6 @@ PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwG
 async def test_text_that_utf8_cannot_encode_is_escaped(spans):
     half = "\ud83d"  # half of an emoji, as a truncated response can contain
     await says("Seven.").create([UserMessage(content=f"How many {half}?", source="user")])
-    said = str(attributes(only(spans.get_finished_spans(), "chat"))["gen_ai.input.messages"])
-    assert said.isascii()
-    assert json.loads(said)[0]["parts"][0]["content"] == f"How many {half}?"
+    recorded = str(attributes(only(spans.get_finished_spans(), "chat"))["gen_ai.input.messages"])
+    assert recorded.isascii()
+    assert json.loads(recorded)[0]["parts"][0]["content"] == f"How many {half}?"

@@ -17,13 +17,13 @@ def test_our_spans_are_right_in_every_situation(framework: str, ours: Instrument
 
 @pytest.mark.parametrize("framework", COMPARED)
 def test_the_page_has_the_situations_of_today(framework: str) -> None:
-    told = PAGE.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     for situation in situations(framework):
-        assert f"| {situation.title} | yes |" in told
+        assert f"| {situation.title} | yes |" in text
 
 
 def test_a_situation_that_goes_wrong_is_shown_with_its_reason() -> None:
     columns = [Column("ours", [], {"a run ends": None}), Column("theirs", [], {"a run ends": "it *never* does"})]
-    told = page({"langchain": columns})
-    assert "| a run ends | yes | **no** |" in told
-    assert "### theirs\n\n- a run ends: it \\*never\\* does" in told and "### ours" not in told
+    text = page({"langchain": columns})
+    assert "| a run ends | yes | **no** |" in text
+    assert "### theirs\n\n- a run ends: it \\*never\\* does" in text and "### ours" not in text

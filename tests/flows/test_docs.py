@@ -199,7 +199,7 @@ def table(page: str, heading: str) -> list[list[str]]:
 
 def test_the_configuration_table_has_every_key_with_its_default() -> None:
     rows = [(key.strip("`"), default) for key, default, *_ in table("docs/05-train.md", "key")]
-    told = {key: default if default == "required" else yaml.safe_load(default.strip("`")) for key, default in rows}
+    page = {key: default if default == "required" else yaml.safe_load(default.strip("`")) for key, default in rows}
     sections: dict[str, type[BaseModel]] = {
         "": Config,
         "agent_roles.": AgentRoles,
@@ -220,7 +220,7 @@ def test_the_configuration_table_has_every_key_with_its_default() -> None:
     }
     known = {prefix + name: default for prefix, section in sections.items() for name, default in _defaults(section)}
     groups = {"agent_roles.roles", *(prefix.rstrip(".") for prefix in sections)}
-    assert told == {key: default for key, default in known.items() if key not in groups}
+    assert page == {key: default for key, default in known.items() if key not in groups}
 
 
 def _defaults(section: type[BaseModel]) -> Iterator[tuple[str, Any]]:
@@ -229,5 +229,5 @@ def _defaults(section: type[BaseModel]) -> Iterator[tuple[str, Any]]:
 
 
 def test_every_reason_why_a_call_does_not_train_is_explained() -> None:
-    told = [row[0].strip("`") for row in table("docs/07-troubleshooting.md", "reason")]
-    assert sorted(told) == sorted(DropReason)
+    page = [row[0].strip("`") for row in table("docs/07-troubleshooting.md", "reason")]
+    assert sorted(page) == sorted(DropReason)

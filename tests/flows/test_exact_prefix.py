@@ -34,7 +34,7 @@ END = "<|im_end|>"
 
 @dataclass
 class Conversation:
-    """A client that sends back what it was answered, and the engine behind its gateway."""
+    """A client that sends back what it was answered, and its gateway's engine."""
 
     url: str
     store: Store
@@ -144,9 +144,9 @@ def test_an_exact_prefix_keeps_turns_in_one_row(template: str, stream: bool) -> 
         assert [turn.drift for turn in row.turns] == [None, Drift.CLEAN]
         assert (first.prefix, second.prefix, second.drifted) == (None, "exact", None)
         sampled = [*(first.prompt_ids or ()), *(first.response_ids or ())]
-        behind = talk.tokenizer.decode((second.prompt_ids or [])[len(sampled) :])
+        template_text = talk.tokenizer.decode((second.prompt_ids or [])[len(sampled) :])
         asked = talk.messages[2]
-        assert behind == f"\n<|im_start|>{asked['role']}\n{asked['content']}<|im_end|>\n<|im_start|>assistant\n"
+        assert template_text == f"\n<|im_start|>{asked['role']}\n{asked['content']}<|im_end|>\n<|im_start|>assistant\n"
         assert talk.sampler.submitted[1].prompt_ids == second.prompt_ids
         assert talk.messages[-1]["content"] in ("there", "three")
 

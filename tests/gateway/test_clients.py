@@ -29,7 +29,7 @@ EXPECTED: dict[str, Any] = {
 }
 """What a situation gives, where it is not the text."""
 TOOL_CALLS = (["search", '{"x": 1}'], ["search", {"x": 1}])
-"""As it stands in the answer, and as some clients read it."""
+"""The form in the response, and the form in which some clients return it."""
 
 
 @dataclass(frozen=True)

@@ -110,13 +110,13 @@ def test_a_killed_writer_is_replaced_and_the_writers_end_with_the_pool(
 def test_the_hook_runs_a_command_with_the_numbers_once_while_the_queue_stays_high(
     queue: SpanQueue, new_config: NewConfig, tmp_path: Path
 ) -> None:
-    told = tmp_path / "told"
-    code = f"import os; open({str(told)!r}, 'a').write(os.environ['SPAN_QUEUE_LENGTH'] + ' ')"
+    lengths = tmp_path / "told"
+    code = f"import os; open({str(lengths)!r}, 'a').write(os.environ['SPAN_QUEUE_LENGTH'] + ' ')"
     config = new_config(high=5, max_writers=1, on_queue_high=f'{sys.executable} -c "{code}"')
     with stuck(queue, tmp_path / "agl.db", config):
-        wait_until(told.exists)
+        wait_until(lengths.exists)
         threading.Event().wait(0.5)
-    assert told.read_text().split() == ["6"]
+    assert lengths.read_text().split() == ["6"]
 
 
 def test_the_hook_posts_the_numbers_to_a_url_and_its_failure_is_only_logged(

@@ -247,7 +247,7 @@ def check_refusals(cluster: CassandraServer, uri: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("uri", "said"),
+    ("uri", "message"),
     [
         ("cassandra://me:s3cr3t@127.0.0.1:1/agl", r"cassandra://me:\*\*\*@127\.0\.0\.1:1/agl"),
         ("cassandra://me:s3cr3t@h1/agl?copies=3", "option 'copies'; known are port, replication_factor"),
@@ -256,8 +256,8 @@ def check_refusals(cluster: CassandraServer, uri: str) -> None:
         ("cassandra://h1,h2/agl?replication_factor=x", "replication_factor 'x', expected a number"),
     ],
 )
-def test_errors_for_an_invalid_address_show_it_without_its_password(uri: str, said: str) -> None:
-    with pytest.raises(StoreError, match=said) as caught:
+def test_errors_for_an_invalid_address_show_it_without_its_password(uri: str, message: str) -> None:
+    with pytest.raises(StoreError, match=message) as caught:
         open_store(uri)
     assert "s3cr3t" not in str(caught.value)
 

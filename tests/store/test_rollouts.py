@@ -305,7 +305,7 @@ def test_spans_that_arrive_after_the_end_belong_to_the_rollout(store: Store) -> 
 
 
 @pytest.mark.parametrize(
-    ("limits", "said"),
+    ("limits", "message"),
     [
         ({"max_attempts": 0}, "may have 0 attempts"),
         ({"timeout_s": 0.0}, "timeout_s 0"),
@@ -313,8 +313,8 @@ def test_spans_that_arrive_after_the_end_belong_to_the_rollout(store: Store) -> 
         ({"retry_on": frozenset({AttemptState.SUCCEEDED})}, "retries on"),
     ],
 )
-def test_invalid_limits_are_rejected_with_the_rollout_id(limits: dict[str, Any], said: str) -> None:
-    with pytest.raises(StoreError, match=f"rollout r1 .*{said}"):
+def test_invalid_limits_are_rejected_with_the_rollout_id(limits: dict[str, Any], message: str) -> None:
+    with pytest.raises(StoreError, match=f"rollout r1 .*{message}"):
         Rollout("r1", 1, **limits)
 
 

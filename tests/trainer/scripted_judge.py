@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server in the place of a judge, which ranks as a test tells it."""
+"""A judge for tests: an OpenAI-compatible server that ranks by a function of the test."""
 
 import json
 import threading
@@ -11,7 +11,7 @@ Rank = Callable[[list[str], int], Any]
 
 
 class ScriptedJudge:
-    """An OpenAI-compatible server that ranks as it is told."""
+    """An OpenAI-compatible server that ranks by `rank`."""
 
     def __init__(self, rank: Rank) -> None:
         self.rank = rank
@@ -24,9 +24,9 @@ class ScriptedJudge:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 judge.requests.append(body)
                 judge.keys.append(self.headers.get("authorization"))
-                said = judge.rank(attempts_of(body), len(judge.requests))
-                status = said if isinstance(said, int) else 200
-                answer = {"choices": [{"message": {"content": said}}], "usage": {"prompt_tokens": 100}}
+                ranking = judge.rank(attempts_of(body), len(judge.requests))
+                status = ranking if isinstance(ranking, int) else 200
+                answer = {"choices": [{"message": {"content": ranking}}], "usage": {"prompt_tokens": 100}}
                 answer["usage"] |= {"completion_tokens": 7}
                 data = json.dumps(answer).encode()
                 self.send_response(status)

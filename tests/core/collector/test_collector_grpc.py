@@ -71,7 +71,7 @@ CUT_GZIP = gzip.compress(otlp.encode(make_spans(1)), mtime=0)[:-4]
 
 
 @pytest.mark.parametrize(
-    ("message", "code", "said"),
+    ("message", "code", "expected"),
     [
         (b"\x0a\xff\xff", grpc.StatusCode.INVALID_ARGUMENT, "not a protobuf"),
         (b"\x1f\x8bnot gzip", grpc.StatusCode.INVALID_ARGUMENT, "not valid gzip"),
@@ -81,13 +81,13 @@ CUT_GZIP = gzip.compress(otlp.encode(make_spans(1)), mtime=0)[:-4]
     ],
 )
 def test_an_invalid_message_is_rejected_without_retry(
-    running: Running, message: bytes, code: grpc.StatusCode, said: str
+    running: Running, message: bytes, code: grpc.StatusCode, expected: str
 ) -> None:
     store, channel = running
     before = store.count_spans()
     error = refused(channel, message)
     assert (error.code(), details(error).code) == (code, code.value[0])
-    assert said in error.details() and said in details(error).message
+    assert expected in error.details() and expected in details(error).message
     assert not details(error).details
     assert store.count_spans() == before
 

@@ -37,8 +37,8 @@ def test_without_tokens_every_request_is_accepted() -> None:
 
 def test_an_empty_token_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "tokens").write_text("\n")
-    for token, path, said in [(" ", None, "empty"), (None, tmp_path / "tokens", "holds no token")]:
-        with pytest.raises(ConfigError, match=said):
+    for token, path, message in [(" ", None, "empty"), (None, tmp_path / "tokens", "holds no token")]:
+        with pytest.raises(ConfigError, match=message):
             BearerTokens.read(token, path)
     with pytest.raises(ConfigError, match=r"cannot read the tokens in .*nowhere"):
         BearerTokens.read(None, tmp_path / "nowhere")

@@ -129,9 +129,9 @@ def test_a_malformed_call_does_not_hide_the_next_one():
 @given(st.lists(st.sampled_from(["a", " ", "\n", "<", "<tool", "_call>", ADD.text(), "<tool_call>", "{"])))
 def test_content_and_calls_are_the_same_however_the_text_arrives(parts: list[str]):
     reader = ToolCallParser()
-    said = "".join(map(reader.feed, parts))
+    content_read = "".join(map(reader.feed, parts))
     rest, calls = reader.finish()
-    assert (said + rest, calls) == parse("".join(parts))
+    assert (content_read + rest, calls) == parse("".join(parts))
 
 
 def test_content_is_passed_on_before_the_answer_ends():

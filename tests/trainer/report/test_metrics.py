@@ -76,7 +76,7 @@ def test_a_value_that_is_not_finite_is_null_in_the_file_and_absent_from_the_stor
     assert store.query_metrics("grpo") == {"reward": [(1, 0.5)]}
 
 
-class Told:
+class FakeTracker:
     """Records the calls of fake modules `wandb` and `mlflow`."""
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class Told:
         self.id = "run-7"
 
     # wandb
-    def init(self, **settings: Any) -> "Told":
+    def init(self, **settings: Any) -> "FakeTracker":
         self.settings.append(settings)
         return self
 
@@ -101,7 +101,7 @@ class Told:
     MlflowClient: Any = property(lambda self: lambda: self)
     experiment_id = "3"
 
-    def set_experiment(self, name: str) -> "Told":
+    def set_experiment(self, name: str) -> "FakeTracker":
         assert name == "agl"
         return self
 
@@ -124,22 +124,22 @@ class Told:
 def test_a_resumed_training_continues_its_run_in_a_tracker(
     name: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = Told()
-    monkeypatch.setitem(sys.modules, name, told)
+    tracker = FakeTracker()
+    monkeypatch.setitem(sys.modules, name, tracker)
     config = {"train": {"steps": 3}}
     for step in (1, 2):
         log = MetricsLog(store, "shop", tmp_path, trackers=open_trackers([name], "shop", tmp_path, config, step)[:1])
         log.append(step, {"eval/reward/pass@1": 0.5, "loss": math.nan})
         log.close()
     key = "eval/reward/pass_at_1" if name == "mlflow" else "eval/reward/pass@1"
-    assert told.logged == [(key, 0.5, 1), (key, 0.5, 2)]
-    assert told.ended == 2
+    assert tracker.logged == [(key, 0.5, 1), (key, 0.5, 2)]
+    assert tracker.ended == 2
     if name == "wandb":
-        assert [(made["name"], made.get("id")) for made in told.settings] == [("shop", None), ("shop", "run-7")]
-        assert told.settings[0]["project"] == "agl" and told.settings[0]["config"] == config
+        assert [(made["name"], made.get("id")) for made in tracker.settings] == [("shop", None), ("shop", "run-7")]
+        assert tracker.settings[0]["project"] == "agl" and tracker.settings[0]["config"] == config
     else:
-        assert told.settings == [{"experiment": "3", "name": "shop"}]
-        assert told.params == {"train.steps": "3"}
+        assert tracker.settings == [{"experiment": "3", "name": "shop"}]
+        assert tracker.params == {"train.steps": "3"}
 
 
 def test_the_error_names_a_tracker_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ class RequestedFields:
 
 
 @dataclass(slots=True)
-class ToolCall:
+class CapturedToolCall:
     """A tool call of a response; a stream delivers it in pieces."""
 
     id: str = ""
@@ -77,7 +77,7 @@ class Choice:
     finish_reason: str | None = None
     text: str = ""
     reasoning: str = ""
-    tool_calls: list[ToolCall] = field(default_factory=list)
+    tool_calls: list[CapturedToolCall] = field(default_factory=list)
     stop_string: str | None = None
     """The stop string at which the engine ended the answer; None if the model ended it by a token."""
     _packed_prompt_ids: bytes = b""
@@ -125,10 +125,10 @@ class Choice:
             found[semconv.RESPONSE_LOGPROBS] = pack_logprobs(self.logprobs)
         return found
 
-    def _tool_call(self, index: int | None) -> ToolCall:
+    def _tool_call(self, index: int | None) -> CapturedToolCall:
         """Tool call `index`, created if it is the next. Whole responses have no index: each call is a new one."""
         if index is None or index >= len(self.tool_calls):
-            self.tool_calls.append(ToolCall())
+            self.tool_calls.append(CapturedToolCall())
             return self.tool_calls[-1]
         return self.tool_calls[index]
 

@@ -67,8 +67,8 @@ def build_rows(calls: Sequence[Call], rewards: Sequence[Reward]) -> list[Row]:
     """
     position = {id(call): index for index, call in enumerate(calls)}
     rows: list[_OpenRow] = []
-    nodes: list[_Node] = []
-    for node in sorted((_Node(call) for call in calls), key=lambda node: len(node.prompt)):
+    nodes: list[_CallNode] = []
+    for node in sorted((_CallNode(call) for call in calls), key=lambda node: len(node.prompt)):
         row = _row_to_continue(rows, node)
         if row is None:
             rows.append(_OpenRow(node, *_drift(nodes, node)))
@@ -79,7 +79,7 @@ def build_rows(calls: Sequence[Call], rewards: Sequence[Reward]) -> list[Row]:
     return [row.close(rewards) for row in rows]
 
 
-class _Node:
+class _CallNode:
     """A call with its tokens packed, so that comparing prefixes is comparing memory."""
 
     def __init__(self, call: Call) -> None:
@@ -91,7 +91,7 @@ class _Node:
     def policy(self) -> tuple[str, str | None]:
         return self.call.role, self.call.policy_version
 
-    def drift_from(self, earlier: "_Node") -> tuple[int, bool, Drift] | None:
+    def drift_from(self, earlier: "_CallNode") -> tuple[int, bool, Drift] | None:
         """Rank and drift of this call as one that follows `earlier`; None if it does not follow it.
 
         The rank is the length of the history that they share, in bytes, then whether that history is exact.
@@ -107,11 +107,11 @@ class _Node:
 class _OpenRow:
     """A row that calls may still continue. Its tokens are the prompt and the response of its last call."""
 
-    def __init__(self, node: _Node, drift: Drift | None, difference: Difference | None) -> None:
+    def __init__(self, node: _CallNode, drift: Drift | None, difference: Difference | None) -> None:
         self.turns: list[Turn] = []
         self.append(node, drift, difference)
 
-    def append(self, node: _Node, drift: Drift | None, difference: Difference | None = None) -> None:
+    def append(self, node: _CallNode, drift: Drift | None, difference: Difference | None = None) -> None:
         self.last = node
         start, end = len(node.prompt) // ID_BYTES, len(node.context) // ID_BYTES
         self.turns.append(Turn(node.call, start, end, drift, difference))
@@ -127,13 +127,13 @@ class _OpenRow:
         return Row(call.rollout_id, call.role, call.policy_version, ids, mask, logprobs, tuple(self.turns), reward)
 
 
-def _row_to_continue(rows: Iterable[_OpenRow], node: _Node) -> _OpenRow | None:
+def _row_to_continue(rows: Iterable[_OpenRow], node: _CallNode) -> _OpenRow | None:
     """The longest row of the same policy whose tokens are all a prefix of the prompt."""
     fitting = [row for row in rows if row.last.policy == node.policy and node.prompt.startswith(row.last.context)]
     return max(fitting, key=lambda row: len(row.last.context), default=None)
 
 
-def _drift(earlier: Iterable[_Node], node: _Node) -> tuple[Drift | None, Difference | None]:
+def _drift(earlier: Iterable[_CallNode], node: _CallNode) -> tuple[Drift | None, Difference | None]:
     """Drift of the first call of a row from the call of its role with which it shares the longest history.
 
     Token ids alone show a changed history as `retokenized`, and a change before the latest response as a new

@@ -51,13 +51,13 @@ def pad_rows(rows: Sequence[Sequence[int]]) -> PackedRows:
 
 
 @dataclass(slots=True)
-class _Node:
+class _TreeNode:
     """Tokens [begin, end) of `row`, the first row that has them at this place of the tree."""
 
     row: int
     begin: int
     end: int
-    children: dict[int, "_Node"] = field(default_factory=dict)
+    children: dict[int, "_TreeNode"] = field(default_factory=dict)
     packed_start: int = 0
 
 
@@ -65,7 +65,7 @@ def pack_rows(rows: Sequence[Sequence[int]]) -> PackedRows:
     """Pack `rows` of token ids as a prefix tree. Raises ValueError for an empty row."""
     if any(not row for row in rows):
         raise ValueError(f"row {next(i for i, row in enumerate(rows) if not row)} has no tokens")
-    root = _Node(row=0, begin=0, end=0)
+    root = _TreeNode(row=0, begin=0, end=0)
     for index, row in enumerate(rows):
         _insert(root, rows, index, row)
     tokens: list[int] = []
@@ -81,12 +81,12 @@ def pack_rows(rows: Sequence[Sequence[int]]) -> PackedRows:
     )
 
 
-def _insert(root: _Node, rows: Sequence[Sequence[int]], index: int, row: Sequence[int]) -> None:
+def _insert(root: _TreeNode, rows: Sequence[Sequence[int]], index: int, row: Sequence[int]) -> None:
     node, depth = root, 0
     while depth < len(row):
         child = node.children.get(row[depth])
         if child is None:
-            node.children[row[depth]] = _Node(row=index, begin=depth, end=len(row))
+            node.children[row[depth]] = _TreeNode(row=index, begin=depth, end=len(row))
             return
         shared = _shared_length(rows[child.row], row, depth, min(child.end, len(row)))
         if shared < child.end:
@@ -99,17 +99,17 @@ def _shared_length(left: Sequence[int], right: Sequence[int], begin: int, end: i
     return next((i for i in range(begin, end) if left[i] != right[i]), end)
 
 
-def _split(node: _Node, rows: Sequence[Sequence[int]], at: int) -> None:
+def _split(node: _TreeNode, rows: Sequence[Sequence[int]], at: int) -> None:
     """Split `node` at depth `at`; the later tokens become its only child."""
-    rest = _Node(row=node.row, begin=at, end=node.end, children=node.children)
+    rest = _TreeNode(row=node.row, begin=at, end=node.end, children=node.children)
     node.end, node.children = at, {rows[node.row][at]: rest}
 
 
 def _lay_out(
-    top: _Node, rows: Sequence[Sequence[int]], tokens: list[int], positions: list[int], segments: list[Segment]
+    top: _TreeNode, rows: Sequence[Sequence[int]], tokens: list[int], positions: list[int], segments: list[Segment]
 ) -> None:
     """Append the subtree of `top` depth first. Not recursive: a conversation of many turns is deep."""
-    stack: list[tuple[_Node, int | None]] = [(top, None)]
+    stack: list[tuple[_TreeNode, int | None]] = [(top, None)]
     while stack:
         node, segment = stack.pop()
         if segment is not None:
@@ -123,7 +123,7 @@ def _lay_out(
         stack.extend((child, None) for child in reversed(node.children.values()))
 
 
-def _find(root: _Node, row: Sequence[int]) -> torch.Tensor:
+def _find(root: _TreeNode, row: Sequence[int]) -> torch.Tensor:
     """Packed indices of the tokens of `row`."""
     pieces: list[torch.Tensor] = []
     node, depth = root, 0

@@ -54,7 +54,7 @@ class _Home:
 
 
 @dataclass(frozen=True, slots=True)
-class _Candidate:
+class _RolloutToDelete:
     """A rollout, or a trace that names none, with what decides whether it is deleted."""
 
     spans: RolloutSpans
@@ -112,12 +112,12 @@ class CassandraRetention:
     def _must_go(self, last_ns: int) -> bool:
         return last_ns < self._limits.before_ns or self._excess_bytes > 0
 
-    def _read(self, name: str) -> _Candidate:
+    def _read(self, name: str) -> _RolloutToDelete:
         spans = membership.find_spans(self._db, name)
         (stored,) = partition.read(self._db, [name])
-        return _Candidate(spans, membership.find_owners(self._db, spans), stored)
+        return _RolloutToDelete(spans, membership.find_owners(self._db, spans), stored)
 
-    def _decide(self, name: str, candidate: _Candidate) -> None:
+    def _decide(self, name: str, candidate: _RolloutToDelete) -> None:
         """Mark a rollout for deletion if the rule allows it."""
         if not self._may_go(name):
             return
