@@ -25,12 +25,8 @@ def train_command(subparsers: Any) -> None:
 
 
 def sft_command(subparsers: Any) -> None:
-    _add(
-        subparsers,
-        "sft",
-        _sft,
-        "Fine-tune the adapters of all roles on the examples or traces that the `sft` section names.",
-    )
+    description = "Fine-tune the adapters of all roles on the examples or traces that the `sft` section names."
+    _add(subparsers, "sft", _sft, description)
 
 
 def eval_command(subparsers: Any) -> None:
@@ -141,9 +137,6 @@ def _run_distributed(trainer: Any, lead: Callable[[], None]) -> int:
     from agl_trainer.compute.devices import lead_or_follow
     from agl_trainer.loop.policy_setup import open_policy
 
-    return _print_outputs(trainer.folder) if lead_or_follow(lead, lambda: open_policy(trainer.config)) else 0
-
-
-def _print_outputs(folder: Path) -> int:
-    print(f"adapters: {folder / 'adapters'}\nmetrics:  {folder / 'metrics.jsonl'}")
+    if lead_or_follow(lead, lambda: open_policy(trainer.config)):
+        print(f"adapters: {trainer.folder / 'adapters'}\nmetrics:  {trainer.folder / 'metrics.jsonl'}")
     return 0

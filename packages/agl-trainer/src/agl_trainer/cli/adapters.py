@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +25,23 @@ def adapters_command(subparsers: Any) -> None:
     _add_writer(
         verbs,
         "export",
-        _export,
+        export_adapter,
         "Write an adapter to a folder that PeftModel.from_pretrained and vLLM can load.",
         f"agl adapters export {_EXAMPLE} writer --to adapters/writer",
     )
     _add_writer(
         verbs,
         "merge",
-        _merge,
+        merge_adapter,
         "Merge an adapter into the base model and write a model folder that needs no PEFT.",
         f"agl adapters merge {_EXAMPLE} writer@60 --to models/writer",
     )
 
 
 def _add_writer(
-    verbs: Any, name: str, run: Callable[[argparse.Namespace], int], description: str, example: str
+    verbs: Any, name: str, write: Callable[[Adapter, Path, Path], None], description: str, example: str
 ) -> None:
-    parser = add_command(verbs, name, run, description, example)
+    parser = add_command(verbs, name, partial(_write, write), description, example)
     parser.add_argument("config", type=Path, help="YAML configuration file of the training")
     parser.add_argument(
         "adapter", metavar="ROLE[@VERSION]", help="adapter; without a version the published one, else the newest"
@@ -59,15 +60,7 @@ def _list(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _export(arguments: argparse.Namespace) -> int:
-    return _write(arguments, export_adapter)
-
-
-def _merge(arguments: argparse.Namespace) -> int:
-    return _write(arguments, merge_adapter)
-
-
-def _write(arguments: argparse.Namespace, write: Callable[[Adapter, Path, Path], None]) -> int:
+def _write(write: Callable[[Adapter, Path, Path], None], arguments: argparse.Namespace) -> int:
     # Imported here because it loads torch.
     from agl_trainer.loop.policy_setup import base_folder
 

@@ -32,7 +32,7 @@ def within_memory(
         try:
             return attempt(plan_passes(rows, tokens) if policy.packs else plan_padded_passes(rows, tokens))
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and _CPU_ALLOCATOR not in str(error):
                 raise
             if policy.is_sharded:
                 raise TrainingError(
@@ -52,7 +52,3 @@ def within_memory(
             policy.pack_limit,
             pack_tokens,
         )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or _CPU_ALLOCATOR in str(error)

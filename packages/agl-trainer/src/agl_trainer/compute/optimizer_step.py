@@ -42,8 +42,7 @@ def optimizer_step(
 ) -> StepStats:
     """Take one optimizer step on the summed loss of `rows`.
 
-    If the gradient is not finite, it logs a warning, sets the metric `skipped`, and leaves adapter and optimizer as
-    they are.
+    If the gradient is not finite, it logs a warning, sets the metric `skipped`, and changes no adapter or optimizer.
     """
     sums = accumulate_gradient(policy, role, rows, loss_fn, pack_tokens=pack_tokens, entropy_gradient=entropy_gradient)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(role), max_grad_norm)

@@ -43,8 +43,7 @@ class ComputedPrefix:
 
     def attended(self, layer: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of all tokens [0, end), one pair per prefix."""
-        before = self.parent.attended(layer) if self.parent else []
-        return [*before, self.keys_and_values[layer]]
+        return [*(self.parent.attended(layer) if self.parent else []), self.keys_and_values[layer]]
 
     def states(self) -> list[Tensor]:
         """Hidden states of all tokens [0, end), one tensor per prefix."""
@@ -67,8 +66,7 @@ class PassRunner(Generic[Row]):
     policy: Policy
     role: str
     run: Callable[[list[Row], ComputedPrefix | None], None]
-    """Called with the rows of each pass and the prefix that they share. It runs the backward pass, unless everything
-    runs under `torch.no_grad`."""
+    """Called with the rows of each pass and their shared prefix. Runs the backward pass, unless under `no_grad`."""
 
     def run_all(self, nodes: "Sequence[PassNode[Row]]") -> int:
         """Run the passes of `nodes`; returns the number of tokens of all shared prefixes."""
@@ -80,7 +78,7 @@ class PassRunner(Generic[Row]):
         tokens = 0
         for node, inner in zip_longest(nodes, shape):
             if isinstance(node, SharedPrefix):
-                prefix = _compute_prefix(self.policy, self.role, node, parent)
+                prefix = self._compute_prefix(node, parent)
                 tokens += node.end - node.start + self._run(node.children, inner, prefix)
                 prefix.backward()
             elif inner == PASS:
@@ -90,6 +88,17 @@ class PassRunner(Generic[Row]):
                 tokens += self._run([] if node is None else [node], inner, parent)
                 _zero_backward(idle)
         return tokens
+
+    def _compute_prefix(self, node: "SharedPrefix[Row]", parent: ComputedPrefix | None) -> ComputedPrefix:
+        packed = pack_rows([node.row.token_ids[: node.end]]).to(self.policy.device)
+        prefix = ComputedPrefix(node.start, node.end, parent)
+        new = slice(node.start, node.end)
+        plan = PackedPlan(packed, parent, record=prefix.keys_and_values)
+        hidden = self.policy.hidden_states(packed.token_ids[new], packed.positions[new], [self.role], plan)
+        prefix.hidden = prefix.leaf(hidden)
+        for layer, (key, value) in list(prefix.keys_and_values.items()):
+            prefix.keys_and_values[layer] = prefix.leaf(key), prefix.leaf(value)
+        return prefix
 
     def _run_pass(self, rows: "list[Row] | None", prefix: ComputedPrefix | None) -> None:
         if rows is not None:
@@ -109,18 +118,3 @@ class PassRunner(Generic[Row]):
 def _zero_backward(hidden: Tensor) -> None:
     if hidden.requires_grad:
         hidden.backward(torch.zeros_like(hidden))
-
-
-def _compute_prefix(
-    policy: Policy, role: str, node: "SharedPrefix[Row]", parent: ComputedPrefix | None
-) -> ComputedPrefix:
-    packed = pack_rows([node.row.token_ids[: node.end]]).to(policy.device)
-    prefix = ComputedPrefix(node.start, node.end, parent)
-    new = slice(node.start, node.end)
-    hidden = policy.hidden_states(
-        packed.token_ids[new], packed.positions[new], [role], PackedPlan(packed, parent, record=prefix.keys_and_values)
-    )
-    prefix.hidden = prefix.leaf(hidden)
-    for layer, (key, value) in list(prefix.keys_and_values.items()):
-        prefix.keys_and_values[layer] = prefix.leaf(key), prefix.leaf(value)
-    return prefix

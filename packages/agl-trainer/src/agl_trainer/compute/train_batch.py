@@ -68,13 +68,7 @@ def train_batch(
 
 
 def prepare_objective(
-    policy: Policy,
-    role: str,
-    rows: Sequence[SampledRow],
-    config: PolicyLossConfig,
-    *,
-    pack_tokens: int,
-    is_first: bool,
+    policy: Policy, role: str, rows: Sequence[SampledRow], config: PolicyLossConfig, *, pack_tokens: int, is_first: bool
 ) -> Objective:
     """The objective of an optimizer step over `rows`; `is_first`: no other step precedes it in the training step.
 
@@ -84,13 +78,11 @@ def prepare_objective(
     tokens = sum(sum(row.loss_mask) for row in rows)
     reference = forward_rows(policy, BASE, rows, pack_tokens).logprobs if config.beta != 0 else None
     needs_initial = not is_first and config.importance_sampling_mode is not None
-    current = RowValues()
-    if config.top_entropy_quantile < 1 or needs_initial:
-        current = forward_rows(policy, role, rows, pack_tokens)
+    needs_entropies = config.top_entropy_quantile < 1
+    current = forward_rows(policy, role, rows, pack_tokens) if needs_entropies or needs_initial else RowValues()
     threshold = None
-    if config.top_entropy_quantile < 1:
+    if needs_entropies:
         entropies = torch.cat([current.entropies[row.key] for row in rows])
         threshold = high_entropy_threshold(entropies, config.top_entropy_quantile)
         tokens = int((entropies >= threshold).sum())
-    initial = current.logprobs if needs_initial else None
-    return Objective(config, 1 / max(tokens, 1), threshold, reference, initial)
+    return Objective(config, 1 / max(tokens, 1), threshold, reference, current.logprobs if needs_initial else None)

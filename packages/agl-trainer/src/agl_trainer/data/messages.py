@@ -7,9 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 def _join_parts(content: Any) -> Any:
     """Content parts as one string, joined by newlines as in vLLM."""
-    if not isinstance(content, list):
-        return content
-    return "\n".join(_part_text(part) for part in content)
+    return "\n".join(map(_part_text, content)) if isinstance(content, list) else content
 
 
 def _part_text(part: Any) -> str:

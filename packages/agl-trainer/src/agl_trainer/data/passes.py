@@ -4,7 +4,7 @@ Rows that share a prefix but do not fit into one pass get a `SharedPrefix`: the 
 its graph while the passes that share it run; see `compute.prefix`. Loss and gradient are those of a single pass.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise, zip_longest
 from typing import Final, Generic
@@ -29,17 +29,13 @@ class SharedPrefix(Generic[Row]):
 PassNode = SharedPrefix[Row] | list[Row]
 """A shared prefix, or the rows of one pass."""
 
-
 PassShape = tuple["PassShape", ...]
 """Shape of a list of nodes: `PASS` for a pass, the shape of the children for a shared prefix."""
 PASS: Final[PassShape] = ()
 
 
 def plan_passes(rows: Iterable[Row], pack_tokens: int) -> "list[PassNode[Row]]":
-    """Passes over `rows` with at most `pack_tokens` distinct tokens each, the prefixes above them included.
-
-    A single row may be longer than that.
-    """
+    """Passes of at most `pack_tokens` distinct tokens each, prefixes above them included; one row may be longer."""
     ordered = sorted(rows, key=lambda row: list(row.token_ids))
     return _plan(ordered, 0, pack_tokens) if ordered else []
 
@@ -85,7 +81,8 @@ def _plan(rows: list[Row], start: int, pack_tokens: int) -> "list[PassNode[Row]]
     shared = max(shared_length(rows[0], rows[-1]), start)
     if shared - start >= _MIN_PREFIX_TOKENS:
         return [SharedPrefix(rows[0], start, shared, _plan(rows, shared, pack_tokens))]
-    branches = list(_branches(rows, shared))
+    # By their first token that differs; rows that end before it come first.
+    branches = [list(branch) for _, branch in groupby(rows, key=lambda row: list(row.token_ids[shared : shared + 1]))]
     return _merge_small(branches, start, shared, pack_tokens) if len(branches) > 1 else [rows]
 
 
@@ -104,12 +101,6 @@ def _merge_small(branches: Iterable[list[Row]], start: int, shared: int, pack_to
         else:
             current, left = current + branch, left - tokens
     return [*nodes, current] if current else nodes
-
-
-def _branches(rows: Sequence[Row], depth: int) -> Iterator[list[Row]]:
-    """Sorted rows, grouped by their token at `depth`; rows that end before it come first."""
-    for _, branch in groupby(rows, key=lambda row: list(row.token_ids[depth : depth + 1])):
-        yield list(branch)
 
 
 def _distinct_tokens(rows: Sequence[Row], start: int) -> int:

@@ -90,9 +90,7 @@ def example_tokens(template: ChatTemplate, example: Example) -> tuple[list[int],
 
 
 def check_examples(examples: list[Example], roles: Sequence[str], source: str) -> list[Example]:
-    """`examples`, if all have a known role, valid messages and a completion. Raises ConfigError for the first invalid
-    one; `source` names the function that returned them.
-    """
+    """`examples` of the function `source`. Raises ConfigError for unknown roles, invalid messages or no completion."""
     for index, example in enumerate(examples):
         missing = {"role", "messages", "completion"} - set(example)
         if missing:

@@ -4,6 +4,7 @@ Reads only `adapter_model.safetensors` and `adapter_config.json` of a folder, ne
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -43,14 +44,9 @@ class Adapter:
 
     def count_parameters(self) -> int:
         """Number of weights. Raises CommandError if the file is not safetensors."""
-        total = 0
         with _opened(self.folder / WEIGHTS, "numpy") as file:
-            for name in file.keys():  # noqa: SIM118 - the file is not a mapping
-                size = 1
-                for dimension in file.get_slice(name).get_shape():
-                    size *= dimension
-                total += size
-        return total
+            names = file.keys()
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
 
     def tensors(self) -> dict[str, Any]:
         """The tensors on the CPU, named as in PEFT. Raises CommandError if the file is not safetensors."""
@@ -67,10 +63,7 @@ def find_adapters(output_dir: Path) -> list[Adapter]:
 
 
 def pick_adapter(adapters: Sequence[Adapter], name: str) -> Adapter:
-    """The adapter `writer@3`; for `writer` the one that is served: the latest published version, else the latest.
-
-    Raises CommandError if there is none.
-    """
+    """Adapter `writer@3`, or the served one of `writer`: latest published, else latest. Raises CommandError if none."""
     matching = [adapter for adapter in adapters if name in (adapter.name, adapter.role)]
     if not matching:
         known = ", ".join(adapter.name for adapter in adapters) or "none: train first"

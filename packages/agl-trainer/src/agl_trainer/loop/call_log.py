@@ -50,12 +50,10 @@ class CallLog:
 
     def record(self, step: int, outcomes: Sequence[CallOutcome], unfinished: Iterable[str] = ()) -> None:
         """Write the outcomes of a step. `unfinished`: rollouts whose agents may still be running."""
-        self.store.append_spans(
-            [
-                trained_span(one.call, step, one.advantage, one.reason, weight=one.weight, run=self.run)
-                for one in outcomes
-            ]
-        )
+        spans = [
+            trained_span(one.call, step, one.advantage, one.reason, weight=one.weight, run=self.run) for one in outcomes
+        ]
+        self.store.append_spans(spans)
         self._counted = {rollout_id: set() for rollout_id in unfinished}
         for outcome in outcomes:
             if outcome.call.rollout_id in self._counted:

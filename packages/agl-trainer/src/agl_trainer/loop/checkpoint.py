@@ -68,7 +68,7 @@ class Checkpoint:
     baselines: dict[str, float] = field(default_factory=dict)
     """Role to the running mean of its rewards."""
     best: dict[str, Any] | None = None
-    """Fields of the best evaluation so far, a `best.Best`."""
+    """Fields of the best evaluation so far, a `state.Best`."""
     rng: dict[str, Any] = field(default_factory=rng.capture)
     """`rng.capture()` at the creation of the checkpoint."""
 
@@ -82,19 +82,16 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         save_adapter(draft / "adapters" / role, tensors, checkpoint.adapter_configs[role])
     write_synced(draft / "optimizer.safetensors", _pack_optimizers(checkpoint.optimizers))
     write_synced(draft / "state.json", _state_json(checkpoint))
-    write_synced(
-        draft / _SUMS, "".join(f"{_digest(path)}  {path.relative_to(draft)}\n" for path in _files(draft)).encode()
-    )
-    _sync_folders(draft)
+    sums = "".join(f"{_digest(path)}  {path.relative_to(draft)}\n" for path in _files(draft))
+    write_synced(draft / _SUMS, sums.encode())
+    for path in (draft, *(path for path in draft.rglob("*") if path.is_dir())):
+        _sync(path)
     _swap(draft, target)
     return target
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
-    """The newest intact checkpoint below `folder`; None if there is no checkpoint.
-
-    Skips damaged ones with a warning. Raises TrainingError if all are damaged.
-    """
+    """The newest intact checkpoint in `folder`, else None; warns of damaged ones, raises TrainingError if all are."""
     found = _checkpoints(folder)
     for path in reversed(found):
         try:
@@ -111,13 +108,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         _verify(path)
         plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        roles = plain.pop("roles")
+        folders = {role: path / "adapters" / role for role in plain.pop("roles")}
         return Checkpoint(
             **plain,
-            adapters={role: read_tensors(path / "adapters" / role / WEIGHTS) for role in roles},
-            adapter_configs={
-                role: json.loads((path / "adapters" / role / CONFIG).read_text(encoding="utf-8")) for role in roles
-            },
+            adapters={role: read_tensors(files / WEIGHTS) for role, files in folders.items()},
+            adapter_configs={role: json.loads((files / CONFIG).read_text("utf-8")) for role, files in folders.items()},
             optimizers=_unpack_optimizers(path / "optimizer.safetensors"),
         )
     except OSError as error:
@@ -186,9 +181,8 @@ def _pack_optimizers(optimizers: Mapping[str, dict[str, Any]]) -> bytes:
     for role, state in optimizers.items():
         parts, texts[role] = optimizer_state.flatten(state)
         tensors |= {f"{role}/{name}": tensor for name, tensor in parts.items()}
-    return save(
-        contiguous_copies(tensors), metadata=texts or None
-    )  # with an empty mapping, safetensors writes an invalid header
+    # None: with an empty mapping, safetensors writes an invalid header.
+    return save(contiguous_copies(tensors), metadata=texts or None)
 
 
 def _unpack_optimizers(path: Path) -> dict[str, dict[str, Any]]:
@@ -202,11 +196,6 @@ def _unpack_optimizers(path: Path) -> dict[str, dict[str, Any]]:
         )
         for role, text in texts.items()
     }
-
-
-def _sync_folders(folder: Path) -> None:
-    for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-        _sync(path)
 
 
 def _sync(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -49,11 +49,8 @@ class Demo:
 
     def report(self, results: Sequence[EvalResult]) -> str:
         """Table, reward curve, and further commands; also saves the curve as PNG if matplotlib is installed."""
-        store = open_store(self.config.store_uri)
-        try:
+        with closing(open_store(self.config.store_uri)) as store:
             points = store.query_metrics(self.folder.name).get("reward/mean", [])
-        finally:
-            store.close()
         curve = self.folder / "reward.png"
         levels = {f"{result.label}, held out": sum(result.scores().values()) / len(result.tasks) for result in results}
         with suppress(ConfigError):

@@ -5,9 +5,9 @@ from typing import Any
 
 from agl.errors import ConfigError, TrainingError
 from agl.trajectory import build_trajectory
-from agl_trainer.loop.best import Best, next_best
 from agl_trainer.loop.checkpoint import checkpoint_folder, keep_only, load_checkpoint, save_checkpoint
 from agl_trainer.loop.policy_setup import load_list
+from agl_trainer.loop.state import Best, next_best
 from agl_trainer.loop.training import Training
 from agl_trainer.report.evaluation import EvalResult, TaskScore
 from agl_trainer.report.scoring import Sampling, rollout_score, task_score

@@ -109,7 +109,7 @@ class _GrpoStep:
         training, train, best = self.training, self.training.train, self.training.state.best
         if train.eval_every and (self.number + 1) % train.eval_every == 0:
             result = evaluate_step(training)
-            metrics |= {"eval/reward/mean": result.mean()}
+            metrics["eval/reward/mean"] = result.mean()
             metrics |= {f"eval/reward/{part}": result.mean(part) for part in result.parts}
             training.progress.start(train.algorithm, step=self.number, steps=train.steps)
             clock.lap("eval")
@@ -136,8 +136,7 @@ def _open_source(training: Training, *, from_store: bool) -> Iterator[RolloutSou
 def _open_unjudged_source(training: Training, *, from_store: bool) -> Iterator[RolloutSource]:
     train = training.train
     if from_store:
-        groups = stored_groups(training.store, train.traces)
-        yield StoreSource(training.store, TaskStream.of(groups, train))
+        yield StoreSource(training.store, TaskStream.of(stored_groups(training.store, train.traces), train))
         return
     tasks = TaskStream.of(load_list(train.tasks, "train.tasks"), train)
     agents = AgentSource(training.rollouts, tasks, training.run, train.group_size)

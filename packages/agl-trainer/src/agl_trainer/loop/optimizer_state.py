@@ -35,7 +35,5 @@ def unflatten(tensors: dict[str, torch.Tensor], text: str) -> dict[str, Any]:
 
 
 def _group(group: dict[str, Any]) -> dict[str, Any]:
-    """`group` with tuples for the lists that JSON made of them; only `params` is a list."""
-    return {
-        name: tuple(value) if isinstance(value, list) and name != "params" else value for name, value in group.items()
-    }
+    """`group` with its tuples, which JSON writes as lists; only `params` is a list."""
+    return {key: tuple(value) if isinstance(value, list) and key != "params" else value for key, value in group.items()}

@@ -1,6 +1,6 @@
 """Opens the policy of a configuration: the base model, built first if it is tiny, with fresh adapters."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,7 @@ TINY = "tiny"
 
 
 def open_policy(config: Config, *, samples: bool = False) -> Policy:
-    """The base model with fresh adapters.
-
-    Raises ConfigError if it cannot be trained or, with `samples`, if the in-process engine does not support it.
-    """
+    """The base model with fresh adapters. Raises ConfigError if it cannot be trained or, with `samples`, sampled."""
     train = config.require_train()
     disable_progress_bar()  # it would disturb the progress line of the training
     shards = is_sharded(train) and not samples
@@ -34,12 +31,11 @@ def open_policy(config: Config, *, samples: bool = False) -> Policy:
         check_sampled(model.config, config.engine.max_model_len, packs=packs)
     if train.bf16:
         use_bfloat16_products(model)
-    name = Path(train.model).name
     return Policy(
         model,
         tokenizer,
         config.agent_roles.roles,
-        base_name=name,
+        base_name=Path(train.model).name,
         seed=train.seed,
         packs=packs,
         recomputes=train.gradient_checkpointing,
@@ -75,17 +71,14 @@ def _texts(config: Config, train: TrainConfig) -> Iterator[str]:
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict):
-        yield from _strings(list(value.values()))
-    elif isinstance(value, list):
-        for item in value:
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from _strings(item)
 
 
 def load_list(reference: str | None, key: str) -> list[Any]:
     """The list that the function `reference` returns. Raises ConfigError naming `key` if it is empty or not a list."""
-    function: Callable[[], Any] = load_function(reference, key)
-    items = function()
+    items: Any = load_function(reference, key)()
     if not isinstance(items, list) or not items:
         raise ConfigError(f"{key}: {reference} returned {type(items).__name__}, expected a non-empty list")
     return items

@@ -19,10 +19,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def local_engine(config: Config, store: Store) -> Iterator[ASGIApp]:
-    """The engine's app. A role without a published adapter answers as the base model.
-
-    Raises ConfigError if the store names an adapter whose file does not exist.
-    """
+    """The app; roles without a published adapter answer as the base model. Raises ConfigError if a file is missing."""
     with open_engine(config) as (policy, _, app):
         for role in policy.roles:
             resource = store.get_resource(role)

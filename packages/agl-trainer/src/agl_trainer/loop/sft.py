@@ -43,10 +43,9 @@ class SftPhase:
     def run(self) -> None:
         training, config = self.training, self.config
         examples, dropped = self._examples()
-        seed = training.train.seed
-        plan = [
-            batch for epoch in range(config.epochs) for batch in epoch_batches(examples, config.batch_size, epoch, seed)
-        ]
+        plan: list[list[SftExample]] = []
+        for epoch in range(config.epochs):
+            plan += epoch_batches(examples, config.batch_size, epoch, training.train.seed)
         training.enter(SFT, config.learning_rate)
         done = training.state.position
         training.progress.start(SFT, step=done, steps=len(plan))

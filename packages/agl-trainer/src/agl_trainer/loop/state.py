@@ -1,6 +1,6 @@
 """The state of a training between two steps: its counters and optimizers, saved to and restored from checkpoints."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -8,12 +8,28 @@ import torch
 from agl.config import Config
 from agl.errors import TrainingError
 from agl_trainer.loop import rng
-from agl_trainer.loop.best import Best
 from agl_trainer.loop.checkpoint import Checkpoint
 from agl_trainer.model.policy import Policy
 
 SFT, GRPO = "sft", "grpo"
 """Phases of a training."""
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The step of a phase with the highest mean reward on the held-out tasks."""
+
+    step: int
+    reward: float
+    waited: int = 0
+    """Evaluations since then."""
+
+
+def next_best(best: Best | None, step: int, reward: float) -> Best:
+    """`best` after the evaluation of `step`; the earlier one of equals."""
+    if best is None or reward > best.reward:
+        return Best(step, reward)
+    return replace(best, waited=best.waited + 1)
 
 
 @dataclass(slots=True)
@@ -77,14 +93,9 @@ def restore(checkpoint: Checkpoint, policy: Policy, folder: Path) -> TrainingSta
         )
     for role, adapter in checkpoint.adapters.items():
         policy.load_adapter(role, adapter, checkpoint.versions[role])
-    state = TrainingState(
-        checkpoint.step,
-        checkpoint.phase,
-        checkpoint.position,
-        checkpoint.phase_step,
-        dict(checkpoint.baselines),
-        Best.of(checkpoint.best),
-    )
+    state = TrainingState(checkpoint.step, checkpoint.phase, checkpoint.position, checkpoint.phase_step)
+    state.baselines = dict(checkpoint.baselines)
+    state.best = Best(**checkpoint.best) if checkpoint.best else None
     for owner, optimizer_state in checkpoint.optimizers.items():
         optimizer = _new_optimizer(policy, owner, 0.0)  # the learning rate is part of the state
         optimizer.load_state_dict(optimizer_state)

@@ -69,18 +69,14 @@ def draw_rollouts(
     options: BatchOptions,
     clock: Stopwatch,
 ) -> StepRollouts:
-    """Draw `groups` groups for `step`, and replace zero-variance groups at most `replacements` times.
-
-    `position` is the number of groups that earlier steps drew.
-    """
+    """Draw `groups` groups after the first `position`, and replace zero-variance ones at most `replacements` times."""
     rollouts, missing = StepRollouts(), groups
     for _ in range(1 + replacements):
         rollouts.replaced = list(rollouts.batch.zero_variance_groups)
         rollouts.drawn.append(source.draw(step, position, range(rollouts.groups, rollouts.groups + missing)))
         rollouts.groups += missing
         clock.lap("rollouts")
-        replaced = frozenset(rollouts.replaced)
-        rollouts.batch = grpo_batch(rollouts.trajectories, roles, options, replaced_groups=replaced)
+        rollouts.batch = grpo_batch(rollouts.trajectories, roles, options, replaced_groups=frozenset(rollouts.replaced))
         clock.lap("batch")
         missing = len(rollouts.batch.zero_variance_groups) - len(rollouts.replaced)
         if not missing:
@@ -90,10 +86,8 @@ def draw_rollouts(
 
 def _merge(metrics: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Metrics of several draws: sums, but the mean of the judge's disagreement."""
-    values: dict[str, list[float]] = {}
+    found: dict[str, list[float]] = {}
     for one in metrics:
         for name, value in one.items():
-            values.setdefault(name, []).append(value)
-    return {
-        name: statistics.fmean(found) if name == "judge/disagreement" else sum(found) for name, found in values.items()
-    }
+            found.setdefault(name, []).append(value)
+    return {name: statistics.fmean(each) if name == "judge/disagreement" else sum(each) for name, each in found.items()}

@@ -17,8 +17,6 @@ from agl_trainer.report.progress import Progress
 from agl_trainer.report.trackers import open_trackers
 from agl_trainer.rollout.rollouts import Rollouts
 
-_CHECKPOINTS_KEPT = 2
-
 
 class Training:
     """Session, state, metrics and checkpoints of a training."""
@@ -47,8 +45,7 @@ class Training:
 
     def resume(self) -> None:
         """Restore the latest checkpoint, if there is one."""
-        checkpoint = load_latest(self.folder / "checkpoints")
-        if checkpoint is not None:
+        if checkpoint := load_latest(self.folder / "checkpoints"):
             self.state = restore(checkpoint, self.policy, self.folder)
 
     def enter(self, phase: str, learning_rate: float) -> None:
@@ -86,7 +83,7 @@ class Training:
         """Write a checkpoint of the current state."""
         checkpoints = self.folder / "checkpoints"
         save_checkpoint(checkpoints, self.state.to_checkpoint(self.policy, self.config))
-        prune(checkpoints, keep=_CHECKPOINTS_KEPT)
+        prune(checkpoints)
 
     def publish(self) -> None:
         """Write the adapter of each role to `adapters/<role>@<n>`, register it in the store, and serve it."""

@@ -23,9 +23,7 @@ def save_adapter(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> N
 
 def contiguous_copies(tensors: Tensors) -> dict[str, torch.Tensor]:
     """Copies on the CPU; safetensors rejects tensors that share storage or are strided."""
-    return {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
+    return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -80,11 +80,7 @@ class PackedPlan:
     """
 
     def __init__(
-        self,
-        rows: PackedRows,
-        prefix: Prefix | None = None,
-        *,
-        record: dict[int, tuple[Tensor, Tensor]] | None = None,
+        self, rows: PackedRows, prefix: Prefix | None = None, *, record: dict[int, tuple[Tensor, Tensor]] | None = None
     ) -> None:
         """`record`: filled with the keys and values of this pass, by layer."""
         self._rows = rows
@@ -127,9 +123,8 @@ class _TreeAttention(torch.autograd.Function):
         out, lse = empty_attention(query)
         for block in _blocks(rows.segments, start):
             index = (slice(None), slice(None), _shift(block.queries, start))
-            merge_block(
-                out[index], lse[index], *backend.forward(block, query[index], key[:, block.keys], value[:, block.keys])
-            )
+            block_out = backend.forward(block, query[index], key[:, block.keys], value[:, block.keys])
+            merge_block(out[index], lse[index], *block_out)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.rows, ctx.start, ctx.backend = rows, start, backend
         return out

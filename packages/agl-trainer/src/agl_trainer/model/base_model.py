@@ -51,10 +51,7 @@ def check_trainable(model: "PreTrainedModel") -> None:
 
 
 def check_sampled(config: "PretrainedConfig", longest: int, *, packs: bool) -> None:
-    """Raises ConfigError if the in-process engine cannot run the model on sequences of up to `longest` tokens.
-
-    `packs`: the result of `supports_packing` for the model.
-    """
+    """Raises ConfigError if the in-process engine cannot run `longest` tokens; `packs` is from `supports_packing`."""
     used = _used(config, _UNSAMPLED)
     window = getattr(config, "sliding_window", None)
     if window and window < longest and getattr(config, "use_sliding_window", True):
@@ -139,8 +136,7 @@ def use_bfloat16_products(model: "PreTrainedModel") -> None:
 
 
 def _smollm2_folder() -> Path:
-    cache = Path(os.environ.get("AGL_CACHE", Path.home() / ".cache" / "agl"))
-    folder = cache / "models" / "smollm2-135m-instruct"
+    folder = Path(os.environ.get("AGL_CACHE", Path.home() / ".cache" / "agl")) / "models" / "smollm2-135m-instruct"
     if not (folder / "config.json").is_file():
         _unpack_gguf(_smollm2_gguf(), folder)
     return folder

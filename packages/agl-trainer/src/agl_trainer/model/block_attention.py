@@ -98,16 +98,9 @@ class FlashBackend:
     def backward(
         self, block: AttentionBlock, query: Tensor, key: Tensor, value: Tensor, grad: Tensor, out: Tensor, lse: Tensor
     ) -> Gradients:
+        expanded = _expand_heads(key, query), _expand_heads(value, query)
         grad_query, grad_key, grad_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad,
-            query,
-            _expand_heads(key, query),
-            _expand_heads(value, query),
-            out,
-            lse.contiguous(),
-            0.0,
-            block.is_causal,
-            scale=self.scale,
+            grad, query, *expanded, out, lse.contiguous(), 0.0, block.is_causal, scale=self.scale
         )
         return grad_query, grad_key.sum(1), grad_value.sum(1)
 

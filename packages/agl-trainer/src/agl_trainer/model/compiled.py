@@ -36,10 +36,7 @@ class CompiledLayer:
 
 
 def compile_layers(body: torch.nn.Module) -> None:
-    """Replace the forward pass of each layer of the decoder `body` by a `CompiledLayer`.
-
-    Raises ConfigError if the layers cannot be identified, or torch cannot compile on this machine.
-    """
+    """Make each layer a `CompiledLayer`. Raises ConfigError as `decoder_layers`, or if torch cannot compile here."""
     layers = decoder_layers(body, "compile")
     if reason := compile_error(next(body.parameters()).device.type):
         raise ConfigError(f"train.compile: {reason}; install that, or leave train.compile out")

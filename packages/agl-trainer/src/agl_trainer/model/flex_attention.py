@@ -35,8 +35,7 @@ def is_supported(query: Tensor) -> bool:
 @functools.cache
 def can_compile(device: str) -> bool:
     """Whether torch can compile the kernel for this device type; logs a warning with the reason if not."""
-    reason = compile_error(device)
-    if reason:
+    if reason := compile_error(device):
         logger.warning("%s: until that is installed, attention takes many small steps in the place of one", reason)
     return reason is None
 
@@ -66,12 +65,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, options: 
     On a CPU, in tests, it runs uncompiled and materializes all scores; torch supports no gradients there.
     """
     kernel = compiled_kernel() if query.is_cuda else flex_attention
-    softcap = None if options.softcap is None else _softcap(query.new_full((), options.softcap))
+    cap = None if options.softcap is None else _softcap(query.new_full((), options.softcap))
     with compiler.patch(recompile_limit=_MAX_VARIANTS):
         # Key heads as the batch dimension with one head each: neither queries nor keys have to be copied.
-        return kernel(
-            query, key[:, None], value[:, None], softcap, block_mask=mask, scale=options.scale, enable_gqa=True
-        )
+        return kernel(query, key[:, None], value[:, None], cap, block_mask=mask, scale=options.scale, enable_gqa=True)
 
 
 @functools.cache

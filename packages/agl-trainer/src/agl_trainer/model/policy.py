@@ -119,10 +119,7 @@ class Policy:
         return self._fused(tokens, positions, plan)
 
     def padded_states(self, tokens: Tensor, lengths: Sequence[int], role: str) -> Tensor:
-        """Final hidden states [B * T, H] for B rows of these `lengths`, padded on the right to T tokens.
-
-        Uses the model's own attention.
-        """
+        """Final hidden states [B * T, H] of B rows of `lengths`, right-padded to T, by the model's own attention."""
         rows = tokens.view(len(lengths), -1)
         self._route([role])
         mask = torch.arange(rows.shape[1], device=rows.device) < torch.tensor(lengths, device=rows.device)[:, None]

@@ -36,9 +36,6 @@ class RecomputedLayer:
 
 
 def recompute_layers(body: torch.nn.Module, routing: AdapterRouting) -> None:
-    """Replace the forward pass of each layer of the decoder `body` by a `RecomputedLayer`.
-
-    Raises ConfigError if the layers cannot be identified.
-    """
+    """Replace each layer's forward pass by a `RecomputedLayer`. Raises ConfigError as `decoder_layers`."""
     for layer in decoder_layers(body, "gradient_checkpointing"):
         layer.forward = RecomputedLayer(layer.forward, routing)

@@ -18,10 +18,7 @@ _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 def save_curve(
     path: Path, series: Mapping[str, Points], *, title: str, levels: Mapping[str, float] | None = None
 ) -> None:
-    """Draw each of `series` over the step, raw and smoothed over 5 steps; `levels` are dashed horizontal lines.
-
-    Raises ConfigError if matplotlib is not installed.
-    """
+    """Draw `series` raw and smoothed over 5 steps, `levels` as dashed lines. Raises ConfigError without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from agl.cli.terminal import align
 from agl.errors import TrainingError
 
 RESAMPLES = 10_000
@@ -93,10 +94,7 @@ class EvalResult:
 
 
 def mean_interval(values: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> Interval:
-    """Mean of `values` with its bootstrap interval, which is infinite for a single value.
-
-    Raises TrainingError if there are no values or one is not finite.
-    """
+    """Mean and bootstrap interval, infinite for a single value. Raises TrainingError for no or non-finite values."""
     sample = np.asarray(values, dtype=np.float64)
     if sample.size == 0 or not np.isfinite(sample).all():
         raise TrainingError(f"an interval needs finite values, got {list(values)[:8]} ({sample.size} in all)")
@@ -109,10 +107,7 @@ def mean_interval(values: Sequence[float], *, confidence: float = 0.95, seed: in
 
 
 def paired_difference(before: Mapping[str, float], after: Mapping[str, float], *, seed: int = 0) -> Interval:
-    """Mean of `after - before` over the tasks that both contain, resampled by task.
-
-    Raises TrainingError if they have no task in common.
-    """
+    """Mean of `after - before` over common tasks, resampled by task. Raises TrainingError if there is none."""
     shared = [task for task in before if task in after]
     if not shared:
         raise TrainingError(
@@ -136,7 +131,7 @@ def comparison_table(results: Sequence[EvalResult]) -> str:
         if result.failed
     ]
     conditions = f"mean over {total} tasks, 95 % bootstrap intervals; differences paired by task"
-    return f"{_align([header, *rows])}\n{conditions}{''.join(failures)}"
+    return "\n".join([*align([header, *rows]), conditions]) + "".join(failures)
 
 
 def comparison_json(results: Sequence[EvalResult]) -> str:
@@ -156,26 +151,17 @@ def comparison_json(results: Sequence[EvalResult]) -> str:
 def _cells(results: Sequence[EvalResult], part: str | None, total: int) -> list[str]:
     scores = [result.scores(part) for result in results]
     means = [_mean_cell(mean_interval(list(score.values())), total) if score else "-" for score in scores]
-    differences = [
-        _difference_cell(paired_difference(a, b), total) if a.keys() & b.keys() else "-" for a, b in pairwise(scores)
-    ]
-    return means + differences
+    pairs = pairwise(scores)
+    return means + [_change_cell(paired_difference(a, b), total) if a.keys() & b.keys() else "-" for a, b in pairs]
 
 
 def _mean_cell(interval: Interval, total: int) -> str:
     return f"{interval.mean:.3f} ± {interval.half_width:.3f}{_count_suffix(interval, total)}"
 
 
-def _difference_cell(interval: Interval, total: int) -> str:
+def _change_cell(interval: Interval, total: int) -> str:
     return f"{interval.signed()}{_count_suffix(interval, total)}"
 
 
 def _count_suffix(interval: Interval, total: int) -> str:
     return f" (n={interval.count})" if interval.count != total else ""
-
-
-def _align(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )

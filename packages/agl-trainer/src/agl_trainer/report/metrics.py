@@ -36,12 +36,7 @@ class MetricsLog:
         """Write the metrics of `step`. A value that is not finite is null in the file and absent from the store."""
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         self._store.append_metrics(self._run, step, finite)
-        line = {
-            "run": self._run,
-            "step": step,
-            "time": time.time(),
-            "metrics": {name: None for name in metrics} | finite,
-        }
+        line = {"run": self._run, "step": step, "time": time.time(), "metrics": dict.fromkeys(metrics) | finite}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for tracker in self._trackers:

@@ -35,10 +35,7 @@ class ProgressState:
 
 
 class Progress:
-    """Draws the line on `stream` (default: standard error), in place on a terminal, else as plain lines.
-
-    Thread-safe. Errors of a closed terminal are ignored.
-    """
+    """Draws the line on `stream`, in place if it is a terminal. Thread-safe; ignores errors of a closed terminal."""
 
     def __init__(self, stream: TextIO | None = None, *, every_s: float = 10.0) -> None:
         """`every_s`: minimum time between two lines, in seconds, if `stream` is no terminal."""
@@ -54,7 +51,11 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        """Print the last state as a permanent line."""
+        line = self._state.line(None)
+        with self._lock:
+            if self._drawn:
+                self._write(f"{_CLEAR}{line}\n" if self._live else f"{line}\n")
 
     def start(self, phase: str, *, step: int = 0, steps: int | None = None) -> None:
         """Begin a phase; the time left is estimated from the steps since then."""
@@ -72,16 +73,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Print `text` as a separate line above the progress line."""
         with self._lock:
-            self._write(f"{_CLEAR}{text}\n" if self._live else f"{text}\n")
-            if self._live:
-                self._write(self._drawn)
-
-    def close(self) -> None:
-        """Print the last state as a permanent line."""
-        line = self._state.line(None)
-        with self._lock:
-            if self._drawn:
-                self._write(f"{_CLEAR}{line}\n" if self._live else f"{line}\n")
+            self._write(f"{_CLEAR}{text}\n{self._drawn}" if self._live else f"{text}\n")
 
     def _eta_s(self) -> float | None:
         done = self._state.step - self._first_step

@@ -52,8 +52,7 @@ def batch_metrics(batch: GrpoBatch, roles: Mapping[str, RoleState]) -> dict[str,
         own = [outcome for outcome in batch.outcomes if outcome.call.role == role]
         metrics |= {f"{role}/{name}": value for name, value in _lengths(outcome.call for outcome in own).items()}
         version = roles[role].version if role in roles else None
-        staleness = _staleness(own, version) if version is not None else []
-        if staleness:
+        if version is not None and (staleness := _staleness(own, version)):
             metrics[f"{role}/staleness_mean"] = statistics.fmean(staleness)
             metrics[f"{role}/staleness_max"] = max(staleness)
     return metrics

@@ -45,7 +45,8 @@ class WeightsAndBiases:
         wandb = _import("wandb")
         run_file = folder / "wandb-run"
         settings = {"id": run_file.read_text(encoding="utf-8"), "resume": "allow"} if run_file.exists() else {}
-        self._run = wandb.init(name=run, dir=str(folder), config=dict(config), **_project(), **settings)
+        project = {} if "WANDB_PROJECT" in os.environ else {"project": "agl"}
+        self._run = wandb.init(name=run, dir=str(folder), config=dict(config), **project, **settings)
         run_file.write_text(self._run.id, encoding="utf-8")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -99,10 +100,6 @@ def _import(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(f"train.report_to names {name}, which is not installed: pip install {name}") from error
-
-
-def _project() -> dict[str, str]:
-    return {} if "WANDB_PROJECT" in os.environ else {"project": "agl"}
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -51,10 +51,7 @@ class Agent:
     """
 
     def __init__(
-        self,
-        function: Callable[[Any], Any],
-        reward: Callable[[Any, Any], Any] | None,
-        weights: Mapping[str, float],
+        self, function: Callable[[Any], Any], reward: Callable[[Any, Any], Any] | None, weights: Mapping[str, float]
     ) -> None:
         self._function = function
         self._reward = reward

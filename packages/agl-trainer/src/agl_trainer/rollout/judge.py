@@ -61,14 +61,11 @@ class Judge:
         """
         usage: list[Mapping[str, Any]] = []
         rankings = [self._ranking(name, task, attempts, number, usage) for number in range(self._config.rankings)]
-        last = len(attempts) - 1
         positions = [[ranking.index(attempt) for attempt in range(len(attempts))] for ranking in rankings]
-        means = [1 - sum(ranks) / len(ranks) / last for ranks in zip(*positions, strict=True)]
-        by_text = {
-            text: [mean for mean, other in zip(means, attempts, strict=True) if other == text] for text in attempts
-        }
+        means = [1 - sum(ranks) / len(ranks) / (len(attempts) - 1) for ranks in zip(*positions, strict=True)]
+        scores = {text: [mean for mean, each in zip(means, attempts, strict=True) if each == text] for text in attempts}
         return Judgement(
-            [sum(by_text[text]) / len(by_text[text]) for text in attempts],
+            [sum(scores[text]) / len(scores[text]) for text in attempts],
             disagreement(positions),
             sum(int(response.get("prompt_tokens") or 0) for response in usage),
             sum(int(response.get("completion_tokens") or 0) for response in usage),

@@ -81,12 +81,8 @@ class JudgedSource:
         earlier = [reward for reward in trajectory.rewards if reward.target is None and reward.role == role]
         dimensions = _dimensions(earlier[-1] if earlier else None) | {DIMENSION: score}
         shared: dict[str, AttributeValue] = {semconv.ROLLOUT_ID: trajectory.rollout_id, semconv.MODE: trajectory.mode}
-        optional = {
-            semconv.ATTEMPT_ID: trajectory.attempt_id,
-            semconv.GROUP_ID: trajectory.group_id,
-            semconv.ROLE: role,
-        }
-        shared |= {name: value for name, value in optional.items() if value is not None}
+        extra = {semconv.ATTEMPT_ID: trajectory.attempt_id, semconv.GROUP_ID: trajectory.group_id, semconv.ROLE: role}
+        shared |= {name: value for name, value in extra.items() if value is not None}
         members = len(judgement.scores)
         cost: dict[str, AttributeValue] = {
             semconv.JUDGE_DISAGREEMENT: judgement.disagreement,

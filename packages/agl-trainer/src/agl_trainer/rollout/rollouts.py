@@ -49,11 +49,8 @@ class Rollouts:
     def run(
         self, rollouts: Sequence[Rollout], *, counts_steps: bool = False, shows_progress: bool = True
     ) -> list[Outcome]:
-        """One outcome per rollout, in the same order, then the outcomes of runs that were repeated.
-
-        `counts_steps`: each rollout is a step of the progress line.
-        """
-        on_done = self._show_progress(len(rollouts), counts_steps=counts_steps) if shows_progress else _ignore
+        """Outcomes in order, then those of repeated runs; `counts_steps`: each is a step of the progress line."""
+        on_done = self._show_progress(len(rollouts), counts_steps=counts_steps) if shows_progress else lambda _: None
         outcomes, failed = self.serving.runner.run(rollouts, on_done=on_done), list[Outcome]()
         for _ in range(self.engine_retries):
             repeated = [index for index, outcome in enumerate(outcomes) if self._engine_failed(outcome)]
@@ -102,10 +99,6 @@ class Rollouts:
 
     def _engine_failed(self, outcome: Outcome) -> bool:
         return outcome.error is not None and any(map(_is_engine_failure, self.store.query_spans(outcome.rollout_id)))
-
-
-def _ignore(_: Outcome) -> None:
-    pass
 
 
 def _is_engine_failure(span: Span) -> bool:

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 from agl.config import TrainConfig
@@ -67,11 +68,9 @@ class AgentSource:
     group_size: int
 
     def draw(self, step: int, position: int, groups: range) -> RolloutBatch:
-        rollouts = [
-            rollout
-            for group in groups
-            for rollout in self.group(f"{self.run}-{step + 1:05d}-g{group}", position + group)
-        ]
+        rollouts: list[Rollout] = []
+        for group in groups:
+            rollouts += self.group(f"{self.run}-{step + 1:05d}-g{group}", position + group)
         self.rollouts.make_live()
         return _read_back(self.rollouts, self.rollouts.run(rollouts))
 
@@ -100,10 +99,7 @@ class AsyncAgentSource:
     @contextmanager
     def open(cls, agents: AgentSource, train: TrainConfig, position: int, steps: int) -> "Iterator[AsyncAgentSource]":
         """`position`: groups drawn so far; `steps`: steps left."""
-
-        def run(rollouts: Sequence[Rollout]) -> list[Outcome]:
-            return agents.rollouts.run(rollouts, shows_progress=False)
-
+        run = partial(agents.rollouts.run, shows_progress=False)
         concurrency = max(1, train.concurrency // train.group_size)
         max_lag = train.max_staleness or 1
         with GroupPool(agents.rollouts.store, run, max_lag=max_lag, concurrency=concurrency) as pool:

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -31,12 +32,7 @@ from agl_trainer.engine.http.openai_request import (
     TokenizeRequest,
     parse_request,
 )
-from agl_trainer.engine.http.openai_response import (
-    ChatResponseBuilder,
-    CompletionResponseBuilder,
-    Json,
-    ResponseBuilder,
-)
+from agl_trainer.engine.http.openai_response import AnyBuilder, ChatResponseBuilder, CompletionResponseBuilder, Json
 from agl_trainer.engine.protocol import (
     ContextLengthError,
     EngineStoppedError,
@@ -85,25 +81,20 @@ def engine_app(
     )
 
 
+@dataclass
 class _Api:
     """The endpoints. They share one event loop, which is the only user of the tokenizer."""
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        tokenizer: PreTrainedTokenizerBase,
-        served_name: str,
-        max_model_len: int,
-        default_max_tokens: int,
-    ) -> None:
-        self._sampler = sampler
-        self._tokenizer = tokenizer
-        self._template = ChatTemplate(tokenizer)
-        self._served_name = served_name
-        self._max_model_len = max_model_len
-        self._default_max_tokens = default_max_tokens
-        self._special_ids = special_tokens(tokenizer)
-        self._token_text = functools.cache(lambda token_id: decode(tokenizer, [token_id], special=True))
+    sampler: Sampler
+    tokenizer: PreTrainedTokenizerBase
+    served_name: str
+    max_model_len: int
+    default_max_tokens: int
+
+    def __post_init__(self) -> None:
+        self._template = ChatTemplate(self.tokenizer)
+        self._special_ids = special_tokens(self.tokenizer)
+        self._token_text = functools.cache(lambda token_id: decode(self.tokenizer, [token_id], special=True))
 
     async def chat(self, request: Request) -> Response:
         body = await _parse(request, ChatRequest)
@@ -122,22 +113,21 @@ class _Api:
     async def tokenize(self, request: Request) -> Response:
         body = await _parse(request, TokenizeRequest)
         ids = self._template.prompt_ids(body.turns(), body.tool_definitions())
-        return JSONResponse({"count": len(ids), "max_model_len": self._max_model_len, "tokens": ids})
+        return JSONResponse({"count": len(ids), "max_model_len": self.max_model_len, "tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
         ids = self._check_vocabulary((await _parse(request, DetokenizeRequest)).tokens)
-        return JSONResponse({"prompt": decode(self._tokenizer, ids, special=True)})
+        return JSONResponse({"prompt": decode(self.tokenizer, ids, special=True)})
 
     async def models(self, _: Request) -> Response:
-        about = {"object": "model", "created": int(time.time()), "owned_by": "agl"}
-        about["max_model_len"] = self._max_model_len
-        return JSONResponse({"object": "list", "data": [{"id": name, **about} for name in self._sampler.models()]})
+        about = {"object": "model", "created": int(time.time()), "owned_by": "agl", "max_model_len": self.max_model_len}
+        return JSONResponse({"object": "list", "data": [{"id": name, **about} for name in self.sampler.models()]})
 
     async def health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
     def _completion_ids(self, prompt: str | list[int]) -> list[int]:
-        ids = prompt if isinstance(prompt, list) else self._tokenizer(prompt)["input_ids"]
+        ids = prompt if isinstance(prompt, list) else self.tokenizer(prompt)["input_ids"]
         if not ids:
             raise RequestError("prompt: got no token", "prompt")
         return self._check_vocabulary(ids)
@@ -149,30 +139,28 @@ class _Api:
 
     def _check_vocabulary(self, ids: list[int]) -> list[int]:
         """Return `ids`. Raises RequestError if the vocabulary lacks one of them."""
-        unknown = next((token_id for token_id in ids if token_id >= len(self._tokenizer)), None)
+        unknown = next((token_id for token_id in ids if token_id >= len(self.tokenizer)), None)
         if unknown is not None:
-            raise RequestError(f"prompt: got token id {unknown}, the vocabulary has {len(self._tokenizer)}", "prompt")
+            raise RequestError(f"prompt: got token id {unknown}, the vocabulary has {len(self.tokenizer)}", "prompt")
         return ids
 
     def _submit(self, body: ChatRequest | CompletionRequest, prompts: Sequence[list[int]]) -> list[ChoiceStream]:
         """Start `n` sequences for each prompt. If one is rejected, the others are cancelled."""
         choices: list[ChoiceStream] = []
         try:
-            for prompt_ids in prompts:
+            for prompt in prompts:
                 for number in range(body.n):
-                    choices.append(self._choice(body, prompt_ids, len(choices), number))
+                    choices.append(self._start(body, prompt, len(choices), number))
         except BaseException:
             cancel_all(choices)
             raise
         return choices
 
-    def _choice(
-        self, body: ChatRequest | CompletionRequest, prompt_ids: list[int], index: int, number: int
-    ) -> ChoiceStream:
+    def _start(self, body: ChatRequest | CompletionRequest, prompt: list[int], index: int, number: int) -> ChoiceStream:
         stops = [stop for stop in body.stop if stop not in self._special_ids]
         special = {self._special_ids[stop] for stop in body.stop if stop in self._special_ids}
         params = SamplingParams(
-            max_tokens=self._max_answer_tokens(body, len(prompt_ids)),
+            max_tokens=self._max_answer_tokens(body, len(prompt)),
             temperature=body.temperature,
             top_p=body.top_p,
             seed=None if body.seed is None else body.seed + number,
@@ -180,25 +168,25 @@ class _Api:
             top_logprobs=body.alternatives_per_token,
             deliver_at_end=not body.stream and not stops,
         )
-        generation = self._sampler.submit(prompt_ids, body.model or self._served_name, params)
-        return ChoiceStream(index, prompt_ids, generation, self._tokenizer, stops, params.stop_token_ids)
+        generation = self.sampler.submit(prompt, body.model or self.served_name, params)
+        return ChoiceStream(index, prompt, generation, self.tokenizer, stops, params.stop_token_ids)
 
     def _max_answer_tokens(self, body: ChatRequest | CompletionRequest, prompt_length: int) -> int:
         """Limit of the answer in tokens. Raises ContextLengthError if the requested number does not fit the context."""
-        room = self._max_model_len - prompt_length
+        room = self.max_model_len - prompt_length
         wanted = body.token_limit
         if room < (wanted or 1):
             raise ContextLengthError(
-                f"this model's maximum context length is {self._max_model_len} tokens: the prompt has {prompt_length}"
+                f"this model's maximum context length is {self.max_model_len} tokens: the prompt has {prompt_length}"
                 f" and {wanted or 'at least 1'} are requested for the answer; shorten the messages or lower max_tokens"
             )
-        return wanted or min(room, self._default_max_tokens)
+        return wanted or min(room, self.default_max_tokens)
 
 
 class _EventStream(StreamingResponse):
     """A response as server-sent events. Sampling stops as soon as the client disconnects, not at garbage collection."""
 
-    def __init__(self, response: ResponseBuilder) -> None:
+    def __init__(self, response: AnyBuilder) -> None:
         self._response = response
         self._events = _events(response)
         super().__init__(self._events, media_type="text/event-stream")
@@ -211,7 +199,7 @@ class _EventStream(StreamingResponse):
             cancel_all(self._response.choices)
 
 
-async def _events(response: ResponseBuilder) -> AsyncGenerator[str]:
+async def _events(response: AnyBuilder) -> AsyncGenerator[str]:
     try:
         async with aclosing(merge_deltas(response.choices)) as deltas:
             async for delta in deltas:
@@ -228,7 +216,7 @@ def _event(data: Json) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-async def _respond(request: Request, response: ResponseBuilder) -> Response:
+async def _respond(request: Request, response: AnyBuilder) -> Response:
     """The response; status 499 if the client disconnects before it is complete."""
     if response.is_streamed:
         return _EventStream(response)
@@ -243,7 +231,7 @@ async def _respond(request: Request, response: ResponseBuilder) -> Response:
         await asyncio.gather(whole, gone, return_exceptions=True)
 
 
-async def _whole(response: ResponseBuilder) -> JSONResponse:
+async def _whole(response: AnyBuilder) -> JSONResponse:
     async with aclosing(merge_deltas(response.choices)) as deltas:
         async for _ in deltas:
             pass

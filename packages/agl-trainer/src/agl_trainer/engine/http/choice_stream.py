@@ -12,10 +12,7 @@ from agl_trainer.engine.protocol import EngineError, FinishReason, Generation, S
 
 @dataclass(frozen=True, slots=True)
 class ChoiceDelta:
-    """One sampled token and the text that it completes.
-
-    The last delta of a choice has no token but the text withheld until then, and `is_last` set.
-    """
+    """A sampled token and the text that it completes; the last delta has the text withheld until then and no token."""
 
     choice: "ChoiceStream"
     text: str

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol
+from typing import Any, Generic
 
 from agl_trainer.data.tool_call import ToolCall
 from agl_trainer.engine.http.choice_stream import ChoiceDelta, ChoiceStream
@@ -22,18 +22,6 @@ _UNFINISHED: Json = {"finish_reason": None}
 
 _LOWEST_LOGPROB = -9999.0
 """Replaces minus infinity, which JSON cannot represent."""
-
-
-class ResponseBuilder(Protocol):
-    """Builds the response to one request, whole or streamed."""
-
-    choices: Sequence[ChoiceStream]
-
-    @property
-    def is_streamed(self) -> bool: ...
-    def body(self) -> Json: ...
-    def chunks(self, delta: ChoiceDelta) -> Iterator[Json]: ...
-    def final_chunks(self) -> Iterator[Json]: ...
 
 
 @dataclass
@@ -154,21 +142,19 @@ class CompletionResponseBuilder(_Builder[CompletionRequest]):
         self._offsets = {choice.index: 0 for choice in self.choices}
 
     def body(self) -> Json:
-        choices = [
-            self._choice(choice, choice.text, choice.tokens, _finish_fields(choice, [])) for choice in self.choices
-        ]
+        choices = [self._choice(choice, choice.text, choice.tokens, is_last=True) for choice in self.choices]
         return self._envelope("text_completion", self.choices[0].version, choices) | {"usage": self._usage()}
 
     def chunks(self, delta: ChoiceDelta) -> Iterator[Json]:
         tokens = [delta.token] if delta.token else []
-        finish = _finish_fields(delta.choice, []) if delta.is_last else _UNFINISHED
-        choice = self._choice(delta.choice, delta.text, tokens, finish)
+        choice = self._choice(delta.choice, delta.text, tokens, is_last=delta.is_last)
         yield self._envelope("text_completion", delta.choice.version, [choice])
 
     def final_chunks(self) -> Iterator[Json]:
         return self._usage_chunk("text_completion")
 
-    def _choice(self, choice: ChoiceStream, text: str, tokens: Sequence[SampledToken], finish: Json) -> Json:
+    def _choice(self, choice: ChoiceStream, text: str, tokens: Sequence[SampledToken], *, is_last: bool) -> Json:
+        finish = _finish_fields(choice, []) if is_last else _UNFINISHED
         fields = {"index": choice.index, "text": text, "logprobs": self._logprobs(choice.index, tokens)}
         return fields | finish | self._token_ids(tokens) | self._prompt_ids(choice)
 
@@ -194,6 +180,9 @@ class CompletionResponseBuilder(_Builder[CompletionRequest]):
     def _top(self, token: SampledToken) -> dict[str, float]:
         pairs = [*token.top, (token.token_id, token.logprob)]
         return {self.token_text(token_id): _finite(logprob) for token_id, logprob in pairs}
+
+
+AnyBuilder = ChatResponseBuilder | CompletionResponseBuilder
 
 
 def _finish_fields(choice: ChoiceStream, calls: Sequence[ToolCall]) -> Json:

@@ -1,7 +1,6 @@
 """Parses the tool calls in sampled text, whole or streamed; `data.tool_call` defines the format.
 
-Arguments keep the text that the model wrote, so that the chat template renders a returned conversation to the
-sampled tokens.
+Arguments keep the model's text, so that the chat template renders a returned conversation to the sampled tokens.
 """
 
 import json

@@ -94,15 +94,13 @@ class DecodePlan:
         self._mask = torch.zeros_like(hidden, dtype=self._cache.shape.dtype).masked_fill_(hidden, -torch.inf)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions) -> Tensor:
-        out, lse = self._attend_slots(layer, query, key, value, options.scale)
+        out, lse = self._attend_own(layer, query, key, value, options.scale)
         for readers in self._readers:
             run = slice(readers.start, readers.stop)
             merge_block(out[:, run], lse[:, run], *_attend_node(query[:, run], readers.node.kv[layer], options.scale))
         return out
 
-    def _attend_slots(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def _attend_own(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Append the new token of each sequence to its slot, then attend to the slot."""
         keys, values = self._cache.layers[layer]
         keys[self._slots, :, self._lengths] = key.transpose(0, 1)

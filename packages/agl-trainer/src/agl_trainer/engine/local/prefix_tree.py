@@ -55,11 +55,7 @@ class PrefixNode:
 
     def path(self) -> list["PrefixNode"]:
         """Nodes from below the root to this one."""
-        node, nodes = self, []
-        while node.parent is not None:
-            nodes.append(node)
-            node = node.parent
-        return nodes[::-1]
+        return self.split_path(lambda _: False)[1]
 
 
 class PrefixTree:
@@ -117,19 +113,10 @@ class PrefixTree:
         return node
 
     def _split(self, node: PrefixNode, at: int) -> PrefixNode:
-        """Split `node` after `at` tokens and return the new upper part.
-
-        The lower part remains the same object, because running sequences refer to it.
-        """
+        """Split `node` after `at` tokens; returns the new upper part. Sequences refer to `node`, the lower part."""
         assert node.parent is not None
-        upper = PrefixNode(
-            node.tokens[:at],
-            node.kv[:, :, :, :at],
-            node.depth,
-            node.parent,
-            pending=node.pending,
-            last_used=node.last_used,
-        )
+        upper = PrefixNode(node.tokens[:at], node.kv[:, :, :, :at], node.depth, node.parent, pending=node.pending)
+        upper.last_used = node.last_used
         node.parent.children[upper.tokens[0]] = upper
         node.tokens, node.kv, node.depth, node.parent = node.tokens[at:], node.kv[:, :, :, at:], node.depth + at, upper
         upper.children[node.tokens[0]] = node

@@ -246,8 +246,7 @@ class Scheduler:
         positions = torch.tensor([len(sequence.prompt) - 1 + sequence.sampled for sequence in running])
         adapters = [sequence.adapter for sequence in running]
         hidden = self._policy.sampled_states(tokens, positions, adapters, self._plan)
-        logits = self._policy.logits(hidden)
-        sampled = sample(logits, [s.params for s in running], [s.rng for s in running])
+        sampled = sample(self._policy.logits(hidden), [s.params for s in running], [s.rng for s in running])
         for sequence, token in zip(running, sampled, strict=True):
             sequence.append(token)
         self.tokens_sampled += len(sampled)

@@ -46,8 +46,10 @@ class VllmEngine:
         self._route = route
         self._canary: list[int] = policy.tokenizer(CANARY).input_ids
         self._live: dict[str, str] = {}
-        for server in servers:
-            _unload_all(server, policy.roles)
+        for server in servers:  # unload the adapters of an earlier training, whose names this one will reuse
+            for model in server.models():
+                if model.partition("@")[0] in policy.roles:
+                    server.unload(model)
 
     tokens_sampled: None = None
     """The servers do not report it."""
@@ -58,10 +60,7 @@ class VllmEngine:
         yield
 
     def revive(self) -> None:
-        """Wait for servers that do not answer. Adapters that a restarted server has lost are loaded by `make_live`.
-
-        Raises TrainingError if a server does not come back.
-        """
+        """Wait until all servers answer, else raise TrainingError; `make_live` reloads adapters that they lost."""
         loaded = {server: server.wait(_RESTART_TIMEOUT_S) for server in self._bases}
         for role, name in list(self._live.items()):
             if all(name in names for names in loaded.values()):
@@ -116,10 +115,3 @@ def _base_name(server: VllmServer, policy: Policy) -> str:
     if not models:
         raise TrainingError(f"vLLM at {server.url} serves no model; start it with the base model, {policy.base_name}")
     return models[0]
-
-
-def _unload_all(server: VllmServer, roles: Sequence[str]) -> None:
-    """Unload the adapters of an earlier training, whose names this training will reuse."""
-    for model in server.models():
-        if model.partition("@")[0] in roles:
-            server.unload(model)

@@ -87,13 +87,8 @@ class _Layer:
         heads = self._qkv(x).view(len(x), -1, self._head_dim)
         rotated = rotate(self._norm_heads(heads[:, :-kv_heads]))
         query = rotated[:, :-kv_heads].view(len(x), kv_heads, groups, self._head_dim)
-        out = plan.attend(
-            number,
-            query.transpose(0, 1),
-            rotated[:, -kv_heads:].transpose(0, 1),
-            heads[:, -kv_heads:].transpose(0, 1),
-            self._scores,
-        )
+        key, value = rotated[:, -kv_heads:].transpose(0, 1), heads[:, -kv_heads:].transpose(0, 1)
+        out = plan.attend(number, query.transpose(0, 1), key, value, self._scores)
         return self._output(out.transpose(0, 1).reshape(len(x), -1))
 
 
