@@ -19,8 +19,10 @@ from agl_autogen._span import mark_abandoned, open_span
 from agl_autogen._stream import IsolatedStream
 from agl_autogen._turn import current_agent
 
+Messages = Sequence[LLMMessage]
+Items = AsyncGenerator[str | CreateResult, None]
 Create = Callable[..., Awaitable[CreateResult]]
-CreateStream = Callable[..., AsyncGenerator[str | CreateResult, None]]
+CreateStream = Callable[..., Items]
 
 _NO_IDS = "ids of a model answer are not on its span"
 
@@ -28,9 +30,7 @@ _NO_IDS = "ids of a model answer are not on its span"
 def traced_create(original: Create, settings: Settings) -> Create:
     """`create` of a model client in a `chat` span."""
 
-    async def in_span(
-        client: ChatCompletionClient, messages: Sequence[LLMMessage], *args: Any, **options: Any
-    ) -> CreateResult:
+    async def in_span(client: ChatCompletionClient, messages: Messages, *args: Any, **options: Any) -> CreateResult:
         with _open_call(settings, client, messages, options) as call:
             token = attach(call.context)
             try:
@@ -40,9 +40,7 @@ def traced_create(original: Create, settings: Settings) -> Create:
             return call.token_ids.hide(call.result)
 
     @functools.wraps(original)
-    async def create(
-        client: ChatCompletionClient, messages: Sequence[LLMMessage], *args: Any, **options: Any
-    ) -> CreateResult:
+    async def create(client: ChatCompletionClient, messages: Messages, *args: Any, **options: Any) -> CreateResult:
         if _starts_call():
             return await in_span(client, messages, *args, **options)
         result = await original(client, messages, *args, **options)
@@ -55,20 +53,15 @@ def traced_create(original: Create, settings: Settings) -> Create:
 def traced_create_stream(original: CreateStream, settings: Settings) -> CreateStream:
     """`create_stream` of a model client in a `chat` span, which ends when the stream ends, fails or is closed."""
 
-    async def in_span(
-        client: ChatCompletionClient, messages: Sequence[LLMMessage], *args: Any, **options: Any
-    ) -> AsyncGenerator[str | CreateResult, None]:
+    async def in_span(client: ChatCompletionClient, messages: Messages, *args: Any, **options: Any) -> Items:
         with _open_call(settings, client, messages, options) as call:
-            stream = original(client, messages, *args, **options)
-            async with aclosing(IsolatedStream(stream, call.context)) as items:
+            async with aclosing(IsolatedStream(original(client, messages, *args, **options), call.context)) as items:
                 async for item in items:
                     call.result = item if isinstance(item, CreateResult) else None
                     yield item
 
     @functools.wraps(original)
-    def create_stream(
-        client: ChatCompletionClient, messages: Sequence[LLMMessage], *args: Any, **options: Any
-    ) -> AsyncGenerator[str | CreateResult, None]:
+    def create_stream(client: ChatCompletionClient, messages: Messages, *args: Any, **options: Any) -> Items:
         return (in_span if _starts_call() else original)(client, messages, *args, **options)
 
     return create_stream
@@ -77,8 +70,7 @@ def traced_create_stream(original: CreateStream, settings: Settings) -> CreateSt
 def with_headers(original: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
     """`_process_create_args` of the OpenAI client: adds `traceparent` and `baggage` to the request's headers.
 
-    With them a gateway makes its span a child of ours and knows rollout and role. With `capture_token_ids`, token ids
-    and logprobs are requested as well.
+    With them a gateway's span is a child of ours with rollout and role. `capture_token_ids` requests ids and logprobs.
     """
 
     @functools.wraps(original)
@@ -131,7 +123,7 @@ def _starts_call() -> bool:
 
 @contextmanager
 def _open_call(
-    settings: Settings, client: ChatCompletionClient, messages: Sequence[LLMMessage], options: Mapping[str, Any]
+    settings: Settings, client: ChatCompletionClient, messages: Messages, options: Mapping[str, Any]
 ) -> Iterator[ChatCall]:
     attributes: Attributes = {}
     with never_raises("a model call is not described on its span"):

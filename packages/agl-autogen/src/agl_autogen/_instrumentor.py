@@ -14,7 +14,7 @@ from agl.patches import Patches
 from agl.role_map import RoleMap
 from agl_autogen._settings import Settings
 
-Wrap = Callable[[Any], Any]
+Wrap = Callable[..., Any]
 
 
 class AutoGenInstrumentor(BaseInstrumentor):
@@ -86,8 +86,7 @@ def _patch_teams(patches: Patches, settings: Settings) -> None:
     patches.replace(agent_class, "run_stream", isolated)
     for module in (_base_chat_agent, _chat_agent_container):
         patches.replace(module, "trace_invoke_agent_span", partial(traced_agent, settings=settings))
-    turns = {"on_messages": as_turn, "on_messages_stream": as_turn_stream}
-    _wrap_methods(patches, agent_class, {name: partial(wrap, settings=settings) for name, wrap in turns.items()})
+    _wrap_methods(patches, agent_class, {"on_messages": as_turn, "on_messages_stream": as_turn_stream}, settings)
 
 
 def _patch_core(patches: Patches, settings: Settings) -> None:
@@ -113,9 +112,7 @@ def _patch_clients(patches: Patches, settings: Settings) -> None:
     from agl_autogen._chat import capturing_event, traced_create, traced_create_stream
 
     calls = {"create": traced_create, "create_stream": traced_create_stream}
-    _wrap_methods(
-        patches, ChatCompletionClient, {name: partial(wrap, settings=settings) for name, wrap in calls.items()}
-    )
+    _wrap_methods(patches, ChatCompletionClient, calls, settings)
     patches.replace(LLMCallEvent, "__init__", capturing_event)
 
 
@@ -149,14 +146,14 @@ def _patch_mcp(patches: Patches, settings: Settings) -> None:
     patches.replace(_workbench, "trace_tool_span", partial(traced_tool, settings=settings))
 
 
-def _wrap_methods(patches: Patches, base: type, wrappers: Mapping[str, Wrap]) -> None:
+def _wrap_methods(patches: Patches, base: type, wrappers: Mapping[str, Wrap], settings: Settings) -> None:
     """Wrap the methods named in `wrappers` in `base` and in all of its subclasses, including those defined later."""
 
     def wrap_class(cls: type) -> None:
         for name, wrap in wrappers.items():
             method = vars(cls).get(name)
             if method is not None and not getattr(method, "__isabstractmethod__", False):
-                patches.replace(cls, name, wrap)
+                patches.replace(cls, name, partial(wrap, settings=settings))
 
     def wrap_later_classes(original: Callable[..., None]) -> Any:
         def init_subclass(cls: Any, **options: Any) -> None:

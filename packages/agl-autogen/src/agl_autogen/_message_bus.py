@@ -48,9 +48,7 @@ def traced_delivery(original: TraceBlock, content: ContentFilter) -> TraceBlock:
     """
 
     @contextmanager
-    def block_without_content(
-        *args: Any, attributes: Mapping[str, Any] | None = None, **options: Any
-    ) -> Iterator[Span]:
+    def without_content(*args: Any, attributes: Mapping[str, Any] | None = None, **options: Any) -> Iterator[Span]:
         facts = {name: value for name, value in (attributes or {}).items() if name != _PAYLOAD}
         with with_error_marked(original(*args, attributes=facts, **options), content) as span:
             yield span
@@ -63,7 +61,7 @@ def traced_delivery(original: TraceBlock, content: ContentFilter) -> TraceBlock:
             _SENDER_CONTEXT.set(getattr(parent, _FIELD, None))
         if isinstance(helper.tracer, NoOpTracer):
             return nullcontext(INVALID_SPAN)
-        block = original if content.records_everything else block_without_content
+        block = original if content.records_everything else without_content
         return block(helper, operation, destination, parent, **options)
 
     return trace_block

@@ -1,8 +1,7 @@
 """Async generators that run in a context of their own.
 
-The body of a generator runs in the context of the caller that requests the next item. A span that it makes current
-would stay current in the caller between two items, and for good if the caller stops early. Here, every step runs in one
-private copy of the context.
+A generator's body runs in the context of the caller that requests the next item. A span that it makes current would
+stay current in the caller between items, and for good if it stops early. Here, all steps run in one private context.
 """
 
 import contextvars

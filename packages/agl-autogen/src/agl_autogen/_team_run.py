@@ -31,12 +31,9 @@ def traced_run(original: RunStream, settings: Settings) -> RunStream:
     """`BaseGroupChat.run_stream`, which `run` calls as well, in a span of its own, with a span for each hand-off."""
 
     async def in_span(team: Any, *args: Any, **options: Any) -> AsyncGenerator[Any, None]:
-        attributes = {
-            semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_INVOKE_WORKFLOW,
-            semconv.GEN_AI_WORKFLOW_NAME: team.name,
-        }
-        name = f"{semconv.OPERATION_INVOKE_WORKFLOW} {team.name}"
-        with open_span(settings, name, SpanKind.INTERNAL, attributes) as span:
+        operation = semconv.OPERATION_INVOKE_WORKFLOW
+        attributes = {semconv.GEN_AI_OPERATION_NAME: operation, semconv.GEN_AI_WORKFLOW_NAME: team.name}
+        with open_span(settings, f"{operation} {team.name}", SpanKind.INTERNAL, attributes) as span:
             context, finished = set_span_in_context(span), False
             try:
                 stream = IsolatedStream(original(team, *args, **options), context)

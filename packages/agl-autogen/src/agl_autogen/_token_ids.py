@@ -55,12 +55,10 @@ class TokenIdCapture:
 
     def attributes(self) -> dict[str, AttributeValue]:
         """Response id and model; token ids and logprobs of the first choice, which is the one that AutoGen reads."""
-        names = {
-            semconv.GEN_AI_RESPONSE_ID: self._captured.response_id,
-            semconv.GEN_AI_RESPONSE_MODEL: self._captured.model,
-        }
+        captured = self._captured
+        names = {semconv.GEN_AI_RESPONSE_ID: captured.response_id, semconv.GEN_AI_RESPONSE_MODEL: captured.model}
         found: dict[str, AttributeValue] = {key: name for key, name in names.items() if isinstance(name, str)}
-        for choice in self._captured.choices()[:1]:
+        for choice in captured.choices()[:1]:
             found |= choice.token_attributes()
             if not choice.token_ids:  # logprobs alone cannot be trained on
                 found.pop(semconv.RESPONSE_LOGPROBS, None)

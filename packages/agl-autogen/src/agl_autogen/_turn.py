@@ -34,8 +34,7 @@ def current_agent() -> str | None:
 def agent_context(settings: Settings, agent: str, context: Context) -> Context:
     """`context` with the role and the name of `agent`."""
     with never_raises(f"the role of agent {agent!r} is not on its spans"):
-        named = set_value(_AGENT, agent, context)
-        return with_inferred_role(settings.role_of(agent), named)
+        return with_inferred_role(settings.role_of(agent), set_value(_AGENT, agent, context))
     return context
 
 

@@ -47,7 +47,6 @@ def carry(function: Callable[Parameters, Result]) -> Callable[Parameters, Result
         pool.submit(agl.carry(work), task)
 
     In a worker process, forked or spawned, spans are exported and redacted as in this process, and are sent before the
-    call returns. A process pool pickles `function` and the `redact` of `agl.init`, so both must be functions of a
-    module, not lambdas.
+    call returns. A process pool pickles `function` and the `redact` of `agl.init`: functions of a module, no lambdas.
     """
     return CarriedFunction(function, headers(), export_settings(), os.getpid())

@@ -138,14 +138,10 @@ def non_empty(name: str, value: str) -> str:
 
 
 class RolloutProcessor(SpanProcessor):
-    """Sets rollout, attempt, group, mode and role on every span at its start, whichever library starts it.
-
-    Attributes that the span already has are kept.
-    """
+    """Sets rollout, attempt, group, mode and role on every span at its start; attributes that it already has stay."""
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
-        carried = carried_attributes(parent_context)
-        if carried:
+        if carried := carried_attributes(parent_context):
             own = span.attributes or {}
             span.set_attributes({key: value for key, value in carried.items() if key not in own})
 
@@ -194,9 +190,8 @@ def active_rollout(attributes: Mapping[str, str]) -> ActiveRollout | None:
     if rollout_id is None:
         return None
     attempt_id = attributes.get(semconv.ATTEMPT_ID, f"{rollout_id}-a1")
-    return ActiveRollout(
-        rollout_id, attempt_id, attributes.get(semconv.GROUP_ID), attributes.get(semconv.MODE, "train")
-    )
+    group_id, mode = attributes.get(semconv.GROUP_ID), attributes.get(semconv.MODE, "train")
+    return ActiveRollout(rollout_id, attempt_id, group_id, mode)
 
 
 def carried_entries(names: Sequence[str], context: Context | None = None) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """Encodes and decodes OTLP trace requests, in protobuf and JSON, from and to `agl.span.Span`.
 
-Concatenated protobuf requests are one valid request with the spans of all of them. Stores rely on that: they keep each
-span as a request of its own.
+Concatenated protobuf requests are one valid request with all their spans; stores, which keep one per span, rely on it.
 """
 
 import base64
@@ -54,8 +53,7 @@ def parse_json(body: bytes | str) -> ExportTraceServiceRequest:
         data = json.loads(body)
         _convert_ids(data, lambda text: base64.b64encode(bytes.fromhex(text)).decode())
         json_format.ParseDict(data, request, ignore_unknown_fields=True)
-    # A wrong type inside the body raises any of these, depending on its position; an unpaired surrogate in a key raises
-    # SystemError.
+    # A wrong type inside the body raises any of these, by its position; an unpaired surrogate in a key, SystemError.
     except (ValueError, TypeError, AttributeError, RecursionError, SystemError, json_format.ParseError) as error:
         raise OtlpError(f"the body is not an OTLP/JSON trace request: {error}") from error
     return request
@@ -159,9 +157,7 @@ def _read_event(event: trace_pb2.Span.Event) -> SpanEvent:
 
 def _check_id(value: bytes, size: int, what: str, span: trace_pb2.Span) -> None:
     if len(value) != size or value == bytes(size):
-        raise OtlpError(
-            f"span {span.name!r} has the {what} {value.hex()!r}, expected {size} bytes that are not all zero"
-        )
+        raise OtlpError(f"span {span.name!r} has the {what} {value.hex()!r}, expected {size} bytes, not all zero")
 
 
 def _read_time(value: int, name: str) -> int:
@@ -171,8 +167,7 @@ def _read_time(value: int, name: str) -> int:
 
 
 def read_attributes(pairs: Iterable[KeyValue]) -> dict[str, AttributeValue]:
-    values = ((pair.key, read_value(pair.value)) for pair in pairs)
-    return {key: value for key, value in values if value is not None}
+    return {pair.key: value for pair in pairs if (value := read_value(pair.value)) is not None}
 
 
 def read_value(value: AnyValue) -> AttributeValue | None:
@@ -269,6 +264,4 @@ def _write_value(value: AttributeValue) -> AnyValue:
         case list() | tuple():
             return AnyValue(array_value=ArrayValue(values=[_write_value(item) for item in value]))
         case _:
-            raise TypeError(
-                f"an attribute value is {type(value).__name__}, expected str, bool, int, float, bytes or list"
-            )
+            raise TypeError(f"a value is {type(value).__name__}, expected str, bool, int, float, bytes or list")

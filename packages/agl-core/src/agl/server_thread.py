@@ -36,8 +36,7 @@ class ServerThread(AppThread):
     `otlp_grpc_port` there is no gRPC receiver.
     With a `queue` the receivers append spans to it, for its writers to move to `store`, and `/metrics` reports its
     length. With `tokens` every request except `/api/health` needs a token that has the right to it.
-    Raises AglError naming a port in use; ConfigError if other machines can reach `host` and there is no token, or if
-    engines are named twice.
+    Raises AglError naming a port in use; ConfigError if others reach `host` without token or engines are named twice.
     """
 
     otlp_grpc_url: str | None = None

@@ -87,9 +87,8 @@ def export_settings() -> dict[str, Any] | None:
     collector = _collectors.get(provider)
     if collector is None or not collector.is_open or not isinstance(provider, TracerProvider):
         return None
-    name = provider.resource.attributes.get(SERVICE_NAME)
     return {
-        "service_name": str(name),
+        "service_name": str(provider.resource.attributes.get(SERVICE_NAME)),
         "endpoint": collector.url,
         "reward_weights": process_weights(),
         "redact": process_redact(),
@@ -202,8 +201,7 @@ def _traces_url(endpoint: str | None) -> str | None:
 def _sdk_provider(service_name: str | None) -> TracerProvider:
     """The global provider; created if there is none."""
     if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
-        name = service_name or os.environ.get(OTEL_SERVICE_NAME, "agent")
-        resource = Resource.create({SERVICE_NAME: name})
+        resource = Resource.create({SERVICE_NAME: service_name or os.environ.get(OTEL_SERVICE_NAME, "agent")})
         trace.set_tracer_provider(TracerProvider(resource=resource, id_generator=_Ids()))
     provider = trace.get_tracer_provider()
     if not isinstance(provider, TracerProvider):

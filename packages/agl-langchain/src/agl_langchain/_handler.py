@@ -119,11 +119,10 @@ class AglCallbackHandler(BaseCallbackHandler):
     @_never_raising
     def on_tool_start(self, serialized: dict[str, Any] | None, input_str: str, **event: Any) -> None:
         inputs = event.get("inputs")
-        arguments = input_str if inputs is None else inputs
         self._recorder.open_tool(
             RunStart.of(serialized, event | {"name": None}),  # so that the tool's own name is used, not the run's
             event.get("tool_call_id"),
-            lambda: {semconv.GEN_AI_TOOL_CALL_ARGUMENTS: to_json(arguments)},
+            lambda: {semconv.GEN_AI_TOOL_CALL_ARGUMENTS: to_json(input_str if inputs is None else inputs)},
         )
 
     @_never_raising

@@ -112,9 +112,7 @@ def _plain_parts(message: BaseMessage) -> list[Part]:
 
 
 def _generation_parts(generation: Generation) -> list[Part]:
-    if isinstance(generation, ChatGeneration):
-        return _parts(generation.message)
-    return [_text(generation.text)]
+    return _parts(generation.message) if isinstance(generation, ChatGeneration) else [_text(generation.text)]
 
 
 def _tool_call(call: Mapping[str, Any]) -> Part:

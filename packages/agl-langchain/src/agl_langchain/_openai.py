@@ -20,8 +20,7 @@ Payload = dict[str, Any]
 def patch_openai(patches: Patches) -> None:
     """Add `traceparent` and `baggage` to each request, and the response id to the span of each streamed call.
 
-    LangChain reports the response id of a stream, which is in its first chunk, to no callback. Does nothing if
-    `langchain_openai` is not installed.
+    LangChain reports a stream's response id (in its first chunk) to no callback. No effect without `langchain_openai`.
     """
     if find_spec("langchain_openai") is None:
         return

@@ -86,10 +86,7 @@ class RunRecorder:
 
     def open_call(self, operation: str, start: RunStart, messages: Describe) -> None:
         """A model call. Several runs of one `generate` share a context, so none of them is made current."""
-        attributes = {
-            semconv.GEN_AI_OPERATION_NAME: operation,
-            **request_attributes(start.parameters, start.metadata),
-        }
+        attributes = {semconv.GEN_AI_OPERATION_NAME: operation, **request_attributes(start.parameters, start.metadata)}
         model = attributes.get(semconv.GEN_AI_REQUEST_MODEL)
         self._open(
             start,

@@ -34,12 +34,9 @@ class Actor(NamedTuple):
         is_agent = metadata.get("lc_agent_name") == name
         is_prebuilt = metadata.get("ls_integration") == "langchain_create_agent"
         starts_here = is_agent or (is_node and not (outer.has_steps and outer.agent))
-        actor = cls(
-            name if starts_here else outer.agent,
-            roles.match(name) or outer.mapped_role,
-            is_agent or (is_prebuilt and not is_node),
-        )
-        return actor, starts_here
+        has_steps = is_agent or (is_prebuilt and not is_node)
+        agent = name if starts_here else outer.agent
+        return cls(agent, roles.match(name) or outer.mapped_role, has_steps), starts_here
 
     @classmethod
     def of_metadata(cls, metadata: Mapping[str, Any], roles: RoleMap) -> "Actor":
@@ -54,8 +51,5 @@ def marked_role(tags: Sequence[str], metadata: Mapping[str, Any]) -> str | None:
     role = metadata.get(ROLE_METADATA)
     if isinstance(role, str) and role:
         return role
-    return next((tag.removeprefix(ROLE_TAG) for tag in reversed(tags) if _sets_role(tag)), None)
-
-
-def _sets_role(tag: str) -> bool:
-    return tag.startswith(ROLE_TAG) and len(tag) > len(ROLE_TAG)
+    roles = [tag.removeprefix(ROLE_TAG) for tag in tags if tag.startswith(ROLE_TAG) and tag != ROLE_TAG]
+    return roles[-1] if roles else None

@@ -23,9 +23,8 @@ def capture_token_ids(chat_model: Model) -> Model:
     `agl.response.logprobs`. If a request asks for `n` choices, each choice has a child span. The agent sees the same as
     without capture. `redact` and `capture_content` do not apply to token ids, which anyone with the tokenizer can read.
 
-    Changes this model object only, in place. Not needed with the gateway. An engine that does not know
-    `return_token_ids` may refuse the requests. The Responses API returns no ids. Raises ConfigError if `chat_model` is
-    not a chat model of `langchain_openai`.
+    Changes this object only, in place. Not needed with the gateway. An engine that does not know `return_token_ids` may
+    refuse the requests; the Responses API returns no ids. Raises ConfigError if the model is not of `langchain_openai`.
     """
     try:
         from langchain_openai.chat_models.base import BaseChatOpenAI

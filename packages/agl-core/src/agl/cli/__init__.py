@@ -87,10 +87,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 def _commands() -> dict[str, _Command]:
     """All commands by name. Ours come first and take precedence over a plug-in's command of the same name."""
-    own = {
-        name: _Command(EntryPoint(name, f"agl.cli.{name}:register", PLUGINS), description)
-        for name, description in _OWN.items()
-    }
+    own = {name: _Command(EntryPoint(name, f"agl.cli.{name}:register", PLUGINS), text) for name, text in _OWN.items()}
     added = {point.name: _Command(point, f"(from {_package(point)})") for point in entry_points(group=PLUGINS)}
     return own | {name: command for name, command in sorted(added.items()) if name not in own}
 

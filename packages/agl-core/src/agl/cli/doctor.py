@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from agl.cli.command import add_command, add_json_option, print_json
-from agl.cli.serve import ENGINES, add_listen_options
+from agl.cli.serve import ENGINES, add_server_options
 from agl.cli.terminal import align, counted, printable
 from agl.config import Config
 from agl.errors import AglError
@@ -24,16 +24,8 @@ CHECKS = "agl.checks"
 """Entry point group for checks of other packages: name to `Config -> Iterator[Check]`."""
 
 _CORE = "agl-core"
-_OUR_PACKAGES = ("agl-langchain", "agl-autogen", "agl-trainer")
-_OTHER_PACKAGES = (
-    "opentelemetry-sdk",
-    "langchain-core",
-    "langgraph",
-    "autogen-agentchat",
-    "openai",
-    "torch",
-    "transformers",
-)
+_OURS = ("agl-langchain", "agl-autogen", "agl-trainer")
+_OTHERS = ("opentelemetry-sdk", "langchain-core", "langgraph", "autogen-agentchat", "openai", "torch", "transformers")
 _TIMEOUT_S = 2.0
 
 
@@ -59,11 +51,7 @@ def register(subparsers: Any) -> None:
         "The exit code is 1 if there is a problem.",
         "agl doctor --config config.yaml",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file (default: all settings have their defaults)")
-    parser.add_argument(
-        "--store", metavar="URI", help="URI of the store (default: store_uri of the file, else sqlite:///agl.db)"
-    )
-    add_listen_options(parser)
+    add_server_options(parser)
     add_json_option(parser)
 
 
@@ -95,11 +83,11 @@ def _checks(arguments: argparse.Namespace, config: Config) -> Iterator[Check]:
 def _check_packages() -> Iterator[Check]:
     core = version(_CORE)
     yield Check(_CORE, core)
-    for name in _OUR_PACKAGES:
+    for name in _OURS:
         found = _version(name)
         todo = "" if found in (None, core) else f"{_CORE} has version {core}: pip install {name}=={core}"
         yield Check(name, found or "not installed", todo)
-    for name in _OTHER_PACKAGES:
+    for name in _OTHERS:
         if found := _version(name):
             yield Check(name, found)
 
@@ -116,11 +104,8 @@ def _check_store(uri: str) -> Check:
     if uri.startswith("sqlite:///") and not path.exists():
         folder = next(above for above in path.absolute().parents if above.exists())
         can_write = os.access(folder, os.W_OK)
-        return Check(
-            "store",
-            f"{uri} will be made",
-            "" if can_write else f"{folder} is not writable: choose another store with --store URI",
-        )
+        todo = "" if can_write else f"{folder} is not writable: choose another store with --store URI"
+        return Check("store", f"{uri} will be made", todo)
     try:
         with closing(open_store(uri)) as store:
             return Check("store", f"{uri} holds {counted(store.count_spans(), 'span')}")
@@ -186,8 +171,5 @@ def _check_plugin(name: str, load: Callable[[], Any], config: Config) -> Iterato
     try:
         yield from load()(config)
     except Exception as error:  # noqa: BLE001 - a broken plug-in must not prevent the other checks
-        yield Check(
-            name,
-            f"the check itself failed: {type(error).__name__}: {error}",
-            "reinstall the package that it belongs to",
-        )
+        found = f"the check itself failed: {type(error).__name__}: {error}"
+        yield Check(name, found, "reinstall the package that it belongs to")

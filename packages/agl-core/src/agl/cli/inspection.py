@@ -115,13 +115,9 @@ class Inspection:
 
     def _heading(self) -> list[str]:
         trajectory = self.trajectory
-        names = {
-            "rollout": trajectory.rollout_id,
-            "attempt": trajectory.attempt_id,
-            "group": trajectory.group_id,
-            "mode": trajectory.mode,
-        }
-        lines = ["  ".join(f"{name} {printable(value)}" for name, value in names.items() if value)]
+        values = (trajectory.rollout_id, trajectory.attempt_id, trajectory.group_id, trajectory.mode)
+        names = zip(("rollout", "attempt", "group", "mode"), values, strict=True)
+        lines = ["  ".join(f"{name} {printable(value)}" for name, value in names if value)]
         if trajectory.error:
             lines.append(printable(f"failed: {trajectory.error}"))
         return [*lines, self._format_rewards(), self._format_counts()]
@@ -163,24 +159,17 @@ class Inspection:
     def _hints(self) -> list[str]:
         """What to do about the dropped calls, each message once."""
         found = Counter((drop.reason, drop.detail) for drop in self.trajectory.drops)
-        return [
-            line
-            for (reason, detail), number in found.items()
-            for line in textwrap.wrap(
-                printable(f"{reason} ({counted(number, 'call')}): {detail}"), _LINE_WIDTH, subsequent_indent="  "
-            )
-        ]
+        hints = (f"{reason} ({counted(number, 'call')}): {detail}" for (reason, detail), number in found.items())
+        return [line for hint in hints for line in textwrap.wrap(printable(hint), _LINE_WIDTH, subsequent_indent="  ")]
 
 
 def _report_calls(trajectory: Trajectory, trained: Mapping[str, Sequence[Trained]]) -> list[CallReport]:
-    positions = {
-        id(turn.call): (number, turn) for number, row in enumerate(trajectory.rows, start=1) for turn in row.turns
-    }
+    rows = enumerate(trajectory.rows, start=1)
+    positions = {id(turn.call): (number, turn) for number, row in rows for turn in row.turns}
     drops = {id(drop.call): drop for drop in trajectory.drops}
+    no_row = (None, None)
     return [
-        CallReport(
-            call, *positions.get(id(call), (None, None)), drops.get(id(call)), tuple(trained.get(call.span_id, ()))
-        )
+        CallReport(call, *positions.get(id(call), no_row), drops.get(id(call)), tuple(trained.get(call.span_id, ())))
         for call in trajectory.calls
     ]
 

@@ -37,14 +37,10 @@ def register(subparsers: Any) -> None:
         "OpenAI-compatible engine, until Ctrl-C.",
         "agl serve --store sqlite:///agl.db --upstream http://127.0.0.1:8000/v1",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file (default: all settings have their defaults)")
-    parser.add_argument(
-        "--store", metavar="URI", help="URI of the store (default: store_uri of the file, else sqlite:///agl.db)"
-    )
+    add_server_options(parser)
     parser.add_argument(
         "--queue", metavar="URI", help="URI of a durable queue in front of the store, redis://HOST:PORT (default: none)"
     )
-    add_listen_options(parser)
     parser.add_argument(
         "--token",
         default=os.environ.get(TOKEN_VARIABLE),
@@ -60,7 +56,11 @@ def register(subparsers: Any) -> None:
     )
 
 
-def add_listen_options(parser: argparse.ArgumentParser) -> None:
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="YAML file (default: all settings have their defaults)")
+    parser.add_argument(
+        "--store", metavar="URI", help="URI of the store (default: store_uri of the file, else sqlite:///agl.db)"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8400, help="port of gateway and API (default: %(default)s)")
     parser.add_argument("--otlp-http-port", type=int, default=4318, help="port of OTLP/HTTP (default: %(default)s)")

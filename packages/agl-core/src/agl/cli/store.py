@@ -5,14 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from agl.cli.command import (
-    add_command,
-    add_json_option,
-    add_store_option,
-    existing_store,
-    print_json,
-    sqlite_file,
-)
+from agl.cli.command import add_command, add_json_option, add_store_option, existing_store, print_json, sqlite_file
 from agl.cli.terminal import counted
 from agl.errors import CommandError
 from agl.store.sqlite.maintenance import backup, check, schema_version
@@ -24,13 +17,7 @@ _BYTES = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 def register(subparsers: Any) -> None:
     parser = subparsers.add_parser("store", description="Maintain a store.")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    add_command(
-        verbs,
-        "count",
-        run_count,
-        "Print the number of spans and nothing else.",
-        "agl store count --store sqlite:///agl.db",
-    )
+    add_command(verbs, "count", run_count, "Print the number of spans and nothing else.", "agl store count")
     collect = add_command(
         verbs,
         "gc",
@@ -51,9 +38,7 @@ def register(subparsers: Any) -> None:
     )
     copy.add_argument("file", metavar="FILE", type=Path, help="a new file")
     add_command(verbs, "check", run_check, "Read all of a SQLite store and report damage.", "agl store check")
-    add_command(
-        verbs, "migrate", run_migrate, "Update a store to the schema version of this program.", "agl store migrate"
-    )
+    add_command(verbs, "migrate", run_migrate, "Update a store to this program's schema version.", "agl store migrate")
     for parser in verbs.choices.values():
         add_store_option(parser)
 
@@ -96,9 +81,8 @@ def run_migrate(arguments: argparse.Namespace) -> int:
     path = sqlite_file(arguments.store)
     before = schema_version(path) if path else None
     with existing_store(arguments.store):  # Opening it migrates it.
-        print(
-            f"{arguments.store} is up to date" + (f": {_format_versions(before, schema_version(path))}" if path else "")
-        )
+        versions = f": {_format_versions(before, schema_version(path))}" if path else ""
+        print(f"{arguments.store} is up to date{versions}")
     return 0
 
 

@@ -92,27 +92,15 @@ def _drop_to_json(drop: Drop) -> dict[str, Any]:
 def _lines(trajectories: Sequence[Trajectory]) -> list[str]:
     rows = [row for trajectory in trajectories for row in trajectory.rows]
     drops = [drop for trajectory in trajectories for drop in trajectory.drops]
-    counts = [
-        counted(len(found), noun) for found, noun in ((trajectories, "rollout"), (rows, "row"), (drops, "dropped call"))
-    ]
+    # Why a row does not continue an earlier one: tokens of its history that differ from those sampled.
+    drifted = [(turn.call, turn.drift, turn.difference) for row in rows for turn in row.turns if turn.difference]
+    reasons = [*drifted, *((drop.call, drop.reason, drop.detail) for drop in drops)]
+    counts = ((len(trajectories), "rollout"), (len(rows), "row"), (len(drops), "dropped call"))
     return [
         *align([_HEAD, *map(_cells, rows)]),
         "",
-        *(printable(line) for row in rows for line in _differences(row)),
-        *(
-            printable(f"{drop.call.rollout_id} {drop.call.role} {drop.call.span_id}: {drop.reason}: {drop.detail}")
-            for drop in drops
-        ),
-        ", ".join(counts),
-    ]
-
-
-def _differences(row: Row) -> list[str]:
-    """Why the row does not continue an earlier one: tokens of its history that differ from those sampled."""
-    return [
-        f"{row.rollout_id} {row.role} {turn.call.span_id}: {turn.drift}: {turn.difference}"
-        for turn in row.turns
-        if turn.difference
+        *(printable(f"{call.rollout_id} {call.role} {call.span_id}: {why}: {detail}") for call, why, detail in reasons),
+        ", ".join(counted(number, noun) for number, noun in counts),
     ]
 
 

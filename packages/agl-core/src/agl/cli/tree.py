@@ -12,8 +12,7 @@ LastSiblings = tuple[bool, ...]
 def walk(tree: SpanTree, grafts: Mapping[str, str]) -> Iterator[tuple[Span, LastSiblings]]:
     """Every span once, parents first.
 
-    `grafts` maps the id of a root to the id of a span, in another trace, below which it is shown. A cycle of parents
-    is shown from its first span.
+    `grafts` maps a root's id to the id of a span in another trace, its parent here. A cycle starts at its first span.
     """
     by_id = {span.span_id: span for span in tree.spans}
     children: dict[int | None, list[Span]] = {}

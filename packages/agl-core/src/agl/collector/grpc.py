@@ -93,8 +93,7 @@ class GrpcReceiver(grpc.GenericRpcHandler):
 
 
 def _authorization(context: grpc.ServicerContext) -> bytes | None:
-    found = (value for key, value in context.invocation_metadata() or () if key == "authorization")
-    value = next(found, None)
+    value = next((value for key, value in context.invocation_metadata() or () if key == "authorization"), None)
     return value.encode() if isinstance(value, str) else value
 
 

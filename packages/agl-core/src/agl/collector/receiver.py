@@ -70,8 +70,7 @@ class Sink(Protocol):
 class Receiver:
     """Commits spans to `sink`, within the limits of `config`, from senders that have one of `tokens`.
 
-    A request succeeds only after its spans are committed. Above `max_pending_bytes` senders are asked to retry, and
-    their requests take no memory.
+    A request succeeds only after the commit. Above `max_pending_bytes` requests take no memory, and senders must retry.
     """
 
     def __init__(self, sink: Sink, config: CollectorConfig | None = None, tokens: BearerTokens | None = None) -> None:

@@ -26,7 +26,5 @@ class CollectorConfig(Section):
     @model_validator(mode="after")
     def _leave_room(self) -> Self:
         if self.max_pending_bytes < 2 * self.max_body_bytes:
-            raise ValueError(
-                "max_pending_bytes must be twice max_body_bytes: memory holds a compressed body and the plain one"
-            )
+            raise ValueError("max_pending_bytes must be twice max_body_bytes: memory holds a body compressed and plain")
         return self

@@ -1,7 +1,4 @@
-"""The whole configuration: one YAML file as one typed tree.
-
-It is part of agl-core, so that reading and checking it does not need torch.
-"""
+"""The whole configuration: one YAML file as one typed tree, in agl-core so that checking it does not need torch."""
 
 import difflib
 from pathlib import Path
@@ -73,16 +70,13 @@ class Config(Section):
     def require_train(self) -> TrainConfig:
         """The `train` section. Raises ConfigError if there is none."""
         if self.train is None:
-            raise ConfigError(
-                "the configuration has no `train` section; this command needs train.model and train.agent"
-            )
+            raise ConfigError("the configuration has no section `train`; set train.model and train.agent")
         return self.train
 
     def to_yaml(self) -> str:
         """The tree with all defaults, as YAML that `load` accepts."""
         data = self.model_dump(mode="json", exclude_none=True)
-        roles = data["agent_roles"].pop("roles")
-        data["agent_roles"].update(roles)
+        data["agent_roles"].update(data["agent_roles"].pop("roles"))
         return yaml.safe_dump(data, sort_keys=False)
 
 

@@ -25,7 +25,7 @@ def flat_attributes(values: Mapping[str, Any], prefix: str = "") -> dict[str, At
         if isinstance(value, Mapping):
             flat |= flat_attributes(value, prefix=f"{key}.")
         else:
-            flat[key] = _value(key, value)
+            flat[key] = _array(key, value) if isinstance(value, list | tuple) else _scalar(key, value)
     return flat
 
 
@@ -41,12 +41,6 @@ def json_text(name: str, value: Any, default: Callable[[Any], Any] | None = None
     except (TypeError, ValueError, RecursionError) as error:
         raise TelemetryError(f"{name} ({type(value).__name__}) cannot be written as JSON: {error}") from error
     return text if _is_unicode(text) else json.dumps(value, default=default)
-
-
-def _value(key: str, value: Any) -> AttributeValue:
-    if isinstance(value, list | tuple):
-        return _array(key, value)
-    return _scalar(key, value)
 
 
 def _scalar(key: str, value: Any) -> str | bool | int | float | bytes:

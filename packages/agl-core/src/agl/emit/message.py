@@ -9,10 +9,7 @@ from agl.errors import TelemetryError
 
 
 def emit_message(body: str, *, attributes: Mapping[str, Any] | None = None) -> str | None:
-    """Record a line of text.
-
-    Example: `agl.emit_message("retrying with a longer timeout")`
-    """
+    """Record a line of text. Example: `agl.emit_message("retrying with a longer timeout")`"""
     return record(semconv.SPAN_MESSAGE, lambda: message_attributes(body), attributes)
 
 

@@ -9,10 +9,7 @@ from agl.emit.record import record
 
 
 def emit_object(value: Any, *, attributes: Mapping[str, Any] | None = None) -> str | None:
-    """Record any JSON value, or bytes.
-
-    Example: `agl.emit_object({"query": sql, "rows": rows})`
-    """
+    """Record any JSON value, or bytes. Example: `agl.emit_object({"query": sql, "rows": rows})`"""
     return record(semconv.SPAN_OBJECT, lambda: object_attributes(value), attributes)
 
 

@@ -114,7 +114,8 @@ class _DecoratedFunction:
 
 def _decorate(function: Callable[..., Any], name: str | None, attributes: Mapping[str, Any] | None) -> Any:
     """`function` in a span, as the same kind of function, because frameworks inspect the kind."""
-    decorated = _DecoratedFunction(_first_attributes(name or _name_of(function), attributes), _signature(function))
+    named: str = name or getattr(function, "__qualname__", type(function).__name__)
+    decorated = _DecoratedFunction(_first_attributes(named, attributes), _signature(function))
     if inspect.isasyncgenfunction(function):
         wrapped = wrap_async_generator(function, decorated.generating)
     elif inspect.isgeneratorfunction(function):
@@ -157,10 +158,6 @@ def _first_attributes(name: str, attributes: Mapping[str, Any] | None) -> dict[s
     with raises_if_strict(f"attributes of operation {name} were not recorded"):
         first |= flat_attributes(attributes or {})
     return first | {semconv.OPERATION_NAME: name}
-
-
-def _name_of(function: Callable[..., Any]) -> str:
-    return getattr(function, "__qualname__", type(function).__name__)
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature | None:

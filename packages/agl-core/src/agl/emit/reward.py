@@ -87,9 +87,7 @@ def _dimensions(value: Mapping[Any, Any]) -> dict[str, float]:
         raise TelemetryError("reward is an empty mapping, expected at least one dimension")
     for name in value:
         if not isinstance(name, str) or not name or semconv.REWARD_PREFIX + name in _RESERVED:
-            raise TelemetryError(
-                f"reward dimension {name!r} cannot be used; expected a name other than value or target"
-            )
+            raise TelemetryError(f"reward dimension {name!r} cannot be used; expected a name except value or target")
     return {name: _number(f"reward dimension {name!r}", part) for name, part in value.items()}
 
 

@@ -149,8 +149,7 @@ class Conversations:
             if isinstance(prompt, bytes) and isinstance(response, bytes):
                 ended = choice.finish_reason in _ENDED_BY_MODEL and choice.stop_string is None
                 parent, added = _without_known_start(position, prompt + response)
-                answer = AssistantMessage.of_choice(choice)
-                self.add(position, SampledTurn(parent, added, answer, ended, span.span_id))
+                self.add(position, SampledTurn(parent, added, AssistantMessage.of_choice(choice), ended, span.span_id))
 
     def add(self, position: Position, turn: SampledTurn) -> None:
         """Keep a turn that answered the messages of `position`."""

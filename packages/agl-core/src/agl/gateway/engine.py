@@ -14,7 +14,6 @@ from agl.config import TimeoutsConfig, UpstreamConfig
 from agl.errors import ConfigError
 from agl.gateway.engine_kind import ENGINE_KINDS
 from agl.server.api_error import ApiError, error_message
-from agl.tokens.capture import Json
 
 _CREDENTIALS: Final = frozenset({"authorization", "x-api-key", "api-key", "cookie"})
 _EVENT_STREAM: Final = "text/event-stream"
@@ -63,10 +62,9 @@ class Engine:
 
         `deadline`, by the event loop's clock, limits the whole call. Raises ApiError when the engine fails.
         """
-        limit = min(deadline, asyncio.get_running_loop().time() + timeouts.first_byte_s)
         headers = self.headers(client_headers)
         try:
-            async with asyncio.timeout_at(limit):
+            async with asyncio.timeout_at(min(deadline, asyncio.get_running_loop().time() + timeouts.first_byte_s)):
                 received = await session.post(self.url + path, data=body, headers=headers, allow_redirects=False)
                 response = UpstreamResponse(self.url, received, timeouts, deadline)
                 try:
@@ -85,10 +83,7 @@ class Engine:
 
 
 class UpstreamResponse:
-    """Status, headers and body of a response of the engine at `url`.
-
-    `body` is the whole body, or the first piece of a stream, which `pieces` continues.
-    """
+    """A response of the engine at `url`. `body` is all of it, or a stream's first piece, which `pieces` continues."""
 
     def __init__(self, url: str, response: aiohttp.ClientResponse, timeouts: TimeoutsConfig, deadline: float) -> None:
         self.url = url
@@ -138,17 +133,13 @@ class UpstreamResponse:
     def error_message(self) -> str:
         """The message of an error body."""
         try:
-            body: Json = json.loads(self.body)
-            return error_message(body["error"])
+            return error_message(json.loads(self.body)["error"])
         except (ValueError, TypeError, KeyError):
             return self.body[:1000].decode(errors="replace")
 
 
 class FairQueue:
-    """At most `limit` calls at once. Rollouts with waiting calls take turns; the calls of one keep their order.
-
-    For one event loop.
-    """
+    """At most `limit` calls at once, in one event loop. Waiting rollouts take turns; the calls of each keep order."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit

@@ -36,8 +36,7 @@ class Vllm(EngineKind):
     detokenized_field = "prompt"
 
     def with_prompt(self, request: Json, ids: Sequence[int]) -> Json:
-        params = request.get("kv_transfer_params") or {}
-        return request | {"kv_transfer_params": params | {"prompt_token_ids": ids}}
+        return request | {"kv_transfer_params": (request.get("kv_transfer_params") or {}) | {"prompt_token_ids": ids}}
 
     def detokenize_body(self, ids: Sequence[int]) -> Json:
         return {"tokens": ids}

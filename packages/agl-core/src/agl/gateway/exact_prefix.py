@@ -37,8 +37,7 @@ class NoSuffixError(ValueError):
 async def exact_prompt(session: aiohttp.ClientSession, record: CallRecord) -> bytes | None:
     """Packed ids of the call's prompt, built from sampled tokens; `record.engine` renders the rest.
 
-    None if the call continues no other call, or if the chat template has to render the whole prompt; then
-    `record.prefix` has the reason.
+    None if the call continues no other or the template must render the whole prompt; then `record.prefix` says why.
     """
     position, engine = record.position, record.engine
     if position is None or not any(message.get("role") == "assistant" for message in position.messages):
@@ -99,9 +98,8 @@ def _obstacle(position: Position, request: Json) -> str | None:
 
 def _has_media(message: Json) -> bool:
     content = message.get("content")
-    return isinstance(content, list) and any(
-        not isinstance(part, dict) or part.get("type") != "text" for part in content
-    )
+    parts = content if isinstance(content, list) else ()
+    return any(not isinstance(part, dict) or part.get("type") != "text" for part in parts)
 
 
 def _ending_with(word: str, answer: Json) -> Json:

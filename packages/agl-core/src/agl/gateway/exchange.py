@@ -150,8 +150,7 @@ class Exchange:
         prompt = await exact_prompt(parts.session, record) if parts.config.exact_prefix else None
         ending = None
         if prompt is not None:
-            body = record.engine.kind.with_prompt(record.sent, unpack_ids(prompt))
-            ending = await self._ask(body, _TOKENS_REFUSED)
+            ending = await self._ask(record.engine.kind.with_prompt(record.sent, unpack_ids(prompt)), _TOKENS_REFUSED)
         if ending is None:
             prompt = None
             ending = await self._ask(record.sent)
@@ -242,9 +241,8 @@ class Exchange:
         return None
 
     def _fail(self, error: ApiError) -> ASGIApp:
-        if self._streaming:
-            return _StreamEnd(self._dialect.render_error(error))
-        return self._dialect.error_response(error)
+        dialect = self._dialect
+        return _StreamEnd(dialect.render_error(error)) if self._streaming else dialect.error_response(error)
 
     def _mark_unrecorded(self, ending: ASGIApp) -> ASGIApp:
         """`ending` with a header, or a comment in the stream, for a call that is not recorded."""

@@ -60,8 +60,7 @@ class Health:
 
     async def _check(self, engine: Engine) -> None:
         try:
-            response = await _get_models(self._session, engine, {}, _TIMEOUT_S)
-            engine.is_reachable = response.status_code == 200
+            engine.is_reachable = (await _get_models(self._session, engine, {}, _TIMEOUT_S)).status_code == 200
         except ApiError:
             engine.is_reachable = False
 
@@ -75,10 +74,8 @@ async def list_models(session: aiohttp.ClientSession, routes: Routes, headers: M
         return await _get_models(session, routes.engines[0], headers, _MODELS_TIMEOUT_S)
     if not routes.engines:
         routes.choose("", None)
-    responses = await asyncio.gather(
-        *(_get_models(session, engine, headers, _MODELS_TIMEOUT_S) for engine in routes.engines),
-        return_exceptions=True,
-    )
+    requests = [_get_models(session, engine, headers, _MODELS_TIMEOUT_S) for engine in routes.engines]
+    responses = await asyncio.gather(*requests, return_exceptions=True)
     listed = [_models(one) for one in responses if isinstance(one, Response) and one.status_code == 200]
     if not listed:
         first = responses[0]
@@ -93,12 +90,10 @@ async def list_models(session: aiohttp.ClientSession, routes: Routes, headers: M
 async def _get_models(
     session: aiohttp.ClientSession, engine: Engine, headers: Mapping[str, str], timeout_s: float
 ) -> Response:
+    url, sent = f"{engine.url}/models", engine.headers(headers)
     try:
-        async with asyncio.timeout(timeout_s):
-            async with session.get(
-                f"{engine.url}/models", headers=engine.headers(headers), allow_redirects=False
-            ) as response:
-                return Response(await response.read(), response.status, forwarded(response.headers))
+        async with asyncio.timeout(timeout_s), session.get(url, headers=sent, allow_redirects=False) as response:
+            return Response(await response.read(), response.status, forwarded(response.headers))
     except (aiohttp.ClientError, TimeoutError) as error:
         raise engine_failure(error, engine.url, f"{timeout_s:g} s") from error
 

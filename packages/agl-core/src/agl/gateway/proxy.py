@@ -95,10 +95,9 @@ class Gateway:
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
         # No total timeout and no connection limit: `gateway.timeouts` and `max_concurrent` set these for each call.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._config.timeouts.connect_s)
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
         self._parts.recorder = Recorder(self._store)
         async with aiohttp.ClientSession(
-            connector=connector,
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
             timeout=timeout,
             headers={"accept-encoding": "identity"},
             cookie_jar=aiohttp.DummyCookieJar(),

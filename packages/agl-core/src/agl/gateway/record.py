@@ -159,10 +159,9 @@ class Recorder:
         self._thread.shutdown()
 
     async def _write(self) -> None:
-        loop = asyncio.get_running_loop()
         while self._waiting:
             batch, self._waiting = self._waiting, []
-            errors = await loop.run_in_executor(self._thread, self._append, batch)
+            errors = await asyncio.get_running_loop().run_in_executor(self._thread, self._append, batch)
             for (_, done), error in zip(batch, errors, strict=True):
                 if not done.done():
                     done.set_result(None) if error is None else done.set_exception(error)
@@ -189,13 +188,11 @@ def _only(kind: type[int] | type[float], value: Any) -> AttributeValue | None:
 
 
 def _choice_attributes(choice: Choice, usage: Json, choices: int) -> dict[str, AttributeValue]:
-    attributes: dict[str, AttributeValue] = {
-        semconv.GATEWAY_CHOICE: choice.index,
-        semconv.GEN_AI_OUTPUT_MESSAGES: json.dumps([choice.message()]),
-    }
+    found: dict[str, AttributeValue] = {semconv.GATEWAY_CHOICE: choice.index}
+    found[semconv.GEN_AI_OUTPUT_MESSAGES] = json.dumps([choice.message()])
     if choice.finish_reason:
-        attributes[semconv.GEN_AI_RESPONSE_FINISH_REASONS] = [choice.finish_reason]
-    return attributes | choice.token_attributes() | _usage_attributes(choice, usage, choices)
+        found[semconv.GEN_AI_RESPONSE_FINISH_REASONS] = [choice.finish_reason]
+    return found | choice.token_attributes() | _usage_attributes(choice, usage, choices)
 
 
 def _usage_attributes(choice: Choice, usage: Json, choices: int) -> dict[str, AttributeValue]:

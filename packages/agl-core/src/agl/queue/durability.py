@@ -18,8 +18,7 @@ _STRENGTH: Final = {"no": 0, "everysec": 1, "always": 2}
 def check_durability(redis: Redis, weakest: Appendfsync) -> None:
     """Raise QueueError if `redis` may lose more than `weakest` allows; log a warning if it may lose anything.
 
-    Too much is: no append-only file, one that is flushed less often than `weakest`, or eviction of keys when memory is
-    full.
+    Too much is no append-only file, one flushed less often than `weakest`, or eviction of keys when memory is full.
     """
     try:
         found = redis.config_get("append*") | redis.config_get("maxmemory*")

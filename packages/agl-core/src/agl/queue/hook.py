@@ -41,8 +41,7 @@ class QueueHook:
 
 
 def _post(url: str, numbers: dict[str, int]) -> None:
-    body = json.dumps(numbers).encode()
-    request = urllib.request.Request(url, body, {"content-type": "application/json"})
+    request = urllib.request.Request(url, json.dumps(numbers).encode(), {"content-type": "application/json"})
     urllib.request.urlopen(request, timeout=_TIMEOUT_S).close()
 
 

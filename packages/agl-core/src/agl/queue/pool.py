@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from types import TracebackType
 from typing import Final, Self
 
 from agl.config.queue import QueueConfig
@@ -74,9 +73,7 @@ class WriterPool:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def _supervise(self) -> None:
@@ -126,12 +123,8 @@ class WriterPool:
         return f"{socket.gethostname()}-{slot}"
 
     def _start(self, slot: int) -> subprocess.Popen[bytes]:
-        settings = {
-            "name": self._name(slot),
-            "queue": self._queue.uri,
-            "store": self._store_uri,
-            "config": self._config.model_dump(mode="json"),
-        }
+        config = self._config.model_dump(mode="json")
+        settings = {"name": self._name(slot), "queue": self._queue.uri, "store": self._store_uri, "config": config}
         # -P: do not import a `redis.py` of the working directory. A new session: Ctrl-C is for the parent only.
         command = [sys.executable, "-P", "-m", "agl.queue"]
         writer = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)

@@ -78,8 +78,7 @@ class SpanQueue:
         """Append all spans or none; returns their number, whether or not the store has them already."""
         if not rows:
             return 0
-        arguments = itertools.chain.from_iterable(_to_entries(rows))
-        if self._run(_APPEND, self._config.hard_limit, *arguments) < 0:
+        if self._run(_APPEND, self._config.hard_limit, *itertools.chain.from_iterable(_to_entries(rows))) < 0:
             raise QueueError(f"{self._config.hard_limit} spans wait for the store, the limit of the queue; retry")
         return len(rows)
 
@@ -105,9 +104,8 @@ class SpanQueue:
 
     def set_aside(self, entry: Entry, reason: str) -> None:
         """Move an entry that can never be stored to the stream `...:refused`, with the reason."""
-        fields = {"spans": entry.spans, "otlp": entry.otlp, "reason": reason}
         with redis_errors():
-            self._redis.xadd(self._refused, fields)
+            self._redis.xadd(self._refused, {"spans": entry.spans, "otlp": entry.otlp, "reason": reason})
         self.finish([entry])
 
     def length(self) -> int:
@@ -123,11 +121,10 @@ class SpanQueue:
             return self._redis.eval(script, 2, self._stream, self._counter, *arguments)
 
     def _read(self, consumer: str, after: str) -> list[Entry]:
+        streams = {self._stream: after}
         with redis_errors():
             try:
-                found = self._redis.xreadgroup(
-                    _GROUP, consumer, {self._stream: after}, count=MAX_ENTRIES, block=BLOCK_MS
-                )
+                found = self._redis.xreadgroup(_GROUP, consumer, streams, count=MAX_ENTRIES, block=BLOCK_MS)
             except ResponseError as error:
                 if not str(error).startswith("NOGROUP"):
                     raise

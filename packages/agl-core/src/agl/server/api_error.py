@@ -45,6 +45,5 @@ def error_message(error: Any) -> str:
 
 async def unknown_route(request: Request, error: Exception) -> JSONResponse:
     """Starlette exception handler for a path or method without a route (HTTPException 404 or 405)."""
-    status = getattr(error, "status_code", _SERVER_ERROR)
     message = f"the gateway does not serve {request.method} {request.url.path}"
-    return ApiError(status, "unknown_url", message).response()
+    return ApiError(getattr(error, "status_code", _SERVER_ERROR), "unknown_url", message).response()

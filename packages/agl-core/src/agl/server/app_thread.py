@@ -4,7 +4,6 @@ import asyncio
 import socket
 import threading
 from concurrent.futures import Future
-from types import TracebackType
 from typing import Self
 
 import uvicorn
@@ -27,8 +26,7 @@ _BACKLOG = 2048
 class AppThread:
     """ASGI apps, each on its own port, on one event loop in a background thread.
 
-    Call `add` for each app, then `start` or enter the context manager. `stop` cancels requests that are not finished
-    after GRACE_S.
+    Call `add` for each app, then `start` or use `with`. `stop` cancels requests that are not finished after GRACE_S.
     """
 
     def __init__(self) -> None:
@@ -87,9 +85,7 @@ class AppThread:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def _run(self) -> None:

@@ -14,16 +14,7 @@ from agl.store.protocol import Collected, Resource, Store
 from agl.store.rollout import Attempt, Rollout
 from agl.store.states import AttemptState, RolloutState
 
-__all__ = [
-    "Attempt",
-    "AttemptState",
-    "Collected",
-    "Resource",
-    "Rollout",
-    "RolloutState",
-    "Store",
-    "open_store",
-]
+__all__ = ["Attempt", "AttemptState", "Collected", "Resource", "Rollout", "RolloutState", "Store", "open_store"]
 
 
 def open_store(uri: str) -> Store:
@@ -33,18 +24,14 @@ def open_store(uri: str) -> Store:
     Raises StoreError for an unknown scheme, a file that is not a store, or a server that cannot be reached.
     """
     scheme, _, path = uri.partition("://")
-    if scheme == "sqlite":
+    if scheme in ("sqlite", "memory"):
         from agl.store.sqlite.store import SqliteStore
 
-        return SqliteStore(path.removeprefix("/"), uri=uri)
+        return SqliteStore(":memory:" if scheme == "memory" else path.removeprefix("/"), uri=uri)
     if scheme in ("http", "https"):
         from agl.store.http.client import HttpStore
 
         return HttpStore(uri)
-    if scheme == "memory":
-        from agl.store.sqlite.store import SqliteStore
-
-        return SqliteStore(":memory:", uri=uri)
     if scheme == "postgresql":
         return _open_postgres(uri)
     if scheme == "cassandra":

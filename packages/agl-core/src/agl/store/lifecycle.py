@@ -37,7 +37,8 @@ def heartbeat(rollout: Rollout, attempt: Attempt, now_ns: int) -> Pair | None:
     An UNRESPONSIVE attempt runs again only while its rollout is queued for the next attempt. Later, two attempts would
     run at once, or the rollout has ended and a caller may know of that end.
     """
-    if attempt.state is AttemptState.UNRESPONSIVE and _may_run_again(rollout, attempt):
+    may_run_again = rollout.state is RolloutState.QUEUED and attempt.number == rollout.attempts
+    if attempt.state is AttemptState.UNRESPONSIVE and may_run_again:
         rollout = _move(rollout, RolloutState.RUNNING, now_ns)
         attempt = replace(_to(attempt, AttemptState.RUNNING), ended_ns=None, error=None)
     if attempt.state is not AttemptState.RUNNING:
@@ -74,10 +75,6 @@ def cancel(rollout: Rollout, attempt: Attempt | None, now_ns: int) -> tuple[Roll
     if attempt is not None and AttemptState.CANCELLED in ATTEMPT_TRANSITIONS[attempt.state]:
         attempt = replace(_to(attempt, AttemptState.CANCELLED), ended_ns=now_ns)
     return _move(rollout, RolloutState.CANCELLED, now_ns), attempt
-
-
-def _may_run_again(rollout: Rollout, attempt: Attempt) -> bool:
-    return rollout.state is RolloutState.QUEUED and attempt.number == rollout.attempts
 
 
 def _end(rollout: Rollout, attempt: Attempt, state: AttemptState, error: str | None, now_ns: int) -> Pair:

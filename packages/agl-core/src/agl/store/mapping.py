@@ -19,39 +19,18 @@ RESOURCE_COLUMNS: Final = "name, version, uri, metadata"
 
 def from_rollout(rollout: Rollout) -> tuple[Any, ...]:
     """`ROLLOUT_COLUMNS` of a rollout to enqueue. Raises InputError, with its id, if its input is not a JSON value."""
-    return (
-        rollout.rollout_id,
-        to_json(rollout.input, f"the input of rollout {rollout.rollout_id}"),
-        rollout.group_id,
-        rollout.mode,
-        rollout.max_attempts,
-        " ".join(sorted(rollout.retry_on)),
-        rollout.timeout_s,
-        rollout.unresponsive_s,
-        to_json(rollout.metadata, f"the metadata of rollout {rollout.rollout_id}"),
-        RolloutState.QUEUED,
-        0,
-        None,
-    )
+    task = to_json(rollout.input, f"the input of rollout {rollout.rollout_id}")
+    metadata = to_json(rollout.metadata, f"the metadata of rollout {rollout.rollout_id}")
+    limits = (rollout.max_attempts, " ".join(sorted(rollout.retry_on)), rollout.timeout_s, rollout.unresponsive_s)
+    return (rollout.rollout_id, task, rollout.group_id, rollout.mode, *limits, metadata, RolloutState.QUEUED, 0, None)
 
 
 def to_rollout(row: Sequence[Any]) -> Rollout:
     rollout_id, task, group_id, mode, max_attempts, retry_on, timeout_s, unresponsive_s, metadata, *progress = row
+    limits = (max_attempts, frozenset(map(AttemptState, retry_on.split())), timeout_s, unresponsive_s)
+    values = (rollout_id, json.loads(task), group_id, mode, *limits, json.loads(metadata))
     state, attempts, ended_ns = progress
-    return Rollout(
-        rollout_id,
-        json.loads(task),
-        group_id,
-        mode,
-        max_attempts,
-        frozenset(map(AttemptState, retry_on.split())),
-        timeout_s,
-        unresponsive_s,
-        json.loads(metadata),
-        RolloutState(state),
-        attempts,
-        ended_ns,
-    )
+    return Rollout(*values, RolloutState(state), attempts, ended_ns)
 
 
 def to_attempt(row: Sequence[Any]) -> Attempt:

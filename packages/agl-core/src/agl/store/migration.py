@@ -8,8 +8,7 @@ Migrations = tuple[tuple[str, ...], ...]
 
 def pending_statements(name: str, version: int, migrations: Migrations) -> list[str]:
     """Statements that migrate the store `name` from `version`. Raises StoreError if this program is too old for it."""
-    if version > len(migrations):
-        raise StoreError(
-            f"{name} has schema version {version}, this program knows up to {len(migrations)}; update agl-core"
-        )
+    known = len(migrations)
+    if version > known:
+        raise StoreError(f"{name} has schema version {version}, this program knows up to {known}; update agl-core")
     return [statement for statements in migrations[version:] for statement in statements]

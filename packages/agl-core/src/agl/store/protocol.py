@@ -75,9 +75,8 @@ class Store(Protocol):
     def rollout_ids(self) -> list[str]:
         """All rollouts that have spans, by the arrival of their first span if the store records it.
 
-        These are the rollouts that spans name, and the traces in which no span names one. The trace of a gateway call
-        without a parent is listed, although `query_rows` finds its span for another rollout. Scans the whole span
-        index.
+        Rollouts that spans name, and traces in which no span names one. The trace of a gateway call without a parent is
+        listed, although `query_rows` finds its span for another rollout. Scans the whole span index.
         """
         ...
 

@@ -150,17 +150,11 @@ def _to_row(
     for named in (rollout_id, attempt_id, response_id):
         if named is not None and len(named) > _MAX_ID_LENGTH:
             raise OtlpError(f"span {name!r} names an id of {len(named)} characters, expected at most {_MAX_ID_LENGTH}")
+    named_rollout = rollout_id if rollout_id and rollout_id != trace_id.hex() else None
     by_gateway = name == semconv.SPAN_GATEWAY_CALL
-    return SpanRow(
-        trace_id,
-        span_id,
-        rollout_id if rollout_id and rollout_id != trace_id.hex() else None,
-        attempt_id,
-        start_ns,
-        None if by_gateway else response_id,
-        response_id if by_gateway and not has_parent else None,
-        encoded,
-    )
+    asked = None if by_gateway else response_id
+    answered = response_id if by_gateway and not has_parent else None
+    return SpanRow(trace_id, span_id, named_rollout, attempt_id, start_ns, asked, answered, encoded)
 
 
 class _UnsupportedEncodingError(Exception):

@@ -31,9 +31,7 @@ class AttemptState(StrEnum):
 ROLLOUT_TRANSITIONS: dict[RolloutState, frozenset[RolloutState]] = {
     RolloutState.QUEUED: frozenset({RolloutState.RUNNING, RolloutState.CANCELLED}),
     # Back to QUEUED is the retry of a failed attempt.
-    RolloutState.RUNNING: frozenset(
-        {RolloutState.SUCCEEDED, RolloutState.FAILED, RolloutState.CANCELLED, RolloutState.QUEUED}
-    ),
+    RolloutState.RUNNING: frozenset(RolloutState) - {RolloutState.RUNNING},
     RolloutState.SUCCEEDED: frozenset(),
     RolloutState.FAILED: frozenset(),
     RolloutState.CANCELLED: frozenset(),

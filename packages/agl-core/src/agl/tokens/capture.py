@@ -17,10 +17,7 @@ from agl.tokens.packing import pack_ids, pack_logprobs
 Json = dict[str, Any]
 
 _ID_FIELDS = ("prompt_token_ids", "token_ids")
-SGLANG_FIELDS: Final = {
-    "return_input_ids_in_sglext": "input_ids",
-    "return_output_ids_in_sglext": "output_ids",
-}
+SGLANG_FIELDS: Final = {"return_input_ids_in_sglext": "input_ids", "return_output_ids_in_sglext": "output_ids"}
 """SGLang's request fields, each with the field of `sglext` that it asks for."""
 _ENVELOPE = frozenset({"id", "object", "created", "model", "choices", "usage"})
 
@@ -100,10 +97,8 @@ class Choice:
         """The answer as a GenAI output message."""
         parts: list[Json] = [{"type": "reasoning", "content": self.reasoning}] if self.reasoning else []
         parts += [{"type": "text", "content": self.text}] if self.text else []
-        parts += [
-            {"type": "tool_call", "id": call.id, "name": call.name, "arguments": call.arguments}
-            for call in self.tool_calls
-        ]
+        for call in self.tool_calls:
+            parts.append({"type": "tool_call", "id": call.id, "name": call.name, "arguments": call.arguments})
         return {"role": "assistant", "parts": parts, "finish_reason": self.finish_reason}
 
     def packed_prompt_ids(self) -> bytes:
@@ -210,8 +205,7 @@ def _is_version_of(responding: str, requested: RequestedFields) -> bool:
 def is_empty_chunk(chunk: Json) -> bool:
     """Whether a stripped chunk has nothing left: without the capture the engine would not have sent it.
 
-    Chat tokens without text (half a character, a tool call that is still being parsed) give such chunks; completions
-    send every token.
+    Chat tokens without text give such chunks (half a character, an unparsed tool call); completions send every token.
     """
     choices = chunk.get("choices")
     if not choices:

@@ -94,9 +94,8 @@ class Drifted:
         try:
             data = json.loads(text)
             sampled, prompt = data["sampled"], data["prompt"]
-            difference = Difference(
-                data["position"], sampled["id"], prompt["id"], sampled.get("text"), prompt.get("text")
-            )
+            texts = sampled.get("text"), prompt.get("text")
+            difference = Difference(data["position"], sampled["id"], prompt["id"], *texts)
             return cls(Drift(data["kind"]), difference, data["after"])
         except (ValueError, TypeError, KeyError, AttributeError):
             return None

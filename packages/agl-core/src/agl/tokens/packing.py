@@ -1,7 +1,6 @@
 """Token ids and logprobs as packed bytes: one OTLP value instead of hundreds.
 
-Packed form: int32 (ids) or float32 (logprobs), little-endian. The unpacking functions also accept plain arrays of
-numbers, which spans of other tools hold.
+Packed form: little-endian int32 (ids) or float32 (logprobs). Unpacking also accepts other tools' plain number arrays.
 """
 
 import sys

@@ -37,8 +37,7 @@ def read(span: Span, name: str) -> AttributeValue | None:
     if name in span.attributes:
         return span.attributes[name]
     holders = (span.attributes, span.resource)
-    aliases = ALIASES.get(name, ())
-    return next((holder[alias] for alias in aliases for holder in holders if alias in holder), None)
+    return next((holder[alias] for alias in ALIASES.get(name, ()) for holder in holders if alias in holder), None)
 
 
 def read_text(span: Span, name: str) -> str | None:

@@ -81,19 +81,15 @@ def join_calls(tree: SpanTree) -> list[CallSpans]:
     """The spans of each model request in `tree`, in order of time."""
     chats = _innermost_chats(tree)
     by_response = {answer: chat for chat in reversed(chats) if (answer := chat.response_id)}
-    calls = [
-        CallSpans(span, _chat_above(tree, span) or by_response.get(span.response_id or ""))
-        for span in tree.spans
-        if _is_gateway_call(span)
-    ]
+    gateway = filter(_is_gateway_call, tree.spans)
+    calls = [CallSpans(span, _chat_above(tree, span) or by_response.get(span.response_id or "")) for span in gateway]
     joined = {id(call.chat) for call in calls}
     calls += [CallSpans(None, chat) for chat in chats if id(chat) not in joined]
     return sorted(calls, key=lambda call: call.order)
 
 
 def causes(spans: Iterable[Span]) -> Iterator[tuple[Span, Span]]:
-    """Pairs of a span and the span that caused it, the cause first: its parent or, for a gateway span that has none
-    here, the chat span that it is joined with."""
+    """Pairs of cause and span. The cause is the parent or, for a gateway span without one, the joined chat span."""
     tree = SpanTree(spans)
     chats = {id(call.gateway): call.chat for call in join_calls(tree)}
     for span in tree.spans:

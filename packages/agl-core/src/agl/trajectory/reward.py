@@ -9,9 +9,9 @@ from agl.span import Span
 from agl.trajectory.attributes import read_number
 
 _NOT_DIMENSIONS = {semconv.REWARD_VALUE, semconv.REWARD_TARGET}
-_NUMBERED = re.compile(r"agentlightning\.reward\.(\d+)\.name")
+_NUMBERED = re.compile(r"agentlightning\.reward\.\d+\.name")
 """agentlightning's dimensions: `agentlightning.reward.<i>.name` and `.value`; number 0 is the scalar."""
-_LINK = re.compile(r"agentlightning\.link\.(\d+)\.key_match")
+_LINK = re.compile(r"agentlightning\.link\.\d+\.key_match")
 """agentlightning's targets: the spans whose attribute `.key_match` has the value `.value_match`."""
 
 
@@ -57,20 +57,14 @@ def by_target(rewards: Iterable[Reward]) -> dict[str, list[Reward]]:
 
 def _numbered_dimensions(span: Span) -> dict[str, float]:
     """agentlightning's dimensions by name, without the scalar, which it names `primary`."""
-    indices = [found[1] for name in span.attributes if (found := _NUMBERED.fullmatch(name))]
-    named = {
-        span.text(f"agentlightning.reward.{index}.name"): span.number(f"agentlightning.reward.{index}.value")
-        for index in indices
-    }
+    prefixes = [name.removesuffix(".name") for name in span.attributes if _NUMBERED.fullmatch(name)]
+    named = {span.text(f"{prefix}.name"): span.number(f"{prefix}.value") for prefix in prefixes}
     return {name: value for name, value in named.items() if name not in (None, "primary") and value is not None}
 
 
 def _linked_target(span: Span) -> str | None:
     """The target that agentlightning's links name."""
-    indices = [found[1] for name in span.attributes if (found := _LINK.fullmatch(name))]
-    links = {
-        span.text(f"agentlightning.link.{index}.key_match"): span.text(f"agentlightning.link.{index}.value_match")
-        for index in indices
-    }
+    prefixes = [name.removesuffix(".key_match") for name in span.attributes if _LINK.fullmatch(name)]
+    links = {span.text(f"{prefix}.key_match"): span.text(f"{prefix}.value_match") for prefix in prefixes}
     named = links.get(semconv.GEN_AI_RESPONSE_ID) or links.get("span_id")
     return named or ", ".join(f"{key} {value}" for key, value in links.items()) or None

@@ -139,11 +139,8 @@ def _drift(earlier: Iterable[_CallNode], node: _CallNode) -> tuple[Drift | None,
     Token ids alone show a changed history as `retokenized`, and a change before the latest response as a new
     conversation. The gateway compares messages too, so its finding takes precedence.
     """
-    ranked = [
-        (drift, candidate)
-        for candidate in earlier
-        if candidate.call.role == node.call.role and (drift := node.drift_from(candidate))
-    ]
+    of_role = [candidate for candidate in earlier if candidate.call.role == node.call.role]
+    ranked = [(drift, candidate) for candidate in of_role if (drift := node.drift_from(candidate))]
     (_, _, kind), last = max(ranked, key=lambda found: found[0], default=((0, False, None), None))
     if kind == Drift.FORK:
         return kind, None

@@ -38,22 +38,18 @@ def trained_span(
 
     The span id depends on call, run and step, so a resumed run that repeats a step records nothing twice.
     """
-    attributes: dict[str, AttributeValue] = {
+    facts: dict[str, AttributeValue | None] = {
         semconv.ROLLOUT_ID: call.rollout_id,
         semconv.ROLE: call.role,
         semconv.TRAINED_CALL: call.span_id,
         semconv.TRAINED_STEP: step,
+        semconv.ATTEMPT_ID: call.attempt_id,
+        semconv.TRAINED_ADVANTAGE: advantage,
+        semconv.TRAINED_WEIGHT: weight,
+        semconv.TRAINED_RUN: run or None,
+        semconv.TRAINED_REASON: reason and reason.value,
     }
-    if call.attempt_id is not None:
-        attributes[semconv.ATTEMPT_ID] = call.attempt_id
-    if advantage is not None:
-        attributes[semconv.TRAINED_ADVANTAGE] = advantage
-    if weight is not None:
-        attributes[semconv.TRAINED_WEIGHT] = weight
-    if run:
-        attributes[semconv.TRAINED_RUN] = run
-    if reason is not None:
-        attributes[semconv.TRAINED_REASON] = reason.value
+    attributes = {name: value for name, value in facts.items() if value is not None}
     now = time.time_ns()
     span_id = hashlib.sha256(f"{call.trace_id}{call.span_id}{step}{run}".encode()).hexdigest()[:16]
     return Span(call.trace_id, span_id, call.span_id, semconv.SPAN_TRAINED, now, now, attributes)

@@ -30,8 +30,7 @@ def to_messages(items: list[Json]) -> Iterator[Json]:
 
 
 def _from_user(item: Json) -> Json:
-    role = "system" if item["role"] == "developer" else item["role"]
-    return {"role": role, "content": _content(item["content"])}
+    return {"role": "system" if item["role"] == "developer" else item["role"], "content": _content(item["content"])}
 
 
 def _from_tool(item: Json) -> Json:

@@ -71,9 +71,8 @@ class Messages(Translated):
             events += self._block("thinking", {"type": "thinking", "thinking": "", "signature": ""})
             events += self._delta({"type": "thinking_delta", "thinking": thought})
         if text := delta.get("content"):
-            events += self._block("text", {"type": "text", "text": ""}) + self._delta(
-                {"type": "text_delta", "text": text}
-            )
+            events += self._block("text", {"type": "text", "text": ""})
+            events += self._delta({"type": "text_delta", "text": text})
         for call in delta.get("tool_calls") or ():
             function = call.get("function") or {}
             start = {"type": "tool_use", "id": call.get("id"), "name": function.get("name"), "input": {}}
@@ -165,11 +164,8 @@ def _turns(message: Json) -> Iterator[Json]:
     for block in content:
         if block["type"] == "tool_result":
             yield {"role": "tool", "tool_call_id": block["tool_use_id"], "content": text_of(block.get("content"))}
-    calls = [
-        tool_call(block["id"], block["name"], json.dumps(block["input"]))
-        for block in content
-        if block["type"] == "tool_use"
-    ]
+    uses = [block for block in content if block["type"] == "tool_use"]
+    calls = [tool_call(use["id"], use["name"], json.dumps(use["input"])) for use in uses]
     thoughts = "".join(block["thinking"] for block in content if block["type"] == "thinking")
     parts = [_part(block) for block in content if block["type"] in ("text", "image")]
     unknown = {block["type"] for block in content} - {"text", "image", "tool_use", "tool_result", "thinking"}

@@ -97,9 +97,7 @@ class Responses(Translated):
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": prompt + answer,
         }
-        echoed = {
-            name: default if self.body.get(name) is None else self.body[name] for name, default in _ECHOED.items()
-        }
+        echoed = _ECHOED | {name: value for name, value in self.body.items() if name in _ECHOED and value is not None}
         return echoed | {
             "id": self.capture.response_id,
             "object": "response",
@@ -119,11 +117,9 @@ class Responses(Translated):
         return f"{kind}_{self.capture.response_id}_{len(self._items)}"
 
     def _message(self, text: str, logprobs: list[Json], status: str = "completed") -> Json:
-        content = [
-            {"type": "output_text", "text": text, "annotations": [], "logprobs": self._requested_logprobs(logprobs)}
-        ]
+        part = {"type": "output_text", "text": text, "annotations": [], "logprobs": self._requested_logprobs(logprobs)}
         message = {"id": self._id("msg"), "type": "message", "role": "assistant", "status": status}
-        return message | {"content": content if status == "completed" else []}
+        return message | {"content": [part] if status == "completed" else []}
 
     def _reasoning(self, text: str) -> Json:
         content = [{"type": "reasoning_text", "text": text}]
@@ -159,25 +155,21 @@ class Responses(Translated):
     def _add_to_call(self, call: Json) -> bytes:
         function = call.get("function") or {}
         name, arguments = function.get("name") or "", function.get("arguments")
-        events = self._open_item(
-            call.get("index", 0), lambda: self._call(call.get("id") or "", name, "", "in_progress")
-        )
+        call_id = call.get("id") or ""
+        events = self._open_item(call.get("index", 0), lambda: self._call(call_id, name, "", "in_progress"))
         if arguments:
             events += self._append("function_call_arguments", self._items[-1], "arguments", arguments)
         return events
 
     def render_end(self, done: bytes) -> bytes:
         status = self._status()
-        begun = b"" if self._events else self._begin()
-        return (
-            begun + self._close_item() + self._event(f"response.{status}", {"response": self._response(status)}, False)
-        )
+        events = b"" if self._events else self._begin()
+        events += self._close_item()
+        return events + self._event(f"response.{status}", {"response": self._response(status)}, False)
 
     def _begin(self) -> bytes:
-        events = b""
-        for name in ("response.created", "response.in_progress"):
-            events += self._event(name, {"response": self._response("in_progress")}, False)
-        return events
+        names = ("response.created", "response.in_progress")
+        return b"".join(self._event(name, {"response": self._response("in_progress")}, False) for name in names)
 
     def _open_item(self, kind: str | int, make: Any) -> bytes:
         """The events that start an item, unless it is open."""
@@ -194,11 +186,9 @@ class Responses(Translated):
             return b""
         item, events = self._items[-1], b""
         if item["type"] == "message":
-            part = item["content"][0]
-            place = {"content_index": 0}
-            events += self._event(
-                "response.output_text.done", place | {"text": part["text"], "logprobs": part["logprobs"]}
-            )
+            part, place = item["content"][0], {"content_index": 0}
+            done = place | {"text": part["text"], "logprobs": part["logprobs"]}
+            events += self._event("response.output_text.done", done)
             events += self._event("response.content_part.done", place | {"part": part})
         elif item["type"] == "function_call":
             call = {"arguments": item["arguments"], "name": item["name"]}

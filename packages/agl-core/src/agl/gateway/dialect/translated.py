@@ -59,10 +59,8 @@ class Translated(Dialect):
     def token_counts(self) -> tuple[int, int]:
         """Tokens of prompt and answer: the engine's usage, else the number of ids."""
         usage, choice = self.capture.usage, self.choice
-        return (
-            usage.get("prompt_tokens") or len(choice.prompt_ids),
-            usage.get("completion_tokens") or len(choice.token_ids),
-        )
+        prompt = usage.get("prompt_tokens") or len(choice.prompt_ids)
+        return prompt, usage.get("completion_tokens") or len(choice.token_ids)
 
     @classmethod
     def error_response(cls, error: ApiError) -> Response:

@@ -42,17 +42,9 @@ class Address:
         keyspace = parts.path.removeprefix("/")
         if not _KEYSPACE.fullmatch(keyspace):
             raise StoreError(f"{name} names the keyspace {keyspace!r}; expected cassandra://h1,h2,h3/keyspace")
-        return cls(
-            name,
-            names,
-            port,
-            keyspace,
-            unquote(user),
-            unquote(password),
-            _number(name, options, "replication_factor"),
-            options.get("datacenter"),
-            _number(name, options, "protocol_version"),
-        )
+        copies, version = (_number(name, options, option) for option in ("replication_factor", "protocol_version"))
+        datacenter = options.get("datacenter")
+        return cls(name, names, port, keyspace, unquote(user), unquote(password), copies, datacenter, version)
 
 
 def _hosts(name: str, text: str, port: int) -> tuple[tuple[str, ...], int]:

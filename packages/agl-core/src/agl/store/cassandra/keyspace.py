@@ -95,11 +95,9 @@ class Keyspace:
     def compare_and_set(self, statements: Sequence[Statement], revision: UUID) -> bool:
         """Run statements of one partition if the condition of the first one holds; returns whether it did.
 
-        They set the column `revision` to `revision`, a new UUID, by which a retry detects that the first try succeeded
-        although its response was lost.
+        They set the column `revision` to `revision`, a new UUID, which a retry finds there after a lost response.
         """
-        is_one = len(statements) == 1
-        request = self._bind(*statements[0]) if is_one else self._batch(statements, BatchType.LOGGED)
+        request = self._bind(*statements[0]) if len(statements) == 1 else self._batch(statements, BatchType.LOGGED)
         with self._errors("did not keep the change in"):
             result = self._persist(lambda: self._session.execute(request))
             if result.was_applied:
@@ -157,11 +155,9 @@ class Keyspace:
         def run_rest() -> list[list[Record]]:
             rest = [index for index in range(len(requests)) if index not in found]
             errors = []
+            pending = [(requests[index], None) for index in rest]
             done = execute_concurrent(
-                self._session,
-                [(requests[index], None) for index in rest],
-                concurrency=_CONCURRENT_REQUESTS,
-                raise_on_first_error=False,
+                self._session, pending, concurrency=_CONCURRENT_REQUESTS, raise_on_first_error=False
             )
             for index, (is_done, result) in zip(rest, done, strict=True):
                 if is_done:
@@ -210,16 +206,10 @@ def _cluster(address: Address) -> Cluster:
         row_factory=tuple_factory,
     )
     login = PlainTextAuthProvider(address.user, address.password) if address.user else None
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"execution_profiles": {EXEC_PROFILE_DEFAULT: profile}}
     if address.protocol_version is not None:
         options["protocol_version"] = address.protocol_version
-    return Cluster(
-        list(address.hosts),
-        port=address.port,
-        auth_provider=login,
-        execution_profiles={EXEC_PROFILE_DEFAULT: profile},
-        **options,
-    )
+    return Cluster(list(address.hosts), port=address.port, auth_provider=login, **options)
 
 
 def _describe(error: Exception) -> str:

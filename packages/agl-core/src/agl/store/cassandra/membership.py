@@ -65,12 +65,9 @@ def find_owners(db: Keyspace, spans: RolloutSpans) -> dict[str, set[str]]:
 
 def _response_entries(db: Keyspace, spans: Iterable[IndexedSpan]) -> dict[str, list[ResponseEntry]]:
     """All entries for the responses of `spans`, by response id."""
-    response_ids = sorted({span.response_id for span in spans if span.response_id})
-    results = db.run([(_RESPONSES, (response_id,)) for response_id in response_ids])
-    return {
-        response_id: [ResponseEntry(*row) for row in rows]
-        for response_id, rows in zip(response_ids, results, strict=True)
-    }
+    ids = sorted({span.response_id for span in spans if span.response_id})
+    results = zip(ids, db.run([(_RESPONSES, (response_id,)) for response_id in ids]), strict=True)
+    return {response_id: [ResponseEntry(*row) for row in rows] for response_id, rows in results}
 
 
 def _joined_traces(db: Keyspace, spans: Sequence[IndexedSpan]) -> set[str]:

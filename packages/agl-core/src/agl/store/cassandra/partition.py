@@ -26,7 +26,7 @@ _INSERT = f"INSERT INTO rollouts ({_ROLLOUT}) VALUES ({', '.join('?' * _STATIC_C
 _UPDATE = "UPDATE rollouts SET revision = ?, state = ?, attempts = ?, ended_ns = ? WHERE rollout_id = ? IF revision = ?"
 _PUT_ATTEMPT = f"INSERT INTO rollouts (rollout_id, {_ATTEMPT}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 _PUT_QUEUE = "INSERT INTO queue (slot, place, rollout_id, number) VALUES (?, ?, ?, ?)"
-_PUT_SLOT = "INSERT INTO queue_slots (queue, slot) VALUES (0, ?)"
+PUT_SLOT = "INSERT INTO queue_slots (queue, slot) VALUES (0, ?)"
 _PUT_WATCHED = "INSERT INTO watched (shard, rollout_id, number) VALUES (?, ?, ?)"
 
 
@@ -102,7 +102,7 @@ def insert(db: Keyspace, rows: Sequence[tuple[Record, int]]) -> None:
 
 def queue_entry(rollout_id: str, place: int, number: int) -> list[Statement]:
     """Statements that queue a rollout for its attempt `number`."""
-    return [(_PUT_QUEUE, (slot_of(place), place, rollout_id, number)), (_PUT_SLOT, (slot_of(place),))]
+    return [(_PUT_QUEUE, (slot_of(place), place, rollout_id, number)), (PUT_SLOT, (slot_of(place),))]
 
 
 def slot_of(place: int) -> int:

@@ -25,7 +25,6 @@ _ENTRIES = "SELECT place, rollout_id, number FROM queue WHERE slot = ?"
 _ANY_ENTRY = "SELECT place FROM queue WHERE slot = ? LIMIT 1"
 _DELETE_ENTRY = "DELETE FROM queue WHERE slot = ? AND place = ? AND rollout_id = ? AND number = ?"
 _DELETE_SLOT = "DELETE FROM queue_slots WHERE queue = 0 AND slot = ?"
-_PUT_SLOT = "INSERT INTO queue_slots (queue, slot) VALUES (0, ?)"
 _WATCHED = "SELECT rollout_id, number FROM watched WHERE shard = ?"
 _DELETE_WATCHED = "DELETE FROM watched WHERE shard = ? AND rollout_id = ? AND number = ?"
 _PUT_GROUP = "INSERT INTO rollout_groups (group_id, place, rollout_id) VALUES (?, ?, ?)"
@@ -169,7 +168,7 @@ def _queue_entries(db: Keyspace, now_ns: int) -> Iterator[_QueueEntry]:
         if is_empty and slot < partition.slot_of(now_ns - _SETTLED_NS):
             db.write(_DELETE_SLOT, slot)
             if db.read(_ANY_ENTRY, slot):  # Added meanwhile: a rollout that is queued again keeps its place.
-                db.write(_PUT_SLOT, slot)
+                db.write(partition.PUT_SLOT, slot)
 
 
 def _begin(db: Keyspace, stored: StoredRollout | None, worker_id: str, now_ns: int) -> Pair | None:
@@ -224,8 +223,7 @@ def _end_overdue(db: Keyspace, now_ns: int) -> list[Attempt]:
         if stored is None or _cannot_expire(stored, number):
             db.write(_DELETE_WATCHED, partition.shard_of(rollout_id), rollout_id, number)
             continue
-        changed = partition.change(db, rollout_id, expire, stored)
-        if changed:
+        if changed := partition.change(db, rollout_id, expire, stored):
             ended.append(changed[1])
     return sorted(ended, key=lambda attempt: attempt.attempt_id)
 

@@ -1,8 +1,7 @@
 """Partitions of the tables `spans` and `span_bodies`.
 
-The partition key is (`home`, `bucket`). `home` is the rollout that a span names, else its trace id, so that spans that
-are read together are stored together. When a bucket is full it is closed and the next one begins, which limits the size
-of a partition.
+The partition key is (`home`, `bucket`). `home` is the rollout that a span names, else its trace id: spans that are read
+together are stored together. A full bucket is closed and the next one begins, which limits the size of a partition.
 """
 
 import threading

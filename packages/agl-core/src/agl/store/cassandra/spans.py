@@ -104,8 +104,7 @@ class CassandraSpans:
 def _insert(db: Keyspace, rows: Sequence[SpanRow], now_ns: int, fill: BucketFill) -> int:
     """Insert those of `rows` that the store does not have yet; returns how many.
 
-    Writes the index entries of a span before the span: if the insert fails in between, a retry finds the span missing
-    and writes both again.
+    Writes the index entries of a span before the span: if that fails in between, a retry writes both again.
     """
     incoming: dict[str, dict[bytes, _NewSpan]] = defaultdict(dict)
     for place, row in enumerate(rows):

@@ -160,17 +160,12 @@ class HttpStore(Store):
     def _send_once(self, verb: Verb, arguments: bytes | dict[str, str]) -> bytes:
         if self._closed:
             raise StoreError(f"the store {self.uri} is closed")
-        content: dict[str, Any] = {"fields": arguments}
+        content: dict[str, Any] = {"fields": arguments, "headers": self._headers}
         if isinstance(arguments, bytes):
             content = {"body": arguments, "headers": {**self._headers, "content-type": verb.content_type}}
         try:
-            response = self._pool.request(
-                verb.method,
-                self.uri + verb.path,
-                **({"headers": self._headers} | content),
-                retries=False,
-                timeout=_TIMEOUT,
-            )
+            url = self.uri + verb.path
+            response = self._pool.request(verb.method, url, **content, retries=False, timeout=_TIMEOUT)
         except (NewConnectionError, ConnectTimeoutError) as error:
             raise _RetryableError(error) from error
         except HTTPError as error:
@@ -186,7 +181,6 @@ class HttpStore(Store):
         return StoreError(f"{self.uri} may or may not have done {verb.name}, its response was lost: {reason}")
 
     def _error(self, verb: Verb, response: urllib3.BaseHTTPResponse) -> Exception:
-        """The error for a response that is not 200."""
         code, message = _read_error(response)
         if response.status in _BUSY:
             return _RetryableError(message, _seconds(response.headers.get("retry-after")))
@@ -208,9 +202,8 @@ def _split_token(uri: str) -> tuple[str, str | None]:
     except ValueError:
         # From None: the message of urlsplit quotes the token.
         raise StoreError("a store on another machine is http://HOST:PORT or https://HOST:PORT, nothing more") from None
-    host = parts.netloc.rpartition("@")[2]
     token = unquote(parts.password or parts.username or "") or os.environ.get(TOKEN_VARIABLE, "").strip()
-    return f"{parts.scheme}://{host}{parts.path.rstrip('/')}", token or None
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}", token or None
 
 
 def _pauses() -> Iterator[float]:

@@ -41,10 +41,8 @@ class StoreApi:
         self._wait_pool = ThreadPoolExecutor(_WAIT_THREADS, "agl-api-wait")
 
     def routes(self) -> list[BaseRoute]:
-        routes: list[BaseRoute] = [
-            Route(verb.path, self._endpoint(verb), methods=[verb.method]) for verb in VERBS.values()
-        ]
-        return [Route(f"{PREFIX}/openapi.json", _show_document), *routes]
+        verbs = [Route(verb.path, self._endpoint(verb), methods=[verb.method]) for verb in VERBS.values()]
+        return [Route(f"{PREFIX}/openapi.json", _show_document), *verbs]
 
     def close(self) -> None:
         """Finish the current requests and end the threads. May be called twice."""

@@ -1,7 +1,6 @@
 """The verbs of `agl.store.protocol.Store` over HTTP: one table for server, client and OpenAPI document.
 
-The signature of a verb in the protocol defines its arguments and its result. Arguments are JSON, the response is
-`{"result": ...}`; spans are OTLP protobuf.
+A verb's signature in the protocol defines arguments and result. Both are JSON (`{"result": ...}`), spans OTLP protobuf.
 """
 
 import json

@@ -62,10 +62,8 @@ class PostgresConnection:
 
     def lock_first(self, query: str, parameters: Sequence[Any] = ()) -> Any:
         # If other transactions hold all rows, wait for one: a heartbeat, for example, releases its row soon.
-        return (
-            self.execute(f"{query} FOR UPDATE SKIP LOCKED", parameters).fetchone()
-            or self.execute(f"{query} FOR UPDATE", parameters).fetchone()
-        )
+        found = self.execute(f"{query} FOR UPDATE SKIP LOCKED", parameters).fetchone()
+        return found or self.execute(f"{query} FOR UPDATE", parameters).fetchone()
 
     def lock_name(self, name: str) -> None:
         self.execute("SELECT pg_advisory_xact_lock(?, hashtext(?))", (LOCK, name))
@@ -79,7 +77,6 @@ Work = Callable[[PostgresConnection], Result]
 
 @cache
 def _psycopg_sql(sql: str) -> bytes:
-    """`sql` with the placeholders of psycopg."""
     return _PLACEHOLDER.sub(lambda match: f"%({match[1]})s" if match[1] else "%s", sql).encode()
 
 
@@ -101,8 +98,7 @@ class _BinaryText(StrBinaryDumper):
 class PostgresDatabase:
     """A database shared by threads, processes and machines.
 
-    Opening an older schema version migrates it. Raises StoreError, without the password, if the server cannot be
-    reached or another program owns the schema.
+    Migrates an older schema. Raises StoreError, without the password, if the server is down or the schema is not ours.
     """
 
     def __init__(self, uri: str, migrations: Migrations) -> None:

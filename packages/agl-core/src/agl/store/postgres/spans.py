@@ -86,10 +86,7 @@ def without_duplicates(rows: Iterable[SpanRow]) -> list[SpanRow]:
 
 
 def insert(db: PostgresConnection, rows: Sequence[SpanRow], now_ns: int) -> int:
-    """Insert those of `rows`, which have no duplicates, that the store does not have yet; returns how many.
-
-    Raises MissingPartition if the day has no partition.
-    """
+    """Insert those of `rows` (no duplicates) that are new; returns how many. Raises MissingPartition for a new day."""
     with db.cursor() as cursor, cursor.copy(_COPY) as copy:
         copy.set_types(_COPY_TYPES)
         for place, row in enumerate(rows):

@@ -21,17 +21,11 @@ class Connection(Protocol):
     def executemany(self, sql: str, parameters: Iterable[Any], /) -> object: ...
 
     def select_by_id(self, columns: str, table: str, key: str, ids: Iterable[str], *, lock: bool = False) -> Rows:
-        """Rows of `table` whose column `key` is one of `ids`, ordered by it.
-
-        With `lock` only this transaction may change them until it ends.
-        """
+        """Rows of `table` whose `key` is one of `ids`, ordered by it; `lock` locks them until the transaction ends."""
         ...
 
     def lock_first(self, query: str, parameters: Sequence[Any] = ()) -> Any:
-        """First row of `query`, locked until the transaction ends; None if there is none.
-
-        Prefers rows that no other transaction has locked.
-        """
+        """First row of `query`, a free one before a locked one, locked until the transaction ends; None if none."""
         ...
 
     def lock_name(self, name: str) -> None:
@@ -64,8 +58,4 @@ DatabaseT = TypeVar("DatabaseT", bound=Database)
 
 def write_many(database: Database, sql: str, rows: Iterable[Sequence[Any]]) -> None:
     """Execute `sql` once for each of `rows`, in one transaction."""
-
-    def work(db: Connection) -> None:
-        db.executemany(sql, rows)
-
-    database.write(work)
+    database.write(lambda db: db.executemany(sql, rows))

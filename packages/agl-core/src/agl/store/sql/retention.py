@@ -69,8 +69,7 @@ class Retention(ABC, Generic[DatabaseT]):
 
     def collect(self) -> Collected:
         self._walk()
-        without_spans = self.database.write(self._delete_without_spans)
-        return Collected(self._rollouts + without_spans, self._spans)
+        return Collected(self._rollouts + self.database.write(self._delete_without_spans), self._spans)
 
     def _walk(self) -> None:
         number = self.POSITION.count(",") + 1

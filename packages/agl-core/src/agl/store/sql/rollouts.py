@@ -118,14 +118,12 @@ def _record_heartbeats(db: Connection, attempts: dict[str, Attempt], now_ns: int
     """Returns the ids of the attempts that run, or run again. Locks only the rollouts that have to be written."""
     running = {attempt_id for attempt_id, attempt in attempts.items() if lifecycle.is_fresh(attempt, now_ns)}
     may_run = (AttemptState.RUNNING, AttemptState.UNRESPONSIVE)
-    stale = [attempt for attempt_id, attempt in attempts.items() if attempt_id not in running]
-    stale = [attempt for attempt in stale if attempt.state in may_run]
+    stale = [attempt for name, attempt in attempts.items() if name not in running and attempt.state in may_run]
     if not stale:
         return running
     rollouts = _find_rollouts(db, [attempt.rollout_id for attempt in stale], lock=True)
     for attempt in _find_attempts(db, [attempt.attempt_id for attempt in stale]).values():
-        changed = lifecycle.heartbeat(rollouts[attempt.rollout_id], attempt, now_ns)
-        if changed:
+        if changed := lifecycle.heartbeat(rollouts[attempt.rollout_id], attempt, now_ns):
             _save(db, *changed)
             rollouts[attempt.rollout_id] = changed[0]
             running.add(attempt.attempt_id)

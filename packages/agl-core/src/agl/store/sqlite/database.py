@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from agl.errors import InputError, StoreError
 from agl.store.migration import Migrations, pending_statements
-from agl.store.sql.database import Rows
+from agl.store.sql.database import Connection, Rows
 
 IN_MEMORY = ":memory:"
 _APPLICATION_ID = 0x41474C31  # "AGL1": identifies a store among SQLite files.
@@ -157,7 +157,7 @@ class SqliteDatabase:
 
     def _prepare(self, connection: SqliteConnection, migrations: Migrations) -> None:
         self._check_owner(connection)
-        version = _pragma(connection, "user_version")
+        version = pragma(connection, "user_version")
         for setting in (*(() if version else _NEW_FILE_SETTINGS), *_WRITER_SETTINGS):
             connection.execute(f"PRAGMA {setting}")
         if version != len(migrations):  # An up-to-date store can be opened on a full disk.
@@ -166,8 +166,7 @@ class SqliteDatabase:
     def _migrate(self, connection: SqliteConnection, migrations: Migrations) -> None:
         connection.execute("BEGIN IMMEDIATE")
         self._check_owner(connection)  # Again, now that no other process can change the file.
-        version = _pragma(connection, "user_version")
-        for statement in pending_statements(self.path, version, migrations):
+        for statement in pending_statements(self.path, pragma(connection, "user_version"), migrations):
             connection.execute(statement)
         connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {len(migrations)}")
@@ -176,7 +175,7 @@ class SqliteDatabase:
     def _check_owner(self, connection: SqliteConnection) -> None:
         """Raise StoreError for a database that another program made. An empty one becomes a store."""
         empty = connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
-        if not empty and _pragma(connection, "application_id") != _APPLICATION_ID:
+        if not empty and pragma(connection, "application_id") != _APPLICATION_ID:
             raise StoreError(f"{self.path} is a SQLite database of another program, not a store; name another file")
 
     def _write_batches(self) -> None:
@@ -198,8 +197,7 @@ class SqliteDatabase:
     def _commit(self, batch: list[_Job]) -> None:
         """Commit the batch as one transaction, and then return the results to the callers.
 
-        If a job fails, each job runs in a transaction of its own, so that only that job fails. (With savepoints SQLite
-        would copy every page before it changes it.)
+        If a job fails, each runs in its own transaction, so only that one fails. (Savepoints would copy changed pages.)
         """
         try:
             results = self._transact(batch)
@@ -234,7 +232,7 @@ def connect(path: str | Path) -> SqliteConnection:
     )
 
 
-def _pragma(connection: SqliteConnection, name: str) -> int:
+def pragma(connection: Connection, name: str) -> int:
     return connection.execute(f"PRAGMA {name}").fetchone()[0]
 
 

@@ -8,7 +8,7 @@ from agl.store.protocol import Collected
 from agl.store.sql.database import Connection
 from agl.store.sql.retention import Retention
 from agl.store.sqlite import spans
-from agl.store.sqlite.database import SqliteDatabase
+from agl.store.sqlite.database import SqliteDatabase, pragma
 
 _PAGES_PER_STEP: Final = 500
 
@@ -49,15 +49,11 @@ class SqliteRetention(Retention[SqliteDatabase]):
 
 def _used_bytes(db: Connection) -> int:
     """Size of the file without its free pages."""
-    return (_pragma(db, "page_count") - _pragma(db, "freelist_count")) * _pragma(db, "page_size")
+    return (pragma(db, "page_count") - pragma(db, "freelist_count")) * pragma(db, "page_size")
 
 
 def _free_some_pages(db: Connection) -> bool:
     """Cut some free pages off the file; returns whether more can be cut. Files of version 1 keep theirs."""
-    before = _pragma(db, "freelist_count")
+    before = pragma(db, "freelist_count")
     db.execute(f"PRAGMA incremental_vacuum({_PAGES_PER_STEP})").fetchall()
-    return 0 < _pragma(db, "freelist_count") < before
-
-
-def _pragma(db: Connection, name: str) -> int:
-    return db.execute(f"PRAGMA {name}").fetchone()[0]
+    return 0 < pragma(db, "freelist_count") < before

@@ -1,8 +1,7 @@
 """Spans in SQLite: each row has the OTLP request that carries the span alone, and the columns to find it by.
 
-`asks` is the index of spans by the response that they requested. Response ids are random, so each insert into an index
-of them writes a page of its own: `insert` appends to `new_asks` instead, and a query that needs the index moves these
-rows into it first.
+`asks` indexes spans by the response that they requested. Response ids are random, so each insert into an index of them
+writes a page of its own: `insert` appends to `new_asks`, and a query that needs the index first moves these rows to it.
 """
 
 from collections.abc import Sequence
@@ -70,13 +69,11 @@ class Batch:
 
     @classmethod
     def of(cls, rows: Sequence[SpanRow], now_ns: int) -> Self:
-        return cls(
-            [
-                (row.trace_id, row.span_id, row.rollout_id, row.start_ns, now_ns, row.asked, row.answered, row.otlp)
-                for row in rows
-            ],
-            [(row.asked, row.start_ns, row.trace_id, row.span_id) for row in rows if row.asked],
-        )
+        spans = [
+            (row.trace_id, row.span_id, row.rollout_id, row.start_ns, now_ns, row.asked, row.answered, row.otlp)
+            for row in rows
+        ]
+        return cls(spans, [(row.asked, row.start_ns, row.trace_id, row.span_id) for row in rows if row.asked])
 
 
 def insert(db: Connection, batch: Batch) -> int:
