@@ -74,6 +74,7 @@ def test_a_chat_call_is_recorded_with_exact_tokens(setup: Setup) -> None:
         "agl.mode": "prod",
         "agl.gateway.choice": 0,
         "agl.gateway.changed": '{"return_token_ids":true,"logprobs":true,"top_k":50}',
+        "agl.gateway.constraints": ["top_k"],
         "http.response.status_code": 200,
     }
 

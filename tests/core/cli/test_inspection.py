@@ -83,6 +83,15 @@ def test_a_call_shows_in_which_step_it_trained_or_why_not() -> None:
     assert Inspection(team()).outcomes == {"pending": 2, "no_ids": 1}
 
 
+def test_a_call_that_was_not_sampled_freely_shows_what_to_do_once_a_step_left_it_out() -> None:
+    call = gateway_call(attributes={semconv.MODE: "train", semconv.GATEWAY_CONSTRAINTS: ["response_format"]})
+    (made,) = build_trajectory([call]).calls
+    assert lines_of([call])[-1].endswith("row 1, not trained yet")
+    lines = lines_of([call, trained_span(made, 1, None, DropReason.CONSTRAINED)])
+    assert lines[-5].endswith("row 1, not trained in step 1: constrained")
+    assert lines[-3].startswith("constrained (1 call): response_format kept the engine from sampling")
+
+
 def test_steps_of_several_runs_show_the_name_of_the_run() -> None:
     call = gateway_call(attributes={semconv.MODE: "train"})
     (made,) = build_trajectory([call]).calls

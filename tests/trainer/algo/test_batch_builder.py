@@ -18,6 +18,7 @@ from agl_trainer.algo.batch_builder import grpo_batch
 from agl_trainer.algo.losses import policy_loss
 from agl_trainer.algo.objective import Objective
 from agl_trainer.algo.options import BatchOptions, RoleState
+from agl_trainer.algo.rejection import Rejection
 from agl_trainer.data.rows import RowLogprobs
 from tests.core.span_maker import chat
 from tests.trainer.rollout_maker import batch_options, call, reward_on, trajectory
@@ -338,13 +339,34 @@ def test_a_step_that_was_not_taken_trained_no_call() -> None:
 
 
 def test_rows_take_the_temperature_that_their_logprobs_are_of() -> None:
-    warm, greedy = (
-        trajectory(f"r{t}", call("writer", [3, 4], **{semconv.GEN_AI_REQUEST_TEMPERATURE: t}), reward_on(None, t))
-        for t in (0.5, 0.0)
-    )
-    rows = batch_of(warm, greedy, logprobs_mode="processed_logprobs").rows["writer"]
-    assert [row.temperatures for row in rows] == [[1.0, 1.0, 0.5, 0.5], [1.0] * 4]
-    assert [row.temperatures for row in batch_of(warm, greedy).rows["writer"]] == [None, None]
+    cold, warm = (sampled_with(f"r{t}", t, {semconv.GEN_AI_REQUEST_TEMPERATURE: t}) for t in (0.5, 2.0))
+    rows = batch_of(cold, warm, logprobs_mode="processed_logprobs").rows["writer"]
+    assert [row.temperatures for row in rows] == [[1.0, 1.0, 0.5, 0.5], [1.0, 1.0, 2.0, 2.0]]
+    assert [row.temperatures for row in batch_of(cold, warm).rows["writer"]] == [None, None]
+
+
+def sampled_with(rollout_id: str, value: float, attributes: dict[str, Any]) -> Trajectory:
+    return trajectory(rollout_id, call("writer", [3, 4], **attributes), reward_on(None, value))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "reason"),
+    [
+        ({semconv.GEN_AI_REQUEST_TEMPERATURE: 0.0}, DropReason.GREEDY),
+        ({semconv.GATEWAY_CONSTRAINTS: ["response_format"]}, DropReason.CONSTRAINED),
+    ],
+)
+def test_a_policy_gradient_leaves_out_what_another_distribution_sampled(
+    attributes: dict[str, Any], reason: DropReason
+) -> None:
+    """It still counts for the baseline: what it earned says how good the policy is."""
+    made = [sampled_with("r1", 1.0, attributes), sampled_with("r2", 0.0, {})]
+    batch = batch_of(*made)
+    assert [(outcome.advantage, outcome.reason) for outcome in batch.outcomes] == [(None, reason), (-0.5, None)]
+    assert len(batch.rows["writer"]) == 1
+    assert batch_of(*[sampled_with(f"r{i}", float(i), attributes) for i in range(2)]).zero_variance_groups == ["g"]
+    kept = [outcome for outcome in batch_of(*made, rejection=Rejection()).outcomes if outcome.reason is None]
+    assert [outcome.call.rollout_id for outcome in kept] == ["r1"]
 
 
 @pytest.mark.parametrize("loss_type", ["bnpo", "dr_grpo", "luspo"])

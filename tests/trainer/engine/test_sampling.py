@@ -75,6 +75,17 @@ def test_logprobs_are_those_of_the_full_distribution(options: dict[str, float]) 
         assert token.logprob == pytest.approx(math.log(WEIGHTS[token.token_id]), abs=1e-6)
 
 
+def test_tempered_logprobs_are_those_after_the_temperature() -> None:
+    settings = [params(), params(temperature=0.5), params(temperature=0.0), params(temperature=0.5, top_p=0.6)]
+    rngs = [random.Random(seed) for seed in range(4)]
+    tokens = sample(LOGITS.expand(4, -1), settings, rngs, is_tempered=True)
+    squares = [weight**2 for weight in WEIGHTS]
+    tempered = [weight / sum(squares) for weight in squares]
+    for token, weights in zip(tokens, [WEIGHTS, tempered, WEIGHTS, tempered], strict=True):
+        assert token.logprob == pytest.approx(math.log(weights[token.token_id]), abs=1e-6)
+    assert tokens[0].token_id == sample(LOGITS[None], settings[:1], [random.Random(0)])[0].token_id
+
+
 def test_temperature_zero_is_greedy_and_draws_no_number() -> None:
     sources = [random.Random(1), random.Random(2)]
     tokens = sample(LOGITS.flip(0).expand(2, -1), [params(temperature=0.0), params()], sources)

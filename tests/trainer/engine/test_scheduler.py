@@ -40,8 +40,10 @@ def greedy(max_tokens: int, **options: Any) -> SamplingParams:
 
 
 @asynccontextmanager
-async def engine(policy: Policy, *, max_batch: int = 64, max_model_len: int = 256) -> AsyncIterator[Scheduler]:
-    with Scheduler(policy, max_batch=max_batch, max_model_len=max_model_len) as scheduler:
+async def engine(
+    policy: Policy, *, max_batch: int = 64, max_model_len: int = 256, is_tempered: bool = False
+) -> AsyncIterator[Scheduler]:
+    with Scheduler(policy, max_batch=max_batch, max_model_len=max_model_len, is_tempered=is_tempered) as scheduler:
         yield scheduler
 
 
@@ -149,17 +151,26 @@ async def test_a_cached_prompt_is_not_computed_again(policy: Policy, monkeypatch
     assert scheduler.prompt_tokens_computed == 47 + 1 + 1 + (1 + 1) + 47 + 1
 
 
+@pytest.mark.parametrize("is_tempered", [False, True])
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_p": 0.9}])
-async def test_sampled_logprobs_are_those_that_the_trainer_computes(policy: Policy, options: dict[str, float]) -> None:
+async def test_sampled_logprobs_are_those_that_the_trainer_computes(
+    policy: Policy, options: dict[str, float], is_tempered: bool
+) -> None:
     asked = [(name, prompt) for name in ("writer", "fixer") for prompt in PROMPTS]
-    async with engine(policy) as scheduler:
+    temperature = options.get("temperature", 1.0) if is_tempered else 1.0
+    async with engine(policy, is_tempered=is_tempered) as scheduler:
         params = [SamplingParams(12, seed=seed, **options) for seed in range(len(asked))]  # type: ignore[arg-type]
         submitted = [scheduler.submit(prompt, name, p) for (name, prompt), p in zip(asked, params, strict=True)]
         sampled = await asyncio.gather(*map(collect, submitted))
     for role in ("writer", "fixer"):
         own = [(prompt, tokens) for (name, prompt), tokens in zip(asked, sampled, strict=True) if name == role]
         rows = [
-            TrainingRow(prompt + [token.token_id for token in tokens], [0] * len(prompt) + [1] * len(tokens), 1.0)
+            TrainingRow(
+                prompt + [token.token_id for token in tokens],
+                [0] * len(prompt) + [1] * len(tokens),
+                1.0,
+                temperatures=[temperature] * (len(prompt) + len(tokens)),
+            )
             for prompt, tokens in own
         ]
         found = torch.tensor([[token.logprob for token in tokens] for _, tokens in own])

@@ -136,6 +136,9 @@ GATEWAY_QUEUE_NS: Final = "agl.gateway.queue_ns"
 GATEWAY_CHANGED: Final = "agl.gateway.changed"
 """str: JSON object of the request fields that the engine received with another value than the client sent; null for a
 removed field. If the request was translated to another API, the whole request to the engine."""
+GATEWAY_CONSTRAINTS: Final = "agl.gateway.constraints"
+"""Array of str: fields of the engine's request due to which it did not sample from the model's full distribution, e.g.
+`response_format`. Absent if there are none."""
 GATEWAY_RETRIES: Final = "agl.gateway.retries"
 """Array of str: why each attempt of the request before the last failed."""
 GATEWAY_DRIFT: Final = "agl.gateway.drift"

@@ -96,8 +96,11 @@ class ServerThread(AppThread):
         if config.engines:
             raise ConfigError("gateway.engines lists engines, and this command brings its own: remove the list")
         # On loopback whatever `host` is: only the gateway connects to it.
-        url = upstream if isinstance(upstream, str) else self.add(upstream, name="engine") + "/v1"
-        return config.model_copy(update={"engines": [UpstreamConfig(url=url)]})
+        if isinstance(upstream, str):
+            engine = UpstreamConfig(url=upstream)
+        else:
+            engine = UpstreamConfig(url=self.add(upstream, name="engine") + "/v1", kind="agl")
+        return config.model_copy(update={"engines": [engine]})
 
 
 def _bind(receiver: GrpcReceiver, host: str, port: int, tls: TlsConfig | None) -> str:

@@ -11,7 +11,19 @@ from agl.cli.terminal import align, counted, duration, printable
 from agl.cli.tree import LastSiblings, walk
 from agl.span import Span
 from agl.tokens.drift import PREFIX_EXACT
-from agl.trajectory import Call, Drop, Reward, SpanTree, Trained, Trajectory, Turn, build_trajectory, collect_trained
+from agl.trajectory import (
+    Call,
+    Drop,
+    DropReason,
+    Reward,
+    SpanTree,
+    Trained,
+    Trajectory,
+    Turn,
+    build_trajectory,
+    collect_trained,
+    sampling_fault,
+)
 from agl.trajectory.attributes import agent_of
 from agl.trajectory.call import error_of
 from agl.trajectory.join import in_one_clock
@@ -40,6 +52,12 @@ class CallReport:
         if self.trained:
             return self.trained[-1].reason or TRAINED
         return str(self.drop.reason) if self.drop is not None else PENDING
+
+    @property
+    def sampling_fault(self) -> tuple[DropReason, str] | None:
+        """Reason and advice if the last step did not train on the call because of how it was sampled."""
+        fault = sampling_fault(self.call)
+        return fault if fault is not None and self.outcome == fault[0] else None
 
     def describe(self, mode: str) -> str:
         """One line, e.g. `row 1, trained in step 12, advantage +0.80`; `mode` is the rollout's."""
@@ -159,6 +177,7 @@ class Inspection:
     def _hints(self) -> list[str]:
         """What to do about the dropped calls, each message once."""
         found = Counter((drop.reason, drop.detail) for drop in self.trajectory.drops)
+        found += Counter(fault for report in self.reports if (fault := report.sampling_fault))
         hints = (f"{reason} ({counted(number, 'call')}): {detail}" for (reason, detail), number in found.items())
         return [line for hint in hints for line in textwrap.wrap(printable(hint), _LINE_WIDTH, subsequent_indent="  ")]
 

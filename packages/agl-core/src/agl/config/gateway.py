@@ -14,8 +14,8 @@ class UpstreamConfig(Section):
 
     url: Annotated[str, Field(pattern=r"^https?://")]
     """Base URL of an OpenAI-compatible server (ending in `/v1`)."""
-    kind: Literal["vllm", "sglang"] = "vllm"
-    """Its API for token ids; `vllm` also for servers with the same API as vLLM."""
+    kind: Literal["vllm", "sglang", "agl"] = "vllm"
+    """Its API for token ids and sampling; `vllm` also for servers with the same API, `agl` for the engine of agl."""
     key_env: str | None = None
     """Environment variable of the engine's API key. It replaces the key that a client sends."""
     models: list[str] = Field(default_factory=list)

@@ -1,14 +1,23 @@
-"""Kinds of engine: the request fields that ask for token ids, and those that pass a prompt of token ids.
+"""Kinds of engine: the request fields that ask for token ids, that pass a prompt of token ids, and that keep sampling
+neutral.
 
 `agl.tokens.capture` reads the responses of all kinds.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from agl import semconv
 from agl.tokens.capture import SGLANG_FIELDS, Json
+
+_OVER_GENERATION_CONFIG: Final[Mapping[str, float]] = {
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
+"""What a request leaves out, vLLM and SGLang take from the model's `generation_config.json`."""
 
 
 class EngineKind(ABC):
@@ -16,6 +25,10 @@ class EngineKind(ABC):
     """For each operation the request fields that ask for token ids and logprobs."""
     detokenized_field: ClassVar[str]
     """Field of the text in a response of /detokenize."""
+    neutral_sampling: ClassVar[Mapping[str, float]] = _OVER_GENERATION_CONFIG
+    """Fields with which the engine samples from the full distribution, whatever its defaults are."""
+    masks_tool_calls: ClassVar[bool] = True
+    """It masks tokens for a forced `tool_choice`, and for tools that are `strict`."""
 
     @abstractmethod
     def with_prompt(self, request: Json, ids: Sequence[int]) -> Json:
@@ -58,5 +71,12 @@ class Sglang(EngineKind):
         return {"tokens": ids, "skip_special_tokens": False}
 
 
-ENGINE_KINDS: dict[str, EngineKind] = {"vllm": Vllm(), "sglang": Sglang()}
+class Agl(Vllm):
+    """The engine of this project. The prompt ends with the start of a forced tool call, so no token is masked."""
+
+    neutral_sampling: ClassVar[Mapping[str, float]] = {}
+    masks_tool_calls = False
+
+
+ENGINE_KINDS: dict[str, EngineKind] = {"vllm": Vllm(), "sglang": Sglang(), "agl": Agl()}
 """By `kind` in the engine's configuration."""

@@ -23,6 +23,7 @@ from agl.gateway.engine import UpstreamResponse, forwarded
 from agl.gateway.exact_prefix import exact_prompt
 from agl.gateway.record import CallRecord, Recorder
 from agl.gateway.request import CallerLookup, Seeds, changes, prepare, read_json
+from agl.gateway.sampling import constraints, with_full_distribution
 from agl.server.api_error import ApiError
 from agl.server.auth import project_of
 from agl.server.receiving import read_body, run_while_connected
@@ -83,14 +84,17 @@ class CallEndpoint:
         engine_model = model and parts.routes.resolve(model)
         dialect = kind(body, engine_model)
         caller = await parts.callers.identify(request)
+        engine_kind = parts.routes.kind(engine_model or "")
         sent = prepare(
             dialect.request,
             dialect.requested,
-            capture=parts.routes.kind(engine_model or "").capture_fields[kind.operation],
+            capture=engine_kind.capture_fields[kind.operation],
             extra_body=parts.config.extra_body,
             forced=parts.overrides.get(caller.mode or "prod", {}),
             seed=parts.seeds.next(*caller.seed_key) if caller.seed_key else None,
         )
+        if caller.mode == "train":
+            sent = with_full_distribution(sent, engine_kind, parts.config.extra_body)
         record = CallRecord(
             caller,
             kind.operation,
@@ -101,6 +105,7 @@ class CallEndpoint:
             client_body=text,
             model=model,
             changed=changes(body, sent) if kind.is_native else changes({}, sent),
+            constraints=constraints(sent, engine_kind),
             project=project_of(request.scope),
             capture=dialect.capture,
         )

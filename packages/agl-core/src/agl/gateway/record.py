@@ -45,6 +45,8 @@ class CallRecord:
     """Model name in the client's request."""
     changed: Json = field(default_factory=dict)
     """Fields in which `sent` differs from the client's request; None for a field that was removed."""
+    constraints: list[str] = field(default_factory=list)
+    """Fields of `sent` due to which the engine does not sample from the full distribution."""
     project: str | None = None
     """Project of the client's token."""
     position: Position | None = None
@@ -120,6 +122,7 @@ class CallRecord:
             semconv.GATEWAY_UPSTREAM: self.engine.url if self.engine else None,
             semconv.GATEWAY_FIRST_TOKEN_NS: self.first_token_ns,
             semconv.GATEWAY_CHANGED: json.dumps(self.changed, separators=(",", ":")) if self.changed else None,
+            semconv.GATEWAY_CONSTRAINTS: self.constraints or None,
             semconv.GATEWAY_QUEUE_NS: self.queue_ns,
             semconv.GATEWAY_RETRIES: self.retries or None,
             semconv.GATEWAY_DRIFT: self.drifted.to_json() if self.drifted else None,

@@ -2,7 +2,7 @@
 
 from agl.tokens.drift import Difference, Drift
 from agl.trajectory.call import Call
-from agl.trajectory.drop import Drop, DropReason
+from agl.trajectory.drop import Drop, DropReason, sampling_fault
 from agl.trajectory.join import SpanTree
 from agl.trajectory.reward import Reward
 from agl.trajectory.row import Row, Turn
@@ -23,5 +23,6 @@ __all__ = [
     "Turn",
     "build_trajectory",
     "collect_trained",
+    "sampling_fault",
     "trained_span",
 ]

@@ -52,6 +52,8 @@ class Call:
     """How its prompt differs from the previous call's tokens, as recorded by the gateway."""
     prefix: str | None = None
     """`exact` if the gateway built the prompt from the previous call's tokens; if it could not, the reason."""
+    constraints: tuple[str, ...] = ()
+    """Request fields due to which the engine did not sample from the model's full distribution."""
 
     @property
     def through_gateway(self) -> bool:
@@ -107,6 +109,7 @@ def read_call(
         rewards=tuple(reward for target in targets if target for reward in rewards_by_target.get(target, ())),
         drifted=Drifted.of_json(drift) if (drift := spans[0].text(semconv.GATEWAY_DRIFT)) else None,
         prefix=spans[0].text(semconv.GATEWAY_PREFIX),
+        constraints=tuple(read_texts(spans[0], semconv.GATEWAY_CONSTRAINTS)),
     )
 
 

@@ -3,8 +3,12 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from agl.trajectory.call import Call
+
+_GREEDY_TEMPERATURE: Final = 1e-5
+"""vLLM and SGLang sample greedily below it."""
 
 
 class DropReason(StrEnum):
@@ -20,6 +24,8 @@ class DropReason(StrEnum):
     MALFORMED = "malformed"
 
     # Found by the trainer:
+    GREEDY = "greedy"
+    CONSTRAINED = "constrained"
     NO_REWARD = "no_reward"
     FAILED_ROLLOUT = "failed_rollout"
     ROLE_NOT_TRAINED = "role_not_trained"
@@ -57,6 +63,27 @@ def find_drops(calls: Sequence[Call], attempt_id: str | None) -> list[Drop]:
             or _token_fault(call, some_unjoined)
         )
     ]
+
+
+def sampling_fault(call: Call) -> tuple[DropReason, str] | None:
+    """Why the policy gradient of `call` would be biased, and what to do; None if it is not.
+
+    Training by likelihood (SFT, algorithm rejection) has no such bias.
+    """
+    if call.temperature is not None and call.temperature < _GREEDY_TEMPERATURE:
+        return (
+            DropReason.GREEDY,
+            f"at temperature {call.temperature:g} the likeliest token is always taken, so no call shows what another "
+            "token earns; sample at a temperature above 0",
+        )
+    if call.constraints:
+        return (
+            DropReason.CONSTRAINED,
+            f"{', '.join(call.constraints)} kept the engine from sampling the model's full distribution, of which the "
+            "trainer computes logprobs; ask for the format in the prompt, offer tools with tool_choice auto, and make "
+            "calls in mode train, in which the gateway leaves out top_p, penalties and their like",
+        )
+    return None
 
 
 _Fault = tuple[DropReason, str] | None

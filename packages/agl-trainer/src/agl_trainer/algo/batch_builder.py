@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from agl.trajectory import Call, DropReason, Row, Trajectory, Turn
+from agl.trajectory import Call, DropReason, Row, Trajectory, Turn, sampling_fault
 from agl_trainer.algo.advantages import AdvantageEstimate, estimate_advantages, group_members
 from agl_trainer.algo.batch import CallOutcome, GrpoBatch, version_number
 from agl_trainer.algo.call_advantages import CallMeans, call_scales
@@ -233,6 +233,8 @@ class _RoleBuilder:
         """Why a call of a rollout that trains does not train."""
         if credit is None:
             return DropReason.NO_REWARD
+        if self.options.rejection is None and (fault := sampling_fault(turn.call)):
+            return fault[0]
         limit, loss = self.options.max_row_tokens, self.options.loss
         if limit is not None and turn.end > limit:
             return DropReason.TOO_LONG

@@ -38,7 +38,8 @@ def open_engine(config: Config) -> Iterator[tuple[Policy, Scheduler, ASGIApp]]:
     train = config.require_train()
     policy = open_policy(config, samples=True)
     max_batch = 1 if train.deterministic else config.engine.max_batch
-    with Scheduler(policy, max_batch=max_batch, max_model_len=config.engine.max_model_len) as scheduler:
+    is_tempered, length = train.logprobs_mode == "processed_logprobs", config.engine.max_model_len
+    with Scheduler(policy, max_batch=max_batch, max_model_len=length, is_tempered=is_tempered) as scheduler:
         app = engine_app(
             scheduler,
             policy.tokenizer,

@@ -16,14 +16,19 @@ _RUN = 256
 """Tokens per run. A draw first selects a run by its sum, then a token in it."""
 
 
-def sample(logits: Tensor, params: Sequence[SamplingParams], rngs: Sequence[random.Random]) -> list[SampledToken]:
+def sample(
+    logits: Tensor, params: Sequence[SamplingParams], rngs: Sequence[random.Random], *, is_tempered: bool = False
+) -> list[SampledToken]:
     """One token for each row of `logits` [N, V], drawn with one uniform number of its generator.
 
-    Logprobs are those of the full distribution at temperature 1, as the trainer recomputes them.
+    Logprobs are those of the full distribution, as the trainer computes them: at temperature 1, or with `is_tempered`
+    at the temperature of the row (at temperature 0 those of temperature 1).
     """
     logits = logits.float()
     probs = logits.softmax(-1)
     chosen = _choose(logits, probs, params, rngs)
+    if is_tempered and any(wanted.temperature not in (0, 1) for wanted in params):
+        probs = (logits / torch.tensor([[wanted.temperature or 1.0] for wanted in params]).to(logits)).softmax(-1)
     logprobs = probs.gather(1, chosen[:, None])[:, 0].log().tolist()
     return [
         SampledToken(token, logprob, _top(row, wanted.top_logprobs))

@@ -42,10 +42,14 @@ step reads all slots in one call, but needs a call for each shared run."""
 
 
 class Scheduler:
-    """The in-process engine: samples from the policy's own modules. Use as a context manager."""
+    """The in-process engine: samples from the policy's own modules. Use as a context manager.
 
-    def __init__(self, policy: Policy, *, max_batch: int, max_model_len: int) -> None:
+    With `is_tempered` it reports logprobs after the division by the temperature (`train.logprobs_mode`).
+    """
+
+    def __init__(self, policy: Policy, *, max_batch: int, max_model_len: int, is_tempered: bool = False) -> None:
         self._policy = policy
+        self._is_tempered = is_tempered
         self._max_batch = max_batch
         self._max_model_len = max_model_len
         self._shape = _kv_shape(policy)
@@ -246,7 +250,8 @@ class Scheduler:
         positions = torch.tensor([len(sequence.prompt) - 1 + sequence.sampled for sequence in running])
         adapters = [sequence.adapter for sequence in running]
         hidden = self._policy.sampled_states(tokens, positions, adapters, self._plan)
-        sampled = sample(self._policy.logits(hidden), [s.params for s in running], [s.rng for s in running])
+        params, rngs = [s.params for s in running], [s.rng for s in running]
+        sampled = sample(self._policy.logits(hidden), params, rngs, is_tempered=self._is_tempered)
         for sequence, token in zip(running, sampled, strict=True):
             sequence.append(token)
         self.tokens_sampled += len(sampled)

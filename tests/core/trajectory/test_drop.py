@@ -1,0 +1,42 @@
+"""Calls whose tokens were not sampled from the distribution that the trainer computes."""
+
+import pytest
+
+from agl import semconv
+from agl.trajectory import Call, DropReason, build_trajectory, sampling_fault
+from tests.core.span_maker import chat, gateway_call
+
+
+def made(**attributes: object) -> Call:
+    (call,) = build_trajectory([gateway_call(attributes=attributes)]).calls
+    return call
+
+
+def reason(call: Call) -> DropReason | None:
+    fault = sampling_fault(call)
+    return fault and fault[0]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "expected"), [(0.0, DropReason.GREEDY), (1e-6, DropReason.GREEDY), (0.1, None)]
+)
+def test_a_greedy_call_has_no_policy_gradient(temperature: float, expected: DropReason | None) -> None:
+    assert reason(made(**{semconv.GEN_AI_REQUEST_TEMPERATURE: temperature})) == expected
+    assert reason(made()) is None
+
+
+def test_a_constrained_call_names_its_fields_and_what_to_do() -> None:
+    call = made(**{semconv.GATEWAY_CONSTRAINTS: ["top_p", "response_format"]})
+    assert call.constraints == ("top_p", "response_format")
+    fault = sampling_fault(call)
+    assert fault is not None and fault[0] == DropReason.CONSTRAINED
+    assert fault[1].startswith("top_p, response_format kept the engine from sampling the model's full distribution")
+    assert "ask for the format in the prompt" in fault[1]
+
+
+def test_such_a_call_is_in_a_row_because_sft_trains_on_it() -> None:
+    asked = chat()
+    trajectory = build_trajectory(
+        [asked, gateway_call(parent=asked, attributes={semconv.GATEWAY_CONSTRAINTS: ["response_format"]})]
+    )
+    assert len(trajectory.rows) == 1 and not trajectory.drops
