@@ -33,7 +33,9 @@ GROUPS, ROLLOUTS = 8, 8
 class Team:
     """The policy of both roles, and their answers."""
 
-    def __init__(self, agent_roles: dict[str, Any], seed: int) -> None:
+    def __init__(self, agent_roles: dict[str, Any], seed: int, success: float = 0.8) -> None:
+        """`success`: how often either way of `routes` ends well."""
+        self.success = success
         train = {"model": "tiny", "agent": "a:b", "tasks": "a:b"}
         self.config = Config.parse({"agent_roles": agent_roles, "train": train})
         torch.manual_seed(seed)
@@ -87,14 +89,14 @@ def conflict(team: Team) -> list[Trajectory]:
 
 
 def routes(team: Team) -> list[Trajectory]:
-    """Either way succeeds four times of five."""
+    """Either way succeeds as often."""
     made = []
     planner, executor = (team.answers(role, 2 * GROUPS * ROLLOUTS) for role in ROLES)
     for number in range(GROUPS * ROLLOUTS):
         calls = [next(planner), next(executor)]
         if _is_odd(calls[0]):
             calls += [next(planner), next(executor)]
-        reward = reward_on(None, float(team.luck.random() < 0.8))
+        reward = reward_on(None, float(team.luck.random() < team.success))
         made.append(trajectory(f"r{number}", *calls, reward, group_id=f"g{number // ROLLOUTS}"))
     return made
 

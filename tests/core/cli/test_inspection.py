@@ -116,6 +116,17 @@ def test_forks_and_retokenized_histories_are_shown() -> None:
     ]
 
 
+def test_a_reward_whose_target_is_no_call_is_named() -> None:
+    made = gateway_call(attributes={semconv.GEN_AI_RESPONSE_ID: "chatcmpl-7"})
+    stray = [reward(1.0, {semconv.REWARD_TARGET: target}) for target in ("chatcmpl-7", "chatcmpl-8", "chatcmpl-8")]
+    assert " ".join(" ".join(lines_of([made, *stray])[-2:]).split()) == (
+        "without_call (2 rewards): no call of the rollout has the response id or span id chatcmpl-8; "
+        "pass the id of a call as the target of the reward"
+    )
+    found = Inspection([made, *stray]).to_json()["rewards_without_call"]
+    assert [one["target"] for one in found] == ["chatcmpl-8"] * 2
+
+
 def test_orphans_and_cycles_are_shown_once() -> None:
     orphan = replace(span("orphan"), parent_id="f" * 16)
     left, right = span("left"), span("right")

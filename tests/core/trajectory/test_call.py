@@ -26,6 +26,25 @@ def test_a_gateway_span_below_an_http_span_joins_the_chat_span_above() -> None:
     assert (call.policy_version, call.finish_reason, call.rollout_id) == ("writer@3", "stop", ROLLOUT)
 
 
+def test_a_call_has_the_times_and_the_place_of_the_framework_span() -> None:
+    agent = span("invoke_agent planner")
+    asked = chat(agent)
+    answered = gateway_call(parent=asked)
+    (call,) = calls_of(agent, asked, answered)
+    assert (call.start_ns, call.end_ns) == (asked.start_ns, asked.end_ns)
+    assert call.branches == tuple((one.span_id, one.start_ns) for one in (agent, asked))
+    (alone,) = calls_of(agent, answered)
+    assert (alone.end_ns, len(alone.branches)) == (answered.end_ns, 1)
+
+
+def test_only_a_server_error_of_the_gateway_is_a_failure_of_the_engine() -> None:
+    found = []
+    for status in (400, 503):
+        made = gateway_call(attributes={semconv.HTTP_RESPONSE_STATUS_CODE: status}, status="error")
+        found += [call.engine_failed for call in calls_of(made)]
+    assert found == [False, True]
+
+
 def test_the_nearest_chat_span_is_joined() -> None:
     """Two instrumentations of one request: the framework's around the client library's."""
     outer = chat(attributes={semconv.ROLE: "planner"})

@@ -256,6 +256,7 @@ def test_the_last_reward_counts_and_a_roles_own_takes_precedence() -> None:
     assert {row.role: row.reward for row in trajectory.rows} == {"planner": 0.4, "executor": 0.7}
     assert trajectory.rewards[1].dimensions == {"goal": 1.0, "syntax": 0.5}
     assert [found.target for found in trajectory.rewards] == [None, None, None, "elsewhere"]
+    assert trajectory.rewards_without_call == trajectory.rewards[3:]
 
 
 def test_agentlightning_rewards_are_read_with_dimensions_and_targets() -> None:

@@ -101,12 +101,48 @@ def test_one_value_alone_has_no_spread(name: str) -> None:
     assert group_advantages(name, [0.0], ["a"]).tolist() == [0.0]
 
 
-def test_a_baseline_follows_the_rewards() -> None:
-    baseline = 0.0
-    for _ in range(200):
-        baseline = next_baseline(baseline, torch.tensor([1.0, 3.0]), 0.9)
-    assert next_baseline(0.0, torch.tensor([1.0, 3.0]), 0.9) == pytest.approx(0.2)
-    assert baseline == pytest.approx(2.0)
+def test_a_running_mean_is_corrected_for_its_start() -> None:
+    """Without the correction it is 0.6 * (1 - 0.95^20) = 0.385 after 20 steps of mean 0.6."""
+    baseline, weight = 0.0, 0.0
+    for _ in range(20):
+        baseline, weight = next_baseline(baseline, weight, torch.tensor([0.2, 1.0]), 0.95)
+    assert (baseline, weight) == pytest.approx((0.6, 1 - 0.95**20))
+    # Adam's moment after the values 1 and 3: (0.9 * 0.1 * 1 + 0.1 * 3) / (1 - 0.9^2).
+    first = next_baseline(0.0, 0.0, torch.tensor([1.0]), 0.9)
+    assert next_baseline(*first, torch.tensor([3.0]), 0.9) == pytest.approx((0.39 / 0.19, 0.19))
+    assert next_baseline(0.0, 0.0, torch.tensor([1.0]), 1.0) == (0.0, 0.0)
+
+
+NAMES = [
+    ("grpo", {}),
+    ("grpo", {"scale_rewards": "batch"}),
+    ("reinforce++", {}),
+    ("reinforce++_baseline", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), NAMES)
+def test_a_difference_of_discounts_alone_keeps_its_size(name: str, options: dict[str, Any]) -> None:
+    """Eight planners earned 1, one of them with two more hand-offs: 1 - 0.85^2 = 0.28 apart, and not -2.47 and 0.35."""
+    earned = torch.ones(8, dtype=torch.float64)
+    discounts = torch.tensor([1.0] * 7 + [0.85**2], dtype=torch.float64)
+    found = estimate_advantages(name, discounts, ["g"] * 8, undiscounted=earned, **options).advantages
+    difference = 1 - 0.85**2
+    assert found.tolist() == pytest.approx([difference / 8] * 7 + [-difference * 7 / 8])
+    # A reward that is a little lower does not magnify it.
+    earned[-1] = 0.999
+    nearly = estimate_advantages(name, earned * discounts, ["g"] * 8, undiscounted=earned, **options).advantages
+    assert nearly.tolist() == pytest.approx(found.tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize(("name", "options"), NAMES)
+def test_advantages_are_divided_by_what_was_earned_before_discounts(name: str, options: dict[str, Any]) -> None:
+    earned = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
+    discounts = torch.tensor([0.85, 0.85, 0.85**3, 0.85**3], dtype=torch.float64)
+    found = estimate_advantages(name, earned * discounts, ["g"] * 4, undiscounted=earned, **options).advantages
+    mean = (0.85 + 0.85**3) / 4
+    expected = [value / (math.sqrt(1 / 3) + 1e-4) for value in (0.85 - mean, -mean, 0.85**3 - mean, -mean)]
+    assert found.tolist() == pytest.approx(expected)
 
 
 def test_what_was_divided_by_is_said() -> None:

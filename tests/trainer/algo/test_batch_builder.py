@@ -159,10 +159,23 @@ def test_a_rollout_of_many_calls_and_rows_weighs_as_one() -> None:
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_a_discount_alone_tells_no_rollouts_apart(scale: str) -> None:
-    """Rollouts of one reward have nothing to learn from, though their calls are discounted differently."""
+    """Rollouts of one reward and one way have nothing to learn from, though their calls are discounted differently."""
     calls = [[call("writer", [10]), call("fixer", [11]), call("writer", [12])] for _ in range(2)]
     made = [trajectory(f"r{i}", *own, reward_on(None, 1.0)) for i, own in enumerate(calls)]
     assert advantages(batch_of(*made, gamma=0.5, scale_rewards=scale), "writer") == [None] * 4
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_a_shorter_way_is_preferred_by_its_discount_at_its_natural_size(scale: str) -> None:
+    """All earned 1; the last took two more hand-offs, which cost its writer 1 - 0.85^2 = 0.28."""
+
+    def team(index: int) -> Trajectory:
+        roles = ["writer"] if index < 7 else ["writer", "fixer", "judge"]
+        return trajectory(f"r{index}", *(call(role) for role in roles), reward_on(None, 1.0))
+
+    found = advantages(batch_of(*map(team, range(8)), gamma=0.85, scale_rewards=scale), "writer")
+    difference = 1 - 0.85**2
+    assert found == pytest.approx([difference / 8] * 7 + [-difference * 7 / 8])
 
 
 def test_calls_share_the_advantage_by_their_discounts() -> None:

@@ -5,9 +5,8 @@ from typing import Any
 import pytest
 
 from agl import semconv
-from agl.errors import TelemetryError
 from agl.span import Span
-from agl_trainer.algo.credit import Credit, OverlongPenalty, call_credits, role_credit
+from agl_trainer.algo.credit import Credit, OverlongPenalty, call_credits, role_credit, undiscounted_credit
 from tests.trainer.rollout_maker import call, reward_on, trajectory
 
 
@@ -32,6 +31,15 @@ def test_a_planner_an_executor_and_a_planner_again(gamma: float) -> None:
     assert credits_of(*calls, reward_on(None, 1.0), gamma=gamma) == [gamma**2, gamma, 1.0]
 
 
+@pytest.mark.parametrize("value", [-8.0, 0.0])
+def test_a_late_mistake_is_no_better_than_an_early_one(value: float) -> None:
+    """A discount would leave the planner -2 of the -8 of a mistake that three more hand-offs delayed."""
+    early = [call("planner"), call("executor")]
+    late = [call("planner"), call("executor"), call("planner"), call("executor")]
+    assert credits_of(*early, reward_on(None, value), turn_gamma=0.5) == [value] * 2
+    assert credits_of(*late, reward_on(None, value), turn_gamma=0.5) == [value] * 4
+
+
 def test_turns_may_be_discounted_too() -> None:
     calls = [call(role) for role in ("planner", "planner", "executor")]
     found = credits_of(*calls, reward_on(None, 8.0), turn_gamma=0.5)
@@ -44,8 +52,8 @@ def test_a_role_may_weigh_the_parts_of_a_reward_in_its_own_way() -> None:
     parts.attributes.update({"agl.reward.goal": 1.0, "agl.reward.brevity": 0.0})
     weights = {"planner": {"goal": 0.75, "brevity": 0.25}}
     assert credits_of(*calls, parts, gamma=1.0, weights=weights) == [0.75, 0.5]
-    with pytest.raises(TelemetryError, match="reward dimension brevity has no weight; weights exist for goal"):
-        credits_of(*calls, parts, weights={"planner": {"goal": 1.0}})
+    assert credits_of(*calls, parts, gamma=1.0, weights={"planner": {"brevity": 2.0}}) == [0.0, 0.5]
+    assert credits_of(*calls, parts, gamma=1.0, weights={"planner": {"style": 1.0}}) == [0.0, 0.5]
 
 
 @pytest.mark.parametrize(("length", "penalty"), [(1, 0.0), (4, 0.0), (6, -0.25), (8, -0.5), (9, -0.5)])
@@ -99,4 +107,6 @@ def test_calls_of_an_earlier_attempt_have_no_part_in_it() -> None:
 
 
 def test_the_credit_of_a_role_is_the_mean_of_its_calls() -> None:
-    assert role_credit([Credit(1.0, 0.0), Credit(1.5, 0.5), Credit(5.0, 1.0)]) == pytest.approx(3.0)
+    credits = [Credit(1.0, 0.0), Credit(3.0, 0.5, 0.5), Credit(5.0, 1.0)]
+    assert role_credit(credits) == pytest.approx(3.0)
+    assert undiscounted_credit(credits) == pytest.approx(3.5)

@@ -18,7 +18,7 @@ from agl.trajectory import DropReason, build_trajectory, trained_span
 from agl_trainer.algo.batch import CallOutcome, GrpoBatch
 from agl_trainer.algo.batch_builder import grpo_batch
 from agl_trainer.algo.options import BatchOptions, RoleState
-from agl_trainer.loop.call_log import CallLog, call_metrics, warn_of_missing_rewards
+from agl_trainer.loop.call_log import CallLog, call_metrics, warn_of_missing_rewards, warn_of_unused_weights
 from tests.core.span_maker import chat, reward, span
 from tests.trainer.rollout_maker import batch_options, call, reward_on, trajectory
 
@@ -168,3 +168,20 @@ def test_rollouts_that_no_reward_reaches_are_named(caplog: pytest.LogCaptureFixt
     others = [outcome for outcome in batch.outcomes if outcome.call.rollout_id != "without"]
     assert warn_of_missing_rewards(others) == 0
     assert caplog.text == ""
+
+
+def test_a_role_whose_weights_name_no_dimension_of_its_rewards_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    parts = {"agl.reward.goal": 1.0, "agl.reward.style": 0.0}
+    made = [trajectory("r1", call("writer"), call("fixer"), reward(0.5, parts))]
+    weights = {"writer": {"goal": 1.0, "brevity": 1.0}, "fixer": {"gaol": 1.0, "brevity": 1.0}, "judge": {}}
+    warn_of_unused_weights(made, weights)
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message == (
+        "agent_roles.fixer.rewards has weights for brevity, gaol, but the rewards that reach the role in this step "
+        "have the dimensions goal, style; a dimension without a weight counts 0"
+    )
+    caplog.clear()
+    warn_of_unused_weights([trajectory("r1", call("writer"), reward_on(None, 1.0))], {"writer": {"goal": 1.0}})
+    assert "have no dimensions" in caplog.text
+    warn_of_unused_weights([trajectory("r1", call("writer"))], {"writer": {"goal": 1.0}})
+    assert len(caplog.records) == 1

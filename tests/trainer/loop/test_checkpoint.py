@@ -52,6 +52,8 @@ def state_of(step: int) -> Checkpoint:
         adapter_configs={role: model.peft_config["default"].to_dict() for role, (model, _) in pairs.items()},
         optimizers={role: optimizer.state_dict() for role, (_, optimizer) in pairs.items()},
         config="train:\n  model: tiny\n",
+        baselines={"writer": 0.6},
+        baseline_weights={"writer": 0.05},
     )
 
 
@@ -86,6 +88,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     loaded = load(tmp_path)
     assert (loaded.step, loaded.phase, loaded.position, loaded.config) == (12, "grpo", 768, saved.config)
     assert loaded.versions == {"writer": 12, "fixer": 12}
+    assert (loaded.baselines, loaded.baseline_weights) == ({"writer": 0.6}, {"writer": 0.05})
     assert list(loaded.adapters) == list(ROLES)
     for role in ROLES:
         assert loaded.adapters[role].keys() == saved.adapters[role].keys()

@@ -18,7 +18,7 @@ def test_rewards_by_rollout_role_and_part() -> None:
     made = [
         trajectory("r1", call("writer"), goal(0.2, 0.0), goal(1.0, 1.0), goal(0.4, 0.5, **{semconv.ROLE: "writer"})),
         trajectory("r2", call("writer"), goal(0.0, 0.5)),
-        trajectory("r3", call("writer")),
+        trajectory("r3", call("writer"), reward(1.0, {semconv.REWARD_TARGET: "elsewhere"})),
     ]
     # The last reward of each counts, and a rollout without one is no 0.
     assert reward_metrics(made) == pytest.approx(
@@ -31,9 +31,10 @@ def test_rewards_by_rollout_role_and_part() -> None:
             "writer/reward/std": 0.0,
             "writer/reward/goal": 0.5,
             "writer/reward/goal_std": 0.0,
+            "rewards/without_call": 1.0,
         }
     )
-    assert reward_metrics([]) == {}
+    assert reward_metrics([]) == {"rewards/without_call": 0.0}
 
 
 def test_lengths_staleness_and_credit_of_a_role() -> None:

@@ -111,7 +111,7 @@ class Inspection:
         return Counter(report.outcome for report in self.reports)
 
     def text(self) -> str:
-        """A heading, the tree of spans, and what to do about the dropped calls."""
+        """A heading, the tree of spans, and what to do about dropped calls and rewards without a call."""
         tree = align([_HEAD, *(self._cells(span, lasts) for span, lasts in self._walk)])
         return "\n\n".join("\n".join(lines) for lines in (self._heading(), tree, self._hints()) if lines) + "\n"
 
@@ -126,6 +126,7 @@ class Inspection:
             "error": trajectory.error,
             "reward": trajectory.reward,
             "rewards": [asdict(reward) for reward in trajectory.rewards],
+            "rewards_without_call": [asdict(reward) for reward in trajectory.rewards_without_call],
             "ends": dict(self.outcomes),
             "calls": [report.to_json() for report in self.reports],
             "spans": [_span_to_json(span, len(lasts) - 1) for span, lasts in self._walk],
@@ -175,10 +176,16 @@ class Inspection:
         )
 
     def _hints(self) -> list[str]:
-        """What to do about the dropped calls, each message once."""
+        """What to do about the dropped calls and the rewards without a call, each message once."""
         found = Counter((drop.reason, drop.detail) for drop in self.trajectory.drops)
         found += Counter(fault for report in self.reports if (fault := report.sampling_fault))
-        hints = (f"{reason} ({counted(number, 'call')}): {detail}" for (reason, detail), number in found.items())
+        hints = [f"{reason} ({counted(number, 'call')}): {detail}" for (reason, detail), number in found.items()]
+        if stray := self.trajectory.rewards_without_call:
+            named = ", ".join(dict.fromkeys(str(reward.target) for reward in stray))
+            hints.append(
+                f"without_call ({counted(len(stray), 'reward')}): no call of the rollout has the response id or span "
+                f"id {named}; pass the id of a call as the target of the reward"
+            )
         return [line for hint in hints for line in textwrap.wrap(printable(hint), _LINE_WIDTH, subsequent_indent="  ")]
 
 

@@ -17,7 +17,7 @@ class RoleConfig(Section):
     frozen: bool = False
     """The adapter is used but not trained."""
     rewards: dict[str, float] = Field(default_factory=dict)
-    """Weights of reward dimensions for this role; empty: the scalar reward as emitted."""
+    """Weights of reward dimensions for this role, 0 for others; empty: the scalar reward as emitted."""
 
     @model_validator(mode="after")
     def _shares_or_has(self) -> Self:

@@ -70,6 +70,8 @@ class TrainConfig(LossConfig):
     """Run the rollouts of later steps while a step trains, up to `max_staleness` steps ahead."""
     engine_retries: Annotated[int, Field(ge=0)] = 2
     """Maximum number of times that a rollout is repeated because the engine failed."""
+    failed_reward: float | None = None
+    """Reward of a rollout that failed by its agent, e.g. 0, in place of its rewards; none: it is not in its group."""
     bf16: bool = False
     """Multiply with the frozen weights in bfloat16 on CPUs that support it in hardware; GPUs always do."""
     gradient_checkpointing: bool = False

@@ -1,7 +1,7 @@
 """Trajectories: the spans of a rollout as training rows."""
 
 from agl.tokens.drift import Difference, Drift
-from agl.trajectory.call import Call
+from agl.trajectory.call import Branch, Call
 from agl.trajectory.drop import Drop, DropReason, sampling_fault
 from agl.trajectory.join import SpanTree
 from agl.trajectory.reward import Reward
@@ -10,6 +10,7 @@ from agl.trajectory.trained import Trained, collect_trained, trained_span
 from agl.trajectory.trajectory import Trajectory, build_trajectory
 
 __all__ = [
+    "Branch",
     "Call",
     "Difference",
     "Drift",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import NamedTuple
 
 from agl import semconv
@@ -14,6 +15,13 @@ from agl.trajectory.reward import Reward
 
 UNNAMED_ROLE = "default"
 """Role of a call whose spans name no role, agent, policy or model."""
+
+
+class Branch(NamedTuple):
+    """A span that calls are made in."""
+
+    span_id: str
+    start_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +52,14 @@ class Call:
     temperature: float | None
     """As in the request to the engine; 0 is greedy."""
     start_ns: int
+    end_ns: int
+    """By the clock of the agent, if the framework's span is present."""
+    branches: tuple[Branch, ...]
+    """The spans around the call, from the root to the call's own span."""
     finish_reason: str | None
     error: str | None
+    engine_failed: bool
+    """The gateway answered with a server error (5xx)."""
     rewards: tuple[Reward, ...]
     """Those that target this call."""
     drifted: Drifted | None = None
@@ -68,6 +82,14 @@ class Call:
         return None if self.packed_response is None else unpack_ids(self.packed_response)
 
 
+def is_engine_failure(span: Span) -> bool:
+    """Whether `span` is a gateway call that ended with a server error (5xx)."""
+    if span.name != semconv.SPAN_GATEWAY_CALL or span.status != "error":
+        return False
+    status = span.number(semconv.HTTP_RESPONSE_STATUS_CODE)
+    return status is not None and status >= HTTPStatus.INTERNAL_SERVER_ERROR
+
+
 def error_of(span: Span) -> str:
     """Type and message of the error that `span` recorded."""
     kind, message = span.text(semconv.ERROR_TYPE), span.status_message
@@ -86,6 +108,7 @@ def read_call(
     response_id = next((name for span in spans if (name := span.response_id)), None)
     targets = dict.fromkeys([*(span.span_id for span in spans), response_id])
     tokens = _read_tokens(spans)
+    own = spans[-1]
     return Call(
         rollout_id=rollout_id,
         attempt_id=next((name for span in lineage if (name := span.attempt_id)), None),
@@ -103,9 +126,12 @@ def read_call(
         malformed=tokens.malformed,
         policy_version=version,
         temperature=_first_number(spans, semconv.GEN_AI_REQUEST_TEMPERATURE),
-        start_ns=spans[-1].start_ns,
+        start_ns=own.start_ns,
+        end_ns=own.end_ns,
+        branches=tuple(Branch(span.span_id, span.start_ns) for span in reversed([*_lineage(tree, own)])),
         finish_reason=_finish_reason(spans, joined.choice),
         error=next((error_of(span) for span in spans if span.status == "error"), None),
+        engine_failed=any(map(is_engine_failure, spans)),
         rewards=tuple(reward for target in targets if target for reward in rewards_by_target.get(target, ())),
         drifted=Drifted.of_json(drift) if (drift := spans[0].text(semconv.GATEWAY_DRIFT)) else None,
         prefix=spans[0].text(semconv.GATEWAY_PREFIX),

@@ -36,6 +36,18 @@ class Trajectory:
         """The rollout's scalar reward: the last one with neither target nor role."""
         return last_reward(self.rewards, role=None)
 
+    @property
+    def failed_by_agent(self) -> bool:
+        """The rollout failed, and not because the engine failed a call of the last attempt."""
+        last = (call for call in self.calls if call.attempt_id in (None, self.attempt_id))
+        return self.error is not None and not any(call.engine_failed for call in last)
+
+    @property
+    def rewards_without_call(self) -> list[Reward]:
+        """Rewards whose target is no call of the rollout: they have no effect."""
+        reached = {reward.target for call in self.calls for reward in call.rewards}
+        return [reward for reward in self.rewards if reward.target and reward.target not in reached]
+
 
 def build_trajectory(spans: Iterable[Span]) -> Trajectory:
     """The trajectory of the rollout of `spans`; if it has several attempts, of the last.

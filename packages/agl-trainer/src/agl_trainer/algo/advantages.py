@@ -20,10 +20,11 @@ EPSILON = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class AdvantageEstimate:
-    """Advantages [R], and the standard deviations [R] that they were divided by, if they were."""
+    """Advantages [R] and, of those with a divisor, the standard deviations [R] and the rollouts that share one."""
 
     advantages: Tensor
     deviations: Tensor | None = None
+    scaled_together: Sequence[Tensor] = ()
 
 
 def group_advantages(name: str, rewards: Tensor | Sequence[float], group_ids: Sequence[str], **options: Any) -> Tensor:
@@ -62,22 +63,36 @@ def estimate_advantages(
     scale_rewards: RewardScale = "group",
     k: int = 4,
     baseline: float = 0.0,
+    undiscounted: Tensor | None = None,
 ) -> AdvantageEstimate:
-    """`group_advantages` of rewards without NaN, and their divisors. An advantage ignores the options of others."""
+    """`group_advantages` of rewards without NaN, and their divisors. An advantage ignores the options of others.
+
+    Standard deviations are those of `undiscounted` [R], the rewards before discounts (default: `rewards`). Where
+    discounts differ more than these, nothing is divided, so that a small difference of discounts is not magnified.
+    """
     if name not in ADVANTAGES:
         raise TrainingError(f"advantage {name!r} is not known; expected one of {', '.join(ADVANTAGES)}")
     groups = group_members(group_ids, rewards.device)
+    batch = [torch.arange(len(rewards), device=rewards.device)]
+    earned = rewards if undiscounted is None else undiscounted
     match name:
-        case "grpo":
-            return _grpo(rewards, groups, scale_rewards)
-        case "dr_grpo":
-            return _grpo(rewards, groups, "none")
+        case "grpo" if scale_rewards in ("group", "batch"):
+            scaled_together = groups if scale_rewards == "group" else batch
+            return _divided(_centred(rewards, groups), earned, earned - rewards, scaled_together)
+        case "grpo" if scale_rewards != "none":
+            raise TrainingError(f"scale_rewards is {scale_rewards!r}, expected group, batch or none")
+        case "grpo" | "dr_grpo":
+            return AdvantageEstimate(_centred(rewards, groups))
         case "rloo":
-            return AdvantageEstimate(_leave_one_out(rewards, groups))
+            # R - mean of the others = (R - mean of all) * n / (n - 1)
+            return AdvantageEstimate(
+                _over_groups(_centred(rewards, groups), groups, lambda c: c * len(c) / max(len(c) - 1, 1))
+            )
         case "reinforce++":
-            return _standardised(rewards)
+            return _divided(_centred(rewards, batch), earned, earned - rewards, batch)
         case "reinforce++_baseline":
-            return _standardised(_grpo(rewards, groups, "none").advantages)
+            centred, of_earned = _centred(rewards, groups), _centred(earned, groups)
+            return _divided(centred - centred.mean(), of_earned, of_earned - centred, batch)
         case "max@k":
             return AdvantageEstimate(_over_groups(rewards, groups, lambda values: max_at_k(values, k)))
         case _:
@@ -104,9 +119,14 @@ def max_at_k(rewards: Tensor, k: int) -> Tensor:
     return torch.empty_like(rewards).index_copy_(0, values.indices, gains)
 
 
-def next_baseline(baseline: float, rewards: Tensor, decay: float) -> float:
-    """decay * baseline + (1 - decay) * mean of `rewards` [R], for use after the step that compared them with it."""
-    return decay * baseline + (1 - decay) * rewards.mean().item()
+def next_baseline(baseline: float, weight: float, rewards: Tensor, decay: float) -> tuple[float, float]:
+    """Running mean and its weight after a step that compared `rewards` [R] with `baseline`; both begin at 0.
+
+    After n steps the weight is 1 - decay^n: the mean is corrected for its start as Adam's moments are (arXiv 1412.6980,
+    section 3).
+    """
+    total = decay * weight + (1 - decay)
+    return (decay * weight * baseline + (1 - decay) * rewards.mean().item()) / total if total else baseline, total
 
 
 def group_members(group_ids: Sequence[str], device: torch.device | None = None) -> list[Tensor]:
@@ -117,30 +137,18 @@ def group_members(group_ids: Sequence[str], device: torch.device | None = None) 
     return [torch.tensor(indices, device=device) for indices in members.values()]
 
 
-def _grpo(rewards: Tensor, groups: Sequence[Tensor], scale: RewardScale) -> AdvantageEstimate:
-    centred = _over_groups(rewards, groups, lambda values: values - values.mean())
-    match scale:
-        case "none":
-            return AdvantageEstimate(centred)
-        case "group":
-            deviations = _over_groups(rewards, groups, lambda values: _deviation(values).expand(len(values)))
-        case "batch":
-            deviations = _deviation(rewards).expand_as(rewards)
-        case _:
-            raise TrainingError(f"scale_rewards is {scale!r}, expected group, batch or none")
-    return AdvantageEstimate(centred / (deviations + EPSILON), deviations)
+def _centred(rewards: Tensor, groups: Sequence[Tensor]) -> Tensor:
+    return _over_groups(rewards, groups, lambda values: values - values.mean())
 
 
-def _standardised(values: Tensor) -> AdvantageEstimate:
-    deviations = _deviation(values).expand_as(values)
-    return AdvantageEstimate((values - values.mean()) / (deviations + EPSILON), deviations)
-
-
-def _leave_one_out(rewards: Tensor, groups: Sequence[Tensor]) -> Tensor:
-    """R - mean of the others = (R - mean of all) * n / (n - 1); 0 for a single rollout."""
-    return _over_groups(
-        rewards, groups, lambda values: (values - values.mean()) * (len(values) / max(len(values) - 1, 1))
-    )
+def _divided(
+    centred: Tensor, earned: Tensor, discounted_by: Tensor, scaled_together: Sequence[Tensor]
+) -> AdvantageEstimate:
+    """`centred` / (std of `earned` + 1e-4), but undivided where `discounted_by` has a larger std; all [R]."""
+    deviations = _over_groups(earned, scaled_together, _deviations)
+    of_discounts = _over_groups(discounted_by, scaled_together, _deviations)
+    divisors = torch.where(deviations < of_discounts, 1.0, deviations + EPSILON)
+    return AdvantageEstimate(centred / divisors, deviations, scaled_together)
 
 
 def _over_groups(rewards: Tensor, groups: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -150,9 +158,9 @@ def _over_groups(rewards: Tensor, groups: Sequence[Tensor], function: Callable[[
     return found
 
 
-def _deviation(values: Tensor) -> Tensor:
-    """Unbiased standard deviation; 0 for a single value."""
-    return values.std() if len(values) > 1 else values.new_zeros(())
+def _deviations(values: Tensor) -> Tensor:
+    """Unbiased standard deviation of `values` [n], n times; 0 for a single value."""
+    return values.std().expand(len(values)) if len(values) > 1 else torch.zeros_like(values)
 
 
 def _check(rewards: Tensor, group_ids: Sequence[str]) -> None:

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from agl.trajectory import Call, DropReason, Row, Trajectory, Turn, sampling_fault
-from agl_trainer.algo.advantages import AdvantageEstimate, estimate_advantages, group_members
+from agl_trainer.algo.advantages import estimate_advantages
 from agl_trainer.algo.batch import CallOutcome, GrpoBatch, version_number
 from agl_trainer.algo.call_advantages import CallMeans, call_scales
-from agl_trainer.algo.credit import Credit, call_credits, role_credit
+from agl_trainer.algo.credit import Credit, call_credits, role_credit, undiscounted_credit
 from agl_trainer.algo.normalization import batch_weights, rollout_weights
 from agl_trainer.algo.options import BatchOptions, RoleState
 from agl_trainer.data.rows import SampledRow
@@ -169,6 +169,7 @@ class _RoleBuilder:
         """Rows of all members, with the advantages of their calls."""
         loss, group_ids = self.options.loss, [member.group_id for member in members]
         credits = [role_credit(member.rewarded) for member in members]
+        earned = [undiscounted_credit(member.rewarded) for member in members]
         self.batch.credits[self.role] = credits
         values = torch.tensor(credits, dtype=torch.float64)
         found = estimate_advantages(
@@ -178,9 +179,10 @@ class _RoleBuilder:
             scale_rewards=loss.scale_rewards,
             k=loss.max_at_k,
             baseline=state.baseline,
+            undiscounted=torch.tensor(earned, dtype=torch.float64),
         )
         centred = estimate_advantages("dr_grpo", values, group_ids).advantages.tolist()
-        scales = self._call_scales(members, found)
+        scales = call_scales([member.rewarded for member in members], found)
         groups = list(dict.fromkeys(group_ids))
         kept = self.options.rejection.kept(credits, group_ids) if self.options.rejection else [True] * len(members)
         drafts = []
@@ -192,13 +194,6 @@ class _RoleBuilder:
             advantage = found.advantages[index].item()
             drafts += self._member_drafts(member, advantage, centred[index], scales[index], minibatch)
         return drafts
-
-    def _call_scales(self, members: Sequence[_RolePart], found: AdvantageEstimate) -> list[float]:
-        loss = self.options.loss
-        by_group = loss.advantage == "grpo" and loss.scale_rewards == "group"
-        ids = [member.group_id if by_group else "batch" for member in members]
-        indices = [of_group.tolist() for of_group in group_members(ids)]
-        return call_scales([member.rewarded for member in members], found.deviations, indices)
 
     def _member_drafts(
         self, member: _RolePart, advantage: float, centred: float, scale: float, minibatch: int

@@ -1,22 +1,23 @@
 """Credit: the reward that each call of a rollout earned.
 
-A reward on the rollout is credited to a call times gamma for each later hand-off between roles, and times turn_gamma
-for each later call. A reward on a role is credited to the role's calls without a discount. A reward on a call is added
-to that call only.
+A reward on the rollout is credited to a call times gamma for each hand-off between roles, and times turn_gamma for each
+call, on the longest path of calls that follow it; see `succession`. A reward on a role is credited to the role's calls
+without a discount. A reward on a call is added to that call only.
 
     credit(c) = gamma^h(c) * turn_gamma^n(c) * R_rollout    or  R_role(c)  if the role has a reward of its own
               + sum of the rewards on c  + penalty of an overlong response
 
-With one role, one reward on the rollout and turn_gamma 1, credit is that reward: plain GRPO.
+A negative R_rollout is not discounted: a mistake would look better for the hand-offs after it. With one role, one
+reward on the rollout and turn_gamma 1, credit is that reward: plain GRPO.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from types import MappingProxyType
 
-from agl.emit.reward import weighted_sum
 from agl.trajectory import Call, Reward, Trajectory
+from agl_trainer.algo.succession import distances
 
 Weights = Mapping[str, float]
 """Reward dimension to its weight."""
@@ -25,16 +26,15 @@ _NO_WEIGHTS: Mapping[str, Weights] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Credit:
-    """A call's share of the reward on its rollout or role, and the rewards on the call itself."""
+    """The reward of a call's rollout or role, the factor with which the call shares it, and the call's own rewards."""
 
     shared: float
     own: float
     discount: float = 1.0
-    """Factor that `shared` includes."""
 
     @property
     def total(self) -> float:
-        return self.shared + self.own
+        return self.discount * self.shared + self.own
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +63,13 @@ def call_credits(
 ) -> dict[str, Credit | None]:
     """Span id of each call of the last attempt to its credit; None if no reward reaches the call.
 
-    Calls are ordered by time; `gamma` and `turn_gamma` are in [0, 1]. `weights` holds the roles that weigh reward
-    dimensions differently from the configuration. Raises TelemetryError for a dimension without a weight.
+    `gamma` and `turn_gamma` are in [0, 1]. `weights` holds the roles that weigh reward dimensions differently from the
+    configuration; a dimension that a role does not name has weight 0 there.
     """
     calls = [call for call in trajectory.calls if call.attempt_id in (None, trajectory.attempt_id)]
-    handoffs = _handoffs_after(calls)
     credits: dict[str, Credit | None] = {}
-    for index, (call, after) in enumerate(zip(calls, handoffs, strict=True)):
-        discount = gamma**after * turn_gamma ** (len(calls) - 1 - index)
+    for call, after in zip(calls, distances(calls), strict=True):
+        discount = gamma**after.handoffs * turn_gamma**after.calls
         credit = _credit(call, trajectory.rewards, discount, weights.get(call.role, {}))
         if credit is not None and overlong is not None:
             credit = Credit(credit.shared, credit.own + overlong.of(call), credit.discount)
@@ -83,10 +82,9 @@ def role_credit(credits: Sequence[Credit]) -> float:
     return sum(credit.total for credit in credits) / len(credits)
 
 
-def _handoffs_after(calls: Sequence[Call]) -> list[int]:
-    """For each call, the number of role changes from it to the end."""
-    changes = [before.role != after.role for before, after in pairwise(calls)]
-    return [sum(changes[index:]) for index in range(len(calls))]
+def undiscounted_credit(credits: Sequence[Credit]) -> float:
+    """`role_credit` without discounts."""
+    return sum(credit.shared + credit.own for credit in credits) / len(credits)
 
 
 def _credit(call: Call, rewards: Sequence[Reward], discount: float, weights: Weights) -> Credit | None:
@@ -96,10 +94,13 @@ def _credit(call: Call, rewards: Sequence[Reward], discount: float, weights: Wei
     if of_role:
         return Credit(_value(of_role[-1], weights), sum(own))
     if of_rollout:
-        return Credit(discount * _value(of_rollout[-1], weights), sum(own), discount)
+        value = _value(of_rollout[-1], weights)
+        return Credit(value, sum(own), discount if value >= 0 else 1.0)
     return Credit(0.0, sum(own)) if own else None
 
 
 def _value(reward: Reward, weights: Weights) -> float:
     """The scalar of `reward`: its dimensions under the role's own weights, if both exist, else its value."""
-    return weighted_sum(reward.dimensions, weights) if weights and reward.dimensions else reward.value
+    if not weights or not reward.dimensions:
+        return reward.value
+    return math.fsum(weights.get(name, 0.0) * part for name, part in reward.dimensions.items())

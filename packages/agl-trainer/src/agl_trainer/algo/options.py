@@ -16,7 +16,7 @@ class RoleState:
     version: int | None = None
     """Current version of its policy."""
     weights: Weights = field(default_factory=dict)
-    """The role's own weights of reward dimensions; empty: those of the configuration."""
+    """The role's own weights of reward dimensions, 0 for others; empty: those of the configuration."""
     baseline: float = 0.0
     """Running mean of its rewards, for advantage ema."""
 

@@ -7,6 +7,8 @@ the best samples of each task. As in GRPO, each role of a rollout is selected by
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from agl_trainer.algo.advantages import group_members
+
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
@@ -19,12 +21,10 @@ class Rejection:
         """Whether to train on each rollout, given its credit and its group."""
         if self.min_reward is not None:
             return [credit >= self.min_reward for credit in credits]
-        groups: dict[str, list[int]] = {}
-        for index, group in enumerate(group_ids):
-            groups.setdefault(group, []).append(index)
+        groups = [members.tolist() for members in group_members(group_ids)]
         best = {
             max(indices, key=lambda index: credits[index])
-            for indices in groups.values()
+            for indices in groups
             if len({credits[index] for index in indices}) > 1
         }
         return [index in best for index in range(len(credits))]

@@ -2,12 +2,13 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from agl.store import Store
-from agl.trajectory import DropReason, build_trajectory, trained_span
+from agl.trajectory import DropReason, Reward, Trajectory, build_trajectory, trained_span
 from agl_trainer.algo.batch import CallOutcome
+from agl_trainer.algo.credit import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -82,3 +83,23 @@ def warn_of_missing_rewards(outcomes: Sequence[CallOutcome]) -> int:
             named,
         )
     return len(missing)
+
+
+def warn_of_unused_weights(trajectories: Sequence[Trajectory], weights: Mapping[str, Weights]) -> None:
+    """Log a warning for each role whose own `weights` name no dimension of the rewards that reach the role."""
+    for role, of_role in weights.items():
+        rewards = [reward for trajectory in trajectories for reward in _reaching(role, trajectory)]
+        emitted = {name for reward in rewards for name in reward.dimensions}
+        if of_role and rewards and not emitted & of_role.keys():
+            logger.warning(
+                "agent_roles.%s.rewards has weights for %s, but the rewards that reach the role in this step have %s; "
+                "a dimension without a weight counts 0",
+                role,
+                ", ".join(sorted(of_role)),
+                f"the dimensions {', '.join(sorted(emitted))}" if emitted else "no dimensions",
+            )
+
+
+def _reaching(role: str, trajectory: Trajectory) -> Iterator[Reward]:
+    yield from (one for one in trajectory.rewards if one.target is None and one.role in (None, role))
+    yield from (one for call in trajectory.calls if call.role == role for one in call.rewards)

@@ -67,6 +67,8 @@ class Checkpoint:
     """Steps done in the phase."""
     baselines: dict[str, float] = field(default_factory=dict)
     """Role to the running mean of its rewards."""
+    baseline_weights: dict[str, float] = field(default_factory=dict)
+    """Role to the weight of that mean; see `next_baseline`."""
     best: dict[str, Any] | None = None
     """Fields of the best evaluation so far, a `state.Best`."""
     rng: dict[str, Any] = field(default_factory=rng.capture)

@@ -11,7 +11,7 @@ from agl_trainer.algo.advantages import next_baseline
 from agl_trainer.algo.options import BatchOptions, RoleState
 from agl_trainer.compute.optimizer_step import StepStats
 from agl_trainer.compute.train_batch import role_states, train_batch
-from agl_trainer.loop.call_log import call_metrics, warn_of_missing_rewards
+from agl_trainer.loop.call_log import call_metrics, warn_of_missing_rewards, warn_of_unused_weights
 from agl_trainer.loop.evaluation import evaluate_step, load_best, prune_best
 from agl_trainer.loop.policy_setup import load_list
 from agl_trainer.loop.state import GRPO
@@ -60,6 +60,7 @@ class _GrpoStep:
         clock, tokens_before = Stopwatch(), training.tokens_sampled()
         roles = role_states(training.config, training.policy, self.number, state.baselines)
         rollouts = self._draw(source, roles, clock)
+        warn_of_unused_weights(rollouts.trajectories, {name: role.weights for name, role in roles.items()})
         source.prefetch(self.number)
         clock.lap("rollouts")
         stats = self._train(rollouts)
@@ -85,7 +86,10 @@ class _GrpoStep:
             roles=roles,
             options=BatchOptions.of(training.config, vocabulary_size=len(training.policy.output_weight)),
             clock=clock,
+            failed_reward=training.train.failed_reward,
         )
+        if failures := rollouts.many_failures():
+            training.progress.note(failures)
         rollouts.check_calls()
         rollouts.batch.outcomes += training.call_log.late_calls()
         clock.lap("batch")
@@ -100,8 +104,10 @@ class _GrpoStep:
             updated = {owner for owner, step in stats.items() if not step.was_skipped}
             state.count_step(policy, rollouts.groups, {role for owner in updated for role in policy.adapters[owner]})
         for role, credits in rollouts.batch.credits.items():
-            baseline = state.baselines.get(role, 0.0)
-            state.baselines[role] = next_baseline(baseline, torch.tensor(credits), training.train.ema_decay)
+            baseline, weight = state.baselines.get(role, 0.0), state.baseline_weights.get(role, 0.0)
+            state.baselines[role], state.baseline_weights[role] = next_baseline(
+                baseline, weight, torch.tensor(credits), training.train.ema_decay
+            )
         return stats
 
     def _finish(self, metrics: dict[str, float], clock: Stopwatch) -> None:

@@ -45,6 +45,8 @@ class TrainingState:
     """Steps done in this phase."""
     baselines: dict[str, float] = field(default_factory=dict)
     """Role to the running mean of its rewards."""
+    baseline_weights: dict[str, float] = field(default_factory=dict)
+    """Role to the weight of that mean; see `next_baseline`."""
     best: Best | None = None
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
     """Owner of an adapter to the adapter's optimizer."""
@@ -72,6 +74,7 @@ class TrainingState:
             position=self.position,
             phase_step=self.phase_step,
             baselines=self.baselines,
+            baseline_weights=self.baseline_weights,
             best=asdict(self.best) if self.best else None,
             versions=dict(policy.versions),
             adapters={role: policy.adapter(role) for role in policy.roles},
@@ -94,7 +97,7 @@ def restore(checkpoint: Checkpoint, policy: Policy, folder: Path) -> TrainingSta
     for role, adapter in checkpoint.adapters.items():
         policy.load_adapter(role, adapter, checkpoint.versions[role])
     state = TrainingState(checkpoint.step, checkpoint.phase, checkpoint.position, checkpoint.phase_step)
-    state.baselines = dict(checkpoint.baselines)
+    state.baselines, state.baseline_weights = dict(checkpoint.baselines), dict(checkpoint.baseline_weights)
     state.best = Best(**checkpoint.best) if checkpoint.best else None
     for owner, optimizer_state in checkpoint.optimizers.items():
         optimizer = _new_optimizer(policy, owner, 0.0)  # the learning rate is part of the state

@@ -1,11 +1,12 @@
 """The rollouts of a training step, drawn until enough groups have different rewards, and the batch built from them."""
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from agl.errors import TrainingError
-from agl.trajectory import Trajectory
+from agl.trajectory import Reward, Trajectory
 from agl_trainer.algo.batch import GrpoBatch
 from agl_trainer.algo.batch_builder import grpo_batch
 from agl_trainer.algo.options import BatchOptions, RoleState
@@ -18,6 +19,8 @@ from agl_trainer.rollout.sources import RolloutBatch, RolloutSource
 class StepRollouts:
     """Rollouts that a step drew, and the batch of them."""
 
+    failed_reward: float | None = None
+    """Reward of a rollout that failed by its agent; None: it is not in its group."""
     drawn: list[RolloutBatch] = field(default_factory=list)
     groups: int = 0
     """Groups drawn, including those that were replaced."""
@@ -31,7 +34,7 @@ class StepRollouts:
 
     @property
     def trajectories(self) -> list[Trajectory]:
-        return [trajectory for drawn in self.drawn for trajectory in drawn.trajectories]
+        return [self._graded(trajectory) for drawn in self.drawn for trajectory in drawn.trajectories]
 
     @property
     def unfinished(self) -> list[str]:
@@ -47,8 +50,17 @@ class StepRollouts:
                 "name the framework in train.instrument, or send agl.headers() with each request to OPENAI_BASE_URL"
             )
 
+    def many_failures(self) -> str | None:
+        """A line with the commonest error, if more than a tenth of the rollouts failed."""
+        errors = self._errors()
+        failed = Counter(error for error in errors if error is not None)
+        if 10 * failed.total() <= len(errors):
+            return None
+        (error, count), *_ = failed.most_common(1)
+        return f"{failed.total()} of {len(errors)} rollouts failed, {count} of them with: {error}"
+
     def metrics(self) -> dict[str, float]:
-        errors = [outcome.error for outcome in self.outcomes] or [one.error for one in self.trajectories]
+        errors = self._errors()
         return {
             "rollouts": float(len(errors)),
             "rollouts/failed": float(sum(error is not None for error in errors)),
@@ -56,6 +68,16 @@ class StepRollouts:
             "groups/replaced": float(len(self.replaced)),
             "groups/zero_variance": float(len(self.batch.zero_variance_groups)),
         } | _merge(drawn.metrics for drawn in self.drawn)
+
+    def _errors(self) -> list[str | None]:
+        """The error of each rollout, also of those that were run again."""
+        read = [trajectory.error for drawn in self.drawn for trajectory in drawn.trajectories]
+        return [outcome.error for outcome in self.outcomes] or read
+
+    def _graded(self, trajectory: Trajectory) -> Trajectory:
+        if self.failed_reward is None or not trajectory.failed_by_agent:
+            return trajectory
+        return replace(trajectory, error=None, rewards=[Reward(self.failed_reward, {}, None, None)])
 
 
 def draw_rollouts(
@@ -68,9 +90,10 @@ def draw_rollouts(
     roles: Mapping[str, RoleState],
     options: BatchOptions,
     clock: Stopwatch,
+    failed_reward: float | None = None,
 ) -> StepRollouts:
     """Draw `groups` groups after the first `position`, and replace zero-variance ones at most `replacements` times."""
-    rollouts, missing = StepRollouts(), groups
+    rollouts, missing = StepRollouts(failed_reward), groups
     for _ in range(1 + replacements):
         rollouts.replaced = list(rollouts.batch.zero_variance_groups)
         rollouts.drawn.append(source.draw(step, position, range(rollouts.groups, rollouts.groups + missing)))

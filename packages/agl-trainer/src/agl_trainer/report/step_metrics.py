@@ -29,7 +29,8 @@ class Stopwatch:
 
 
 def reward_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Mean and standard deviation of the final reward of each rollout and of each role, and of their parts."""
+    """Mean and standard deviation of the final reward of each rollout and of each role, and of their parts; number of
+    rewards without a call."""
     values: dict[str, list[float]] = {}
     for trajectory in trajectories:
         last = {reward.role: reward for reward in trajectory.rewards if reward.target is None}
@@ -39,7 +40,9 @@ def reward_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
             for part, value in reward.dimensions.items():
                 values.setdefault(f"{prefix}/{part}", []).append(value)
     means = {name: statistics.fmean(found) for name, found in values.items()}
-    return means | {_std_name(name): statistics.pstdev(found) for name, found in values.items()}
+    without_call = sum(len(trajectory.rewards_without_call) for trajectory in trajectories)
+    means |= {_std_name(name): statistics.pstdev(found) for name, found in values.items()}
+    return means | {"rewards/without_call": float(without_call)}
 
 
 def batch_metrics(batch: GrpoBatch, roles: Mapping[str, RoleState]) -> dict[str, float]:

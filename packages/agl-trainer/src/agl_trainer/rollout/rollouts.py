@@ -5,13 +5,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from http import HTTPStatus
 from typing import Any
 
-from agl import semconv
-from agl.span import Span
 from agl.store import Rollout, Store
 from agl.trajectory import Trajectory, build_trajectory
+from agl.trajectory.call import is_engine_failure
 from agl_trainer.rollout.runner import Outcome
 from agl_trainer.rollout.serving import ProgressLine, Serving
 
@@ -98,12 +96,4 @@ class Rollouts:
         return self.make(rollout.rollout_id.partition("~")[0], rollout.input, rollout.group_id, rollout.mode)
 
     def _engine_failed(self, outcome: Outcome) -> bool:
-        return outcome.error is not None and any(map(_is_engine_failure, self.store.query_spans(outcome.rollout_id)))
-
-
-def _is_engine_failure(span: Span) -> bool:
-    """Whether `span` is a gateway call that ended with a server error (5xx)."""
-    if span.name != semconv.SPAN_GATEWAY_CALL or span.status != "error":
-        return False
-    status = span.number(semconv.HTTP_RESPONSE_STATUS_CODE)
-    return status is not None and status >= HTTPStatus.INTERNAL_SERVER_ERROR
+        return outcome.error is not None and any(map(is_engine_failure, self.store.query_spans(outcome.rollout_id)))
