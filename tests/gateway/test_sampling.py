@@ -8,7 +8,7 @@ import pytest
 
 from agl import semconv
 from agl.gateway.engine_kind import ENGINE_KINDS
-from agl.gateway.sampling import constraints
+from agl.gateway.request import constraints
 from agl.trajectory import build_trajectory
 from tests.core.fake_engine import FakeEngine
 from tests.gateway.serving import Setup, chat_body, gateway, serving

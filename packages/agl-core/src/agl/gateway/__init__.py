@@ -2,8 +2,7 @@
 
 proxy          the ASGI app and its routes
 exchange       one call: request, engine, response, record
-request        the client's request: caller, seed, and the fields added for the engine
-sampling       fields that keep the engine from the model's full distribution
+request        the client's request: caller, seed, fields added for the engine, fields neutral in training
 dialect        the APIs that clients speak
 dispatch       the way to an engine: routing, pause, slots, retries, hedging
 engine         one engine: queue, key, response; `engine_kind` has vLLM's and SGLang's fields

@@ -22,8 +22,7 @@ from agl.gateway.drift_kind import find_drift
 from agl.gateway.engine import UpstreamResponse, forwarded
 from agl.gateway.exact_prefix import exact_prompt
 from agl.gateway.record import CallRecord, Recorder
-from agl.gateway.request import CallerLookup, Seeds, changes, prepare, read_json
-from agl.gateway.sampling import constraints, with_full_distribution
+from agl.gateway.request import CallerLookup, Seeds, changes, constraints, prepare, read_json, with_full_distribution
 from agl.server.api_error import ApiError
 from agl.server.auth import project_of
 from agl.server.receiving import read_body, run_while_connected
