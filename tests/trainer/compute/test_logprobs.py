@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from agl_trainer.compute.logprobs import row_logprobs
 from agl_trainer.data.rows import RowLogprobs, TrainingRow
@@ -120,6 +121,24 @@ def test_many_chunks_of_the_output_layer_are_as_one(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("agl_trainer.compute.logprobs._CHUNK", 7)
     parts = row_logprobs(policy, "writer", to_rows(rows, masks))
     assert distance([parts.logprobs, parts.entropies], [whole.logprobs, whole.entropies]) < 1e-12
+
+
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_a_pass_without_gradient_multiplies_by_the_output_layer_once(entropy_gradient: bool) -> None:
+    """Once for the logits; with gradient once more for the derivatives of the logprobs, and of the entropies."""
+    policy = small_policy()
+    vocabulary, width = policy.output_weight.shape
+    rows = to_rows([[1, 2, 3, first, 5, 6] for first in range(10)], [[0, 0, 0, 1, 1, 1]] * 10)
+
+    def operations() -> int:
+        with FlopCounterMode(display=False) as counter:
+            row_logprobs(policy, "writer", rows, entropy_gradient=entropy_gradient)
+        return counter.get_total_flops()
+
+    with_gradient = operations()
+    with torch.no_grad():
+        without = operations()
+    assert with_gradient - without == (1 + entropy_gradient) * 2 * 30 * width * vocabulary
 
 
 @pytest.mark.parametrize("entropy_gradient", [False, True])
