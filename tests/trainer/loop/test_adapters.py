@@ -75,6 +75,8 @@ def adapters(tmp_path: Path, verb: str, *rest: str) -> int:
 
 def test_every_version_is_listed_once(policy: Policy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint(policy, tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "checkpoints" / "step-000009").mkdir()  # half of a copy
+    (tmp_path / "run" / "checkpoints" / "step-notes.txt").write_text("not a checkpoint")
     assert adapters(tmp_path, "list") == 0
     head, *lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert head == ["adapter", "rank", "alpha", "parameters", "kept", "in"]

@@ -1,12 +1,17 @@
 """Checkpoints: what goes in comes out bit by bit, and a kill or a damaged file never costs more than the last one."""
 
+import hashlib
 import json
 import logging
+import os
 import random
 import re
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from agl.errors import TrainingError
 from agl_trainer.loop import rng
-from agl_trainer.loop.checkpoint import Checkpoint, load_latest, prune, save_checkpoint
+from agl_trainer.loop.checkpoint import Checkpoint, load_checkpoint, load_latest, prune, save_checkpoint
 
 ROLES = ("writer", "fixer")
 
@@ -200,8 +205,101 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     for step in (9, 10, 1_000_000):
         save_checkpoint(tmp_path, small_state(step))
     (tmp_path / ".removing-step-000008").mkdir()  # a kill in the middle of an earlier prune
-    prune(tmp_path, keep=2)
+    (tmp_path / ".writing-step-000011").mkdir()  # and of an earlier save
+    prune(tmp_path, 1_000_000, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000010", "step-1000000"]
+
+
+STRAYS = (
+    "step-000002/.DS_Store",
+    "step-000002/.ipynb_checkpoints/state-checkpoint.json",
+    "step-000002/adapters/.nfs0001",
+    "step-000002/adapters/writer/adapter_model.safetensors.part",
+    "step-000002/optimizer.safetensors.tmp",
+    ".DS_Store",
+    "step-000002 (copy)/state.json",
+    "step-000009.part/state.json",
+    "step-000004",
+)
+
+
+def test_files_that_are_not_the_checkpoints_own_do_no_harm(tmp_path: Path) -> None:
+    """Neither to the checkpoint beside them, nor to themselves."""
+    save_checkpoint(tmp_path, small_state(1))
+    save_checkpoint(tmp_path, small_state(2))
+    for name in STRAYS:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    assert load(tmp_path).step == 2
+    save_checkpoint(tmp_path, small_state(3))
+    prune(tmp_path, 3)
+    assert load(tmp_path).step == 3 and load_checkpoint(tmp_path / "step-000002").step == 2
+    assert all((tmp_path / name).exists() for name in STRAYS)
+
+
+def test_half_of_a_copy_costs_no_whole_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two folders of higher steps whose copy is not complete: neither is loaded, nor kept in the place of others."""
+    save_checkpoint(tmp_path, small_state(2))
+    for step in (8, 9):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    (tmp_path / "step-000009" / "SHA256SUMS").write_bytes(b"\xff\xfe half")
+    assert load(tmp_path).step == 2
+    assert "step-000009" in caplog.text and "step-000008" in caplog.text
+    save_checkpoint(tmp_path, small_state(3))
+    prune(tmp_path, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:06d}" for step in (2, 3, 8, 9)]
+    save_checkpoint(tmp_path, small_state(8))
+    assert load_checkpoint(tmp_path / "step-000008").step == 8
+
+
+def test_a_checkpoint_of_another_version_is_named(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, small_state(1))
+    state = folder / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"mood": "good"}))
+    sums = (folder / "SHA256SUMS").read_text().splitlines()
+    kept = [line for line in sums if not line.endswith("state.json")]
+    digest = hashlib.sha256(state.read_bytes()).hexdigest()
+    (folder / "SHA256SUMS").write_text("\n".join([*kept, f"{digest}  state.json"]))
+    with pytest.raises(TrainingError, match=r"another version of agl wrote it .*mood"):
+        load_checkpoint(folder)
+
+
+@contextmanager
+def without_rights() -> Iterator[Path]:
+    """A folder, in a context in which this process has no rights that its files do not grant."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, user = Path(name), os.geteuid()
+        folder.chmod(0o777)
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            yield folder
+        finally:
+            os.seteuid(user)
+
+
+@pytest.mark.parametrize("closed", [".", "step-000002", "step-000002/state.json", "step-000002/SHA256SUMS"])
+def test_what_may_not_be_read_is_not_taken_for_damage(closed: str) -> None:
+    """Else the training would go on from an older checkpoint, or from none, and overwrite what it could not read."""
+    with without_rights() as folder:
+        for step in (1, 2):
+            save_checkpoint(folder / "checkpoints", small_state(step))
+        (folder / "checkpoints" / closed).chmod(0)
+        with pytest.raises(TrainingError, match=f"{closed.strip('.')}.*Permission denied"):
+            load_latest(folder / "checkpoints")
+        (folder / "checkpoints" / closed).chmod(0o700)
+        assert load(folder / "checkpoints").step == 2
+
+
+def test_a_folder_that_cannot_be_written_is_named_and_keeps_its_checkpoints() -> None:
+    with without_rights() as folder:
+        save_checkpoint(folder / "checkpoints", small_state(1))
+        (folder / "checkpoints").chmod(0o500)
+        with pytest.raises(TrainingError, match=r"cannot write a checkpoint to .*Permission denied"):
+            save_checkpoint(folder / "checkpoints", small_state(2))
+        assert load(folder / "checkpoints").step == 1
+        (folder / "checkpoints").chmod(0o700)
 
 
 SAVE_AND_DIE = """
@@ -229,7 +327,7 @@ for line in sys.stdin:
         state = Checkpoint(step, "sft", step, {"writer": step}, {"writer": tensors}, {"writer": {}}, {}, "")
         die_at(moment)
         save_checkpoint(Path(sys.argv[1]), state)
-        prune(Path(sys.argv[1]), keep=1)
+        prune(Path(sys.argv[1]), step, keep=1)
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """

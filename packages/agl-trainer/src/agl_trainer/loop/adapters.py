@@ -4,6 +4,7 @@ Reads only `adapter_model.safetensors` and `adapter_config.json` of a folder, ne
 """
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -18,7 +19,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from agl.errors import CommandError
+from agl_trainer.loop.checkpoint import find_checkpoints
 from agl_trainer.model.adapter_files import CONFIG, WEIGHTS
+
+logger = logging.getLogger(__name__)
 
 PUBLISHED = "adapters"
 """Folder of the adapters that training phases publish for serving."""
@@ -116,9 +120,15 @@ def _published(folder: Path) -> Iterator[Adapter]:
 
 
 def _checkpointed(folder: Path) -> Iterator[Adapter]:
-    for path in sorted(folder.glob("step-*")):
-        for role, version in _read_json(path / "state.json")["versions"].items():
-            yield Adapter(role, version, path / "adapters" / role, path.name)
+    for path in find_checkpoints(folder):
+        try:
+            versions = _read_json(path / "state.json")["versions"]
+        except CommandError as error:
+            logger.warning("%s; the adapters of this checkpoint are left out", error)
+            continue
+        for role, version in versions.items():
+            if (path / "adapters" / role / CONFIG).is_file():
+                yield Adapter(role, version, path / "adapters" / role, path.name)
 
 
 @contextmanager

@@ -42,6 +42,12 @@ logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d+)(\.old)?")
 _SUMS = "SHA256SUMS"
+_DAMAGE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""Errors of a file that is missing; with others, e.g. missing rights, the checkpoint may be intact."""
+
+
+class _UnreadableError(TrainingError):
+    """A checkpoint that may be intact cannot be read, so that an older one must not take its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +82,17 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write `checkpoint` below `folder`, replacing one of the same step; returns the checkpoint's folder."""
+    """Write `checkpoint` below `folder`, replacing one of the same step; returns the checkpoint's folder.
+
+    Raises TrainingError if the disk is full or the folder not writable; earlier checkpoints are then intact.
+    """
+    try:
+        return _save(folder, checkpoint)
+    except OSError as error:
+        raise TrainingError(f"cannot write a checkpoint to {folder}: {error.filename}: {error.strerror}") from error
+
+
+def _save(folder: Path, checkpoint: Checkpoint) -> Path:
     target = checkpoint_folder(folder, checkpoint.step)
     draft = folder / f".writing-{target.name}"
     _remove(draft)
@@ -93,11 +109,16 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
-    """The newest intact checkpoint in `folder`, else None; warns of damaged ones, raises TrainingError if all are."""
-    found = _checkpoints(folder)
+    """The newest intact checkpoint in `folder`, else None; warns of damaged ones, raises TrainingError if all are.
+
+    A file that this process may not read is no damage: it raises TrainingError too.
+    """
+    found = find_checkpoints(folder)
     for path in reversed(found):
         try:
             return load_checkpoint(path)
+        except _UnreadableError:
+            raise
         except TrainingError as error:
             logger.warning("%s; trying the checkpoint before it", error)
     if found:
@@ -106,47 +127,68 @@ def load_latest(folder: Path) -> Checkpoint | None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in the folder `path`. Raises TrainingError with the name of a missing or changed file."""
+    """The checkpoint in the folder `path`. Raises TrainingError with the name of a missing or changed file.
+
+    Only the files of the checkpoint are read, so that others in its folder do no harm.
+    """
     try:
-        _verify(path)
-        plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        folders = {role: path / "adapters" / role for role in plain.pop("roles")}
-        return Checkpoint(
-            **plain,
-            adapters={role: read_tensors(files / WEIGHTS) for role, files in folders.items()},
-            adapter_configs={role: json.loads((files / CONFIG).read_text("utf-8")) for role, files in folders.items()},
-            optimizers=_unpack_optimizers(path / "optimizer.safetensors"),
-        )
+        listed = _read_sums(path)
+        plain = json.loads(_verified(path, "state.json", listed).read_text(encoding="utf-8"))
+        adapters, configs = {}, {}
+        for role in plain.pop("roles"):
+            adapters[role] = read_tensors(_verified(path, f"adapters/{role}/{WEIGHTS}", listed))
+            configs[role] = json.loads(_verified(path, f"adapters/{role}/{CONFIG}", listed).read_text("utf-8"))
+        optimizers = _unpack_optimizers(_verified(path, "optimizer.safetensors", listed))
+        return Checkpoint(**plain, adapters=adapters, adapter_configs=configs, optimizers=optimizers)
+    except TypeError as error:
+        raise TrainingError(f"checkpoint {path}: another version of agl wrote it ({error})") from error
     except OSError as error:
-        raise TrainingError(f"checkpoint {path}: cannot read {error.filename}: {error.strerror}") from error
+        kind = TrainingError if isinstance(error, _DAMAGE) else _UnreadableError
+        raise kind(f"checkpoint {path}: cannot read {error.filename}: {error.strerror}") from error
 
 
-def prune(folder: Path, keep: int = 2) -> None:
-    """Remove all but the newest `keep` (at least 1) checkpoints, and folders that a killed process was removing."""
-    _discard(folder, _checkpoints(folder)[:-keep])
+def prune(folder: Path, step: int, keep: int = 2) -> None:
+    """Remove all but the newest `keep` (at least 1) checkpoints up to `step`, and what a killed process left behind."""
+    ours = [path for path in find_checkpoints(folder) if _order(path) <= _order(checkpoint_folder(folder, step))]
+    _discard(folder, ours[:-keep])
 
 
 def keep_only(folder: Path, step: int) -> None:
-    """Remove all checkpoints except that of `step`, and folders that a killed process was removing."""
-    _discard(folder, [path for path in _checkpoints(folder) if path != checkpoint_folder(folder, step)])
+    """Remove all checkpoints except that of `step`, and what a killed process left behind."""
+    _discard(folder, [path for path in find_checkpoints(folder) if path != checkpoint_folder(folder, step)])
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
 
 
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders from oldest to newest; a checkpoint that is being replaced precedes its replacement.
+
+    Anything else in `folder` is ignored. Raises TrainingError if `folder` cannot be read.
+    """
+    try:
+        found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise TrainingError(f"cannot read the checkpoints in {folder}: {error.strerror}") from error
+    return sorted(found, key=_order)
+
+
+def _order(path: Path) -> tuple[int, bool]:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1]), match[2] is None
+
+
 def _discard(folder: Path, checkpoints: Iterable[Path]) -> None:
-    for path in folder.glob(".removing-*"):
-        _remove(path)
+    for pattern in (".removing-*", ".writing-*"):
+        for path in folder.glob(pattern):
+            _remove(path)
     for path in checkpoints:
         # Renamed first, so that a process killed here leaves no folder that looks like a damaged checkpoint.
         _remove(path.rename(path.with_name(f".removing-{path.name}")))
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders from oldest to newest; a checkpoint that is being replaced precedes its replacement."""
-    named = [(match, path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for match, path in sorted(named, key=lambda item: (int(item[0][1]), item[0][2] is None))]
 
 
 def _swap(draft: Path, target: Path) -> None:
@@ -159,16 +201,20 @@ def _swap(draft: Path, target: Path) -> None:
     _remove(old)
 
 
-def _verify(path: Path) -> None:
-    lines = (path / _SUMS).read_text(encoding="utf-8").splitlines()
-    listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    found = {str(file.relative_to(path)) for file in _files(path)} - {_SUMS}
-    if found != set(listed):
-        missing = ", ".join(sorted(set(listed) ^ found))
-        raise TrainingError(f"checkpoint {path}: {missing} is missing or not listed in {_SUMS}")
-    for name, digest in listed.items():
-        if _digest(path / name) != digest:
-            raise TrainingError(f"checkpoint {path}: {name} has changed since it was written (sha256 differs)")
+def _read_sums(path: Path) -> dict[str, str]:
+    """Name to digest of each file that `SHA256SUMS` lists."""
+    lines = (path / _SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def _verified(path: Path, name: str, listed: Mapping[str, str]) -> Path:
+    """File `name` of the checkpoint `path`. Raises TrainingError if it is not what `listed` has."""
+    file = path / name
+    if name not in listed or not file.exists():
+        raise TrainingError(f"checkpoint {path}: {name} is missing or not listed in {_SUMS}")
+    if _digest(file) != listed[name]:
+        raise TrainingError(f"checkpoint {path}: {name} has changed since it was written (sha256 differs)")
+    return file
 
 
 def _state_json(checkpoint: Checkpoint) -> bytes:
@@ -217,6 +263,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

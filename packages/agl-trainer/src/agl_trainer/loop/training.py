@@ -83,7 +83,7 @@ class Training:
         """Write a checkpoint of the current state."""
         checkpoints = self.folder / "checkpoints"
         save_checkpoint(checkpoints, self.state.to_checkpoint(self.policy, self.config))
-        prune(checkpoints)
+        prune(checkpoints, self.state.step)
 
     def publish(self) -> None:
         """Write the adapter of each role to `adapters/<role>@<n>`, register it in the store, and serve it."""
