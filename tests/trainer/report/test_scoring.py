@@ -51,5 +51,8 @@ def test_meaningless_numbers_of_samples_are_rejected() -> None:
         Sampling(4).check(0.0)
     with pytest.raises(ConfigError, match=r"pass@8 needs 8 samples of each task or more, got 4"):
         Sampling(4, pass_at=(1, 8)).check(0.7)
+    for samples in (0, -1):
+        with pytest.raises(ConfigError, match=f"expected 1 sample of each task or more, got {samples}"):
+            Sampling(samples).check(0.7)
     Sampling(4, pass_at=(1, 4)).check(0.7)
     Sampling(1, pass_at=(1,)).check(0.0)

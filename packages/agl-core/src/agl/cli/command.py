@@ -12,7 +12,7 @@ from agl import otlp
 from agl.config import DEFAULT_STORE_URI
 from agl.errors import CommandError
 from agl.span import Span
-from agl.store import Store, open_store
+from agl.store import Store, open_store, sqlite_path
 
 _HELP_WIDTH = 100
 
@@ -62,10 +62,8 @@ def existing_store(uri: str) -> Iterator[Store]:
 
 def sqlite_file(uri: str) -> Path | None:
     """The file of a SQLite store; None for other stores. Raises CommandError if it does not exist."""
-    if not uri.startswith("sqlite:///"):
-        return None
-    path = Path(uri.removeprefix("sqlite:///"))
-    if not path.exists():
+    path = sqlite_path(uri)
+    if path is not None and not path.exists():
         raise CommandError(f"there is no store at {path.absolute()}; {_nearby_stores()}")
     return path
 

@@ -1,11 +1,10 @@
 """`collector`: the OTLP receivers and their limits."""
 
-from pathlib import Path
 from typing import Final, Self
 
 from pydantic import model_validator
 
-from agl.config.section import Count, Section
+from agl.config.section import Count, FilePath, Section
 from agl.config.tls import TlsConfig
 
 TOKEN_VARIABLE: Final = "AGL_TOKEN"
@@ -19,7 +18,7 @@ class CollectorConfig(Section):
     """Largest request body, after decompression."""
     max_pending_bytes: Count = 128 * 2**20
     """Limit on the request bytes in memory that are not committed yet; above it senders are asked to retry."""
-    token_file: Path | None = None
+    token_file: FilePath | None = None
     """File of bearer tokens, one per line. A request needs one of them or `--token`."""
     tls: TlsConfig | None = None
 

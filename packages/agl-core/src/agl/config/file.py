@@ -15,6 +15,7 @@ from agl.config.queue import QueueConfig
 from agl.config.roles import AgentRoles, RoleConfig
 from agl.config.section import Section
 from agl.config.sft import SftConfig, SftTracesConfig
+from agl.config.source import expand_variables, read_yaml
 from agl.config.tls import TlsConfig
 from agl.config.train import TrainConfig
 from agl.errors import ConfigError
@@ -49,12 +50,7 @@ class Config(Section):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a YAML file. Raises ConfigError naming the file and every wrong key or value."""
-        try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        data = read_yaml(path)
         if not isinstance(data, dict):
             raise ConfigError(f"{path} holds {type(data).__name__}, expected a mapping of sections")
         return cls.parse(data, source=str(path))
@@ -63,7 +59,7 @@ class Config(Section):
     def parse(cls, data: dict[str, Any], source: str = "configuration") -> Self:
         """Check `data`. Raises ConfigError naming `source` and every wrong key or value."""
         try:
-            return cls.model_validate(data)
+            return cls.model_validate(expand_variables(data, source))
         except ValidationError as error:
             raise ConfigError("\n".join(f"{source}: {_format_error(item)}" for item in error.errors())) from error
 

@@ -1,8 +1,25 @@
 """Base class and common types of the configuration's sections."""
 
-from typing import Annotated
+import os
+import re
+from pathlib import Path
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+AnyPath = TypeVar("AnyPath", str, Path)
+
+
+def expand_home(path: AnyPath) -> AnyPath:
+    """`path` with a leading `~` as the home folder. Raises ValueError for the rest of what only a shell expands."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~") or re.search(r"\$\w", expanded):
+        raise ValueError(f"a path is read without a shell: expected no $NAME and no ~USER of an unknown user in {path}")
+    return type(path)(expanded)
+
+
+TextPath = Annotated[str, AfterValidator(expand_home)]
+FilePath = Annotated[Path, AfterValidator(expand_home)]
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]

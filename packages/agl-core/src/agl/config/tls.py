@@ -1,15 +1,13 @@
 """`tls`: certificate and key of a server."""
 
-from pathlib import Path
-
-from agl.config.section import Section
+from agl.config.section import FilePath, Section
 
 
 class TlsConfig(Section):
     """Paths of PEM files."""
 
-    certificate: Path
+    certificate: FilePath
     """The certificate, followed by its chain of intermediate certificates."""
-    key: Path
-    client_ca: Path | None = None
+    key: FilePath
+    client_ca: FilePath | None = None
     """Certificate authority of the clients; without it clients need no certificate."""

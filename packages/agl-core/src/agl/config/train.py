@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from agl.config.loss import LossConfig
-from agl.config.section import Count, Positive, Reference
+from agl.config.section import Count, Positive, Reference, TextPath
 from agl.config.sft import TracesConfig
 
 _REJECTION_KEYS = {"loss_type", "mask_truncated_completions", "overlong_buffer", "overlong_penalty", "max_staleness"}
@@ -19,7 +19,7 @@ class TrainConfig(LossConfig):
     """`grpo`: policy gradient. `rejection`: supervised fine-tuning on the rollouts with the best rewards."""
     min_reward: float | None = None
     """Algorithm rejection: minimum reward of a rollout to train on; none: the best rollout of each group."""
-    model: str
+    model: TextPath
     """`smollm2`, `tiny`, or a model folder that transformers can load."""
     agent: Reference | None = None
     """Agent function, sync or async: receives the task, returns its answer. Not needed with `--from-store`."""
@@ -86,7 +86,7 @@ class TrainConfig(LossConfig):
     """Seed of adapter initialisation, sampling and task order."""
     deterministic: bool = False
     """Run one rollout and one sequence at a time, so that equal seeds give bitwise equal adapters."""
-    output_dir: str = "runs/default"
+    output_dir: TextPath = "runs/default"
     """Folder of checkpoints, adapters and metrics."""
     report_to: list[Literal["wandb", "mlflow"]] = Field(default_factory=list)
     """Trackers that receive the metrics in addition to the store, `metrics.jsonl` and TensorBoard."""

@@ -9,12 +9,25 @@ end_notifier, watchdog   waiting for rollouts, and ending overdue attempts
 sql, sqlite, postgres, cassandra, http   the backends
 """
 
+from pathlib import Path
+
+from agl.config.section import expand_home
 from agl.errors import StoreError
 from agl.store.protocol import Collected, Resource, Store
 from agl.store.rollout import Attempt, Rollout
 from agl.store.states import AttemptState, RolloutState
 
-__all__ = ["Attempt", "AttemptState", "Collected", "Resource", "Rollout", "RolloutState", "Store", "open_store"]
+__all__ = [
+    "Attempt",
+    "AttemptState",
+    "Collected",
+    "Resource",
+    "Rollout",
+    "RolloutState",
+    "Store",
+    "open_store",
+    "sqlite_path",
+]
 
 
 def open_store(uri: str) -> Store:
@@ -23,11 +36,11 @@ def open_store(uri: str) -> Store:
 
     Raises StoreError for an unknown scheme, a file that is not a store, or a server that cannot be reached.
     """
-    scheme, _, path = uri.partition("://")
+    scheme = uri.partition("://")[0]
     if scheme in ("sqlite", "memory"):
         from agl.store.sqlite.store import SqliteStore
 
-        return SqliteStore(":memory:" if scheme == "memory" else path.removeprefix("/"), uri=uri)
+        return SqliteStore(str(sqlite_path(uri) or ":memory:"), uri=uri)
     if scheme in ("http", "https"):
         from agl.store.http.client import HttpStore
 
@@ -41,6 +54,19 @@ def open_store(uri: str) -> Store:
         " sqlite:///path.db, postgresql://user:password@host/database, cassandra://host1,host2,host3/keyspace,"
         " http(s)://host:port and memory://"
     )
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file of a SQLite store, None for other stores. Raises StoreError if the URI names no file."""
+    scheme, _, path = uri.partition("://")
+    if scheme != "sqlite":
+        return None
+    if not (name := path.removeprefix("/")):
+        raise StoreError(f"store URI {uri!r} names no file; write sqlite:///path.db")
+    try:
+        return expand_home(Path(name))
+    except ValueError as error:
+        raise StoreError(f"store URI {uri!r}: {error}") from error
 
 
 def _open_postgres(uri: str) -> Store:

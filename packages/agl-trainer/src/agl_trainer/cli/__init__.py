@@ -93,10 +93,12 @@ def _eval(arguments: argparse.Namespace) -> int:
     from agl_trainer.report.evaluation import EvalResult, comparison_json, comparison_table
     from agl_trainer.report.scoring import Sampling
 
-    trainer = _trainer(arguments)
-    folder = trainer.folder / "eval"
-    before = [EvalResult.load(folder / f"{arguments.against}.json")] if arguments.against else []
+    train = Config.load(arguments.config).require_train()
     sampling = Sampling(arguments.samples, tuple(arguments.pass_at), arguments.success)
+    sampling.check(train.eval_temperature)
+    folder = Path(train.output_dir) / "eval"
+    before = [EvalResult.load(folder / f"{arguments.against}.json")] if arguments.against else []
+    trainer = _trainer(arguments)
     with trainer.open(resumes=arguments.of != "base"):
         if arguments.of == "best":
             trainer.take_best()

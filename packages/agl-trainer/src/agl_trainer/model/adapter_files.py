@@ -4,30 +4,35 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save
+if TYPE_CHECKING:
+    import torch
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
-Tensors = Mapping[str, torch.Tensor]
+Tensors = Mapping[str, "torch.Tensor"]
 
 
 def save_adapter(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> None:
     """Write a PEFT adapter folder that `PeftModel.from_pretrained` and vLLM can load."""
+    from safetensors.torch import save
+
     write_synced(folder / WEIGHTS, save(contiguous_copies(tensors), metadata={"format": "pt"}))
     write_synced(folder / CONFIG, to_json(config))
 
 
-def contiguous_copies(tensors: Tensors) -> dict[str, torch.Tensor]:
+def contiguous_copies(tensors: Tensors) -> "dict[str, torch.Tensor]":
     """Copies on the CPU; safetensors rejects tensors that share storage or are strided."""
+    import torch
+
     return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path) -> "dict[str, torch.Tensor]":
     """All tensors of a safetensors file, on the CPU."""
+    from safetensors import safe_open
+
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is not a mapping
 

@@ -22,6 +22,8 @@ class Sampling:
 
     def check(self, temperature: float) -> None:
         """Raises ConfigError if the numbers contradict each other or the sampling temperature."""
+        if self.samples < 1:
+            raise ConfigError(f"expected 1 sample of each task or more, got {self.samples}")
         if self.samples > 1 and temperature == 0:
             raise ConfigError(
                 f"{self.samples} samples of each task are the same at temperature 0; set train.eval_temperature"

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 
-from agl.errors import StoreError
 from agl.store.end_notifier import EndNotifier
 from agl.store.span_row import SpanRow, attempt_ids
 from agl.store.sql.database import Connection
@@ -25,8 +24,6 @@ class SqliteStore(SqlStore[SqliteDatabase]):
     RETENTION = SqliteRetention
 
     def __init__(self, path: str, *, uri: str) -> None:
-        if not path:
-            raise StoreError(f"store URI {uri!r} names no file; write sqlite:///path.db")
         super().__init__(uri, SqliteDatabase(path, MIGRATIONS), EndNotifier())
 
     def append_rows(self, rows: Sequence[SpanRow]) -> int:
