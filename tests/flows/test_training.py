@@ -532,6 +532,36 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
         Trainer(config_in(tmp_path, model=str(missing))).fit()
 
 
+def test_the_reference_of_the_kl_term_is_the_adapter_as_grpo_began(tmp_path: Path) -> None:
+    """SFT trained it; it is in the checkpoint, and a resumed training compares with it. Fresh ones are not copied."""
+
+    def references(step: int) -> dict[str, Any] | None:
+        found = load_checkpoint(tmp_path / "run" / "checkpoints" / f"step-{step:06d}").references
+        return None if found is None else {owner: dict(tensors) for owner, tensors in found.items()}
+
+    trainer = Trainer(config_in(tmp_path, beta=0.5, steps=1))
+    with trainer.open():
+        trainer.sft()
+        start = {name: tensor.clone() for name, tensor in trainer.session.policy.adapter("solver").items()}
+        trainer.grpo()
+    Trainer(config_in(tmp_path, beta=0.5, steps=3)).fit()
+    *_, first, second, third = metrics_of(tmp_path)
+    assert first["solver/kl_ref"] == pytest.approx(0.0, abs=1e-6)
+    assert min(second["solver/kl_ref"], third["solver/kl_ref"]) > 0.01
+    kept = references(len(metrics_of(tmp_path)))
+    assert kept is not None and kept.keys() == {"solver"}
+    assert all(torch.equal(tensor, start[name]) for name, tensor in kept["solver"].items())
+
+    Trainer(config_in(tmp_path, beta=0.5, reference="base", steps=4)).fit()
+    assert references(len(metrics_of(tmp_path))) is None
+    with pytest.raises(TrainingError, match=r"no copy of the adapters as GRPO began.* set train.reference: base"):
+        Trainer(config_in(tmp_path, beta=0.5, steps=5)).fit()
+
+    fresh = config_in(tmp_path / "fresh", beta=0.5, steps=1)
+    Trainer(fresh).fit()
+    assert load_checkpoint(tmp_path / "fresh" / "run" / "checkpoints" / "step-000001").references == {}
+
+
 def test_a_checkpoint_of_other_roles_or_another_size_is_refused(tmp_path: Path) -> None:
     Trainer(config_in(tmp_path, steps=1)).fit()
     with pytest.raises(TrainingError, match="has the roles solver, agent_roles has judge; choose another"):

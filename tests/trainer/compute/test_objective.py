@@ -1,5 +1,6 @@
 """The loss of an optimizer step over rows: what it looks up beforehand, and that passes do not show in it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -101,6 +102,29 @@ def test_the_reference_is_the_model_without_its_adapter() -> None:
         base = row_logprobs(fresh, "writer", rows).logprobs
     assert objective.reference is not None
     assert torch.allclose(torch.stack([objective.reference[row.key] for row in rows]), base, rtol=1e-9)
+
+
+def test_the_reference_may_be_an_earlier_adapter() -> None:
+    """Its logprobs are those that it had, also when a different adapter trains; that one is unchanged by the look."""
+    policy = small_policy(small_model(dtype=torch.float64))
+    rows = sampled_rows(policy)
+    start = {name: tensor.clone() for name, tensor in policy.adapter("writer").items()}
+    with torch.no_grad():
+        for parameter in policy.parameters("writer"):
+            parameter *= 1.1
+    moved = {name: tensor.clone() for name, tensor in policy.adapter("writer").items()}
+    options: dict[str, Any] = {"pack_tokens": 4096, "is_first": True, "reference": start}
+    objective = prepare_objective(policy, "writer", rows, PolicyLossConfig(beta=0.1), **options)
+    assert objective.reference is not None
+    for row in rows:
+        assert objective.reference[row.key].tolist() == pytest.approx(row.logprobs[8:], rel=1e-12)
+    assert all(torch.equal(tensor, moved[name]) for name, tensor in policy.adapter("writer").items())
+    with torch.no_grad():
+        now = row_logprobs(policy, "writer", rows).logprobs.flatten().tolist()
+    log_r = [then - value for then, value in zip([v for row in rows for v in row.logprobs[8:]], now, strict=True)]
+    ratio = [math.exp(-value) for value in log_r]
+    divergence = sum((math.exp(a) - 1 - a) * b for a, b in zip(log_r, ratio, strict=True)) / len(log_r)
+    assert run(policy, objective, rows)[1]["kl_ref"] == pytest.approx(divergence, rel=1e-9) != 0
 
 
 @pytest.mark.parametrize("moves", [False, True])

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import pytest
 import torch
 
 from agl.config import Config
@@ -69,6 +70,18 @@ def test_roles_that_share_an_adapter_take_one_step_with_the_sum_of_their_gradien
         train_batch(policy, {"writer": optimizer}, batch, shared)
     for begun, both, one, other in zip(start, *(p.parameters("writer") for p in policies), strict=True):
         assert torch.allclose(both - begun, (one - begun) + (other - begun), rtol=1e-3, atol=1e-6)
+
+
+def test_each_adapter_has_a_reference_of_its_own() -> None:
+    """With its own adapter as reference the KL term is 0; without, the reference is the base model."""
+    config = config_of({"writer": {"lora_r": 2}, "fixer": {"lora_r": 2}}, beta=0.1)
+    policy = small_policy(roles=config.agent_roles.roles)
+    states = role_states(config, policy, 0, {})
+    batch = grpo_batch([team(0, 1.0), team(1, 0.0)], states, BatchOptions.of(config))
+    optimizers = {owner: torch.optim.SGD(policy.parameters(owner), lr=0.1) for owner in policy.adapters}
+    stats = train_batch(policy, optimizers, batch, config, {"writer": policy.adapter("writer")})
+    assert stats["writer"].metrics["kl_ref"] == pytest.approx(0.0, abs=1e-9)
+    assert stats["fixer"].metrics["kl_ref"] > 1e-3
 
 
 def test_calls_of_a_step_that_was_not_taken_are_counted_so() -> None:

@@ -57,6 +57,7 @@ def state_of(step: int) -> Checkpoint:
         adapter_configs={role: model.peft_config["default"].to_dict() for role, (model, _) in pairs.items()},
         optimizers={role: optimizer.state_dict() for role, (_, optimizer) in pairs.items()},
         config="train:\n  model: tiny\n",
+        references={"writer": get_peft_model_state_dict(trained(step + 7)[0])},
         baselines={"writer": 0.6},
         baseline_weights={"writer": 0.05},
     )
@@ -95,6 +96,10 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     assert loaded.versions == {"writer": 12, "fixer": 12}
     assert (loaded.baselines, loaded.baseline_weights) == ({"writer": 0.6}, {"writer": 0.05})
     assert list(loaded.adapters) == list(ROLES)
+    assert loaded.references is not None and saved.references is not None
+    assert loaded.references.keys() == saved.references.keys() == {"writer"}
+    for name, tensor in saved.references["writer"].items():
+        assert_same_bits(loaded.references["writer"][name], tensor)
     for role in ROLES:
         assert loaded.adapters[role].keys() == saved.adapters[role].keys()
         for name, tensor in saved.adapters[role].items():

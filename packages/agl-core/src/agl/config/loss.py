@@ -30,7 +30,9 @@ class PolicyLossConfig(Section):
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """One importance ratio per token, or per row (GSPO)."""
     beta: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the KL divergence from the base model."""
+    """Weight of the KL divergence from the reference policy."""
+    reference: Literal["start", "base"] = "start"
+    """Reference policy: the adapters as GRPO began, e.g. after SFT, or the base model without adapter."""
     use_bias_correction_kl: bool = True
     """Multiply the KL divergence by the importance ratio."""
     entropy_coef: Annotated[float, Field(ge=0)] = 0.0
@@ -119,6 +121,7 @@ class LossConfig(PolicyLossConfig):
             ("delta", "a loss that clips", self.loss not in ("cispo", "sapo", "vespo")),
             ("overlong_penalty", "overlong_buffer", self.overlong_buffer > 0),
             ("use_bias_correction_kl", "beta", self.beta > 0),
+            ("reference", "beta", self.beta > 0),
         ):
             if not is_used and key in self.keys_set():
                 raise ValueError(f"{key} does nothing without {owner}")

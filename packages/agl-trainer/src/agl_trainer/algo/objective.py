@@ -27,7 +27,7 @@ class Objective:
     entropy_weight: float = 0.0
     entropy_threshold: float | None = None
     reference: ValuesByRow | None = None
-    """Logprobs of the base model without adapter."""
+    """Logprobs of the reference policy."""
     initial: ValuesByRow | None = None
     """Logprobs of the policy at the beginning of the training step; None if this is its first optimizer step."""
 

@@ -1,8 +1,9 @@
 """The optimizer steps of a training step: every adapter on its minibatches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from agl.config import Config, PolicyLossConfig
 from agl_trainer.algo.batch import GrpoBatch
@@ -13,6 +14,7 @@ from agl_trainer.algo.sft_loss import sft_loss
 from agl_trainer.compute.forward import RowValues, forward_rows
 from agl_trainer.compute.optimizer_step import StepStats, merge_stats, optimizer_step
 from agl_trainer.data.rows import SampledRow
+from agl_trainer.model.adapter_files import Tensors
 from agl_trainer.model.lora import BASE
 from agl_trainer.model.policy import Policy
 
@@ -31,11 +33,16 @@ def role_states(config: Config, policy: Policy, step: int, baselines: Mapping[st
 
 
 def train_batch(
-    policy: Policy, optimizers: Mapping[str, torch.optim.Optimizer], batch: GrpoBatch, config: Config
+    policy: Policy,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    batch: GrpoBatch,
+    config: Config,
+    references: Mapping[str, Tensors] | None = None,
 ) -> dict[str, StepStats]:
     """Take the optimizer steps of each adapter that has rows; returns their statistics by adapter.
 
-    `batch` marks the calls of a skipped optimizer step as dropped.
+    The reference policy of an adapter is the adapter in `references`, else the base model. `batch` marks the calls of a
+    skipped optimizer step as dropped.
     """
     train, stats = config.require_train(), {}
     for owner, roles in policy.adapters.items():
@@ -44,7 +51,15 @@ def train_batch(
         objectives = {
             number: sft_loss
             if train.algorithm == "rejection"
-            else prepare_objective(policy, owner, rows, train, pack_tokens=train.pack_tokens, is_first=index == 0)
+            else prepare_objective(
+                policy,
+                owner,
+                rows,
+                train,
+                pack_tokens=train.pack_tokens,
+                is_first=index == 0,
+                reference=(references or {}).get(owner),
+            )
             for index, (number, rows) in enumerate(minibatches.items())
         }
         steps = []
@@ -68,15 +83,23 @@ def train_batch(
 
 
 def prepare_objective(
-    policy: Policy, role: str, rows: Sequence[SampledRow], config: PolicyLossConfig, *, pack_tokens: int, is_first: bool
+    policy: Policy,
+    role: str,
+    rows: Sequence[SampledRow],
+    config: PolicyLossConfig,
+    *,
+    pack_tokens: int,
+    is_first: bool,
+    reference: Tensors | None = None,
 ) -> Objective:
     """The objective of an optimizer step over `rows`; `is_first`: no other step precedes it in the training step.
 
+    `reference` is the adapter of the reference policy; None: the base model.
     Runs forward passes for the values that the loss needs but rows do not hold: logprobs of the reference, entropies
     of all tokens, and, unless it is the first step, logprobs of the policy before the training step.
     """
     tokens = sum(sum(row.loss_mask) for row in rows)
-    reference = forward_rows(policy, BASE, rows, pack_tokens).logprobs if config.beta != 0 else None
+    of_reference = _reference_logprobs(policy, role, rows, reference, pack_tokens) if config.beta != 0 else None
     needs_initial = not is_first and config.importance_sampling_mode is not None
     needs_entropies = config.top_entropy_quantile < 1
     current = forward_rows(policy, role, rows, pack_tokens) if needs_entropies or needs_initial else RowValues()
@@ -85,4 +108,13 @@ def prepare_objective(
         entropies = torch.cat([current.entropies[row.key] for row in rows])
         threshold = high_entropy_threshold(entropies, config.top_entropy_quantile)
         tokens = int((entropies >= threshold).sum())
-    return Objective(config, 1 / max(tokens, 1), threshold, reference, current.logprobs if needs_initial else None)
+    return Objective(config, 1 / max(tokens, 1), threshold, of_reference, current.logprobs if needs_initial else None)
+
+
+def _reference_logprobs(
+    policy: Policy, role: str, rows: Sequence[SampledRow], reference: Tensors | None, pack_tokens: int
+) -> dict[Hashable, Tensor]:
+    if reference is None:
+        return forward_rows(policy, BASE, rows, pack_tokens).logprobs
+    with policy.replaced_adapter(role, reference):
+        return forward_rows(policy, role, rows, pack_tokens).logprobs

@@ -2,6 +2,7 @@
 
     <folder>/step-000012/
         adapters/<role>/adapter_model.safetensors, adapter_config.json    a PEFT adapter
+        references/<role>/...                                             the adapter as GRPO began, for the KL term
         optimizer.safetensors                                             moments of every adapter's optimizer
         state.json                                                        step, phase, position, RNG, versions, config
         SHA256SUMS                                                        of all these files, as sha256sum(1) reads it
@@ -71,6 +72,8 @@ class Checkpoint:
     """`Config.to_yaml()`."""
     phase_step: int = 0
     """Steps done in the phase."""
+    references: Mapping[str, Tensors] | None = None
+    """Owner of an adapter to the adapter as GRPO began, except fresh ones; None: not kept."""
     baselines: dict[str, float] = field(default_factory=dict)
     """Role to the running mean of its rewards."""
     baseline_weights: dict[str, float] = field(default_factory=dict)
@@ -98,6 +101,8 @@ def _save(folder: Path, checkpoint: Checkpoint) -> Path:
     _remove(draft)
     for role, tensors in checkpoint.adapters.items():
         save_adapter(draft / "adapters" / role, tensors, checkpoint.adapter_configs[role])
+    for owner, tensors in (checkpoint.references or {}).items():
+        save_adapter(draft / "references" / owner, tensors, checkpoint.adapter_configs[owner])
     write_synced(draft / "optimizer.safetensors", _pack_optimizers(checkpoint.optimizers))
     write_synced(draft / "state.json", _state_json(checkpoint))
     sums = "".join(f"{_digest(path)}  {path.relative_to(draft)}\n" for path in _files(draft))
@@ -138,8 +143,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
         for role in plain.pop("roles"):
             adapters[role] = read_tensors(_verified(path, f"adapters/{role}/{WEIGHTS}", listed))
             configs[role] = json.loads(_verified(path, f"adapters/{role}/{CONFIG}", listed).read_text("utf-8"))
+        references = plain.pop("references", None)
+        if references is not None:
+            files = {owner: _verified(path, f"references/{owner}/{WEIGHTS}", listed) for owner in references}
+            references = {owner: read_tensors(file) for owner, file in files.items()}
         optimizers = _unpack_optimizers(_verified(path, "optimizer.safetensors", listed))
-        return Checkpoint(**plain, adapters=adapters, adapter_configs=configs, optimizers=optimizers)
+        return Checkpoint(
+            **plain, adapters=adapters, adapter_configs=configs, references=references, optimizers=optimizers
+        )
     except TypeError as error:
         raise TrainingError(f"checkpoint {path}: another version of agl wrote it ({error})") from error
     except OSError as error:
@@ -220,7 +231,8 @@ def _verified(path: Path, name: str, listed: Mapping[str, str]) -> Path:
 def _state_json(checkpoint: Checkpoint) -> bytes:
     tensors = ("adapters", "adapter_configs", "optimizers")
     values = {name: getattr(checkpoint, name) for name in Checkpoint.__dataclass_fields__ if name not in tensors}
-    return to_json(values | {"roles": list(checkpoint.adapters)})
+    references = None if checkpoint.references is None else list(checkpoint.references)
+    return to_json(values | {"roles": list(checkpoint.adapters), "references": references})
 
 
 def _pack_optimizers(optimizers: Mapping[str, dict[str, Any]]) -> bytes:

@@ -30,6 +30,7 @@ def run_grpo(training: Training, *, from_store: bool = False) -> None:
     if from_store and train.eval_every:
         raise ConfigError("train.eval_every needs an engine; leave it out to train from the store, and `agl eval`")
     training.enter(GRPO, train.learning_rate)
+    training.state.keep_references(training.policy, train)
     done = training.state.phase_step
     with _open_source(training, from_store=from_store) as source:
         if train.eval_every and done == 0:
@@ -100,7 +101,7 @@ class _GrpoStep:
         training, state = self.training, self.training.state
         policy = training.policy
         with training.weights_locked():
-            stats = train_batch(policy, state.optimizers, rollouts.batch, training.config)
+            stats = train_batch(policy, state.optimizers, rollouts.batch, training.config, state.references)
             updated = {owner for owner, step in stats.items() if not step.was_skipped}
             state.count_step(policy, rollouts.groups, {role for owner in updated for role in policy.adapters[owner]})
         for role, credits in rollouts.batch.credits.items():

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 
-from agl.config import Config
+from agl.config import Config, PolicyLossConfig
 from agl.errors import TrainingError
 from agl_trainer.loop import rng
 from agl_trainer.loop.checkpoint import Checkpoint
+from agl_trainer.model.adapter_files import Tensors, contiguous_copies
 from agl_trainer.model.policy import Policy
 
 SFT, GRPO = "sft", "grpo"
@@ -48,6 +49,8 @@ class TrainingState:
     baseline_weights: dict[str, float] = field(default_factory=dict)
     """Role to the weight of that mean; see `next_baseline`."""
     best: Best | None = None
+    references: dict[str, Tensors] | None = None
+    """Owner of an adapter to the adapter as GRPO began, except fresh ones, which change nothing; None: not kept."""
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
     """Owner of an adapter to the adapter's optimizer."""
 
@@ -58,6 +61,23 @@ class TrainingState:
         for owner in policy.adapters:
             if owner not in self.optimizers:
                 self.optimizers[owner] = _new_optimizer(policy, owner, learning_rate)
+
+    def keep_references(self, policy: Policy, loss: PolicyLossConfig) -> None:
+        """Copy the adapters as GRPO begins if they are the reference of its KL term.
+
+        Raises TrainingError if GRPO began without it.
+        """
+        if loss.beta == 0 or loss.reference == "base":
+            self.references = None
+        elif self.phase_step == 0:
+            trained = [owner for owner in policy.adapters if policy.versions[owner] > 0]
+            self.references = {owner: contiguous_copies(policy.adapter(owner)) for owner in trained}
+        elif self.references is None:
+            raise TrainingError(
+                f"train.beta is {loss.beta:g} and train.reference start, but the checkpoint has no copy of the "
+                "adapters as GRPO began, because its training did not need them; set train.reference: base, or "
+                "train.beta: 0, or another train.output_dir"
+            )
 
     def count_step(self, policy: Policy, drawn: int, updated: set[str]) -> None:
         """Count a step that drew `drawn` tasks or batches and updated the roles `updated`."""
@@ -76,6 +96,7 @@ class TrainingState:
             baselines=self.baselines,
             baseline_weights=self.baseline_weights,
             best=asdict(self.best) if self.best else None,
+            references=self.references,
             versions=dict(policy.versions),
             adapters={role: policy.adapter(role) for role in policy.roles},
             adapter_configs={role: policy.adapter_config(role) for role in policy.roles},
@@ -99,6 +120,7 @@ def restore(checkpoint: Checkpoint, policy: Policy, folder: Path) -> TrainingSta
     state = TrainingState(checkpoint.step, checkpoint.phase, checkpoint.position, checkpoint.phase_step)
     state.baselines, state.baseline_weights = dict(checkpoint.baselines), dict(checkpoint.baseline_weights)
     state.best = Best(**checkpoint.best) if checkpoint.best else None
+    state.references = None if checkpoint.references is None else dict(checkpoint.references)
     for owner, optimizer_state in checkpoint.optimizers.items():
         optimizer = _new_optimizer(policy, owner, 0.0)  # the learning rate is part of the state
         optimizer.load_state_dict(optimizer_state)

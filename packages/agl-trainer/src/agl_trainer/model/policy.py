@@ -7,7 +7,8 @@ sampling keeps a second, repacked copy of the frozen weights (`cpu.frozen_linear
 import re
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -161,6 +162,16 @@ class Policy:
             )
         set_peft_model_state_dict(self._peft, dict(adapter), adapter_name=self._owner[role])
         self.versions[role] = version
+
+    @contextmanager
+    def replaced_adapter(self, role: str, adapter: Mapping[str, Tensor]) -> Iterator[None]:
+        """Context in which `role` has the weights `adapter`; its own are back afterwards, bit by bit."""
+        own = {name: tensor.clone() for name, tensor in self.adapter(role).items()}
+        self.load_adapter(role, adapter, self.versions[role])
+        try:
+            yield
+        finally:
+            self.load_adapter(role, own, self.versions[role])
 
     def version_name(self, adapter: str) -> str:
         """`<role-or-model>@<n>`."""
