@@ -27,7 +27,7 @@ ROOMS = {
         "collector": "store server config errors",
         "gateway": "store server config context span tokens semconv errors",
         "queue": "store config errors",
-        "trajectory": "span tokens semconv errors",
+        "trajectory": "role_map span tokens semconv errors",
         "store": "server config otlp span semconv errors",
         "server": "config errors",
         "config": "errors",

@@ -10,8 +10,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 import agl
 from agl_autogen import AutoGenInstrumentor
+from langchain.agents import create_agent
 from tests.autogen.scripted import agent, calls
-from tests.autogen.span_tree import tree
+from tests.autogen.span_tree import named, tree
 
 MODEL = FakeListChatModel(responses=["Seven."])
 
@@ -105,3 +106,17 @@ async def test_a_team_in_a_node_of_a_graph_has_the_roles_of_its_agents(both: InM
         "    invoke_agent executor [executor]",
         "      chat [executor]",
     ]
+
+
+async def test_an_agent_without_a_name_in_a_tool_does_not_act_as_the_caller(both: InMemorySpanExporter) -> None:
+    inner = create_agent(MODEL, [])
+
+    async def count(item: str) -> str:
+        """Count items."""
+        return (await inner.ainvoke({"messages": [("user", item)]}))["messages"][-1].text
+
+    executor = agent("executor", calls("count", item="mug"), tools=[count])
+    both.clear()
+    await executor.run(task="How many mugs?")
+    roles = [(span.attributes or {}).get("agl.role") for span in named(both.get_finished_spans(), "chat")]
+    assert roles == ["executor", None]

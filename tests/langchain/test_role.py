@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.runnables import RunnableLambda
+from langchain_core.tools import StructuredTool
 from langgraph.graph import START, MessagesState, StateGraph
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
@@ -129,6 +130,19 @@ def test_a_graph_in_an_agents_tool_has_its_own_roles(instrumented: InMemorySpanE
     graph_with("author", outer).invoke(QUESTION)
 
     assert role_of_chat(instrumented) == "critic"
+
+
+def test_a_mapped_role_is_not_inherited_by_an_agent_in_a_tool(spans: InMemorySpanExporter) -> None:
+    handler = AglCallbackHandler(roles={"writer": "author", "judge": "crit.*"})
+
+    def ask(state: MessagesState, inner: Any) -> Any:
+        return StructuredTool.from_function(lambda: inner.invoke(QUESTION), name="ask", description="-").invoke({})
+
+    for node, role in {"critic": "judge", "editor": "editor", "agent": None}.items():
+        inner = graph_with(node, answer)
+        spans.clear()
+        graph_with("author", lambda state, inner=inner: ask(state, inner)).invoke(QUESTION, {"callbacks": [handler]})
+        assert role_of_chat(spans) == role
 
 
 def test_an_invalid_regular_expression_is_refused() -> None:

@@ -9,7 +9,7 @@ from agl.trajectory.attributes import agent_of
 from tests.core.span_maker import span
 
 NODE = {"ls_integration": "langgraph", "langgraph_node": "planner"}
-STEP = {"ls_integration": "langchain_create_agent", "langgraph_node": "model"}
+STEP = {"langgraph_node": "model"}
 
 
 def openinference(metadata: Any) -> dict[str, Any]:
@@ -30,9 +30,29 @@ def test_langchain_metadata_is_read_in_every_form(spell: Any) -> None:
 
 
 @pytest.mark.parametrize("spell", [openinference, openllmetry])
-def test_the_steps_of_a_prebuilt_agent_are_not_agents(spell: Any) -> None:
-    assert agent_of(span("x", spell(STEP))) is None
-    assert agent_of(span("x", spell(NODE | {"ls_integration": "langchain_chat_model"}))) is None
+@pytest.mark.parametrize(
+    ("path", "created", "name"),
+    [
+        ("model:1", None, None),
+        ("agent:1", None, None),
+        ("Summary.before_model:1", None, None),
+        ("model:1", "writer", "writer"),
+        ("shop:1|model:2", None, "shop"),
+        ("shop:1|model:2", "keeper", "keeper"),
+        ("boss:1|critic:2", "boss", "critic"),
+        ("boss:1|tools:2|critic:3", "boss", "critic"),
+        ("boss:1|tools:2|agent:3", "boss", None),
+        ("boss:1|tools:2|shop:3|agent:4", "boss", "shop"),
+        ("boss:1|tools:2", None, "boss"),
+    ],
+)
+def test_steps_are_not_agents_and_an_agent_in_a_tool_is_not_its_caller(
+    spell: Any, path: str, created: str | None, name: str | None
+) -> None:
+    node = path.rpartition("|")[2].partition(":")[0]
+    metadata = {"langgraph_node": node, "langgraph_checkpoint_ns": path, "ls_integration": "langchain_chat_model"}
+
+    assert agent_of(span("x", spell(metadata | ({"lc_agent_name": created} if created else {})))) == name
 
 
 @pytest.mark.parametrize(

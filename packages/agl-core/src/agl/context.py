@@ -120,9 +120,13 @@ def stated_role(context: Context | None = None) -> str | None:
     return role if isinstance(role, str) and role and not entries.get(_INFERRED) else None
 
 
-def with_inferred_role(name: str, context: Context) -> Context:
-    """`context` with the role `name`, unless `agl.role` set one. An agent nested inside may infer its own role."""
-    return context if stated_role(context) else with_baggage({semconv.ROLE: name, _INFERRED: "true"}, context)
+def with_inferred_role(name: str | None, context: Context) -> Context:
+    """`context` with the role `name` (None: without one), unless `agl.role` set one.
+
+    An agent nested inside may infer its own role.
+    """
+    inferred = {semconv.ROLE: name, _INFERRED: name and "true"}
+    return context if stated_role(context) else with_baggage(inferred, context)
 
 
 def carried_attributes(context: Context | None = None) -> dict[str, str]:

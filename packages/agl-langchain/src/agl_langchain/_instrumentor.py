@@ -10,6 +10,7 @@ from agl.patches import Patches
 from agl_langchain._completions import patch_async_completions
 from agl_langchain._handler import AglCallbackHandler
 from agl_langchain._openai import patch_openai
+from agl_langchain._role import patch_graph_names
 
 
 class LangChainInstrumentor(BaseInstrumentor):
@@ -38,6 +39,7 @@ class LangChainInstrumentor(BaseInstrumentor):
             _add_to_every_run(self._patches, handler)
             patch_async_completions(self._patches)
             patch_openai(self._patches)
+            patch_graph_names(self._patches)
 
     def _uninstrument(self, **kwargs: Any) -> None:
         self._patches.restore()

@@ -15,7 +15,7 @@ from opentelemetry.trace import SpanKind, TracerProvider
 
 from agl import semconv
 from agl.content.filter import ContentFilter
-from agl.context import stated_role
+from agl.context import stated_role, with_inferred_role
 from agl.role_map import RoleMap
 from agl_langchain._model_call import (
     Attributes,
@@ -75,7 +75,8 @@ class RunRecorder:
             if start.parent is not None:
                 OPEN_RUNS.add(start.run_id, start.parent)
             return
-        actor, is_agent = Actor.of_chain(start.name, start.tags, start.metadata, _actor_above(start), self._roles)
+        actor = Actor.of_chain(start.name, start.tags, start.metadata, _actor_above(start), self._roles)
+        is_agent = actor.is_node and actor.agent == start.name
         if is_agent:
             name, attributes = _named(semconv.OPERATION_INVOKE_AGENT, semconv.GEN_AI_AGENT_NAME, start.name)
         elif start.is_root:
@@ -83,6 +84,8 @@ class RunRecorder:
         else:
             name, attributes = start.name, {}
         self._open(start, name, attributes, actor=actor, is_chain=True, ends_with_task=False, has_role=is_agent)
+        if start.parent and actor.is_node and actor.agent == start.parent.actor.chain:
+            _show_agent(start.parent, start, actor)
 
     def open_call(self, operation: str, start: RunStart, messages: Describe) -> None:
         """A model call. Several runs of one `generate` share a context, so none of them is made current."""
@@ -110,7 +113,8 @@ class RunRecorder:
         name, attributes = _named(semconv.OPERATION_EXECUTE_TOOL, semconv.GEN_AI_TOOL_NAME, start.name)
         if call_id:
             attributes[semconv.GEN_AI_TOOL_CALL_ID] = call_id
-        self._open(start, name, attributes, content=arguments)
+        actor = _actor_above(start) or Actor.of_metadata(start.metadata, self._roles)
+        self._open(start, name, attributes, actor=actor._replace(is_in_tool=True), content=arguments)
 
     def open_retrieval(self, start: RunStart, query: Describe) -> None:
         attributes: Attributes = {semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_RETRIEVAL}
@@ -172,6 +176,8 @@ class RunRecorder:
         actor = actor or _actor_above(start) or Actor.of_metadata(start.metadata, self._roles)
         outer = unwound_context()
         context = child_context(start.parent, outer)
+        if is_chain and actor.is_node and not actor.agent:
+            context = with_inferred_role(None, context)
         role = _role(start, actor, context) if has_role else None
         if role:
             attributes[semconv.ROLE] = role
@@ -188,6 +194,15 @@ class RunRecorder:
 def _named(operation: str, key: str, name: str) -> tuple[str, Attributes]:
     """Name and first attributes of the span of an operation on an agent, a workflow or a tool."""
     return f"{operation} {name}", {semconv.GEN_AI_OPERATION_NAME: operation, key: name}
+
+
+def _show_agent(graph: Run, step: RunStart, actor: Actor) -> None:
+    """Describe the run of `graph` as that of the agent `actor`, once its first step has started."""
+    if graph.role is None and actor.agent:
+        graph.role = _role(step, actor, graph.context)
+        name, attributes = _named(semconv.OPERATION_INVOKE_AGENT, semconv.GEN_AI_AGENT_NAME, actor.agent)
+        graph.span.update_name(name)
+        graph.span.set_attributes({**attributes, semconv.ROLE: graph.role or actor.agent})
 
 
 def _actor_above(start: RunStart) -> Actor | None:

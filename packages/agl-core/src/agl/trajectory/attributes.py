@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from agl import semconv
+from agl.role_map import agent_in_metadata
 from agl.span import AttributeValue, Span
 from agl.tokens.packing import array_of_ids, pack_ids, unpack_ids, unpack_logprobs
 
@@ -109,21 +110,15 @@ def _decoded(span: Span, name: str) -> Any:
 def _names(span: Span) -> Iterator[str | None]:
     """Names on the span, the most specific first."""
     yield span.role
-    yield from _names_of_langchain(_langchain_metadata(span))
+    metadata = _langchain_metadata(span)
+    yield _text(metadata.get("agl_role"))
+    yield agent_in_metadata(metadata)
     yield read_text(span, semconv.GEN_AI_AGENT_NAME)
     yield from _names_of_kinds(span)
     # agentlightning reads these too: AutoGen's messages, agentops' LangChain handler, Agent Framework's workflows.
     yield from map(span.text, ("recipient_agent_type", "langchain.chain.type", "executor.id"))
     if span.name.startswith("langchain.Chain."):  # Weave's
         yield span.text("lc_name")
-
-
-def _names_of_langchain(metadata: dict[str, object]) -> Iterator[str | None]:
-    yield _text(metadata.get("agl_role"))
-    yield _text(metadata.get("lc_agent_name"))
-    # The nodes of a prebuilt agent are its steps ("model", "tools"), not agents; older versions do not tell them apart.
-    if metadata.get("ls_integration", "langgraph") == "langgraph":
-        yield _text(metadata.get("langgraph_node"))
 
 
 def _names_of_kinds(span: Span) -> Iterator[str | None]:
