@@ -79,7 +79,7 @@ def config(folder: Path, seed: int, steps: int) -> Config:
                 "groups_per_step": GROUPS,
                 "steps": steps,
                 "shuffle": False,
-                "loss_type": "grpo",
+                "normalization": "grpo",
                 "scale_rewards": "group",
                 "learning_rate": LEARNING_RATE,
                 "max_tokens": MAX_TOKENS,

@@ -382,9 +382,9 @@ def test_a_policy_gradient_leaves_out_what_another_distribution_sampled(
     assert [outcome.call.rollout_id for outcome in kept] == ["r1"]
 
 
-@pytest.mark.parametrize("loss_type", ["bnpo", "dr_grpo", "luspo"])
-def test_the_step_may_be_normalised_as_trl_does(loss_type: str) -> None:
+@pytest.mark.parametrize("normalization", ["bnpo", "dr_grpo", "luspo"])
+def test_the_step_may_be_normalised_as_trl_does(normalization: str) -> None:
     made = [single("r1", 1.0, [3] * 4), single("r2", 0.0, [3] * 2), single("r3", 0.5, [3] * 6)]
-    rows = batch_of(*made, loss_type=loss_type, max_tokens=10).rows["writer"]
+    rows = batch_of(*made, normalization=normalization, max_tokens=10).rows["writer"]
     # The third does not train, and yet it counts.
-    assert [row.weight for row in rows] == [{"bnpo": 1 / 12, "dr_grpo": 1 / 30, "luspo": 1 / 3}[loss_type]] * 2
+    assert [row.weight for row in rows] == [{"bnpo": 1 / 12, "dr_grpo": 1 / 30, "luspo": 1 / 3}[normalization]] * 2

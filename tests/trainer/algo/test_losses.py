@@ -107,12 +107,32 @@ def test_a_step_may_be_cut_into_batches() -> None:
 
 
 @pytest.mark.parametrize("name", ["bnpo", "dr_grpo", "dapo", "luspo"])
-def test_the_normalisation_is_chosen_apart_from_the_loss(name: str) -> None:
-    own = policy_loss(name, *inputs())[0]
-    assert policy_loss("grpo", *inputs(), loss_type=name)[0].item() == own.item()
-    assert policy_loss("grpo", *inputs(), rollout_ids=list("abcdef"), loss_type=name)[0].item() == own.item()
-    by_rollout = policy_loss(name, *inputs(), rollout_ids=list("abcdef"))[0]
-    assert by_rollout.item() == policy_loss("grpo", *inputs())[0].item() != own.item()
+def test_a_loss_brings_its_normalisation_and_any_other_may_replace_it(name: str) -> None:
+    def loss(loss_name: str, **options: Any) -> float:
+        return policy_loss(loss_name, *inputs(), rollout_ids=list("aabbbc"), **options)[0].item()
+
+    assert loss(name) == policy_loss(name, *inputs())[0].item() == loss("grpo", normalization=name)
+    assert loss(name, normalization="rollout") == loss("grpo") != loss(name)
+    assert loss("grpo", normalization="grpo") == policy_loss("grpo", *inputs())[0].item() != loss("grpo")
+
+
+@pytest.mark.parametrize(
+    ("options", "clip_range"),
+    [
+        ({}, (0.2, 0.2)),
+        ({"epsilon_high": 0.28}, (0.2, 0.28)),
+        ({"importance_sampling_level": "sequence"}, (3e-4, 4e-4)),
+        ({"importance_sampling_level": "sequence", "epsilon": 0.1}, (0.1, 0.1)),
+        ({"importance_sampling_level": "sequence", "epsilon_high": 0.1}, (3e-4, 0.1)),
+    ],
+)
+def test_ratios_of_sequences_have_the_clip_range_of_gspo(
+    options: dict[str, Any], clip_range: tuple[float, float]
+) -> None:
+    assert PolicyLossConfig(**options).clip_range == clip_range
+    assert PolicyLossConfig(loss="cispo", importance_sampling_level="sequence").ratio_cap == 5.0
+    # `policy_loss` has the options of TRL, whose default is 0.2 at both levels.
+    assert parse_trl_options("grpo", {"importance_sampling_level": "sequence"}).clip_range == (0.2, 0.2)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +170,7 @@ def test_on_policy_every_loss_has_the_gradient_of_the_policy(name: str) -> None:
     """-A / T for each token, by whichever constant the loss is divided."""
     logprobs, _, advantages, mask = inputs()
     logprobs.requires_grad_()
-    loss, stats = policy_loss(name, logprobs, logprobs.detach(), advantages, mask, rollout_ids=list("abcdef"))
+    loss, stats = policy_loss(name, logprobs, logprobs.detach(), advantages, mask, normalization="rollout")
     loss.backward()
     lengths = mask.sum(1, keepdim=True)
     assert logprobs.grad is not None
@@ -201,7 +221,8 @@ def test_nothing_is_made_on_another_device(name: str) -> None:
         ({"vllm_importance_sampling_mode": "tokens"}, "is 'tokens', expected 'token_truncate', 'token_mask'"),
         ({"importance_sampling_level": "word"}, "is 'word', expected 'token' or 'sequence'"),
         ({"top_entropy_quantile": 0}, "is 0, expected greater than 0"),
-        ({"loss_type": "rollout"}, "loss_type is 'rollout', expected 'grpo', 'bnpo'"),
+        ({"normalization": "batch"}, "normalization is 'batch', expected 'rollout', 'grpo', 'bnpo'"),
+        ({"loss_type": "dapo"}, "loss option loss_type is not known"),
         ({"epsilon_hihg": 0.1}, "loss option epsilon_hihg is not known; known are beta, delta, .*epsilon_high"),
         ({"rollout_ids": ["a"]}, "got 1 rollout ids for 6 rows"),
     ],

@@ -101,6 +101,12 @@ def test_the_configuration_reaches_the_loss() -> None:
     policy = small_policy(roles=config_of(agent_roles).agent_roles.roles)
     assert step(config_of(agent_roles), policy, rewards=(1.0, 1.0)).dropped() == {DropReason.ZERO_ADVANTAGE: 4}
     assert step(config_of(agent_roles, beta=0.1), policy, rewards=(1.0, 1.0)).dropped() == {}
-    everything = {"loss": "dapo", "loss_type": "dapo", "entropy_coef": 0.01, "top_entropy_quantile": 0.5, "delta": 3.0}
+    everything = {
+        "loss": "dapo",
+        "normalization": "rollout",
+        "entropy_coef": 0.01,
+        "top_entropy_quantile": 0.5,
+        "delta": 3.0,
+    }
     correction = {"importance_sampling_mode": "sequence_truncate", "importance_sampling_level": "sequence"}
     assert step(config_of(agent_roles, **everything, **correction), policy).dropped() == {}

@@ -38,7 +38,7 @@ OPTIONS = st.fixed_dictionaries(
         "max_row_tokens": st.sampled_from([None, 4]),
         "mask_truncated_completions": st.booleans(),
         "beta": st.sampled_from([0.0, 0.1]),
-        "loss_type": st.sampled_from([None, "dapo"]),
+        "normalization": st.sampled_from([None, "dapo"]),
     }
 )
 

@@ -5,7 +5,7 @@ from agl.config.engine import EngineConfig
 from agl.config.file import DEFAULT_STORE_URI, Config
 from agl.config.gateway import GatewayConfig, RecordMode, TimeoutsConfig, UpstreamConfig
 from agl.config.judge import JudgeConfig
-from agl.config.loss import AdvantageName, LossConfig, LossName, PolicyLossConfig, RewardScale
+from agl.config.loss import AdvantageName, LossConfig, LossName, Normalization, PolicyLossConfig, RewardScale
 from agl.config.queue import Appendfsync, QueueConfig
 from agl.config.roles import AgentRoles, RoleConfig
 from agl.config.sft import SftConfig, SftTracesConfig, TracesConfig
@@ -24,6 +24,7 @@ __all__ = [
     "JudgeConfig",
     "LossConfig",
     "LossName",
+    "Normalization",
     "PolicyLossConfig",
     "QueueConfig",
     "RecordMode",

@@ -7,9 +7,14 @@ from pydantic import Field, model_validator
 from agl.config.section import Fraction, Positive, Section
 
 LossName = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+Normalization = Literal["rollout", "grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 AdvantageName = Literal["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "max@k", "ema"]
 RewardScale = Literal["group", "batch", "none"]
 
+_TOKEN_CLIP = (0.2, 0.2)
+"""Clip range of a token's importance ratio, below and above 1 (PPO, arXiv 1707.06347, table 1)."""
+_SEQUENCE_CLIP = (3e-4, 4e-4)
+"""Clip range of a sequence's importance ratio, a mean over its tokens (GSPO, arXiv 2507.18071, section 5.1)."""
 _CISPO_RATIO_CAP = 5.0
 """Cap of the importance ratio in CISPO (ScaleRL, arXiv 2510.13786, section 3.2)."""
 
@@ -19,10 +24,11 @@ class PolicyLossConfig(Section):
 
     loss: LossName = "grpo"
     """Policy loss, a function of advantage and importance ratio (agl_trainer.algo.losses)."""
-    loss_type: LossName | None = None
-    """Normalise as TRL normalises this loss; none: every rollout has the same weight."""
-    epsilon: Positive = 0.2
-    """Clip range of the importance ratio, below 1 and above it (PPO, arXiv 1707.06347, eq. 7)."""
+    normalization: Normalization | None = None
+    """What the sum of the losses of all tokens is divided by: one weight per `rollout`, or as TRL divides a loss; none:
+    what the definition of `loss` divides by (agl_trainer.algo.normalization)."""
+    epsilon: Positive | None = None
+    """Clip range of the importance ratio, below 1 and above it. Default: 0.2; for sequences 3e-4 below, 4e-4 above."""
     epsilon_high: Positive | None = None
     """Clip range above 1; default: `epsilon`. For cispo the cap of the ratio; default: 5.0."""
     delta: Positive | None = None
@@ -55,9 +61,17 @@ class PolicyLossConfig(Section):
     vespo_lambda_neg: Positive = 2.0
 
     @property
-    def epsilon_above(self) -> float:
-        """Distance above 1 at which the importance ratio is clipped."""
-        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+    def effective_normalization(self) -> Normalization:
+        """`normalization`, or that of `loss`. The mean over responses of grpo and sapo is a mean over rollouts here."""
+        return self.normalization or ("rollout" if self.loss in ("grpo", "sapo") else self.loss)
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """Distances below and above 1 at which the importance ratio is clipped."""
+        low, high = _SEQUENCE_CLIP if self.importance_sampling_level == "sequence" else _TOKEN_CLIP
+        if self.epsilon is not None:
+            low = high = self.epsilon
+        return low, high if self.epsilon_high is None else self.epsilon_high
 
     @property
     def ratio_cap(self) -> float:

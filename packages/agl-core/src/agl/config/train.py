@@ -8,7 +8,13 @@ from agl.config.loss import LossConfig
 from agl.config.section import Count, Positive, Reference, TextPath
 from agl.config.sft import TracesConfig
 
-_REJECTION_KEYS = {"loss_type", "mask_truncated_completions", "overlong_buffer", "overlong_penalty", "max_staleness"}
+_REJECTION_KEYS = {
+    "normalization",
+    "mask_truncated_completions",
+    "overlong_buffer",
+    "overlong_penalty",
+    "max_staleness",
+}
 """Keys of the loss that algorithm rejection reads."""
 
 

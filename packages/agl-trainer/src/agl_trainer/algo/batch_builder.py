@@ -18,7 +18,7 @@ from agl_trainer.algo.advantages import estimate_advantages
 from agl_trainer.algo.batch import CallOutcome, GrpoBatch, version_number
 from agl_trainer.algo.call_advantages import CallMeans, call_scales
 from agl_trainer.algo.credit import Credit, call_credits, role_credit, undiscounted_credit
-from agl_trainer.algo.normalization import batch_weights, rollout_weights
+from agl_trainer.algo.normalization import row_weights
 from agl_trainer.algo.options import BatchOptions, RoleState
 from agl_trainer.data.rows import SampledRow
 
@@ -248,10 +248,8 @@ class _RoleBuilder:
         """Add the rows of one optimizer step, with weights that are normalised over all of them."""
         loss = self.options.loss
         lengths = torch.tensor([sum(draft.mask) for draft in drafts])
-        if loss.loss_type is None:
-            weights = rollout_weights(lengths, [draft.row.rollout_id for draft in drafts])
-        else:
-            weights = batch_weights(loss.loss_type, lengths, self.options.max_tokens)
+        rollout_ids = [draft.row.rollout_id for draft in drafts]
+        weights = row_weights(loss.effective_normalization, lengths, rollout_ids, self.options.max_tokens)
         is_tempered = loss.logprobs_mode == "processed_logprobs"
         for draft, weight in zip(drafts, weights.tolist(), strict=True):
             self.batch.outcomes += draft.weighted_outcomes(weight)

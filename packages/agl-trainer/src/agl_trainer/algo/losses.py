@@ -9,7 +9,7 @@ from torch import Tensor
 
 from agl.config import PolicyLossConfig
 from agl.errors import TrainingError
-from agl_trainer.algo.normalization import batch_weights, is_mean_of_batches, rollout_weights
+from agl_trainer.algo.normalization import is_mean_of_batches, row_weights
 from agl_trainer.algo.ratios import (
     high_entropy_threshold,
     log_ratios,
@@ -68,10 +68,10 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss and statistics of a batch that is a whole optimizer step; tensors [B, T] as in `TokenBatch`.
 
-    `name`, `options` and the other parameters are named as in TRL's GRPOConfig. With `rollout_ids`, one per row, every
-    rollout has the same weight; without them, or with the option `loss_type`, the normalisation is TRL's, for which
-    `max_completion_length` defaults to T. `advantages` may also be [B]. Raises TrainingError for an unknown loss or
-    option, an invalid value, or tensors of different shapes.
+    `name`, `options` and the other parameters are named as in TRL's GRPOConfig, and have its defaults. The option
+    `normalization` replaces the loss's own; `rollout_ids`, one per row, default to those of different rollouts, and
+    `max_completion_length` to T. `advantages` may also be [B]. Raises TrainingError for an unknown loss or option, an
+    invalid value, or tensors of different shapes.
     """
     config = parse_trl_options(name, options)
     batch = _checked(TokenBatch(logprobs, old_logprobs, advantages, mask, ref_logprobs, sampling_logprobs, entropies))
@@ -107,7 +107,8 @@ def clipped_loss(config: PolicyLossConfig, ratio: Tensor, advantages: Tensor) ->
     term, min(rho, delta), which is otherwise unbounded at negative A (INTELLECT-2, arXiv 2505.07291). If it is at least
     1 + epsilon_high, it is the c of dual-clip PPO (arXiv 1912.09729), max(min(rho A, clip(rho) A), c A) at negative A.
     """
-    clipped = ratio.clamp(1 - config.epsilon, 1 + config.epsilon_above)
+    below, above = config.clip_range
+    clipped = ratio.clamp(1 - below, 1 + above)
     bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
     is_clipped = (ratio * advantages > clipped * advantages) | ((bounded < ratio) & (advantages < 0))
     return -torch.minimum(bounded * advantages, clipped * advantages), is_clipped
@@ -204,12 +205,10 @@ def _step_scale(
     if batch.entropies is not None and config.top_entropy_quantile < 1:
         threshold = high_entropy_threshold(batch.entropies[batch.mask], config.top_entropy_quantile)
         included = _high_entropy(batch, threshold)
-    if config.loss_type is None and rollout_ids is not None:
-        weights, batches = rollout_weights(lengths, rollout_ids), 1
-    else:
-        loss_type = config.loss_type or config.loss
-        weights = batch_weights(loss_type, lengths, max_completion_length)
-        batches = accumulation_steps if is_mean_of_batches(loss_type) else 1
+    if rollout_ids is None:
+        rollout_ids = [str(row) for row in range(len(lengths))]
+    weights = row_weights(config.effective_normalization, lengths, rollout_ids, max_completion_length)
+    batches = accumulation_steps if is_mean_of_batches(config.effective_normalization) else 1
     return StepScale(weights / batches, 1 / (max(int(included.sum()), 1) * accumulation_steps), threshold)
 
 

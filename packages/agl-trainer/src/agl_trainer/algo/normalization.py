@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from agl.config import LossName
+from agl.config import Normalization
 from agl.errors import TrainingError
 
 
@@ -29,24 +29,29 @@ def rollout_weights(lengths: Tensor, rollout_ids: Sequence[str]) -> Tensor:
     return 1 / (tokens[rollout_of_row].clamp(min=1) * len(index))
 
 
-def batch_weights(loss_type: LossName, lengths: Tensor, max_completion_length: int) -> Tensor:
-    """Weights [B] of TRL's normalisation of `loss_type`, for `lengths` [B] in tokens.
+def row_weights(
+    normalization: Normalization, lengths: Tensor, rollout_ids: Sequence[str], max_completion_length: int
+) -> Tensor:
+    """Weights [B] of rows of `lengths` [B] in tokens.
 
+    rollout: see `rollout_weights`. The others are those that TRL gives the losses of these names:
     grpo, sapo: 1 / (T_i B), a mean over rows of means over tokens (arXiv 2402.03300, eq. 3).
     bnpo, dapo, cispo, vespo: 1 / sum of T, a mean over tokens (DAPO, arXiv 2503.14476, eq. 8).
     dr_grpo: 1 / (B L) with the constant length L = `max_completion_length` (arXiv 2503.20783, section 3.2).
     luspo: 1 / B, a mean over rows of sums over tokens (arXiv 2602.05261).
     """
+    if normalization == "rollout":
+        return rollout_weights(lengths, rollout_ids)
     lengths, rows = lengths.double(), len(lengths)
-    if loss_type in ("grpo", "sapo"):
+    if normalization in ("grpo", "sapo"):
         return 1 / (lengths.clamp(min=1) * rows)
-    if loss_type == "dr_grpo":
+    if normalization == "dr_grpo":
         return torch.full_like(lengths, 1 / (rows * max_completion_length))
-    if loss_type == "luspo":
+    if normalization == "luspo":
         return torch.full_like(lengths, 1 / rows)
     return torch.full_like(lengths, 1) / lengths.sum().clamp(min=1)
 
 
-def is_mean_of_batches(loss_type: LossName) -> bool:
-    """Whether TRL averages this loss over the batches of an optimizer step; it sums the other losses."""
-    return loss_type in ("grpo", "sapo", "bnpo", "dr_grpo", "luspo")
+def is_mean_of_batches(normalization: Normalization) -> bool:
+    """Whether the loss of an optimizer step is the mean over its batches; otherwise it is their sum."""
+    return normalization not in ("dapo", "cispo", "vespo")

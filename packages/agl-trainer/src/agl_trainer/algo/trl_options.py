@@ -13,6 +13,8 @@ _KEYS = {
     f"vllm_{key}" if key in _ENGINE_CORRECTION else key: key for key in PolicyLossConfig.model_fields if key != "loss"
 }
 """Name in TRL to key of the configuration."""
+_DEFAULTS = {"epsilon": 0.2}
+"""TRL's defaults that differ from those of the configuration."""
 _NAMES = {key: name for name, key in _KEYS.items()}
 
 
@@ -21,7 +23,9 @@ def parse_trl_options(loss: str, options: Mapping[str, Any]) -> PolicyLossConfig
     if unknown := sorted(options.keys() - _KEYS.keys()):
         raise TrainingError(f"loss option {', '.join(unknown)} is not known; known are {', '.join(sorted(_KEYS))}")
     try:
-        return PolicyLossConfig.model_validate({"loss": loss} | {_KEYS[name]: options[name] for name in options})
+        return PolicyLossConfig.model_validate(
+            {"loss": loss} | _DEFAULTS | {_KEYS[name]: options[name] for name in options}
+        )
     except ValidationError as error:
         raise TrainingError("; ".join(map(_describe, error.errors()))) from error
 
