@@ -27,6 +27,7 @@ from agl.trajectory import DropReason, Trajectory, build_trajectory, collect_tra
 from agl_trainer import Trainer
 from agl_trainer.loop import training as training_module
 from agl_trainer.loop.checkpoint import load_checkpoint
+from agl_trainer.model.tiny import build_tiny_model
 from agl_trainer.report.evaluation import EvalResult
 from tests.core.span_maker import gateway_call
 from tests.flows import toy_agent
@@ -591,6 +592,42 @@ def test_a_trainer_works_only_while_it_is_open(tmp_path: Path) -> None:
         pass
     with pytest.raises(TrainingError, match="the trainer is not open"):
         trainer.grpo()
+
+
+# --- seeds ----------------------------------------------------------------------------------------------------------
+
+
+def seeded(folder: Path, name: str, **train: Any) -> tuple[list[list[int] | None], dict[int, EvalResult], list[Path]]:
+    """Tokens of the rollouts, evaluations by step, and published adapters, of a training with another output folder."""
+    options: dict[str, Any] = {"eval_temperature": 1.0, "steps": 2, "group_size": 2, "deterministic": True} | train
+    store_uri = f"sqlite:///{folder / name}.db"
+    config = config_in(folder, output_dir=str(folder / name), **options).model_copy(update={"store_uri": store_uri})
+    Trainer(config).fit()
+    store = open_store(store_uri)
+    names = [f"{name}-{step:05d}-g{g}-r{r}" for step in (1, 2) for g in range(4) for r in range(2)]
+    tokens = [trajectory_of(store, rollout).calls[0].response_ids for rollout in names]
+    store.close()
+    found = {int(path.stem[-5:]): EvalResult.load(path) for path in (folder / name / "eval").glob("step-*.json")}
+    return tokens, found, sorted((folder / name / "adapters").rglob("*.safetensors"))
+
+
+def test_the_seed_alone_decides_what_is_sampled_and_published(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    build_tiny_model(model, [task["question"] for task in toy_agent.tasks()], seed=0)
+    tokens, evaluations, adapters = seeded(tmp_path, "one", model=str(model), eval_every=1)
+    same, same_evaluations, same_adapters = seeded(tmp_path, "two~1", model=str(model), eval_every=1)
+    assert (same, same_evaluations) == (tokens, evaluations)
+    assert [path.read_bytes() for path in same_adapters] == [path.read_bytes() for path in adapters] != []
+    rarely, rare_evaluations, _ = seeded(tmp_path, "three", model=str(model), eval_every=2)
+    assert rarely == tokens and rare_evaluations == {step: evaluations[step] for step in (0, 2)}
+    other, *_ = seeded(tmp_path, "four", model=str(model), seed=1, shuffle=False)
+    unshuffled, *_ = seeded(tmp_path, "five", model=str(model), shuffle=False)
+    assert not any(one == two for one, two in zip(other, unshuffled, strict=True))
+
+
+def test_an_agent_that_sets_its_own_seed_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Trainer(config_in(tmp_path, agent=f"{TOY}:answer_with_seed", steps=1)).fit()
+    assert "in 4 of 4 groups, rollouts got equal answers because the request sets a seed (42)" in caplog.text
 
 
 # --- several devices ------------------------------------------------------------------------------------------------

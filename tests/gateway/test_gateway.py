@@ -18,7 +18,7 @@ from agl import semconv
 from agl.cli.inspection import Inspection
 from agl.gateway.dialect.dialect import split_events
 from agl.gateway.engine_kind import ENGINE_KINDS
-from agl.gateway.request import Seeds, prepare
+from agl.gateway.request import Caller, Seeds, prepare
 from agl.server_thread import ServerThread
 from agl.store import Rollout
 from agl.tokens.capture import Capture, Json, RequestedFields, strip
@@ -306,10 +306,35 @@ def test_training_calls_get_seeds_that_repeat_with_the_attempt(setup: Setup) -> 
     seeds = [call("s1"), call("s1"), call("s2")]
     assert len(set(seeds)) == 3
     assert call("s1", seed=7) == 7
-    again = Seeds()
-    assert [again.next("s1", "a1"), again.next("s1", "a1"), again.next("s2", "a1")] == seeds
+    again, callers = Seeds(), [Caller(rollout, "a1", mode="train") for rollout in ("s1", "s1", "s2")]
+    assert [again.next(caller) for caller in callers] == seeds
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert setup.store.appended[0].attributes[semconv.GEN_AI_REQUEST_SEED] == seeds[0]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_seed_of_a_rollout_decides_and_its_id_does_not(setup: Setup, mode: str) -> None:
+    ids = [f"{mode}-one", f"{mode}-two", f"{mode}-two~1", f"{mode}-other"]
+    for rollout_id, seed in zip(ids, (5, 5, 5, 6), strict=True):
+        setup.store.enqueue_rollouts([Rollout(rollout_id, None, mode=mode, metadata={"seed": seed})])
+
+    def call(rollout: str, attempt: str = "a1") -> int:
+        baggage = f"agl.rollout.id={rollout},agl.attempt.id={rollout}-{attempt},agl.mode={mode}"
+        setup.post(chat_body(), baggage=baggage)
+        return setup.engine.seen[-1]["seed"]
+
+    first, second, repeated, other = ([call(rollout) for _ in range(2)] for rollout in ids)
+    assert first == second == repeated and len({*first, *other, call(ids[0], "a2")}) == 5
+    setup.post(chat_body(), f"/rollout/{ids[0]}/attempt/{ids[0]}-a3/v1/chat/completions")
+    setup.post(chat_body(), f"/rollout/{ids[1]}/attempt/{ids[1]}-a3/v1/chat/completions")
+    assert setup.engine.seen[-1]["seed"] == setup.engine.seen[-2]["seed"]
+
+
+def test_without_a_seed_only_training_calls_get_one(setup: Setup) -> None:
+    setup.store.enqueue_rollouts([Rollout("unseeded", None, mode="eval")])
+    for rollout, mode in (("unseeded", "eval"), ("unknown", "eval"), ("unknown", "prod")):
+        setup.post(chat_body(), baggage=f"agl.rollout.id={rollout},agl.mode={mode}")
+        assert "seed" not in setup.engine.seen[-1]
 
 
 # --- What goes wrong -------------------------------------------------------------------------------------------------

@@ -14,11 +14,17 @@ from agl import semconv
 from agl.cli.inspection import Inspection
 from agl.span import Span
 from agl.store import open_store
-from agl.trajectory import DropReason, build_trajectory, trained_span
+from agl.trajectory import DropReason, Trajectory, build_trajectory, trained_span
 from agl_trainer.algo.batch import CallOutcome, GrpoBatch
 from agl_trainer.algo.batch_builder import grpo_batch
 from agl_trainer.algo.options import BatchOptions, RoleState
-from agl_trainer.loop.call_log import CallLog, call_metrics, warn_of_missing_rewards, warn_of_unused_weights
+from agl_trainer.loop.call_log import (
+    CallLog,
+    call_metrics,
+    warn_of_missing_rewards,
+    warn_of_shared_seeds,
+    warn_of_unused_weights,
+)
 from tests.core.span_maker import chat, reward, span
 from tests.trainer.rollout_maker import batch_options, call, reward_on, trajectory
 
@@ -185,3 +191,17 @@ def test_a_role_whose_weights_name_no_dimension_of_its_rewards_is_warned_of(capl
     assert "have no dimensions" in caplog.text
     warn_of_unused_weights([trajectory("r1", call("writer"))], {"writer": {"goal": 1.0}})
     assert len(caplog.records) == 1
+
+
+def test_a_seed_of_the_agent_that_makes_a_group_alike_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    def made(rollout_id: str, response: list[int], seed: int, group_id: str = "g") -> Trajectory:
+        own: dict[str, Any] = {semconv.GEN_AI_REQUEST_SEED: seed}
+        return trajectory(rollout_id, call("writer", response, **own), group_id=group_id)
+
+    alike = [made("r0", [3], 7), made("r1", [3], 7), made("r2", [4], 7)]
+    apart = [made("s0", [3], 1, "h"), made("s1", [3], 2, "h"), made("s2", [4], 2, "h")]
+    repeated = [made("t0", [3], 5, "i"), made("t0~1", [3], 5, "i")]
+    warn_of_shared_seeds([*apart, *repeated])
+    assert not caplog.records
+    warn_of_shared_seeds([*alike, *apart])
+    assert "in 1 of 2 groups, rollouts got equal answers because the request sets a seed (7)" in caplog.text

@@ -48,11 +48,13 @@ def test_one_pass_may_mix_adapters() -> None:
 
 
 def test_the_same_seed_gives_the_same_adapters() -> None:
-    one, same, other = (
-        Policy(small_model(), small_tokenizer(), ROLES, base_name="small", seed=seed).adapter("fixer")
-        for seed in (1, 1, 2)
+    alone = {"fixer": ROLES["fixer"]}
+    one, same, without_writer, other = (
+        Policy(small_model(), small_tokenizer(), roles, base_name="small", seed=seed).adapter("fixer")
+        for roles, seed in ((ROLES, 1), (ROLES, 1), (alone, 1), (ROLES, 2))
     )
     assert all(torch.equal(tensor, same[name]) for name, tensor in one.items())
+    assert all(torch.equal(tensor, without_writer[name]) for name, tensor in one.items())
     assert not all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 

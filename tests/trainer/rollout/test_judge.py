@@ -26,8 +26,8 @@ def longest_first(attempts: list[str], _: int) -> str:
     return f'They differ. {{"ranking": {[place + 1 for place in order]}}}'
 
 
-def judge_of(server: ScriptedJudge, **options: Any) -> Judge:
-    return Judge(JudgeConfig(url=server.url, model="gpt", criteria="The longer the better.", **options), seed=0)
+def judge_of(server: ScriptedJudge, *, seed: int = 0, **options: Any) -> Judge:
+    return Judge(JudgeConfig(url=server.url, model="gpt", criteria="The longer the better.", **options), seed=seed)
 
 
 def test_scores_are_mean_ranks_independent_of_the_order_in_the_prompt() -> None:
@@ -39,6 +39,15 @@ def test_scores_are_mean_ranks_independent_of_the_order_in_the_prompt() -> None:
     orders = [attempts_of(body) for body in server.requests]
     assert len({tuple(order) for order in orders}) > 1
     assert all("What counts: The longer the better." in body["messages"][1]["content"] for body in server.requests)
+
+
+def test_the_seed_and_the_attempts_decide_the_order_in_the_prompt() -> None:
+    attempts = [f"{'x' * length}{length}" for length in range(8)]
+    with ScriptedJudge(longest_first) as server:
+        for name, seed in (("group one-00001-g0", 0), ("group two-00001-g0", 0), ("group one-00001-g0", 1)):
+            judge_of(server, seed=seed, rankings=1).rank(name, "t", attempts)
+    first, renamed, other = map(attempts_of, server.requests)
+    assert first == renamed != other
 
 
 def test_a_judge_that_ranks_by_position_in_the_prompt_disagrees_with_itself() -> None:

@@ -89,7 +89,7 @@ class TrainConfig(LossConfig):
     compile: bool = False
     """Compile the layers for training passes (torch.compile)."""
     seed: int = 0
-    """Seed of adapter initialisation, sampling and task order."""
+    """Seed of all randomness: adapters, order of tasks, sampling, evaluations, order of the judge's attempts."""
     deterministic: bool = False
     """Run one rollout and one sequence at a time, so that equal seeds give bitwise equal adapters."""
     output_dir: TextPath = "runs/default"

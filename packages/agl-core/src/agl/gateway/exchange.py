@@ -90,7 +90,7 @@ class CallEndpoint:
             capture=engine_kind.capture_fields[kind.operation],
             extra_body=parts.config.extra_body,
             forced=parts.overrides.get(caller.mode or "prod", {}),
-            seed=parts.seeds.next(*caller.seed_key) if caller.seed_key else None,
+            seed=parts.seeds.next(caller),
         )
         if caller.mode == "train":
             sent = with_full_distribution(sent, engine_kind, parts.config.extra_body)

@@ -6,9 +6,7 @@ distribution. Those that the agent depends on, because they constrain the form o
 """
 
 import asyncio
-import hashlib
 import json
-import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +21,7 @@ from starlette.requests import Request
 from agl import semconv
 from agl.context import carried_attributes
 from agl.gateway.engine_kind import EngineKind
+from agl.seeds import derive
 from agl.server.api_error import ApiError
 from agl.store import Rollout, Store
 from agl.tokens.capture import Json, RequestedFields
@@ -33,7 +32,6 @@ _ROLLOUTS_REMEMBERED: Final = 65_536
 _ATTEMPTS_REMEMBERED: Final = 65_536
 _ALIASES: Final = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 """Two names of the OpenAI API for one setting."""
-_REPETITION: Final = re.compile(r"~\d+")
 _SHAPING: Final[Mapping[str, tuple[int, ...]]] = {
     "top_p": (1,),
     "top_k": (-1, 0),
@@ -68,6 +66,8 @@ class Caller:
     trace_id: str | None = None
     """None: the call starts a new trace."""
     parent_id: str | None = None
+    seed: int | None = None
+    """Seed of the rollout."""
 
     @classmethod
     def read(cls, headers: Mapping[str, str], url: Mapping[str, str]) -> Self:
@@ -85,15 +85,11 @@ class Caller:
         )
 
     def with_defaults(self, rollout: Rollout | None) -> Self:
-        """Missing mode and group from the queued `rollout`; without one the mode is `prod`."""
+        """Seed, and missing mode and group, from the queued `rollout`; without one the mode is `prod`."""
         if rollout is None:
             return replace(self, mode=self.mode or "prod")
-        return replace(self, mode=self.mode or rollout.mode, group_id=self.group_id or rollout.group_id)
-
-    @property
-    def seed_key(self) -> tuple[str, str] | None:
-        """Rollout and attempt of a training call, else None."""
-        return (self.rollout_id, self.attempt_id or "") if self.mode == "train" and self.rollout_id else None
+        group_id = self.group_id or rollout.group_id
+        return replace(self, mode=self.mode or rollout.mode, group_id=group_id, seed=rollout.seed)
 
     def attributes(self) -> dict[str, str]:
         """Attributes of every span of the call."""
@@ -108,7 +104,7 @@ class Caller:
 
 
 class CallerLookup:
-    """Identifies callers. Rollouts found in `store` are remembered: their mode and group never change."""
+    """Identifies callers. Rollouts found in `store` are remembered: their mode, group and seed never change."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -116,7 +112,7 @@ class CallerLookup:
 
     async def identify(self, request: Request) -> Caller:
         caller = Caller.read(request.headers, request.path_params)
-        if caller.rollout_id is None or caller.mode is not None:
+        if caller.rollout_id is None or caller.mode == "prod":
             return caller.with_defaults(None)
         return caller.with_defaults(await self._rollout(caller.rollout_id))
 
@@ -133,24 +129,26 @@ class CallerLookup:
 
 
 class Seeds:
-    """Sampling seeds for the calls of each attempt. An attempt that is run again gets the same seeds in order.
-
-    `~n` in an id marks a repetition: a resumed training repeats an interrupted step, which then samples the same.
-    """
+    """Sampling seeds for the calls of each attempt. A rollout that is run again gets the same seeds in order."""
 
     def __init__(self) -> None:
         self._calls: OrderedDict[tuple[str, str], int] = OrderedDict()
 
-    def next(self, rollout_id: str, attempt_id: str) -> int:
-        """Seed of the attempt's next call: 31 bits of a hash of rollout, attempt and the call's index."""
-        key = (rollout_id, attempt_id)
+    def next(self, caller: Caller) -> int | None:
+        """Seed of the attempt's next call, derived from the rollout's seed, the attempt and the index of the call.
+
+        The id replaces the seed that a training rollout lacks; calls of other rollouts without a seed get None.
+        """
+        if caller.rollout_id is None or (caller.seed is None and caller.mode != "train"):
+            return None
+        attempt = (caller.attempt_id or "").removeprefix(caller.rollout_id)
+        key = (caller.rollout_id, attempt)
         index = self._calls.pop(key, 0)
         self._calls[key] = index + 1
         if len(self._calls) > _ATTEMPTS_REMEMBERED:
             self._calls.popitem(last=False)
-        name = _REPETITION.sub("", f"{rollout_id}\0{attempt_id}\0{index}")
-        digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
-        return int.from_bytes(digest, "big") >> 1
+        seed = derive(0, "rollout", caller.rollout_id) if caller.seed is None else caller.seed
+        return derive(seed, "call", attempt, index)
 
 
 def read_json(body: bytes) -> tuple[str, Json]:

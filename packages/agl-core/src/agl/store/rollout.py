@@ -30,6 +30,7 @@ class Rollout:
     unresponsive_s: float | None = None
     """An attempt without a span or heartbeat for longer is ended as UNRESPONSIVE. None: no limit."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Any JSON object; the gateway reads its `seed`."""
     state: RolloutState = RolloutState.QUEUED
     attempts: int = 0
     """Number of attempts begun."""
@@ -44,6 +45,12 @@ class Rollout:
         for name, limit in (("timeout_s", self.timeout_s), ("unresponsive_s", self.unresponsive_s)):
             if limit is not None and not limit > 0:
                 raise InputError(f"rollout {self.rollout_id} has {name} {limit:g}, expected more than 0 or None")
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the sampling of its calls, if `metadata` has an integer `seed`."""
+        seed = self.metadata.get("seed")
+        return seed if isinstance(seed, int) else None
 
 
 @dataclass(frozen=True, slots=True)

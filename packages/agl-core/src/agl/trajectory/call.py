@@ -51,6 +51,8 @@ class Call:
     policy_version: str | None
     temperature: float | None
     """As in the request to the engine; 0 is greedy."""
+    seed: int | None
+    """As in the request to the engine."""
     start_ns: int
     end_ns: int
     """By the clock of the agent, if the framework's span is present."""
@@ -126,6 +128,7 @@ def read_call(
         malformed=tokens.malformed,
         policy_version=version,
         temperature=_first_number(spans, semconv.GEN_AI_REQUEST_TEMPERATURE),
+        seed=None if (seed := _first_number(spans, semconv.GEN_AI_REQUEST_SEED)) is None else int(seed),
         start_ns=own.start_ns,
         end_ns=own.end_ns,
         branches=tuple(Branch(span.span_id, span.start_ns) for span in reversed([*_lineage(tree, own)])),

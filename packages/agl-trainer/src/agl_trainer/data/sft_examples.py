@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from agl.config import RoleConfig, SftTracesConfig
 from agl.errors import ConfigError
+from agl.seeds import derive
 from agl.trajectory import Call, DropReason, Row, Trajectory
 from agl_trainer.data.chat import ChatTemplate
 from agl_trainer.data.messages import Conversation, describe
@@ -113,7 +114,7 @@ def _conversation(example: Example) -> Conversation:
 
 def epoch_batches(examples: Sequence[SftExample], batch_size: int, epoch: int, seed: int) -> list[list[SftExample]]:
     """The batches of an epoch: shuffled, each of one role; the batches of the roles are interleaved."""
-    shuffled = random.Random(f"{seed}-{epoch}").sample(list(examples), len(examples))
+    shuffled = random.Random(derive(seed, "order of examples", epoch)).sample(list(examples), len(examples))
     by_role: dict[str, list[SftExample]] = {}
     for example in shuffled:
         by_role.setdefault(example.role, []).append(example)

@@ -9,6 +9,7 @@ from agl.store import Store
 from agl.trajectory import DropReason, Reward, Trajectory, build_trajectory, trained_span
 from agl_trainer.algo.batch import CallOutcome
 from agl_trainer.algo.credit import Weights
+from agl_trainer.rollout.rollouts import first_name
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,27 @@ def warn_of_unused_weights(trajectories: Sequence[Trajectory], weights: Mapping[
                 ", ".join(sorted(of_role)),
                 f"the dimensions {', '.join(sorted(emitted))}" if emitted else "no dimensions",
             )
+
+
+def warn_of_shared_seeds(trajectories: Sequence[Trajectory]) -> None:
+    """Log a warning if rollouts of a group got equal answers by equal seeds, which the gateway never gives them."""
+    sharing: dict[tuple[str, int, bytes], set[str]] = {}
+    for trajectory in trajectories:
+        for call in trajectory.calls:
+            if trajectory.group_id and call.seed is not None and call.packed_response is not None:
+                key = (trajectory.group_id, call.seed, call.packed_response)
+                sharing.setdefault(key, set()).add(first_name(trajectory.rollout_id))
+    repeated = [key for key, rollouts in sharing.items() if len(rollouts) > 1]
+    if repeated:
+        groups = {trajectory.group_id for trajectory in trajectories}
+        logger.warning(
+            "in %d of %d groups, rollouts got equal answers because the request sets a seed (%d): a group learns only "
+            "from answers that differ; leave `seed` out in the agent and in gateway.extra_body, and the gateway gives "
+            "each call its own",
+            len({group for group, _, _ in repeated}),
+            len(groups),
+            repeated[0][1],
+        )
 
 
 def _reaching(role: str, trajectory: Trajectory) -> Iterator[Reward]:

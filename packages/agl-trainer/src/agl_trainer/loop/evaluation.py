@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from agl.errors import ConfigError, TrainingError
+from agl.seeds import derive
 from agl.trajectory import build_trajectory
 from agl_trainer.loop.checkpoint import checkpoint_folder, keep_only, load_checkpoint, save_checkpoint
 from agl_trainer.loop.policy_setup import load_list
@@ -24,7 +25,13 @@ def evaluate(training: Training, label: str, sampling: Sampling | None = None) -
     tasks = load_list(train.eval_tasks, "train.eval_tasks")
     name = f"{training.run}-eval-{label}"
     wanted = [
-        rollouts.make(f"{name}-{index:04d}" + (f"-s{sample}" if sample else ""), task, None, "eval")
+        rollouts.make(
+            f"{name}-{index:04d}" + (f"-s{sample}" if sample else ""),
+            task,
+            None,
+            "eval",
+            derive(train.seed, "evaluation", _task_id(task, index), sample),
+        )
         for index, task in enumerate(tasks)
         for sample in range(sampling.samples)
     ]

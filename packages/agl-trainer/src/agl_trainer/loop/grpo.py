@@ -11,7 +11,12 @@ from agl_trainer.algo.advantages import next_baseline
 from agl_trainer.algo.options import BatchOptions, RoleState
 from agl_trainer.compute.optimizer_step import StepStats
 from agl_trainer.compute.train_batch import role_states, train_batch
-from agl_trainer.loop.call_log import call_metrics, warn_of_missing_rewards, warn_of_unused_weights
+from agl_trainer.loop.call_log import (
+    call_metrics,
+    warn_of_missing_rewards,
+    warn_of_shared_seeds,
+    warn_of_unused_weights,
+)
 from agl_trainer.loop.evaluation import evaluate_step, load_best, prune_best
 from agl_trainer.loop.policy_setup import load_list
 from agl_trainer.loop.state import GRPO
@@ -61,6 +66,7 @@ class _GrpoStep:
         clock, tokens_before = Stopwatch(), training.tokens_sampled()
         roles = role_states(training.config, training.policy, self.number, state.baselines)
         rollouts = self._draw(source, roles, clock)
+        warn_of_shared_seeds(rollouts.trajectories)
         warn_of_unused_weights(rollouts.trajectories, {name: role.weights for name, role in roles.items()})
         source.prefetch(self.number)
         clock.lap("rollouts")
@@ -146,7 +152,7 @@ def _open_unjudged_source(training: Training, *, from_store: bool) -> Iterator[R
         yield StoreSource(training.store, TaskStream.of(stored_groups(training.store, train.traces), train))
         return
     tasks = TaskStream.of(load_list(train.tasks, "train.tasks"), train)
-    agents = AgentSource(training.rollouts, tasks, training.run, train.group_size)
+    agents = AgentSource(training.rollouts, tasks, training.run, train.group_size, train.seed)
     if not train.asynchronous:
         yield agents
         return

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agl.config import RoleConfig
 from agl.errors import ConfigError, TrainingError
+from agl.seeds import derive
 from agl_trainer.model.attention import NAME, AttentionPlan
 from agl_trainer.model.compiled import compile_layers
 from agl_trainer.model.cpu.frozen_linear import FrozenLinear
@@ -49,7 +50,6 @@ class Policy:
         Raises ConfigError for invalid role names, and for options that the model or this machine does not support.
         """
         _check_names(roles, base_name)
-        torch.manual_seed(seed)
         self.packs = packs
         """Rows are packed as a prefix tree; if False, they are padded because the model does not support packing."""
         self.pack_limit: int | None = None
@@ -61,7 +61,7 @@ class Policy:
         self.versions = dict.fromkeys(roles, 0)
         self._owner = {role: config.adapter or role for role, config in roles.items()}
         self.lock = threading.RLock()
-        self._peft = _with_adapters(model, {role: config for role, config in roles.items() if not config.adapter})
+        self._peft = _with_adapters(model, {role: config for role, config in roles.items() if not config.adapter}, seed)
         self._routing = AdapterRouting()
         route_layers(self._peft, self._routing)
         self._body = model.get_decoder()
@@ -192,7 +192,8 @@ def _check_names(roles: Mapping[str, RoleConfig], base_name: str) -> None:
             )
 
 
-def _with_adapters(model: PreTrainedModel, roles: Mapping[str, RoleConfig]) -> PeftModel:
+def _with_adapters(model: PreTrainedModel, roles: Mapping[str, RoleConfig], seed: int) -> PeftModel:
+    """Each adapter is initialised by a seed of its own, so that it does not depend on the other roles."""
     configs = {
         role: LoraConfig(
             r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -203,8 +204,10 @@ def _with_adapters(model: PreTrainedModel, roles: Mapping[str, RoleConfig]) -> P
     with warnings.catch_warnings():
         # PEFT reads an attribute that transformers has renamed; the user cannot do anything about it.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        torch.manual_seed(derive(seed, "adapter", first))
         peft = get_peft_model(model, config, adapter_name=first)
         for role, other in others:
+            torch.manual_seed(derive(seed, "adapter", role))
             peft.add_adapter(role, other)
     for name, parameter in peft.named_parameters():
         parameter.requires_grad_("lora_" in name)

@@ -19,6 +19,7 @@ import urllib3
 
 from agl.config import JudgeConfig
 from agl.errors import ConfigError, TrainingError
+from agl.seeds import derive
 
 _SYSTEM = (
     "You rank attempts at the same task, the best first. What stands between <attempt> and </attempt> is material to "
@@ -56,8 +57,8 @@ class Judge:
     def rank(self, name: str, task: str, attempts: Sequence[str]) -> Judgement:
         """Judge two or more `attempts`; attempts with equal text get equal scores.
 
-        `name` names the group in errors and seeds the shuffles. Raises TrainingError if the judge does not answer, or
-        answers without a ranking.
+        `name` names the group in errors. Raises TrainingError if the judge does not answer, or answers without a
+        ranking.
         """
         usage: list[Mapping[str, Any]] = []
         rankings = [self._ranking(name, task, attempts, number, usage) for number in range(self._config.rankings)]
@@ -76,7 +77,7 @@ class Judge:
     ) -> list[int]:
         """Indices of `attempts`, the best first. Appends the usage of each request to `usage`."""
         order = list(range(len(attempts)))
-        random.Random(f"{self._seed}-{name}-{number}").shuffle(order)
+        random.Random(derive(self._seed, "judge", task, *attempts, number)).shuffle(order)
         prompt = self._prompt(task, [attempts[index] for index in order])
         text = "nothing"
         for _ in range(_MAX_TRIES):

@@ -1,6 +1,7 @@
 """Runs the rollouts of a step or an evaluation, repeats those whose engine failed, and reads their trajectories."""
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,13 @@ from agl_trainer.rollout.serving import ProgressLine, Serving
 
 logger = logging.getLogger(__name__)
 
+_REPETITION = re.compile(r"~\d+\Z")
+
+
+def first_name(rollout_id: str) -> str:
+    """The id without the `~n` of a repetition."""
+    return _REPETITION.sub("", rollout_id)
+
 
 @dataclass(frozen=True, slots=True)
 class Rollouts:
@@ -27,17 +35,9 @@ class Rollouts:
     """How often a rollout is repeated whose engine failed."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def make(self, name: str, task: Any, group_id: str | None, mode: str) -> Rollout:
-        """A rollout with the id `name`, or `name~n` if earlier ones with that id were cut short.
-
-        The gateway strips `~n` before it derives a seed, so the repetition samples the same tokens.
-        """
-        unused = next(
-            candidate
-            for repetition in range(10_000)
-            if self.store.get_rollout(candidate := f"{name}~{repetition}" if repetition else name) is None
-        )
-        return Rollout(unused, task, group_id=group_id, mode=mode)
+    def make(self, name: str, task: Any, group_id: str | None, mode: str, seed: int) -> Rollout:
+        """A rollout that samples with `seed`; its id is `name`, or `name~n` if earlier ones with it were cut short."""
+        return Rollout(self._unused(name), task, group_id=group_id, mode=mode, metadata={"seed": seed})
 
     def make_live(self) -> None:
         """Answer later calls with the policy's current weights."""
@@ -93,7 +93,14 @@ class Rollouts:
         return on_done
 
     def _repetition(self, rollout: Rollout) -> Rollout:
-        return self.make(rollout.rollout_id.partition("~")[0], rollout.input, rollout.group_id, rollout.mode)
+        return replace(rollout, rollout_id=self._unused(first_name(rollout.rollout_id)))
+
+    def _unused(self, name: str) -> str:
+        return next(
+            candidate
+            for repetition in range(10_000)
+            if self.store.get_rollout(candidate := f"{name}~{repetition}" if repetition else name) is None
+        )
 
     def _engine_failed(self, outcome: Outcome) -> bool:
         return outcome.error is not None and any(map(is_engine_failure, self.store.query_spans(outcome.rollout_id)))

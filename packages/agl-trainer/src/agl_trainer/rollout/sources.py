@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 from agl.config import TrainConfig
+from agl.seeds import derive
 from agl.store import Rollout, Store
 from agl.trajectory import Trajectory
 from agl_trainer.rollout.group_pool import GroupPool, GroupRun
@@ -54,7 +55,8 @@ class TaskStream(Generic[Item]):
     def at(self, position: int) -> Item:
         epoch, index = divmod(position, len(self.items))
         if self.seed is not None:
-            index = random.Random(f"{self.seed}-{epoch}").sample(range(len(self.items)), len(self.items))[index]
+            draw = random.Random(derive(self.seed, "order of tasks", epoch))
+            index = draw.sample(range(len(self.items)), len(self.items))[index]
         return self.items[index]
 
 
@@ -66,6 +68,8 @@ class AgentSource:
     tasks: TaskStream[Any]
     run: str
     group_size: int
+    seed: int
+    """`train.seed`."""
 
     def draw(self, step: int, position: int, groups: range) -> RolloutBatch:
         rollouts: list[Rollout] = []
@@ -79,8 +83,8 @@ class AgentSource:
 
     def group(self, name: str, number: int) -> list[Rollout]:
         """Rollouts of task `number` of the stream, as group `name`."""
-        task = self.tasks.at(number)
-        return [self.rollouts.make(f"{name}-r{i}", task, name, "train") for i in range(self.group_size)]
+        task, seeds = self.tasks.at(number), [derive(self.seed, "rollout", number, i) for i in range(self.group_size)]
+        return [self.rollouts.make(f"{name}-r{i}", task, name, "train", seed) for i, seed in enumerate(seeds)]
 
 
 @dataclass(slots=True)
