@@ -46,13 +46,13 @@ _ROLE = "writer"
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A variant of the step: packed in passes of `tokens` tokens, padded rows, or TRL with batches of `trl_rows` rows.
+    """A variant of the step: packed rows, padded rows, or TRL with batches of `trl_rows` rows.
 
-    `recomputes`: with `train.gradient_checkpointing`.
+    `tokens`: `train.pack_tokens`. `recomputes`: with `train.gradient_checkpointing`.
     """
 
     name: str
-    tokens: int = 4096
+    tokens: int | None = None
     is_padded: bool = False
     recomputes: bool = False
     trl_rows: int = 0
@@ -79,6 +79,7 @@ WAYS = {
     ],
     "b": [
         Way("agl, packed"),
+        Way("agl, packed, 4096 tokens at once", tokens=4096),
         Way("agl, packed, 2048 tokens at once", tokens=2048),
         Way("agl, packed, 1024 tokens at once", tokens=1024),
         Way("agl, packed, recomputed", recomputes=True),

@@ -2,13 +2,15 @@
 
 import functools
 import random
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from agl_trainer.data.prefix_tree import PackedRows, pack_rows
 from agl_trainer.model import flex_attention
@@ -72,6 +74,48 @@ def test_the_mask_gives_the_values_and_gradients_of_the_segments(
     expected = attend(packed, start, scores)
     monkeypatch.setattr(flex_attention, "is_supported", lambda _: True)
     assert_same(attend(packed, start, scores), expected)
+
+
+LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_mask_is_that_of_comparing_all_pairs(seed: int) -> None:
+    draw = random.Random(seed)
+    prompts = [draw.choices(range(3), k=draw.randrange(1, 700)) for _ in range(4)]
+    rows = [draw.choice(prompts)[: draw.randrange(1, 700)] + draw.choices(range(3), k=40) for _ in range(9)]
+    packed = pack_rows(rows)
+    count = len(packed.positions)
+    for start in (0, draw.randrange(count), count - 1):
+        for window in (None, 1, draw.randrange(1, 500)):
+            found = flex_attention.tree_mask(packed, start, window)
+            expected = create_block_mask(found.mask_mod, None, None, count - start, count, device="cpu")
+            assert found.shape == expected.shape
+            for name in (*LISTS, *(name.replace("kv", "q") for name in LISTS)):
+                assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+class LargestTensor(TorchDispatchMode):
+    """Size in bytes of the largest tensor that an operation returns."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self.bytes = max(self.bytes, tensor.nbytes)
+        return out
+
+
+@pytest.mark.parametrize("window", [None, 4096])
+def test_a_mask_of_32768_tokens_takes_little_memory_to_build(window: int | None) -> None:
+    """As one boolean matrix it would take 1 GiB."""
+    packed = pack_rows([[0] * 8192 + [number] * 3072 for number in range(1, 9)])
+    with LargestTensor() as largest:
+        mask = flex_attention.tree_mask(packed, 0, window)
+    assert mask.shape == (1, 1, 32768, 32768)
+    assert largest.bytes < 2**24
 
 
 @pytest.fixture

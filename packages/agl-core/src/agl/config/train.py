@@ -66,8 +66,8 @@ class TrainConfig(LossConfig):
     """Maximum number of response tokens for requests that set no limit."""
     max_grad_norm: Positive = 1.0
     """Gradient norm above which the gradient is scaled down."""
-    pack_tokens: Count = 4096
-    """Maximum number of distinct tokens in one forward pass of a training step."""
+    pack_tokens: Count | None = None
+    """Maximum number of distinct tokens in one forward pass of a training step; none: chosen by the free memory."""
     concurrency: Count = 32
     """Maximum number of rollouts that run at the same time."""
     timeout_s: Positive = 120.0

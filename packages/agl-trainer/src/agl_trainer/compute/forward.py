@@ -24,7 +24,7 @@ class RowValues:
     entropies: dict[Hashable, Tensor] = field(default_factory=dict)
 
 
-def forward_rows(policy: Policy, role: str, rows: Sequence[Row], pack_tokens: int) -> RowValues:
+def forward_rows(policy: Policy, role: str, rows: Sequence[Row], pack_tokens: int | None) -> RowValues:
     """Values of `rows` under `role`, a role or the base model; every device computes its share of the rows."""
     job: _ForwardJob[Any] = _ForwardJob(role, rows, pack_tokens)
     found = RowValues()
@@ -38,7 +38,7 @@ def forward_rows(policy: Policy, role: str, rows: Sequence[Row], pack_tokens: in
 class _ForwardJob(Generic[Row]):
     role: str
     rows: Sequence[Row]
-    pack_tokens: int
+    pack_tokens: int | None
 
     @torch.no_grad()
     def run(self, policy: Policy) -> RowValues:

@@ -50,7 +50,7 @@ class _GradientJob(Generic[Row]):
     role: str
     rows: Sequence[Row]
     loss_fn: PassLoss[Row]
-    pack_tokens: int
+    pack_tokens: int | None
     entropy_gradient: bool
 
     def run(self, policy: Policy) -> PassSums:
@@ -72,7 +72,13 @@ class _GradientJob(Generic[Row]):
 
 
 def accumulate_gradient(
-    policy: Policy, role: str, rows: Sequence[Row], loss_fn: PassLoss[Row], *, pack_tokens: int, entropy_gradient: bool
+    policy: Policy,
+    role: str,
+    rows: Sequence[Row],
+    loss_fn: PassLoss[Row],
+    *,
+    pack_tokens: int | None,
+    entropy_gradient: bool,
 ) -> PassSums:
     """Set the gradient of `role` to that of the summed loss of `rows`; every device computes its share of the rows."""
     job: _GradientJob[Any] = _GradientJob(role, rows, loss_fn, pack_tokens, entropy_gradient)

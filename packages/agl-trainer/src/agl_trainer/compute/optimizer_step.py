@@ -36,7 +36,7 @@ def optimizer_step(
     rows: Sequence[Row],
     loss_fn: PassLoss[Row],
     *,
-    pack_tokens: int,
+    pack_tokens: int | None,
     max_grad_norm: float,
     entropy_gradient: bool = False,
 ) -> StepStats:

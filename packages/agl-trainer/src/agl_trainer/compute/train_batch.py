@@ -88,7 +88,7 @@ def prepare_objective(
     rows: Sequence[SampledRow],
     config: PolicyLossConfig,
     *,
-    pack_tokens: int,
+    pack_tokens: int | None,
     is_first: bool,
     reference: Tensors | None = None,
 ) -> Objective:
@@ -112,7 +112,7 @@ def prepare_objective(
 
 
 def _reference_logprobs(
-    policy: Policy, role: str, rows: Sequence[SampledRow], reference: Tensors | None, pack_tokens: int
+    policy: Policy, role: str, rows: Sequence[SampledRow], reference: Tensors | None, pack_tokens: int | None
 ) -> dict[Hashable, Tensor]:
     if reference is None:
         return forward_rows(policy, BASE, rows, pack_tokens).logprobs

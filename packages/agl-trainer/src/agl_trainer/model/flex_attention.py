@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch._dynamo import config as compiler
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import pad
 
 from agl_trainer.data.prefix_tree import PackedRows
 from agl_trainer.model.block_attention import ScoreOptions
@@ -25,6 +26,11 @@ ones exceed the shared memory of many GPUs."""
 _MAX_VARIANTS = 64
 """Limit of compiled variants of the kernel (torch's default, 8, is too low): with or without gradients, with or without
 a softcap, and specialized where lengths or numbers of blocks are one or equal."""
+
+_BLOCK = 128
+"""Queries, and keys, of a block of the mask."""
+_BLOCKS_AT_ONCE = 64
+"""Blocks of the mask whose pairs are in memory at once."""
 
 
 def is_supported(query: Tensor) -> bool:
@@ -43,20 +49,55 @@ def can_compile(device: str) -> bool:
 def tree_mask(rows: PackedRows, start: int, window: int | None) -> BlockMask:
     """Mask [M, N]: which of N keys the queries of the last M tokens (from index `start` on) see, within `window`.
 
-    M x N booleans are allocated while it is built; it keeps one entry per block of 128 x 128.
+    It has one entry per block of 128 x 128 pairs. Pairs are compared only in blocks that their bounds do not decide.
     """
-    positions, count = rows.positions, len(rows.positions)
-    ends = torch.cat([torch.full((part.end - part.start,), part.subtree_end) for part in rows.segments])
-    ends = ends.to(positions.device)
-    first = positions[start:] - (window or count) + 1
+    count = len(rows.positions)
+    subtree_ends = torch.cat([torch.full((part.end - part.start,), part.subtree_end) for part in rows.segments])
+    # Padded to whole blocks: a padded query is after every subtree, and the subtree of a padded key is empty.
+    ends, positions = _fill_block(subtree_ends.to(rows.positions.device)), _fill_block(rows.positions)
+    first = _fill_block(rows.positions[start:] - (window or count) + 1)
     # A tensor: torch would compile the mask anew for every value of a captured number.
     offset = positions.new_full((), start)
 
-    def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def sees(_batch: Tensor | None, _head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
         index = query + offset
         return (key <= index) & (index < ends[key]) & (first[query] <= positions[key])
 
-    return create_block_mask(sees, None, None, count - start, count, device=str(positions.device))
+    of_queries = [_bounds(values)[:, :, None] for values in (torch.arange(len(first)).to(first) + start, first)]
+    of_keys = [_bounds(values)[:, None] for values in (torch.arange(len(ends)).to(ends), ends, positions)]
+    (low_index, high_index), (low_first, high_first) = of_queries
+    (low_key, high_key), (low_end, high_end), (low_position, high_position) = of_keys
+    full = (high_key <= low_index) & (high_index < low_end) & (high_first <= low_position)
+    partial = (low_key <= high_index) & (low_index < high_end) & (low_first <= high_position) & ~full
+    _unset_empty(partial, lambda queries, keys: sees(None, None, queries, keys))
+    return BlockMask.from_kv_blocks(
+        *_ordered(partial), *_ordered(full), BLOCK_SIZE=_BLOCK, mask_mod=sees, seq_lengths=(count - start, count)
+    )
+
+
+def _fill_block(values: Tensor) -> Tensor:
+    """`values` [N], with zeros up to a multiple of the block size."""
+    return pad(values, (0, -len(values) % _BLOCK))
+
+
+def _bounds(values: Tensor) -> Tensor:
+    """Lowest and highest of the `values` [N] in each block: [2, N / 128]."""
+    return torch.stack(values.view(-1, _BLOCK).aminmax(dim=1))
+
+
+def _unset_empty(blocks: Tensor, sees: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Clear the `blocks` [Q, K] in which no query sees a key; only pairs in blocks that are set are compared."""
+    inside = torch.arange(_BLOCK, device=blocks.device)
+    for some in blocks.nonzero().split(_BLOCKS_AT_ONCE):
+        query, key = (some[:, axis, None] * _BLOCK + inside for axis in (0, 1))
+        blocks[some[:, 0], some[:, 1]] = sees(query[:, :, None], key[:, None]).flatten(1).any(1)
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """FlexAttention's lists of the `blocks` [Q, K] that are set, for one head: their number in each row, and the
+    columns, those that are set first."""
+    columns = blocks.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32)[None, None], columns.to(torch.int32)[None, None]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, options: ScoreOptions) -> Tensor:

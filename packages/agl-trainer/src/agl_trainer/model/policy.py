@@ -53,7 +53,8 @@ class Policy:
         self.packs = packs
         """Rows are packed as a prefix tree; if False, they are padded because the model does not support packing."""
         self.pack_limit: int | None = None
-        """Tokens per pass that fit the memory, once passes of `train.pack_tokens` did not."""
+        """Tokens per pass that fit the memory, if `train.pack_tokens` is not set or did not fit."""
+        self.token_bytes = _token_bytes(model, recomputes)
         if packs:
             model.set_attn_implementation(NAME)
         self.tokenizer = tokenizer
@@ -190,6 +191,17 @@ def _check_names(roles: Mapping[str, RoleConfig], base_name: str) -> None:
                 f"agent_roles has a role named {role!r}: expected a letter or digit, then letters, digits, _ and -, "
                 "and not a method of dict or torch.nn.Module"
             )
+
+
+def _token_bytes(model: PreTrainedModel, recomputes: bool) -> int:
+    """Estimated memory of the activations of one token of a training pass.
+
+    Twice the inputs and outputs of all linear layers, which also covers norms, rotations and products of activations;
+    half of that with `recomputes`.
+    """
+    layers = [module for module in model.get_decoder().modules() if isinstance(module, torch.nn.Linear)]
+    values = sum(layer.in_features + layer.out_features for layer in layers)
+    return values * model.dtype.itemsize * (1 if recomputes else 2)
 
 
 def _with_adapters(model: PreTrainedModel, roles: Mapping[str, RoleConfig], seed: int) -> PeftModel:
