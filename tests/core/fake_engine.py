@@ -23,6 +23,7 @@ WORDS = ["Hello", " there", "!"]
 PROMPT_IDS = [1, 2, 70_000]
 MODELS = ("writer@3", "base")
 USAGE = {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+"""Usage of a call with one choice and the prompt `PROMPT_IDS`."""
 TOOL_CALL = {"id": "call_1", "type": "function", "function": {"name": "search", "arguments": '{"x": 1}'}}
 
 
@@ -175,7 +176,11 @@ class Answer:
 
     def usage_chunk(self, kind: str) -> list[Json]:
         wanted = (self.body.get("stream_options") or {}).get("include_usage")
-        return [self.envelope(kind, []) | {"usage": USAGE}] if wanted else []
+        return [self.envelope(kind, []) | {"usage": self.usage()}] if wanted else []
+
+    def usage(self) -> Json:
+        prompt, answers = len(self.given or PROMPT_IDS), len(self.words) * len(self.numbers)
+        return {"prompt_tokens": prompt, "completion_tokens": answers, "total_tokens": prompt + answers}
 
     def ids(self, choice: int, positions: range) -> Json:
         wanted = self.body.get("return_token_ids")
@@ -189,7 +194,7 @@ class Answer:
 class ChatAnswer(Answer):
     def whole(self) -> Json:
         choices = [self._choice(number) for number in self.numbers]
-        return self.envelope("chat.completion", choices) | {"usage": USAGE} | self.prompt_ids()
+        return self.envelope("chat.completion", choices) | {"usage": self.usage()} | self.prompt_ids()
 
     def chunks(self) -> list[Json]:
         chunks = [
@@ -247,7 +252,7 @@ class TextAnswer(Answer):
     def whole(self) -> Json:
         positions = range(len(self.words))
         choices = [self._choice(number, positions, self.finish_reason) for number in self.numbers]
-        return self.envelope("text_completion", choices) | {"usage": USAGE}
+        return self.envelope("text_completion", choices) | {"usage": self.usage()}
 
     def chunks(self) -> list[Json]:
         last = len(self.words) - 1

@@ -37,7 +37,7 @@ class SglangEngine:
         self.seen.append(body)
         if not body.get("stream"):
             choices = [_choice(body, number) for number in range(body.get("n") or 1)]
-            whole = _envelope(body, "chat.completion", choices) | {"usage": USAGE, "metadata": None}
+            whole = _envelope(body, "chat.completion", choices) | {"usage": _usage(body), "metadata": None}
             return JSONResponse(whole | _sglext(body))
         if body.get("return_token_ids"):
             message = "return_token_ids is not supported with streaming on /v1/chat/completions."
@@ -64,6 +64,11 @@ class SglangEngine:
 
 def _envelope(body: Json, kind: str, choices: list[Json]) -> Json:
     return {"id": "sglang-1", "object": kind, "created": 1, "model": body["model"], "choices": choices}
+
+
+def _usage(body: Json) -> Json:
+    answers = 3 * (body.get("n") or 1)
+    return {"prompt_tokens": len(body.get("input_ids") or PROMPT_IDS), "completion_tokens": answers}
 
 
 def _sglext(body: Json) -> Json:
@@ -112,4 +117,4 @@ def _chunks(body: Json) -> Iterator[Json]:
     if tokens := _sglext(body):
         yield _envelope(body, kind, []) | tokens
     if (body.get("stream_options") or {}).get("include_usage"):
-        yield _envelope(body, kind, []) | {"usage": USAGE}
+        yield _envelope(body, kind, []) | {"usage": _usage(body)}

@@ -31,7 +31,7 @@ class TokenIdCapture:
     def capture_response(self, response: Mapping[str, Any]) -> Mapping[str, Any]:
         """Capture a whole response (`model_dump()` of the client library); return it with the hidden fields null."""
         choices = response.get("choices") or []
-        self._captured.add({**response, "choices": [{**choice, "message": None} for choice in choices]})
+        self._captured.add_whole({**response, "choices": [{**choice, "message": None} for choice in choices]})
         if not self._hidden:
             return response
         # null, because that is vLLM's value for a field that is not requested

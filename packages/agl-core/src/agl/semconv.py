@@ -93,6 +93,8 @@ RESPONSE_TOKEN_IDS: Final = "agl.response.token_ids"
 """bytes: int32 little-endian, packed."""
 RESPONSE_LOGPROBS: Final = "agl.response.logprobs"
 """bytes: float32 little-endian, packed; one per response token, as sampled."""
+TOKENS_FAULT: Final = "agl.tokens.fault"
+"""str: why the token ids and logprobs in the engine's response cannot be used. The span then has none of them."""
 
 # --- Rewards and other emitted values --------------------------------------------------------------------------------
 

@@ -47,10 +47,10 @@ class _CapturedRequest:
         `response` is JSON, or an object of the `openai` package, on which the agent sees logprobs but no ids.
         """
         if isinstance(response, dict):
-            self.captured.add(response)
+            self.captured.add_whole(response)
             strip(response, self.asked)
             return
-        self.captured.add(response.model_dump(exclude={"choices": {"__all__": {"message"}}}, warnings=False))
+        self.captured.add_whole(response.model_dump(exclude={"choices": {"__all__": {"message"}}}, warnings=False))
         for choice in () if self.asked.logprobs else response.choices:
             choice.logprobs = None
 

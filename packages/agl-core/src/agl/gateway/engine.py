@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import os
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Mapping
@@ -13,7 +12,7 @@ import aiohttp
 from agl.config import TimeoutsConfig, UpstreamConfig
 from agl.errors import ConfigError
 from agl.gateway.engine_kind import ENGINE_KINDS
-from agl.server.api_error import ApiError, error_message
+from agl.server.api_error import ApiError, error_text
 
 _CREDENTIALS: Final = frozenset({"authorization", "x-api-key", "api-key", "cookie"})
 _EVENT_STREAM: Final = "text/event-stream"
@@ -132,10 +131,7 @@ class UpstreamResponse:
 
     def error_message(self) -> str:
         """The message of an error body."""
-        try:
-            return error_message(json.loads(self.body)["error"])
-        except (ValueError, TypeError, KeyError):
-            return self.body[:1000].decode(errors="replace")
+        return error_text(self.body)
 
 
 class FairQueue:

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agl import semconv
 from agl.config import GatewayConfig
-from agl.errors import AglError
+from agl.errors import AglError, OtlpError
 from agl.gateway.conversation import Conversations, conversation_key
 from agl.gateway.dialect.dialect import DONE, Dialect, event_data, split_events
 from agl.gateway.dispatch import Dispatch, Routes
@@ -23,10 +23,10 @@ from agl.gateway.engine import UpstreamResponse, forwarded
 from agl.gateway.exact_prefix import exact_prompt
 from agl.gateway.record import CallRecord, Recorder
 from agl.gateway.request import CallerLookup, Seeds, changes, constraints, prepare, read_json, with_full_distribution
-from agl.server.api_error import ApiError
+from agl.server.api_error import ApiError, error_in, error_text
 from agl.server.auth import project_of
 from agl.server.receiving import read_body, run_while_connected
-from agl.tokens.capture import Json
+from agl.tokens.capture import Capture, Json, requested_choices
 from agl.tokens.packing import unpack_ids
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,7 @@ class CallEndpoint:
             project=project_of(request.scope),
             capture=dialect.capture,
         )
+        dialect.capture.expected_choices = requested_choices(sent)
         key = conversation_key(caller.rollout_id, caller.attempt_id, caller.trace_id, record.engine_model)
         if key is not None and kind.operation == semconv.OPERATION_CHAT:
             record.position = parts.conversations.locate(key, sent)
@@ -135,8 +136,6 @@ class Exchange:
         except ApiError as error:
             if error.code == "paused":  # The call reached no engine, and the client repeats it.
                 return await self._fail(error)(scope, receive, self._send)
-            record.fail(error.code, str(error))
-            record.http_status = record.http_status or error.http_status
             ending = self._fail(error)
         except asyncio.CancelledError:
             record.fail("cancelled", "the client went away before the answer was complete")
@@ -175,7 +174,7 @@ class Exchange:
 
     def _relay_whole(self, response: UpstreamResponse) -> Response:
         if response.status < 400:
-            body = self._take(response.body, lambda data: self._dialect.render_whole(response.body, data))
+            body = self._read(self._take_whole, response.body)
         else:
             self._record.fail(str(response.status), response.error_message())
             body = self._dialect.engine_error(response.body, response.status)
@@ -193,28 +192,52 @@ class Exchange:
                 await self._send(_response_body(relayed, more=True))
             if done:
                 await response.finish()
-                return _StreamEnd(self._dialect.render_end(done[0]))
-        return _StreamEnd(self._relay_event(rest) + self._dialect.render_end(b""))
+                return self._end_stream(done[0])
+        if last := self._relay_event(rest):
+            await self._send(_response_body(last, more=True))
+        return self._end_stream(b"")
 
     def _relay_event(self, event: bytes) -> bytes:
         """The event in the client's dialect; empty if nothing of it is for the client, or it ends the stream."""
         data = event_data(event)
         if data == DONE or not event:
             return b""
-        if not data:
-            return event + b"\n\n"
-        return self._take(data, lambda chunk: self._dialect.render_chunk(event, chunk))
+        if b"event: error" in event.splitlines():
+            raise error_in({"error": error_text(data)}) or self._engine_error("is an error")
+        return self._read(self._take_chunk, event, data) if data else event + b"\n\n"
 
-    def _take(self, data: bytes, render: Callable[[Json], bytes]) -> bytes:
-        """Capture a whole response or a chunk, and render it for the client."""
+    def _take_chunk(self, event: bytes, data: bytes) -> bytes:
+        """Capture a chunk, and render it for the client."""
+        chunk: Any = json.loads(data)
+        self._record.add(chunk, is_whole=False)
+        return self._dialect.render_chunk(event, chunk)
+
+    def _take_whole(self, body: bytes) -> bytes:
+        """Capture a whole response, and render it for the client."""
+        response: Any = json.loads(body)
+        self._record.add(response, is_whole=True)
+        self._check_whole()
+        return self._dialect.render_whole(body, response)
+
+    def _end_stream(self, done: bytes) -> ASGIApp:
+        self._check_whole()
+        return _StreamEnd(self._read(self._dialect.render_end, done))
+
+    def _read(self, reader: Callable[..., bytes], *parts: bytes) -> bytes:
+        """`reader(*parts)`. Raises ApiError for parts of a response that have a wrong form."""
         try:
-            part: Any = json.loads(data)
-            self._record.add(part)
-            return render(part)
-        except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-            url = self._record.engine and self._record.engine.url
-            message = f"the response of the engine at {url} is not an OpenAI response: {error}"
-            raise ApiError(502, "engine_error", message) from error
+            return reader(*parts)
+        except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
+            raise self._engine_error(f"is not an OpenAI response: {type(error).__name__}: {error}") from error
+
+    def _check_whole(self) -> None:
+        """Raises ApiError for a response that has ended and does not state that its answer is whole."""
+        if reason := self._record.capture.end():
+            raise self._engine_error(f"is not a whole answer: {reason}")
+
+    def _engine_error(self, fault: str) -> ApiError:
+        url = self._record.engine and self._record.engine.url
+        return ApiError(502, "engine_error", f"the response of the engine at {url} {fault}")
 
     async def _compare_prompt(self, exact: bytes | None) -> None:
         """Record whether the engine used the `exact` prompt, and how the prompt drifted from the sampled tokens."""
@@ -224,7 +247,7 @@ class Exchange:
             return
         try:
             prompt = choices[0].packed_prompt_ids()
-        except (TypeError, OverflowError):  # Not token ids: the call cannot be recorded either.
+        except ValueError:  # Not token ids.
             return
         if exact is not None and not prompt.startswith(exact):
             record.prefix = _TOKENS_IGNORED
@@ -232,21 +255,35 @@ class Exchange:
             record.drifted = await find_drift(self._parts.session, record, position, position.previous, prompt)
 
     async def _commit(self) -> ApiError | None:
-        """Commit the call's spans; returns an error if that fails."""
-        record, parts = self._record, self._parts
-        spans = record.spans()
+        """Commit the call's spans; returns an error for the client if the response cannot be passed on for it.
+
+        A response with values that no span can hold, for example text that is not Unicode, is a failure of the engine,
+        and recorded without these values.
+        """
+        record, recorder, failure = self._record, self._parts.recorder, None
         try:
-            await parts.recorder.commit(spans)
-        except (AglError, TypeError, OverflowError) as error:
-            logger.error("a call could not be recorded (gateway.record: %s): %s", parts.config.record, error)
+            try:
+                await recorder.commit(spans := record.spans())
+            except (OtlpError, ValueError, TypeError, OverflowError) as error:
+                failure = self._engine_error(f"cannot be recorded: {error}")
+                record.fail(failure.code, str(failure))
+                record.capture = Capture()
+                await recorder.commit(spans := record.spans())
+        except (AglError, ValueError, TypeError, OverflowError) as error:
+            logger.error("a call could not be recorded (gateway.record: %s): %s", self._parts.config.record, error)
             return ApiError(500, "not_recorded", f"the call could not be recorded, its answer is withheld: {error}")
         if record.position is not None and not record.error_type:
-            parts.conversations.remember(record.position, record.capture.choices(), spans)
-        return None
+            self._parts.conversations.remember(record.position, record.capture.choices(), spans)
+        return failure
 
     def _fail(self, error: ApiError) -> ASGIApp:
-        dialect = self._dialect
-        return _StreamEnd(dialect.render_error(error)) if self._streaming else dialect.error_response(error)
+        """Record `error` and return the end of the response that reports it."""
+        dialect, record = self._dialect, self._record
+        record.fail(error.code, str(error))
+        if self._streaming:
+            return _StreamEnd(dialect.render_error(error))
+        record.http_status = error.http_status
+        return dialect.error_response(error)
 
     def _mark_unrecorded(self, ending: ASGIApp) -> ASGIApp:
         """`ending` with a header, or a comment in the stream, for a call that is not recorded."""

@@ -13,7 +13,7 @@ from agl import semconv
 from agl.gateway.conversation import Position
 from agl.gateway.engine import Engine
 from agl.gateway.request import Caller
-from agl.server.api_error import error_message
+from agl.server.api_error import error_in
 from agl.span import AttributeValue, Span
 from agl.store import Store
 from agl.store.span_row import SpanRow
@@ -70,13 +70,13 @@ class CallRecord:
     prefix: str | None = None
     """`exact`, or the reason for which the prompt was not built from sampled tokens."""
 
-    def add(self, part: Json) -> None:
-        """Capture a whole response or the next chunk."""
-        self.capture.add(part)
+    def add(self, part: Json, *, is_whole: bool) -> None:
+        """Capture a whole response or the next chunk. Raises ApiError for an error of the engine in place of either."""
+        if error := error_in(part):
+            raise error
+        self.capture.add_whole(part) if is_whole else self.capture.add(part)
         if self.first_token_ns is None and self.capture.has_tokens:
             self.first_token_ns = time.time_ns() - self.start_ns
-        if error := part.get("error"):
-            self.fail("engine_error", error_message(error))
 
     def fail(self, error_type: str, message: str) -> None:
         self.error_type, self.error_message = error_type, message
@@ -86,7 +86,7 @@ class CallRecord:
         trace_id = self.caller.trace_id or f"{random.getrandbits(128):032x}"
         shared = self._attributes()
         choices = self.capture.choices()
-        of_choices = [shared | _choice_attributes(choice, self.capture.usage, len(choices)) for choice in choices]
+        of_choices = [shared | _choice_attributes(choice, self.capture.usage, choices) for choice in choices]
         return [self._span(trace_id, attributes) for attributes in of_choices or [shared]]
 
     def _span(self, trace_id: str, attributes: Mapping[str, AttributeValue]) -> Span:
@@ -190,19 +190,25 @@ def _only(kind: type[int] | type[float], value: Any) -> AttributeValue | None:
     return kind(value) if isinstance(value, accepted) and not isinstance(value, bool) else None
 
 
-def _choice_attributes(choice: Choice, usage: Json, choices: int) -> dict[str, AttributeValue]:
+def _choice_attributes(choice: Choice, usage: Json, of_all: Sequence[Choice]) -> dict[str, AttributeValue]:
     found: dict[str, AttributeValue] = {semconv.GATEWAY_CHOICE: choice.index}
     found[semconv.GEN_AI_OUTPUT_MESSAGES] = json.dumps([choice.message()])
     if choice.finish_reason:
         found[semconv.GEN_AI_RESPONSE_FINISH_REASONS] = [choice.finish_reason]
-    return found | choice.token_attributes() | _usage_attributes(choice, usage, choices)
+    return found | choice.token_attributes() | _usage_attributes(choice, usage, of_all)
 
 
-def _usage_attributes(choice: Choice, usage: Json, choices: int) -> dict[str, AttributeValue]:
-    """Token counts of a choice: of its ids, else the engine's usage, which is the sum over all choices."""
-    of_call = usage if choices == 1 else {}
-    counts = {
-        semconv.GEN_AI_USAGE_INPUT_TOKENS: len(choice.prompt_ids) or of_call.get("prompt_tokens"),
-        semconv.GEN_AI_USAGE_OUTPUT_TOKENS: len(choice.token_ids) or of_call.get("completion_tokens"),
-    }
-    return {name: value for name, value in counts.items() if value is not None}
+def _usage_attributes(choice: Choice, usage: Json, of_all: Sequence[Choice]) -> dict[str, AttributeValue]:
+    """Token counts of a choice as the engine stated them, else the number of its ids.
+
+    The engine's count is the sum over all choices. If that is also the number of all ids, a choice has its own number.
+    """
+    counts: dict[str, AttributeValue] = {}
+    if (prompt := _only(int, usage.get("prompt_tokens")) if len(of_all) == 1 else None) or choice.prompt_ids:
+        counts[semconv.GEN_AI_USAGE_INPUT_TOKENS] = prompt or len(choice.prompt_ids)
+    answer = _only(int, usage.get("completion_tokens"))
+    if answer == sum(len(one.token_ids) for one in of_all):
+        answer = len(choice.token_ids)
+    if answer or choice.token_ids:
+        counts[semconv.GEN_AI_USAGE_OUTPUT_TOKENS] = answer or len(choice.token_ids)
+    return counts

@@ -1,5 +1,6 @@
 """Errors that a server answers with, in the form that clients of OpenAI's API read."""
 
+import json
 from typing import Any
 
 from starlette.requests import Request
@@ -38,9 +39,31 @@ class ApiError(GatewayError):
         return JSONResponse(self.body(), self.http_status, self.headers())
 
 
-def error_message(error: Any) -> str:
-    """The message in the `error` field of an OpenAI-style error body."""
-    return str(error.get("message", error)) if isinstance(error, dict) else str(error)
+def error_in(body: Any) -> ApiError | None:
+    """The error that an engine's JSON holds, whatever its HTTP status; None if it holds none.
+
+    The forms of OpenAI (`{"error": ...}`), of older engines (`{"object": "error", ...}`) and of FastAPI (`detail`). An
+    error without a status of its own is the engine's: 502.
+    """
+    if not isinstance(body, dict):
+        return None
+    error = body.get("error") or (body if body.get("object") == "error" or body.keys() == {"detail"} else None)
+    if not error:
+        return None
+    fields = error if isinstance(error, dict) else {}
+    message, status = fields.get("message") or fields.get("detail") or error, fields.get("code")
+    if not isinstance(status, int) or not 400 <= status < 600:
+        status = 502
+    return ApiError(status, "engine_error" if status >= _SERVER_ERROR else str(status), str(message))
+
+
+def error_text(body: bytes) -> str:
+    """The message of the body of an error response; of one in no known form, its start."""
+    try:
+        error = error_in(json.loads(body))
+    except (ValueError, RecursionError):
+        error = None
+    return str(error) if error else body[:1000].decode(errors="replace")
 
 
 async def unknown_route(request: Request, error: Exception) -> JSONResponse:

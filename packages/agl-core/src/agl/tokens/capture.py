@@ -1,6 +1,8 @@
 """Token ids, logprobs, text and tool calls captured from an OpenAI-compatible engine's response, whole or in chunks.
 
-`Capture.add` reads a whole response or one chunk; `strip` removes the fields that the client did not request.
+`Capture.add_whole` reads a whole response, `Capture.add` one chunk; `strip` removes the fields that the client did not
+request. What a response leaves open is not guessed: a choice whose tokens may be mixed up with those of another has a
+`fault`, and `Capture.end` tells a whole answer from one that broke off.
 
 vLLM: `prompt_token_ids` is at the top level (chat) or in the choice (completions), `token_ids` in the choice. In a
 stream the first chunk has the prompt's ids, and each chunk the ids of its tokens.
@@ -8,6 +10,8 @@ SGLang, chat: `sglext` at the top level has `input_ids`, and `output_ids` with a
 separate last chunk has it.
 """
 
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
@@ -19,6 +23,8 @@ Json = dict[str, Any]
 _ID_FIELDS = ("prompt_token_ids", "token_ids")
 SGLANG_FIELDS: Final = {"return_input_ids_in_sglext": "input_ids", "return_output_ids_in_sglext": "output_ids"}
 """SGLang's request fields, each with the field of `sglext` that it asks for."""
+COMPLETE: Final = ("stop", "length", "tool_calls", "function_call", "content_filter")
+"""The finish reasons of OpenAI's API: the answer is whole. With any other an engine reports that it broke off."""
 _ENVELOPE = frozenset({"id", "object", "created", "model", "choices", "usage"})
 
 
@@ -55,12 +61,21 @@ class CapturedToolCall:
     id: str = ""
     name: str = ""
     arguments: str = ""
+    index: int | None = None
+    """Its place in the answer as the engine's chunks state it; two calls may have the same, or none."""
 
     def add(self, part: Json) -> None:
         function = part.get("function") or {}
-        self.id = part.get("id") or self.id
-        self.name += function.get("name") or ""
-        self.arguments += function.get("arguments") or ""
+        self.id = _text(part.get("id")) or self.id
+        self.name = _text(function.get("name")) or self.name
+        self.arguments += _text(function.get("arguments"))
+
+    def is_continued_by(self, part: Json) -> bool:
+        """Whether the delta `part`, which has this call's index, belongs to it. A new id or name starts a call."""
+        call_id, name = part.get("id"), (part.get("function") or {}).get("name")
+        if call_id and self.id:
+            return call_id == self.id
+        return not name or (name == self.name and not _is_json(self.arguments))
 
 
 @dataclass(slots=True)
@@ -77,21 +92,28 @@ class Choice:
     tool_calls: list[CapturedToolCall] = field(default_factory=list)
     stop_string: str | None = None
     """The stop string at which the engine ended the answer; None if the model ended it by a token."""
+    fault: str | None = None
+    """Why its tokens cannot be used although they arrived."""
     _packed_prompt_ids: bytes = b""
 
     def add(self, part: Json) -> None:
-        """Read a choice of a whole response or of a chunk."""
+        """Read a choice of a whole response or of a chunk. Raises TypeError, AttributeError or KeyError."""
         message = part.get("message") or part.get("delta") or {}
-        self.prompt_ids = part.get("prompt_token_ids") or self.prompt_ids
-        self.token_ids += part.get("token_ids") or ()
+        text = _text(part.get("text")) or _text(message.get("content"))
+        reasoning = _text(message.get("reasoning_content")) or _text(message.get("reasoning"))
+        ids, calls = _listed(part.get("token_ids")), message.get("tool_calls") or ()
+        if self.finish_reason and (ids or text or reasoning or calls):
+            self.fault = f"choice {self.index} goes on after its finish_reason: two answers have the same index"
+        self.prompt_ids = _listed(part.get("prompt_token_ids")) or self.prompt_ids
+        self.token_ids += ids
         self.logprobs += _logprobs(part.get("logprobs") or {})
-        self.finish_reason = part.get("finish_reason") or self.finish_reason
+        self.finish_reason = _text(part.get("finish_reason")) or self.finish_reason
         stop = part.get("stop_reason") or part.get("matched_stop")  # The names of vLLM and SGLang.
         self.stop_string = stop if isinstance(stop, str) else self.stop_string
-        self.text += part.get("text") or message.get("content") or ""
-        self.reasoning += message.get("reasoning_content") or message.get("reasoning") or ""
-        for call in message.get("tool_calls") or ():
-            self._tool_call(call.get("index")).add(call)
+        self.text += text
+        self.reasoning += reasoning
+        for call in calls:
+            self._tool_call(call, is_whole="message" in part).add(call)
 
     def message(self) -> Json:
         """The answer as a GenAI output message."""
@@ -104,55 +126,81 @@ class Choice:
     def packed_prompt_ids(self) -> bytes:
         """The prompt's ids, packed at the first call, which comes after the last `add`.
 
-        Raises TypeError or OverflowError for values that are no token ids.
+        Raises ValueError for values that are no token ids.
         """
         self._packed_prompt_ids = self._packed_prompt_ids or pack_ids(self.prompt_ids)
         return self._packed_prompt_ids
 
-    def token_attributes(self) -> dict[str, bytes]:
-        """Span attributes of the ids and logprobs that arrived, packed. Raises as `packed_prompt_ids` does."""
-        found: dict[str, bytes] = {}
-        if self.prompt_ids:
-            found[semconv.PROMPT_TOKEN_IDS] = self.packed_prompt_ids()
-        if self.token_ids:
-            found[semconv.RESPONSE_TOKEN_IDS] = pack_ids(self.token_ids)
-        if self.logprobs and None not in self.logprobs:
-            found[semconv.RESPONSE_LOGPROBS] = pack_logprobs(self.logprobs)
+    def token_attributes(self) -> dict[str, bytes | str]:
+        """Span attributes of the ids and logprobs that arrived, packed; if they cannot be used, the reason."""
+        if self.fault is not None:
+            return {semconv.TOKENS_FAULT: self.fault}
+        found: dict[str, bytes | str] = {}
+        try:
+            if self.prompt_ids:
+                found[semconv.PROMPT_TOKEN_IDS] = self.packed_prompt_ids()
+            if self.token_ids:
+                found[semconv.RESPONSE_TOKEN_IDS] = pack_ids(self.token_ids)
+            if self.logprobs:
+                found[semconv.RESPONSE_LOGPROBS] = pack_logprobs(self.logprobs)
+        except ValueError as error:
+            return {semconv.TOKENS_FAULT: str(error)}
         return found
 
-    def _tool_call(self, index: int | None) -> CapturedToolCall:
-        """Tool call `index`, created if it is the next. Whole responses have no index: each call is a new one."""
-        if index is None or index >= len(self.tool_calls):
-            self.tool_calls.append(CapturedToolCall())
-            return self.tool_calls[-1]
-        return self.tool_calls[index]
+    def _tool_call(self, part: Json, is_whole: bool) -> CapturedToolCall:
+        """The call that `part` is a piece of, created if it is the first. In a whole response each part is a call."""
+        index = part.get("index") if type(part.get("index")) is int else None
+        open_calls = [] if is_whole else [call for call in self.tool_calls if index is None or call.index == index]
+        for call in reversed(open_calls):
+            if call.is_continued_by(part):
+                return call
+        self.tool_calls.append(CapturedToolCall(index=index))
+        return self.tool_calls[-1]
 
 
 @dataclass(slots=True)
 class Capture:
     """An engine's response to one call, as far as it has arrived."""
 
+    expected_choices: int = 1
     response_id: str | None = None
     model: str | None = None
     usage: Json = field(default_factory=dict)
     _prompt_ids: list[int] = field(default_factory=list)
     _choices: dict[int, Choice] = field(default_factory=dict)
+    _fault: str | None = None
 
-    def add(self, part: Json) -> None:
-        """Read a whole response or the next chunk. Raises TypeError, AttributeError or KeyError on a wrong form."""
-        self.response_id = part.get("id") or self.response_id
-        self.model = part.get("model") or self.model
-        self.usage = part.get("usage") or self.usage
-        self._prompt_ids = part.get("prompt_token_ids") or self._prompt_ids
-        for choice in part.get("choices") or ():
-            index = choice.get("index") or 0
+    def add(self, chunk: Json) -> None:
+        """Read the next chunk of a stream. Raises TypeError, AttributeError or KeyError on a wrong form."""
+        choices = chunk.get("choices") or ()
+        indexes = [choice.get("index") for choice in choices]
+        if self.expected_choices == 1 and len(indexes) == 1 and type(indexes[0]) is not int:
+            indexes = [0]
+        if not _are_places(indexes):
+            self._fault = f"a chunk has choices with index {', '.join(map(str, indexes))}: their answers are mixed up"
+            indexes = [0] * len(indexes)
+        self._add(chunk, choices, indexes)
+
+    def add_whole(self, response: Json) -> None:
+        """Read a whole response, whose list of choices states their order. Raises as `add` does."""
+        choices = response.get("choices") or ()
+        indexes = [choice.get("index") for choice in choices]
+        self._add(response, choices, indexes if _are_places(indexes) else range(len(choices)))
+
+    def _add(self, part: Json, choices: Sequence[Json], indexes: Iterable[int]) -> None:
+        self.response_id = _name(part.get("id")) or self.response_id
+        self.model = _name(part.get("model")) or self.model
+        if usage := part.get("usage"):
+            self.usage = dict(usage)
+        self._prompt_ids = _listed(part.get("prompt_token_ids")) or self._prompt_ids
+        for index, choice in zip(indexes, choices, strict=True):
             self._choices.setdefault(index, Choice(index)).add(choice)
         self._add_sglext(part.get("sglext") or {})
 
     def _add_sglext(self, tokens: Json) -> None:
-        self._prompt_ids = tokens.get("input_ids") or self._prompt_ids
+        self._prompt_ids = _listed(tokens.get("input_ids")) or self._prompt_ids
         for index, ids in enumerate(tokens.get("output_ids") or ()):
-            self._choices.setdefault(index, Choice(index)).token_ids = ids
+            self._choices.setdefault(index, Choice(index)).token_ids = _listed(ids)
 
     @property
     def has_tokens(self) -> bool:
@@ -163,7 +211,29 @@ class Capture:
         """The choices by index, each with its prompt's ids."""
         for choice in self._choices.values():
             choice.prompt_ids = choice.prompt_ids or self._prompt_ids
+            choice.fault = choice.fault or self._fault
         return [self._choices[index] for index in sorted(self._choices)]
+
+    def end(self) -> str | None:
+        """To be called when the response has ended. Returns why it is not a whole answer; None if it states that it is.
+
+        Fewer choices than requested may be several with the same index.
+        """
+        if not self._choices:
+            return "it has no choices"
+        for index, choice in self._choices.items():
+            if choice.finish_reason not in COMPLETE:
+                return f"choice {index} has the finish_reason {choice.finish_reason}, expected {', '.join(COMPLETE)}"
+        if len(self._choices) < self.expected_choices:
+            self._fault = f"{self.expected_choices} choices were requested, and {len(self._choices)} arrived"
+        return None
+
+
+def requested_choices(request: Json) -> int:
+    """The number of choices that `request` asks for: `n` for each of its prompts."""
+    n, prompt = request.get("n"), request.get("prompt")
+    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+    return prompts * n if isinstance(n, int) and n > 0 else prompts
 
 
 def strip(response: Json, requested: RequestedFields) -> bool:
@@ -218,7 +288,37 @@ def _is_empty(choice: Json) -> bool:
     return "delta" in choice and not any(fields + list((choice["delta"] or {}).values()))
 
 
-def _logprobs(logprobs: Json) -> list[float]:
+def _logprobs(logprobs: Json) -> list[Any]:
     """Logprobs of the sampled tokens, from the form of chat or of completions."""
-    content = logprobs.get("content")
-    return [token["logprob"] for token in content] if content else logprobs.get("token_logprobs") or []
+    content = _listed(logprobs.get("content"))
+    if content:
+        return [token.get("logprob") if isinstance(token, dict) else None for token in content]
+    return _listed(logprobs.get("token_logprobs"))
+
+
+def _listed(value: Any) -> list[Any]:
+    """`value` if it is a list; anything else is not, and becomes an item that `packing` refuses."""
+    return value if isinstance(value, list) else [] if value is None else [None]
+
+
+def _name(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _text(value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    raise TypeError(f"{value!r:.100} is {type(value).__name__}, expected text")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _are_places(indexes: Sequence[Any]) -> bool:
+    """Whether `indexes` tell choices apart."""
+    return all(type(index) is int and index >= 0 for index in indexes) and len(set(indexes)) == len(indexes)

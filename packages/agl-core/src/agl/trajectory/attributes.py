@@ -8,7 +8,7 @@ from typing import Any, Final
 from agl import semconv
 from agl.role_map import agent_in_metadata
 from agl.span import AttributeValue, Span
-from agl.tokens.packing import array_of_ids, pack_ids, unpack_ids, unpack_logprobs
+from agl.tokens.packing import array_of_ids, check_ids, check_logprobs, pack_ids, unpack_ids, unpack_logprobs
 
 ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
     semconv.GEN_AI_AGENT_NAME: ("agent.name",),
@@ -23,7 +23,6 @@ ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """Our attribute names, and their names in other tools. Ours is read first."""
 
-_LARGEST_ID = 2**31 - 1
 _PLACEHOLDERS: Final = {"LangGraph", "OpenAI Agent"}
 """Names of unnamed graphs (LangGraph) and of all agents (opentelemetry-instrumentation-openai-agents-v2)."""
 
@@ -73,10 +72,10 @@ def read_ids(span: Span, name: str) -> bytes | None:
     value = _decoded(span, name)
     if value is None:
         return None
-    ids = array_of_ids(value) if isinstance(value, bytes) else unpack_ids(value)
-    if ids and not 0 <= min(ids) <= max(ids) <= _LARGEST_ID:
-        raise ValueError(f"{name} holds {min(ids)} to {max(ids)}, expected ids from 0 to {_LARGEST_ID}")
-    return value if isinstance(value, bytes) else pack_ids(ids)
+    if not isinstance(value, bytes):
+        return pack_ids(unpack_ids(value))
+    check_ids(array_of_ids(value))
+    return value
 
 
 def read_logprobs(span: Span, name: str) -> list[float] | None:
@@ -86,10 +85,7 @@ def read_logprobs(span: Span, name: str) -> list[float] | None:
         return None
     if isinstance(value, list) and all(isinstance(item, dict) and "logprob" in item for item in value):
         value = [item["logprob"] for item in value]
-    logprobs = unpack_logprobs(value)
-    if not all(math.isfinite(logprob) for logprob in logprobs):
-        raise ValueError(f"{name} holds a value that is not finite")
-    return logprobs
+    return check_logprobs(unpack_logprobs(value))
 
 
 def agent_of(span: Span) -> str | None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from agl import semconv
 from agl.span import Span
@@ -15,6 +15,10 @@ from agl.trajectory.reward import Reward
 
 UNNAMED_ROLE = "default"
 """Role of a call whose spans name no role, agent, policy or model."""
+
+
+_ENGINE_ERRORS: Final = ("engine_error", "engine_timeout")
+"""Errors that the gateway also reports after the status of a stream was sent."""
 
 
 class Branch(NamedTuple):
@@ -47,7 +51,9 @@ class Call:
     output_tokens: int | None
     """Number of token ids if there are ids, else the usage that the engine reported."""
     malformed: str | None
-    """Why the token ids or logprobs on the span cannot be read; None if they can."""
+    """Why the token ids or logprobs cannot be used; None if they can."""
+    miscounted: str | None
+    """Why there are fewer or more token ids than the engine counted; None if the counts agree or it stated none."""
     policy_version: str | None
     temperature: float | None
     """As in the request to the engine; 0 is greedy."""
@@ -61,7 +67,7 @@ class Call:
     finish_reason: str | None
     error: str | None
     engine_failed: bool
-    """The gateway answered with a server error (5xx)."""
+    """The engine failed it, or the gateway answered with a server error (5xx)."""
     rewards: tuple[Reward, ...]
     """Those that target this call."""
     drifted: Drifted | None = None
@@ -85,11 +91,12 @@ class Call:
 
 
 def is_engine_failure(span: Span) -> bool:
-    """Whether `span` is a gateway call that ended with a server error (5xx)."""
+    """Whether `span` is a gateway call that ended with a server error (5xx), or in a stream with one of the engine."""
     if span.name != semconv.SPAN_GATEWAY_CALL or span.status != "error":
         return False
     status = span.number(semconv.HTTP_RESPONSE_STATUS_CODE)
-    return status is not None and status >= HTTPStatus.INTERNAL_SERVER_ERROR
+    is_server_error = status is not None and status >= HTTPStatus.INTERNAL_SERVER_ERROR
+    return is_server_error or span.text(semconv.ERROR_TYPE) in _ENGINE_ERRORS
 
 
 def error_of(span: Span) -> str:
@@ -126,6 +133,7 @@ def read_call(
         input_tokens=_count(tokens.prompt, spans, semconv.GEN_AI_USAGE_INPUT_TOKENS),
         output_tokens=_count(tokens.response, spans, semconv.GEN_AI_USAGE_OUTPUT_TOKENS),
         malformed=tokens.malformed,
+        miscounted=tokens.miscounted,
         policy_version=version,
         temperature=_first_number(spans, semconv.GEN_AI_REQUEST_TEMPERATURE),
         seed=None if (seed := _first_number(spans, semconv.GEN_AI_REQUEST_SEED)) is None else int(seed),
@@ -170,22 +178,38 @@ class _Tokens(NamedTuple):
     response: bytes | None = None
     logprobs: list[float] | None = None
     malformed: str | None = None
+    miscounted: str | None = None
 
 
 def _read_tokens(spans: Sequence[Span]) -> _Tokens:
     """Tokens of the first span that has ids. Tokens of two spans are never combined."""
+    if fault := _first_text(spans, semconv.TOKENS_FAULT):
+        return _Tokens(malformed=fault)
     names = (semconv.RESPONSE_TOKEN_IDS, semconv.PROMPT_TOKEN_IDS)
     source = next((span for name in names for span in spans if read(span, name) is not None), None)
     if source is None:
         return _Tokens()
     try:
-        return _Tokens(
-            read_ids(source, semconv.PROMPT_TOKEN_IDS),
-            read_ids(source, semconv.RESPONSE_TOKEN_IDS),
-            read_logprobs(source, semconv.RESPONSE_LOGPROBS),
-        )
-    except (ValueError, TypeError, OverflowError) as error:
+        prompt, response = (read_ids(source, name) for name in reversed(names))
+        logprobs = read_logprobs(source, semconv.RESPONSE_LOGPROBS)
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         return _Tokens(malformed=str(error))
+    return _Tokens(prompt, response, logprobs, miscounted=_miscounted(source, prompt, response))
+
+
+def _miscounted(source: Span, prompt: bytes | None, response: bytes | None) -> str | None:
+    """How the number of ids differs from the usage on the same span. A count of 0 is that of clients without usage."""
+    if len(read_texts(source, semconv.GEN_AI_RESPONSE_FINISH_REASONS)) > 1:
+        return None  # A framework's span: the usage is the sum over several choices.
+    counted = (
+        (prompt, semconv.GEN_AI_USAGE_INPUT_TOKENS, "prompt"),
+        (response, semconv.GEN_AI_USAGE_OUTPUT_TOKENS, "response"),
+    )
+    for packed, usage, what in counted:
+        stated = read_number(source, usage)
+        if packed is not None and stated and stated != len(packed) // ID_BYTES:
+            return f"the engine counted {stated:g} {what} tokens and returned {len(packed) // ID_BYTES} ids"
+    return None
 
 
 def _first_text(spans: Iterable[Span], name: str) -> str | None:

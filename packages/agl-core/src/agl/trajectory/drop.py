@@ -128,9 +128,11 @@ def _token_fault(call: Call, some_unjoined: bool) -> _Fault:
     if call.malformed is not None:
         return (
             DropReason.MALFORMED,
-            f"the span's token ids or logprobs cannot be read: {call.malformed}; write them packed, with "
-            "agl.tokens.packing, or as plain arrays of numbers",
+            f"the token ids or logprobs cannot be used: {call.malformed}; report it to the engine, or write imported "
+            "spans with agl.tokens.packing or plain arrays of numbers",
         )
+    if call.miscounted is not None:
+        return DropReason.LENGTH_MISMATCH, f"{call.miscounted}; report it to the engine"
     if _is_empty(call):
         return (
             DropReason.EMPTY_RESPONSE,

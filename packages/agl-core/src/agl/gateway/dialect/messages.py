@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from agl.gateway.dialect.dialect import to_event
 from agl.gateway.dialect.translated import Translated, function_tool, text_of, tool_call
-from agl.server.api_error import ApiError, error_message
+from agl.server.api_error import ApiError
 from agl.tokens.capture import Choice, Json
 
 _NOT_COPIED: Final = frozenset(
@@ -15,7 +15,7 @@ _NOT_COPIED: Final = frozenset(
 )
 """Fields that are translated, or that engines do not know; all others are copied."""
 _NOT_SUPPORTED: Final = ("mcp_servers", "container", "context_management")
-_STOP_REASONS: Final = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+_STOP_REASONS: Final = {"stop": "end_turn", "length": "max_tokens", "content_filter": "refusal"}
 _TOOL_CHOICES: Final = {"auto": "auto", "any": "required", "none": "none"}
 _ERROR_TYPES: Final = {
     400: "invalid_request_error",
@@ -124,8 +124,10 @@ class Messages(Translated):
 
     def _stop(self) -> Json:
         choice = self.choice
-        reason = _STOP_REASONS.get(choice.finish_reason or "stop", "end_turn")
-        if reason == "end_turn" and choice.stop_string is not None:
+        reason = _STOP_REASONS.get(choice.finish_reason or "", "tool_use")
+        if reason == "end_turn" and choice.tool_calls:  # Engines report `stop` for a call that `tool_choice` named.
+            reason = "tool_use"
+        elif reason == "end_turn" and choice.stop_string is not None:
             reason = "stop_sequence"
         return {"stop_reason": reason, "stop_sequence": choice.stop_string}
 
@@ -142,13 +144,6 @@ class Messages(Translated):
 
     def render_error(self, error: ApiError) -> bytes:
         return _event(self.error_body(error))
-
-    def engine_error(self, raw: bytes, status: int) -> bytes:
-        try:
-            message = error_message(json.loads(raw)["error"])
-        except (ValueError, TypeError, KeyError):
-            message = raw.decode(errors="replace")
-        return json.dumps(self.error_body(ApiError(status, str(status), message))).encode()
 
 
 def _event(data: Json) -> bytes:

@@ -18,6 +18,7 @@ _NOT_COPIED: Final = frozenset(
 )
 """Fields that are translated, or that engines do not know; all others are copied."""
 _STATEFUL: Final = ("previous_response_id", "conversation", "prompt", "background")
+_INCOMPLETE: Final = {"length": "max_output_tokens", "content_filter": "content_filter"}
 _LOGPROBS: Final = "message.output_text.logprobs"
 _ECHOED: Final = {
     "instructions": None,
@@ -86,7 +87,7 @@ class Responses(Translated):
         return json.dumps(self._response(self._status())).encode()
 
     def _status(self) -> str:
-        return "incomplete" if self.choice.finish_reason == "length" else "completed"
+        return "incomplete" if self.choice.finish_reason in _INCOMPLETE else "completed"
 
     def _response(self, status: str) -> Json:
         prompt, answer = self.token_counts()
@@ -97,6 +98,7 @@ class Responses(Translated):
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": prompt + answer,
         }
+        incomplete = status == "incomplete"
         echoed = _ECHOED | {name: value for name, value in self.body.items() if name in _ECHOED and value is not None}
         return echoed | {
             "id": self.capture.response_id,
@@ -104,7 +106,7 @@ class Responses(Translated):
             "created_at": self._created,
             "status": status,
             "error": None,
-            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "incomplete_details": {"reason": _INCOMPLETE[self.choice.finish_reason or ""]} if incomplete else None,
             "model": self.body.get("model"),
             "output": self._items,
             "previous_response_id": None,
@@ -223,9 +225,6 @@ class Responses(Translated):
 
     def render_error(self, error: ApiError) -> bytes:
         return self._event("error", {"code": error.code, "message": str(error), "param": None}, False)
-
-    def engine_error(self, raw: bytes, status: int) -> bytes:
-        return raw
 
 
 def _tool_choice(choice: Any) -> Any:

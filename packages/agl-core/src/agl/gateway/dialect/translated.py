@@ -1,5 +1,6 @@
 """Base of the APIs that are translated to chat completions and back."""
 
+import json
 from abc import abstractmethod
 from typing import Any, ClassVar
 
@@ -7,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 
 from agl import semconv
 from agl.gateway.dialect.dialect import Dialect
-from agl.server.api_error import ApiError, error_message
+from agl.server.api_error import ApiError, error_text
 from agl.tokens.capture import Capture, Choice, Json, RequestedFields
 
 
@@ -52,8 +53,6 @@ class Translated(Dialect):
         return (self.capture.choices() or [Choice(0)])[0]
 
     def render_chunk(self, event: bytes, chunk: Json) -> bytes:
-        if chunk.get("error"):
-            raise ApiError(502, "engine_error", error_message(chunk["error"]))
         return b"".join(self.render_delta(choice, choice.get("delta") or {}) for choice in chunk.get("choices") or ())
 
     def token_counts(self) -> tuple[int, int]:
@@ -61,6 +60,9 @@ class Translated(Dialect):
         usage, choice = self.capture.usage, self.choice
         prompt = usage.get("prompt_tokens") or len(choice.prompt_ids)
         return prompt, usage.get("completion_tokens") or len(choice.token_ids)
+
+    def engine_error(self, raw: bytes, status: int) -> bytes:
+        return json.dumps(self.error_body(ApiError(status, str(status), error_text(raw)))).encode()
 
     @classmethod
     def error_response(cls, error: ApiError) -> Response:

@@ -1,0 +1,327 @@
+"""What engines answer: whole and broken answers in each API, positions of choices and tool calls, ids and logprobs."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from agl import semconv
+from agl.tokens.capture import COMPLETE, Capture, Choice, Json
+from agl.trajectory import DropReason, Trajectory, build_trajectory
+from tests.gateway.scripted_engine import ScriptedEngine, answering, choice, envelope, streamed
+from tests.gateway.serving import Setup, gateway
+
+USER = [{"role": "user", "content": "x"}]
+REQUESTS: dict[str, Json] = {
+    "chat/completions": {"messages": USER},
+    "completions": {"prompt": "x"},
+    "messages": {"messages": USER, "max_tokens": 9},
+    "responses": {"input": "x"},
+}
+ERRORS = {
+    "openai": {"error": {"message": "boom", "code": 502}},
+    "text": {"error": "boom"},
+    "flat": {"object": "error", "message": "boom", "code": 502},
+    "fastapi": {"detail": "boom"},
+}
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Setup]:
+    with gateway(ScriptedEngine()) as setup:
+        yield setup
+
+
+@pytest.fixture
+def setup(served: Setup) -> Setup:
+    served.store.appended.clear()
+    return served
+
+
+def play(setup: Setup, script: ScriptedEngine) -> None:
+    """Let the served engine answer as `script` does."""
+    engine = setup.engine
+    assert isinstance(engine, ScriptedEngine)
+    engine.whole, engine.chunks, engine.breaks_off = script.whole, script.chunks, script.breaks_off
+
+
+def post(setup: Setup, api: str = "chat/completions", **more: Any) -> httpx.Response:
+    body = {"model": "base"} | REQUESTS[api] | more
+    return setup.post(body, f"/rollout/r1/attempt/a1/v1/{api}")
+
+
+def recorded(setup: Setup) -> Trajectory:
+    return build_trajectory(setup.store.appended)
+
+
+def assert_failed(setup: Setup, answer: httpx.Response, api: str, stream: bool, message: str) -> None:
+    """The client gets an error in the form of its API and no end of an answer; the call does not train."""
+    last = answer.text.strip().split("\n\n")[-1] if stream else answer.text
+    name, _, data = last.rpartition("data: ")
+    assert answer.status_code == (200 if stream else 502)
+    body = json.loads(data)
+    error = body if api == "responses" and stream else body["error"]
+    assert message in error["message"] and error["code"] == "engine_error"
+    assert name == ("event: error\n" if stream and api in ("messages", "responses") else "")
+    assert not [end for end in ("[DONE]", "end_turn", "completed", "message_stop") if end in answer.text]
+    trajectory = recorded(setup)
+    ((call, reason, detail),) = [(drop.call, drop.reason, drop.detail) for drop in trajectory.drops]
+    assert (reason, trajectory.rows, call.engine_failed) == (DropReason.FAILED_CALL, [], True)
+    assert message in detail
+
+
+# --- Whole answers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("api", REQUESTS)
+@pytest.mark.parametrize("reason", [None, "", "abort", "error", "of_a_kind_unknown"])
+def test_an_answer_that_does_not_state_that_it_is_whole_is_a_failed_call(
+    setup: Setup, reason: str | None, api: str, stream: bool
+) -> None:
+    play(setup, answering({"finish_reason": reason}))
+    assert_failed(setup, post(setup, api, stream=stream), api, stream, f"the finish_reason {reason or None}")
+
+
+@pytest.mark.parametrize("api", REQUESTS)
+@pytest.mark.parametrize("chunks", [[], [envelope([streamed(choice()) | {"finish_reason": None}])]])
+@pytest.mark.parametrize("breaks_off", [False, True])
+def test_a_stream_that_ends_before_its_answer_is_a_failed_call(
+    setup: Setup, api: str, chunks: list[Json], breaks_off: bool
+) -> None:
+    play(setup, ScriptedEngine(chunks=chunks, breaks_off=breaks_off))
+    assert_failed(setup, post(setup, api, stream=True), api, True, "is not a whole answer")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("api", REQUESTS)
+@pytest.mark.parametrize("form", ERRORS)
+def test_an_error_inside_a_200_is_a_failed_call(setup: Setup, form: str, api: str, stream: bool) -> None:
+    begun = envelope([streamed(choice()) | {"finish_reason": None}])
+    play(setup, ScriptedEngine(whole=ERRORS[form], chunks=[begun, ERRORS[form]]))
+    assert_failed(setup, post(setup, api, stream=stream), api, stream, "boom")
+
+
+def test_an_event_that_is_named_error_is_a_failed_call(setup: Setup) -> None:
+    play(setup, ScriptedEngine(chunks=['event: error\ndata: {"message": "boom"}\n\n']))
+    assert_failed(setup, post(setup, stream=True), "chat/completions", True, "boom")
+
+
+def test_an_error_of_the_request_inside_a_200_is_not_a_failure_of_the_engine(setup: Setup) -> None:
+    play(setup, ScriptedEngine(whole={"error": {"message": "too long", "code": 400}}))
+    answer = post(setup)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "400")
+    assert [call.engine_failed for call in recorded(setup).calls] == [False]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("api", REQUESTS)
+@pytest.mark.parametrize("reason", COMPLETE)
+def test_every_finish_reason_of_a_whole_answer_is_passed_on_and_trains(
+    setup: Setup, reason: str, api: str, stream: bool
+) -> None:
+    engine = answering({"finish_reason": reason})
+    engine.breaks_off = True  # `[DONE]` adds nothing to a finish reason.
+    play(setup, engine)
+    answer = post(setup, api, stream=stream)
+    assert answer.status_code == 200 and "error" not in answer.text.replace('"error":null', "").replace(
+        '"error": null', ""
+    )
+    assert [row.token_ids for row in recorded(setup).rows] == [[1, 2, 3, 10, 11]]
+    truncated = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(reason, "")
+    assert truncated in answer.text or api != "responses"
+
+
+# --- Positions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("indexes", [(0, 0), (None, None), ("0", "1"), (1, 0)])
+def test_the_order_of_whole_choices_is_that_of_the_list_unless_their_indexes_tell_them_apart(
+    setup: Setup,
+    indexes: tuple[Any, ...],
+) -> None:
+    first, second = ({**choice(ids=ids), "index": index} for ids, index in zip([(10,), (20, 21)], indexes, strict=True))
+    play(setup, answering(first, second))
+    assert post(setup, n=2).status_code == 200
+    rows = [row.token_ids for row in recorded(setup).rows]
+    expected = [[1, 2, 3, 10], [1, 2, 3, 20, 21]]
+    assert rows == (expected if indexes != (1, 0) else expected[::-1])
+
+
+@pytest.mark.parametrize("indexes", [(0, 0), (None, None), (None, 1), ("0", "1"), (-1, 0)])
+@pytest.mark.parametrize("at_once", [False, True])
+def test_streamed_choices_that_cannot_be_told_apart_do_not_train(
+    setup: Setup, indexes: tuple[Any, ...], at_once: bool
+) -> None:
+    parts = [streamed(choice(ids=ids)) | {"index": index} for ids, index in zip([(10,), (20,)], indexes, strict=True)]
+    with gateway(
+        ScriptedEngine(chunks=[envelope(parts)] if at_once else [envelope([part]) for part in parts])
+    ) as setup:
+        assert post(setup, n=2, stream=True).status_code == 200
+        trajectory = recorded(setup)
+    assert trajectory.rows == []
+    assert {drop.reason for drop in trajectory.drops} == {DropReason.MALFORMED}
+
+
+@pytest.mark.parametrize("body", [{"n": 2}, {"prompt": ["a", "b"]}, {"n": 2, "prompt": [[1], [2]]}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_fewer_choices_than_requested_do_not_train(setup: Setup, body: Json, stream: bool) -> None:
+    play(setup, answering({}))
+    post(setup, "completions" if "prompt" in body else "chat/completions", stream=stream, **body)
+    (drop,) = recorded(setup).drops
+    assert drop.reason is DropReason.MALFORMED and "choices were requested, and 1 arrived" in drop.detail
+
+
+def test_a_stream_of_one_choice_needs_no_index(setup: Setup) -> None:
+    chunks = [streamed(choice()) | {"index": None, "finish_reason": None}, streamed(choice(ids=(12,)))]
+    play(setup, ScriptedEngine(chunks=[envelope([chunk]) for chunk in chunks]))
+    post(setup, stream=True)
+    assert [row.token_ids for row in recorded(setup).rows] == [[1, 2, 3, 10, 11, 12]]
+
+
+def call(index: int | None, call_id: str | None, name: str | None, arguments: str) -> Json:
+    return {"index": index, "id": call_id, "function": {"name": name, "arguments": arguments}}
+
+
+@pytest.mark.parametrize(
+    "deltas",
+    [
+        [call(0, "a", "f", '{"x"'), call(0, None, None, ": 1}"), call(1, "b", "g", "{}")],
+        [call(0, "a", "f", '{"x"'), call(1, "b", "g", "{"), call(0, None, None, ": 1}"), call(1, None, None, "}")],
+        [call(1, "a", "f", '{"x"'), call(0, "b", "g", "{"), call(1, None, None, ": 1}"), call(0, None, None, "}")],
+        [call(0, "a", "f", '{"x"'), call(0, None, None, ": 1}"), call(0, "b", "g", "{}")],
+        [call(0, "a", "f", '{"x"'), call(0, "b", "g", "{"), call(0, "a", None, ": 1}"), call(0, "b", None, "}")],
+        [call(None, "a", "f", '{"x"'), call(None, None, None, ": 1}"), call(None, "b", "g", "{}")],
+        [
+            call(None, "a", "f", '{"x"'),
+            call(None, "b", "g", "{"),
+            call(None, "a", "f", ": 1}"),
+            call(None, "b", "g", "}"),
+        ],
+        [call(None, None, "f", '{"x"'), call(None, None, None, ": 1}"), call(None, None, "g", "{}")],
+        [call(0, None, "f", '{"x": 1}'), call(0, None, "g", "{}")],
+        [call(5, "a", "f", '{"x": 1}'), call(9, "b", "g", "{}")],
+        [call(0, "a", "f", '{"x"'), call(0, "a", "f", ": 1}"), call(1, "b", "g", "{}")],
+    ],
+)
+def test_tool_calls_are_told_apart_by_index_id_and_name(deltas: list[Json]) -> None:
+    """Also two calls with one index, without index, and interleaved."""
+    capture = Capture()
+    for delta in deltas:
+        capture.add({"choices": [{"index": 0, "delta": {"tool_calls": [delta]}}]})
+    calls = capture.choices()[0].tool_calls
+    assert [(one.name, one.arguments) for one in calls] == [("f", '{"x": 1}'), ("g", "{}")]
+
+
+def test_calls_of_one_name_are_told_apart_by_their_whole_arguments() -> None:
+    capture = Capture()
+    for _ in range(2):
+        capture.add({"choices": [{"index": 0, "delta": {"tool_calls": [call(0, None, "f", "{}")]}}]})
+    assert [one.arguments for one in capture.choices()[0].tool_calls] == ["{}", "{}"]
+
+
+# --- Ids, logprobs and usage -----------------------------------------------------------------------------------------
+
+WRONG: list[Json] = [
+    {"token_ids": [None, 11]},
+    {"token_ids": [10.0, 11]},
+    {"token_ids": [2**40, 11]},
+    {"token_ids": [-1, 11]},
+    {"token_ids": ["10", 11]},
+    {"token_ids": "10"},
+    {"token_ids": 10},
+    {"prompt_token_ids": [None]},
+    {"logprobs": {"content": [{"logprob": "-0.5"}, {"logprob": -0.5}]}},
+    {"logprobs": {"content": [{"logprob": None}, {}]}},
+    {"logprobs": {"content": ["-0.5", -0.5]}},
+    {"logprobs": {"content": [{"logprob": 17.25}, {"logprob": -0.5}]}},
+    {"logprobs": {"content": [{"logprob": 10**400}, {"logprob": -0.5}]}},
+    {"logprobs": {"token_logprobs": [0.01, -0.5]}},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_no_id_or_no_logprob_is_recorded_once_and_does_not_train(
+    setup: Setup, wrong: Json, stream: bool
+) -> None:
+    play(setup, answering(wrong))
+    answer = post(setup, stream=stream)
+    assert answer.status_code == 200 and "hi" in answer.text
+    (drop,) = recorded(setup).drops
+    assert len(setup.store.appended) == 1
+    assert drop.reason is DropReason.MALFORMED
+
+
+def test_a_logprob_that_rounding_lifts_above_0_trains(setup: Setup) -> None:
+    play(setup, answering({"logprobs": {"content": [{"logprob": 1e-6}, {"logprob": 0}]}}))
+    post(setup)
+    assert len(recorded(setup).rows) == 1
+
+
+ODD: list[Json] = [
+    {"id": 7, "model": ["base"]},
+    {"usage": {"completion_tokens": "many"}},
+    {"usage": {"completion_tokens": 2**70}},
+    {"usage": "none"},
+    {"id": "\ud800"},
+    {"choices": [choice() | {"finish_reason": ["stop"]}]},
+    {"choices": [choice() | {"message": {"content": ["hi"]}}]},
+    {"choices": [choice() | {"message": {"content": "\ud800"}}]},
+    {"choices": [choice() | {"message": "hi"}]},
+    {"choices": [[]]},
+    {"choices": "none"},
+    {"choices": [choice() | {"message": {"tool_calls": [{"function": "f"}]}}]},
+]
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("api", REQUESTS)
+def test_a_call_is_recorded_once_whatever_its_answer_holds(setup: Setup, odd: Json, api: str) -> None:
+    play(setup, ScriptedEngine(whole=envelope([choice()]) | odd))
+    answer = post(setup, api)
+    assert answer.status_code in (200, 502)
+    assert isinstance(answer.json(), dict)
+    assert len(recorded(setup).calls) == len(setup.store.appended) == 1
+
+
+@pytest.mark.parametrize(
+    ("usage", "message"),
+    [
+        ({"completion_tokens": 9}, "the engine counted 9 response tokens and returned 2 ids"),
+        ({"completion_tokens": 1}, "the engine counted 1 response tokens and returned 2 ids"),
+        ({"prompt_tokens": 4, "completion_tokens": 2}, "the engine counted 4 prompt tokens and returned 3 ids"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_ids_that_are_not_as_many_as_the_engine_counted_do_not_train(
+    setup: Setup, usage: Json, message: str, stream: bool
+) -> None:
+    play(setup, answering({}, usage=usage))
+    post(setup, stream=stream)
+    assert (
+        setup.span().attributes[semconv.GEN_AI_USAGE_OUTPUT_TOKENS] == usage["completion_tokens"]
+        if "completion_tokens" in usage
+        else 2
+    )
+    (drop,) = recorded(setup).drops
+    assert drop.reason is DropReason.LENGTH_MISMATCH and message in drop.detail
+
+
+@pytest.mark.parametrize(("counted", "rows"), [(4, 2), (5, 0)])
+def test_the_usage_of_several_choices_is_compared_with_the_sum_of_their_ids(
+    setup: Setup, counted: int, rows: int
+) -> None:
+    play(setup, answering({}, {}, usage={"completion_tokens": counted}))
+    post(setup, n=2)
+    trajectory = recorded(setup)
+    assert (len(trajectory.rows), {drop.reason for drop in trajectory.drops}) == (
+        rows,
+        set() if rows else {DropReason.LENGTH_MISMATCH},
+    )
+
+
+def test_a_fault_is_on_the_span_in_place_of_the_tokens() -> None:
+    assert Choice(0, token_ids=[1], fault="mixed up").token_attributes() == {semconv.TOKENS_FAULT: "mixed up"}
