@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 
 from agl import semconv
-from agl.gateway.conversation import AssistantMessage, Conversations, SampledTurn
+from agl.gateway.conversation import Agent, AssistantMessage, Conversations, SampledTurn
 from agl.gateway.drift_kind import kind_of_drift
 from agl.span import Span
 from agl.tokens.drift import Drift, Drifted, first_difference
 from agl.tokens.packing import pack_ids
 from tests.core.fake_engine import END, PROMPT_IDS, TURN, WORDS, FakeEngine
+from tests.gateway.scripted_engine import answering, choice
 from tests.gateway.serving import IDS, Setup, chat_body, gateway, ids
 
 URL = "/rollout/r1/attempt/a1/v1/chat/completions"
@@ -210,6 +211,70 @@ def test_kinds_of_drift(
 )
 def test_a_different_answer_does_not_mean_the_same(other: AssistantMessage) -> None:
     assert not message("a").means_the_same(other)
+
+
+def sibling(text: str = "42", reasoning: str = "", call_id: str = "", agent: Agent = (None, None)) -> SampledTurn:
+    """A turn with tokens of its own."""
+    calls = (("add", "{}"),) if call_id else ()
+    answer = AssistantMessage(text, reasoning, calls, (call_id,) if call_id else ())
+    return SampledTurn(None, pack_ids(map(ord, f"{reasoning}{call_id}{agent}{text}")), answer, True, "s", agent)
+
+
+def sent_back(text: str = "42", call_id: str = "", **more: str) -> dict[str, Any]:
+    calls = [{"id": call_id, "function": {"name": "add", "arguments": "{}"}}] if call_id else []
+    return {"role": "assistant", "content": text, "tool_calls": calls} | more
+
+
+@pytest.mark.parametrize(
+    ("turns", "answer", "agent", "continued"),
+    [
+        ([sibling()], sent_back(), (None, None), 0),
+        ([sibling(reasoning="a"), sibling(reasoning="b")], sent_back(), (None, None), None),
+        ([sibling(reasoning="a"), sibling(reasoning="a")], sent_back(), (None, None), 1),
+        ([sibling(reasoning="a"), sibling(reasoning="b")], sent_back(reasoning_content="a"), (None, None), 0),
+        ([sibling("a</think>42"), sibling("b</think>42")], sent_back("b</think>42"), (None, None), 1),
+        ([sibling(), sibling(" 42")], sent_back(), (None, None), None),
+        ([sibling(call_id="1"), sibling(call_id="2")], sent_back(call_id="1"), (None, None), 0),
+        ([sibling(call_id="1"), sibling(call_id="2")], sent_back(call_id="new"), (None, None), None),
+        ([sibling(agent=("planner", "s1")), sibling(agent=("fixer", "s1"))], sent_back(), ("planner", "s1"), 0),
+        ([sibling(agent=(None, "s1")), sibling(agent=(None, "s2"))], sent_back(), (None, "s2"), 1),
+        ([sibling(agent=(None, "s1")), sibling(agent=(None, "s2"))], sent_back(), (None, "s3"), None),
+    ],
+)
+def test_of_several_equal_answers_the_one_is_continued_that_something_unique_identifies(
+    turns: list[SampledTurn], answer: dict[str, Any], agent: Agent, continued: int | None
+) -> None:
+    conversations, key = Conversations(), ("r", "a", "m")
+    for turn in turns:
+        asked = conversations.locate(key, {"messages": [USER]})
+        assert asked is not None
+        conversations.add(asked, turn)
+    found = conversations.locate(key, {"messages": [USER, answer, NEXT]}, agent)
+    assert found is not None
+    assert found.unchanged is found.previous is (None if continued is None else turns[continued])
+    assert found.is_ambiguous == (continued is None)
+
+
+def test_an_edited_answer_of_several_is_compared_with_none_of_them() -> None:
+    conversations, key = Conversations(), ("r", "a", "m")
+    for turn in (sibling("42"), sibling("43")):
+        asked = conversations.locate(key, {"messages": [USER]})
+        assert asked is not None
+        conversations.add(asked, turn)
+    found = conversations.locate(key, {"messages": [USER, sent_back("44"), NEXT]})
+    assert found is not None and (found.previous, found.unchanged, found.is_ambiguous) == (None, None, True)
+
+
+@pytest.mark.parametrize("thoughts", ["", "(10,)"])
+def test_the_span_of_a_call_that_may_continue_several_equal_answers_has_the_reason(thoughts: str) -> None:
+    calls = [choice(ids=ids) | {"message": {"content": "hi", "reasoning": str(ids)}} for ids in ((10,), (20,))]
+    with gateway(answering(*calls), exact_prefix=True) as setup:
+        for turns in ([USER], [USER, {"role": "assistant", "content": "hi", "reasoning": thoughts}, NEXT]):
+            setup.post(chat_body(n=2, model="base") | {"messages": turns}, URL)
+        is_ambiguous = setup.store.appended[-1].text(semconv.GATEWAY_PREFIX) == (
+            "several calls gave the answer that these messages continue"
+        )
+    assert is_ambiguous == (not thoughts)
 
 
 def test_beyond_the_limit_the_least_recently_continued_conversations_are_dropped() -> None:

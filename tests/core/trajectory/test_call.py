@@ -8,7 +8,7 @@ import pytest
 from agl import semconv
 from agl.span import Span
 from agl.tokens.packing import pack_ids, pack_logprobs
-from agl.trajectory import Call, build_trajectory
+from agl.trajectory import Call, DropReason, build_trajectory
 from tests.core.span_maker import OTHER_TRACE, ROLLOUT, chat, gateway_call, reward, span, tokens
 
 
@@ -43,6 +43,10 @@ def test_only_a_server_error_of_the_gateway_is_a_failure_of_the_engine() -> None
         made = gateway_call(attributes={semconv.HTTP_RESPONSE_STATUS_CODE: status}, status="error")
         found += [call.engine_failed for call in calls_of(made)]
     assert found == [False, True]
+    in_stream = gateway_call(
+        attributes={semconv.HTTP_RESPONSE_STATUS_CODE: 200, semconv.ERROR_TYPE: "engine_error"}, status="error"
+    )
+    assert [call.engine_failed for call in calls_of(in_stream)] == [True]
 
 
 def test_the_nearest_chat_span_is_joined() -> None:
@@ -75,6 +79,32 @@ def test_traceparent_takes_precedence_over_a_repeated_response_id() -> None:
         gateway_call(parent=first, attributes=attributes),
     )
     assert {call.chat_span_id for call in calls} == {first.span_id, second.span_id}
+
+
+def test_a_response_id_of_several_requests_joins_none_of_them_and_targets_none() -> None:
+    """Engines make the id of an X-Request-Id, which a client may send with every call."""
+    attributes = {semconv.GEN_AI_RESPONSE_ID: "same"}
+    asked = [chat(attributes=attributes | {semconv.ROLE: role}) for role in ("planner", "executor")]
+    answered = [gateway_call([n], [n], trace_id=f"{n:032x}", attributes=attributes) for n in (8, 9)]
+    calls = calls_of(*asked, *answered, reward(1.0, {semconv.REWARD_TARGET: "same"}))
+    assert [(call.role, call.through_gateway, call.rewards) for call in calls] == [
+        ("planner", False, ()),
+        ("executor", False, ()),
+        ("writer", True, ()),
+        ("writer", True, ()),
+    ]
+    reasons = [drop.reason for drop in build_trajectory([*asked, *answered]).drops]
+    assert reasons == [DropReason.NO_IDS, DropReason.NO_IDS]
+
+
+def test_the_choices_of_one_request_are_joined_by_their_response_id() -> None:
+    attributes = {semconv.GEN_AI_RESPONSE_ID: "same"}
+    asked = chat(attributes=attributes | {semconv.ROLE: "planner"})
+    choices = [
+        gateway_call([1], [n], trace_id=OTHER_TRACE, start=5, attributes=attributes | {semconv.GATEWAY_CHOICE: n})
+        for n in (0, 1)
+    ]
+    assert [call.role for call in calls_of(asked, *choices)] == ["planner", "planner"]
 
 
 def test_an_unjoined_span_is_a_separate_call() -> None:
@@ -176,6 +206,9 @@ def test_the_gateways_token_ids_take_precedence() -> None:
         ({semconv.RESPONSE_TOKEN_IDS: "x"}, "Expecting value"),
         ({semconv.RESPONSE_TOKEN_IDS: "[null]"}, "NoneType"),
         ({semconv.RESPONSE_LOGPROBS: pack_logprobs([float("nan"), 0.0])}, "not finite"),
+        ({semconv.RESPONSE_LOGPROBS: pack_logprobs([-1.0, 17.25])}, "a logprob is 17.25, expected at most 0"),
+        ({semconv.RESPONSE_LOGPROBS: '["-0.5", -0.5]'}, "not logprobs"),
+        ({semconv.TOKENS_FAULT: "two answers have the same index"}, "two answers have the same index"),
     ],
 )
 def test_invalid_token_ids_are_reported_and_never_partly_read(attributes: dict, said: str) -> None:

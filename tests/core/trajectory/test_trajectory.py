@@ -104,6 +104,25 @@ def test_the_drift_is_named_against_the_call_that_shares_most() -> None:
     assert drifts(last) == [Drift.RETOKENIZED]
 
 
+def test_the_difference_is_taken_from_the_answer_that_was_sent_back() -> None:
+    spans = [gateway_call([1, 2], [10, 11, 12]), gateway_call([1, 2], [20, 21, 22])]
+    *_, last = rows_of(*spans, gateway_call([1, 2, 20, 99, 22, 5], [6]))
+    assert last.turns[0].difference == Difference(3, 21, 99)
+    *_, unknown = rows_of(*spans, gateway_call([1, 2, 30, 99], [6]))
+    assert (drifts(unknown), unknown.turns[0].difference) == ([Drift.RETOKENIZED], None)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_the_later_of_two_continuations_is_the_fork_whichever_is_longer(length: int) -> None:
+    first, second = gateway_call([1, 2], [3]), gateway_call([1, 2, 3, 4, 5], [6])
+    later = gateway_call([1, 2, 3, *[9] * length], [7])
+    onward = gateway_call([1, 2, 3, *[9] * length, 7, 8], [4])
+    main, fork = rows_of(first, second, later, onward)
+    assert main.call_ids == [first.span_id, second.span_id]
+    assert (fork.call_ids, drifts(fork)) == ([later.span_id, onward.span_id], [Drift.FORK, Drift.CLEAN])
+    assert fork.loss_mask == [0, 0, 0, *[0] * length, 1, 0, 1]
+
+
 def test_a_prompt_that_ends_inside_an_earlier_answer_is_a_fork() -> None:
     _, regenerated = rows_of(gateway_call([1], [2, 3, 4]), gateway_call([1, 2], [5]))
     assert drifts(regenerated) == [Drift.FORK]
@@ -194,6 +213,8 @@ def test_a_response_from_a_cache_trains_once() -> None:
     assert sole_drop(asked, again, answered)[0] is DropReason.REPEATED_ANSWER
     own_ids = [chat(attributes=attributes | tokens([1], [2])) for _ in range(2)]
     assert sole_drop(*own_ids)[0] is DropReason.REPEATED_ANSWER
+    other_answers = [chat(attributes=attributes | tokens([1], [number])) for number in range(2)]
+    assert not build_trajectory(other_answers).drops
 
 
 def attempt(number: int, *, start: int, value: float) -> list[Span]:

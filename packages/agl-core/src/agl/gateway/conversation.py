@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -11,6 +11,8 @@ from agl import semconv
 from agl.span import Span
 from agl.tokens.capture import Choice, Json
 
+Agent = tuple[str | None, str | None]
+"""Role and span that made a call, as far as its headers name them."""
 Key = tuple[str, str, str]
 """Rollout, attempt and model; for a call without a rollout an empty string, the trace and the model."""
 
@@ -38,25 +40,35 @@ class AssistantMessage:
     reasoning: str
     calls: tuple[tuple[str, str], ...]
     """Name and arguments of each tool call."""
+    call_ids: tuple[str, ...] = ()
+    """Ids of the tool calls."""
 
     @classmethod
     def of_choice(cls, choice: Choice) -> "AssistantMessage":
-        return cls(choice.text, choice.reasoning, tuple((call.name, call.arguments) for call in choice.tool_calls))
+        calls = tuple((call.name, call.arguments) for call in choice.tool_calls)
+        return cls(choice.text, choice.reasoning, calls, tuple(call.id for call in choice.tool_calls))
 
     @classmethod
     def read(cls, message: Json) -> "AssistantMessage":
         """From an assistant message of a request. Raises ValueError for a message of the wrong form."""
         try:
-            functions = [call["function"] for call in message.get("tool_calls") or ()]
+            made = message.get("tool_calls") or ()
+            functions = [call["function"] for call in made]
             calls = tuple((str(function["name"]), str(function.get("arguments"))) for function in functions)
             reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
-            return cls(_text(message.get("content")), str(reasoning), calls)
+            return cls(
+                _text(message.get("content")), str(reasoning), calls, tuple(str(call.get("id")) for call in made)
+            )
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not an assistant's message: {error}") from error
 
     def means_the_same(self, other: "AssistantMessage") -> bool:
         """Whether both are equal apart from thoughts, blanks around the text, and the formatting of JSON."""
         return self._meaning() == other._meaning()
+
+    @property
+    def thoughts(self) -> str:
+        return self.reasoning or self.text.rpartition(THOUGHT_END)[0]
 
     @property
     def has_thoughts(self) -> bool:
@@ -78,6 +90,7 @@ class SampledTurn:
     ended_by_model: bool
     """Whether the model ended the answer itself; then its last token ends the turn."""
     span_id: str
+    agent: "Agent" = (None, None)
 
     def context(self) -> bytes:
         """Packed ids of prompt and answer."""
@@ -103,13 +116,17 @@ class Position:
     digest: bytes
     """Of all its messages."""
     messages: Sequence[Json]
+    agent: Agent = (None, None)
     previous: SampledTurn | None = None
-    """The latest turn whose messages this request continues, even if the client changed the answer."""
+    """The latest turn whose messages this request continues, even if the client changed the answer. None also if it may
+    be one of several."""
     previous_index: int = 0
     """Index of the message that sends the previous answer back."""
     unchanged: SampledTurn | None = None
     """The latest turn that this request continues with the answer unchanged in meaning."""
     unchanged_index: int = 0
+    is_ambiguous: bool = False
+    """Whether the last answer that it sends back may be that of several calls with different tokens."""
 
 
 @dataclass(slots=True)
@@ -127,13 +144,13 @@ class Conversations:
         self._conversations: OrderedDict[Key, _Conversation] = OrderedDict()
         self.size = 0
 
-    def locate(self, key: Key, request: Json) -> Position | None:
+    def locate(self, key: Key, request: Json, agent: Agent = (None, None)) -> Position | None:
         """None if the request's messages are not a list of objects."""
         messages = request.get("messages")
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             return None
         conversation = self._conversations.get(key)
-        position = Position(key, b"", messages)
+        position = Position(key, b"", messages, agent)
         for index, digest in enumerate(_digests(request, messages)):
             position.digest = digest
             is_answer = index < len(messages) and messages[index].get("role") == "assistant"
@@ -149,7 +166,8 @@ class Conversations:
             if isinstance(prompt, bytes) and isinstance(response, bytes):
                 ended = choice.finish_reason in _ENDED_BY_MODEL and choice.stop_string is None
                 parent, added = _without_known_start(position, prompt + response)
-                self.add(position, SampledTurn(parent, added, AssistantMessage.of_choice(choice), ended, span.span_id))
+                answer = AssistantMessage.of_choice(choice)
+                self.add(position, SampledTurn(parent, added, answer, ended, span.span_id, position.agent))
 
     def add(self, position: Position, turn: SampledTurn) -> None:
         """Keep a turn that answered the messages of `position`."""
@@ -180,10 +198,30 @@ def _advance(position: Position, index: int, turns: Sequence[SampledTurn]) -> No
         answer = AssistantMessage.read(position.messages[index])
     except ValueError:
         return
-    unchanged = next((turn for turn in reversed(turns) if turn.answer.means_the_same(answer)), None)
-    position.previous, position.previous_index = unchanged or turns[-1], index
-    if unchanged is not None:
-        position.unchanged, position.unchanged_index = unchanged, index
+    alike = [turn for turn in turns if turn.answer.means_the_same(answer)]
+    turn = _identified(alike or turns, answer, position.agent)
+    position.previous, position.previous_index = turn, index
+    position.is_ambiguous = turn is None
+    if alike and turn is not None:
+        position.unchanged, position.unchanged_index = turn, index
+
+
+def _identified(turns: Sequence[SampledTurn], answer: AssistantMessage, agent: Agent) -> SampledTurn | None:
+    """The one of `turns`, which answered the same messages, that `answer` comes from.
+
+    Only what is unique to a turn decides: the ids of its tool calls, its thoughts, the role and the span of its agent.
+    None if several turns with different tokens remain.
+    """
+    facts: tuple[Callable[[SampledTurn], bool], ...] = (
+        lambda turn: bool(answer.calls) and turn.answer.call_ids == answer.call_ids,
+        lambda turn: answer.has_thoughts and turn.answer.thoughts == answer.thoughts,
+        lambda turn: agent[0] is not None and turn.agent[0] == agent[0],
+        lambda turn: agent[1] is not None and turn.agent[1] == agent[1],
+    )
+    for is_fact in facts if len(turns) > 1 else ():
+        turns = [turn for turn in turns if is_fact(turn)] or turns
+    is_one = len(turns) == 1 or len({turn.context() for turn in turns}) == 1
+    return turns[-1] if is_one else None
 
 
 def _without_known_start(position: Position, context: bytes) -> tuple[SampledTurn | None, bytes]:

@@ -20,6 +20,7 @@ from agl.tokens.drift import PREFIX_EXACT
 from agl.tokens.packing import ID_BYTES, pack_ids, unpack_ids
 
 _UNKNOWN: Final = "no recorded call has the messages that these continue"
+_SEVERAL: Final = "several calls gave the answer that these messages continue"
 _EDITED: Final = "the client changed the answer"
 _MEDIA: Final = "the messages contain more than text"
 _CONTINUES_LAST: Final = "the request continues its last message"
@@ -44,7 +45,7 @@ async def exact_prompt(session: aiohttp.ClientSession, record: CallRecord) -> by
         return None
     turn = position.unchanged
     if turn is None or engine is None:
-        record.prefix = _EDITED if position.previous else _UNKNOWN
+        record.prefix = _SEVERAL if position.is_ambiguous else _EDITED if position.previous else _UNKNOWN
         return None
     if reason := _obstacle(position, record.sent):
         record.prefix = reason

@@ -115,7 +115,8 @@ def read_call(
     lineage = [*_lineage(tree, chat), *_lineage(tree, joined.gateway)]
     version = _policy_version(spans)
     response_id = next((name for span in spans if (name := span.response_id)), None)
-    targets = dict.fromkeys([*(span.span_id for span in spans), response_id])
+    named = [] if response_id in tree.ambiguous_responses else [response_id]
+    targets = dict.fromkeys([*(span.span_id for span in spans), *named])
     tokens = _read_tokens(spans)
     own = spans[-1]
     return Call(
@@ -198,13 +199,15 @@ def _read_tokens(spans: Sequence[Span]) -> _Tokens:
 
 
 def _miscounted(source: Span, prompt: bytes | None, response: bytes | None) -> str | None:
-    """How the number of ids differs from the usage on the same span. A count of 0 is that of clients without usage."""
+    """How the number of ids differs from the engine's count on the same span.
+
+    A framework's count is the sum over all choices, 0 if it knows none, and of the prompt perhaps its own.
+    """
     if len(read_texts(source, semconv.GEN_AI_RESPONSE_FINISH_REASONS)) > 1:
-        return None  # A framework's span: the usage is the sum over several choices.
-    counted = (
-        (prompt, semconv.GEN_AI_USAGE_INPUT_TOKENS, "prompt"),
-        (response, semconv.GEN_AI_USAGE_OUTPUT_TOKENS, "response"),
-    )
+        return None
+    counted = [(response, semconv.GEN_AI_USAGE_OUTPUT_TOKENS, "response")]
+    if source.name == semconv.SPAN_GATEWAY_CALL:
+        counted.append((prompt, semconv.GEN_AI_USAGE_INPUT_TOKENS, "prompt"))
     for packed, usage, what in counted:
         stated = read_number(source, usage)
         if packed is not None and stated and stated != len(packed) // ID_BYTES:

@@ -90,17 +90,31 @@ _Fault = tuple[DropReason, str] | None
 
 
 def _repeated(calls: Iterable[Call]) -> set[int]:
-    """`id()` of the calls that returned the response of an earlier call: it was sampled once, so it trains once."""
-    known = {(call.response_id, call.choice) for call in calls if call.through_gateway}
+    """`id()` of the calls that returned the response of an earlier call: it was sampled once, so it trains once.
+
+    A response id alone does not show that: several requests may have been answered with the same. Then the tokens do.
+    """
+    known: dict[tuple[str | None, int], list[Call]] = {}
+    for call in calls:
+        if call.through_gateway:
+            known.setdefault((call.response_id, call.choice), []).append(call)
+    ambiguous = {response for response, answered in known.items() if len(answered) > 1}
     repeated: set[int] = set()
     for call in calls:
+        response = call.response_id, call.choice
         if call.response_id is None or call.through_gateway:
             continue
-        response = call.response_id, call.choice
-        if response in known:
+        earlier = known.setdefault(response, [])
+        if any(_is_same_answer(one, call, response not in ambiguous) for one in earlier):
             repeated.add(id(call))
-        known.add(response)
+        earlier.append(call)
     return repeated
+
+
+def _is_same_answer(one: Call, other: Call, unless_ids_differ: bool) -> bool:
+    if one.packed_response is None or other.packed_response is None:
+        return unless_ids_differ
+    return (one.packed_prompt, one.packed_response) == (other.packed_prompt, other.packed_response)
 
 
 def _attempt_fault(call: Call, attempt_id: str | None) -> _Fault:

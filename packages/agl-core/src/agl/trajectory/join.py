@@ -2,7 +2,8 @@
 
 The gateway's span of a request has the tokens, the framework's span has the role; `join_calls` joins them.
 A gateway span belongs to the nearest chat span above it, since the plug-ins send `traceparent` with each request; if
-there is none, to the first chat span with the same response id. Either of the two spans may be missing.
+there is none, to the first chat span with the same response id, unless several requests were answered with that id:
+engines make it of an X-Request-Id, which a client may repeat. Either of the two spans may be missing.
 
 `in_one_clock` corrects clock skew between the processes of a rollout, since the order of its spans decides how they
 train. Spans of one process are in the order of its clock. Spans of two processes bound the offset between their clocks:
@@ -39,6 +40,8 @@ class SpanTree:
             self._by_key.setdefault(_key(span), span)
         self.spans = sorted(self._by_key.values(), key=lambda span: span.start_ns)
         """Every span once, by start time; spans with equal times are in the order given."""
+        self.ambiguous_responses = _ambiguous_responses(filter(_is_gateway_call, self.spans))
+        """Response ids that identify no call, because several requests were answered with them."""
 
     def parent(self, span: Span) -> Span | None:
         return self._by_key.get((span.trace_id, span.parent_id)) if span.parent_id else None
@@ -81,6 +84,8 @@ def join_calls(tree: SpanTree) -> list[CallSpans]:
     """The spans of each model request in `tree`, in order of time."""
     chats = _innermost_chats(tree)
     by_response = {answer: chat for chat in reversed(chats) if (answer := chat.response_id)}
+    for response_id in tree.ambiguous_responses:
+        by_response.pop(response_id, None)
     gateway = filter(_is_gateway_call, tree.spans)
     calls = [CallSpans(span, _chat_above(tree, span) or by_response.get(span.response_id or "")) for span in gateway]
     joined = {id(call.chat) for call in calls}
@@ -99,6 +104,14 @@ def causes(spans: Iterable[Span]) -> Iterator[tuple[Span, Span]]:
 
 def _key(span: Span) -> tuple[str, str]:
     return span.trace_id, span.span_id
+
+
+def _ambiguous_responses(gateway_calls: Iterable[Span]) -> set[str]:
+    requests: dict[str, set[tuple[str, str | None, int]]] = {}
+    for span in gateway_calls:
+        if response_id := span.response_id:  # The choices of one request have trace, parent and start in common.
+            requests.setdefault(response_id, set()).add((span.trace_id, span.parent_id, span.start_ns))
+    return {response_id for response_id, found in requests.items() if len(found) > 1}
 
 
 def _innermost_chats(tree: SpanTree) -> list[Span]:

@@ -7,8 +7,10 @@ has mask 1 in exactly one row.
 """
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 from agl.tokens.drift import Difference, Drift, first_difference
 from agl.tokens.packing import ID_BYTES, array_of_ids
@@ -26,7 +28,7 @@ class Turn:
     drift: Drift | None
     """How its prompt relates to the previous call's tokens; None for the first call of a conversation."""
     difference: Difference | None = None
-    """The first token that differs, unless the drift is `clean` or `fork`."""
+    """The first token that differs, unless the drift is `clean` or `fork`, or several answers may be meant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +65,17 @@ class Row:
 def build_rows(calls: Sequence[Call], rewards: Sequence[Reward]) -> list[Row]:
     """Rows in the order of their first calls. All `calls` must have token ids and logprobs.
 
-    Calls are processed by length of prompt, since a continuation has a longer prompt. So no clock matters.
+    Calls are processed by length of prompt, since a continuation has a longer prompt. So no clock matters, except for
+    which of two continuations of the same history is the fork: the later one.
     """
     position = {id(call): index for index, call in enumerate(calls)}
     rows: list[_OpenRow] = []
     nodes: list[_CallNode] = []
     for node in sorted((_CallNode(call) for call in calls), key=lambda node: len(node.prompt)):
         row = _row_to_continue(rows, node)
+        if row is None and (found := _continued_later(rows, node, position)):
+            row, last = found
+            rows.append(row.cut_after(last))
         if row is None:
             rows.append(_OpenRow(node, *_drift(nodes, node)))
         else:
@@ -91,30 +97,57 @@ class _CallNode:
     def policy(self) -> tuple[str, str | None]:
         return self.call.role, self.call.policy_version
 
-    def drift_from(self, earlier: "_CallNode") -> tuple[int, bool, Drift] | None:
-        """Rank and drift of this call as one that follows `earlier`; None if it does not follow it.
-
-        The rank is the length of the history that they share, in bytes, then whether that history is exact.
-        """
-        if self.prompt.startswith(earlier.context):
-            return len(earlier.context), True, Drift.FORK
+    def drift_from(self, earlier: "_CallNode") -> "_Following | None":
+        """This call as one that follows `earlier`; None if it does not follow it."""
+        difference = first_difference(earlier.context, self.prompt)
+        if difference is None:
+            return _Following(len(earlier.context), True, len(earlier.context))
         if not self.prompt.startswith(earlier.prompt):
             return None
         is_exact = earlier.context.startswith(self.prompt)
-        return len(earlier.prompt), is_exact, Drift.FORK if is_exact else Drift.RETOKENIZED
+        return _Following(len(earlier.prompt), is_exact, difference.position, difference)
+
+
+class _Following(NamedTuple):
+    """How a call follows an earlier one. The best match is the one with the largest `rank`."""
+
+    history: int
+    """Length of the earlier call's prompt, or of prompt and response if the call has all of them; in bytes."""
+    is_exact: bool
+    common: int
+    """Length of what both have in common; tells siblings apart, which answered the same prompt."""
+    difference: Difference | None = None
+
+    @property
+    def rank(self) -> tuple[int, bool, int]:
+        return self.history, self.is_exact, self.common
 
 
 class _OpenRow:
     """A row that calls may still continue. Its tokens are the prompt and the response of its last call."""
 
-    def __init__(self, node: _CallNode, drift: Drift | None, difference: Difference | None) -> None:
+    def __init__(self, node: _CallNode, drift: Drift | None, difference: Difference | None = None) -> None:
+        self.nodes: list[_CallNode] = []
         self.turns: list[Turn] = []
         self.append(node, drift, difference)
 
+    @property
+    def last(self) -> _CallNode:
+        return self.nodes[-1]
+
     def append(self, node: _CallNode, drift: Drift | None, difference: Difference | None = None) -> None:
-        self.last = node
+        self.nodes.append(node)
         start, end = len(node.prompt) // ID_BYTES, len(node.context) // ID_BYTES
         self.turns.append(Turn(node.call, start, end, drift, difference))
+
+    def cut_after(self, kept: _CallNode) -> "_OpenRow":
+        """Remove the calls after `kept`, and return them as a row that forks there."""
+        place = self.nodes.index(kept) + 1
+        fork = _OpenRow(self.nodes[place], Drift.FORK)
+        for node in self.nodes[place + 1 :]:
+            fork.append(node, Drift.CLEAN)
+        del self.nodes[place:], self.turns[place:]
+        return fork
 
     def close(self, rewards: Sequence[Reward]) -> Row:
         ids, call = self.last.context, self.last.call
@@ -133,17 +166,35 @@ def _row_to_continue(rows: Iterable[_OpenRow], node: _CallNode) -> _OpenRow | No
     return max(fitting, key=lambda row: len(row.last.context), default=None)
 
 
+def _continued_later(
+    rows: Iterable[_OpenRow], node: _CallNode, position: Mapping[int, int]
+) -> tuple[_OpenRow, _CallNode] | None:
+    """The row, and the call in it, that `node` continues, and that a call later than `node` continued so far."""
+    found = [
+        (row, before)
+        for row in rows
+        if row.last.policy == node.policy
+        for before, after in pairwise(row.nodes)
+        if position[id(node.call)] < position[id(after.call)] and node.prompt.startswith(before.context)
+    ]
+    return max(found, key=lambda pair: len(pair[1].context), default=None)
+
+
 def _drift(earlier: Iterable[_CallNode], node: _CallNode) -> tuple[Drift | None, Difference | None]:
     """Drift of the first call of a row from the call of its role with which it shares the longest history.
 
     Token ids alone show a changed history as `retokenized`, and a change before the latest response as a new
-    conversation. The gateway compares messages too, so its finding takes precedence.
+    conversation. The gateway compares messages too, so its finding takes precedence. Without it, there is no difference
+    if several answers match equally well: it is not known which of them was sent back.
     """
     of_role = [candidate for candidate in earlier if candidate.call.role == node.call.role]
-    ranked = [(drift, candidate) for candidate in of_role if (drift := node.drift_from(candidate))]
-    (_, _, kind), last = max(ranked, key=lambda found: found[0], default=((0, False, None), None))
-    if kind == Drift.FORK:
-        return kind, None
+    followed = [following for candidate in of_role if (following := node.drift_from(candidate))]
+    best = max((following.rank for following in followed), default=None)
+    if best is not None and best[1]:
+        return Drift.FORK, None
     if node.call.drifted is not None:
         return node.call.drifted.kind, node.call.drifted.difference
-    return kind, first_difference(last.context, node.prompt) if last is not None else None
+    differences = {following.difference for following in followed if following.rank == best}
+    if not differences:
+        return None, None
+    return Drift.RETOKENIZED, differences.pop() if len(differences) == 1 else None
