@@ -32,6 +32,10 @@ def graph_of(node: Any) -> Any:
     return graph.compile()
 
 
+def question(text: str) -> Any:
+    return {"messages": [("user", text)]}
+
+
 def answer(state: MessagesState) -> dict[str, Any]:
     return {"messages": [MODEL.invoke(state["messages"])]}
 
@@ -113,7 +117,7 @@ async def test_an_agent_without_a_name_in_a_tool_does_not_act_as_the_caller(both
 
     async def count(item: str) -> str:
         """Count items."""
-        return (await inner.ainvoke({"messages": [("user", item)]}))["messages"][-1].text
+        return (await inner.ainvoke(question(item)))["messages"][-1].text
 
     executor = agent("executor", calls("count", item="mug"), tools=[count])
     both.clear()

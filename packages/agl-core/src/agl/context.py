@@ -6,10 +6,9 @@ Baggage follows `contextvars`: asyncio tasks inherit it, and so do threads start
 
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Generic, Literal, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 from opentelemetry import baggage, trace
 from opentelemetry.context import Context, attach, detach, get_current
@@ -19,9 +18,10 @@ from opentelemetry.util.types import AttributeValue
 from agl import semconv
 from agl.content.filter import ContentFilter
 from agl.errors import TelemetryError
+from agl.scope import Scope
 
 Mode = Literal["train", "eval", "prod"]
-Value = TypeVar("Value", covariant=True)
+Value = TypeVar("Value")
 
 TRACER = trace.get_tracer("agl")
 """Tracer of our own spans. It uses the global provider, also if that is set later."""
@@ -41,29 +41,6 @@ class ActiveRollout:
     attempt_id: str
     group_id: str | None
     mode: str
-
-
-class Scope(AbstractContextManager[Value], AbstractAsyncContextManager[Value], Generic[Value]):
-    """A single-use context manager for both `with` and `async with`; it never waits."""
-
-    def __init__(self, scope: AbstractContextManager[Value]) -> None:
-        self._scope = scope
-
-    def __enter__(self) -> Value:
-        return self._scope.__enter__()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
-        return self._scope.__exit__(kind, error, traceback)
-
-    async def __aenter__(self) -> Value:
-        return self.__enter__()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
-        return self.__exit__(kind, error, traceback)
 
 
 def rollout(

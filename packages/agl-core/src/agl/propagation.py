@@ -11,7 +11,6 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from agl.context import (
     ENTRIES,
     ActiveRollout,
-    Scope,
     active_rollout,
     attached,
     carried_attributes,
@@ -19,6 +18,7 @@ from agl.context import (
     current_rollout,
     with_baggage,
 )
+from agl.scope import Scope
 
 
 def headers() -> dict[str, str]:

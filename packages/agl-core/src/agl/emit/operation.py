@@ -11,12 +11,13 @@ from typing import Any, TypeVar, overload
 from opentelemetry import trace
 
 from agl import semconv
-from agl.context import TRACER, Scope, ending, open_span
+from agl.context import TRACER, ending, open_span
 from agl.emit.attributes import flat_attributes, json_text
 from agl.emit.generators import GeneratorBody, wrap_async_generator, wrap_generator
 from agl.emit.record import EMITTED_CONTENT
 from agl.errors import TelemetryError
 from agl.failsafe import never_raises, raises_if_strict
+from agl.scope import Scope
 from agl.span import AttributeValue
 
 Function = TypeVar("Function", bound=Callable[..., Any])
