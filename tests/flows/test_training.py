@@ -438,6 +438,33 @@ def test_a_stop_just_before_or_after_a_checkpoint_leaves_each_step_once(
         assert set(collect_trained(spans)) == {call.span_id for call in build_trajectory(spans).calls}
 
 
+def test_the_groups_that_were_in_flight_are_drawn_again(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first group ends last: the step before the stop took others, and each group trains once all the same."""
+    save = training_module.save_checkpoint
+
+    def stop_at_one(folder: Path, state: Any) -> None:
+        save(folder, state)
+        raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"asynchronous": True, "max_staleness": 2, "agent": f"{TOY}:held_answer"}
+    config = config_in(tmp_path, **options, groups_per_step=2, steps=4, shuffle=False)
+    toy_agent.release.clear()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(training_module, "save_checkpoint", stop_at_one)
+        Trainer(config).fit()
+    state = load_checkpoint(tmp_path / "run" / "checkpoints" / "step-000001")
+    assert state.position == 2 and state.open_groups[0] == 0 and len(state.open_groups) == 4
+    toy_agent.release.set()
+    Trainer(config).fit()
+    for number in range(8):
+        name = f"run-g{number:06d}-r0"
+        spans = [span for one in (name, f"{name}~1") for span in store.query_spans(one)]
+        assert sum(map(len, collect_trained(spans).values())) == 1, number
+    assert store.get_rollout("run-g000008-r0") is None
+
+
 RUN_DEMOS = """
 import os, sys
 from pathlib import Path
@@ -524,6 +551,108 @@ def test_a_training_killed_again_and_again_ends_bitwise_as_one_that_was_not(tmp_
     assert again == rollout_names(range(1, 3), 3, 3)
 
 
+# --- going on with another configuration ------------------------------------------------------------------------------
+
+
+def adapter_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return dict(load_checkpoint(folder / "run" / "checkpoints" / f"step-{step:06d}").adapters["solver"])
+
+
+def test_what_steers_is_applied_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Trainer(config_in(tmp_path, steps=1)).fit()
+    capsys.readouterr()
+    Trainer(config_in(tmp_path, steps=2, learning_rate=1e-12, group_size=3)).fit()
+    said = capsys.readouterr().err
+    changes = "train.group_size 4 -> 3, train.steps 1 -> 2, train.learning_rate 0.003 -> 1e-12"
+    assert f"resumed at step 1 with changes: {changes}\n" in said
+    assert metrics_of(tmp_path)[1]["rollouts"] == 12 and metrics_of(tmp_path)[1]["calls/trained"] > 0
+    before, after = adapter_of(tmp_path, 1), adapter_of(tmp_path, 2)
+    moved = max(float((after[name] - tensor).abs().max()) for name, tensor in before.items())
+    assert 0 < moved < 1e-9
+    Trainer(config_in(tmp_path, steps=2, learning_rate=1e-12, group_size=3)).fit()
+    said = capsys.readouterr().err
+    assert "with changes" not in said and "all 2 steps are done" in said
+
+
+def test_what_changes_what_is_trained_is_refused_unless_it_is_accepted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Trainer(config_in(tmp_path, steps=1)).fit()
+    other = tmp_path / "other"
+    build_tiny_model(other, ["apple"], 7)
+    for changes, message in (
+        ({"role": "judge"}, "the names in agent_roles solver -> judge"),
+        ({"lora_r": 4}, "agent_roles.solver.lora_r 8 -> 4"),
+        ({"seed": 1}, "train.seed 0 -> 1"),
+        ({"loss": "cispo"}, "train.loss grpo -> cispo"),
+        ({"model": str(other)}, f"train.model .architecture, weights, tokenizer differ. tiny -> {other}"),
+        ({"tasks": f"{TOY}:few_tasks"}, f"train.tasks {TOY}:tasks -> {TOY}:few_tasks"),
+    ):
+        with pytest.raises(TrainingError, match=f"trained with another configuration: {message}.*--accept-changes"):
+            Trainer(config_in(tmp_path, **changes)).fit()
+    assert len(metrics_of(tmp_path)) == 1
+    path = tmp_path / "config.yaml"
+    path.write_text(config_in(tmp_path, seed=1, loss="cispo", tasks=f"{TOY}:few_tasks", steps=2).to_yaml())
+    assert main(["train", str(path)]) == 2
+    capsys.readouterr()
+    assert main(["train", str(path), "--accept-changes"]) == 0
+    said = capsys.readouterr().err
+    assert all(change in said for change in ("train.seed 0 -> 1", "train.loss grpo -> cispo", "train.tasks"))
+    assert len(metrics_of(tmp_path)) == 2
+    # A role that is new begins with a fresh adapter; a rank that does not fit cannot be accepted.
+    Trainer(config_in(tmp_path, role="judge", agent=f"{TOY}:judge_answer", steps=3), accept_changes=True).fit()
+    assert metrics_of(tmp_path)[2]["judge/loss"] is not None
+    with pytest.raises(TrainingError, match=r"adapter of role 'judge' does not fit: .* another lora_r"):
+        Trainer(config_in(tmp_path, role="judge", lora_r=4), accept_changes=True).fit()
+
+
+def test_supervised_steps_go_on_by_epochs_whatever_the_size_of_a_batch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Eight examples: two epochs of two batches, then a third of one, then none."""
+
+    def tune(examples: str = "examples", **options: int) -> int:
+        config = yaml.safe_load(config_in(tmp_path).to_yaml())
+        config["sft"] |= options | {"examples": f"{TOY}:{examples}"}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        return main(["sft", str(tmp_path / "config.yaml")])
+
+    assert tune() == 0 and len(metrics_of(tmp_path)) == 4
+    assert tune(epochs=3, batch_size=8) == 0
+    assert "sft.epochs 2 -> 3, sft.batch_size 4 -> 8" in capsys.readouterr().err
+    assert len(metrics_of(tmp_path)) == 5
+    assert tune(epochs=2) == 0 and len(metrics_of(tmp_path)) == 5
+    assert "sft: all 2 epochs are done; more need a higher sft.epochs" in capsys.readouterr().err
+    assert tune("few_examples", epochs=4) == 2
+    assert f"sft.examples {TOY}:examples -> {TOY}:few_examples" in capsys.readouterr().err
+    # The next phase need not know the examples any more.
+    Trainer(config_in(tmp_path, steps=1, loss="cispo").model_copy(update={"sft": None})).fit()
+    assert len(metrics_of(tmp_path)) == 6
+    capsys.readouterr()
+    assert tune() == 2
+    said = capsys.readouterr().err
+    assert "sft: takes no step, because GRPO has begun in" in said and "agl: no supervised step was taken" in said
+
+
+def test_a_function_that_returns_another_number_of_items_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The position counts them, so that it would be another place."""
+    config = config_in(tmp_path)
+    trainer = Trainer(config)
+    with trainer.open(samples=False):
+        trainer.sft()
+    monkeypatch.setattr(toy_agent, "WORDS", toy_agent.WORDS[:6])
+    with trainer.open(samples=False), pytest.raises(TrainingError, match=r"number of items of sft\.examples 8 -> 6"):
+        trainer.sft()
+    Trainer(config_in(tmp_path, steps=1)).fit()
+    monkeypatch.setattr(toy_agent, "WORDS", toy_agent.WORDS[:5])
+    with pytest.raises(TrainingError, match=r"number of items of train\.tasks 6 -> 5"):
+        Trainer(config_in(tmp_path, steps=2)).fit()
+    Trainer(config_in(tmp_path, steps=2), accept_changes=True).fit()
+    assert len(metrics_of(tmp_path)) == 6
+
+
 # --- what cannot start ----------------------------------------------------------------------------------------------
 
 
@@ -561,14 +690,6 @@ def test_the_reference_of_the_kl_term_is_the_adapter_as_grpo_began(tmp_path: Pat
     fresh = config_in(tmp_path / "fresh", beta=0.5, steps=1)
     Trainer(fresh).fit()
     assert load_checkpoint(tmp_path / "fresh" / "run" / "checkpoints" / "step-000001").references == {}
-
-
-def test_a_checkpoint_of_other_roles_or_another_size_is_refused(tmp_path: Path) -> None:
-    Trainer(config_in(tmp_path, steps=1)).fit()
-    with pytest.raises(TrainingError, match="has the roles solver, agent_roles has judge; choose another"):
-        Trainer(config_in(tmp_path, role="judge")).fit()
-    with pytest.raises(TrainingError, match=r"adapter of role 'solver' does not fit: .* another lora_r"):
-        Trainer(config_in(tmp_path, lora_r=4)).fit()
 
 
 @pytest.mark.parametrize(

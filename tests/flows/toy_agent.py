@@ -33,15 +33,19 @@ def examples() -> list[dict[str, Any]]:
     ]
 
 
+def few_examples() -> list[dict[str, Any]]:
+    return examples()[:3]
+
+
 def messages(task: Task) -> list[dict[str, str]]:
     return [{"role": "user", "content": task["question"]}]
 
 
-def answer(task: Task) -> str:
+def answer(task: Task, role: str = "solver") -> str:
     """One call. The headers say to which rollout it belongs; a framework's instrumentor would send them too."""
     plain = openai.DefaultHttpxClient(verify=False)  # reading certificates takes as long as the call
     with openai.OpenAI(default_headers=agl.headers(), max_retries=0, http_client=plain) as client:
-        reply = client.chat.completions.create(model="solver", messages=messages(task))
+        reply = client.chat.completions.create(model=role, messages=messages(task))
     return reply.choices[0].message.content or ""
 
 
@@ -65,6 +69,17 @@ def moody_answer(task: Task) -> str:
     if task["mood"] == "raise":
         raise RuntimeError(f"no {task['id']} today")
     return text
+
+
+def judge_answer(task: Task) -> str:
+    return answer(task, "judge")
+
+
+def held_answer(task: Task) -> str:
+    """The first task's is held until its release."""
+    if task["id"] == WORDS[0]:
+        release.wait(30)
+    return answer(task)
 
 
 interrupt_after: list[int] = []

@@ -3,11 +3,13 @@
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from agl.cli.command import add_command, add_json_option
 from agl.config import Config
+from agl.errors import TrainingError
 
 EXAMPLE = Path("examples/sql_agent")
 
@@ -63,6 +65,7 @@ def demo_command(subparsers: Any) -> None:
     parser.add_argument(
         "--fresh", action="store_true", help="delete an earlier run in the output folder and start again"
     )
+    _add_accept_changes(parser)
     add_json_option(parser)
 
 
@@ -71,7 +74,16 @@ def _add(
 ) -> argparse.ArgumentParser:
     parser = add_command(subparsers, name, run, description, example or f"agl {name} {EXAMPLE}/config.yaml")
     parser.add_argument("config", type=Path, help="YAML configuration file")
+    _add_accept_changes(parser)
     return parser
+
+
+def _add_accept_changes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="resume although the configuration or the base model changes what is trained",
+    )
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -84,7 +96,8 @@ def _sft(arguments: argparse.Namespace) -> int:
 
     def tune() -> None:
         with trainer.open(samples=False):
-            trainer.sft()
+            if not trainer.sft():
+                raise TrainingError("no supervised step was taken")
 
     return _run_distributed(trainer, tune)
 
@@ -115,6 +128,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     name, config = ("demo-tiny", "tiny.yaml") if arguments.tiny else ("demo", "config.yaml")
     demo = Demo.of(EXAMPLE / config, arguments.output or Path("runs") / name, seed=arguments.seed)
+    demo = replace(demo, accepts_changes=arguments.accept_changes)
     if arguments.fresh:
         demo.start_over()
     try:
@@ -131,7 +145,7 @@ def _trainer(arguments: argparse.Namespace) -> Any:
     # Imported after the configuration is validated, because it loads torch.
     from agl_trainer.loop.trainer import Trainer
 
-    return Trainer(config)
+    return Trainer(config, accept_changes=arguments.accept_changes)
 
 
 def _run_distributed(trainer: Any, lead: Callable[[], None]) -> int:

@@ -70,8 +70,14 @@ class Checkpoint:
     """Owner of an adapter to `optimizer.state_dict()`."""
     config: str
     """`Config.to_yaml()`."""
+    base: Mapping[str, str] = field(default_factory=dict)
+    """`fingerprint` of the base model."""
     phase_step: int = 0
     """Steps done in the phase."""
+    epoch_size: int = 0
+    """Tasks or examples of an epoch of the phase."""
+    open_groups: list[int] = field(default_factory=list)
+    """Numbers of the groups that were in flight beside the training."""
     references: Mapping[str, Tensors] | None = None
     """Owner of an adapter to the adapter as GRPO began, except fresh ones; None: not kept."""
     baselines: dict[str, float] = field(default_factory=dict)

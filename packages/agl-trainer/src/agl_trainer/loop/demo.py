@@ -21,6 +21,8 @@ class Demo:
 
     config: Config
     folder: Path
+    accepts_changes: bool = False
+    """It resumes although the example, or its seed, has changed."""
 
     @classmethod
     def of(cls, config_path: Path, folder: Path, *, seed: int) -> Self:
@@ -38,7 +40,7 @@ class Demo:
 
     def run(self) -> list[EvalResult]:
         """Run the remaining phases; returns the evaluations `base`, `sft` and `grpo`."""
-        trainer = Trainer(self.config)
+        trainer = Trainer(self.config, accept_changes=self.accepts_changes)
         with trainer.open():
             base = self._evaluated(trainer, "base")
             trainer.sft()

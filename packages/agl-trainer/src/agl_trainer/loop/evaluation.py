@@ -56,7 +56,7 @@ def evaluate_step(training: Training) -> EvalResult:
     training.forget_prompts()
     state.best = next_best(state.best, state.step, result.mean())
     if state.best.waited == 0:
-        save_checkpoint(_best_folder(training), state.to_checkpoint(training.policy, training.config))
+        save_checkpoint(_best_folder(training), training.checkpoint())
     return result
 
 

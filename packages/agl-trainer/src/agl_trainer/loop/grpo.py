@@ -37,6 +37,8 @@ def run_grpo(training: Training, *, from_store: bool = False) -> None:
     training.enter(GRPO, train.learning_rate)
     training.state.keep_references(training.policy, train)
     done = training.state.phase_step
+    if done >= train.steps:
+        training.progress.note(f"{train.algorithm}: all {train.steps} steps are done; more need a higher train.steps")
     with _open_source(training, from_store=from_store) as source:
         if train.eval_every and done == 0:
             evaluate_step(training)
@@ -68,7 +70,7 @@ class _GrpoStep:
         rollouts = self._draw(source, roles, clock)
         warn_of_shared_seeds(rollouts.trajectories)
         warn_of_unused_weights(rollouts.trajectories, {name: role.weights for name, role in roles.items()})
-        source.prefetch(self.number)
+        state.open_groups = source.prefetch(self.number)
         clock.lap("rollouts")
         stats = self._train(rollouts)
         clock.lap("update")
@@ -152,10 +154,12 @@ def _open_unjudged_source(training: Training, *, from_store: bool) -> Iterator[R
         yield StoreSource(training.store, TaskStream.of(stored_groups(training.store, train.traces), train))
         return
     tasks = TaskStream.of(load_list(train.tasks, "train.tasks"), train)
+    training.count_items("train.tasks", len(tasks.items))
     agents = AgentSource(training.rollouts, tasks, training.run, train.group_size, train.seed)
     if not train.asynchronous:
         yield agents
         return
     steps_left = train.steps - training.state.phase_step
-    with AsyncAgentSource.open(agents, train, training.state.position, steps_left) as ahead:
+    state = training.state
+    with AsyncAgentSource.open(agents, train, state.position, steps_left, state.open_groups) as ahead:
         yield ahead

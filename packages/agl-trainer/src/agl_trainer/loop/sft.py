@@ -1,5 +1,6 @@
 """The supervised phase: steps on examples, or on rollouts of the store."""
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,13 +27,22 @@ from agl_trainer.loop.training import Training
 from agl_trainer.rollout.traces import read_traces
 
 
-def run_sft(training: Training) -> None:
-    """All remaining supervised steps; none once GRPO has begun. Raises ConfigError without a section `sft`."""
+def run_sft(training: Training) -> bool:
+    """All remaining supervised steps; none, and False, once GRPO has begun.
+
+    Raises ConfigError without a section `sft`.
+    """
     config = training.config.sft
     if config is None:
         raise ConfigError("the configuration has no `sft` section; `agl sft` needs sft.examples or sft.traces")
-    if training.state.phase == SFT:
-        SftPhase(training, config).run()
+    if training.state.phase != SFT:
+        training.progress.note(
+            f"sft: takes no step, because GRPO has begun in {training.folder} (step {training.state.step}); to "
+            "fine-tune first, choose another train.output_dir"
+        )
+        return False
+    SftPhase(training, config).run()
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +57,11 @@ class SftPhase:
         for epoch in range(config.epochs):
             plan += epoch_batches(examples, config.batch_size, epoch, training.train.seed)
         training.enter(SFT, config.learning_rate)
-        done = training.state.position
+        training.count_items("sft.examples" if config.examples else "sft.traces", len(examples))
+        ends = itertools.accumulate(len(batch) for batch in plan)
+        done = sum(end <= training.state.position for end in ends)
+        if done == len(plan):
+            training.progress.note(f"sft: all {config.epochs} epochs are done; more need a higher sft.epochs")
         training.progress.start(SFT, step=done, steps=len(plan))
         for number, batch in enumerate(plan[done:], start=done + 1):
             started = time.monotonic()
@@ -88,7 +102,7 @@ class SftPhase:
                 pack_tokens=training.train.pack_tokens,
                 max_grad_norm=training.train.max_grad_norm,
             )
-            training.state.count_step(training.policy, 1, set() if stats.was_skipped else set(sharing))
+            training.state.count_step(training.policy, len(batch), set() if stats.was_skipped else set(sharing))
         metrics = {f"sft/{role}/{name}": value for name, value in stats.metrics.items()}
         if self.config.traces is not None:
             calls = [(call, row.weight) for example, row in zip(batch, rows, strict=True) for call in example.calls]

@@ -1,7 +1,7 @@
 """The state of a training between two steps: its counters and optimizers, saved to and restored from checkpoints."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 import torch
 
@@ -44,6 +44,10 @@ class TrainingState:
     """Tasks or examples drawn in this phase."""
     phase_step: int = 0
     """Steps done in this phase."""
+    epoch_size: int = 0
+    """Tasks or examples of an epoch of this phase."""
+    open_groups: list[int] = field(default_factory=list)
+    """Numbers of the groups in flight beside the training."""
     baselines: dict[str, float] = field(default_factory=dict)
     """Role to the running mean of its rewards."""
     baseline_weights: dict[str, float] = field(default_factory=dict)
@@ -58,9 +62,12 @@ class TrainingState:
         """Begin `phase`, or continue in it."""
         if self.phase != phase:
             self.phase, self.position, self.phase_step, self.best, self.optimizers = phase, 0, 0, None, {}
+            self.epoch_size, self.open_groups = 0, []
         for owner in policy.adapters:
             if owner not in self.optimizers:
-                self.optimizers[owner] = _new_optimizer(policy, owner, learning_rate)
+                self.optimizers[owner] = _new_optimizer(policy, owner)
+            for group in self.optimizers[owner].param_groups:
+                group["lr"] = learning_rate
 
     def keep_references(self, policy: Policy, loss: PolicyLossConfig) -> None:
         """Copy the adapters as GRPO begins if they are the reference of its KL term.
@@ -80,19 +87,22 @@ class TrainingState:
             )
 
     def count_step(self, policy: Policy, drawn: int, updated: set[str]) -> None:
-        """Count a step that drew `drawn` tasks or batches and updated the roles `updated`."""
+        """Count a step that drew `drawn` tasks or examples and updated the roles `updated`."""
         self.step += 1
         self.phase_step += 1
         self.position += drawn
         for role in updated:
             policy.versions[role] += 1
 
-    def to_checkpoint(self, policy: Policy, config: Config) -> Checkpoint:
+    def to_checkpoint(self, policy: Policy, config: Config, base: Mapping[str, str]) -> Checkpoint:
+        """`base`: fingerprint of the base model."""
         return Checkpoint(
             step=self.step,
             phase=self.phase,
             position=self.position,
             phase_step=self.phase_step,
+            epoch_size=self.epoch_size,
+            open_groups=self.open_groups,
             baselines=self.baselines,
             baseline_weights=self.baseline_weights,
             best=asdict(self.best) if self.best else None,
@@ -102,32 +112,30 @@ class TrainingState:
             adapter_configs={role: policy.adapter_config(role) for role in policy.roles},
             optimizers={owner: optimizer.state_dict() for owner, optimizer in self.optimizers.items()},
             config=config.to_yaml(),
+            base=base,
         )
 
 
-def restore(checkpoint: Checkpoint, policy: Policy, folder: Path) -> TrainingState:
+def restore(checkpoint: Checkpoint, policy: Policy) -> TrainingState:
     """The state in `checkpoint`; also restores adapters and random number generators.
 
-    Raises TrainingError if the policy has other roles; `folder` is the output folder of the training.
+    Roles that the checkpoint lacks keep their fresh adapters. Raises TrainingError if an adapter does not fit.
     """
-    if set(checkpoint.adapters) != set(policy.roles):
-        raise TrainingError(
-            f"the checkpoint in {folder} has the roles {', '.join(checkpoint.adapters)}, agent_roles has "
-            f"{', '.join(policy.roles)}; choose another train.output_dir"
-        )
-    for role, adapter in checkpoint.adapters.items():
-        policy.load_adapter(role, adapter, checkpoint.versions[role])
+    for role in policy.roles:
+        if role in checkpoint.adapters:
+            policy.load_adapter(role, checkpoint.adapters[role], checkpoint.versions[role])
     state = TrainingState(checkpoint.step, checkpoint.phase, checkpoint.position, checkpoint.phase_step)
+    state.epoch_size, state.open_groups = checkpoint.epoch_size, list(checkpoint.open_groups)
     state.baselines, state.baseline_weights = dict(checkpoint.baselines), dict(checkpoint.baseline_weights)
     state.best = Best(**checkpoint.best) if checkpoint.best else None
     state.references = None if checkpoint.references is None else dict(checkpoint.references)
-    for owner, optimizer_state in checkpoint.optimizers.items():
-        optimizer = _new_optimizer(policy, owner, 0.0)  # the learning rate is part of the state
-        optimizer.load_state_dict(optimizer_state)
-        state.optimizers[owner] = optimizer
+    for owner in policy.adapters:
+        if owner in checkpoint.optimizers:
+            state.optimizers[owner] = _new_optimizer(policy, owner)
+            state.optimizers[owner].load_state_dict(checkpoint.optimizers[owner])
     rng.restore(checkpoint.rng)
     return state
 
 
-def _new_optimizer(policy: Policy, owner: str, learning_rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(policy.parameters(owner), lr=learning_rate, weight_decay=0.0)
+def _new_optimizer(policy: Policy, owner: str) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(policy.parameters(owner), weight_decay=0.0)

@@ -22,20 +22,22 @@ from agl_trainer.report.scoring import Sampling
 class Trainer:
     """Trains the roles of a configuration. Use `open` as a context manager, or `fit` for the whole training.
 
-    A training that was killed or interrupted resumes at its last checkpoint in `train.output_dir`.
+    A training that was killed or interrupted resumes at its last checkpoint in `train.output_dir`. It refuses a
+    configuration, or a base model, that changes what is trained, unless `accept_changes` is True.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, accept_changes: bool = False) -> None:
         self.config = config
+        self._accepts_changes = accept_changes
         self.train = config.require_train()
         self.folder = Path(self.train.output_dir)
         self.run = self.folder.name
         self._opened: Training | None = None
 
     @classmethod
-    def from_config(cls, path: str | Path) -> Self:
+    def from_config(cls, path: str | Path, *, accept_changes: bool = False) -> Self:
         """Raises ConfigError as `Config.load`, also without a section `train`."""
-        return cls(Config.load(path))
+        return cls(Config.load(path), accept_changes=accept_changes)
 
     @contextmanager
     def open(self, *, samples: bool = True, resumes: bool = True) -> Iterator[Self]:
@@ -48,7 +50,7 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
         opened = open_session(self.config) if samples else open_store_session(self.config)
         with opened as session, Progress() as progress:
-            training = Training(self.config, session, progress)
+            training = Training(self.config, session, progress, accepts_changes=self._accepts_changes)
             if resumes:
                 training.resume()
             self._opened = training
@@ -74,9 +76,9 @@ class Trainer:
         with self.open(samples=not from_store):
             self.grpo(from_store=from_store)
 
-    def sft(self) -> None:
-        """All remaining supervised steps; none once GRPO has begun."""
-        run_sft(self._training)
+    def sft(self) -> bool:
+        """All remaining supervised steps; once GRPO has begun, none: a line says so, and it returns False."""
+        return run_sft(self._training)
 
     def grpo(self, *, from_store: bool = False) -> None:
         """All remaining GRPO steps, on new rollouts or on those of the store, unless `train.early_stop` ends them."""

@@ -1,6 +1,6 @@
 """An open training: what its phases share."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -8,10 +8,13 @@ from agl.config import Config
 from agl.errors import TrainingError
 from agl.store import Resource
 from agl_trainer.loop.call_log import CallLog
-from agl_trainer.loop.checkpoint import load_latest, prune, save_checkpoint
+from agl_trainer.loop.changes import ANY, Change, changes_since, listed
+from agl_trainer.loop.checkpoint import Checkpoint, load_latest, prune, save_checkpoint
+from agl_trainer.loop.policy_setup import base_folder
 from agl_trainer.loop.session import Session
 from agl_trainer.loop.state import TrainingState, restore
 from agl_trainer.model.adapter_files import save_adapter
+from agl_trainer.model.fingerprint import fingerprint
 from agl_trainer.report.metrics import MetricsLog
 from agl_trainer.report.progress import Progress
 from agl_trainer.report.trackers import open_trackers
@@ -21,7 +24,8 @@ from agl_trainer.rollout.rollouts import Rollouts
 class Training:
     """Session, state, metrics and checkpoints of a training."""
 
-    def __init__(self, config: Config, session: Session, progress: Progress) -> None:
+    def __init__(self, config: Config, session: Session, progress: Progress, *, accepts_changes: bool = False) -> None:
+        """`accepts_changes`: it resumes although what it trains has changed since the checkpoint."""
         self.config = config
         self.train = config.require_train()
         self.session = session
@@ -31,6 +35,11 @@ class Training:
         self.folder = Path(self.train.output_dir)
         self.run = self.folder.name
         self.state = TrainingState()
+        self.base = fingerprint(base_folder(config), session.policy.tokenizer)
+        """Fingerprint of the base model."""
+        self._accepts_changes = accepts_changes
+        self._changes: list[Change] = []
+        """Changes that the phase of the checkpoint does not accept."""
         self.call_log = CallLog(session.store, self.run)
         self._metrics: MetricsLog | None = None
         serving = session.serving
@@ -44,14 +53,45 @@ class Training:
         return self._rollouts
 
     def resume(self) -> None:
-        """Restore the latest checkpoint, if there is one."""
-        if checkpoint := load_latest(self.folder / "checkpoints"):
-            self.state = restore(checkpoint, self.policy, self.folder)
+        """Restore the latest checkpoint, if there is one.
+
+        Changes of what is trained raise TrainingError unless they are accepted; others are applied and named.
+        """
+        checkpoint = load_latest(self.folder / "checkpoints")
+        if checkpoint is None:
+            return
+        changes = changes_since(checkpoint, self.config, self.base)
+        self._refuse([change for change in changes if change.fixed_in == ANY])
+        self.state = restore(checkpoint, self.policy)
+        self._changes = [change for change in changes if change.fixed_in == self.state.phase]
+        applied = [change for change in changes if self._accepts_changes or change not in self._changes]
+        if applied:
+            self.progress.note(f"resumed at step {self.state.step} with changes: {listed(applied)}")
+
+    def _refuse(self, changes: Sequence[Change]) -> None:
+        if changes and not self._accepts_changes:
+            raise TrainingError(
+                f"{self.folder} was trained with another configuration: {listed(changes)}. Change it back, choose "
+                "another train.output_dir to start anew, or accept the changes with --accept-changes "
+                "(Trainer(config, accept_changes=True))"
+            )
 
     def enter(self, phase: str, learning_rate: float) -> None:
-        """Begin `phase`, or continue in it."""
+        """Begin `phase`, or continue in it, unless what it trains on has changed: raises TrainingError."""
+        if self.state.phase == phase:
+            self._refuse(self._changes)
         self.forget_prompts()
         self.state.enter(phase, self.policy, learning_rate)
+
+    def count_items(self, key: str, count: int) -> None:
+        """Remember that an epoch has `count` items, which `key` names. Raises TrainingError if it had another number.
+
+        The position in the phase counts items, so it is that of other items if their number changes.
+        """
+        saved = self.state.epoch_size
+        if saved and saved != count:
+            self._refuse([Change(f"the number of items of {key}", saved, count, self.state.phase)])
+        self.state.epoch_size = count
 
     def tokens_sampled(self) -> int | None:
         """Tokens sampled since the engine was opened; None if there is no engine or it does not count them."""
@@ -82,8 +122,12 @@ class Training:
     def save(self) -> None:
         """Write a checkpoint of the current state."""
         checkpoints = self.folder / "checkpoints"
-        save_checkpoint(checkpoints, self.state.to_checkpoint(self.policy, self.config))
+        save_checkpoint(checkpoints, self.checkpoint())
         prune(checkpoints, self.state.step)
+
+    def checkpoint(self) -> Checkpoint:
+        """The current state."""
+        return self.state.to_checkpoint(self.policy, self.config, self.base)
 
     def publish(self) -> None:
         """Write the adapter of each role to `adapters/<role>@<n>`, register it in the store, and serve it."""

@@ -58,8 +58,8 @@ class JudgedSource:
         ]
         return RolloutBatch(batch.outcomes, trajectories, {**batch.metrics, **_metrics(judgements)})
 
-    def prefetch(self, step: int) -> None:
-        self.source.prefetch(step)
+    def prefetch(self, step: int) -> list[int]:
+        return self.source.prefetch(step)
 
     def _judge_group(self, group: Sequence[Trajectory], role: str | None) -> Judgement | None:
         members = [(trajectory, self.store.query_spans(trajectory.rollout_id)) for trajectory in group]

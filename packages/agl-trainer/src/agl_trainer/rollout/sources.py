@@ -35,8 +35,11 @@ class RolloutSource(Protocol):
         """Groups number `groups` of `step`; `position` is the number of groups that earlier steps drew."""
         ...
 
-    def prefetch(self, step: int) -> None:
-        """Start rollouts of later steps; called once `step` has drawn its groups, before it trains."""
+    def prefetch(self, step: int) -> list[int]:
+        """Start rollouts of later steps; called once `step` has drawn its groups, before it trains.
+
+        Returns the numbers of the groups that a training that stops now has to run again when it resumes.
+        """
         ...
 
 
@@ -78,8 +81,9 @@ class AgentSource:
         self.rollouts.make_live()
         return _read_back(self.rollouts, self.rollouts.run(rollouts))
 
-    def prefetch(self, step: int) -> None:
+    def prefetch(self, step: int) -> list[int]:
         """Does nothing: rollouts started before the update would sample from the old weights."""
+        return []
 
     def group(self, name: str, number: int) -> list[Rollout]:
         """Rollouts of task `number` of the stream, as group `name`."""
@@ -93,46 +97,53 @@ class AsyncAgentSource:
 
     agents: AgentSource
     pool: GroupPool
+    interrupted: list[int]
+    """Numbers of the groups that were in flight when the training stopped; launched before new ones."""
     next_number: int
-    """Number of the next group to launch."""
+    """Number of the next new group."""
     last_number: int
     """End of the range of groups that the training needs."""
     groups_per_step: int
 
     @classmethod
     @contextmanager
-    def open(cls, agents: AgentSource, train: TrainConfig, position: int, steps: int) -> "Iterator[AsyncAgentSource]":
-        """`position`: groups drawn so far; `steps`: steps left."""
+    def open(
+        cls, agents: AgentSource, train: TrainConfig, position: int, steps: int, interrupted: Sequence[int] = ()
+    ) -> "Iterator[AsyncAgentSource]":
+        """`position`: groups drawn so far; `steps`: steps left; `interrupted`: groups in flight at the checkpoint."""
         run = partial(agents.rollouts.run, shows_progress=False)
         concurrency = max(1, train.concurrency // train.group_size)
         max_lag = train.max_staleness or 1
         with GroupPool(agents.rollouts.store, run, max_lag=max_lag, concurrency=concurrency) as pool:
             needed = position + steps * train.groups_per_step
-            yield cls(agents, pool, position, needed, train.groups_per_step)
+            yield cls(agents, pool, [*interrupted], position + len(interrupted), needed, train.groups_per_step)
 
     def draw(self, step: int, position: int, groups: range) -> RolloutBatch:
         if not self.pool.pending:  # the first step
             self._launch(step, self.pool.max_lag * self.groups_per_step)
         missing = len(groups) - len(self.pool.pending)
         if missing > 0:  # a step that replaces groups needs more than were planned
-            self.last_number = max(self.last_number, self.next_number + missing)
+            self.last_number = max(self.last_number, self.next_number + missing - len(self.interrupted))
             self._launch(step, missing)
         self.agents.rollouts.progress.update(waiting_for=f"{len(groups)} of {len(self.pool.pending)} groups")
         taken = self.pool.take(len(groups), step)
         return _read_back(self.agents.rollouts, [outcome for group in taken for outcome in group.outcomes or ()])
 
-    def prefetch(self, step: int) -> None:
+    def prefetch(self, step: int) -> list[int]:
         self._launch(step, self.pool.max_lag * self.groups_per_step - len(self.pool.pending))
+        return sorted([*self.interrupted, *(group.number for group in self.pool.pending)])
 
     def _launch(self, step: int, count: int) -> None:
-        """Launch up to `count` groups under the current weights, none beyond `last_number`."""
-        last = min(self.next_number + count, self.last_number)
-        if last > self.next_number:
+        """Launch up to `count` groups under the current weights, the interrupted first, none beyond `last_number`."""
+        waiting = [*self.interrupted, *range(self.next_number, self.last_number)]
+        numbers = waiting[: max(0, count)]
+        if numbers:
             self.agents.rollouts.make_live()
-        for number in range(self.next_number, last):
+        for number in numbers:
             name = f"{self.agents.run}-g{number:06d}"
             self.pool.launch(GroupRun(number, step, self.agents.group(name, number)))
-        self.next_number = max(last, self.next_number)
+        self.next_number += max(0, len(numbers) - len(self.interrupted))
+        self.interrupted = self.interrupted[len(numbers) :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +163,9 @@ class StoreSource:
         self._taken.update(fresh)
         return RolloutBatch([], load_groups(self.store, list(fresh.values())))
 
-    def prefetch(self, step: int) -> None:
+    def prefetch(self, step: int) -> list[int]:
         """Does nothing: these rollouts have already run."""
+        return []
 
 
 def _read_back(rollouts: Rollouts, outcomes: list[Outcome]) -> RolloutBatch:

@@ -1,0 +1,207 @@
+"""What has changed in a configuration since its last checkpoint, and which changes a resumed training accepts."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from agl.config import Config
+from agl.errors import ConfigError, TrainingError
+from agl_trainer.loop.checkpoint import Checkpoint
+from agl_trainer.loop.state import GRPO, SFT
+
+FIXED = frozenset(
+    {
+        "rewards",
+        "agent_roles.gamma",
+        "agent_roles.turn_gamma",
+        "agent_roles.<role>.lora_r",
+        "agent_roles.<role>.lora_alpha",
+        "agent_roles.<role>.adapter",
+        "agent_roles.<role>.frozen",
+        "agent_roles.<role>.rewards",
+        "train.seed",
+        "train.load_in_4bit",
+    }
+)
+"""Keys that define what is trained. A key stands for those below it."""
+
+FIXED_IN = {
+    SFT: frozenset({"sft.examples", "sft.traces"}),
+    GRPO: frozenset(
+        {
+            "train.algorithm",
+            "train.agent",
+            "train.tasks",
+            "train.traces",
+            "train.reward",
+            "train.failed_reward",
+            "train.shuffle",
+            "train.asynchronous",
+            "train.advantage",
+            "train.loss",
+            "train.normalization",
+            "train.importance_sampling_level",
+        }
+    ),
+}
+"""Phase to keys that define what it trains on; they may change as long as it has not begun."""
+
+STEERING = frozenset(
+    {
+        "store_uri",
+        "queue_uri",
+        "collector",
+        "queue",
+        "gateway",
+        "judge",
+        "engine.kind",
+        "engine.max_batch",
+        "engine.max_model_len",
+        "engine.tolerance",
+        "sft.epochs",
+        "sft.batch_size",
+        "sft.learning_rate",
+        "train.model",  # another name of the same model; the fingerprint tells models apart
+        "train.min_reward",
+        "train.eval_tasks",
+        "train.instrument",
+        "train.group_size",
+        "train.groups_per_step",
+        "train.minibatches",
+        "train.steps",
+        "train.dynamic_sampling",
+        "train.eval_every",
+        "train.early_stop",
+        "train.alternate_steps",
+        "train.learning_rate",
+        "train.temperature",
+        "train.eval_temperature",
+        "train.max_tokens",
+        "train.max_grad_norm",
+        "train.pack_tokens",
+        "train.concurrency",
+        "train.timeout_s",
+        "train.engine_retries",
+        "train.bf16",
+        "train.gradient_checkpointing",
+        "train.fsdp",
+        "train.compile",
+        "train.deterministic",
+        "train.output_dir",
+        "train.report_to",
+        "train.scale_rewards",
+        "train.max_at_k",
+        "train.ema_decay",
+        "train.epsilon",
+        "train.epsilon_high",
+        "train.delta",
+        "train.beta",
+        "train.reference",
+        "train.use_bias_correction_kl",
+        "train.entropy_coef",
+        "train.top_entropy_quantile",
+        "train.mask_truncated_completions",
+        "train.overlong_buffer",
+        "train.overlong_penalty",
+        "train.off_policy_mask_threshold",
+        "train.importance_sampling_mode",
+        "train.importance_sampling_clip_max",
+        "train.importance_sampling_clip_min",
+        "train.max_staleness",
+        "train.logprobs_mode",
+        "train.sapo_temperature_pos",
+        "train.sapo_temperature_neg",
+        "train.vespo_k_pos",
+        "train.vespo_lambda_pos",
+        "train.vespo_k_neg",
+        "train.vespo_lambda_neg",
+    }
+)
+"""Keys that say how the training goes on: a change is applied, and named when the training resumes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A key with its value in the checkpoint, and the value given now; None: not set."""
+
+    key: str
+    saved: Any
+    given: Any
+    fixed_in: str | None
+    """The phase that refuses the change, `ANY` for all; None: it is applied."""
+
+    def __str__(self) -> str:
+        return f"{self.key} {_shown(self.saved)} -> {_shown(self.given)}"
+
+
+ANY = "any"
+
+
+def changes_since(checkpoint: Checkpoint, config: Config, base: Mapping[str, str]) -> list[Change]:
+    """Changes of the configuration, and of the base model's fingerprint `base`, since `checkpoint`.
+
+    Raises TrainingError if the checkpoint's configuration has keys that this version does not know.
+    """
+    try:
+        saved = Config.parse(yaml.safe_load(checkpoint.config), "the checkpoint's configuration")
+    except ConfigError as error:
+        raise TrainingError(f"another version of agl wrote the checkpoint: {error}") from error
+    before, after = saved.require_train().model, config.require_train().model
+    differing = ", ".join(part for part in base if base[part] != checkpoint.base.get(part))
+    changes = [Change(f"train.model ({differing} differ)", before, after, ANY)] if differing else []
+    changes += _role_changes(saved, config)
+    kept = saved.agent_roles.roles.keys() & config.agent_roles.roles.keys()
+    one, other = _leaves(saved, kept), _leaves(config, kept)
+    for key in one | other:
+        if one.get(key) != other.get(key) and not (differing and key == "train.model"):
+            changes.append(Change(key, one.get(key), other.get(key), phase_of(key)))
+    return changes
+
+
+def phase_of(key: str) -> str | None:
+    """The phase that refuses a change of `key`, `ANY` for all, or None. Raises KeyError if it is not classified."""
+    parts = key.split(".")
+    if parts[0] == "agent_roles" and len(parts) > 2:
+        parts[1] = "<role>"
+    above = {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
+    if above & FIXED:
+        return ANY
+    for phase, keys in FIXED_IN.items():
+        if above & keys:
+            return phase
+    if above & STEERING:
+        return None
+    raise KeyError(key)
+
+
+def listed(changes: Iterable[Change]) -> str:
+    return ", ".join(map(str, changes))
+
+
+def _role_changes(saved: Config, given: Config) -> list[Change]:
+    before, after = saved.agent_roles.roles, given.agent_roles.roles
+    if before.keys() == after.keys():
+        return []
+    return [Change("the names in agent_roles", ", ".join(before), ", ".join(after), ANY)]
+
+
+def _leaves(config: Config, roles: Iterable[str]) -> dict[str, Any]:
+    """Dotted key to value of everything that is set; of the roles only `roles`."""
+    data = yaml.safe_load(config.to_yaml())
+    for role in config.agent_roles.roles.keys() - set(roles):
+        del data["agent_roles"][role]
+    return dict(_flattened(data, ""))
+
+
+def _flattened(value: Any, key: str) -> Iterable[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield key, value
+        return
+    for name, item in value.items():
+        yield from _flattened(item, f"{key}.{name}" if key else str(name))
+
+
+def _shown(value: Any) -> str:
+    return "(not set)" if value is None else str(value)
