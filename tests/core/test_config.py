@@ -76,3 +76,8 @@ def test_what_only_a_shell_expands_is_refused(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match="read without a shell"):
             open_store(f"sqlite:///{path}/agl.db")
     assert not [*tmp_path.glob("*~*"), *tmp_path.glob("*$*")]
+
+
+def test_without_a_role_there_is_nothing_to_train() -> None:
+    with pytest.raises(ConfigError, match="agent_roles names no role to train"):
+        Config.parse({"train": {"model": "tiny"}}).require_roles()

@@ -22,6 +22,7 @@ ALLOWED = {
 
 ROOMS = {
     "agl": {
+        "__main__": "cli",
         "cli": "server_thread queue trajectory store server config otlp span tokens semconv errors",
         "server_thread": "collector gateway queue store server config errors",
         "collector": "store server config errors",

@@ -55,7 +55,9 @@ ROLES = ("planner", "executor")
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _FILE = re.compile(r"# (\S+\.(?:py|yaml))\n")
-_RUN = re.compile(r"opentelemetry-instrument |agl (config|inspect|spans|store|trajectories) |agl (sft|train) colours/")
+_RUN = re.compile(
+    r"opentelemetry-instrument |agl (config|inspect|rollouts|spans|store|trajectories)\b|agl (sft|train) colours/"
+)
 _LINK = re.compile(r"\[[^]]*\]\(([^)#:]*)(?:#([^)]*))?\)")
 _SOURCE = re.compile(r"`([\w/.-]+\.(?:py|yaml|toml|md|txt))`")
 

@@ -121,13 +121,19 @@ def test_a_request_served_from_a_cache_joins_nothing(store: Store) -> None:
     assert 6 not in numbers(store.query_spans("r1"))  # A call with a parent is in the right trace already.
 
 
-def test_last_rollout_prefers_spans_that_name_a_rollout(store: Store) -> None:
+def test_the_last_rollout_is_that_of_the_span_that_arrived_last(store: Store) -> None:
     assert store.last_rollout_id() is None
     store.append_spans([make_span(1)])
     assert store.last_rollout_id() == TRACE
     store.append_spans([make_span(2, rollout="old", start_ns=50), make_span(3, rollout="new", start_ns=40)])
-    store.append_spans([make_span(4, trace=OTHER_TRACE)])
     assert store.last_rollout_id() == "new"
+    store.append_spans([make_span(4, trace=OTHER_TRACE)])  # a rollout that no span names
+    assert store.last_rollout_id() == OTHER_TRACE
+    store.append_spans([make_span(5)])  # in the trace of both named rollouts
+    assert store.last_rollout_id() == "new"
+    store.append_spans([asked(6, "answer", rollout="old")])
+    store.append_spans([answered(7, "answer")])  # a gateway call without a parent
+    assert store.last_rollout_id() == "old"
 
 
 def test_rollouts_are_those_that_spans_name_and_traces_of_which_no_span_names_one(store: Store) -> None:

@@ -32,6 +32,7 @@ AGL = Path(sys.executable).with_name("agl")
 COMMANDS = [
     ["serve"],
     ["inspect"],
+    ["rollouts"],
     ["trajectories"],
     ["spans", "export"],
     ["spans", "import"],
@@ -97,11 +98,30 @@ def test_help_lists_our_commands_and_those_of_plug_ins() -> None:
     listed = set(re.findall(r"^    (\w+)", text, re.MULTILINE))
     assert {"serve", "inspect", "trajectories", "spans", "store", "config", "doctor"} <= listed
     assert {"train", "sft", "eval", "demo"} <= listed
+    assert re.search(r"^    train +train the adapters", text, re.MULTILINE)
+    assert {len(line) > 80 for line in text.splitlines()} == {False}
+
+
+@pytest.mark.parametrize("command", ["adapters", "spans", "store", "config"])
+def test_help_of_a_command_lists_its_verbs_with_what_they_do(command: str) -> None:
+    verbs = stdout_of(command, "--help").partition("VERB\n")[2].splitlines()
+    assert verbs and all(re.match(r"    \w+ +\w+|     ", line) for line in verbs), verbs
+
+
+def test_the_package_runs_as_the_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "agl", "--help"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == stdout_of("--help")
 
 
 def test_a_wrong_command_or_option_exits_with_2() -> None:
     assert "invalid choice: 'nope'" in error_of("nope")
-    assert "--upstraem" in error_of("serve", "--upstraem", "x")
+    assert "there is no option --upstraem; did you mean --upstream?" in error_of("serve", "--upstraem", "x")
+    assert "agl inspect: error: there is no option --config" in error_of("inspect", "--last", "--config", "x")
+    assert "agl inspect: error: there is no option -z" in error_of("inspect", "-z", "x")
+    assert "agl: error: there is no option --store" in error_of("--store", "x", "inspect")
+    assert "agl store gc: error: there is no option --older" not in error_of("store", "gc", "--older", "x")
     assert "required" in error_of()
 
 
@@ -134,10 +154,7 @@ def register(subparsers):
     parser.set_defaults(run=lambda arguments: print("hello", arguments.name) or 1)
 """
     install_plugin(tmp_path, code, "[agl.commands]\nhello = demo_plugin:register\nserve = demo_plugin:register\n")
-    listing = stdout_of("--help", path=tmp_path)
-    assert "hello" in listing
-    assert "(from demo-plugin)" in listing
-    assert "imported" not in listing
+    assert re.search(r"^    hello +\(from demo-plugin\)$", stdout_of("--help", path=tmp_path), re.MULTILINE)
     assert "imported" not in stdout_of("serve", "--help", path=tmp_path)
     done = agl("hello", "you", path=tmp_path)
     assert (done.returncode, done.stdout.splitlines()) == (1, ["imported", "hello you"])
@@ -145,6 +162,7 @@ def register(subparsers):
 
 def test_a_plug_in_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
     install_plugin(tmp_path, "import not_there", "[agl.commands]\nhello = demo_plugin:register\n")
+    assert "the command 'hello' cannot be loaded" in stdout_of("--help", path=tmp_path)
     message = error_of("hello", path=tmp_path)
     assert message.startswith("agl: the command 'hello' cannot be loaded (demo_plugin:register)")
     assert "not_there" in message
@@ -450,6 +468,10 @@ def test_serve_names_a_port_in_use_and_a_wrong_upstream() -> None:
         port = str(taken.getsockname()[1])
         assert f"127.0.0.1:{port}" in error_of("serve", "--port", port, "--otlp-http-port", "0")
     assert "the upstream is 'gpt', expected `local` or a base URL" in error_of("serve", "--upstream", "gpt")
+    assert not Path("agl.db").exists()  # a failed start leaves no empty store
+    keep(*rollout_spans())
+    error_of("serve", "--upstream", "gpt")
+    assert stdout_of("store", "count") == "5\n"
 
 
 # --- doctor ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import httpx
 import pytest
 import torch
 
-from agl.config import Config
+from agl.config import AgentRoles, Config
 from agl.errors import ConfigError, TrainingError
 from agl.store import Resource, Store, open_store
 from agl_trainer.loop.serving import local_engine
@@ -120,3 +120,10 @@ def test_an_adapter_of_another_size_is_refused(config: Config, store: Store, tmp
         local_engine(config, store),
     ):
         pass
+
+
+def test_without_roles_the_base_model_answers(config: Config, store: Store) -> None:
+    base_only = config.model_copy(update={"agent_roles": AgentRoles()})
+    with client(config, store) as trained, client(base_only, store) as base:
+        assert [model["id"] for model in base.get("/models").json()["data"]] == ["small"]
+        assert complete(base, "small") == complete(trained, "small")

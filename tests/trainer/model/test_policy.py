@@ -73,11 +73,6 @@ def test_an_invalid_role_name_is_rejected(role: str) -> None:
         small_policy(roles={role: RoleConfig()})
 
 
-def test_without_a_role_there_is_nothing_to_train() -> None:
-    with pytest.raises(ConfigError, match="agent_roles names no role to train"):
-        small_policy(roles={})
-
-
 def test_the_error_names_a_layer_that_is_not_linear() -> None:
     model = get_peft_model(small_model(), LoraConfig(target_modules=["embed_tokens"]))
     with pytest.raises(TrainingError, match=r"layer \S+embed_tokens is a Embedding; only LoRA on linear layers"):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points, version
 from typing import Any
 
+from agl.cli.command import Parser, help_line
 from agl.errors import AglError, CommandError
 
 __all__ = ["main"]
@@ -24,12 +25,13 @@ PLUGINS = "agl.commands"
 class _Command:
     entry_point: EntryPoint
     help: str
+    """Its line in `agl --help`; empty if it has to be loaded to know it."""
 
     def load(self) -> Register:
         """Import the command. Raises CommandError if that fails."""
         try:
             return self.entry_point.load()
-        except (ImportError, AttributeError) as error:
+        except Exception as error:
             raise CommandError(
                 f"the command {self.entry_point.name!r} cannot be loaded ({self.entry_point.value}): {error}"
             ) from error
@@ -38,6 +40,7 @@ class _Command:
 _OWN: Mapping[str, str] = {
     "serve": "run collector, store and gateway in one process",
     "inspect": "show a rollout as a tree: roles, rewards, tokens, and whether each model call trained",
+    "rollouts": "list rollouts, newest first, by mode, role, reward or error, and write SFT examples",
     "trajectories": "print the training rows of rollouts, and a reason for each call that cannot train",
     "spans": "export and import spans as OTLP JSON lines",
     "store": "count, delete, back up and check the contents of a store",
@@ -45,6 +48,14 @@ _OWN: Mapping[str, str] = {
     "doctor": "check packages, store, ports and engine, and say how to fix each problem",
 }
 """Our commands and their help in `agl --help`. Each is the module of that name in this package."""
+
+
+class _Help(argparse.HelpFormatter):
+    """Keeps each command and its help on one line; argparse forgets the indentation of the longest name."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=20)
+        self._action_max_length = 16
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,12 +78,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser of the command in `arguments`; the other commands are listed in its help only."""
-    parser = argparse.ArgumentParser(
+    """The parser of the command in `arguments`; the other commands are listed in its help only.
+
+    Without a command the plug-ins' commands are imported, for their help.
+    """
+    parser = Parser(
         prog="agl",
         description="Train the agent you already have.",
         epilog="agl COMMAND --help shows an example.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20),
+        formatter_class=_Help,
     )
     parser.add_argument("--version", action="version", version=f"agl-core {version('agl-core')}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -81,16 +95,24 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         if name == wanted:
             command.load()(subparsers)
         else:
-            subparsers.add_parser(name, help=command.help)
+            subparsers.add_parser(name, help=command.help or (_help_of_plugin(command) if wanted is None else ""))
     return parser
+
+
+def _help_of_plugin(command: _Command) -> str:
+    """The first sentence of its description, else its package; or the reason why it cannot be loaded."""
+    alone = argparse.ArgumentParser().add_subparsers()
+    point = command.entry_point
+    try:
+        command.load()(alone)
+    except CommandError as error:
+        return str(error).replace("%", "%%")
+    described = alone.choices[point.name].description or ""
+    return help_line(described) or f"(from {point.dist.name if point.dist else point.module})"
 
 
 def _commands() -> dict[str, _Command]:
     """All commands by name. Ours come first and take precedence over a plug-in's command of the same name."""
     own = {name: _Command(EntryPoint(name, f"agl.cli.{name}:register", PLUGINS), text) for name, text in _OWN.items()}
-    added = {point.name: _Command(point, f"(from {_package(point)})") for point in entry_points(group=PLUGINS)}
+    added = {point.name: _Command(point, "") for point in entry_points(group=PLUGINS)}
     return own | {name: command for name, command in sorted(added.items()) if name not in own}
-
-
-def _package(point: EntryPoint) -> str:
-    return point.dist.name if point.dist else point.module

@@ -1,7 +1,10 @@
 """Parts that several commands share: parsers, options for the store and rollouts, and JSON output."""
 
 import argparse
+import difflib
 import json
+import re
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,17 +15,37 @@ from agl import otlp
 from agl.config import DEFAULT_STORE_URI
 from agl.errors import CommandError
 from agl.span import Span
-from agl.store import Store, open_store, sqlite_path
+from agl.store import Store, opened_store, sqlite_path
 
-_HELP_WIDTH = 100
+_HELP_WIDTH = 78
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+class Parser(argparse.ArgumentParser):
+    """Names an unknown option, where argparse would take its value for an argument and complain of that."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for argument in sys.argv[1:] if args is None else args:
+            name = argument.partition("=")[0]
+            if argument == "--" or (self._subparsers is not None and not argument.startswith("-")):
+                break  # Only arguments follow, or what a subparser reads.
+            known = self._option_string_actions
+            if re.fullmatch(r"--?[a-zA-Z]\S*", name) and not any(option.startswith(name) for option in known):
+                close = difflib.get_close_matches(name, known, n=1)
+                self.error(f"there is no option {name}" + (f"; did you mean {close[0]}?" if close else ""))
+        return super().parse_known_args(args, namespace)
 
 
 def add_command(
     subparsers: Any, name: str, run: Callable[[argparse.Namespace], int], description: str, example: str
 ) -> argparse.ArgumentParser:
-    """Add a parser for the command or verb `name`, which calls `run` and shows `example` in its help."""
+    """Add a parser for the command or verb `name`, which calls `run` and shows `example` in its help.
+
+    The first sentence of `description` is its line in the list of commands.
+    """
     parser = subparsers.add_parser(
         name,
+        help=help_line(description),
         description=textwrap.fill(description, _HELP_WIDTH),
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -31,13 +54,25 @@ def add_command(
     return parser
 
 
+def help_line(description: str) -> str:
+    """The first sentence of `description`, as the line of a command in a list."""
+    first = " ".join(description.split()).split(". ")[0].removesuffix(".").replace("%", "%%")
+    return first[:1].lower() + first[1:]
+
+
+def add_verbs(subparsers: Any, name: str, description: str) -> Any:
+    """Add a parser for the command `name`, and return the subparsers of its verbs."""
+    parser = subparsers.add_parser(name, help=help_line(description), description=description)
+    return parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+
 def add_store_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--store", metavar="URI", default=DEFAULT_STORE_URI, help=f"URI of the store (default: {DEFAULT_STORE_URI})"
     )
 
 
-def add_json_option(parser: argparse.ArgumentParser) -> None:
+def add_json_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -53,11 +88,8 @@ def add_rollout_options(parser: argparse.ArgumentParser) -> None:
 def existing_store(uri: str) -> Iterator[Store]:
     """The store at `uri`. Raises CommandError if it does not exist, and does not create it."""
     sqlite_file(uri)
-    store = open_store(uri)
-    try:
+    with opened_store(uri) as store:
         yield store
-    finally:
-        store.close()
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -101,6 +133,19 @@ def last_rollout_id(store: Store) -> str:
     if last is None:
         raise CommandError(f"{store.uri} holds no spans yet")
     return last
+
+
+def seconds(text: str) -> float:
+    """Argument type of a time such as `7d`. Raises ArgumentTypeError."""
+    return parse_amount(text, r"(\d+(?:\.\d+)?)([smhdw])", _SECONDS, "a time such as 7d, 12h or 30m")
+
+
+def parse_amount(text: str, pattern: str, units: dict[str, int], expected: str) -> float:
+    """`text` as a number times its unit, the groups of `pattern`. Raises ArgumentTypeError, with what is expected."""
+    match = re.fullmatch(pattern, text, re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+    return float(match[1]) * units[match[2].lower()]
 
 
 def print_json(value: Any) -> None:

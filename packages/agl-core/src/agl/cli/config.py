@@ -5,13 +5,12 @@ from typing import Any
 
 import yaml
 
-from agl.cli.command import add_command, add_json_option, print_json
+from agl.cli.command import add_command, add_json_option, add_verbs, print_json
 from agl.config import Config
 
 
 def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser("config", description="Show the configuration.")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    verbs = add_verbs(subparsers, "config", "Show the configuration.")
     show = add_command(
         verbs,
         "show",

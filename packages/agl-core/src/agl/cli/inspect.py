@@ -1,6 +1,7 @@
 """`agl inspect`: one rollout as a tree of spans."""
 
 import argparse
+import shutil
 from typing import Any
 
 from agl.cli.command import (
@@ -21,14 +22,19 @@ def register(subparsers: Any) -> None:
         "inspect",
         run,
         "Print a rollout as a tree of spans with roles, rewards, token counts and policy versions. Each model call "
-        "shows whether it trained; if not, why, and what to do.",
-        "agl inspect --last --store sqlite:///agl.db",
+        "shows whether it trained; if not, why, and what to do. --text adds prompts, answers, tool calls and results; "
+        "--json has all of it.",
+        "agl inspect --last --text --store sqlite:///agl.db",
     )
     chosen = parser.add_mutually_exclusive_group(required=True)
     chosen.add_argument("rollout", metavar="ROLLOUT", nargs="?", help="id of the rollout")
     chosen.add_argument("--last", action="store_true", help="the rollout of the span that arrived last")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument(
+        "--text", action="store_true", help="show prompts, answers, observations, tool calls and results"
+    )
+    add_json_option(shown)
     add_store_option(parser)
-    add_json_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -38,5 +44,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(inspection.to_json())
     else:
-        print(inspection.text(), end="")
+        width = shutil.get_terminal_size().columns if arguments.text else None
+        print(inspection.text(width), end="")
     return 0

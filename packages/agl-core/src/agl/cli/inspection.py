@@ -8,6 +8,7 @@ from typing import Any
 
 from agl import semconv
 from agl.cli.terminal import align, counted, duration, printable
+from agl.cli.transcript import Transcript, lines_of
 from agl.cli.tree import LastSiblings, walk
 from agl.span import Span
 from agl.tokens.drift import PREFIX_EXACT
@@ -104,15 +105,21 @@ class Inspection:
         # A gateway span that is joined by response id is the root of a trace of its own: show it below the chat span.
         grafts = {call.span_id: call.chat_span_id for call in self.trajectory.calls if call.chat_span_id}
         self._walk = list(walk(self._tree, grafts))
+        self._transcript = Transcript(self.trajectory.calls, self._tree.spans)
 
     @property
     def outcomes(self) -> Counter[str]:
         """Number of calls by outcome; the sum is the number of all calls."""
         return Counter(report.outcome for report in self.reports)
 
-    def text(self) -> str:
-        """A heading, the tree of spans, and what to do about dropped calls and rewards without a call."""
+    def text(self, texts_width: int | None = None) -> str:
+        """A heading, the tree of spans, and what to do about dropped calls and rewards without a call.
+
+        With `texts_width` the texts of each span follow it, in lines of that width.
+        """
         tree = align([_HEAD, *(self._cells(span, lasts) for span, lasts in self._walk)])
+        if texts_width is not None:
+            tree = [tree[0], *self._with_texts(tree[1:], texts_width)]
         return "\n\n".join("\n".join(lines) for lines in (self._heading(), tree, self._hints()) if lines) + "\n"
 
     def to_json(self) -> dict[str, Any]:
@@ -128,9 +135,20 @@ class Inspection:
             "rewards": [asdict(reward) for reward in trajectory.rewards],
             "rewards_without_call": [asdict(reward) for reward in trajectory.rewards_without_call],
             "ends": dict(self.outcomes),
-            "calls": [report.to_json() for report in self.reports],
-            "spans": [_span_to_json(span, len(lasts) - 1) for span, lasts in self._walk],
+            "calls": [
+                report.to_json() | asdict(self._transcript.conversations[report.call.span_id])
+                for report in self.reports
+            ],
+            "spans": [
+                _span_to_json(span, len(lasts) - 1) | {"texts": [said._asdict() for said in self._transcript.own(span)]}
+                for span, lasts in self._walk
+            ],
         }
+
+    def _with_texts(self, rows: Sequence[str], width: int) -> Iterator[str]:
+        for row, (span, lasts) in zip(rows, self._walk, strict=True):
+            yield row
+            yield from lines_of(self._transcript.new_texts(span), _stems(lasts[1:]) + "  ", width)
 
     def _heading(self) -> list[str]:
         trajectory = self.trajectory
@@ -204,7 +222,11 @@ def _branch(lasts: LastSiblings) -> str:
     """The lines of the tree in front of a span's name; none for a root."""
     if len(lasts) == 1:
         return ""
-    return "".join("   " if last else "│  " for last in lasts[1:-1]) + ("└─ " if lasts[-1] else "├─ ")
+    return _stems(lasts[1:-1]) + ("└─ " if lasts[-1] else "├─ ")
+
+
+def _stems(lasts: LastSiblings) -> str:
+    return "".join("   " if last else "│  " for last in lasts)
 
 
 def _notes(span: Span, report: CallReport | None, mode: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ from agl.config import Config, QueueConfig
 from agl.config.collector import TOKEN_VARIABLE
 from agl.errors import CommandError
 from agl.server.auth import BearerTokens
-from agl.store import Store, open_store
+from agl.store import Store, opened_store
 from agl.store.watchdog import watching
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def register(subparsers: Any) -> None:
         run,
         "Receive spans by OTLP over HTTP and gRPC, keep them in a store, and run the gateway in front of an "
         "OpenAI-compatible engine, until Ctrl-C.",
-        "agl serve --store sqlite:///agl.db --upstream http://127.0.0.1:8000/v1",
+        "agl serve --store sqlite:///agl.db --upstream http://127.0.0.1:8000/v1\n  agl serve --model smollm2",
     )
     add_server_options(parser)
     parser.add_argument(
@@ -48,7 +48,13 @@ def register(subparsers: Any) -> None:
         help=f"bearer token that every request must have (default: ${TOKEN_VARIABLE}, which other users cannot see; "
         "without either, none)",
     )
-    parser.add_argument(
+    engine = parser.add_mutually_exclusive_group()
+    engine.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="base model to serve in this process, `smollm2` or a model folder; needs no configuration",
+    )
+    engine.add_argument(
         "--upstream",
         metavar="URL",
         help="engine behind the gateway: a base URL that ends in /v1, or `local` for the in-process engine (default: "
@@ -69,12 +75,15 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     config = Config.load(arguments.config) if arguments.config else Config()
+    if arguments.model:
+        config = _with_model(config, arguments.model)
     _raise_file_limit()
-    upstream = arguments.upstream or _configured_upstream(arguments, config)
-    gateway = config.gateway.model_copy(update={"engines": []}) if arguments.upstream else config.gateway
+    chosen = arguments.upstream or (_LOCAL if arguments.model else None)
+    upstream = chosen or _configured_upstream(arguments, config)
+    gateway = config.gateway.model_copy(update={"engines": []}) if chosen else config.gateway
     store_uri = arguments.store or config.store_uri
     with (
-        closing(open_store(store_uri)) as store,
+        opened_store(store_uri) as store,
         watching(store),
         _queue(arguments.queue or config.queue_uri, store_uri, config.queue) as queue,
         _engine(upstream, config, store) as engine,
@@ -98,6 +107,13 @@ def run(arguments: argparse.Namespace) -> int:
         print("waiting for spans and model calls; Ctrl-C stops", flush=True)
         _wait_for_sigterm()
     return 0
+
+
+def _with_model(config: Config, model: str) -> Config:
+    """`config` with the base model `model`. Raises CommandError if it has one."""
+    if config.train is not None:
+        raise CommandError(f"--model {model}: the configuration names train.model {config.train.model}; leave out one")
+    return config.model_copy(update={"train": Config.parse({"train": {"model": model}}, "--model").train})
 
 
 def _server_class() -> "type[ServerThread]":

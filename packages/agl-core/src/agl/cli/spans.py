@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from typing import Any
 
 from agl import otlp
@@ -12,21 +11,21 @@ from agl.cli.command import (
     add_json_option,
     add_rollout_options,
     add_store_option,
+    add_verbs,
     existing_store,
     print_json,
     rows_of_rollouts,
 )
 from agl.cli.terminal import counted
 from agl.errors import CommandError, OtlpError
-from agl.store import open_store
+from agl.store import opened_store
 from agl.store.span_row import SpanRow, parse_json
 
 _SPANS_PER_LINE = 100
 
 
 def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser("spans", description="Export and import spans as OTLP JSON lines.")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    verbs = add_verbs(subparsers, "spans", "Export and import spans as OTLP JSON lines.")
     export = add_command(
         verbs, "export", run_export, "Print the spans of rollouts.", "agl spans export --last > spans.jsonl"
     )
@@ -54,7 +53,7 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 def run_import(arguments: argparse.Namespace) -> int:
     read = kept = 0
-    with closing(open_store(arguments.store)) as store:
+    with opened_store(arguments.store) as store:
         for file in arguments.files:
             for rows in _read(file):
                 read += len(rows)

@@ -1,22 +1,29 @@
 """`agl store`: counts, deletes, backs up, checks and migrates the contents of a store."""
 
 import argparse
-import re
 from pathlib import Path
 from typing import Any
 
-from agl.cli.command import add_command, add_json_option, add_store_option, existing_store, print_json, sqlite_file
+from agl.cli.command import (
+    add_command,
+    add_json_option,
+    add_store_option,
+    add_verbs,
+    existing_store,
+    parse_amount,
+    print_json,
+    seconds,
+    sqlite_file,
+)
 from agl.cli.terminal import counted
 from agl.errors import CommandError
 from agl.store.sqlite.maintenance import backup, check, schema_version
 
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _BYTES = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser("store", description="Maintain a store.")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    verbs = add_verbs(subparsers, "store", "Maintain a store.")
     add_command(verbs, "count", run_count, "Print the number of spans and nothing else.", "agl store count")
     collect = add_command(
         verbs,
@@ -26,7 +33,7 @@ def register(subparsers: Any) -> None:
         "oldest until the store is within --max-bytes. Queued and running rollouts stay.",
         "agl store gc --older-than 7d --max-bytes 2GB",
     )
-    collect.add_argument("--older-than", metavar="TIME", type=_seconds, help="e.g. 7d, 12h, 30m")
+    collect.add_argument("--older-than", metavar="TIME", type=seconds, help="e.g. 7d, 12h, 30m")
     collect.add_argument("--max-bytes", metavar="SIZE", type=_bytes, help="e.g. 2GB, 500MB, 1000000")
     add_json_option(collect)
     copy = add_command(
@@ -98,16 +105,5 @@ def _file_of(uri: str) -> Path:
     return path
 
 
-def _seconds(text: str) -> float:
-    return _parsed(text, r"(\d+(?:\.\d+)?)([smhdw])", _SECONDS, "a time such as 7d, 12h or 30m")
-
-
 def _bytes(text: str) -> int:
-    return int(_parsed(text, r"(\d+(?:\.\d+)?)([kmgt]b|)", _BYTES, "a size such as 2GB, 500MB or 1000000"))
-
-
-def _parsed(text: str, pattern: str, units: dict[str, int], expected: str) -> float:
-    match = re.fullmatch(pattern, text, re.IGNORECASE)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
-    return float(match[1]) * units[match[2].lower()]
+    return int(parse_amount(text, r"(\d+(?:\.\d+)?)([kmgt]b|)", _BYTES, "a size such as 2GB, 500MB or 1000000"))

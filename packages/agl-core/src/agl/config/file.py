@@ -69,6 +69,12 @@ class Config(Section):
             raise ConfigError("the configuration has no section `train`; set train.model and train.agent")
         return self.train
 
+    def require_roles(self) -> dict[str, RoleConfig]:
+        """The roles to train. Raises ConfigError if there are none."""
+        if not self.agent_roles.roles:
+            raise ConfigError("agent_roles names no role to train; add e.g. `agent_roles: {writer: {lora_r: 16}}`")
+        return self.agent_roles.roles
+
     def to_yaml(self) -> str:
         """The tree with all defaults, as YAML that `load` accepts."""
         data = self.model_dump(mode="json", exclude_none=True)

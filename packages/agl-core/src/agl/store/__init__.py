@@ -9,6 +9,8 @@ end_notifier, watchdog   waiting for rollouts, and ending overdue attempts
 sql, sqlite, postgres, cassandra, http   the backends
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from agl.config.section import expand_home
@@ -26,6 +28,7 @@ __all__ = [
     "RolloutState",
     "Store",
     "open_store",
+    "opened_store",
     "sqlite_path",
 ]
 
@@ -54,6 +57,25 @@ def open_store(uri: str) -> Store:
         " sqlite:///path.db, postgresql://user:password@host/database, cassandra://host1,host2,host3/keyspace,"
         " http(s)://host:port and memory://"
     )
+
+
+@contextmanager
+def opened_store(uri: str) -> Iterator[Store]:
+    """`open_store`, closed at the end. If the block fails, a new file that is still empty is removed."""
+    path = sqlite_path(uri)
+    is_new = path is not None and not path.exists()
+    store = open_store(uri)
+    try:
+        yield store
+    except Exception:
+        store.close()
+        if path is not None and is_new:
+            from agl.store.sqlite.maintenance import remove_if_empty
+
+            remove_if_empty(path)
+        raise
+    finally:
+        store.close()
 
 
 def sqlite_path(uri: str) -> Path | None:

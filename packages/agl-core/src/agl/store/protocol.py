@@ -69,7 +69,9 @@ class Store(Protocol):
     def count_spans(self) -> int: ...
 
     def last_rollout_id(self) -> str | None:
-        """Rollout of the last span to arrive that names one; if no span names one, the trace id of the last span."""
+        """Rollout of the last span to arrive: the one that it names, else one that its trace or its model response
+        belongs to, else its trace id.
+        """
         ...
 
     def rollout_ids(self) -> list[str]:

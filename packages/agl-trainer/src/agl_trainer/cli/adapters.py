@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agl.cli.command import add_command, add_json_option, print_json
+from agl.cli.command import add_command, add_json_option, add_verbs, print_json
 from agl.cli.terminal import align
 from agl.config import Config
 from agl_trainer.loop.adapters import Adapter, export_adapter, find_adapters, merge_adapter, pick_adapter
@@ -16,8 +16,7 @@ _HEADER = ("adapter", "rank", "alpha", "parameters", "kept in")
 
 
 def adapters_command(subparsers: Any) -> None:
-    parser = subparsers.add_parser("adapters", description="List, export and merge the adapters of a training.")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    verbs = add_verbs(subparsers, "adapters", "List, export and merge the adapters of a training.")
     description = "List the adapters in train.output_dir by role and version."
     listing = add_command(verbs, "list", _list, description, f"agl adapters list {_EXAMPLE}")
     listing.add_argument("config", type=Path, help="YAML configuration file of the training")

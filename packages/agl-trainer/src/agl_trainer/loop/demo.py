@@ -2,14 +2,14 @@
 
 import shutil
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from agl.config import Config
 from agl.errors import ConfigError
-from agl.store import open_store
+from agl.store import opened_store
 from agl_trainer.loop.trainer import Trainer
 from agl_trainer.report.curve import save_curve, terminal_curve
 from agl_trainer.report.evaluation import EvalResult, comparison_table
@@ -51,7 +51,7 @@ class Demo:
 
     def report(self, results: Sequence[EvalResult]) -> str:
         """Table, reward curve, and further commands; also saves the curve as PNG if matplotlib is installed."""
-        with closing(open_store(self.config.store_uri)) as store:
+        with opened_store(self.config.store_uri) as store:
             points = store.query_metrics(self.folder.name).get("reward/mean", [])
         curve = self.folder / "reward.png"
         levels = {f"{result.label}, held out": sum(result.scores().values()) / len(result.tasks) for result in results}

@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import agl
 from agl.config import Config
-from agl.store import Store, open_store
+from agl.store import Store, opened_store
 from agl_trainer.data.chat import ChatTemplate
 from agl_trainer.loop.engines import serve_policy
 from agl_trainer.loop.policy_setup import open_policy
@@ -39,7 +39,7 @@ def open_session(config: Config) -> Iterator[Session]:
     agent = load_function(train.agent, "train.agent")
     reward = load_function(train.reward, "train.reward") if train.reward else None
     with ExitStack() as stack:
-        store = stack.enter_context(closing(open_store(config.store_uri)))
+        store = stack.enter_context(opened_store(config.store_uri))
         policy, engine, server = stack.enter_context(serve_policy(config, store))
         stack.enter_context(_environment(OPENAI_BASE_URL=f"{server.base_url}/v1", OPENAI_API_KEY="agl"))
         agl.init(endpoint=server.otlp_url, reward_weights=config.rewards)
@@ -60,7 +60,7 @@ def open_session(config: Config) -> Iterator[Session]:
 @contextmanager
 def open_store_session(config: Config) -> Iterator[Session]:
     """Open store and policy only, for training on rollouts of the store. Raises AglError."""
-    with closing(open_store(config.store_uri)) as store:
+    with opened_store(config.store_uri) as store:
         policy = open_policy(config)
         yield Session(store, policy, ChatTemplate(policy.tokenizer))
 

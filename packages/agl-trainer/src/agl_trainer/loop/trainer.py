@@ -30,6 +30,7 @@ class Trainer:
         self.config = config
         self._accepts_changes = accept_changes
         self.train = config.require_train()
+        config.require_roles()
         self.folder = Path(self.train.output_dir)
         self.run = self.folder.name
         self._opened: Training | None = None

@@ -180,8 +180,6 @@ class Policy:
 
 
 def _check_names(roles: Mapping[str, RoleConfig], base_name: str) -> None:
-    if not roles:
-        raise ConfigError("agent_roles names no role to train; add e.g. `agent_roles: {writer: {lora_r: 16}}`")
     if base_name in roles:
         raise ConfigError(f"agent_roles has a role named {base_name!r} like the base model; give it another name")
     for role in roles:
@@ -212,7 +210,8 @@ def _with_adapters(model: PreTrainedModel, roles: Mapping[str, RoleConfig], seed
         )
         for role, config in roles.items()
     }
-    (first, config), *others = configs.items()
+    # PEFT's layers need an adapter; without roles it has the name of the base model, and no token is routed to it.
+    (first, config), *others = (configs or {BASE: LoraConfig(r=1, target_modules="all-linear")}).items()
     with warnings.catch_warnings():
         # PEFT reads an attribute that transformers has renamed; the user cannot do anything about it.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

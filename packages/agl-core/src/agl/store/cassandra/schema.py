@@ -4,7 +4,7 @@ spans        the columns to find spans by; `span_partition` explains the partiti
 span_bodies  the OTLP bytes, nearly all of the volume, in the same partitions; one mutation writes both
 responses    by response id: the spans that requested it, and the gateway calls that returned it
 traces       by trace: the rollouts that its spans name
-latest       `home` of the span that arrived last, and of the last span that names a rollout
+latest       `home` of the span that arrived last, in the row that is not `named`
 rollouts     a rollout in static columns and its attempts in rows, changed by compare-and-set on `revision`
 rollout_groups, queue, queue_slots, watched
              indexes of rollouts: by group, queued, running with limits. A reader checks the rollout itself, so an entry

@@ -8,9 +8,10 @@ from typing import Any, Final
 from agl.errors import InputError
 from agl.store.cassandra import span_partition
 from agl.store.cassandra.keyspace import Keyspace, Statement
-from agl.store.cassandra.membership import find_spans
+from agl.store.cassandra.membership import find_owners, find_spans
 from agl.store.cassandra.rollouts import heartbeat_known
 from agl.store.cassandra.span_partition import BucketFill, IndexedSpan, Partition, home_of
+from agl.store.membership import trace_id_of
 from agl.store.span_row import SpanRow, attempt_ids
 
 _MAX_SPAN_BYTES: Final = 15 * 2**20
@@ -31,10 +32,10 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?)
 _INSERT_BODY = "INSERT INTO span_bodies (home, bucket, span, otlp) VALUES (?, ?, ?, ?)"
 _INSERT_RESPONSE = "INSERT INTO responses (response_id, is_answer, start_ns, span, home) VALUES (?, ?, ?, ?, ?)"
 _INSERT_TRACE = "INSERT INTO traces (trace_id, home) VALUES (?, ?)"
-_INSERT_LATEST = "INSERT INTO latest (place, named, home) VALUES (0, ?, ?)"
+_INSERT_LATEST = "INSERT INTO latest (place, named, home) VALUES (0, false, ?)"
 _BODIES = "SELECT span, otlp FROM span_bodies WHERE home = ? AND bucket = ?"
 _COUNT = "SELECT count(*) FROM spans WHERE token(home, bucket) > ? AND token(home, bucket) <= ?"
-_LATEST = "SELECT named, home FROM latest WHERE place = 0"
+_LATEST = "SELECT home FROM latest WHERE place = 0 AND named = false"
 _ANY = "SELECT span FROM spans WHERE home = ? AND bucket = 0 LIMIT 1"
 _ALL = "SELECT home, span, arrived_ns FROM spans"
 
@@ -78,16 +79,20 @@ class CassandraSpans:
         return sum(rows[0][0] for rows in results)
 
     def last_rollout_id(self) -> str | None:
-        latest = dict(self._keyspace.read(_LATEST))
-        for home in (latest.get(True), latest.get(False)):
-            if home is not None and self._keyspace.read(_ANY, home):
-                return home
+        latest = self._keyspace.read(_LATEST)
         if not latest:
             return None
-        # `gc` has deleted the rollout in `latest`: scan all spans.
-        rows = (row for row in self._keyspace.scan(_ALL) if row[1] is not None)
-        last = max(((home != span[:16].hex(), arrived_ns, home) for home, span, arrived_ns in rows), default=None)
-        return last[2] if last else None
+        home = latest[0][0]
+        if not self._keyspace.read(_ANY, home):  # `gc` has deleted the rollout: scan all spans.
+            rows = (row for row in self._keyspace.scan(_ALL) if row[1] is not None)
+            last = max(((arrived_ns, home) for home, _, arrived_ns in rows), default=None)
+            if last is None:
+                return None
+            home = last[1]
+        if trace_id_of(home) is None:
+            return home
+        owners = find_owners(self._keyspace, find_spans(self._keyspace, home)).get(home, set[str]())
+        return min(owners, default=home)
 
     def rollout_ids(self) -> list[str]:
         first: dict[str, int] = {}
@@ -120,7 +125,8 @@ def _insert(db: Keyspace, rows: Sequence[SpanRow], now_ns: int, fill: BucketFill
         return 0
     db.write_batches(_by_replicas(db, list(_index_entries(new))))
     db.write_batches(batch for partition, spans in partitions.items() for batch in _batches(partition, spans))
-    db.write_batches([_latest(new)])
+    last = max(new, key=lambda span: span.arrived_ns)
+    db.write_batches([[(_INSERT_LATEST, (home_of(last.row),))]])
     sizes = {key: (len(spans), sum(len(span.row.otlp) for span in spans)) for key, spans in partitions.items()}
     span_partition.close(db, [key for key, written in sizes.items() if fill.add(key, *written)])
     return len(new)
@@ -183,15 +189,6 @@ def _batches(partition: Partition, spans: Iterable[_NewSpan]) -> Iterator[list[S
         batch.append((_INSERT_BODY, (*partition, span.span, row.otlp)))
         size += len(row.otlp)
     yield batch
-
-
-def _latest(spans: Iterable[_NewSpan]) -> list[Statement]:
-    latest: dict[bool, str] = {}
-    for span in sorted(spans, key=lambda span: span.arrived_ns):
-        latest[False] = home_of(span.row)
-        if span.row.rollout_id is not None:
-            latest[True] = home_of(span.row)
-    return [(_INSERT_LATEST, (is_named, home)) for is_named, home in latest.items()]
 
 
 def _order(span: IndexedSpan) -> tuple[int, int]:

@@ -67,10 +67,7 @@ SELECT (SELECT otlp FROM span_bodies body WHERE body.day = span.day AND body.arr
 FROM member CROSS JOIN {_SPANS_OF_MEMBER} ORDER BY span.start_ns, span.arrival
 """
 
-LAST_SPAN: Final = """
-SELECT (SELECT rollout_id FROM spans WHERE rollout_id IS NOT NULL ORDER BY day DESC, arrival DESC LIMIT 1),
-       (SELECT trace_id FROM spans ORDER BY day DESC, arrival DESC LIMIT 1)
-"""
+LAST_SPAN: Final = "SELECT rollout_id, trace_id FROM spans ORDER BY day DESC, arrival DESC LIMIT 1"
 
 
 class MissingPartition(Exception):

@@ -24,7 +24,7 @@ class SqlStore(SqlRollouts[DatabaseT], SqlResources[DatabaseT], Store):
     """All of `Store` except `append_rows` and `query_rows`, which depend on how a backend stores spans."""
 
     LAST_SPAN: ClassVar[str]
-    """Query for the last rollout id that a span names, and the trace id of the last span."""
+    """Query for the rollout that the last span to arrive names, if any, and for its trace."""
     RETENTION: ClassVar[type[Retention[Any]]]
 
     def __init__(self, uri: str, database: DatabaseT, ends: EndNotifier) -> None:
@@ -36,8 +36,12 @@ class SqlStore(SqlRollouts[DatabaseT], SqlResources[DatabaseT], Store):
         return self._database.read(lambda db: db.execute("SELECT count(*) FROM spans").fetchone()[0])
 
     def last_rollout_id(self) -> str | None:
-        rollout_id, trace_id = self._database.read(lambda db: db.execute(self.LAST_SPAN).fetchone()) or (None, b"")
-        return rollout_id or (trace_id or b"").hex() or None
+        last = self._database.read(lambda db: db.execute(self.LAST_SPAN).fetchone())
+        if last is None or last[0] is not None:
+            return last and last[0]
+        self.query_rows(last[1].hex())  # Indexes what its trace is joined by.
+        owners = self._database.read(lambda db: db.execute(self.RETENTION.OWNERS, {"trace": last[1]}).fetchall())
+        return min((name for (name,) in owners), default=last[1].hex())
 
     def rollout_ids(self) -> list[str]:
         rows = self._database.read(lambda db: db.execute(_ROLLOUT_IDS).fetchall())

@@ -1,4 +1,4 @@
-"""Check and back up the file of a store, also while other processes have it open."""
+"""Check, back up and remove the file of a store, also while other processes have it open."""
 
 import os
 import sqlite3
@@ -28,6 +28,16 @@ def schema_version(path: Path) -> int:
             return db.execute("PRAGMA user_version").fetchone()[0]
     except sqlite3.Error as error:
         raise StoreError(f"the store {path} cannot be read: {describe(error)}") from error
+
+
+def remove_if_empty(path: Path) -> None:
+    """Delete the file unless one of its tables has a row."""
+    with closing(connect(path)) as db:
+        tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        is_empty = not any(db.execute(f'SELECT 1 FROM "{name}" LIMIT 1').fetchone() for name in tables)
+    if is_empty:
+        for file in (path, *(path.with_name(f"{path.name}-{part}") for part in ("wal", "shm"))):
+            file.unlink(missing_ok=True)
 
 
 def backup(path: Path, target: Path) -> None:

@@ -50,12 +50,7 @@ FROM member JOIN spans span ON {_SPANS_OF_MEMBER} ORDER BY start_ns, arrival
 """
 """OTLP bytes of the spans of a rollout, and whether the result depends on `asks`."""
 
-LAST_SPAN: Final = """
-SELECT rollout_id, trace_id FROM spans
-WHERE arrival = coalesce(
-    (SELECT max(arrival) FROM spans INDEXED BY spans_by_rollout WHERE rollout_id IS NOT NULL),
-    (SELECT max(arrival) FROM spans))
-"""
+LAST_SPAN: Final = "SELECT rollout_id, trace_id FROM spans ORDER BY arrival DESC LIMIT 1"
 
 _ASKS_PER_STEP = 100_000
 
