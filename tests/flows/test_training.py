@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def test_a_few_steps_raise_the_reward_and_every_call_is_accounted_for(tmp_path: 
     version = 0
     for step, step_metrics in enumerate(metrics, start=1):
         version = check_step(store, step, version, step_metrics)
-    adapter = store.get_resource("solver")
+    adapter = store.get_resource("run/solver")
     assert adapter is not None and adapter.version == version > 1
     assert sorted(path.name for path in Path(adapter.uri).iterdir()) == [
         "adapter_config.json",
@@ -262,7 +263,7 @@ def test_the_best_adapters_are_kept_and_the_training_ends_when_they_stay_the_bes
     labels = [EvalResult.load(path).label for path in sorted((tmp_path / "run" / "eval").iterdir())]
     assert labels == [f"step-{step:05d}" for step in range(5)]
     (kept,) = (tmp_path / "run" / "best").iterdir()
-    state, published = load_checkpoint(kept), store.get_resource("solver")
+    state, published = load_checkpoint(kept), store.get_resource("run/solver")
     assert published is not None
     assert (state.step, published.version) == (2, state.versions["solver"])
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "step-000004").versions["solver"] > published.version
@@ -749,6 +750,39 @@ def test_the_seed_alone_decides_what_is_sampled_and_published(tmp_path: Path) ->
 def test_an_agent_that_sets_its_own_seed_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     Trainer(config_in(tmp_path, agent=f"{TOY}:answer_with_seed", steps=1)).fit()
     assert "in 4 of 4 groups, rollouts got equal answers because the request sets a seed (42)" in caplog.text
+
+
+# --- several trainings ----------------------------------------------------------------------------------------------
+
+
+def test_a_second_training_in_the_same_folder_is_refused_and_the_first_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_in(tmp_path, steps=1)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    with Trainer(config).open() as trainer:
+        assert main(["train", str(tmp_path / "config.yaml")]) == 2
+        assert f"another training runs in {tmp_path / 'run'} (process {os.getpid()} on" in capsys.readouterr().err
+        trainer.grpo()
+        with Trainer(config).open(trains=False) as beside:
+            assert len(beside.evaluate("beside").tasks) == 8
+            with pytest.raises(TrainingError, match="opened with trains=False"):
+                beside.grpo()
+
+
+def test_two_trainings_in_one_store_keep_apart_and_each_is_served_by_its_configuration(tmp_path: Path) -> None:
+    configs = [config_in(tmp_path, steps=1, seed=seed, output_dir=str(tmp_path / f"{seed}/run")) for seed in (0, 1)]
+    with closing(open_store(configs[0].store_uri)) as store:
+        for config in configs:
+            Trainer(config).fit()
+        runs = [Trainer(config).run for config in configs]
+        metrics = [json.loads((Trainer(config).folder / "metrics.jsonl").read_text())["metrics"] for config in configs]
+        found = [store.query_metrics(run)["reward/mean"] for run in runs]
+        assert found == [[(1, one["reward/mean"])] for one in metrics] and found[0] != found[1]
+        assert [len(store.query_rollouts(f"{run}-00001-g0")) for run in runs] == [4, 4]
+        for config, run in zip(configs, runs, strict=True):
+            published = store.get_resource(f"{run}/solver")
+            assert published is not None and published.uri.startswith(str(Trainer(config).folder))
 
 
 # --- several devices ------------------------------------------------------------------------------------------------

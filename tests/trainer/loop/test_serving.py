@@ -45,7 +45,7 @@ def publish(store: Store, folder: Path, policy: Policy, role: str, version: int)
     """Publish the adapter of `role` as a training does; returns its folder."""
     target = folder / "adapters" / f"{role}@{version}"
     save_adapter(target, policy.adapter(role), policy.adapter_config(role))
-    store.put_resource(Resource(role, version, str(target)))
+    store.put_resource(Resource(f"default/{role}", version, str(target)))
     return target
 
 
@@ -80,6 +80,7 @@ def test_the_newest_published_adapter_of_each_role_answers(config: Config, store
     publish(store, tmp_path, new, "writer", 12)
     publish(store, tmp_path, old, "writer", 9)
     publish(store, tmp_path, old, "fixer", 3)
+    store.put_resource(Resource("another run/writer", 99, "its folder"))
     with client(config, store) as asked:
         names = [model["id"] for model in asked.get("/models").json()["data"]]
         assert names == ["small", "writer", "fixer", "writer@12", "fixer@3"]
@@ -98,14 +99,14 @@ def test_a_role_without_an_adapter_answers_as_the_base_model_and_that_is_said(
     with caplog.at_level(logging.WARNING), client(config, store) as asked:
         name, answer = complete(asked, "fixer")
         assert (name, answer) == ("fixer@0", complete(asked, "small")[1])
-    assert f"role 'fixer' has no adapter in {store.uri} yet" in caplog.text
+    assert f"role 'fixer' has no adapter of run 'default' (train.output_dir) in {store.uri} yet" in caplog.text
     assert "'writer'" not in caplog.text
 
 
 def test_an_adapter_that_is_gone_is_named(config: Config, store: Store, tmp_path: Path) -> None:
     weights = publish(store, tmp_path, small_policy(), "fixer", 4) / "adapter_model.safetensors"
     weights.unlink()
-    message = r"fixer@4 of \S+ should be in \S+adapter_model\.safetensors: no such file"
+    message = r"fixer@4 of run 'default' in \S+ should be in \S+adapter_model\.safetensors: no such file"
     with pytest.raises(ConfigError, match=message), local_engine(config, store):
         pass
 
@@ -114,7 +115,7 @@ def test_an_adapter_of_another_size_is_refused(config: Config, store: Store, tmp
     policy = small_policy()
     folder = tmp_path / "adapters" / "writer@1"
     save_adapter(folder, policy.adapter("fixer"), policy.adapter_config("fixer"))
-    store.put_resource(Resource("writer", 1, str(folder)))
+    store.put_resource(Resource("default/writer", 1, str(folder)))
     with (
         pytest.raises(TrainingError, match="the saved adapter of role 'writer' does not fit"),
         local_engine(config, store),

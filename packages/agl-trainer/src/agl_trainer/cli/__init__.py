@@ -112,7 +112,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     folder = Path(train.output_dir) / "eval"
     before = [EvalResult.load(folder / f"{arguments.against}.json")] if arguments.against else []
     trainer = _trainer(arguments)
-    with trainer.open(resumes=arguments.of != "base"):
+    with trainer.open(resumes=arguments.of != "base", trains=False):
         if arguments.of == "best":
             trainer.take_best()
         result = trainer.evaluate(arguments.label, sampling)

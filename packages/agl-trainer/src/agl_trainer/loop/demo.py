@@ -10,6 +10,7 @@ from typing import Self
 from agl.config import Config
 from agl.errors import ConfigError
 from agl.store import opened_store
+from agl_trainer.loop.output_folder import locked, run_of
 from agl_trainer.loop.trainer import Trainer
 from agl_trainer.report.curve import save_curve, terminal_curve
 from agl_trainer.report.evaluation import EvalResult, comparison_table
@@ -35,8 +36,9 @@ class Demo:
         return cls(config.model_copy(update={"train": train, "store_uri": store_uri}), folder)
 
     def start_over(self) -> None:
-        """Remove the folder of an earlier run."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the folder of an earlier run. Raises TrainingError if that still runs."""
+        with locked(self.folder):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(self) -> list[EvalResult]:
         """Run the remaining phases; returns the evaluations `base`, `sft` and `grpo`."""
@@ -52,7 +54,7 @@ class Demo:
     def report(self, results: Sequence[EvalResult]) -> str:
         """Table, reward curve, and further commands; also saves the curve as PNG if matplotlib is installed."""
         with opened_store(self.config.store_uri) as store:
-            points = store.query_metrics(self.folder.name).get("reward/mean", [])
+            points = store.query_metrics(run_of(self.folder)).get("reward/mean", [])
         curve = self.folder / "reward.png"
         levels = {f"{result.label}, held out": sum(result.scores().values()) / len(result.tasks) for result in results}
         with suppress(ConfigError):

@@ -1,4 +1,4 @@
-"""The in-process engine for `agl serve`: the base model with the latest published adapter of each role."""
+"""The in-process engine for `agl serve`: the base model with the adapters that a run published last."""
 
 import logging
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from agl.config import Config
 from agl.errors import ConfigError
 from agl.store import Store
 from agl_trainer.loop.engines import open_engine
+from agl_trainer.loop.output_folder import adapter_name, run_of
 from agl_trainer.model.adapter_files import WEIGHTS
 
 log = logging.getLogger(__name__)
@@ -19,17 +20,27 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def local_engine(config: Config, store: Store) -> Iterator[ASGIApp]:
-    """The app; roles without a published adapter answer as the base model. Raises ConfigError if a file is missing."""
+    """The app for the run in `train.output_dir`; roles without a published adapter answer as the base model.
+
+    Raises ConfigError if a file is missing.
+    """
+    run = run_of(Path(config.require_train().output_dir))
     with open_engine(config) as (policy, _, app):
         for role in policy.roles:
-            resource = store.get_resource(role)
+            resource = store.get_resource(adapter_name(run, role))
             if resource is None:
-                log.warning("role %r has no adapter in %s yet: it answers as the base model", role, store.uri)
+                log.warning(
+                    "role %r has no adapter of run %r (train.output_dir) in %s yet: it answers as the base model",
+                    role,
+                    run,
+                    store.uri,
+                )
                 continue
             weights = Path(resource.uri) / WEIGHTS
             if not weights.exists():
                 raise ConfigError(
-                    f"{role}@{resource.version} of {store.uri} should be in {weights}: no such file; train again"
+                    f"{role}@{resource.version} of run {run!r} in {store.uri} should be in {weights}: no such file; "
+                    "train again"
                 )
             policy.load_adapter(role, load_file(weights), resource.version)
         yield app

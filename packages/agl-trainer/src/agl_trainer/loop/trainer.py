@@ -1,7 +1,7 @@
 """The trainer of a configuration: opens a training, and runs its phases."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Self
 
@@ -11,6 +11,7 @@ from agl.config import Config
 from agl.errors import TrainingError
 from agl_trainer.loop.evaluation import evaluate, load_best
 from agl_trainer.loop.grpo import run_grpo
+from agl_trainer.loop.output_folder import locked, run_of
 from agl_trainer.loop.session import Session, open_session, open_store_session
 from agl_trainer.loop.sft import run_sft
 from agl_trainer.loop.training import Training
@@ -32,7 +33,6 @@ class Trainer:
         self.train = config.require_train()
         config.require_roles()
         self.folder = Path(self.train.output_dir)
-        self.run = self.folder.name
         self._opened: Training | None = None
 
     @classmethod
@@ -41,17 +41,18 @@ class Trainer:
         return cls(Config.load(path), accept_changes=accept_changes)
 
     @contextmanager
-    def open(self, *, samples: bool = True, resumes: bool = True) -> Iterator[Self]:
+    def open(self, *, samples: bool = True, resumes: bool = True, trains: bool = True) -> Iterator[Self]:
         """Start store, engine and gateway, and restore the last checkpoint.
 
         Without `samples` there is no engine, only training on the store's rollouts or on examples. Without `resumes`
-        the adapters are fresh: the policy is the base model.
+        the adapters are fresh: the policy is the base model. Raises TrainingError if another training runs in
+        `train.output_dir`; without `trains` it may run, and this trainer only evaluates.
         """
         if self.train.deterministic:
             torch.use_deterministic_algorithms(True)
         opened = open_session(self.config) if samples else open_store_session(self.config)
-        with opened as session, Progress() as progress:
-            training = Training(self.config, session, progress, accepts_changes=self._accepts_changes)
+        with locked(self.folder) if trains else nullcontext(), opened as session, Progress() as progress:
+            training = Training(self.config, session, progress, accepts_changes=self._accepts_changes, trains=trains)
             if resumes:
                 training.resume()
             self._opened = training
@@ -60,6 +61,11 @@ class Trainer:
             finally:
                 self._opened = None
                 training.close()
+
+    @property
+    def run(self) -> str:
+        """Id of the run, under which the store has its metrics."""
+        return run_of(self.folder)
 
     @property
     def _training(self) -> Training:

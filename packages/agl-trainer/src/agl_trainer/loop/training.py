@@ -10,6 +10,7 @@ from agl.store import Resource
 from agl_trainer.loop.call_log import CallLog
 from agl_trainer.loop.changes import ANY, Change, changes_since, listed
 from agl_trainer.loop.checkpoint import Checkpoint, load_latest, prune, save_checkpoint
+from agl_trainer.loop.output_folder import adapter_name, claim_run
 from agl_trainer.loop.policy_setup import base_folder
 from agl_trainer.loop.session import Session
 from agl_trainer.loop.state import TrainingState, restore
@@ -24,7 +25,15 @@ from agl_trainer.rollout.rollouts import Rollouts
 class Training:
     """Session, state, metrics and checkpoints of a training."""
 
-    def __init__(self, config: Config, session: Session, progress: Progress, *, accepts_changes: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        session: Session,
+        progress: Progress,
+        *,
+        accepts_changes: bool = False,
+        trains: bool = True,
+    ) -> None:
         """`accepts_changes`: it resumes although what it trains has changed since the checkpoint."""
         self.config = config
         self.train = config.require_train()
@@ -33,7 +42,8 @@ class Training:
         self.store = session.store
         self.progress = progress
         self.folder = Path(self.train.output_dir)
-        self.run = self.folder.name
+        self.run = claim_run(self.folder, self.store)
+        self._trains = trains
         self.state = TrainingState()
         self.base = fingerprint(base_folder(config), session.policy.tokenizer)
         """Fingerprint of the base model."""
@@ -77,7 +87,12 @@ class Training:
             )
 
     def enter(self, phase: str, learning_rate: float) -> None:
-        """Begin `phase`, or continue in it, unless what it trains on has changed: raises TrainingError."""
+        """Begin `phase`, or continue in it.
+
+        Raises TrainingError if what it trains on has changed, or the trainer was opened only to evaluate.
+        """
+        if not self._trains:
+            raise TrainingError("the trainer was opened with trains=False; use `with trainer.open():`")
         if self.state.phase == phase:
             self._refuse(self._changes)
         self.forget_prompts()
@@ -134,7 +149,8 @@ class Training:
         for role in self.policy.roles:
             folder = self.folder / "adapters" / self.policy.version_name(role)
             save_adapter(folder, self.policy.adapter(role), self.policy.adapter_config(role))
-            self.store.put_resource(Resource(role, self.policy.versions[role], str(folder.resolve())))
+            name = adapter_name(self.run, role)
+            self.store.put_resource(Resource(name, self.policy.versions[role], str(folder.resolve())))
         if self.session.serving is not None:
             self.session.serving.engine.make_live()
 

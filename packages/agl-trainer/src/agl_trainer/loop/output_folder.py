@@ -1,0 +1,77 @@
+"""The output folder of a training: the lock that keeps a second training out, and the id of the run in it."""
+
+import fcntl
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from agl.errors import TrainingError
+from agl.store import Resource, Store
+
+_RUN = "run-id"
+_held: set[TextIO] = set()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of `folder`, which the system releases when the process ends, however it ends.
+
+    Raises TrainingError with the holder's process id and host if another training holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise TrainingError(
+                f"another training runs in {folder} ({file.read() or 'it is just starting'}); stop it, or choose "
+                "another train.output_dir"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        _held.add(file)
+        try:
+            yield
+        finally:
+            _held.discard(file)
+
+
+def _close_in_child() -> None:
+    """A forked child would keep the lock after the training crashed."""
+    for file in _held:
+        file.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+def run_of(folder: Path) -> str:
+    """The id of the run in `folder`; before its first training the folder's name."""
+    file = folder / _RUN
+    return file.read_text(encoding="utf-8") if file.exists() else folder.resolve().name
+
+
+def claim_run(folder: Path, store: Store) -> str:
+    """`run_of(folder)`, with a suffix if `store` already has a run of this id. The folder keeps the id."""
+    file, run = folder / _RUN, run_of(folder)
+    if not file.exists():
+        claim = Resource(f"run {run}", 0, str(folder.resolve()), {"token": secrets.token_hex(8)})
+        if store.get_resource(claim.name) is None:
+            store.put_resource(claim)
+        holder = store.get_resource(claim.name)
+        if holder is None or holder.metadata != claim.metadata:
+            run = f"{run}-{secrets.token_hex(3)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(run, encoding="utf-8")
+    return run
+
+
+def adapter_name(run: str, role: str) -> str:
+    """Name of the store's resource whose versions are the adapters that `run` published for `role`."""
+    return f"{run}/{role}"
