@@ -2,11 +2,15 @@
 
 import asyncio
 import contextvars
+import functools
 import gc
+import inspect
 import os
+import pickle
 import subprocess
 import sys
 import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -237,6 +241,58 @@ def test_headers_carry_ids_and_parent_to_another_service(spans: InMemorySpanExpo
     remote = only(spans, "remote")
     assert remote.parent is not None and remote.parent.span_id == span_id
     assert attributes_of(spans, "remote")["agl.group.id"] == "täsk; a=1, b"
+
+
+async def rollout_later() -> object:
+    await asyncio.sleep(0)
+    return agl.current_rollout()
+
+
+def two_rollouts() -> Iterator[object]:
+    yield agl.current_rollout()
+    yield agl.current_rollout()
+
+
+async def two_rollouts_later() -> AsyncIterator[object]:
+    yield agl.current_rollout()
+    yield agl.current_rollout()
+
+
+async def listed(items: AsyncIterator[object]) -> list[object]:
+    return [item async for item in items]
+
+
+@pytest.mark.parametrize(
+    ("function", "run", "times"),
+    [
+        (rollout_later, lambda carried: [asyncio.run(carried())], 1),
+        (functools.partial(rollout_later), lambda carried: [asyncio.run(carried())], 1),
+        (lambda: rollout_later(), lambda carried: [asyncio.run(carried())], 1),
+        (two_rollouts, lambda carried: list(carried()), 2),
+        (two_rollouts_later, lambda carried: asyncio.run(listed(carried())), 2),
+    ],
+)
+def test_work_that_a_carried_function_only_begins_runs_in_the_rollout(
+    function: Callable[[], Any], run: Callable[[Any], list[Any]], times: int
+) -> None:
+    with agl.rollout("r1") as active:
+        carried = agl.carry(function)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run, carried).result() == [active] * times
+        assert pool.submit(agl.current_rollout).result() is None
+
+
+def test_frameworks_see_that_a_carried_function_is_asynchronous() -> None:
+    assert inspect.iscoroutinefunction(agl.carry(rollout_later).__call__)
+    assert not inspect.iscoroutinefunction(agl.carry(two_rollouts).__call__)
+    assert pickle.loads(pickle.dumps(agl.carry(rollout_later))).function is rollout_later
+
+
+def test_a_reader_between_the_items_of_a_carried_generator_is_outside() -> None:
+    with agl.rollout("r1") as active:
+        carried = agl.carry(two_rollouts)
+    for item in carried():
+        assert (item, agl.current_rollout()) == (active, None)
 
 
 def test_carry_takes_the_rollout_to_a_thread(spans: InMemorySpanExporter) -> None:

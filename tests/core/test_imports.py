@@ -33,7 +33,7 @@ ROOMS = {
         "server": "config errors",
         "config": "errors",
         "agl": "carry tracing propagation context emit",
-        "carry": "tracing propagation failsafe",
+        "carry": "tracing propagation emit failsafe",
         "tracing": "propagation context emit content errors",
         "propagation": "context scope",
         "emit": "context scope content failsafe span semconv errors",

@@ -1,10 +1,15 @@
 """`agl.carry`: the workers of a thread or process pool run a function in the rollout of the code that submits it."""
 
+import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
 
+from opentelemetry.context import get_current
+
+from agl.emit.generators import GeneratorBody, wrap_async_generator, wrap_generator
 from agl.failsafe import never_raises
 from agl.propagation import headers, joined
 from agl.tracing import export_settings, flush, init
@@ -25,20 +30,49 @@ class CarriedFunction(Generic[Parameters, Result]):
     """Of the submitting process."""
 
     def __call__(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        with joined(self.headers):
-            if os.getpid() == self.process_id:
-                return self.function(*args, **kwargs)
-            return self._run_in_worker_process(*args, **kwargs)
+        with self._running():
+            result = self.function(*args, **kwargs)
+        return self._later(result)
 
-    def _run_in_worker_process(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        with never_raises("the spans of a worker process are not exported"):
-            if self.export_settings is not None:
-                init(**self.export_settings)
-        try:
-            return self.function(*args, **kwargs)
-        finally:
-            if self.export_settings is not None:
-                flush()  # pools terminate their workers without notice
+    def _later(self, result: Any) -> Any:
+        """The result, or the work that it only begins: a coroutine or generator then runs in the context, too."""
+        if inspect.iscoroutine(result):
+            return self._awaited(result)
+        if inspect.isgenerator(result):
+            return wrap_generator(lambda: result, self._generating)()
+        if inspect.isasyncgen(result):
+            return wrap_async_generator(lambda: result, self._generating)()
+        return result
+
+    async def _awaited(self, work: Awaitable[Any]) -> Any:
+        with self._running():
+            return await work
+
+    @contextmanager
+    def _generating(self, *_: Any) -> Iterator[GeneratorBody]:
+        with self._running():
+            body = GeneratorBody(get_current())
+            yield body
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        in_worker_process = os.getpid() != self.process_id and self.export_settings is not None
+        with joined(self.headers):
+            if in_worker_process and self.export_settings is not None:
+                with never_raises("the spans of a worker process are not exported"):
+                    init(**self.export_settings)
+            try:
+                yield
+            finally:
+                if in_worker_process:
+                    flush()  # pools terminate their workers without notice
+
+
+class CarriedCoroutineFunction(CarriedFunction[Parameters, Result]):
+    """A function that frameworks must see to be asynchronous: they run other functions in threads."""
+
+    async def __call__(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Any:
+        return await self._awaited(self.function(*args, **kwargs))  # type: ignore[arg-type]  # it returns a coroutine
 
 
 def carry(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
@@ -46,7 +80,11 @@ def carry(function: Callable[Parameters, Result]) -> Callable[Parameters, Result
 
         pool.submit(agl.carry(work), task)
 
+    `function` may be a coroutine function, a generator function or an async generator function: its work runs in the
+    rollout whenever it is awaited or read.
+
     In a worker process, forked or spawned, spans are exported and redacted as in this process, and are sent before the
     call returns. A process pool pickles `function` and the `redact` of `agl.init`: functions of a module, no lambdas.
     """
-    return CarriedFunction(function, headers(), export_settings(), os.getpid())
+    kind = CarriedCoroutineFunction if inspect.iscoroutinefunction(function) else CarriedFunction
+    return kind(function, headers(), export_settings(), os.getpid())

@@ -1,12 +1,11 @@
-"""Generators in a span: the span is current while the generator's body runs, not while the caller has an item."""
+"""Generators in a context: it is current while the generator's body runs, not while the caller has an item."""
 
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from opentelemetry import trace
-from opentelemetry.context import attach, detach, get_current
+from opentelemetry.context import Context, attach, detach, get_current
 
 MAX_ITEMS = 1000
 """Items recorded as the output of the span; a generator may be infinite."""
@@ -18,9 +17,9 @@ class GeneratorBody:
     A generator runs in its caller's context, so a context attached between steps would be the caller's as well.
     """
 
-    def __init__(self, span: trace.Span) -> None:
+    def __init__(self, context: Context) -> None:
         self.items: list[Any] = []
-        self._context = trace.set_span_in_context(span)
+        self._context = context
 
     def __enter__(self) -> None:
         self._token = attach(self._context)
@@ -36,11 +35,11 @@ class GeneratorBody:
 
 
 OpenBody = Callable[[tuple[Any, ...], dict[str, Any]], AbstractContextManager[GeneratorBody]]
-"""Opens the span of one call from its positional and keyword arguments."""
+"""Opens the context of one call from its positional and keyword arguments."""
 
 
 def wrap_generator(function: Callable[..., Any], open_body: OpenBody) -> Callable[..., Any]:
-    """`function` in a span; values sent, thrown and returned pass through."""
+    """`function` in that context; values sent, thrown and returned pass through."""
 
     def generate(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         with open_body(args, kwargs) as body:

@@ -91,7 +91,7 @@ class _DecoratedFunction:
         attributes = EMITTED_CONTENT.redacted(self.attributes)
         with ending(TRACER.start_span(semconv.SPAN_OPERATION, attributes=attributes)) as span:
             active = self._begin(span, args, kwargs)
-            body = GeneratorBody(span)
+            body = GeneratorBody(trace.set_span_in_context(span))
             try:
                 yield body
             finally:
