@@ -168,6 +168,19 @@ def test_an_error_whose_message_cannot_be_redacted_is_its_type(caplog: pytest.Lo
     assert len(caplog.records) == 2 and "Ada" not in caplog.text
 
 
+class NoText(Exception):
+    def __str__(self) -> str:
+        return self.args[5]
+
+
+def test_an_error_without_text_still_has_its_status(caplog: pytest.LogCaptureFixture) -> None:
+    attributes, status, event = error_on_span(ContentFilter(), NoText())
+
+    assert (attributes, status) == ({"error.type": "NoText"}, "NoText: <NoText without text>")
+    assert "NoText" in event["exception.stacktrace"]
+    assert caplog.records == []
+
+
 def test_without_captured_content_an_error_is_its_type() -> None:
     """Its message may quote a prompt or an argument, and its stack trace ends with the message."""
     attributes, status, event = error_on_span(ContentFilter(captured=False), ValueError("no such customer: Ada"))

@@ -71,7 +71,9 @@ class CarriedFunction(Generic[Parameters, Result]):
 class CarriedCoroutineFunction(CarriedFunction[Parameters, Result]):
     """A function that frameworks must see to be asynchronous: they run other functions in threads."""
 
-    async def __call__(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Any:
+    async def __call__(  # type: ignore[override]  # the coroutine is the Result
+        self, *args: Parameters.args, **kwargs: Parameters.kwargs
+    ) -> Any:
         return await self._awaited(self.function(*args, **kwargs))  # type: ignore[arg-type]  # it returns a coroutine
 
 

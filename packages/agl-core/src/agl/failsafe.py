@@ -46,10 +46,15 @@ def log_failure(failure: str, error: Exception) -> None:
         logger.error("%s", failure, exc_info=error)
 
 
+def is_strict() -> bool:
+    """Whether emitters raise values that they cannot record as they are."""
+    return os.environ.get(STRICT) == "1"
+
+
 @contextmanager
 def raises_if_strict(failure: str) -> Iterator[None]:
     """`never_raises`, except that `AGL_STRICT=1` lets the exception through. For values that the agent passes in."""
-    if os.environ.get(STRICT) == "1":
+    if is_strict():
         yield
         return
     with never_raises(failure):

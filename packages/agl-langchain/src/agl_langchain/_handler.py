@@ -1,6 +1,8 @@
 """The callback handler: translates LangChain's callbacks into the start and end of runs."""
 
 import functools
+import logging
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec
 from uuid import UUID
@@ -13,12 +15,15 @@ from langchain_core.tools import ToolException
 from opentelemetry.trace import TracerProvider
 
 from agl import semconv
+from agl.content.bounded import text_of
 from agl.content.filter import ContentFilter
 from agl.content.redaction import Redact
 from agl.failsafe import log_failure
 from agl.role_map import RoleMap
 from agl_langchain._messages import input_messages, prompt_messages, retrieved, to_json, tool_result
 from agl_langchain._recorder import RunRecorder, RunStart
+
+logger = logging.getLogger("agl")
 
 Arguments = ParamSpec("Arguments")
 Callback = Callable[Concatenate["AglCallbackHandler", Arguments], None]
@@ -69,7 +74,19 @@ class AglCallbackHandler(BaseCallbackHandler):
 
         Raises ConfigError for an invalid regular expression or a `redact` that is not callable.
         """
+        self._settings = {"roles": roles, "capture_content": capture_content, "redact": redact}
         self._recorder = RunRecorder(RoleMap(roles), ContentFilter.of(capture_content, redact), tracer_provider)
+
+    def __copy__(self) -> "AglCallbackHandler":
+        """The same handler: LangChain and its users copy configs and models, together with the handlers in them."""
+        return self
+
+    def __deepcopy__(self, memo: object) -> "AglCallbackHandler":
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., "AglCallbackHandler"], tuple[dict[str, Any]]]:
+        """With the same settings, but the global tracer provider of the process that unpickles the handler."""
+        return _restored, (_picklable(self._settings),)
 
     @_never_raising
     def on_chain_start(self, serialized: dict[str, Any] | None, inputs: Any, **event: Any) -> None:
@@ -152,3 +169,17 @@ class AglCallbackHandler(BaseCallbackHandler):
     @_never_raising
     def on_retriever_error(self, error: BaseException, *, run_id: UUID, **event: Any) -> None:
         self._recorder.close(run_id, error)
+
+
+def _restored(settings: dict[str, Any]) -> AglCallbackHandler:
+    return AglCallbackHandler(**settings)
+
+
+def _picklable(settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings`; if `redact` cannot be pickled, content stays in the process instead."""
+    try:
+        pickle.dumps(settings["redact"])
+    except Exception as error:  # noqa: BLE001 - pickle raises many types
+        logger.warning("the pickled handler records no content: its redact cannot be pickled (%s)", text_of(error))
+        return {**settings, "redact": None, "capture_content": False}
+    return settings

@@ -1,6 +1,5 @@
 """Content on spans: which of it is recorded, redacted by which function, and as which JSON text."""
 
-import json
 import os
 import traceback
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from opentelemetry.trace import Span, Status, StatusCode
 from opentelemetry.util.types import AttributeValue
 
 from agl import semconv
+from agl.content.bounded import bounded_json, text_of
 from agl.content.redaction import Redact, redact_attribute
 from agl.errors import ConfigError
 from agl.failsafe import never_raises
@@ -91,6 +91,7 @@ class ContentFilter:
         """
         with never_raises("an exception was not recorded"):
             span.set_attribute(semconv.ERROR_TYPE, type(error).__qualname__)
+            span.set_status(Status(StatusCode.ERROR, type(error).__name__))  # before code of the user is asked for text
             status, event = self._error_content(error)
             span.set_status(Status(StatusCode.ERROR, status))
             span.add_event("exception", event)
@@ -101,8 +102,8 @@ class ContentFilter:
         type_name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
         content = self.filtered(
             lambda: {
-                _EXCEPTION_MESSAGE: str(error),
-                _EXCEPTION_STACKTRACE: "".join(traceback.format_exception(error)),
+                _EXCEPTION_MESSAGE: text_of(error),
+                _EXCEPTION_STACKTRACE: text_of(error, lambda error: "".join(traceback.format_exception(error))),
             }
         )
         message = content.get(_EXCEPTION_MESSAGE)
@@ -129,11 +130,12 @@ def checked_redact(redact: Redact | None) -> Redact | None:
 
 
 def content_json(value: Any, default: Callable[[Any], Any] = str) -> str:
-    """`value` as compact JSON. `default` converts objects that JSON has no form for; NaN and infinity become null.
+    """`value` as compact JSON, whatever it is; NaN and infinity become null. Never raises.
 
-    orjson, because this runs for each message of each model call and `json` takes ten times as long.
+    `default` converts objects that JSON has no form for. orjson, because this runs for each message of each model call
+    and `json` takes ten times as long.
     """
     try:
         return orjson.dumps(value, default, _JSON_OPTIONS).decode()
-    except TypeError:  # a lone surrogate, an integer beyond 64 bits, or a key that is not a string
-        return json.dumps(value, separators=(",", ":"), default=default)
+    except Exception:  # noqa: BLE001 - keys, numbers, depth and surrogates that orjson refuses, or code of the user
+        return bounded_json(value, default)

@@ -1,12 +1,14 @@
 """Checks that values fit into span attributes: the SDK would convert other values to text, or drop them."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from agl import semconv
+from agl.content.filter import content_json
 from agl.context import non_empty
 from agl.errors import TelemetryError
+from agl.failsafe import is_strict
 from agl.span import AttributeValue
 
 _SCALARS = (bool, int, float, str, bytes)
@@ -34,13 +36,14 @@ def role_attribute(role: str | None) -> dict[str, str]:
     return {} if role is None else {semconv.ROLE: non_empty("role", role)}
 
 
-def json_text(name: str, value: Any, default: Callable[[Any], Any] | None = None) -> str:
-    """`value` as JSON; `default` converts objects that JSON has no form for. Raises TelemetryError, naming `name`."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=default)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise TelemetryError(f"{name} ({type(value).__name__}) cannot be written as JSON: {error}") from error
-    return text if _is_unicode(text) else json.dumps(value, default=default)
+def json_text(name: str, value: Any) -> str:
+    """`value` as JSON, with the `repr` of what JSON has no form for. If `AGL_STRICT=1`, that raises TelemetryError."""
+    if is_strict():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TelemetryError(f"{name} ({type(value).__name__}) cannot be written as JSON: {error}") from error
+    return content_json(value, repr)
 
 
 def _scalar(key: str, value: Any) -> str | bool | int | float | bytes:

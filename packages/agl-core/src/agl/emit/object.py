@@ -14,7 +14,7 @@ def emit_object(value: Any, *, attributes: Mapping[str, Any] | None = None) -> s
 
 
 def object_attributes(value: Any) -> dict[str, str | bytes]:
-    """Attributes of the span. Raises TelemetryError if `value` is neither bytes nor JSON (NaN is not JSON)."""
+    """Attributes of the span. With `AGL_STRICT=1`, raises TelemetryError if `value` is neither bytes nor JSON."""
     if isinstance(value, bytes | bytearray | memoryview):
         return {semconv.OBJECT_TYPE: "bytes", semconv.OBJECT_BYTES: bytes(value)}
     return {semconv.OBJECT_TYPE: "json", semconv.OBJECT_JSON: json_text("object", value)}

@@ -19,6 +19,6 @@ def emit_observation(
 
 
 def observation_attributes(content: Any, *, role: str | None = None) -> dict[str, Any]:
-    """Attributes of the span; content other than text becomes JSON. Raises TelemetryError if that is impossible."""
+    """Attributes of the span; content other than text becomes JSON."""
     text = content if isinstance(content, str) else json_text("observation", content)
     return {semconv.OBSERVATION_CONTENT: text} | role_attribute(role)

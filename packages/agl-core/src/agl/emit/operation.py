@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ from typing import Any, TypeVar, overload
 from opentelemetry import trace
 
 from agl import semconv
+from agl.content.filter import content_json
 from agl.context import TRACER, ending, open_span
-from agl.emit.attributes import flat_attributes, json_text
+from agl.emit.attributes import flat_attributes
 from agl.emit.generators import GeneratorBody, wrap_async_generator, wrap_generator
 from agl.emit.record import EMITTED_CONTENT
-from agl.errors import TelemetryError
 from agl.failsafe import never_raises, raises_if_strict
 from agl.scope import Scope
 from agl.span import AttributeValue
@@ -37,7 +36,7 @@ class ActiveOperation:
 
     def _set(self, name: str, value: Any) -> None:
         with never_raises(f"{name} was not recorded"):
-            EMITTED_CONTENT.set_content(self.span, lambda: {name: _lenient_json(name, value)})
+            EMITTED_CONTENT.set_content(self.span, lambda: {name: content_json(value, repr)})
 
 
 class Operation(Scope[ActiveOperation]):
@@ -166,10 +165,3 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
         return inspect.signature(function)
     except ValueError:  # some builtins have no signature
         return None
-
-
-def _lenient_json(name: str, value: Any) -> str:
-    try:
-        return json_text(name, value, default=repr)
-    except TelemetryError:  # keys that are not strings, a reference cycle, or NaN
-        return json.dumps(repr(value))
