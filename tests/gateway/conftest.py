@@ -25,7 +25,7 @@ def served() -> Iterator[Setup]:
 
 @pytest.fixture
 def setup(served: Setup) -> Setup:
-    served.store.delay_s, served.store.refusing = 0.0, False
+    served.store.delay_s, served.store.refusing, served.store.refused_rollout = 0.0, False, ""
     served.store.appended.clear()
     served.engine.seen.clear()
     served.engine.headers.clear()

@@ -32,12 +32,15 @@ class Store(SqliteStore):
         super().__init__(":memory:", uri="memory://")
         self.delay_s = 0.0
         self.refusing = False
+        self.refused_rollout = ""
         self.appended: list[Span] = []
 
     def append_rows(self, rows: Sequence[SpanRow]) -> int:
         time.sleep(self.delay_s)
         if self.refusing:
             raise StoreError("the disk is full")
+        if self.refused_rollout in [row.rollout_id for row in rows]:
+            raise StoreError(f"no place for {self.refused_rollout}")
         new = super().append_rows(rows)
         self.appended += otlp.decode(b"".join(row.otlp for row in rows))
         return new

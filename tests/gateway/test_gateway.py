@@ -16,7 +16,7 @@ from opentelemetry.trace import format_span_id
 import agl
 from agl import semconv
 from agl.cli.inspection import Inspection
-from agl.gateway.dialect.dialect import split_events
+from agl.gateway.dialect.dialect import EventSplitter
 from agl.gateway.engine_kind import ENGINE_KINDS
 from agl.gateway.request import Caller, Seeds, prepare
 from agl.server_thread import ServerThread
@@ -471,11 +471,20 @@ async def test_many_streams_at_once_keep_their_tokens_apart(setup: Setup) -> Non
 
 def test_events_are_split_wherever_the_network_splits_the_bytes() -> None:
     stream = b": ping\r\n\r\ndata: 1\n\ndata: 2\r\n\r\nda"
-    assert split_events(stream) == ([b": ping", b"data: 1", b"data: 2"], b"da")
-    for cut in range(len(stream)):
-        events, rest = split_events(stream[:cut])
-        more, rest = split_events(rest + stream[cut:])
-        assert (events + more, rest) == split_events(stream)
+    for size in range(1, len(stream) + 1):
+        splitter = EventSplitter()
+        events = [event for at in range(0, len(stream), size) for event in splitter.split(stream[at : at + size])]
+        assert (events, splitter.rest) == ([b": ping", b"data: 1", b"data: 2"], b"da")
+
+
+def test_a_long_event_is_split_in_time_linear_in_its_length() -> None:
+    splitter, events, piece = EventSplitter(), list[bytes](), b"data: " + b"1, " * 1000
+    before = time.perf_counter()
+    for _ in range(10_000):
+        events += splitter.split(piece)
+    events += splitter.split(b"\n\n")
+    assert [len(event) for event in events] == [len(piece) * 10_000]
+    assert time.perf_counter() - before < 10  # Searching from the start each time takes minutes.
 
 
 def test_tool_calls_are_joined_from_chunks() -> None:

@@ -1,7 +1,10 @@
 """Pause, slots of an engine, timeouts, and calls that are not recorded."""
 
 import asyncio
+import gzip
 import json
+import socket
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -10,9 +13,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import zstandard
 
 from agl import semconv
 from tests.core.fake_engine import WORDS, FakeEngine
+from tests.gateway.scripted_engine import answering, choice, envelope, streamed
 from tests.gateway.serving import Setup, assert_tokens, chat_body, gateway, serving, wait_until
 
 
@@ -118,13 +123,79 @@ def test_record_open_passes_an_unrecorded_response_and_marks_it(stream: bool) ->
 
 async def test_a_call_that_cannot_be_stored_does_not_fail_its_batch(setup: Setup) -> None:
     setup.store.delay_s = 0.1  # They wait for the first, and are committed together.
-    bodies = [chat_body(model="\ud800" if number == 3 else "base") for number in range(6)]
+    setup.store.refused_rollout = "r3"
     async with httpx.AsyncClient() as client:
-        url = f"{setup.url}/v1/chat/completions"
-        answers = await asyncio.gather(*(client.post(url, content=json.dumps(body)) for body in bodies))
+        urls = [f"{setup.url}/rollout/r{number}/attempt/a/v1/chat/completions" for number in range(6)]
+        answers = await asyncio.gather(*(client.post(url, json=chat_body()) for url in urls))
     assert [answer.status_code for answer in answers] == [200, 200, 200, 500, 200, 200]
     assert answers[3].json()["error"]["code"] == "not_recorded"
     assert len(setup.store.appended) == 5
+
+
+@pytest.mark.parametrize(
+    ("more", "baggage", "message"),
+    [
+        ({"max_tokens": 2**63}, "", "gen_ai.request.max_tokens is 9223372036854775808, and a span holds 64 bits"),
+        ({"seed": -(2**64)}, "", "gen_ai.request.seed is -18446744073709551616"),
+        ({"model": "\ud800"}, "", r"gen_ai.request.model is not Unicode: '\ud800'"),
+        ({}, "agl.rollout.id=" + "r" * 501, "agl.rollout.id has 501 characters, expected at most 500"),
+        ({}, "agl.rollout.id=r,agl.attempt.id=" + "a" * 501, "agl.attempt.id has 501 characters"),
+    ],
+)
+@pytest.mark.parametrize("path", ["chat/completions", "messages"])
+def test_a_request_that_could_not_be_recorded_is_refused_before_it_is_sampled(
+    setup: Setup, more: dict[str, Any], baggage: str, message: str, path: str
+) -> None:
+    content = json.dumps(chat_body(max_tokens=9) | more).encode()
+    answer = httpx.post(f"{setup.url}/v1/{path}", content=content, headers={"baggage": baggage})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_recordable")
+    assert message in answer.json()["error"]["message"]
+    assert setup.engine.seen == []
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "zstd"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/embeddings"])
+def test_an_encoded_request_is_decoded(setup: Setup, encoding: str, path: str) -> None:
+    encode = {"gzip": gzip.compress, "deflate": zlib.compress, "zstd": zstandard.compress}[encoding]
+    body = json.dumps(chat_body(max_tokens=9, input="x")).encode()
+    answer = httpx.post(setup.url + path, content=encode(body), headers={"content-encoding": encoding})
+    assert answer.status_code == 200 and setup.engine.seen[0]["model"] == "writer@3"
+    assert "content-encoding" not in setup.engine.headers[0]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "status", "message"),
+    [("br", 415, "the content encoding 'br', expected one of identity, gzip"), ("gzip", 400, "not valid gzip")],
+)
+def test_an_encoding_that_is_unknown_or_wrong_is_refused(
+    setup: Setup, encoding: str, status: int, message: str
+) -> None:
+    answer = setup.post(chat_body(), **{"content-encoding": encoding})
+    assert answer.status_code == status and message in answer.json()["error"]["message"]
+
+
+def test_a_byte_order_mark_is_skipped(setup: Setup) -> None:
+    body = b"\xef\xbb\xbf" + json.dumps(chat_body()).encode()
+    assert httpx.post(f"{setup.url}/v1/chat/completions", content=body).status_code == 200
+
+
+def test_a_client_that_reads_nothing_gives_its_place_back(setup: Setup) -> None:
+    """At once if the engine has ended, else after `send_s`; then a pause drains."""
+    for chunks, drain_s in (1, 5), (4000, 10):
+        script = answering({"finish_reason": "stop"})
+        script.chunks = [envelope([streamed(choice()) | {"finish_reason": None, "junk": "x" * 50_000}])] * chunks
+        with (
+            serving(script) as url,
+            gateway(engines=[{"url": url, "max_concurrent": 1}], timeouts={"send_s": 1}) as narrow,
+            socket.socket() as client,
+        ):
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", int(narrow.url.rpartition(":")[2])))
+            body = json.dumps(chat_body(stream=True, model="base", junk="")).encode()
+            head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+            client.sendall(head + body)
+            wait_until(lambda: bool(script.seen))  # noqa: B023 - called at once
+            assert control(narrow, "pause", drain_s=drain_s)["calls"] == 0
 
 
 def test_embeddings_are_passed_on_and_not_recorded(setup: Setup) -> None:

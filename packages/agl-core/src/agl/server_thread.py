@@ -68,7 +68,8 @@ class ServerThread(AppThread):
             self.gateway = Gateway(store, config, overrides=overrides)
             routes = [*self._api.routes(), _health_route(store, self.gateway, queue), _metrics_route(queue)]
             api = AuthMiddleware(self.gateway.app(routes), tokens or BearerTokens())
-            self.base_url = self.add(api, host=host, port=port, name="gateway", tls=config.tls)
+            send_s = config.timeouts.send_s
+            self.base_url = self.add(api, host=host, port=port, name="gateway", tls=config.tls, send_s=send_s)
             tls = receiver.config.tls
             self.otlp_url = self.add(self._http, host=host, port=otlp_http_port, name="OTLP/HTTP receiver", tls=tls)
             if self._grpc is not None and otlp_grpc_port is not None:

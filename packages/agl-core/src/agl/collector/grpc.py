@@ -5,9 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NoReturn
 
 import grpc
+from google.rpc.code_pb2 import INVALID_ARGUMENT
 
-from agl.collector.receiver import IDENTITY, Receiver, RejectedRequest
+from agl.collector.receiver import Receiver, RejectedRequest
 from agl.errors import AglError
+from agl.server.receiving import IDENTITY
 from agl.server.tls import grpc_credentials
 from agl.store import span_row
 
@@ -76,7 +78,9 @@ class GrpcReceiver(grpc.GenericRpcHandler):
     def _receive_traces(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         try:
             with self._receiver.admit(_authorization(context)) as reservation:
-                message = next(requests, b"")
+                message = next(requests, None)
+                if message is None:
+                    raise RejectedRequest(400, INVALID_ARGUMENT, "the call ended without a message")
                 self._receiver.reserve(reservation, len(message))
                 response = self._receiver.commit(message, _encoding(message), span_row.parse, reservation)
         except RejectedRequest as rejected:

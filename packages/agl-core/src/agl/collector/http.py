@@ -1,4 +1,4 @@
-"""OTLP/HTTP: `POST /v1/traces` in protobuf or JSON, plain, gzip or deflate."""
+"""OTLP/HTTP: `POST /v1/traces` in protobuf or JSON, plain or with one of the content encodings."""
 
 import asyncio
 from collections.abc import Mapping
@@ -12,8 +12,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from agl.collector.receiver import IDENTITY, RETRY_AFTER_S, ZLIB_WINDOWS, Parse, Receiver, RejectedRequest
-from agl.server.receiving import Reservation, read_body
+from agl.collector.receiver import RETRY_AFTER_S, Parse, Receiver, RejectedRequest
+from agl.server.api_error import ApiError
+from agl.server.receiving import ENCODINGS, IDENTITY, Reservation, content_length, read_body
 from agl.store import span_row
 
 PROTOBUF: Final = "application/x-protobuf"
@@ -24,10 +25,8 @@ Headers = Mapping[bytes, bytes]
 _TRACES_PATH = "/v1/traces"
 _OTHER_PATHS = ("/v1/metrics", "/v1/logs")
 _PARSERS: dict[str, Parse] = {PROTOBUF: span_row.parse, JSON: span_row.parse_json}
-_ENCODINGS = (IDENTITY, *ZLIB_WINDOWS)
 _COMMITS_AT_ONCE = 16
 """Threads, each of which waits for the store; the store commits waiting requests together."""
-_BODY_TIMEOUT_S = 60
 _HEADERS_OF_STATUS = {
     401: [(b"www-authenticate", b"Bearer")],
     405: [(b"allow", b"POST")],
@@ -64,22 +63,20 @@ class HttpReceiver:
 
     async def _handle(self, scope: Scope, headers: Headers, content_type: str, receive: Receive) -> Message:
         _check_route(scope)
-        with self._receiver.admit(headers.get(b"authorization"), _content_length(headers)) as reservation:
+        with self._receiver.admit(headers.get(b"authorization"), content_length(scope) or 0) as reservation:
             if scope["path"] in _OTHER_PATHS:
                 return ExportTraceServiceResponse()
             parse, encoding = _parser(content_type), _encoding(headers)
-            body = await self._read_body(receive, reservation)
+            body = await self._read_body(scope, receive, reservation)
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._pool, self._receiver.commit, body, encoding, parse, reservation)
 
-    async def _read_body(self, receive: Receive, reservation: Reservation) -> bytes:
+    async def _read_body(self, scope: Scope, receive: Receive, reservation: Reservation) -> bytes:
         try:
-            async with asyncio.timeout(_BODY_TIMEOUT_S):
-                return await read_body(receive, lambda size: self._receiver.reserve(reservation, size))
-        except TimeoutError as error:
-            raise RejectedRequest(
-                408, DEADLINE_EXCEEDED, f"the body was not complete after {_BODY_TIMEOUT_S} s"
-            ) from error
+            return await read_body(scope, receive, lambda size: self._receiver.reserve(reservation, size))
+        except ApiError as error:
+            code = DEADLINE_EXCEEDED if error.http_status == 408 else INVALID_ARGUMENT
+            raise RejectedRequest(error.http_status, code, str(error)) from error
 
 
 def _check_route(scope: Scope) -> None:
@@ -93,11 +90,6 @@ def _text(headers: Headers, name: bytes) -> str:
     return headers.get(name, b"").decode("latin-1").strip().lower()
 
 
-def _content_length(headers: Headers) -> int:
-    length = _text(headers, b"content-length")
-    return int(length) if length.isdecimal() else 0
-
-
 def _parser(content_type: str) -> Parse:
     if content_type not in _PARSERS:
         raise RejectedRequest(415, INVALID_ARGUMENT, f"content type {content_type!r}; expected {' or '.join(_PARSERS)}")
@@ -106,8 +98,8 @@ def _parser(content_type: str) -> Parse:
 
 def _encoding(headers: Headers) -> str:
     encoding = _text(headers, b"content-encoding") or IDENTITY
-    if encoding not in _ENCODINGS:
-        expected = ", ".join(_ENCODINGS)
+    if encoding not in ENCODINGS:
+        expected = ", ".join(ENCODINGS)
         raise RejectedRequest(415, INVALID_ARGUMENT, f"content encoding {encoding!r}; expected one of {expected}")
     return encoding
 

@@ -2,7 +2,6 @@
 
 import logging
 import threading
-import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,20 +15,16 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from agl.config.collector import CollectorConfig
 from agl.errors import InputError, OtlpError, StoreError
 from agl.server.auth import BearerTokens
-from agl.server.receiving import MemoryBudget, Reservation
+from agl.server.receiving import MemoryBudget, Reservation, decode_body
 from agl.store.span_row import ParsedSpans, SpanRow
 
 logger = logging.getLogger(__name__)
 
 Parse = Callable[[bytes], ParsedSpans]
 
-IDENTITY: Final = "identity"
-ZLIB_WINDOWS: Final = {"gzip": 31, "deflate": 15}
-"""Content encodings besides `identity`, and the `wbits` of zlib for each."""
 RETRY_AFTER_S: Final = 1
 _MAX_MESSAGE_CHARS = 500
 """A message may quote the request, and gRPC sends it in a header."""
-_INFLATE_CHUNK_BYTES = 4 * 2**20
 _PARSE_ALONE_BYTES = 2**20
 """Larger bodies are parsed one at a time: a parsed body takes many times its size in memory."""
 
@@ -98,12 +93,12 @@ class Receiver:
             raise _busy()
 
     def commit(self, body: bytes, encoding: str, parse: Parse, reservation: Reservation) -> ExportTraceServiceResponse:
-        """Commit the spans of a body; `encoding` is `identity` or one of ZLIB_WINDOWS. Raises RejectedRequest.
+        """Commit the spans of a body with one of the content encodings ENCODINGS. Raises RejectedRequest.
 
         The response is empty if all spans were committed, and a partial success if some of them are invalid.
         """
         try:
-            plain = body if encoding == IDENTITY else self._inflate(body, encoding, reservation)
+            plain = self._decode(body, encoding, reservation)
             with self._parsing if len(plain) > _PARSE_ALONE_BYTES else nullcontext():
                 parsed = parse(plain)
             if parsed.rejected and not parsed.rows:
@@ -116,32 +111,19 @@ class Receiver:
             raise RejectedRequest(503, UNAVAILABLE, str(error)) from error
         return _response(parsed)
 
-    def _inflate(self, body: bytes, encoding: str, reservation: Reservation) -> bytes:
-        """The plain body. Memory for each chunk is reserved before the next one is inflated."""
-        stream = zlib.decompressobj(ZLIB_WINDOWS[encoding])
-        chunks: list[bytes] = []
-        size, rest = 0, body
-        while not stream.eof:
-            chunk = _next_chunk(stream, rest, encoding)
-            chunks.append(chunk)
-            size, rest = size + len(chunk), stream.unconsumed_tail
+    def _decode(self, body: bytes, encoding: str, reservation: Reservation) -> bytes:
+        """The plain body. Memory for each piece is reserved before the next one is decoded."""
+
+        def reserve(size: int) -> None:
             if size > self.config.max_body_bytes:
                 raise _too_large(self.config.max_body_bytes)
             if not reservation.grow_to(len(body) + size):
                 raise _busy()
-        if stream.unused_data:
-            raise OtlpError(f"the body is not one whole {encoding} stream")
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
-
-def _next_chunk(stream: "zlib._Decompress", data: bytes, encoding: str) -> bytes:
-    try:
-        chunk = stream.decompress(data, _INFLATE_CHUNK_BYTES)
-    except zlib.error as error:
-        raise OtlpError(f"the body is not valid {encoding}: {error}") from error
-    if not chunk and not stream.eof:
-        raise OtlpError(f"the body is not one whole {encoding} stream")
-    return chunk
+        try:
+            return decode_body(body, encoding, reserve)
+        except ValueError as error:
+            raise OtlpError(str(error)) from error
 
 
 def _response(parsed: ParsedSpans) -> ExportTraceServiceResponse:

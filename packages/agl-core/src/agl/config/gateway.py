@@ -36,6 +36,8 @@ class TimeoutsConfig(Section):
     """Between two chunks of a stream."""
     total_s: Positive = 1800.0
     """For the whole call, from its arrival."""
+    send_s: Positive = 60.0
+    """For a client that reads nothing of a response; then its connection is closed."""
 
 
 RecordMode = Literal["closed", "open"]

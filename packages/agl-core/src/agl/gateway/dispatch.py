@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -185,7 +185,7 @@ class Dispatch:
     async def _send(
         self, session: aiohttp.ClientSession, record: CallRecord, engine: Engine, deadline: float
     ) -> "_ActiveRequest":
-        """Wait for a slot at `engine` and send the request."""
+        """Wait for a slot at `engine` and send the request. The slot is free again when the engine has ended."""
         record.engine = engine
         with ExitStack() as held:
             await self._acquire_slot(engine, record)
@@ -195,8 +195,8 @@ class Dispatch:
             response = await engine.post(
                 session, record.path, record.body, record.headers, self._config.timeouts, deadline
             )
-            held.callback(response.close)
-            return _ActiveRequest(engine, response, held.pop_all().close)
+            response.on_end(held.pop_all().close)
+            return _ActiveRequest(engine, response)
 
     async def _acquire_slot(self, engine: Engine, record: CallRecord) -> None:
         before, queue_s = time.perf_counter_ns(), self._config.timeouts.queue_s
@@ -221,8 +221,10 @@ class _ActiveRequest:
 
     engine: Engine
     response: UpstreamResponse
-    close: Callable[[], None]
-    """Close the response and release the slot. May be called twice."""
+
+    def close(self) -> None:
+        """Close the response and release the slot. May be called twice."""
+        self.response.close()
 
 
 def _abandon(task: "asyncio.Task[_ActiveRequest]") -> None:

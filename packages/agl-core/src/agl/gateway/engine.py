@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Final
 
 import aiohttp
@@ -93,6 +93,7 @@ class UpstreamResponse:
         self._response = response
         self._timeouts = timeouts
         self._deadline = deadline
+        self._leave: Callable[[], None] = lambda: None
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The pieces of a stream as they arrive. Raises ApiError when the engine breaks off or stops sending."""
@@ -122,12 +123,18 @@ class UpstreamResponse:
                 while not self._response.content.at_eof():
                     await self._response.content.readany()
 
+    def on_end(self, leave: Callable[[], None]) -> None:
+        """Call `leave` when the engine has sent everything, even if the client has not read it yet, or at `close`."""
+        self._leave = leave
+        self._response.content.on_eof(leave)
+
     def close(self) -> None:
         """Close the connection of an unfinished stream, so that the engine stops sampling; else reuse it."""
         if self._response.content.at_eof():
             self._response.release()
         else:
             self._response.close()
+        self._leave()
 
     def error_message(self) -> str:
         """The message of an error body."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import aiohttp
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,7 +17,7 @@ from agl import semconv
 from agl.config import GatewayConfig
 from agl.errors import AglError, OtlpError
 from agl.gateway.conversation import Conversations, conversation_key
-from agl.gateway.dialect.dialect import DONE, Dialect, event_data, split_events
+from agl.gateway.dialect.dialect import DONE, Dialect, EventSplitter, event_data
 from agl.gateway.dispatch import Dispatch, Routes
 from agl.gateway.drift_kind import find_drift
 from agl.gateway.engine import UpstreamResponse, forwarded
@@ -25,7 +26,7 @@ from agl.gateway.record import CallRecord, Recorder
 from agl.gateway.request import CallerLookup, Seeds, changes, constraints, prepare, read_json, with_full_distribution
 from agl.server.api_error import ApiError, error_in, error_text
 from agl.server.auth import project_of
-from agl.server.receiving import read_body, run_while_connected
+from agl.server.receiving import ENCODINGS, IDENTITY, decode_body, read_body, run_while_connected
 from agl.tokens.capture import Capture, Json, requested_choices
 from agl.tokens.packing import unpack_ids
 
@@ -53,7 +54,21 @@ class GatewayParts:
     session: aiohttp.ClientSession = field(init=False)
     recorder: Recorder = field(init=False)
 
-    def check_body_size(self, size: int) -> None:
+    async def read_body(self, scope: Scope, receive: Receive) -> bytes:
+        """The plain body of a request. Raises ApiError."""
+        body = await read_body(scope, receive, self._check_body_size)
+        encoding = Headers(scope=scope).get("content-encoding", IDENTITY).strip().lower()
+        if encoding == IDENTITY:
+            return body
+        if encoding not in ENCODINGS:
+            message = f"the request has the content encoding {encoding!r}, expected one of {', '.join(ENCODINGS)}"
+            raise ApiError(415, "unknown_encoding", message)
+        try:
+            return await asyncio.to_thread(decode_body, body, encoding, self._check_body_size)
+        except ValueError as error:
+            raise ApiError(400, "invalid_encoding", str(error)) from error
+
+    def _check_body_size(self, size: int) -> None:
         if size > (limit := self.config.max_body_bytes):
             raise ApiError(413, "too_large", f"the request is over {limit} bytes (gateway.max_body_bytes)")
 
@@ -67,7 +82,7 @@ class CallEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = await read_body(receive, self._parts.check_body_size)
+            body = await self._parts.read_body(scope, receive)
             exchange = await self._open(Request(scope, receive), body, send)
             await run_while_connected(receive, exchange.run(scope, receive))
         except ClientDisconnect:
@@ -108,6 +123,7 @@ class CallEndpoint:
             project=project_of(request.scope),
             capture=dialect.capture,
         )
+        record.check()
         dialect.capture.expected_choices = requested_choices(sent)
         key = conversation_key(caller.rollout_id, caller.attempt_id, caller.trace_id, record.engine_model)
         if key is not None and kind.operation == semconv.OPERATION_CHAT:
@@ -138,7 +154,7 @@ class Exchange:
                 return await self._fail(error)(scope, receive, self._send)
             ending = self._fail(error)
         except asyncio.CancelledError:
-            record.fail("cancelled", "the client went away before the answer was complete")
+            record.fail("cancelled", "the client left before the answer was complete, or read nothing for send_s")
             await self._commit()
             raise
         if not_recorded := await self._commit():
@@ -184,16 +200,16 @@ class Exchange:
         """Send events as they arrive, except the last."""
         self._streaming = True
         await self._send(_response_start(response))
-        rest = b""
+        splitter = EventSplitter()
         async for piece in response.pieces():
-            events, rest = split_events(rest + piece)
+            events = splitter.split(piece)
             done = [event for event in events if event_data(event) == DONE]
             if relayed := b"".join(self._relay_event(event) for event in events):
                 await self._send(_response_body(relayed, more=True))
             if done:
                 await response.finish()
                 return self._end_stream(done[0])
-        if last := self._relay_event(rest):
+        if last := self._relay_event(splitter.rest):
             await self._send(_response_body(last, more=True))
         return self._end_stream(b"")
 

@@ -25,7 +25,6 @@ from agl.gateway.health import Health, list_models
 from agl.gateway.record import CallRecord, Recorder
 from agl.gateway.request import Caller, CallerLookup, read_json
 from agl.server.api_error import ApiError, unknown_route
-from agl.server.receiving import read_body
 from agl.store import Store
 from agl.tokens.capture import Json
 
@@ -82,7 +81,7 @@ class Gateway:
 
     async def _embeddings(self, request: Request) -> Response:
         """Passed on and not recorded: nothing is sampled."""
-        _, body = read_json(await read_body(request.receive, self._parts.check_body_size))
+        _, body = read_json(await self._parts.read_body(request.scope, request.receive))
         model = self._routes.resolve(str(body.get("model", "")))
         sent = body | {"model": model} if model else body
         caller = Caller(rollout_id=request.path_params.get("rollout_id"))

@@ -13,10 +13,10 @@ from agl import semconv
 from agl.gateway.conversation import Position
 from agl.gateway.engine import Engine
 from agl.gateway.request import Caller
-from agl.server.api_error import error_in
+from agl.server.api_error import ApiError, error_in
 from agl.span import AttributeValue, Span
 from agl.store import Store
-from agl.store.span_row import SpanRow
+from agl.store.span_row import MAX_ID_LENGTH, SpanRow
 from agl.tokens.capture import Capture, Choice, Json
 from agl.tokens.drift import Drifted
 
@@ -69,6 +69,20 @@ class CallRecord:
     drifted: Drifted | None = None
     prefix: str | None = None
     """`exact`, or the reason for which the prompt was not built from sampled tokens."""
+
+    def check(self) -> None:
+        """Raises ApiError for a request that could not be recorded, before anything is sampled for it.
+
+        Ids may be too long for the store, numbers too large for a span, and text may not be Unicode.
+        """
+        for name, value in self._attributes().items():
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise _not_recordable(f"{name} is {value}, and a span holds 64 bits")
+            if isinstance(value, str) and not value.isascii() and value.encode(errors="replace").decode() != value:
+                raise _not_recordable(f"{name} is not Unicode: {value!r}")
+        for name, value in self.caller.attributes().items():
+            if len(value) > MAX_ID_LENGTH:
+                raise _not_recordable(f"{name} has {len(value)} characters, expected at most {MAX_ID_LENGTH}")
 
     def add(self, part: Json, *, is_whole: bool) -> None:
         """Capture a whole response or the next chunk. Raises ApiError for an error of the engine in place of either."""
@@ -177,6 +191,10 @@ class Recorder:
         except Exception as error:  # noqa: BLE001 - handed to the callers; the next batch must be written
             return [error] if len(batch) == 1 else [self._append([one])[0] for one in batch]
         return [None] * len(batch)
+
+
+def _not_recordable(reason: str) -> ApiError:
+    return ApiError(400, "not_recordable", f"the call could not be recorded: {reason}")
 
 
 def policy_version(model: str | None) -> str | None:

@@ -154,7 +154,7 @@ class Seeds:
 def read_json(body: bytes) -> tuple[str, Json]:
     """The body as text and as JSON object. Raises ApiError for anything else."""
     try:
-        text = body.decode()
+        text = body.decode("utf-8-sig")
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, "invalid_json", f"the request body is not valid JSON: {error}") from error

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from agl.config.tls import TlsConfig
 from agl.errors import AglError
-from agl.server.receiving import HttpProtocol
+from agl.server.receiving import SEND_S, HttpProtocol
 from agl.server.tls import uvicorn_options
 
 GRACE_S = 3
@@ -42,10 +42,12 @@ class AppThread:
         port: int = 0,
         name: str = "app",
         tls: TlsConfig | None = None,
+        send_s: float = SEND_S,
     ) -> str:
         """Bind `app` to `port` (0: any free port) and return its base URL, without a trailing slash.
 
-        Raises AglError naming the port if it is in use or not permitted.
+        The connection of a client that reads nothing for `send_s` seconds is closed. Raises AglError naming the port if
+        it is in use or not permitted.
         """
         config = uvicorn.Config(
             app,
@@ -53,7 +55,7 @@ class AppThread:
             log_level="warning",
             access_log=False,
             proxy_headers=False,
-            http=HttpProtocol,
+            http=type("_HttpProtocol", (HttpProtocol,), {"send_s": send_s}),
             ws="none",
             timeout_keep_alive=_KEEPALIVE_S,
             timeout_graceful_shutdown=GRACE_S,

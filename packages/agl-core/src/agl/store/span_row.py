@@ -18,7 +18,7 @@ from agl.span import COLUMN_ATTRIBUTES, AttributeValue, Span, SpanAttributes
 
 _Attributes = Mapping[str, AttributeValue]
 
-_MAX_ID_LENGTH: Final = 500
+MAX_ID_LENGTH: Final = 500
 """Characters of a rollout id, an attempt id or a response id: an index entry of PostgreSQL has at most 2,700 bytes."""
 
 
@@ -148,8 +148,8 @@ def _to_row(
 ) -> SpanRow:
     rollout_id, attempt_id, response_id = names.named_rollout, names.attempt_id, names.response_id
     for named in (rollout_id, attempt_id, response_id):
-        if named is not None and len(named) > _MAX_ID_LENGTH:
-            raise OtlpError(f"span {name!r} names an id of {len(named)} characters, expected at most {_MAX_ID_LENGTH}")
+        if named is not None and len(named) > MAX_ID_LENGTH:
+            raise OtlpError(f"span {name!r} names an id of {len(named)} characters, expected at most {MAX_ID_LENGTH}")
     named_rollout = rollout_id if rollout_id and rollout_id != trace_id.hex() else None
     by_gateway = name == semconv.SPAN_GATEWAY_CALL
     asked = None if by_gateway else response_id

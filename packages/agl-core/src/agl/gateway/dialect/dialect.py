@@ -14,12 +14,33 @@ from agl.tokens.capture import Capture, Json, RequestedFields, is_empty_chunk, s
 DONE: Final = b"[DONE]"
 """Data of the server-sent event that ends a stream."""
 _EVENT_END: Final = re.compile(rb"\r?\n\r?\n")
+_LONGEST_END: Final = 4
 
 
-def split_events(received: bytes) -> tuple[list[bytes], bytes]:
-    """The complete server-sent events in `received`, without the blank lines that end them, and the rest."""
-    *events, rest = _EVENT_END.split(received)
-    return events, rest
+class EventSplitter:
+    """Splits the pieces of a stream into server-sent events. The time is linear in the bytes, however they arrive."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+
+    def split(self, piece: bytes) -> list[bytes]:
+        """The events that are complete with `piece`, without the blank lines that end them."""
+        if not self._rest:  # A piece is nearly always some whole events.
+            *events, rest = _EVENT_END.split(piece)
+            self._rest += rest
+            return events
+        searched = max(0, len(self._rest) - _LONGEST_END + 1)
+        self._rest += piece
+        ends = [match.span() for match in _EVENT_END.finditer(self._rest, searched)]
+        starts = [0, *(end for _, end in ends)]
+        events = [bytes(self._rest[start:end]) for start, (end, _) in zip(starts, ends, strict=False)]
+        del self._rest[: starts[-1]]
+        return events
+
+    @property
+    def rest(self) -> bytes:
+        """The start of an event that is not complete."""
+        return bytes(self._rest)
 
 
 def event_data(event: bytes) -> bytes:

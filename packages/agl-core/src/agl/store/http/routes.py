@@ -74,7 +74,7 @@ class StoreApi:
         # Also protects against web pages: a browser sends these types to another origin only after a preflight request.
         if content_type != verb.content_type:
             raise ApiError(415, "unknown_content_type", f"{verb.path} takes {verb.content_type}, got {content_type!r}")
-        return await read_body(request.receive, lambda size: self._reserve(reservation, size))
+        return await read_body(request.scope, request.receive, lambda size: self._reserve(reservation, size))
 
     def _reserve(self, reservation: Reservation, size: int) -> None:
         limit = self._config.max_body_bytes
