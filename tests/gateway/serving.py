@@ -114,13 +114,18 @@ def serving(engine: FakeEngine, port: int = 0) -> Iterator[str]:
 
 
 @contextmanager
-def gateway(engine: FakeEngine | None = None, **settings: Any) -> Iterator[Setup]:
+def gateway(
+    engine: FakeEngine | None = None, overrides: dict[str, dict[str, Any]] | None = None, **settings: Any
+) -> Iterator[Setup]:
     """A gateway for `engine`, or for the engines in `settings`, which configure it."""
     store = Store()
     engine = engine or (None if "engines" in settings else FakeEngine())
     config = GatewayConfig(**settings)
     try:
-        with ServerThread(store, port=0, otlp_http_port=0, upstream=engine and engine.app, gateway=config) as server:
+        upstream = engine and engine.app
+        with ServerThread(
+            store, port=0, otlp_http_port=0, upstream=upstream, gateway=config, overrides=overrides
+        ) as server:
             yield Setup(store, engine or FakeEngine(), server.base_url)
     finally:
         store.close()

@@ -92,6 +92,23 @@ def test_extra_body_shapes_no_training_call_and_removes_what_an_engine_refuses()
         assert engine.seen[0]["top_p"] == 1.0 and "top_k" not in engine.seen[0]
 
 
+@pytest.mark.parametrize(("path", "body"), DIALECTS.items())
+def test_declared_limits_are_forced_in_training_calls_and_recorded(path: str, body: dict[str, Any]) -> None:
+    """The client's own are replaced, and those that are not declared are neutral."""
+    engine, declared = FakeEngine(), {"top_p": 0.9, "min_p": 0.05}
+    overrides = {"train": {"temperature": 0.7} | declared}
+    with serving(engine) as url, gateway(engines=[{"url": url}], overrides=overrides) as setup:
+        setup.post({"model": "writer@3"} | body | SHAPING, path, **TRAIN)
+        setup.post({"model": "writer@3"} | body | SHAPING, path, baggage="agl.mode=prod")
+        trained, served = engine.seen
+        assert {name: trained.get(name) for name in SHAPING} == NEUTRAL | dict.fromkeys(REMOVED) | declared
+        span, other = setup.store.appended
+        assert json.loads(span.text(semconv.GATEWAY_SAMPLING) or "") == declared
+        assert semconv.GATEWAY_CONSTRAINTS not in span.attributes
+        assert served["top_p"] == SHAPING["top_p"] and semconv.GATEWAY_SAMPLING not in other.attributes
+        assert "top_p" in other.attributes[semconv.GATEWAY_CONSTRAINTS]  # type: ignore[operator]  # an array
+
+
 def test_the_engine_of_this_project_gets_no_fields_that_it_does_not_need() -> None:
     with gateway() as setup:
         setup.post(chat_body(top_p=0.7, logit_bias={"7": 1}), **TRAIN)

@@ -34,6 +34,17 @@ def test_a_constrained_call_names_its_fields_and_what_to_do() -> None:
     assert "ask for the format in the prompt" in fault[1]
 
 
+def test_a_call_trains_where_its_limits_are_declared() -> None:
+    call = made(**{semconv.GATEWAY_SAMPLING: '{"top_p":0.9}'})
+    assert reason(call) is None
+    assert sampling_fault(call, {"top_p": 0.9}) is None
+    for declared in ({}, {"top_p": 0.8}, {"top_p": 0.9, "top_k": 5}):
+        fault = sampling_fault(call, declared)
+        assert fault is not None and fault[0] == DropReason.CONSTRAINED
+        assert fault[1].startswith(f"it was sampled with {{'top_p': 0.9}}, but this training accounts for {declared}")
+    assert made(**{semconv.GATEWAY_SAMPLING: "[3"}).sampling == {}
+
+
 def test_such_a_call_is_in_a_row_because_sft_trains_on_it() -> None:
     asked = chat()
     trajectory = build_trajectory(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,8 @@ from agl_trainer.algo.objective import Objective
 from agl_trainer.algo.options import BatchOptions, RoleState
 from agl_trainer.algo.rejection import Rejection
 from agl_trainer.data.rows import RowLogprobs
-from tests.core.span_maker import chat
+from agl_trainer.data.truncation import Truncation
+from tests.core.span_maker import chat, gateway_call
 from tests.trainer.rollout_maker import batch_options, call, reward_on, trajectory
 
 
@@ -353,9 +355,42 @@ def test_a_step_that_was_not_taken_trained_no_call() -> None:
 
 def test_rows_take_the_temperature_that_their_logprobs_are_of() -> None:
     cold, warm = (sampled_with(f"r{t}", t, {semconv.GEN_AI_REQUEST_TEMPERATURE: t}) for t in (0.5, 2.0))
-    rows = batch_of(cold, warm, logprobs_mode="processed_logprobs").rows["writer"]
+    rows = batch_of(cold, warm).rows["writer"]
     assert [row.temperatures for row in rows] == [[1.0, 1.0, 0.5, 0.5], [1.0, 1.0, 2.0, 2.0]]
-    assert [row.temperatures for row in batch_of(cold, warm).rows["writer"]] == [None, None]
+    assert not any(map(math.isnan, rows[0].logprobs[2:]))
+    kept = batch_of(cold, warm, rejection=Rejection(0.0)).rows["writer"]
+    assert [row.temperatures for row in kept] == [None, None]
+
+
+def versioned(index: int, version: int, attributes: dict[str, Any]) -> Trajectory:
+    span = gateway_call([1, 2], [3, 4], role="writer", version=f"writer@{version}", attributes=attributes)
+    return trajectory(f"r{index}", span, reward_on(None, float(index**2)))
+
+
+def test_raw_logprobs_of_a_tempered_call_are_computed_by_the_current_version_only() -> None:
+    """Before the temperature they are those of another distribution; a call of an older version cannot train."""
+    hot = {semconv.GEN_AI_REQUEST_TEMPERATURE: 0.7}
+    made = [versioned(0, 4, hot), versioned(1, 3, hot), versioned(2, 3, {})]
+    states = {"writer": RoleState(version=4)}
+    options = BatchOptions(logprobs_mode="raw_logprobs")
+    batch = grpo_batch(made, states, options)
+    assert reasons(batch) == [None, DropReason.RAW_LOGPROBS, None]
+    current, whole = batch.rows["writer"]
+    assert all(map(math.isnan, current.logprobs[2:])) and not any(map(math.isnan, whole.logprobs[2:]))
+    assert reasons(grpo_batch(made, states, BatchOptions())) == [None, None, None]
+    stored = grpo_batch(made, states, replace(options, from_store=True))
+    assert reasons(stored) == [DropReason.RAW_LOGPROBS, DropReason.RAW_LOGPROBS, None]
+
+
+def test_declared_limits_are_those_of_each_call_and_of_the_version_that_keeps_the_tokens() -> None:
+    top_p = {semconv.GATEWAY_SAMPLING: '{"top_p":0.9}'}
+    other = {semconv.GATEWAY_SAMPLING: '{"top_p":0.8}'}
+    made = [versioned(0, 4, top_p), versioned(1, 3, top_p), versioned(2, 4, other), versioned(3, 4, {})]
+    batch = grpo_batch(made, {"writer": RoleState(version=4)}, BatchOptions(sampling={"top_p": 0.9}))
+    assert reasons(batch) == [None, DropReason.STALE, DropReason.CONSTRAINED, DropReason.CONSTRAINED]
+    assert [row.truncation for row in batch.rows["writer"]] == [Truncation(top_p=0.9)]
+    undeclared = grpo_batch(made, {"writer": RoleState(version=4)}, BatchOptions())
+    assert reasons(undeclared) == [DropReason.CONSTRAINED] * 3 + [None]
 
 
 def sampled_with(rollout_id: str, value: float, attributes: dict[str, Any]) -> Trajectory:

@@ -65,6 +65,10 @@ def test_what_is_kept_takes_the_step_of_supervised_training() -> None:
         ({"algorithm": "grpo", "min_reward": 0.5}, "min_reward does nothing without algorithm rejection"),
         ({"eval_every": 2}, "eval_every needs eval_tasks"),
         ({"early_stop": 2}, "early_stop does nothing without eval_every"),
+        ({"sampling": {"top_k": 1}}, "top_k 1 always takes the likeliest token"),
+        ({"sampling": {"logit_bias": {"7": 1}}}, "logit_bias cannot be declared: the trainer does not apply it"),
+        ({"sampling": {"temperature": 0.7}}, "temperature cannot be declared.*; set train.temperature"),
+        ({"sampling": {"top_p": 0.9}, "algorithm": "grpo", "minibatches": 2}, r"sampling.top_p keeps.*minibatches: 1"),
     ],
 )
 def test_keys_that_would_do_nothing_are_refused(keys: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@
 import functools
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agl_trainer.compute.logprobs import row_logprobs
 from agl_trainer.data.rows import RowLogprobs, TrainingRow
+from agl_trainer.data.truncation import Truncation, is_left_out
 from agl_trainer.model.policy import Policy
 from tests.trainer.small_model import plain_logits, plain_model, small_model, small_policy
 
@@ -191,3 +193,30 @@ def test_a_first_token_that_trains_is_refused_by_its_row(bad: int) -> None:
     masks[bad] = [1, 1]
     with pytest.raises(ValueError, match=f"row {bad}: its first token has mask 1"):
         row_logprobs(small_policy(), "writer", to_rows([[1, 2], [3, 4]], masks))
+
+
+def test_a_truncation_leaves_out_tokens_in_values_and_gradients() -> None:
+    """As plain autograd with the other logits at -inf; a trained token that is not among the kept ones is kept."""
+    policy = small_policy(small_model(dtype=torch.float64))
+    row, truncation, temperature = [5, 6, 7, 8, 9], Truncation(top_p=0.9, top_k=4, min_p=0.05), 0.8
+    options: dict[str, Any] = {"temperatures": [temperature] * 5, "truncation": truncation}
+    result = row_logprobs(policy, "writer", [TrainingRow(row, [0, 1, 1, 1, 1], 1.0, **options)])
+    result.logprobs.sum().backward()
+    found = [parameter.grad for parameter in policy.parameters("writer")]
+
+    model = plain_model(policy, "writer", small_model(dtype=torch.float64))
+    logits, targets = plain_logits(model, row)[:-1] / temperature, torch.tensor(row[1:])[:, None]
+    left_out = is_left_out(logits.detach(), [truncation] * 4).scatter(1, targets, False)
+    assert all(2 <= count <= 5 for count in (~left_out).sum(1).tolist())
+    scores = logits.masked_fill(left_out, -torch.inf).log_softmax(-1)
+    logprobs = scores.gather(1, targets)[:, 0]
+    logprobs.sum().backward()
+    assert torch.allclose(result.logprobs[0], logprobs, rtol=1e-9)
+    entropies = torch.distributions.Categorical(logits=scores.detach()).entropy()
+    assert torch.allclose(result.entropies[0], entropies, rtol=1e-9)
+    expected = [parameter.grad for name, parameter in model.named_parameters() if "lora_" in name]
+    assert distance([one for one in found if one is not None], [one for one in expected if one is not None]) < 1e-9
+    with pytest.raises(ValueError, match="different truncations"):
+        row_logprobs(
+            policy, "writer", [TrainingRow(row, [0, 1, 1, 1, 1], 1.0, truncation=t) for t in (truncation, Truncation())]
+        )

@@ -128,6 +128,22 @@ def test_the_reference_may_be_an_earlier_adapter() -> None:
 
 
 @pytest.mark.parametrize("moves", [False, True])
+def test_logprobs_that_were_not_recorded_are_those_of_the_policy_as_the_step_began(moves: bool) -> None:
+    """An engine with raw logprobs at temperature 0.7: the gradient is that of logprobs after the temperature."""
+    policy = small_policy(small_model(dtype=torch.float64))
+    exact = sampled_rows(policy, 0.7)
+    lacking = [replace(row, logprobs=[0.0] * 8 + [math.nan] * 3) for row in exact]
+    objective = prepare_objective(policy, "writer", lacking, PolicyLossConfig(), pack_tokens=4096, is_first=not moves)
+    if moves:
+        for parameter in policy.parameters("writer"):
+            parameter.data *= 1.1
+    expected, found = run(policy, Objective(PolicyLossConfig()), exact), run(policy, objective, lacking)
+    assert found[0] == pytest.approx(expected[0], rel=1e-9, abs=1e-12)
+    assert torch.allclose(found[2], expected[2], rtol=1e-9, atol=1e-12)
+    assert found[1]["ratio_max"] == pytest.approx(expected[1]["ratio_max"])
+
+
+@pytest.mark.parametrize("moves", [False, True])
 def test_an_engine_that_samples_otherwise_is_corrected(moves: bool) -> None:
     """Recorded logprobs are 0.2 too high: each token weighs exp(-0.2), and the ratio is to the policy itself."""
     policy = small_policy(small_model(dtype=torch.float64))

@@ -58,6 +58,12 @@ def chi_square(tokens: Sequence[SampledToken], weights: Sequence[float]) -> floa
         ({"top_p": 0.001}, [1, 0, 0, 0, 0]),
         # The nucleus is that of the tempered distribution: 0.51, 0.20, 0.13, ...
         ({"top_p": 0.6, "temperature": 0.5}, [0.16, 0.0625, 0, 0, 0]),
+        ({"top_k": 2}, [0.4, 0.25, 0, 0, 0]),
+        ({"top_k": 9}, WEIGHTS),
+        ({"min_p": 0.3}, [0.4, 0.25, 0.2, 0, 0]),
+        # First min_p (three tokens), then top_k, then top_p: 0.47 of the three tokens is the first alone.
+        ({"min_p": 0.3, "top_p": 0.46}, [1, 0, 0, 0, 0]),
+        ({"top_k": 3, "top_p": 0.48}, [0.4, 0.25, 0, 0, 0]),
     ],
 )
 def test_tokens_have_the_expected_frequencies(options: dict[str, float], weights: list[float]) -> None:
@@ -69,21 +75,19 @@ def test_the_nucleus_does_not_depend_on_the_order_of_the_tokens() -> None:
     assert {token.token_id for token in tokens} == {3, 4}
 
 
-@pytest.mark.parametrize("options", [{}, {"top_p": 0.6}, {"temperature": 0.3}])
-def test_logprobs_are_those_of_the_full_distribution(options: dict[str, float]) -> None:
-    for token in drawn(options)[:20]:
-        assert token.logprob == pytest.approx(math.log(WEIGHTS[token.token_id]), abs=1e-6)
-
-
-def test_tempered_logprobs_are_those_after_the_temperature() -> None:
-    settings = [params(), params(temperature=0.5), params(temperature=0.0), params(temperature=0.5, top_p=0.6)]
-    rngs = [random.Random(seed) for seed in range(4)]
-    tokens = sample(LOGITS.expand(4, -1), settings, rngs, is_tempered=True)
+def test_logprobs_are_those_of_the_distribution_that_was_sampled() -> None:
+    """After the temperature, and of the kept tokens only; at temperature 0 those of temperature 1."""
     squares = [weight**2 for weight in WEIGHTS]
-    tempered = [weight / sum(squares) for weight in squares]
-    for token, weights in zip(tokens, [WEIGHTS, tempered, WEIGHTS, tempered], strict=True):
-        assert token.logprob == pytest.approx(math.log(weights[token.token_id]), abs=1e-6)
-    assert tokens[0].token_id == sample(LOGITS[None], settings[:1], [random.Random(0)])[0].token_id
+    for options, weights in (
+        ({}, WEIGHTS),
+        ({"temperature": 0.5}, squares),
+        ({"temperature": 0.5, "top_p": 0.6}, squares[:2]),
+        ({"min_p": 0.5}, WEIGHTS[:3]),
+        ({"temperature": 0.0, "top_k": 2}, WEIGHTS),
+    ):
+        for token in drawn(options)[:20]:
+            expected = math.log(weights[token.token_id] / sum(weights))
+            assert token.logprob == pytest.approx(expected, abs=1e-6)
 
 
 def test_temperature_zero_is_greedy_and_draws_no_number() -> None:
@@ -119,7 +123,7 @@ def test_the_ends_of_the_unit_interval_draw_only_tokens_with_weight(number: floa
 
 def test_alternatives_are_the_most_likely_tokens_in_order() -> None:
     two, none = sample(
-        LOGITS.expand(2, -1), [SamplingParams(1, top_p=0.1, top_logprobs=2), params()], [Fixed(0.9), Fixed(0.9)]
+        LOGITS.expand(2, -1), [SamplingParams(1, top_k=2, top_logprobs=2), params()], [Fixed(0.9), Fixed(0.9)]
     )
-    assert two.top == ((0, pytest.approx(math.log(0.4))), (1, pytest.approx(math.log(0.25))))
+    assert two.top == ((0, pytest.approx(math.log(0.4 / 0.65))), (1, pytest.approx(math.log(0.25 / 0.65))))
     assert none.top == ()

@@ -12,6 +12,7 @@ import torch
 
 from agl_trainer.compute.logprobs import row_logprobs
 from agl_trainer.data.rows import TrainingRow
+from agl_trainer.data.truncation import Truncation
 from agl_trainer.engine.local import scheduler as scheduler_module
 from agl_trainer.engine.local import sequence as sequence_module
 from agl_trainer.engine.local.scheduler import Scheduler
@@ -40,10 +41,8 @@ def greedy(max_tokens: int, **options: Any) -> SamplingParams:
 
 
 @asynccontextmanager
-async def engine(
-    policy: Policy, *, max_batch: int = 64, max_model_len: int = 256, is_tempered: bool = False
-) -> AsyncIterator[Scheduler]:
-    with Scheduler(policy, max_batch=max_batch, max_model_len=max_model_len, is_tempered=is_tempered) as scheduler:
+async def engine(policy: Policy, *, max_batch: int = 64, max_model_len: int = 256) -> AsyncIterator[Scheduler]:
+    with Scheduler(policy, max_batch=max_batch, max_model_len=max_model_len) as scheduler:
         yield scheduler
 
 
@@ -151,15 +150,15 @@ async def test_a_cached_prompt_is_not_computed_again(policy: Policy, monkeypatch
     assert scheduler.prompt_tokens_computed == 47 + 1 + 1 + (1 + 1) + 47 + 1
 
 
-@pytest.mark.parametrize("is_tempered", [False, True])
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_p": 0.9}])
+@pytest.mark.parametrize("truncation", [Truncation(), Truncation(top_p=0.9), Truncation(top_k=5, min_p=0.1)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 async def test_sampled_logprobs_are_those_that_the_trainer_computes(
-    policy: Policy, options: dict[str, float], is_tempered: bool
+    policy: Policy, truncation: Truncation, temperature: float
 ) -> None:
     asked = [(name, prompt) for name in ("writer", "fixer") for prompt in PROMPTS]
-    temperature = options.get("temperature", 1.0) if is_tempered else 1.0
-    async with engine(policy, is_tempered=is_tempered) as scheduler:
-        params = [SamplingParams(12, seed=seed, **options) for seed in range(len(asked))]  # type: ignore[arg-type]
+    async with engine(policy) as scheduler:
+        options: dict[str, Any] = truncation._asdict() | {"temperature": temperature}
+        params = [SamplingParams(12, seed=seed, **options) for seed in range(len(asked))]
         submitted = [scheduler.submit(prompt, name, p) for (name, prompt), p in zip(asked, params, strict=True)]
         sampled = await asyncio.gather(*map(collect, submitted))
     for role in ("writer", "fixer"):
@@ -170,6 +169,7 @@ async def test_sampled_logprobs_are_those_that_the_trainer_computes(
                 [0] * len(prompt) + [1] * len(tokens),
                 1.0,
                 temperatures=[temperature] * (len(prompt) + len(tokens)),
+                truncation=truncation,
             )
             for prompt, tokens in own
         ]

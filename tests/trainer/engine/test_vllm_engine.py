@@ -8,12 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agl.errors import TrainingError
+from agl.config import LogprobsMode, TrainConfig
+from agl.errors import ConfigError, TrainingError
 from agl_trainer.compute.logprobs import row_logprobs
 from agl_trainer.data.rows import TrainingRow
 from agl_trainer.engine.vllm import server as server_module
 from agl_trainer.engine.vllm.engine import VllmEngine
 from agl_trainer.engine.vllm.server import VllmServer
+from agl_trainer.loop.recorded_logprobs import recorded_logprobs_mode
 from agl_trainer.model.lora import BASE
 from agl_trainer.model.policy import Policy
 from tests.trainer.small_model import small_policy
@@ -42,6 +44,9 @@ class ServedPolicy(VllmServer):
 
     def unload(self, name: str) -> None:
         self.loaded.remove(name)
+
+    def logprobs_mode(self, model: str, token_id: int) -> LogprobsMode:
+        return "processed_logprobs"
 
     def prompt_logprobs(self, model: str, token_ids: Sequence[int]) -> torch.Tensor:
         row = TrainingRow(token_ids, [0] + [1] * (len(token_ids) - 1), 1.0)
@@ -85,3 +90,38 @@ def test_a_server_that_does_not_come_back_ends_the_training(tmp_path: Path, monk
     server.failures_left = 0
     found: Any = server.wait(0.01)
     assert found == ["small"]
+
+
+@pytest.mark.parametrize(
+    ("cold", "hot", "expected"),
+    [(-0.5, -2.5, "processed_logprobs"), (-0.5, -0.505, "raw_logprobs"), (-0.01, -0.4, "processed_logprobs")],
+)
+def test_a_server_whose_logprobs_change_with_the_temperature_has_processed_ones(
+    cold: float, hot: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = {1.0: cold, 2.0: hot}
+    monkeypatch.setattr(VllmServer, "_highest_logprob", lambda *asked: answers[asked[-1]])
+    assert VllmServer("http://one/v1").logprobs_mode("small", 3) == expected
+    answers[1.0] = 17.5
+    with pytest.raises(TrainingError, match=r"reports logits.*--logprobs-mode processed_logprobs"):
+        VllmServer("http://one/v1").logprobs_mode("small", 3)
+
+
+def test_losses_that_need_logprobs_of_what_was_sampled_refuse_raw_ones(tmp_path: Path) -> None:
+    engine, _ = engine_of(small_policy(), [ServedPolicy("one")], tmp_path)
+
+    def mode(**train: Any) -> str:
+        return recorded_logprobs_mode(TrainConfig.model_validate({"model": "tiny"} | train), engine)
+
+    needs = {"importance_sampling_mode": "token_truncate", "temperature": 0.7}
+    assert mode(**needs) == "processed_logprobs"
+    with pytest.raises(ConfigError, match="is raw_logprobs, but the engine records processed_logprobs"):
+        mode(logprobs_mode="raw_logprobs")
+    engine.logprobs_mode = "raw_logprobs"
+    assert mode(temperature=0.7) == mode(importance_sampling_mode="token_truncate") == "raw_logprobs"
+    with pytest.raises(ConfigError, match=r"train.importance_sampling_mode needs .* with temperature 0.7.*start vLLM"):
+        mode(**needs)
+    with pytest.raises(ConfigError, match=r"train.asynchronous needs .* with temperature 0.7"):
+        mode(asynchronous=True, max_staleness=1, temperature=0.7)
+    with pytest.raises(ConfigError, match=r"train.off_policy_mask_threshold needs .* with top_p 0.9"):
+        mode(off_policy_mask_threshold=0.1, sampling={"top_p": 0.9})

@@ -141,6 +141,8 @@ removed field. If the request was translated to another API, the whole request t
 GATEWAY_CONSTRAINTS: Final = "agl.gateway.constraints"
 """Array of str: fields of the engine's request due to which it did not sample from the model's full distribution, e.g.
 `response_format`. Absent if there are none."""
+GATEWAY_SAMPLING: Final = "agl.gateway.sampling"
+"""JSON object: fields of `train.sampling` in the engine's request, e.g. `{"top_p":0.9}`. Absent if there are none."""
 GATEWAY_RETRIES: Final = "agl.gateway.retries"
 """Array of str: why each attempt of the request before the last failed."""
 GATEWAY_DRIFT: Final = "agl.gateway.drift"

@@ -5,12 +5,20 @@ from agl.config.engine import EngineConfig
 from agl.config.file import DEFAULT_STORE_URI, Config
 from agl.config.gateway import GatewayConfig, RecordMode, TimeoutsConfig, UpstreamConfig
 from agl.config.judge import JudgeConfig
-from agl.config.loss import AdvantageName, LossConfig, LossName, Normalization, PolicyLossConfig, RewardScale
+from agl.config.loss import (
+    AdvantageName,
+    LogprobsMode,
+    LossConfig,
+    LossName,
+    Normalization,
+    PolicyLossConfig,
+    RewardScale,
+)
 from agl.config.queue import Appendfsync, QueueConfig
 from agl.config.roles import AgentRoles, RoleConfig
 from agl.config.sft import SftConfig, SftTracesConfig, TracesConfig
 from agl.config.tls import TlsConfig
-from agl.config.train import TrainConfig
+from agl.config.train import SamplingConfig, TrainConfig
 
 __all__ = [
     "DEFAULT_STORE_URI",
@@ -22,6 +30,7 @@ __all__ = [
     "EngineConfig",
     "GatewayConfig",
     "JudgeConfig",
+    "LogprobsMode",
     "LossConfig",
     "LossName",
     "Normalization",
@@ -30,6 +39,7 @@ __all__ = [
     "RecordMode",
     "RewardScale",
     "RoleConfig",
+    "SamplingConfig",
     "SftConfig",
     "SftTracesConfig",
     "TimeoutsConfig",

@@ -10,6 +10,8 @@ LossName = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", 
 Normalization = Literal["rollout", "grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 AdvantageName = Literal["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "max@k", "ema"]
 RewardScale = Literal["group", "batch", "none"]
+LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
+"""In vLLM's terms: those of the model, or those of the distribution that tokens are sampled from."""
 
 _TOKEN_CLIP = (0.2, 0.2)
 """Clip range of a token's importance ratio, below and above 1 (PPO, arXiv 1707.06347, table 1)."""
@@ -121,8 +123,8 @@ class LossConfig(PolicyLossConfig):
     """Reward that a response of `max_tokens` loses."""
     max_staleness: Annotated[int, Field(ge=0)] | None = None
     """Versions by which the policy that sampled a call may be older than the current one; older calls are dropped."""
-    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"
-    """Which logprobs the engine records, in vLLM's terms: before or after division by the temperature."""
+    logprobs_mode: LogprobsMode | None = None
+    """Which logprobs the store has, for `--from-store`; none: raw. A training finds out what its engine records."""
 
     @model_validator(mode="after")
     def _has_no_unused_key(self) -> Self:

@@ -1,11 +1,11 @@
 """`train`: what to train and how."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from agl.config.loss import LossConfig
-from agl.config.section import Count, Positive, Reference, TextPath
+from agl.config.section import Count, Positive, Reference, Section, TextPath
 from agl.config.sft import TracesConfig
 
 _REJECTION_KEYS = {
@@ -16,6 +16,45 @@ _REJECTION_KEYS = {
     "max_staleness",
 }
 """Keys of the loss that algorithm rejection reads."""
+
+_NOT_EXACT: Final = {
+    *("temperature", "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias", "typical_p"),
+    *("bad_words", "min_tokens"),
+}
+_ELSEWHERE: Final = {"temperature": "; set train.temperature"}
+
+
+class SamplingConfig(Section):
+    """The tokens that training rollouts are sampled from, besides `train.temperature`; by default all."""
+
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Only the fewest likeliest tokens whose probabilities reach this."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Only this many tokens; 0: all."""
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Only tokens at least this times as likely as the likeliest."""
+
+    @field_validator("top_k")
+    @classmethod
+    def _leaves_a_choice(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("top_k 1 always takes the likeliest token, which trains nothing; expected 0, or 2 or more")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_only_what_is_exact(cls, data: Any) -> Any:
+        inexact = sorted(_NOT_EXACT & data.keys()) if isinstance(data, dict) else []
+        if inexact:
+            raise ValueError(
+                f"{inexact[0]} cannot be declared: the trainer does not apply it when it computes logprobs. Leave it "
+                f"out; the gateway makes it neutral in training calls{_ELSEWHERE.get(inexact[0], '')}"
+            )
+        return data
+
+    def settings(self) -> dict[str, Any]:
+        """The request fields that are not neutral."""
+        return {name: value for name, value in self.model_dump().items() if value != type(self)().model_dump()[name]}
 
 
 class TrainConfig(LossConfig):
@@ -60,6 +99,8 @@ class TrainConfig(LossConfig):
     learning_rate: Positive = 2e-4
     temperature: Positive = 1.0
     """Sampling temperature of training rollouts."""
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    """Limits of the distribution that training rollouts are sampled from; the policy gradient accounts for them."""
     eval_temperature: Annotated[float, Field(ge=0)] = 0.0
     """Sampling temperature of evaluation rollouts; 0 is greedy."""
     max_tokens: Count = 256
@@ -107,6 +148,12 @@ class TrainConfig(LossConfig):
             raise ValueError("asynchronous and deterministic exclude each other")
         if self.load_in_4bit and (self.bf16 or self.fsdp):
             raise ValueError(f"load_in_4bit and {'bf16' if self.bf16 else 'fsdp'} exclude each other")
+        limits, moves = self.sampling.settings(), self.asynchronous or self.minibatches > 1
+        if limits and moves and self.algorithm == "grpo":
+            raise ValueError(
+                f"sampling.{next(iter(limits))} keeps the likeliest tokens of the policy that samples, which is known "
+                "only until its first update: set minibatches: 1 and asynchronous: false, or leave it out"
+            )
         if self.early_stop and not self.eval_every:
             raise ValueError("early_stop does nothing without eval_every")
         if self.min_reward is not None and self.algorithm != "rejection":

@@ -23,7 +23,16 @@ from agl.gateway.drift_kind import find_drift
 from agl.gateway.engine import UpstreamResponse, forwarded
 from agl.gateway.exact_prefix import exact_prompt
 from agl.gateway.record import CallRecord, Recorder
-from agl.gateway.request import CallerLookup, Seeds, changes, constraints, prepare, read_json, with_full_distribution
+from agl.gateway.request import (
+    CallerLookup,
+    Seeds,
+    changes,
+    constraints,
+    prepare,
+    read_json,
+    shaping,
+    with_full_distribution,
+)
 from agl.server.api_error import ApiError, error_in, error_text
 from agl.server.auth import project_of
 from agl.server.receiving import ENCODINGS, IDENTITY, decode_body, read_body, run_while_connected
@@ -99,16 +108,18 @@ class CallEndpoint:
         dialect = kind(body, engine_model)
         caller = await parts.callers.identify(request)
         engine_kind = parts.routes.kind(engine_model or "")
+        forced = parts.overrides.get(caller.mode or "prod", {})
+        declared = shaping(forced)
         sent = prepare(
             dialect.request,
             dialect.requested,
             capture=engine_kind.capture_fields[kind.operation],
             extra_body=parts.config.extra_body,
-            forced=parts.overrides.get(caller.mode or "prod", {}),
+            forced=forced,
             seed=parts.seeds.next(caller),
         )
         if caller.mode == "train":
-            sent = with_full_distribution(sent, engine_kind, parts.config.extra_body)
+            sent = with_full_distribution(sent, engine_kind, parts.config.extra_body, declared)
         record = CallRecord(
             caller,
             kind.operation,
@@ -119,7 +130,8 @@ class CallEndpoint:
             client_body=text,
             model=model,
             changed=changes(body, sent) if kind.is_native else changes({}, sent),
-            constraints=constraints(sent, engine_kind),
+            constraints=constraints(sent, engine_kind, declared),
+            sampling=declared,
             project=project_of(request.scope),
             capture=dialect.capture,
         )

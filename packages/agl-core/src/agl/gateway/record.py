@@ -47,6 +47,8 @@ class CallRecord:
     """Fields in which `sent` differs from the client's request; None for a field that was removed."""
     constraints: list[str] = field(default_factory=list)
     """Fields of `sent` due to which the engine does not sample from the full distribution."""
+    sampling: Json = field(default_factory=dict)
+    """Fields of `sent` that shape the distribution, and that the training accounts for."""
     project: str | None = None
     """Project of the client's token."""
     position: Position | None = None
@@ -137,6 +139,7 @@ class CallRecord:
             semconv.GATEWAY_FIRST_TOKEN_NS: self.first_token_ns,
             semconv.GATEWAY_CHANGED: json.dumps(self.changed, separators=(",", ":")) if self.changed else None,
             semconv.GATEWAY_CONSTRAINTS: self.constraints or None,
+            semconv.GATEWAY_SAMPLING: json.dumps(self.sampling, separators=(",", ":")) if self.sampling else None,
             semconv.GATEWAY_QUEUE_NS: self.queue_ns,
             semconv.GATEWAY_RETRIES: self.retries or None,
             semconv.GATEWAY_DRIFT: self.drifted.to_json() if self.drifted else None,

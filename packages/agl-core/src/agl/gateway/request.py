@@ -8,7 +8,7 @@ distribution. Those that the agent depends on, because they constrain the form o
 import asyncio
 import json
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Self
 
@@ -197,19 +197,28 @@ def _sets(body: Json, name: str) -> bool:
     return body.get(name) is not None or body.get(_ALIASES.get(name, name)) is not None
 
 
-def with_full_distribution(request: Json, kind: EngineKind, extra_body: Mapping[str, Any]) -> Json:
+def with_full_distribution(
+    request: Json, kind: EngineKind, extra_body: Mapping[str, Any], declared: Collection[str] = ()
+) -> Json:
     """`request` without the fields that shape the distribution, and with the engine's neutral values.
 
-    A field that `extra_body` sets to None is for engines that refuse it, and is left out.
+    Fields in `declared`, for which the trainer accounts, stay. A field that `extra_body` sets to None is for engines
+    that refuse it, and is left out.
     """
-    kept = {name: value for name, value in request.items() if name not in _SHAPING}
+    kept = {name: value for name, value in request.items() if name not in _SHAPING or name in declared}
     refused = {name for name, value in extra_body.items() if value is None}
-    return kept | {name: value for name, value in kind.neutral_sampling.items() if name not in refused}
+    return {name: value for name, value in kind.neutral_sampling.items() if name not in refused} | kept
 
 
-def constraints(request: Json, kind: EngineKind) -> list[str]:
-    """Names of the fields in the engine's `request` due to which it does not sample from the full distribution."""
-    found = [name for name, neutral in _SHAPING.items() if _is_set(request.get(name), neutral)]
+def shaping(forced: Mapping[str, Any]) -> Json:
+    """Those of the `forced` fields that shape the distribution."""
+    return {name: value for name, value in forced.items() if name in _SHAPING}
+
+
+def constraints(request: Json, kind: EngineKind, declared: Collection[str] = ()) -> list[str]:
+    """Names of the fields in `request`, except `declared`, due to which the engine does not sample from the full
+    distribution."""
+    found = [name for name, neutral in _SHAPING.items() if _is_set(request.get(name), neutral) and name not in declared]
     found += [name for name in _CONSTRAINING if _is_set(request.get(name))]
     if _is_set(response_format := request.get("response_format")) and response_format != {"type": "text"}:
         found.append("response_format")

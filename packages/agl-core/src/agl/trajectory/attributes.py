@@ -46,6 +46,15 @@ def read_text(span: Span, name: str) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
+def read_object(span: Span, name: str) -> dict[str, Any]:
+    """Attribute `name` as a JSON object; else empty."""
+    try:
+        value = json.loads(read_text(span, name) or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def read_texts(span: Span, name: str) -> list[str]:
     """Attribute `name` as a list of strings: an array, a JSON array, or a single string; else empty."""
     value = read(span, name)

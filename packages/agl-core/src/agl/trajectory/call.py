@@ -1,7 +1,7 @@
 """One model request, read from the gateway's and the framework's span of it."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Final, NamedTuple
 
@@ -9,7 +9,16 @@ from agl import semconv
 from agl.span import Span
 from agl.tokens.drift import Drifted
 from agl.tokens.packing import ID_BYTES, unpack_ids
-from agl.trajectory.attributes import agent_of, read, read_ids, read_logprobs, read_number, read_text, read_texts
+from agl.trajectory.attributes import (
+    agent_of,
+    read,
+    read_ids,
+    read_logprobs,
+    read_number,
+    read_object,
+    read_text,
+    read_texts,
+)
 from agl.trajectory.join import CallSpans, SpanTree
 from agl.trajectory.reward import Reward
 
@@ -74,6 +83,8 @@ class Call:
     """How its prompt differs from the previous call's tokens, as recorded by the gateway."""
     prefix: str | None = None
     """`exact` if the gateway built the prompt from the previous call's tokens; if it could not, the reason."""
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    """Request fields that limited the distribution, as a training had declared them."""
     constraints: tuple[str, ...] = ()
     """Request fields due to which the engine did not sample from the model's full distribution."""
 
@@ -147,6 +158,7 @@ def read_call(
         rewards=tuple(reward for target in targets if target for reward in rewards_by_target.get(target, ())),
         drifted=Drifted.of_json(drift) if (drift := spans[0].text(semconv.GATEWAY_DRIFT)) else None,
         prefix=spans[0].text(semconv.GATEWAY_PREFIX),
+        sampling=read_object(spans[0], semconv.GATEWAY_SAMPLING),
         constraints=tuple(read_texts(spans[0], semconv.GATEWAY_CONSTRAINTS)),
     )
 

@@ -1,6 +1,6 @@
 """Reasons why a call does not train, each with a message that says what was found and what to do."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -25,6 +25,7 @@ class DropReason(StrEnum):
 
     # Found by the trainer:
     GREEDY = "greedy"
+    RAW_LOGPROBS = "raw_logprobs"
     CONSTRAINED = "constrained"
     NO_REWARD = "no_reward"
     FAILED_ROLLOUT = "failed_rollout"
@@ -65,16 +66,23 @@ def find_drops(calls: Sequence[Call], attempt_id: str | None) -> list[Drop]:
     ]
 
 
-def sampling_fault(call: Call) -> tuple[DropReason, str] | None:
+def sampling_fault(call: Call, declared: Mapping[str, float] | None = None) -> tuple[DropReason, str] | None:
     """Why the policy gradient of `call` would be biased, and what to do; None if it is not.
 
-    Training by likelihood (SFT, algorithm rejection) has no such bias.
+    `declared` are the limits of the distribution that the training accounts for; None: those that the call was sampled
+    with. Training by likelihood (SFT, algorithm rejection) has no such bias.
     """
     if call.temperature is not None and call.temperature < _GREEDY_TEMPERATURE:
         return (
             DropReason.GREEDY,
             f"at temperature {call.temperature:g} the likeliest token is always taken, so no call shows what another "
             "token earns; sample at a temperature above 0",
+        )
+    if declared is not None and declared != call.sampling:
+        return (
+            DropReason.CONSTRAINED,
+            f"it was sampled with {dict(call.sampling)}, but this training accounts for {dict(declared)}; set "
+            "train.sampling to the former, and train on new rollouts",
         )
     if call.constraints:
         return (

@@ -8,6 +8,7 @@ Rows are weighted over an optimizer step; see `normalization`. The groups of a t
 optimizer steps, its minibatches (PPO, arXiv 1707.06347, algorithm 1).
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +22,7 @@ from agl_trainer.algo.credit import Credit, call_credits, role_credit, undiscoun
 from agl_trainer.algo.normalization import row_weights
 from agl_trainer.algo.options import BatchOptions, RoleState
 from agl_trainer.data.rows import SampledRow
+from agl_trainer.data.truncation import Truncation
 
 _ROUNDING = 1e-6
 """Advantages below this are rounding errors of equal rewards."""
@@ -106,26 +108,27 @@ class _RowDraft:
         """The outcomes, with the weight of the row if the call trains."""
         return (replace(one, weight=weight) if one.reason is None else one for one in self.outcomes)
 
-    def to_row(self, weight: float, *, is_tempered: bool) -> SampledRow:
+    def to_row(self, weight: float, options: BatchOptions) -> SampledRow:
         """The row up to its last trained token: later tokens do not change the loss.
 
-        With `is_tempered`, logprobs were recorded after the division by the temperature.
+        Logprobs that are not those of the distribution that the engine sampled from are NaN.
         """
         end = len(self.mask) - self.mask[::-1].index(1)
-        temperatures = None
-        if is_tempered:
-            temperatures = [1.0] * len(self.mask)
-            for turn in self.row.turns:
-                # Temperature 0 is greedy: the engine divides by nothing.
-                temperatures[turn.start : turn.end] = [turn.call.temperature or 1.0] * (turn.end - turn.start)
+        temperatures, logprobs = [1.0] * len(self.mask), list(self.row.logprobs)
+        for turn in self.row.turns if options.rejection is None else ():
+            # Temperature 0 is greedy: the engine divides by nothing.
+            temperatures[turn.start : turn.end] = [turn.call.temperature or 1.0] * (turn.end - turn.start)
+            if not options.has_logprobs(turn.call):
+                logprobs[turn.start : turn.end] = [math.nan] * (turn.end - turn.start)
         return SampledRow(
             self.row.ids[:end],
             self.mask[:end],
             weight,
-            self.row.logprobs[:end],
+            logprobs[:end],
             self.advantages[:end],
             self.minibatch,
-            temperatures=temperatures[:end] if temperatures else None,
+            temperatures=None if set(temperatures) == {1.0} else temperatures[:end],
+            truncation=Truncation(**options.sampling) if options.rejection is None else Truncation(),
         )
 
 
@@ -228,8 +231,8 @@ class _RoleBuilder:
         """Why a call of a rollout that trains does not train."""
         if credit is None:
             return DropReason.NO_REWARD
-        if self.options.rejection is None and (fault := sampling_fault(turn.call)):
-            return fault[0]
+        if self.options.rejection is None and (reason := self._sampling_drop_reason(turn.call)):
+            return reason
         limit, loss = self.options.max_row_tokens, self.options.loss
         if limit is not None and turn.end > limit:
             return DropReason.TOO_LONG
@@ -238,6 +241,16 @@ class _RoleBuilder:
         if loss.mask_truncated_completions and turn.call.finish_reason == "length":
             return DropReason.TRUNCATED
         return None
+
+    def _sampling_drop_reason(self, call: Call) -> DropReason | None:
+        """Why the policy gradient of `call` would be biased."""
+        if fault := sampling_fault(call, self.options.sampling):
+            return fault[0]
+        if not self.options.from_store and self._staleness(call) == 0:
+            return None
+        if not self.options.has_logprobs(call):
+            return DropReason.RAW_LOGPROBS
+        return DropReason.STALE if self.options.sampling else None
 
     def _staleness(self, call: Call) -> int | None:
         """Versions between the policy that sampled `call` and the current one, if both are known."""
@@ -250,9 +263,8 @@ class _RoleBuilder:
         lengths = torch.tensor([sum(draft.mask) for draft in drafts])
         rollout_ids = [draft.row.rollout_id for draft in drafts]
         weights = row_weights(loss.effective_normalization, lengths, rollout_ids, self.options.max_tokens)
-        is_tempered = loss.logprobs_mode == "processed_logprobs"
         for draft, weight in zip(drafts, weights.tolist(), strict=True):
             self.batch.outcomes += draft.weighted_outcomes(weight)
             if draft.trains:
-                row = draft.to_row(weight, is_tempered=is_tempered)
+                row = draft.to_row(weight, self.options)
                 self.batch.rows.setdefault(self.role, []).append(row)

@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -18,9 +19,9 @@ ValuesByRow = Mapping[Hashable, Tensor]
 class Objective:
     """Maps the logprobs of the rows of a pass to their part of the step's loss, and statistics.
 
-    The denominator of the importance ratio is the recorded logprobs. With a sampling correction, it is the policy at
-    the beginning of the training step, and the correction accounts for the recorded logprobs (decoupled PPO, arXiv
-    2110.00641).
+    The denominator of the importance ratio is the recorded logprobs. With a sampling correction, and where the recorded
+    ones are NaN, it is the policy at the beginning of the training step; the correction accounts for the recorded
+    logprobs (decoupled PPO, arXiv 2110.00641).
     """
 
     config: PolicyLossConfig
@@ -34,9 +35,10 @@ class Objective:
     def __call__(self, result: RowLogprobs, rows: Sequence[SampledRow]) -> tuple[Tensor, dict[str, float]]:
         recorded = _pad([row.trained(row.logprobs) for row in rows], result.logprobs)
         corrects = self.config.importance_sampling_mode is not None
+        initial = self._initial_logprobs(result, rows)
         batch = TokenBatch(
             result.logprobs,
-            self._initial_logprobs(result, rows) if corrects else recorded,
+            initial if corrects else torch.where(recorded.isnan(), initial, recorded),
             _pad([row.trained(row.advantages) for row in rows], result.logprobs),
             result.mask,
             ref_logprobs=_gather(self.reference, rows, result.logprobs),

@@ -1,9 +1,11 @@
 """What the batch builder has to know besides the rollouts: the options of the training, and the state of each role."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
-from agl.config import Config, LossConfig
+from agl.config import Config, LogprobsMode, LossConfig
+from agl.trajectory import Call
 from agl_trainer.algo.credit import OverlongPenalty, Weights
 from agl_trainer.algo.rejection import Rejection
 
@@ -38,9 +40,22 @@ class BatchOptions:
     max_row_tokens: int | None = None
     """Maximum length of a row; calls that end beyond it are dropped."""
     vocabulary_size: int | None = None
+    logprobs_mode: LogprobsMode = "processed_logprobs"
+    """Which logprobs calls have."""
+    from_store: bool = False
+    """Any policy may have sampled the calls, also if its version has the number of the current one."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """Request fields that limit the distribution of training calls."""
 
     @classmethod
-    def of(cls, config: Config, vocabulary_size: int | None = None) -> Self:
+    def of(
+        cls,
+        config: Config,
+        vocabulary_size: int | None = None,
+        logprobs_mode: LogprobsMode = "processed_logprobs",
+        *,
+        from_store: bool = False,
+    ) -> Self:
         """The options of the sections `train`, `agent_roles` and `engine`."""
         train, roles = config.require_train(), config.agent_roles
         return cls(
@@ -52,6 +67,9 @@ class BatchOptions:
             max_tokens=train.max_tokens,
             max_row_tokens=config.engine.max_model_len,
             vocabulary_size=vocabulary_size,
+            logprobs_mode=logprobs_mode,
+            from_store=from_store,
+            sampling=train.sampling.settings(),
         )
 
     @property
@@ -59,3 +77,8 @@ class BatchOptions:
         """The penalty of overlong responses, if the configuration has one."""
         buffer = self.loss.overlong_buffer
         return OverlongPenalty(self.max_tokens, buffer, self.loss.overlong_penalty) if buffer else None
+
+    def has_logprobs(self, call: Call) -> bool:
+        """Its logprobs are those of the distribution that it was sampled from."""
+        is_whole = not self.sampling and call.temperature in (None, 1.0)
+        return is_whole or self.logprobs_mode == "processed_logprobs"

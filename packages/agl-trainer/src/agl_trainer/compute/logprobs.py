@@ -10,11 +10,14 @@ from torch.nn.utils.rnn import pad_sequence
 from agl_trainer.compute.prefix import ComputedPrefix
 from agl_trainer.data.prefix_tree import PackedRows, pack_rows, pad_rows
 from agl_trainer.data.rows import RowLogprobs, TrainingRow
+from agl_trainer.data.truncation import Truncation, is_left_out
 from agl_trainer.model.attention import PackedPlan
 from agl_trainer.model.policy import Policy
 
 _CHUNK = 256
 """Tokens whose logits are in memory at once."""
+_LOWEST = -1e4
+"""Logit of a token that is left out: its probability is 0, and 0 times its finite logprob is 0."""
 
 
 def row_logprobs(
@@ -28,9 +31,13 @@ def row_logprobs(
     """Logprobs of the trained tokens of `rows` under the adapter of `role`; every distinct token is computed once.
 
     Every row begins with the tokens of `prefix`, which are not computed again. Logprobs are those of softmax(logits /
-    temperature), with the `temperatures` of the row. Raises ValueError if the first token of a row has mask 1: no token
-    predicts it.
+    temperature), with the `temperatures` of the row, among the tokens that its `truncation` keeps. A trained token is
+    kept in any case: it was sampled, so only rounding can leave it out. Raises ValueError if rows have different
+    truncations, or if the first token of a row has mask 1: no token predicts it.
     """
+    truncations = {row.truncation for row in rows} or {Truncation()}
+    if len(truncations) > 1:
+        raise ValueError(f"the rows of a pass have different truncations: {truncations}")
     if bad := [index for index, row in enumerate(rows) if row.loss_mask[0]]:
         raise ValueError(f"row {bad[0]}: its first token has mask 1, but no token before it can predict it")
     packed = (pack_rows if policy.packs else pad_rows)([row.token_ids for row in rows]).to(policy.device)
@@ -45,12 +52,13 @@ def row_logprobs(
     pairs = torch.stack([torch.cat(trained_of_row).double(), hidden.new_tensor(temperatures, dtype=torch.float64)])
     distinct, index_of = pairs.unique(dim=1, return_inverse=True)
     trained = distinct[0].long()
-    logprobs, entropies = _TokenLogprobs.apply(
+    logprobs, entropies = TokenLogprobs.apply(
         hidden[before[trained]],
         policy.output_weight,
         policy.output_softcap,
         packed.token_ids[trained],
         distinct[1],
+        truncations.pop(),
         entropy_gradient,
     )
     indices = index_of.split([len(index) for index in trained_of_row])
@@ -73,12 +81,12 @@ def _hidden_states(policy: Policy, role: str, packed: PackedRows, prefix: Comput
     return torch.cat(states)
 
 
-class _TokenLogprobs(torch.autograd.Function):
+class TokenLogprobs(torch.autograd.Function):
     """log softmax(z / tau)[target] and the entropy, for hidden [M, H], frozen W [V, H], targets and tau [M].
 
     The logits are z = hidden W^T, or with a softcap c: c tanh(hidden W^T / c), of slope s = 1 - tanh(hidden W^T / c)^2;
     without softcap s is 1. No [M, V] tensor is kept: the forward pass computes the derivatives in chunks. With p =
-    softmax:
+    softmax, which is 0 for tokens that the `truncation` leaves out:
 
         d logprob / d hidden = (s[target] W[target] - (s p) W) / tau
         d entropy / d hidden = -(s p * (log p + entropy)) W / tau      only with `entropy_gradient`
@@ -94,6 +102,7 @@ class _TokenLogprobs(torch.autograd.Function):
         softcap: float | None,
         targets: Tensor,
         temperatures: Tensor,
+        truncation: Truncation,
         entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -105,7 +114,11 @@ class _TokenLogprobs(torch.autograd.Function):
             chunk = slice(start, start + _CHUNK)
             target, tau = targets[chunk, None], temperatures[chunk, None].to(dtype)
             logits, slope = _capped((hidden[chunk] @ weight.T).to(dtype), softcap)
-            log_softmax = logits.div_(tau).log_softmax(-1)
+            logits.div_(tau)
+            if truncation != Truncation():
+                left_out = is_left_out(logits, [truncation] * len(logits)).scatter_(1, target, False)
+                logits.masked_fill_(left_out, _LOWEST)
+            log_softmax = logits.log_softmax(-1)
             logprobs[chunk] = log_softmax.gather(1, target)[:, 0]
             softmax = log_softmax.exp()
             entropies[chunk] = -torch.linalg.vecdot(softmax, log_softmax)
@@ -125,12 +138,12 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
         slopes, entropy_slopes = ctx.saved_tensors
         grad = grads[0].to(slopes)[:, None] * slopes
         if entropy_slopes is not None:
             grad = grad + grads[1].to(slopes)[:, None] * entropy_slopes
-        return grad, None, None, None, None, None
+        return grad, None, None, None, None, None, None
 
 
 def _capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:

@@ -1,6 +1,9 @@
 """The optimizer steps of a training step: every adapter on its minibatches."""
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from agl_trainer.algo.sft_loss import sft_loss
 from agl_trainer.compute.forward import RowValues, forward_rows
 from agl_trainer.compute.optimizer_step import StepStats, merge_stats, optimizer_step
 from agl_trainer.data.rows import SampledRow
+from agl_trainer.data.truncation import Truncation
 from agl_trainer.model.adapter_files import Tensors
 from agl_trainer.model.lora import BASE
 from agl_trainer.model.policy import Policy
@@ -100,7 +104,7 @@ def prepare_objective(
     """
     tokens = sum(sum(row.loss_mask) for row in rows)
     of_reference = _reference_logprobs(policy, role, rows, reference, pack_tokens) if config.beta != 0 else None
-    needs_initial = not is_first and config.importance_sampling_mode is not None
+    needs_initial = not is_first and (config.importance_sampling_mode is not None or _lacks_logprobs(rows))
     needs_entropies = config.top_entropy_quantile < 1
     current = forward_rows(policy, role, rows, pack_tokens) if needs_entropies or needs_initial else RowValues()
     threshold = None
@@ -114,7 +118,12 @@ def prepare_objective(
 def _reference_logprobs(
     policy: Policy, role: str, rows: Sequence[SampledRow], reference: Tensors | None, pack_tokens: int | None
 ) -> dict[Hashable, Tensor]:
-    if reference is None:
-        return forward_rows(policy, BASE, rows, pack_tokens).logprobs
-    with policy.replaced_adapter(role, reference):
-        return forward_rows(policy, role, rows, pack_tokens).logprobs
+    """Of the whole distribution: the divergence of the truncated policy from the reference then has no other term."""
+    whole = {row.key: replace(row, truncation=Truncation()) for row in rows}
+    with nullcontext() if reference is None else policy.replaced_adapter(role, reference):
+        found = forward_rows(policy, BASE if reference is None else role, list(whole.values()), pack_tokens).logprobs
+    return {key: found[row.key] for key, row in whole.items()}
+
+
+def _lacks_logprobs(rows: Sequence[SampledRow]) -> bool:
+    return any(math.isnan(logprob) for row in rows for logprob in row.trained(row.logprobs))

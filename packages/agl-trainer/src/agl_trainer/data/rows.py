@@ -6,6 +6,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from agl_trainer.data.truncation import Truncation
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingRow:
@@ -17,11 +19,13 @@ class TrainingRow:
     """Factor on the loss of each trained token."""
     temperatures: Sequence[float] | None = field(default=None, kw_only=True)
     """Divisor of the logits of each token. None: 1 for all."""
+    truncation: Truncation = field(default=Truncation(), kw_only=True)
+    """Limits of the distribution that the trained tokens were sampled from."""
 
     @property
     def key(self) -> Hashable:
         """Equal for rows with the same logprobs under the same policy."""
-        return tuple(self.token_ids), tuple(self.loss_mask), tuple(self.temperatures or ())
+        return tuple(self.token_ids), tuple(self.loss_mask), tuple(self.temperatures or ()), self.truncation
 
     def trained(self, values: Sequence[float]) -> list[float]:
         """`values` of the tokens with mask 1."""
@@ -33,7 +37,7 @@ class SampledRow(TrainingRow):
     """A row that a policy sampled. Lists are as long as `token_ids`; values at mask 0 are ignored."""
 
     logprobs: Sequence[float]
-    """Recorded by the engine while sampling."""
+    """Recorded by the engine while sampling; NaN: not those of the distribution that it sampled from."""
     advantages: Sequence[float]
     minibatch: int = 0
     """Index of its optimizer step within the training step."""

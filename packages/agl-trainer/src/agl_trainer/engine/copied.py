@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from agl.config import LogprobsMode
 from agl_trainer.engine.local.scheduler import Scheduler
 from agl_trainer.model.policy import Policy
 
@@ -14,6 +15,8 @@ class CopiedEngine:
         self._policy = policy
         self._copy = copy
         self._scheduler = scheduler
+
+    logprobs_mode: LogprobsMode = "processed_logprobs"
 
     @property
     def tokens_sampled(self) -> int:

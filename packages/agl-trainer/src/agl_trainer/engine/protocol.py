@@ -29,14 +29,16 @@ class EngineStoppedError(EngineError):
 class SamplingParams:
     """How to sample one sequence.
 
-    `temperature` 0 is greedy. `seed` None draws a random seed. `top_logprobs` is the number of alternatives reported
-    with each token. `deliver_at_end`: hand over all tokens together after the last one, so that the caller's event loop
-    wakes up once.
+    `temperature` 0 is greedy. `top_k` 0 is no limit. `seed` None draws a random seed. `top_logprobs` is the number of
+    alternatives reported with each token. `deliver_at_end`: hand over all tokens together after the last one, so that
+    the caller's event loop wakes up once.
     """
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
     seed: int | None = None
     stop_token_ids: frozenset[int] = frozenset()
     top_logprobs: int = 0
@@ -45,11 +47,12 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """One token, its logprob as sampled, and the most likely alternatives as (token id, logprob)."""
+    """One token, its logprob in the distribution that it was sampled from, and the likeliest alternatives likewise."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    """As (token id, logprob)."""
 
 
 class Generation(Protocol):

@@ -38,8 +38,7 @@ def open_engine(config: Config) -> Iterator[tuple[Policy, Scheduler, ASGIApp]]:
     train = config.require_train()
     policy = open_policy(config, samples=True)
     max_batch = 1 if train.deterministic else config.engine.max_batch
-    is_tempered, length = train.logprobs_mode == "processed_logprobs", config.engine.max_model_len
-    with Scheduler(policy, max_batch=max_batch, max_model_len=length, is_tempered=is_tempered) as scheduler:
+    with Scheduler(policy, max_batch=max_batch, max_model_len=config.engine.max_model_len) as scheduler:
         app = engine_app(
             scheduler,
             policy.tokenizer,
@@ -92,7 +91,8 @@ def _serve_vllm(config: Config, store: Store) -> Iterator[OpenedEngine]:
 
 def _server(config: Config, gateway: GatewayConfig, store: Store, app: ASGIApp | None) -> ServerThread:
     train = config.require_train()
-    overrides = {"train": {"temperature": train.temperature}, "eval": {"temperature": train.eval_temperature}}
+    sampling = {"temperature": train.temperature} | train.sampling.settings()
+    overrides = {"train": sampling, "eval": {"temperature": train.eval_temperature}}
     return ServerThread(store, port=0, otlp_http_port=0, upstream=app, gateway=gateway, overrides=overrides)
 
 

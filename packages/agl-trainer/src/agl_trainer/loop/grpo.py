@@ -19,6 +19,7 @@ from agl_trainer.loop.call_log import (
 )
 from agl_trainer.loop.evaluation import evaluate_step, load_best, prune_best
 from agl_trainer.loop.policy_setup import load_list
+from agl_trainer.loop.recorded_logprobs import recorded_logprobs_mode
 from agl_trainer.loop.state import GRPO
 from agl_trainer.loop.step_rollouts import StepRollouts, draw_rollouts
 from agl_trainer.loop.training import Training
@@ -34,6 +35,18 @@ def run_grpo(training: Training, *, from_store: bool = False) -> None:
     train = training.train
     if from_store and train.eval_every:
         raise ConfigError("train.eval_every needs an engine; leave it out to train from the store, and `agl eval`")
+    if from_store and train.algorithm == "grpo" and (limits := train.sampling.settings()):
+        raise ConfigError(
+            f"train.sampling.{next(iter(limits))} keeps the likeliest tokens of the policy that sampled, which is not "
+            "known for rollouts of the store; leave it out"
+        )
+    engine = training.session.serving.engine if training.session.serving and not from_store else None
+    options = BatchOptions.of(
+        training.config,
+        vocabulary_size=len(training.policy.output_weight),
+        logprobs_mode=recorded_logprobs_mode(train, engine),
+        from_store=from_store,
+    )
     training.enter(GRPO, train.learning_rate)
     training.state.keep_references(training.policy, train)
     done = training.state.phase_step
@@ -50,7 +63,7 @@ def run_grpo(training: Training, *, from_store: bool = False) -> None:
                     f"train.early_stop: no better evaluation than that of step {best.step} in the last {best.waited}"
                 )
                 break
-            _GrpoStep(training, step).run(source)
+            _GrpoStep(training, step, options).run(source)
             training.progress.update(step=step + 1, waiting_for=None)
     if training.state.best is not None and training.state.best.step != training.state.step:
         load_best(training)
@@ -62,6 +75,7 @@ class _GrpoStep:
     training: Training
     number: int
     """Steps of the phase before this one."""
+    options: BatchOptions
 
     def run(self, source: RolloutSource) -> None:
         training, state = self.training, self.training.state
@@ -93,7 +107,7 @@ class _GrpoStep:
             training.train.groups_per_step,
             replacements=training.train.dynamic_sampling,
             roles=roles,
-            options=BatchOptions.of(training.config, vocabulary_size=len(training.policy.output_weight)),
+            options=self.options,
             clock=clock,
             failed_reward=training.train.failed_reward,
         )

@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from agl.config import LogprobsMode
 from agl_trainer.rollout.runner import Runner
 
 
@@ -13,6 +14,11 @@ class TrainingEngine(Protocol):
     @property
     def tokens_sampled(self) -> int | None:
         """Tokens sampled since the engine was opened; None if the engine does not count them."""
+        ...
+
+    @property
+    def logprobs_mode(self) -> LogprobsMode:
+        """Which logprobs it records."""
         ...
 
     def make_live(self) -> None:

@@ -163,6 +163,8 @@ class _Api:
             max_tokens=self._max_answer_tokens(body, len(prompt)),
             temperature=body.temperature,
             top_p=body.top_p,
+            top_k=max(body.top_k, 0),
+            min_p=body.min_p,
             seed=None if body.seed is None else body.seed + number,
             stop_token_ids=self._template.stop_token_ids | special,
             top_logprobs=body.alternatives_per_token,

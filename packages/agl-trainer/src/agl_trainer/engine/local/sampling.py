@@ -1,7 +1,7 @@
 """Samples one token per sequence from logits.
 
 The vocabulary has tens of thousands of tokens, so passes over [N, V] are costly. There are two, the softmax and its
-sums over runs of tokens, and two more if the temperature is not 1.
+sums over runs of tokens, and one more if the temperature is not 1.
 """
 
 import random
@@ -10,25 +10,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from agl_trainer.data.truncation import Truncation, is_left_out
 from agl_trainer.engine.protocol import SampledToken, SamplingParams
 
 _RUN = 256
 """Tokens per run. A draw first selects a run by its sum, then a token in it."""
 
 
-def sample(
-    logits: Tensor, params: Sequence[SamplingParams], rngs: Sequence[random.Random], *, is_tempered: bool = False
-) -> list[SampledToken]:
+def sample(logits: Tensor, params: Sequence[SamplingParams], rngs: Sequence[random.Random]) -> list[SampledToken]:
     """One token for each row of `logits` [N, V], drawn with one uniform number of its generator.
 
-    Logprobs are those of the full distribution, as the trainer computes them: at temperature 1, or with `is_tempered`
-    at the temperature of the row (at temperature 0 those of temperature 1).
+    Logprobs are those of the distribution that the token was drawn from (vLLM's `processed_logprobs`): after the
+    temperature, and of the kept tokens only. For a greedy row they are those of temperature 1.
     """
-    logits = logits.float()
+    logits = _apply_options(logits.float(), params)
     probs = logits.softmax(-1)
     chosen = _choose(logits, probs, params, rngs)
-    if is_tempered and any(wanted.temperature not in (0, 1) for wanted in params):
-        probs = (logits / torch.tensor([[wanted.temperature or 1.0] for wanted in params]).to(logits)).softmax(-1)
     logprobs = probs.gather(1, chosen[:, None])[:, 0].log().tolist()
     return [
         SampledToken(token, logprob, _top(row, wanted.top_logprobs))
@@ -45,19 +42,26 @@ def _choose(logits: Tensor, probs: Tensor, params: Sequence[SamplingParams], rng
         chosen[greedy] = _rows(logits, greedy).argmax(-1)
     if random_rows:
         uniform = torch.tensor([rngs[index].random() for index in random_rows]).to(probs)
-        chosen[random_rows] = _draw(_apply_options(logits, probs, random_rows, params), uniform)
+        chosen[random_rows] = _draw(_rows(probs, random_rows), uniform)
     return chosen
 
 
-def _apply_options(logits: Tensor, probs: Tensor, rows: Sequence[int], params: Sequence[SamplingParams]) -> Tensor:
-    """Probabilities of `rows` with temperature and top_p applied; not normalized after top_p."""
-    options = [params[index] for index in rows]
-    if any(one.temperature != 1 for one in options):
-        temperature = torch.tensor([one.temperature for one in options]).to(logits)
-        tempered = (_rows(logits, rows) / temperature[:, None]).softmax(-1)
-    else:
-        tempered = _rows(probs, rows)
-    return _nucleus(tempered, options)
+def _apply_options(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """`logits` divided by the temperature, and -inf for tokens that the options leave out; greedy rows as they are."""
+    if any(wanted.temperature not in (0, 1) for wanted in params):
+        logits = logits / torch.tensor([[wanted.temperature or 1.0] for wanted in params]).to(logits)
+    wanted = {
+        index: Truncation(one.top_p, one.top_k, one.min_p) for index, one in enumerate(params) if one.temperature != 0
+    }
+    narrow = {index: truncation for index, truncation in wanted.items() if truncation != Truncation()}
+    if not narrow:
+        return logits
+    rows = logits[list(narrow)]
+    return logits.index_copy(
+        0,
+        torch.tensor(list(narrow), device=logits.device),
+        rows.masked_fill(is_left_out(rows, list(narrow.values())), -torch.inf),
+    )
 
 
 def _rows(matrix: Tensor, indices: Sequence[int]) -> Tensor:
@@ -90,19 +94,6 @@ def _first_above(cumulated: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.searchsorted(cumulated, target, right=True)
     before = cumulated.gather(1, (index - 1).clamp(min=0)).masked_fill_(index == 0, 0.0)
     return index, before
-
-
-def _nucleus(probs: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Set all probabilities to 0 outside the smallest set of tokens whose sum reaches top_p (arXiv 1904.09751)."""
-    narrow = [index for index, wanted in enumerate(params) if wanted.top_p < 1]
-    if not narrow:
-        return probs
-    top_p = torch.tensor([params[index].top_p for index in narrow]).to(probs)[:, None]
-    ordered, tokens = probs[narrow].sort(-1, descending=True)
-    outside = ordered.cumsum(-1) - ordered >= top_p
-    kept = probs.clone()  # the caller needs the full distribution for logprobs
-    kept[narrow] = torch.zeros_like(ordered).scatter_(1, tokens, ordered.masked_fill_(outside, 0.0))
-    return kept
 
 
 def _top(probs: Tensor, count: int) -> tuple[tuple[int, float], ...]:

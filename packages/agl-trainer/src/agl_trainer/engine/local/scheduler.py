@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import torch
 
+from agl.config import LogprobsMode
 from agl_trainer.engine.local.attention_plans import DecodePlan, PrefillPlan, prefix_order
 from agl_trainer.engine.local.prefix_tree import KvShape, PrefixTree
 from agl_trainer.engine.local.sampling import sample
@@ -42,14 +43,12 @@ step reads all slots in one call, but needs a call for each shared run."""
 
 
 class Scheduler:
-    """The in-process engine: samples from the policy's own modules. Use as a context manager.
+    """The in-process engine: samples from the policy's own modules. Use as a context manager."""
 
-    With `is_tempered` it reports logprobs after the division by the temperature (`train.logprobs_mode`).
-    """
+    logprobs_mode: LogprobsMode = "processed_logprobs"
 
-    def __init__(self, policy: Policy, *, max_batch: int, max_model_len: int, is_tempered: bool = False) -> None:
+    def __init__(self, policy: Policy, *, max_batch: int, max_model_len: int) -> None:
         self._policy = policy
-        self._is_tempered = is_tempered
         self._max_batch = max_batch
         self._max_model_len = max_model_len
         self._shape = _kv_shape(policy)
@@ -251,7 +250,7 @@ class Scheduler:
         adapters = [sequence.adapter for sequence in running]
         hidden = self._policy.sampled_states(tokens, positions, adapters, self._plan)
         params, rngs = [s.params for s in running], [s.rng for s in running]
-        sampled = sample(self._policy.logits(hidden), params, rngs, is_tempered=self._is_tempered)
+        sampled = sample(self._policy.logits(hidden), params, rngs)
         for sequence, token in zip(running, sampled, strict=True):
             sequence.append(token)
         self.tokens_sampled += len(sampled)

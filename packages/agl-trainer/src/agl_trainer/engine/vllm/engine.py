@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from agl.config import LogprobsMode
 from agl.errors import TrainingError
 from agl_trainer.compute.forward import forward_rows
 from agl_trainer.data.rows import TrainingRow
@@ -46,6 +47,8 @@ class VllmEngine:
         self._route = route
         self._canary: list[int] = policy.tokenizer(CANARY).input_ids
         self._live: dict[str, str] = {}
+        modes = {server.logprobs_mode(base, self._canary[0]) for server, base in self._bases.items()}
+        self.logprobs_mode: LogprobsMode = "processed_logprobs" if modes == {"processed_logprobs"} else "raw_logprobs"
         for server in servers:  # unload the adapters of an earlier training, whose names this one will reuse
             for model in server.models():
                 if model.partition("@")[0] in policy.roles:

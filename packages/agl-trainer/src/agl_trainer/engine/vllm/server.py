@@ -10,11 +10,14 @@ import torch
 import urllib3
 from torch import Tensor
 
+from agl.config import LogprobsMode
 from agl.errors import TrainingError
 
 _TIMEOUT_S = 300.0
 """Long, because on a CPU prompts and the first loading of an adapter are slow."""
 _POLL_INTERVAL_S = 2.0
+_SAME_LOGPROB = 0.1
+"""Relative difference below which two logprobs of a token are the same but for rounding; bfloat16 has 1 %."""
 
 
 class VllmServer:
@@ -65,6 +68,24 @@ class VllmServer:
         if not rows or len(rows) != len(token_ids):
             raise TrainingError(f"{self.url} answered without prompt_logprobs, which verify adapters; is it vLLM?")
         return torch.tensor([row[str(token)]["logprob"] for row, token in zip(rows[1:], token_ids[1:], strict=True)])
+
+    def logprobs_mode(self, model: str, token_id: int) -> LogprobsMode:
+        """Which logprobs of sampled tokens it reports: those of processed mode change with the temperature.
+
+        `token_id` is a prompt after which `model` is unsure.
+        """
+        cold, hot = (self._highest_logprob(model, token_id, temperature) for temperature in (1.0, 2.0))
+        if max(cold, hot) > 0:
+            raise TrainingError(
+                f"{self.url} reports logits instead of logprobs; start vLLM with --logprobs-mode processed_logprobs"
+            )
+        return "raw_logprobs" if abs(cold - hot) < _SAME_LOGPROB * abs(cold) else "processed_logprobs"
+
+    def _highest_logprob(self, model: str, token_id: int, temperature: float) -> float:
+        neutral = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+        body = {"model": model, "prompt": [token_id], "max_tokens": 1, "temperature": temperature, "logprobs": 1}
+        (choice,) = self._request("POST", "completions", body | neutral).json()["choices"]
+        return max((choice["logprobs"]["top_logprobs"][0] or {}).values())
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> urllib3.BaseHTTPResponse:
         try:
