@@ -58,6 +58,7 @@ class AutoGenInstrumentor(BaseInstrumentor):
             _patch_clients(self._patches, settings)
             _patch_openai(self._patches, settings)
             _patch_mcp(self._patches, settings)
+            _patch_grpc(self._patches)
 
     def _uninstrument(self, **kwargs: Any) -> None:
         self._patches.restore()
@@ -144,6 +145,18 @@ def _patch_mcp(patches: Patches, settings: Settings) -> None:
 
     patches.replace(McpSessionActor, "call", partial(marking_errors, content=settings.content))
     patches.replace(_workbench, "trace_tool_span", partial(traced_tool, settings=settings))
+
+
+def _patch_grpc(patches: Patches) -> None:
+    """Messages to other processes, if `autogen-ext[grpc]` is installed."""
+    try:
+        from autogen_ext.runtimes.grpc import GrpcWorkerAgentRuntime
+    except ImportError:
+        return
+
+    from agl_autogen._message_bus import with_sender_headers
+
+    patches.replace(GrpcWorkerAgentRuntime, "_send_message", with_sender_headers)
 
 
 def _wrap_methods(patches: Patches, base: type, wrappers: Mapping[str, Wrap], settings: Settings) -> None:

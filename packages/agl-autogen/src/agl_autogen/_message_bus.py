@@ -13,17 +13,22 @@ from opentelemetry.context import Context, attach, detach, get_current
 from opentelemetry.instrumentation.utils import is_instrumentation_enabled
 from opentelemetry.trace import INVALID_SPAN, NoOpTracer, Span
 
+import agl
 from agl.content.filter import ContentFilter
+from agl.failsafe import never_raises
+from agl.propagation import joined_context
 from agl_autogen._settings import Settings
 from agl_autogen._span import with_error_marked
 from agl_autogen._turn import open_turn
 
 TraceBlock = Callable[..., AbstractContextManager[Span]]
 OnMessage = Callable[..., Awaitable[Any]]
+SendMessage = Callable[..., Awaitable[None]]
 
 _SENDER_CONTEXT: ContextVar[Context | None] = ContextVar("agl-autogen-sender-context", default=None)
 """OpenTelemetry context of the sender of the message that is being delivered."""
 _FIELD = "agl_sender_context"
+_HEADERS = {"traceparent", "baggage"}
 _PAYLOAD = "message"
 
 
@@ -37,6 +42,25 @@ def with_sender_context(original: Callable[[], Any]) -> Callable[[], Any]:
         return metadata
 
     return get_telemetry_envelope_metadata
+
+
+def with_sender_headers(original: SendMessage) -> SendMessage:
+    """`_send_message` of the gRPC runtime, called in the sender's context: adds rollout, role and span to the message.
+
+    Requests have a field for metadata; events carry them as attributes, beside those of AutoGen.
+    """
+
+    @functools.wraps(original)
+    def send_message(runtime: Any, message: Any, *args: Any, **options: Any) -> Awaitable[None]:
+        with never_raises("a message carries no rollout"):
+            for name, value in agl.headers().items():
+                if message.HasField("cloudEvent"):
+                    message.cloudEvent.attributes[name].ce_string = value
+                elif message.HasField("request"):
+                    message.request.metadata[name] = value
+        return original(runtime, message, *args, **options)
+
+    return send_message
 
 
 def traced_delivery(original: TraceBlock, content: ContentFilter) -> TraceBlock:
@@ -58,7 +82,7 @@ def traced_delivery(original: TraceBlock, content: ContentFilter) -> TraceBlock:
         helper: Any, operation: Any, destination: Any, parent: Any, **options: Any
     ) -> AbstractContextManager[Span]:
         if parent is not None:
-            _SENDER_CONTEXT.set(getattr(parent, _FIELD, None))
+            _SENDER_CONTEXT.set(_sender_context(parent))
         if isinstance(helper.tracer, NoOpTracer):
             return nullcontext(INVALID_SPAN)
         block = original if content.records_everything else without_content
@@ -82,3 +106,10 @@ def handled_as_turn(original: OnMessage, settings: Settings) -> OnMessage:
             return await original(agent, *args, **options)
 
     return on_message
+
+
+def _sender_context(metadata: Any) -> Context | None:
+    """From a message's metadata: an object of AutoGen's in this process, or a mapping received from another one."""
+    if isinstance(metadata, Mapping) and not _HEADERS.isdisjoint(metadata):
+        return joined_context(metadata)
+    return getattr(metadata, _FIELD, None)

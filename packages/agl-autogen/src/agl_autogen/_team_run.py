@@ -8,9 +8,9 @@ from typing import Any
 from autogen_agentchat.base import TaskResult
 from autogen_agentchat.messages import HandoffMessage
 from autogen_agentchat.teams._group_chat._base_group_chat_manager import BaseGroupChatManager
-from opentelemetry.context import Context, attach, detach, get_current
+from opentelemetry.context import Context, attach, create_key, detach, get_current, set_value
 from opentelemetry.instrumentation.utils import is_instrumentation_enabled
-from opentelemetry.trace import SpanKind, get_current_span, set_span_in_context
+from opentelemetry.trace import SpanKind, set_span_in_context
 
 from agl import semconv
 from agl.context import stated_role
@@ -23,6 +23,8 @@ from agl_autogen._turn import agent_context
 RunStream = Callable[..., AsyncGenerator[Any, None]]
 OnMessage = Callable[..., Awaitable[Any]]
 
+_RUN = create_key("agl-autogen-run")
+"""Key of a context inside a run: an object of that run's."""
 _RUNNING: dict[str, Context] = {}
 """OpenTelemetry context of every current run, by the team's id, which is the key of all its agents in a runtime."""
 
@@ -34,7 +36,7 @@ def traced_run(original: RunStream, settings: Settings) -> RunStream:
         operation = semconv.OPERATION_INVOKE_WORKFLOW
         attributes = {semconv.GEN_AI_OPERATION_NAME: operation, semconv.GEN_AI_WORKFLOW_NAME: team.name}
         with open_span(settings, f"{operation} {team.name}", SpanKind.INTERNAL, attributes) as span:
-            context, finished = set_span_in_context(span), False
+            context, finished = set_value(_RUN, object(), set_span_in_context(span)), False
             try:
                 stream = IsolatedStream(original(team, *args, **options), context)
                 with _registered(team._team_id, context):
@@ -59,9 +61,9 @@ def traced_run(original: RunStream, settings: Settings) -> RunStream:
 def in_team_run(original: OnMessage, settings: Settings) -> OnMessage:
     """`on_message` of a team's agents and manager, in the context of the team's run.
 
-    A runtime of the user's, started before the run, handles messages in the context in which it was started: outside of
-    any rollout, or in that of another run. A manager may call a model itself, so its role is set here; an agent's role
-    is set at the start of its turn.
+    A runtime of the user's handles messages in the context in which it was started: outside of any rollout, or in the
+    same rollout beside the run, or in that of another run. A manager may call a model itself, so its role is set here;
+    an agent's role is set at the start of its turn.
     """
 
     @functools.wraps(original)
@@ -82,7 +84,7 @@ def in_team_run(original: OnMessage, settings: Settings) -> OnMessage:
 def _handling_context(settings: Settings, agent: Any, current: Context) -> Context:
     """The context in which `agent` handles a message: `current` if that belongs to the run."""
     run = _RUNNING.get(agent.id.key)
-    context = current if run is None or _trace_id(run) == _trace_id(current) else run
+    context = current if run is None or run.get(_RUN) is current.get(_RUN) else run
     return agent_context(settings, agent._name, context) if _is_manager(type(agent)) else context
 
 
@@ -100,10 +102,6 @@ def _registered(team_id: str, context: Context) -> Iterator[None]:
     finally:
         if _RUNNING.get(team_id) is context:
             del _RUNNING[team_id]
-
-
-def _trace_id(context: Context) -> int:
-    return get_current_span(context).get_span_context().trace_id
 
 
 def _record_handoff(settings: Settings, context: Context, team: Any, message: HandoffMessage) -> None:

@@ -52,18 +52,18 @@ def joined(carrier: Mapping[str, str]) -> Scope[ActiveRollout | None]:
     `carrier` holds `traceparent` and `baggage`, names in any case: request headers, or the result of `environment`.
     If it names no rollout, the block runs outside of any rollout.
     """
-    context = _joined_context(carrier)
+    context = joined_context(carrier)
     return Scope(attached(context, active_rollout(carried_attributes(context))))
 
 
 def join_environment() -> None:
     """Continue the rollout of the environment variables until the process ends, unless a rollout is current."""
-    context = _joined_context(os.environ)
+    context = joined_context(os.environ)
     if current_rollout() is None and active_rollout(carried_attributes(context)):
         attach(context)
 
 
-def _joined_context(carrier: Mapping[str, str]) -> Context:
+def joined_context(carrier: Mapping[str, str]) -> Context:
     """The current context with our entries and the span replaced by those of `carrier`."""
     lowered = {name.lower(): value for name, value in carrier.items()}
     entries = carried_entries(ENTRIES, W3CBaggagePropagator().extract(lowered, Context()))
