@@ -1,11 +1,15 @@
 """The `chat` span: exact attributes, whole and streamed, for every model client."""
 
 import asyncio
+import base64
+import hashlib
 import json
+import random
 import struct
 from collections.abc import AsyncGenerator
 from typing import Any
 
+import PIL.Image
 import pytest
 from autogen_core import CancellationToken, FunctionCall, Image, InMemoryStore
 from autogen_core.models import (
@@ -26,10 +30,11 @@ from openai import AsyncOpenAI, BadRequestError
 from opentelemetry import trace
 from opentelemetry.trace import SpanKind
 
+import agl
 from agl.content.filter import content_json
 from tests.autogen.conftest import MODEL_INFO
 from tests.autogen.scripted import says
-from tests.autogen.span_tree import attributes, only, tree
+from tests.autogen.span_tree import attributes, named, only, tree
 from tests.vllm_server import LOGPROBS, PROMPT_IDS, TOKEN_IDS
 
 ASK: list[LLMMessage] = [SystemMessage(content="Be brief."), UserMessage(content="How many mugs?", source="user")]
@@ -134,8 +139,12 @@ async def test_a_whole_conversation_is_recorded_in_parts(spans):
     await ReplayChatCompletionClient(["yes"], model_info=MODEL_INFO).create(conversation)
 
     span = attributes(only(spans.get_finished_spans(), "chat"))
+    image = {"type": "uri", "modality": "image", "uri": Image.from_base64(PIXEL).data_uri}
     assert json.loads(str(span["gen_ai.input.messages"])) == [
-        {"role": "user", "parts": [{"type": "text", "content": "Look"}, {"type": "blob", "modality": "image"}]},
+        {
+            "role": "user",
+            "parts": [{"type": "text", "content": "Look"}, image],
+        },
         {
             "role": "assistant",
             "parts": [
@@ -265,3 +274,18 @@ async def test_text_that_utf8_cannot_encode_is_escaped(spans):
     recorded = str(attributes(only(spans.get_finished_spans(), "chat"))["gen_ai.input.messages"])
     assert recorded.isascii()
     assert json.loads(recorded)[0]["parts"][0]["content"] == f"How many {half}?"
+
+
+async def test_a_large_image_is_on_one_span_of_a_rollout_only(spans):
+    image = Image.from_pil(PIL.Image.frombytes("RGB", (64, 64), random.Random(0).randbytes(64 * 64 * 3)))
+    client = ReplayChatCompletionClient(["yes", "no"], model_info=MODEL_INFO)
+    with agl.rollout("picture"):
+        for _ in range(2):
+            await client.create([UserMessage(content=[image], source="user")])
+
+    found = [attributes(span) for span in named(spans.get_finished_spans(), "chat")]
+    data = base64.b64decode(image.to_base64())
+    digest = hashlib.sha256(data).hexdigest()
+    uri = f"media:image/png;bytes={len(data)};sha256={digest}"
+    assert [json.loads(str(one["gen_ai.input.messages"]))[0]["parts"][0]["uri"] for one in found] == [uri, uri]
+    assert [one.get(f"agl.media.{digest}") for one in found] == [data, None]

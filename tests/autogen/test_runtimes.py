@@ -58,12 +58,16 @@ class Question:
 class Worker(RoutedAgent):
     @rpc
     async def on_call(self, message: Question, ctx: MessageContext) -> Question:
-        await says("Seven.").create([UserMessage(content=message.text, source="user")])
+        await ask(message)
         return message
 
     @event
     async def on_event(self, message: Question, ctx: MessageContext) -> None:
-        await self.on_call(message, ctx)
+        await ask(message)
+
+
+async def ask(message: Question) -> None:
+    await says("Seven.").create([UserMessage(content=message.text, source="user")])
 
 
 @pytest.fixture

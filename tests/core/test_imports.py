@@ -26,7 +26,7 @@ ROOMS = {
         "cli": "server_thread queue trajectory store server config otlp span tokens semconv errors",
         "server_thread": "collector gateway queue store server config errors",
         "collector": "store server config errors",
-        "gateway": "store server config context span tokens seeds semconv errors",
+        "gateway": "store server config context content span tokens seeds semconv errors",
         "queue": "store config errors",
         "trajectory": "role_map span tokens semconv errors",
         "store": "server config otlp span semconv errors",

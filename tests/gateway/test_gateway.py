@@ -1,8 +1,11 @@
 """The gateway over loopback, with real clients, a fake vLLM engine and the real store."""
 
 import asyncio
+import base64
+import hashlib
 import json
 import math
+import random
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -38,6 +41,22 @@ from tests.gateway.serving import (
 )
 
 # --- What is recorded ------------------------------------------------------------------------------------------------
+
+
+def test_media_of_a_request_are_recorded_once_for_each_rollout(setup: Setup) -> None:
+    data = random.Random(2).randbytes(20_000)
+    digest = hashlib.sha256(data).hexdigest()
+    url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is it?"}]
+    path = "/rollout/m/attempt/m-a1/v1/chat/completions"
+    for _ in range(2):
+        setup.post(chat_body() | {"messages": [{"role": "user", "content": content}]}, path)
+
+    found = setup.store.appended
+    for span in found:
+        (message,) = json.loads(span.text(semconv.GATEWAY_REQUEST) or "")["messages"]
+        assert message["content"][0]["image_url"]["url"] == f"media:image/png;bytes=20000;sha256={digest}"
+    assert [span.attributes.get(semconv.MEDIA + digest) for span in found] == [data, None]
 
 
 def test_a_chat_call_is_recorded_with_exact_tokens(setup: Setup) -> None:

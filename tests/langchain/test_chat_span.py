@@ -1,6 +1,9 @@
 """Attributes of a model call's span: exact names, types and values, in every mode."""
 
+import base64
+import hashlib
 import json
+import random
 from datetime import datetime
 
 import pytest
@@ -13,8 +16,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 from pydantic import BaseModel
 
+import agl
 from agl_langchain import AglCallbackHandler
-from tests.autogen.span_tree import attributes, only
+from tests.autogen.span_tree import attributes, named, only
 from tests.langchain.conftest import MakeModel
 from tests.langchain.modes import MODES, STREAMS, Mode
 from tests.vllm_server import FakeVllmServer
@@ -223,3 +227,29 @@ def test_arguments_that_json_has_no_form_for_are_written(spans: InMemorySpanExpo
     found = attributes(only(spans.get_finished_spans(), "execute_tool count"))
     assert json.loads(str(found["gen_ai.tool.call.arguments"])) == {"at": "2026-01-02 03:04:00", "of": {"huge": huge}}
     assert json.loads(str(found["gen_ai.tool.call.result"])) == {"1": huge}
+
+
+async def test_large_media_are_on_one_span_of_a_rollout_only(instrumented: InMemorySpanExporter) -> None:
+    data = random.Random(1).randbytes(20_000)
+    encoded, digest = base64.b64encode(data).decode(), hashlib.sha256(data).hexdigest()
+    blocks = [
+        {"type": "image_url", "image_url": {"url": f"data:image/webp;base64,{encoded}"}},
+        {"type": "image", "source": {"type": "base64", "media_type": "image/webp", "data": encoded}},
+        {"type": "audio", "base64": encoded, "mime_type": "audio/wav"},
+    ]
+    with agl.rollout("media"):
+        for _ in range(2):
+            FakeListChatModel(responses=["yes"]).invoke([HumanMessage(blocks)])
+
+    found = [attributes(span) for span in named(instrumented.get_finished_spans(), "chat")]
+    for one in found:
+        text = str(one["gen_ai.input.messages"])
+        assert text.count(f"bytes=20000;sha256={digest}") == 3 and len(text) < 1000
+    assert [one.get(f"agl.media.{digest}") for one in found] == [data, None]
+
+
+def test_text_beyond_the_limit_is_cut(instrumented: InMemorySpanExporter) -> None:
+    StructuredTool.from_function(lambda q: "y " * 2_000_000, name="look", description="d").invoke({"q": "x"})
+
+    result = str(attributes(only(instrumented.get_finished_spans(), "execute_tool look"))["gen_ai.tool.call.result"])
+    assert json.loads(result).endswith("... (cut: 4000000 bytes)") and len(result) < 1_050_000

@@ -43,7 +43,7 @@ class ChatCall:
             try:
                 if (result := self.result) is not None and self._span.is_recording():
                     attributes |= result_attributes(result)
-                    attributes |= self._content.filtered(lambda: result_content(result))
+                    attributes |= self._content.filtered(lambda: result_content(result), self._span)
             finally:  # in one call: each call costs more than each attribute
                 self._span.set_attributes(attributes)
 

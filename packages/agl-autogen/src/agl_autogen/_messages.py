@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from autogen_core import FunctionCall, Image
 from autogen_core.models import CreateResult, FunctionExecutionResult, LLMMessage
@@ -11,6 +12,8 @@ from autogen_core.tools import Tool, ToolSchema
 from agl.content.filter import content_json
 
 Part = dict[str, Any]
+
+_DATA_URLS: WeakKeyDictionary[Image, str] = WeakKeyDictionary()
 
 
 def input_messages(messages: Iterable[LLMMessage]) -> str:
@@ -76,8 +79,14 @@ def _arguments(arguments: str) -> Any:
 
 
 def _user_part(item: str | Image) -> Part:
-    """An image without its bytes, which would be many times larger than the rest of the span."""
-    return _text(item) if isinstance(item, str) else {"type": "blob", "modality": "image"}
+    return _text(item) if isinstance(item, str) else {"type": "uri", "modality": "image", "uri": _data_url(item)}
+
+
+def _data_url(image: Image) -> str:
+    """Encoded once, because an image stays in the messages of all later calls, and encoding takes milliseconds."""
+    if image not in _DATA_URLS:
+        _DATA_URLS[image] = image.data_uri
+    return _DATA_URLS[image]
 
 
 def _text(content: str) -> Part:

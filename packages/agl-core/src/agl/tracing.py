@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 
-from agl.content.filter import process_redact, use_redaction
+from agl.content.filter import process_max_bytes, process_redact, use_max_bytes, use_redaction
 from agl.content.redaction import Redact
 from agl.context import RolloutProcessor
 from agl.emit.reward import process_weights, use_weights
@@ -39,6 +39,7 @@ def init(
     endpoint: str | None = None,
     reward_weights: Mapping[str, float] | None = None,
     redact: Redact | None = None,
+    content_max_bytes: int | None = None,
 ) -> TracerProvider:
     """Send the spans of this process to a collector.
 
@@ -48,13 +49,15 @@ def init(
     `endpoint`: base URL of the collector, `/v1/traces` is appended (default: `$OTEL_EXPORTER_OTLP_ENDPOINT`, else
     http://localhost:4318). `reward_weights`: weight of each reward dimension (see `emit_reward`). `redact`: a function
     from str to str, applied to each text that an emitter or a plug-in records; a plug-in may have its own instead (see
-    `agl.content.filter`). A second call may change `reward_weights` and `redact` only.
+    `agl.content.filter`). `content_max_bytes`: longer texts on spans are cut (default: 1 MiB). A second call may change
+    the last three only.
 
     An SDK provider that is already the global one stays, with its name and exporters, and our exporter is added. In a
     process started with `agl.environment()` the rollout of the parent process continues.
 
-    Raises ConfigError for an endpoint that is not an http(s) URL, a `redact` that is not callable, or a global provider
-    that is not the SDK's, and TelemetryError for a weight that is not a finite number.
+    Raises ConfigError for an endpoint that is not an http(s) URL, a `redact` that is not callable, a limit that is
+    not positive, or a global provider that is not the SDK's, and TelemetryError for a weight that is not a finite
+    number.
     """
     url = _traces_url(endpoint)
     with _lock:
@@ -62,6 +65,8 @@ def init(
             use_weights(reward_weights)
         if redact is not None:
             use_redaction(redact)
+        if content_max_bytes is not None:
+            use_max_bytes(content_max_bytes)
         provider = _sdk_provider(service_name)
         _collector_of(provider).open(url)
     join_environment()
@@ -92,6 +97,7 @@ def export_settings() -> dict[str, Any] | None:
         "endpoint": collector.url,
         "reward_weights": process_weights(),
         "redact": process_redact(),
+        "content_max_bytes": process_max_bytes(),
     }
 
 

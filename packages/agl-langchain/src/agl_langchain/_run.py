@@ -77,7 +77,7 @@ class Run:
             if facts is not None:
                 attributes |= facts()
             if content is not None:
-                attributes |= self.content.filtered(content)
+                attributes |= self.content.filtered(content, self.span)
         finally:  # in one call: each call costs more than each attribute
             if attributes:
                 self.span.set_attributes(attributes)

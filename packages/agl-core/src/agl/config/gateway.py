@@ -57,6 +57,8 @@ class GatewayConfig(Section):
     exact_prefix: bool = False
     """Build the prompt of a continued conversation from the tokens sampled so far, if the engine accepts token ids; the
     chat template renders the new messages only."""
+    content_max_bytes: Count = 1 << 20
+    """Longer texts in a recorded request are cut in the record. Media become references in any case."""
     record: RecordMode = "closed"
     """If a response cannot be recorded, `closed` withholds it, and `open` passes it on with a warning."""
     retries: Annotated[int, Field(ge=0)] = 2

@@ -12,6 +12,7 @@ from opentelemetry.util.types import AttributeValue
 
 from agl import semconv
 from agl.content.bounded import bounded_json, text_of
+from agl.content.media import MAX_BYTES, MIN_CHARACTERS, referenced
 from agl.content.redaction import Redact, redact_attribute
 from agl.errors import ConfigError
 from agl.failsafe import never_raises
@@ -27,7 +28,10 @@ _EXCEPTION_STACKTRACE = "exception.stacktrace"
 
 _JSON_OPTIONS = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
 
+Describe = Callable[[], Mapping[str, AttributeValue]]
+
 _process_redact: Redact | None = None
+_process_max_bytes = MAX_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,20 +70,29 @@ class ContentFilter:
     def _redact_in_use(self) -> Redact | None:
         return self.redact or process_redact()
 
-    def set_content(self, span: Span, describe: Callable[[], Mapping[str, AttributeValue]]) -> None:
+    def set_content(self, span: Span, describe: Describe) -> None:
         """Set the attributes that `describe` returns on `span`, as far as they may be recorded."""
-        if span.is_recording() and (attributes := self.filtered(describe)):
+        if span.is_recording() and (attributes := self.filtered(describe, span)):
             span.set_attributes(attributes)
 
-    def filtered(self, describe: Callable[[], Mapping[str, AttributeValue]]) -> Mapping[str, AttributeValue]:
-        """The redacted attributes of `describe`, which is not called if content is not captured."""
-        return self.redacted(describe()) if self.captured else {}
+    def filtered(self, describe: Describe, span: Span | None = None) -> Mapping[str, AttributeValue]:
+        """The attributes of `describe` as they may be recorded. It is not called if content is not captured."""
+        return self.redacted(describe(), span) if self.captured else {}
 
-    def redacted(self, attributes: Mapping[str, AttributeValue]) -> Mapping[str, AttributeValue]:
-        """`attributes` after redaction, without those whose redaction failed."""
+    def redacted(
+        self, attributes: Mapping[str, AttributeValue], span: Span | None = None
+    ) -> Mapping[str, AttributeValue]:
+        """`attributes` after redaction, without those whose redaction failed.
+
+        Media become references; their bytes are added once for each rollout, of which `span` is one, unless content is
+        redacted: a function from str to str cannot redact them.
+        """
         redact = self._redact_in_use
+        media: Mapping[str, AttributeValue] = {}
+        if any(isinstance(text, str) and len(text) >= MIN_CHARACTERS for text in attributes.values()):
+            attributes, media = referenced(attributes, _rollout_of(span), _process_max_bytes)
         if redact is None:
-            return attributes
+            return {**attributes, **media} if media else attributes
         redacted = {name: redact_attribute(name, value, redact) for name, value in attributes.items()}
         return {name: value for name, value in redacted.items() if value is not None}
 
@@ -92,11 +105,11 @@ class ContentFilter:
         with never_raises("an exception was not recorded"):
             span.set_attribute(semconv.ERROR_TYPE, type(error).__qualname__)
             span.set_status(Status(StatusCode.ERROR, type(error).__name__))  # before code of the user is asked for text
-            status, event = self._error_content(error)
+            status, event = self._error_content(error, span)
             span.set_status(Status(StatusCode.ERROR, status))
             span.add_event("exception", event)
 
-    def _error_content(self, error: BaseException) -> tuple[str, dict[str, AttributeValue]]:
+    def _error_content(self, error: BaseException, span: Span) -> tuple[str, dict[str, AttributeValue]]:
         """Status message, and attributes of the `exception` event."""
         kind = type(error)
         type_name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
@@ -104,11 +117,20 @@ class ContentFilter:
             lambda: {
                 _EXCEPTION_MESSAGE: text_of(error),
                 _EXCEPTION_STACKTRACE: text_of(error, lambda error: "".join(traceback.format_exception(error))),
-            }
+            },
+            span,
         )
         message = content.get(_EXCEPTION_MESSAGE)
         status = kind.__name__ if message is None else f"{kind.__name__}: {message}"
         return status, {_EXCEPTION_TYPE: type_name, **content}
+
+
+def _rollout_of(span: Span | None) -> object:
+    """Id of the rollout that the span of the SDK is in; outside of a rollout its trace."""
+    if span is None:
+        return None
+    attributes: Mapping[str, AttributeValue] = getattr(span, "attributes", None) or {}
+    return attributes.get(semconv.ROLLOUT_ID) or span.get_span_context().trace_id
 
 
 def use_redaction(redact: Redact | None) -> None:
@@ -120,6 +142,19 @@ def use_redaction(redact: Redact | None) -> None:
 def process_redact() -> Redact | None:
     """The function last given to `use_redaction`."""
     return _process_redact
+
+
+def use_max_bytes(max_bytes: int) -> None:
+    """Cut longer texts in this process. Raises ConfigError if `max_bytes` is not positive."""
+    global _process_max_bytes
+    if max_bytes < 1:
+        raise ConfigError(f"content_max_bytes is {max_bytes}, expected at least 1")
+    _process_max_bytes = max_bytes
+
+
+def process_max_bytes() -> int:
+    """The limit last given to `use_max_bytes`."""
+    return _process_max_bytes
 
 
 def checked_redact(redact: Redact | None) -> Redact | None:

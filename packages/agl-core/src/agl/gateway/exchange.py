@@ -289,14 +289,15 @@ class Exchange:
         and recorded without these values.
         """
         record, recorder, failure = self._record, self._parts.recorder, None
+        max_bytes = self._parts.config.content_max_bytes
         try:
             try:
-                await recorder.commit(spans := record.spans())
+                await recorder.commit(spans := record.spans(max_bytes))
             except (OtlpError, ValueError, TypeError, OverflowError) as error:
                 failure = self._engine_error(f"cannot be recorded: {error}")
                 record.fail(failure.code, str(failure))
                 record.capture = Capture()
-                await recorder.commit(spans := record.spans())
+                await recorder.commit(spans := record.spans(max_bytes))
         except (AglError, ValueError, TypeError, OverflowError) as error:
             logger.error("a call could not be recorded (gateway.record: %s): %s", self._parts.config.record, error)
             return ApiError(500, "not_recorded", f"the call could not be recorded, its answer is withheld: {error}")

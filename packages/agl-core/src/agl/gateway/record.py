@@ -6,10 +6,11 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from agl import semconv
+from agl.content.media import MIN_CHARACTERS, referenced
 from agl.gateway.conversation import Position
 from agl.gateway.engine import Engine
 from agl.gateway.request import Caller
@@ -71,6 +72,8 @@ class CallRecord:
     drifted: Drifted | None = None
     prefix: str | None = None
     """`exact`, or the reason for which the prompt was not built from sampled tokens."""
+    media: dict[str, bytes] = field(default_factory=dict)
+    """Attributes with the bytes of the request's media that no earlier call of the rollout had."""
 
     def check(self) -> None:
         """Raises ApiError for a request that could not be recorded, before anything is sampled for it.
@@ -97,13 +100,23 @@ class CallRecord:
     def fail(self, error_type: str, message: str) -> None:
         self.error_type, self.error_message = error_type, message
 
-    def spans(self) -> list[Span]:
-        """A span for each choice, which ends now; without a choice one span. All share parent and response id."""
+    def spans(self, content_max_bytes: int) -> list[Span]:
+        """A span for each choice, which ends now; without a choice one span. All share parent and response id.
+
+        Media in the request become references. The first span has the bytes that are not stored for the rollout yet.
+        """
         trace_id = self.caller.trace_id or f"{random.getrandbits(128):032x}"
-        shared = self._attributes()
+        shared: Mapping[str, AttributeValue] = self._attributes()
+        if len(self.client_body) >= MIN_CHARACTERS:
+            shared, new = referenced(shared, shared.get(semconv.ROLLOUT_ID, trace_id), content_max_bytes)
+            self.media |= new
         choices = self.capture.choices()
-        of_choices = [shared | _choice_attributes(choice, self.capture.usage, choices) for choice in choices]
-        return [self._span(trace_id, attributes) for attributes in of_choices or [shared]]
+        spans = [
+            self._span(trace_id, {**shared, **_choice_attributes(choice, self.capture.usage, choices)})
+            for choice in choices
+        ] or [self._span(trace_id, shared)]
+        spans[0] = replace(spans[0], attributes={**spans[0].attributes, **self.media})
+        return spans
 
     def _span(self, trace_id: str, attributes: Mapping[str, AttributeValue]) -> Span:
         return Span(

@@ -1,0 +1,135 @@
+"""Large content: media become references to bytes that are stored once, and text beyond a limit is cut."""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+from opentelemetry.util.types import AttributeValue
+
+from agl import semconv
+
+MIN_CHARACTERS = 4096
+"""Shorter media (icons) stay in the text."""
+MAX_BYTES = 1 << 20
+"""Default limit of a text in a message, an argument or a result."""
+MAX_TEXTS = 16
+"""An attribute holds at most this many times the limit of a text."""
+MAX_KEPT = 100_000
+
+_DATA = rf"([\w+/=\\-]{{{MIN_CHARACTERS},}})"
+_DATA_URL = re.compile(rf'data:([^;,"\s]*)(?:;[^;,"\s]+)*;base64,{_DATA}', re.ASCII)
+_FIELD = re.compile(rf'("(?:data|base64|b64_json|file_data|bytes|blob)"\s*:\s*"){_DATA}(?=")', re.ASCII)
+_PART = re.compile(r"[\w+/=\\-]{64}", re.ASCII)
+_TYPES = {
+    b"\x89PNG": "image/png",
+    b"\xff\xd8\xff": "image/jpeg",
+    b"GIF8": "image/gif",
+    b"%PDF": "application/pdf",
+    b"OggS": "audio/ogg",
+    b"ID3": "audio/mpeg",
+}
+"""First bytes of media whose field states no type."""
+
+
+class _KeptMedia:
+    """Which media are stored already, of the latest rollouts."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[object, str], None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def is_new(self, rollout: object, digest: str) -> bool:
+        """Whether these bytes are not stored for `rollout` yet; from now on they are. None: it is not known."""
+        with self._lock:
+            if rollout is not None and (rollout, digest) in self._kept:
+                return False
+            self._kept[rollout, digest] = None
+            if len(self._kept) > MAX_KEPT:
+                self._kept.popitem(last=False)
+            return True
+
+
+_KEPT = _KeptMedia()
+
+
+def referenced(
+    attributes: Mapping[str, AttributeValue], rollout: object, max_bytes: int
+) -> tuple[Mapping[str, AttributeValue], dict[str, bytes]]:
+    """`attributes` with their texts `shortened`, and attributes for the bytes that are not stored for `rollout` yet."""
+    media: dict[str, bytes] = {}
+    short: dict[str, AttributeValue] = {}
+    for key, text in attributes.items():
+        if isinstance(text, str):
+            short[key], found = shortened(text, max_bytes)
+            media |= found
+    new = {semconv.MEDIA + digest: data for digest, data in media.items() if _KEPT.is_new(rollout, digest)}
+    return {**attributes, **short}, new
+
+
+def shortened(text: str, max_bytes: int = MAX_BYTES) -> tuple[str, dict[str, bytes]]:
+    """`text`, JSON or not, with references in place of media, and the bytes of these by their SHA-256.
+
+    A reference is `media:<type>;bytes=<number>;sha256=<digest>`. Texts beyond `max_bytes` are cut.
+    """
+    if len(text) < MIN_CHARACTERS:
+        return text, {}
+    media: dict[str, bytes] = {}
+    if _may_hold_media(text):
+        text = _DATA_URL.sub(lambda found: _reference(found[2], found[1].replace("\\", ""), media) or found[0], text)
+        text = _FIELD.sub(lambda found: found[1] + (_reference(found[2], "", media) or found[2]), text)
+    return (text if len(text) <= max_bytes // 4 else _cut_texts(text, max_bytes)), media
+
+
+def _may_hold_media(text: str) -> bool:
+    """Whether a part of `text` looks like base64. Looks at a few places, one of which is in any media: it is called for
+    each model call, and the expressions above would take as long as the rest of its span."""
+    return any(_PART.match(text, place) for place in range(0, len(text), MIN_CHARACTERS // 2))
+
+
+def _reference(encoded: str, kind: str, media: dict[str, bytes]) -> str | None:
+    """The reference in place of base64 data, whose bytes are added to `media`; None if it is not base64."""
+    encoded = encoded.replace("\\n", "").replace("\\/", "/").rstrip("=")
+    try:
+        data = base64.b64decode(encoded.translate(_URL_SAFE) + "=" * (-len(encoded) % 4), validate=True)
+    except ValueError:
+        return None
+    digest = hashlib.sha256(data).hexdigest()
+    media[digest] = data
+    kind = kind or next((kind for start, kind in _TYPES.items() if data.startswith(start)), "application/octet-stream")
+    return f"media:{kind};bytes={len(data)};sha256={digest}"
+
+
+_URL_SAFE = str.maketrans("-_", "+/")
+
+
+def _cut_texts(text: str, max_bytes: int) -> str:
+    """`text` with each string in it cut, if it is JSON; else itself cut."""
+    if not text.startswith(("{", "[", '"')):
+        return _cut(text, max_bytes)
+    try:
+        text = json.dumps(_each_cut(json.loads(text), max_bytes), ensure_ascii=False, separators=(",", ":"))
+    except (ValueError, RecursionError):
+        return _cut(text, max_bytes)
+    return text if len(text) <= MAX_TEXTS * max_bytes else json.dumps(_cut(text, max_bytes))
+
+
+def _each_cut(value: Any, max_bytes: int) -> Any:
+    if isinstance(value, str):
+        return _cut(value, max_bytes)
+    if isinstance(value, list):
+        return [_each_cut(item, max_bytes) for item in value]
+    if isinstance(value, dict):
+        return {key: _each_cut(item, max_bytes) for key, item in value.items()}
+    return value
+
+
+def _cut(text: str, max_bytes: int) -> str:
+    encoded = text.encode(errors="backslashreplace") if len(text) > max_bytes // 4 else b""
+    if len(encoded) <= max_bytes:
+        return text
+    return f"{encoded[:max_bytes].decode(errors='ignore')}... (cut: {len(encoded)} bytes)"
