@@ -40,8 +40,9 @@ from agl_trainer.compute.logprobs import row_logprobs
 from agl_trainer.data.rows import TrainingRow
 from agl_trainer.engine.http.api import engine_app
 from agl_trainer.engine.local.scheduler import Scheduler
-from agl_trainer.model.base_model import load_model, model_folder, use_bfloat16_products
+from agl_trainer.model.base_model import load_model, use_bfloat16_products
 from agl_trainer.model.lora import BASE
+from agl_trainer.model.model_folder import model_folder
 from agl_trainer.model.policy import Policy
 from tests.vllm.environment import TORCH, VLLM
 from tests.vllm.serving import serve_vllm

@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 import agl
 from agl.config import Config
 from agl_trainer.loop.trainer import Trainer
-from agl_trainer.model.base_model import model_folder
+from agl_trainer.model.model_folder import model_folder
 from agl_trainer.report.evaluation import EvalResult, mean_interval, paired_difference
 from benchmarks.single_turn_task import GROUP_SIZE, GROUPS, LEARNING_RATE, MAX_TOKENS, WEIGHTS, Took
 from benchmarks.trainer import TRL

@@ -35,7 +35,8 @@ from agl_trainer.compute.logprobs import row_logprobs
 from agl_trainer.compute.optimizer_step import optimizer_step
 from agl_trainer.data.prefix_tree import pack_rows
 from agl_trainer.data.rows import SampledRow, TrainingRow
-from agl_trainer.model.base_model import load_model, model_folder
+from agl_trainer.model.base_model import load_model
+from agl_trainer.model.model_folder import model_folder
 from agl_trainer.model.policy import Policy
 from benchmarks.step_rows import SHAPES, Measured, Shape, draw_adapter, peak_mb, rollouts, sgemm_flops
 from tests.venv import python_with

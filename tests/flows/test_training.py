@@ -51,10 +51,12 @@ TRAIN: dict[str, Any] = {
 SFT = {"examples": f"{TOY}:examples", "epochs": 2, "batch_size": 4, "learning_rate": 3e-3}
 
 
-def config_in(folder: Path, *, role: str = "solver", lora_r: int = 8, **train: Any) -> Config:
+def config_in(
+    folder: Path, *, role: str = "solver", lora_r: int = 8, lora: dict[str, Any] | None = None, **train: Any
+) -> Config:
     data = {
         "store_uri": f"sqlite:///{folder / 'agl.db'}",
-        "agent_roles": {"gamma": 1.0, role: {"lora_r": lora_r}},
+        "agent_roles": {"gamma": 1.0, role: lora or {"lora_r": lora_r}},
         "engine": {"max_batch": 16, "max_model_len": 96},
         "train": TRAIN | {"output_dir": str(folder / "run")} | train,
         "sft": SFT,
@@ -516,12 +518,14 @@ def demos(tmp_path: Path) -> Iterator[Demos]:
 
 
 def test_a_training_killed_again_and_again_ends_bitwise_as_one_that_was_not(tmp_path: Path, demos: Demos) -> None:
-    """SIGKILL in SFT, in the first GRPO step after an evaluation, and in a later one."""
+    """SIGKILL in SFT, in the first GRPO step after an evaluation, and in a later one; with a schedule and dropout."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
         few = {"eval_tasks": f"{TOY}:few_tasks", "group_size": 3, "groups_per_step": 3}
-        (folder / "config.yaml").write_text(config_in(folder, deterministic=True, **few).to_yaml())
+        schedule = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.3, "weight_decay": 0.1}
+        config = config_in(folder, deterministic=True, **few, **schedule, lora={"lora_r": 8, "lora_dropout": 0.1})
+        (folder / "config.yaml").write_text(config.to_yaml())
     store = open_store(f"sqlite:///{killed / 'agl.db'}")
     moments: list[Callable[[], bool]] = [
         (killed / "run" / "checkpoints" / "step-000002").exists,
@@ -659,7 +663,7 @@ def test_a_function_that_returns_another_number_of_items_is_refused(
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     missing = tmp_path / "no-model"
-    with pytest.raises(ConfigError, match=f"train.model '{missing}': expected `smollm2` or a folder"):
+    with pytest.raises(ConfigError, match=f"train.model '{missing}': expected `smollm2`, `tiny`, a model of the"):
         Trainer(config_in(tmp_path, model=str(missing))).fit()
 
 

@@ -2,7 +2,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from agl_trainer.model.base_model import model_folder
+from agl_trainer.model.model_folder import model_folder
 from tests.vllm.serving import serve_vllm
 
 BASE = "smollm2"

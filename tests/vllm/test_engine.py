@@ -11,7 +11,8 @@ from agl.errors import TrainingError
 from agl_trainer.engine.vllm.engine import VllmEngine
 from agl_trainer.engine.vllm.server import VllmServer
 from agl_trainer.model.adapter_files import save_adapter
-from agl_trainer.model.base_model import load_model, model_folder
+from agl_trainer.model.base_model import load_model
+from agl_trainer.model.model_folder import model_folder
 from agl_trainer.model.policy import Policy
 from tests.vllm.conftest import BASE
 

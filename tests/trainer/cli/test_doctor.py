@@ -17,6 +17,7 @@ def model_checks(model: str) -> list[Check]:
 
 def test_a_folder_with_a_model_is_found(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
     (check,) = model_checks(str(tmp_path))
     assert (check.ok, check.found) == (True, f"{tmp_path} in {tmp_path}")
 

@@ -9,13 +9,8 @@ from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
 from agl.config import Config
 from agl.errors import ConfigError
 from agl_trainer.loop.policy_setup import open_policy
-from agl_trainer.model.base_model import check_sampled, check_trainable, model_folder
+from agl_trainer.model.base_model import check_sampled, check_trainable
 from tests.trainer.small_model import small_model
-
-
-def test_the_error_for_a_missing_model_names_it_and_what_is_expected(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere.*smollm2.*config.json"):
-        model_folder(str(tmp_path / "nowhere"))
 
 
 def test_a_sliding_window_shorter_than_the_context_is_rejected() -> None:

@@ -47,6 +47,49 @@ def test_one_pass_may_mix_adapters() -> None:
     assert torch.allclose(mixed[5:], hidden(policy, ["writer"], other), atol=1e-5)
 
 
+def test_options_of_lora_are_those_of_peft() -> None:
+    """Other layers for each role, another scale; sampled by the fused decoder and by the plain one."""
+    roles = {
+        "writer": RoleConfig(lora_r=4, lora_alpha=8, use_rslora=True, lora_target_modules=["q_proj", "mlp.down_proj"]),
+        "fixer": RoleConfig(lora_r=2, lora_alpha=4),
+    }
+    policy = small_policy(roles=roles)
+    assert len(policy.parameters("writer")) == 2 * 2 * 2 and len(policy.parameters("fixer")) == 2 * 2 * 7
+    packed = pack_rows([ROW])
+    for name in (*roles, BASE):
+        model = plain_model(policy, name, small_model())
+        expected = model(input_ids=torch.tensor([ROW]), output_hidden_states=True).hidden_states[-1][0]
+        with torch.inference_mode():
+            sampled = policy.sampled_states(packed.token_ids, packed.positions, [name], PackedPlan(packed))
+        assert torch.allclose(hidden(policy, [name]), expected, atol=1e-5)
+        assert torch.allclose(sampled, expected, atol=1e-5)
+    with pytest.raises(
+        ConfigError, match=r"writer.lora_target_modules: 'qkv' is no linear layer of a llama model; .*v_proj"
+    ):
+        small_policy(roles={"writer": RoleConfig(lora_target_modules=["q_proj", "qkv"])})
+    with pytest.raises(ConfigError, match="'lm_head' is no linear layer"):
+        small_policy(roles={"writer": RoleConfig(lora_target_modules=["lm_head"])})
+
+
+def test_inputs_of_adapters_are_dropped_in_passes_with_gradients_only() -> None:
+    roles = {
+        "writer": RoleConfig(
+            lora_r=4, lora_alpha=8, lora_dropout=0.5, lora_target_modules=["layers.0.self_attn.q_proj"]
+        )
+    }
+    policy, plain = (
+        small_policy(roles=roles),
+        small_policy(roles={"writer": roles["writer"].model_copy(update={"lora_dropout": 0.0})}),
+    )
+    assert torch.equal(hidden(policy, ["writer"]), hidden(plain, ["writer"]))
+    layer = policy._body.layers[0].self_attn.q_proj
+    policy._route(["writer"])
+    x = torch.ones(4000, 24)
+    kept, dropped = plain._body.layers[0].self_attn.q_proj, layer(x)
+    plain._route(["writer"])
+    assert torch.allclose(dropped.mean(0), kept(x)[0], atol=0.1) and dropped.std(0).min() > 0.01
+
+
 def test_the_same_seed_gives_the_same_adapters() -> None:
     alone = {"fixer": ROLES["fixer"]}
     one, same, without_writer, other = (

@@ -16,7 +16,8 @@ from agl_trainer.data.prefix_tree import pack_rows
 from agl_trainer.data.rows import TrainingRow
 from agl_trainer.loop.policy_setup import open_policy
 from agl_trainer.model.attention import PackedPlan
-from agl_trainer.model.base_model import load_model, model_folder
+from agl_trainer.model.base_model import load_model
+from agl_trainer.model.model_folder import model_folder
 from agl_trainer.model.packing_probe import supports_packing
 from agl_trainer.model.policy import Policy
 from tests.trainer.scripted_sampler import small_tokenizer

@@ -19,7 +19,7 @@ from agl_trainer.model.policy import Policy
 from agl_trainer.model.recompute import RecomputedLayer, recompute_layers
 from tests.trainer.compute.test_prefix import rows
 from tests.trainer.model.test_packing_probe import odd_model
-from tests.trainer.small_model import small_model, small_policy
+from tests.trainer.small_model import ROLES, small_model, small_policy
 
 
 def gradient(policy: Policy, role: str, pack_tokens: int) -> Tensor:
@@ -65,6 +65,20 @@ def test_padded_rows_have_the_same_gradient(make: Any) -> None:
     assert (found - expected).norm() <= 1e-6 * expected.norm()
 
 
+def test_dropped_inputs_are_the_same_in_the_backward_pass() -> None:
+    roles = {name: role.model_copy(update={"lora_dropout": 0.5}) for name, role in ROLES.items()}
+    kept, again = (small_policy(roles=roles, recomputes=recomputes) for recomputes in (False, True))
+    found = []
+    for policy in (kept, again, kept):
+        for parameter in policy.parameters("writer"):
+            parameter.grad = None
+        torch.manual_seed(1 if len(found) < 2 else 2)
+        found.append(gradient(policy, "writer", 250))
+    expected, same, other = found
+    assert (same - expected).norm() <= 1e-6 * expected.norm()
+    assert (other - expected).norm() > 0.1 * expected.norm()
+
+
 def kept_bytes(policy: Policy) -> int:
     """Bytes that a forward pass over all rows stores for the backward pass."""
     sizes: dict[int, int] = {}
@@ -97,7 +111,7 @@ def test_sampling_computes_each_layer_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_model_without_marked_layers_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"train.gradient_checkpointing: a Linear has no layers"):
-        recompute_layers(torch.nn.Linear(2, 2), AdapterRouting())
+        recompute_layers(torch.nn.Linear(2, 2), AdapterRouting(), drops=False)
 
 
 def layers(model: PreTrainedModel) -> int:

@@ -1,6 +1,6 @@
 """`agent_roles`: the roles of an agent, each with its own LoRA adapter."""
 
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,8 +12,14 @@ class RoleConfig(Section):
 
     lora_r: Count = 16
     lora_alpha: Count = 32
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs that training passes zero."""
+    lora_target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Linear layers with the adapter, by the ends of their names, e.g. `[q_proj, v_proj]`; not the output layer."""
+    use_rslora: bool = False
+    """Scale by `lora_alpha` / sqrt(`lora_r`) in place of `lora_alpha` / `lora_r` (arXiv 2312.03732)."""
     adapter: str | None = None
-    """Another role whose adapter this one shares, with that role's `lora_r`, `lora_alpha` and `frozen`."""
+    """Another role whose adapter this one shares, with that role's LoRA keys and `frozen`."""
     frozen: bool = False
     """The adapter is used but not trained."""
     rewards: dict[str, float] = Field(default_factory=dict)
@@ -21,8 +27,9 @@ class RoleConfig(Section):
 
     @model_validator(mode="after")
     def _shares_or_has(self) -> Self:
-        if self.adapter is not None and self.model_fields_set & {"lora_r", "lora_alpha", "frozen"}:
-            raise ValueError("a role that shares an adapter takes lora_r, lora_alpha and frozen from it; remove them")
+        own = sorted(name for name in self.model_fields_set if name == "frozen" or "lora" in name)
+        if self.adapter is not None and own:
+            raise ValueError(f"a role that shares an adapter takes {', '.join(own)} from it; remove them")
         return self
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from agl.config.loss import LossConfig
-from agl.config.section import Count, Positive, Reference, Section, TextPath
+from agl.config.section import Count, Fraction, Positive, Reference, Section, TextPath
 from agl.config.sft import TracesConfig
 
 _REJECTION_KEYS = {
@@ -57,6 +57,17 @@ class SamplingConfig(Section):
         return {name: value for name, value in self.model_dump().items() if value != type(self)().model_dump()[name]}
 
 
+Scheduler = Literal[
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+]
+
+
 class TrainConfig(LossConfig):
     """What to train and how (`agl train`, `agl eval`)."""
 
@@ -65,7 +76,9 @@ class TrainConfig(LossConfig):
     min_reward: float | None = None
     """Algorithm rejection: minimum reward of a rollout to train on; none: the best rollout of each group."""
     model: TextPath
-    """`smollm2`, `tiny`, or a model folder that transformers can load."""
+    """`smollm2`, `tiny`, a model of the Hugging Face Hub (`owner/name@revision`), a GGUF file, or a model folder."""
+    chat_template: TextPath | None = None
+    """Jinja file of the chat template; none: the model's own."""
     agent: Reference | None = None
     """Agent function, sync or async: receives the task, returns its answer. Not needed with `--from-store`."""
     tasks: Reference | None = None
@@ -97,6 +110,17 @@ class TrainConfig(LossConfig):
     alternate_steps: Annotated[int, Field(ge=0)] = 0
     """Train one adapter at a time, each for this many steps in turn; 0: all adapters in every step."""
     learning_rate: Positive = 2e-4
+    """Highest learning rate of GRPO; `sft.learning_rate` is that of the supervised steps."""
+    lr_scheduler_type: Scheduler = "constant"
+    """Learning rate over the steps of a phase, as in transformers."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """First steps of a phase, over which the learning rate grows from 0."""
+    warmup_ratio: Fraction = 0.0
+    """The same as a share of the phase's steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay of AdamW."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     temperature: Positive = 1.0
     """Sampling temperature of training rollouts."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
@@ -146,6 +170,10 @@ class TrainConfig(LossConfig):
             raise ValueError("asynchronous needs max_staleness: how many steps ahead rollouts may begin")
         if self.asynchronous and self.deterministic:
             raise ValueError("asynchronous and deterministic exclude each other")
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError("warmup_steps and warmup_ratio exclude each other")
+        if (self.warmup_steps or self.warmup_ratio) and self.lr_scheduler_type == "constant":
+            raise ValueError("warmup does nothing with lr_scheduler_type constant; choose constant_with_warmup")
         if self.load_in_4bit and (self.bf16 or self.fsdp):
             raise ValueError(f"load_in_4bit and {'bf16' if self.bf16 else 'fsdp'} exclude each other")
         limits, moves = self.sampling.settings(), self.asynchronous or self.minibatches > 1

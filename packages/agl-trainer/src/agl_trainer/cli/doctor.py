@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from agl.cli.doctor import Check
 from agl.config import Config
 from agl.errors import ConfigError
-from agl_trainer.model.base_model import model_folder
+from agl_trainer.model.model_folder import model_folder
 
 _BUILT_BY_RUN = "tiny"
 
@@ -19,6 +19,6 @@ def check_model(config: Config) -> Iterator[Check]:
         yield Check("model", f"{name} is made by the run that needs it")
         return
     try:
-        yield Check("model", f"{name} in {model_folder(name)}")
+        yield Check("model", f"{name} in {model_folder(name, downloads=False)}")
     except ConfigError as error:
         yield Check("model", f"{name} is not there", str(error))

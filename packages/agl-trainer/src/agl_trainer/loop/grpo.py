@@ -20,6 +20,7 @@ from agl_trainer.loop.call_log import (
 from agl_trainer.loop.evaluation import evaluate_step, load_best, prune_best
 from agl_trainer.loop.policy_setup import load_list
 from agl_trainer.loop.recorded_logprobs import recorded_logprobs_mode
+from agl_trainer.loop.schedule import learning_rate
 from agl_trainer.loop.state import GRPO
 from agl_trainer.loop.step_rollouts import StepRollouts, draw_rollouts
 from agl_trainer.loop.training import Training
@@ -47,7 +48,7 @@ def run_grpo(training: Training, *, from_store: bool = False) -> None:
         logprobs_mode=recorded_logprobs_mode(train, engine),
         from_store=from_store,
     )
-    training.enter(GRPO, train.learning_rate)
+    training.enter(GRPO)
     training.state.keep_references(training.policy, train)
     done = training.state.phase_step
     if done >= train.steps:
@@ -86,13 +87,15 @@ class _GrpoStep:
         warn_of_unused_weights(rollouts.trajectories, {name: role.weights for name, role in roles.items()})
         state.open_groups = source.prefetch(self.number)
         clock.lap("rollouts")
-        stats = self._train(rollouts)
+        rate = learning_rate(training.train, training.train.learning_rate, self.number, training.train.steps)
+        stats = self._train(rollouts, rate)
         clock.lap("update")
         outcomes = rollouts.batch.outcomes
         training.call_log.record(state.step, outcomes, rollouts.unfinished)
         metrics = rollouts.metrics() | reward_metrics(rollouts.trajectories) | call_metrics(outcomes)
         metrics["rollouts/without_reward"] = float(warn_of_missing_rewards(outcomes))
         metrics |= batch_metrics(rollouts.batch, roles) | update_metrics(stats, clock.laps["update"])
+        metrics["learning_rate"] = rate
         if tokens_before is not None:
             sampled = (training.tokens_sampled() or 0) - tokens_before
             metrics["tokens/sampled_per_s"] = sampled / clock.laps["rollouts"]
@@ -118,10 +121,11 @@ class _GrpoStep:
         clock.lap("batch")
         return rollouts
 
-    def _train(self, rollouts: StepRollouts) -> dict[str, StepStats]:
+    def _train(self, rollouts: StepRollouts, rate: float) -> dict[str, StepStats]:
         """Take the optimizer steps, and count them; returns their statistics by adapter."""
         training, state = self.training, self.training.state
         policy = training.policy
+        state.set_learning_rate(rate)
         with training.weights_locked():
             stats = train_batch(policy, state.optimizers, rollouts.batch, training.config, state.references)
             updated = {owner for owner, step in stats.items() if not step.was_skipped}

@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from agl.config import Config, TrainConfig
 from agl.errors import ConfigError
 from agl_trainer.compute.devices import device_count
-from agl_trainer.model.base_model import check_sampled, check_trainable, load_model, model_folder, use_bfloat16_products
+from agl_trainer.model.base_model import check_sampled, check_trainable, load_model, use_bfloat16_products
+from agl_trainer.model.model_folder import model_folder
 from agl_trainer.model.packing_probe import supports_packing
 from agl_trainer.model.policy import Policy
 from agl_trainer.model.tiny import build_tiny_model
@@ -24,7 +26,12 @@ def open_policy(config: Config, *, samples: bool = False) -> Policy:
     train = config.require_train()
     disable_progress_bar()  # it would disturb the progress line of the training
     shards = is_sharded(train) and not samples
-    model, tokenizer = load_model(base_folder(config), on_cpu=shards, in_4bit=train.load_in_4bit)
+    folder = base_folder(config)
+    try:
+        model, tokenizer = load_model(folder, on_cpu=shards, in_4bit=train.load_in_4bit)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"train.model {train.model!r}: transformers cannot load {folder}: {error}") from error
+    _set_chat_template(tokenizer, train)
     check_trainable(model)
     packs = supports_packing(model)
     if samples:
@@ -35,13 +42,26 @@ def open_policy(config: Config, *, samples: bool = False) -> Policy:
         model,
         tokenizer,
         config.agent_roles.roles,
-        base_name=Path(train.model).name,
+        base_name=Path(train.model).name.partition("@")[0],
         seed=train.seed,
         packs=packs,
         recomputes=train.gradient_checkpointing,
         compiles=train.compile,
         shards=shards,
     )
+
+
+def _set_chat_template(tokenizer: PreTrainedTokenizerBase, train: TrainConfig) -> None:
+    if train.chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(train.chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"train.chat_template: cannot read {train.chat_template}: {error.strerror}") from error
+    elif tokenizer.chat_template is None:
+        raise ConfigError(
+            f"train.model {train.model!r} has no chat template, so no messages can be written for it; set "
+            "train.chat_template to a Jinja file, or choose the instruct version of the model"
+        )
 
 
 def is_sharded(train: TrainConfig) -> bool:

@@ -22,6 +22,7 @@ from agl_trainer.data.sft_examples import (
 )
 from agl_trainer.loop.call_log import call_metrics
 from agl_trainer.loop.policy_setup import load_list
+from agl_trainer.loop.schedule import learning_rate
 from agl_trainer.loop.state import SFT
 from agl_trainer.loop.training import Training
 from agl_trainer.rollout.traces import read_traces
@@ -56,7 +57,7 @@ class SftPhase:
         plan: list[list[SftExample]] = []
         for epoch in range(config.epochs):
             plan += epoch_batches(examples, config.batch_size, epoch, training.train.seed)
-        training.enter(SFT, config.learning_rate)
+        training.enter(SFT)
         training.count_items("sft.examples" if config.examples else "sft.traces", len(examples))
         ends = itertools.accumulate(len(batch) for batch in plan)
         done = sum(end <= training.state.position for end in ends)
@@ -65,7 +66,8 @@ class SftPhase:
         training.progress.start(SFT, step=done, steps=len(plan))
         for number, batch in enumerate(plan[done:], start=done + 1):
             started = time.monotonic()
-            stats = self._step(batch, dropped if number == 1 else [])
+            rate = learning_rate(training.train, config.learning_rate, number - 1, len(plan))
+            stats = self._step(batch, dropped if number == 1 else [], rate)
             # Once per epoch: a checkpoint takes as long as a step, and an epoch is soon repeated.
             if number % (len(plan) // config.epochs) == 0:
                 training.save()
@@ -89,8 +91,9 @@ class SftPhase:
             )
         return examples, [CallOutcome(call, None, reason) for call, reason in dropped]
 
-    def _step(self, batch: Sequence[SftExample], dropped: Sequence[CallOutcome]) -> StepStats:
+    def _step(self, batch: Sequence[SftExample], dropped: Sequence[CallOutcome], rate: float) -> StepStats:
         training, role, rows = self.training, batch[0].role, sft_rows(batch)
+        training.state.set_learning_rate(rate)
         with training.weights_locked():
             owner, sharing = next(item for item in training.policy.adapters.items() if role in item[1])
             stats = optimizer_step(
@@ -104,6 +107,7 @@ class SftPhase:
             )
             training.state.count_step(training.policy, len(batch), set() if stats.was_skipped else set(sharing))
         metrics = {f"sft/{role}/{name}": value for name, value in stats.metrics.items()}
+        metrics["sft/learning_rate"] = rate
         if self.config.traces is not None:
             calls = [(call, row.weight) for example, row in zip(batch, rows, strict=True) for call in example.calls]
             skipped = DropReason.SKIPPED_STEP if stats.was_skipped else None

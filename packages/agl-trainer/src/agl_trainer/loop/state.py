@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from agl.config import Config, PolicyLossConfig
+from agl.config import Config, PolicyLossConfig, TrainConfig
 from agl.errors import TrainingError
 from agl_trainer.loop import rng
 from agl_trainer.loop.checkpoint import Checkpoint
@@ -58,7 +58,7 @@ class TrainingState:
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
     """Owner of an adapter to the adapter's optimizer."""
 
-    def enter(self, phase: str, policy: Policy, learning_rate: float) -> None:
+    def enter(self, phase: str, policy: Policy, train: TrainConfig) -> None:
         """Begin `phase`, or continue in it."""
         if self.phase != phase:
             self.phase, self.position, self.phase_step, self.best, self.optimizers = phase, 0, 0, None, {}
@@ -67,6 +67,12 @@ class TrainingState:
             if owner not in self.optimizers:
                 self.optimizers[owner] = _new_optimizer(policy, owner)
             for group in self.optimizers[owner].param_groups:
+                group["weight_decay"], group["betas"] = train.weight_decay, (train.adam_beta1, train.adam_beta2)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """For the next step; a checkpoint's has no effect."""
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
                 group["lr"] = learning_rate
 
     def keep_references(self, policy: Policy, loss: PolicyLossConfig) -> None:
@@ -138,4 +144,4 @@ def restore(checkpoint: Checkpoint, policy: Policy) -> TrainingState:
 
 
 def _new_optimizer(policy: Policy, owner: str) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(policy.parameters(owner), weight_decay=0.0)
+    return torch.optim.AdamW(policy.parameters(owner))

@@ -86,7 +86,7 @@ class Training:
                 "(Trainer(config, accept_changes=True))"
             )
 
-    def enter(self, phase: str, learning_rate: float) -> None:
+    def enter(self, phase: str) -> None:
         """Begin `phase`, or continue in it.
 
         Raises TrainingError if what it trains on has changed, or the trainer was opened only to evaluate.
@@ -96,7 +96,7 @@ class Training:
         if self.state.phase == phase:
             self._refuse(self._changes)
         self.forget_prompts()
-        self.state.enter(phase, self.policy, learning_rate)
+        self.state.enter(phase, self.policy, self.train)
 
     def count_items(self, key: str, count: int) -> None:
         """Remember that an epoch has `count` items, which `key` names. Raises TrainingError if it had another number.

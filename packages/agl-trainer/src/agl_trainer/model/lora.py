@@ -50,9 +50,13 @@ class _Delta:
     down: Tensor
     up: Tensor
     scaling: float
+    dropout: float = 0.0
+    """Share of the inputs that passes with gradients zero."""
 
     def add_to(self, out: Tensor, x: Tensor) -> None:
         """In place, to `out` [N, out] for `x` [N, in]."""
+        if self.dropout and torch.is_grad_enabled():
+            x = torch.nn.functional.dropout(x, self.dropout)
         inner = (x.to(self.down.dtype) @ self.down.T).to(out.dtype)
         out.addmm_(inner, self.up.T.to(out.dtype), alpha=self.scaling)
 
@@ -75,10 +79,11 @@ class LoraLinear:
     def add_deltas(self, out: Tensor, x: Tensor) -> None:
         """Add each row's adapter update to `out` [N, out] in place, for `x` [N, in]."""
         for adapter, run in self.routing.runs:
-            if adapter != BASE and run is None:
-                self.deltas[adapter].add_to(out, x)  # no slice: the backward pass of a slice copies the gradient
-            elif adapter != BASE:
-                self.deltas[adapter].add_to(out[run], x[run])
+            delta = self.deltas.get(adapter)  # none for the base model, and for adapters that leave this layer out
+            if delta is not None and run is None:
+                delta.add_to(out, x)  # no slice: the backward pass of a slice copies the gradient
+            elif delta is not None:
+                delta.add_to(out[run], x[run])
 
 
 def route_layers(model: PeftModel, routing: AdapterRouting) -> None:
@@ -103,6 +108,7 @@ def _deltas(layer: Any) -> dict[str, _Delta]:
             layer.get_parameter(f"lora_A.{adapter}.weight"),
             layer.get_parameter(f"lora_B.{adapter}.weight"),
             layer.scaling[adapter],
+            getattr(layer.lora_dropout[adapter], "p", 0.0),
         )
         for adapter in layer.lora_A
     }

@@ -84,7 +84,8 @@ class Policy:
         if compiles:  # after sharding, which decides the device
             compile_layers(self._body)
         if recomputes:
-            recompute_layers(self._body, self._routing)
+            drops = any(config.lora_dropout for config in self._peft.peft_config.values())
+            recompute_layers(self._body, self._routing, drops=drops)
 
     @property
     def roles(self) -> list[str]:
@@ -133,7 +134,7 @@ class Policy:
         return self._output(hidden)
 
     def _route(self, adapters: Sequence[str]) -> None:
-        self._routing.set([self._owner.get(adapter, adapter) for adapter in adapters])
+        self._routing.set([BASE if adapter == BASE else self._owner[adapter] for adapter in adapters])
 
     def parameters(self, role: str) -> list[torch.nn.Parameter]:
         """The LoRA matrices of `role`, in a fixed order."""
@@ -202,11 +203,30 @@ def _token_bytes(model: PreTrainedModel, recomputes: bool) -> int:
     return values * model.dtype.itemsize * (1 if recomputes else 2)
 
 
+def _target_modules(model: PreTrainedModel, role: str, config: RoleConfig) -> str | list[str]:
+    """`lora_target_modules` of `role`. Raises ConfigError for a name that no linear layer of the decoder ends in."""
+    wanted = config.lora_target_modules
+    layers = [name for name, module in model.get_decoder().named_modules() if isinstance(module, torch.nn.Linear)]
+    for name in [] if isinstance(wanted, str) else wanted:
+        if not any(f".{layer}".endswith(f".{name}") for layer in layers):
+            known = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
+            raise ConfigError(
+                f"agent_roles.{role}.lora_target_modules: {name!r} is no linear layer of a {model.config.model_type} "
+                f"model; expected all-linear, or some of {known}"
+            )
+    return wanted
+
+
 def _with_adapters(model: PreTrainedModel, roles: Mapping[str, RoleConfig], seed: int) -> PeftModel:
     """Each adapter is initialised by a seed of its own, so that it does not depend on the other roles."""
     configs = {
         role: LoraConfig(
-            r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            use_rslora=config.use_rslora,
+            target_modules=_target_modules(model, role, config),
+            task_type="CAUSAL_LM",
         )
         for role, config in roles.items()
     }

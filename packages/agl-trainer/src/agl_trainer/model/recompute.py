@@ -21,6 +21,8 @@ class RecomputedLayer:
 
     layer: Callable[..., Any]
     routing: AdapterRouting
+    drops: bool
+    """It draws random numbers (`lora_dropout`), which the backward pass has to draw again."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -31,11 +33,10 @@ class RecomputedLayer:
             self.routing.runs = runs  # passes in between, e.g. with the same prefix, may have changed the routing
             return self.layer(*args, **options)
 
-        # No random state to preserve: in evaluation mode no layer draws random numbers.
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **options)
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=self.drops, **options)
 
 
-def recompute_layers(body: torch.nn.Module, routing: AdapterRouting) -> None:
+def recompute_layers(body: torch.nn.Module, routing: AdapterRouting, *, drops: bool) -> None:
     """Replace each layer's forward pass by a `RecomputedLayer`. Raises ConfigError as `decoder_layers`."""
     for layer in decoder_layers(body, "gradient_checkpointing"):
-        layer.forward = RecomputedLayer(layer.forward, routing)
+        layer.forward = RecomputedLayer(layer.forward, routing, drops)

