@@ -8,8 +8,11 @@ from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
 
 from agl.config import Config
 from agl.errors import ConfigError
+from agl_trainer.data.chat import ChatTemplate
 from agl_trainer.loop.policy_setup import open_policy
 from agl_trainer.model.base_model import check_sampled, check_trainable
+from agl_trainer.model.policy import Policy
+from agl_trainer.model.tiny import build_tiny_model
 from tests.trainer.small_model import small_model
 
 
@@ -40,6 +43,31 @@ def test_an_unsupported_output_layer_is_rejected() -> None:
     biased.lm_head = torch.nn.Linear(24, 400)
     with pytest.raises(ConfigError, match=r"lm_head.bias"):
         check_trainable(biased)
+
+
+def test_a_model_without_a_chat_template_needs_one(tmp_path: Path) -> None:
+    build_tiny_model(tmp_path / "base", ["a few words"], 0)
+    (tmp_path / "base" / "chat_template.jinja").rename(tmp_path / "mine.jinja")
+    train = {"model": str(tmp_path / "base"), "output_dir": str(tmp_path)}
+
+    def opened(**options: str) -> Policy:
+        return open_policy(Config.parse({"agent_roles": {"solver": {}}, "train": train | options}))
+
+    with pytest.raises(ConfigError, match=r"has no chat template.*set train\.chat_template to a Jinja file"):
+        opened()
+    with pytest.raises(ConfigError, match=r"cannot read .*other\.jinja: No such file"):
+        opened(chat_template=str(tmp_path / "other.jinja"))
+    policy = opened(chat_template=str(tmp_path / "mine.jinja"))
+    assert "<|im_start|>user" in ChatTemplate(policy.tokenizer).prompt_text([{"role": "user", "content": "a"}])
+    assert policy.base_name == "base"
+
+
+def test_a_model_that_transformers_cannot_load_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "of-its-own"}')
+    (tmp_path / "model.safetensors").touch()
+    train = {"model": str(tmp_path), "output_dir": str(tmp_path)}
+    with pytest.raises(ConfigError, match=r"train\.model .*: transformers cannot load"):
+        open_policy(Config.parse({"agent_roles": {"solver": {}}, "train": train}))
 
 
 @pytest.mark.parametrize("bf16", [False, True])
