@@ -7,8 +7,9 @@ import random
 from datetime import datetime
 
 import pytest
-from langchain_core.language_models import FakeListChatModel, FakeListLLM
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.caches import InMemoryCache
+from langchain_core.language_models import FakeListChatModel, FakeListLLM, GenericFakeChatModel
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolCall, ToolMessage
 from langchain_core.tools import StructuredTool, tool
 from langchain_openai import OpenAI
 from openai import BadRequestError
@@ -253,3 +254,31 @@ def test_text_beyond_the_limit_is_cut(instrumented: InMemorySpanExporter) -> Non
 
     result = str(attributes(only(instrumented.get_finished_spans(), "execute_tool look"))["gen_ai.tool.call.result"])
     assert json.loads(result).endswith("... (cut: 4000000 bytes)") and len(result) < 1_050_000
+
+
+def test_an_answer_of_langchains_cache_is_marked(instrumented: InMemorySpanExporter) -> None:
+    model = GenericFakeChatModel(messages=iter([AIMessage("Seven.")]), cache=InMemoryCache())
+    for _ in range(2):
+        model.invoke("How many mugs?")
+
+    found = [attributes(span).get("agl.response.cached") for span in named(instrumented.get_finished_spans(), "chat")]
+    assert found == [None, True]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "calls", "reason"),
+    [
+        ({"status": "completed"}, [], "stop"),
+        ({"status": "completed"}, [{"name": "stock", "args": {}, "id": "c1"}], "tool_calls"),
+        ({"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}, [], "length"),
+        ({"status": "incomplete", "incomplete_details": {"reason": "content_filter"}}, [], "content_filter"),
+    ],
+)
+def test_an_answer_of_the_responses_api_has_a_finish_reason(
+    instrumented: InMemorySpanExporter, metadata: dict[str, object], calls: list[ToolCall], reason: str
+) -> None:
+    answer = AIMessage("Seven.", response_metadata=metadata, tool_calls=calls)
+    GenericFakeChatModel(messages=iter([answer])).invoke("How many mugs?")
+
+    span = only(instrumented.get_finished_spans(), "chat")
+    assert attributes(span)["gen_ai.response.finish_reasons"] == (reason,)

@@ -1,10 +1,13 @@
 """Calls whose tokens were not sampled from the distribution that the trainer computes."""
 
+from dataclasses import replace
+
 import pytest
 
 from agl import semconv
+from agl.span import Span
 from agl.trajectory import Call, DropReason, build_trajectory, sampling_fault
-from tests.core.span_maker import chat, gateway_call
+from tests.core.span_maker import chat, gateway_call, tokens
 
 
 def made(**attributes: object) -> Call:
@@ -51,3 +54,29 @@ def test_such_a_call_is_in_a_row_because_sft_trains_on_it() -> None:
         [asked, gateway_call(parent=asked, attributes={semconv.GATEWAY_CONSTRAINTS: ["response_format"]})]
     )
     assert len(trajectory.rows) == 1 and not trajectory.drops
+
+
+def views(first: int = 1, second: int = 1) -> tuple[Span, Span]:
+    """The spans of two instrumentors, that of ours with a role, which start at these seconds and take a quarter."""
+    answer = {semconv.GEN_AI_RESPONSE_ID: "chatcmpl-1", **tokens([1, 2], [3])}
+    ours = chat(attributes=answer | {semconv.ROLE: "planner"}, start=first * 10**9)
+    theirs = chat(attributes=answer, start=second * 10**9 + 1000)
+    return replace(ours, scope="agl_langchain"), replace(theirs, scope="openinference")
+
+
+def test_the_span_of_a_second_instrumentor_is_no_call() -> None:
+    ours, theirs = views()
+    for spans in ([ours, theirs], [theirs, ours]):
+        trajectory = build_trajectory(spans)
+        assert [(call.role, call.span_id) for call in trajectory.calls] == [("planner", ours.span_id)]
+        assert trajectory.drops == []
+    answered = replace(gateway_call(parent=theirs), attributes={semconv.GEN_AI_RESPONSE_ID: "chatcmpl-1"})
+    assert [call.chat_span_id for call in build_trajectory([ours, theirs, answered]).calls] == [theirs.span_id]
+
+
+def test_an_answer_from_a_cache_is_a_call_that_does_not_train() -> None:
+    later = build_trajectory([*views(1, 2)])
+    assert [drop.reason for drop in later.drops] == [DropReason.REPEATED_ANSWER]
+    marked = build_trajectory([chat(attributes={semconv.RESPONSE_CACHED: True})])
+    (drop,) = marked.drops
+    assert drop.reason == DropReason.REPEATED_ANSWER and drop.detail.startswith("a cache in the agent answered")

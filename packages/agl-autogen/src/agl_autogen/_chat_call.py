@@ -78,8 +78,10 @@ def request_content(messages: Sequence[LLMMessage], options: Mapping[str, Any]) 
 
 
 def result_attributes(result: CreateResult) -> Attributes:
-    """Finish reason and usage."""
+    """Finish reason, usage, and whether a cache answered."""
     found: Attributes = {semconv.GEN_AI_RESPONSE_FINISH_REASONS: [finish_reason(result)]}
+    if result.cached:
+        found[semconv.RESPONSE_CACHED] = True
     if result.usage.prompt_tokens or result.usage.completion_tokens:  # both are 0 for a stream without usage
         found[semconv.GEN_AI_USAGE_INPUT_TOKENS] = result.usage.prompt_tokens
         found[semconv.GEN_AI_USAGE_OUTPUT_TOKENS] = result.usage.completion_tokens

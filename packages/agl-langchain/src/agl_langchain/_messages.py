@@ -57,8 +57,16 @@ def finish_reason(generation: Generation) -> str:
     reason = (generation.generation_info or {}).get("finish_reason")
     if reason is None and isinstance(generation, ChatGeneration):
         metadata = generation.message.response_metadata
-        reason = metadata.get("finish_reason") or metadata.get("stop_reason")
+        reason = metadata.get("finish_reason") or metadata.get("stop_reason") or _reason_of_status(generation, metadata)
     return str(reason or "")
+
+
+def _reason_of_status(generation: ChatGeneration, metadata: Mapping[str, Any]) -> str | None:
+    """The Responses API states whether an answer is complete, and only for an incomplete one why."""
+    if metadata.get("status") == "completed":
+        return "tool_calls" if getattr(generation.message, "tool_calls", None) else "stop"
+    reason = (metadata.get("incomplete_details") or {}).get("reason")
+    return "length" if reason == "max_output_tokens" else reason
 
 
 def retrieved(documents: Sequence[Document]) -> list[dict[str, Any]]:

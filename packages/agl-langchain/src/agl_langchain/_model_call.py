@@ -86,6 +86,8 @@ def response_attributes(result: LLMResult) -> Attributes:
         found[semconv.GEN_AI_RESPONSE_MODEL] = str(model)
     if response_id := metadata.get("id") or _provider_id(message):
         found[semconv.GEN_AI_RESPONSE_ID] = str(response_id)
+    if message is not None and (message.usage_metadata or {}).get("total_cost") == 0:
+        found[semconv.RESPONSE_CACHED] = True  # LangChain marks an answer of its cache by this
     if reasons := [reason for choice in choices if (reason := finish_reason(choice))]:
         found[semconv.GEN_AI_RESPONSE_FINISH_REASONS] = reasons
     return found

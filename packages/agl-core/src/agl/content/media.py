@@ -7,11 +7,11 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
-
-from opentelemetry.util.types import AttributeValue
+from typing import Any, TypeVar
 
 from agl import semconv
+
+Value = TypeVar("Value")
 
 MIN_CHARACTERS = 4096
 """Shorter media (icons) stay in the text."""
@@ -58,11 +58,11 @@ _KEPT = _KeptMedia()
 
 
 def referenced(
-    attributes: Mapping[str, AttributeValue], rollout: object, max_bytes: int
-) -> tuple[Mapping[str, AttributeValue], dict[str, bytes]]:
+    attributes: Mapping[str, Value], rollout: object, max_bytes: int
+) -> tuple[Mapping[str, Value | str], dict[str, bytes]]:
     """`attributes` with their texts `shortened`, and attributes for the bytes that are not stored for `rollout` yet."""
     media: dict[str, bytes] = {}
-    short: dict[str, AttributeValue] = {}
+    short: dict[str, str] = {}
     for key, text in attributes.items():
         if isinstance(text, str):
             short[key], found = shortened(text, max_bytes)

@@ -85,6 +85,8 @@ class Call:
     """`exact` if the gateway built the prompt from the previous call's tokens; if it could not, the reason."""
     sampling: Mapping[str, float] = field(default_factory=dict)
     """Request fields that limited the distribution, as a training had declared them."""
+    is_cached: bool = False
+    """A cache in the agent answered."""
     constraints: tuple[str, ...] = ()
     """Request fields due to which the engine did not sample from the model's full distribution."""
 
@@ -159,6 +161,7 @@ def read_call(
         drifted=Drifted.of_json(drift) if (drift := spans[0].text(semconv.GATEWAY_DRIFT)) else None,
         prefix=spans[0].text(semconv.GATEWAY_PREFIX),
         sampling=read_object(spans[0], semconv.GATEWAY_SAMPLING),
+        is_cached=any(span.attributes.get(semconv.RESPONSE_CACHED) is True for span in spans),
         constraints=tuple(read_texts(spans[0], semconv.GATEWAY_CONSTRAINTS)),
     )
 

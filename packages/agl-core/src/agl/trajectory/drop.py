@@ -143,6 +143,11 @@ def _call_fault(call: Call, is_repeated: bool) -> _Fault:
             f"response {call.response_id} was sampled for another call and trains there; if a client cache returned it "
             "again, turn the cache off to train on each call",
         )
+    if call.is_cached:
+        return (
+            DropReason.REPEATED_ANSWER,
+            "a cache in the agent answered, so nothing was sampled; turn the cache off to train on each call",
+        )
     return None
 
 

@@ -82,7 +82,7 @@ class CallSpans:
 
 def join_calls(tree: SpanTree) -> list[CallSpans]:
     """The spans of each model request in `tree`, in order of time."""
-    chats = _innermost_chats(tree)
+    chats = _one_for_each_request(tree, _innermost_chats(tree))
     by_response = {answer: chat for chat in reversed(chats) if (answer := chat.response_id)}
     for response_id in tree.ambiguous_responses:
         by_response.pop(response_id, None)
@@ -120,6 +120,29 @@ def _innermost_chats(tree: SpanTree) -> list[Span]:
     chats = [span for span in tree.spans if _is_chat(span) and not any(map(_is_gateway_call, tree.ancestors(span)))]
     outer = {id(above) for chat in chats for above in tree.ancestors(chat)}
     return [chat for chat in chats if id(chat) not in outer]
+
+
+def _one_for_each_request(tree: SpanTree, chats: Sequence[Span]) -> list[Span]:
+    """`chats` without those of a second instrumentor: of the same response and time, but not of the same scope.
+
+    The span that a gateway call names as its parent stays, else the one with a role. An answer from a cache is no
+    second view: it is given after the first one has ended.
+    """
+    linked = {id(_chat_above(tree, span)) for span in tree.spans if _is_gateway_call(span)}
+    kept: dict[tuple[str, float], list[Span]] = {}
+    views: set[int] = set()
+    for chat in sorted(chats, key=lambda chat: (id(chat) not in linked, chat.role is None)):
+        if chat.response_id is None or chat.response_id in tree.ambiguous_responses:
+            continue
+        others = kept.setdefault((chat.response_id, read_number(chat, semconv.GATEWAY_CHOICE) or 0), [])
+        if any(other.scope != chat.scope and _overlap(other, chat) for other in others):
+            views.add(id(chat))
+        others.append(chat)
+    return [chat for chat in chats if id(chat) not in views]
+
+
+def _overlap(one: Span, other: Span) -> bool:
+    return one.start_ns < other.end_ns and other.start_ns < one.end_ns
 
 
 def _chat_above(tree: SpanTree, span: Span) -> Span | None:
