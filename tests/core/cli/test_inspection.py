@@ -54,7 +54,9 @@ def test_the_tree_shows_roles_tokens_versions_errors_and_the_outcome_of_each_cal
         "├─ chat writer             critic    ?                   250 ms  dropped: no_ids",
         "└─ agl.reward                                            250 ms  reward 0.8 (goal 1, syntax 0.5)",
         "",
-        "no_ids (1 call): set return_token_ids: point the model's base URL at the gateway",
+        "no_ids (1 call): set return_token_ids: point the model's base URL at the gateway; "
+        "if it is the gateway's already, its",
+        "  span of this call is in another trace: switch on the instrumentor or send agl.headers(), which join the two",
     ]
 
 

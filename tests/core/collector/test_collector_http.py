@@ -190,6 +190,13 @@ def test_a_retryable_rejection_has_retry_info_in_json_too(server: tuple[Refusing
     assert answer.json()["details"] == [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "1s"}]
 
 
+def test_an_endpoint_that_has_the_path_already_works(server: tuple[RefusingStore, str]) -> None:
+    store, url = server
+    before = store.count_spans()
+    assert post(f"{url}/v1/traces", otlp.encode(make_spans(900))).status_code == 200
+    assert store.count_spans() == before + 1
+
+
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/traces", 405), ("POST", "/v1/trace", 404)])
 def test_other_paths_and_methods_are_named(
     server: tuple[RefusingStore, str], method: str, path: str, status: int

@@ -66,6 +66,30 @@ def test_the_prompt_is_what_the_engine_computes_for_the_same_request(template: s
     assert ids[-1] in asked.params.stop_token_ids
 
 
+@pytest.mark.parametrize("template", [PLAIN_TEMPLATE, TOOL_TEMPLATE], ids=["plain-template", "tool-template"])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_message_is_learned_as_the_template_writes_it(template: str, name: str) -> None:
+    tokenizer = small_tokenizer(template)
+    chat = ChatTemplate(tokenizer)
+
+    def learned(completion: Any) -> tuple[list[int], list[int]]:
+        given = EXAMPLES[name] | {"role": "writer", "completion": completion}
+        check_examples([given], ["writer"], "m:f")
+        return example_tokens(chat, given)
+
+    message = {"role": "assistant", "content": "hello there"}
+    parts = message | {"content": [{"type": "text", "text": "hello there"}]}
+    assert learned(message) == learned([message]) == learned(parts) == learned("hello there")
+    called = {"role": "assistant", "content": None, "tool_calls": [CALLED]}
+    ids, mask = learned(called)
+    prompt = mask.index(1)
+    # The next request of this conversation begins with the same tokens.
+    later = [*EXAMPLES[name]["messages"], called, {"role": "tool", "tool_call_id": "c1", "content": "2"}]
+    again, after = example_tokens(chat, EXAMPLES[name] | {"messages": later, "completion": "x"})
+    assert again[: len(ids)] == ids and after[: len(ids)] == [0] * len(ids)
+    assert "add" in tokenizer.decode(ids[prompt:]) and ids[-1] == chat.end_of_turn
+
+
 def test_the_loss_of_a_batch_is_the_mean_over_its_trained_tokens() -> None:
     template = ChatTemplate(small_tokenizer())
     given = [example(completion="hello"), example(completion="hello there, hello there")]
@@ -118,6 +142,16 @@ def test_the_order_of_an_epoch_is_its_own_and_comes_again() -> None:
     [
         ({"role": "writer", "messages": []}, "sft.examples: m:f: example 1 lacks completion"),
         (example("judge"), "sft.examples: example 1 has role 'judge'; agent_roles has writer, fixer"),
+        (example() | {"completion": 7}, "example 1: completion: Input should be a valid dictionary or instance of"),
+        (example() | {"completion": None}, "example 1: completion: Input should be a valid dictionary or instance of"),
+        (
+            example() | {"completion": {"role": "user", "content": "x"}},
+            "example 1: completion.role: Input should be 'assi",
+        ),
+        (
+            example() | {"completion": {"role": "assistant"}},
+            "example 1: completion: the message has neither content nor",
+        ),
         (example() | {"messages": []}, "example 1: messages: List should have at least 1 item"),
         (example() | {"messages": [{"role": "user"}]}, "example 1: messages.0: a message of role 'user' needs content"),
     ],

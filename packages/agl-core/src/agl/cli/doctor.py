@@ -6,7 +6,7 @@ import os
 import platform
 import socket
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from agl.cli.command import add_command, add_json_option, print_json
-from agl.cli.serve import ENGINES, add_server_options
+from agl.cli.serve import ENGINES, add_server_options, queue_of
 from agl.cli.terminal import align, counted, printable
 from agl.config import Config
-from agl.errors import AglError
-from agl.store import open_store
+from agl.errors import AglError, CommandError
+from agl.store import open_store, sqlite_path
 
 CHECKS = "agl.checks"
 """Entry point group for checks of other packages: name to `Config -> Iterator[Check]`."""
@@ -47,8 +47,9 @@ def register(subparsers: Any) -> None:
         subparsers,
         "doctor",
         run,
-        "Check versions, store, ports, engine and model. Each check prints one line: ok, or a problem and what to do. "
-        "The exit code is 1 if there is a problem.",
+        "Check versions, ports, and everything that the configuration names: store, queue, engines, model, functions, "
+        "instrumentors, judge. Each check prints one line: ok, or a problem and what to do. The exit code is 1 if "
+        "there is a problem.",
         "agl doctor --config config.yaml",
     )
     add_server_options(parser)
@@ -73,9 +74,11 @@ def _cells(check: Check) -> tuple[str, ...]:
 def _checks(arguments: argparse.Namespace, config: Config) -> Iterator[Check]:
     yield Check("python", platform.python_version())
     yield from _check_packages()
-    yield _check_store(arguments.store or config.store_uri)
+    yield check_store(arguments.store or config.store_uri)
+    if config.queue_uri is not None:
+        yield _check_queue(config.queue_uri, config)
     yield from _check_ports(arguments)
-    yield from _check_engines(config)
+    yield from check_engines(config)
     for point in entry_points(group=CHECKS):
         yield from _check_plugin(point.name, point.load, config)
 
@@ -99,18 +102,38 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _check_store(uri: str) -> Check:
-    path = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and not path.exists():
-        folder = next(above for above in path.absolute().parents if above.exists())
-        can_write = os.access(folder, os.W_OK)
-        todo = "" if can_write else f"{folder} is not writable: choose another store with --store URI"
-        return Check("store", f"{uri} will be made", todo)
+def demand(checks: Iterable[Check]) -> None:
+    """Raises CommandError with a line for each problem that `checks` find."""
+    if problems := [f"{check.name}: {check.found}; {check.todo}" for check in checks if not check.ok]:
+        raise CommandError("\n".join(problems))
+
+
+def check_folder(name: str, folder: Path, advice: str) -> Check:
+    """Whether `folder` is there, or can be made, and can be written to; `advice` is what to do if not."""
+    above = next(part for part in (folder.absolute(), *folder.absolute().parents) if part.exists())
+    problem = "is no folder" if not above.is_dir() else "" if os.access(above, os.W_OK) else "is not writable"
+    return Check(name, str(folder), f"{above} {problem}: {advice}" if problem else "")
+
+
+def check_store(uri: str) -> Check:
+    """Whether the store opens or, if it is a new file, can be made."""
     try:
+        path = sqlite_path(uri)
+        if path is not None and not path.exists():
+            todo = check_folder("store", path.parent, "choose another store with --store URI or store_uri").todo
+            return Check("store", f"{uri} will be made", todo)
         with closing(open_store(uri)) as store:
             return Check("store", f"{uri} holds {counted(store.count_spans(), 'span')}")
     except AglError as error:
         return Check("store", f"{uri} does not open", str(error))
+
+
+def _check_queue(uri: str, config: Config) -> Check:
+    try:
+        with queue_of(uri, config.queue) as queue:
+            return Check("queue", f"{queue.address} holds {counted(queue.length(), 'span')}")
+    except AglError as error:
+        return Check("queue", uri, f"{error}; start Redis, or change queue_uri")
 
 
 def _check_ports(arguments: argparse.Namespace) -> Iterator[Check]:
@@ -145,7 +168,8 @@ def _is_our_server(host: str, port: int) -> bool:
         return False
 
 
-def _check_engines(config: Config) -> list[Check]:
+def check_engines(config: Config) -> list[Check]:
+    """Whether each engine of the gateway answers."""
     urls = [engine.url for engine in config.gateway.engines] or [config.gateway.upstream]
     return [_check_engine(config, url) for url in urls]
 

@@ -131,14 +131,23 @@ def _queue(uri: str | None, store_uri: str, config: QueueConfig) -> "Iterator[Sp
     if uri is None:
         yield None
         return
+    with queue_of(uri, config) as queue:
+        from agl.queue import WriterPool
+
+        with WriterPool(queue, store_uri, config):
+            yield queue
+
+
+@contextmanager
+def queue_of(uri: str, config: QueueConfig) -> "Iterator[SpanQueue]":
+    """The queue at `uri`. Raises CommandError if its client is not installed, QueueError if Redis may lose spans."""
     try:
-        from agl.queue import SpanQueue, WriterPool
+        from agl.queue import SpanQueue
     except ImportError as error:
         raise CommandError(f"the queue is not installed ({error}): pip install 'agl-core[redis]'") from error
     with closing(SpanQueue(uri, config)) as queue:
         queue.check_durability()
-        with WriterPool(queue, store_uri, config):
-            yield queue
+        yield queue
 
 
 def _configured_upstream(arguments: argparse.Namespace, config: Config) -> str | None:

@@ -23,6 +23,8 @@ JSON: Final = "application/json"
 Headers = Mapping[bytes, bytes]
 
 _TRACES_PATH = "/v1/traces"
+_TRACES_PATHS = (_TRACES_PATH, _TRACES_PATH * 2)
+"""Exporters append the path also to an endpoint that ends with it already."""
 _OTHER_PATHS = ("/v1/metrics", "/v1/logs")
 _PARSERS: dict[str, Parse] = {PROTOBUF: span_row.parse, JSON: span_row.parse_json}
 _COMMITS_AT_ONCE = 16
@@ -80,7 +82,7 @@ class HttpReceiver:
 
 
 def _check_route(scope: Scope) -> None:
-    if scope["path"] not in (_TRACES_PATH, *_OTHER_PATHS):
+    if scope["path"] not in (*_TRACES_PATHS, *_OTHER_PATHS):
         raise RejectedRequest(404, NOT_FOUND, f"nothing is at {scope['path']}; spans go to {_TRACES_PATH}")
     if scope["method"] != "POST":
         raise RejectedRequest(405, INVALID_ARGUMENT, f"{scope['path']} takes POST")

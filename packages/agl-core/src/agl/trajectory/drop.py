@@ -195,4 +195,7 @@ def _no_ids_message(call: Call, some_unjoined: bool) -> str:
             "this call has no token ids, and a gateway call of the rollout, perhaps the same request, has no framework "
             "span: switch on the framework's instrumentor, which sends the traceparent header that joins them"
         )
-    return "set return_token_ids: point the model's base URL at the gateway"
+    return (
+        "set return_token_ids: point the model's base URL at the gateway; if it is the gateway's already, its span of "
+        "this call is in another trace: switch on the instrumentor or send agl.headers(), which join the two"
+    )

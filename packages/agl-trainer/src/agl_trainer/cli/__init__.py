@@ -10,6 +10,7 @@ from typing import Any
 from agl.cli.command import add_command, add_json_option
 from agl.config import Config
 from agl.errors import TrainingError
+from agl_trainer.cli.doctor import demand_for
 
 EXAMPLE = Path("examples/sql_agent")
 
@@ -87,12 +88,12 @@ def _add_accept_changes(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    trainer = _trainer(arguments)
+    trainer = _trainer("train --from-store" if arguments.from_store else "train", arguments)
     return _run_distributed(trainer, lambda: trainer.fit(from_store=arguments.from_store))
 
 
 def _sft(arguments: argparse.Namespace) -> int:
-    trainer = _trainer(arguments)
+    trainer = _trainer("sft", arguments)
 
     def tune() -> None:
         with trainer.open(samples=False):
@@ -111,7 +112,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     sampling.check(train.eval_temperature)
     folder = Path(train.output_dir) / "eval"
     before = [EvalResult.load(folder / f"{arguments.against}.json")] if arguments.against else []
-    trainer = _trainer(arguments)
+    trainer = _trainer("eval", arguments)
     with trainer.open(resumes=arguments.of != "base", trains=False):
         if arguments.of == "best":
             trainer.take_best()
@@ -131,6 +132,8 @@ def _demo(arguments: argparse.Namespace) -> int:
     demo = replace(demo, accepts_changes=arguments.accept_changes)
     if arguments.fresh:
         demo.start_over()
+    demand_for("train", demo.config)
+    demand_for("sft", demo.config)
     try:
         results = demo.run()
     except KeyboardInterrupt:
@@ -140,9 +143,10 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _trainer(arguments: argparse.Namespace) -> Any:
+def _trainer(command: str, arguments: argparse.Namespace) -> Any:
     config = Config.load(arguments.config)
-    # Imported after the configuration is validated, because it loads torch.
+    demand_for(command, config)
+    # Imported after the checks, because it loads torch.
     from agl_trainer.loop.trainer import Trainer
 
     return Trainer(config, accept_changes=arguments.accept_changes)

@@ -9,6 +9,7 @@ from typing import Any
 from agl.cli.command import add_command, add_json_option, add_verbs, print_json
 from agl.cli.terminal import align
 from agl.config import Config
+from agl_trainer.cli.doctor import demand_for
 from agl_trainer.loop.adapters import Adapter, export_adapter, find_adapters, merge_adapter, pick_adapter
 
 _EXAMPLE = "examples/sql_agent/config.yaml"
@@ -60,10 +61,11 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _write(write: Callable[[Adapter, Path, Path], None], arguments: argparse.Namespace) -> int:
+    config = Config.load(arguments.config)
+    demand_for("adapters", config)
     # Imported here because it loads torch.
     from agl_trainer.loop.policy_setup import base_folder
 
-    config = Config.load(arguments.config)
     adapter = pick_adapter(find_adapters(_output_dir(config)), arguments.adapter)
     write(adapter, base_folder(config), arguments.to)
     print(f"{adapter.name}: {arguments.to}")

@@ -48,9 +48,30 @@ class ChatTemplate:
 
     def prompt_text(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
         """Text of the conversation up to the start of the assistant's response. Raises ChatTemplateError."""
+        return self._conversation(messages, tools, add_generation_prompt=True)
+
+    def answer_ids(self, messages: Sequence[Message], tools: Sequence[Tool], answer: Message) -> list[int]:
+        """Token ids of the assistant's message `answer` after its prompt, to the end of the turn.
+
+        Raises ChatTemplateError if the template rejects it, or writes the prompt differently before it.
+        """
+        prompt = self.prompt_text(messages, tools)
+        whole = self._conversation([*messages, answer], tools, add_generation_prompt=False)
+        if not whole.startswith(prompt):
+            raise ChatTemplateError(
+                "the model's chat template writes the prompt before this message otherwise than for a request; give "
+                "the answer as text"
+            )
+        ids = self.encode(whole.removeprefix(prompt))
+        if self.end_of_turn is None:
+            return ids
+        place = ids.index(self.end_of_turn) if self.end_of_turn in ids else len(ids)
+        return [*ids[:place], self.end_of_turn]
+
+    def _conversation(self, messages: Sequence[Message], tools: Sequence[Tool], *, add_generation_prompt: bool) -> str:
         if self.supports_tools:
-            return self._render([_native(message) for message in messages], tools)
-        return self._render(list(_plain(messages, tools)))
+            return self._render([_native(message) for message in messages], tools, add_generation_prompt)
+        return self._render(list(_plain(messages, tools)), add_generation_prompt=add_generation_prompt)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, which already contains its special tokens."""

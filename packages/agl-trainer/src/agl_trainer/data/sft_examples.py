@@ -3,20 +3,36 @@
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Self
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from agl.config import RoleConfig, SftTracesConfig
 from agl.errors import ConfigError
 from agl.seeds import derive
 from agl.trajectory import Call, DropReason, Row, Trajectory
-from agl_trainer.data.chat import ChatTemplate
-from agl_trainer.data.messages import Conversation, describe
+from agl_trainer.data.chat import ChatTemplate, ChatTemplateError
+from agl_trainer.data.messages import ApiObject, ChatMessage, Conversation, describe
 from agl_trainer.data.rows import TrainingRow
 
 Example = Mapping[str, Any]
-"""`role`, OpenAI-style `messages`, the assistant's `completion`, and optionally `tools`."""
+"""`role`, OpenAI-style `messages`, the assistant's `completion` as text or message, and optionally `tools`."""
+
+
+class _Answer(ChatMessage):
+    """An assistant's message with something to learn."""
+
+    role: Literal["assistant"]
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("the message has neither content nor tool_calls")
+        return self
+
+
+class _Completion(ApiObject):
+    completion: _Answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +56,14 @@ class TraceLimits:
 
 
 def examples_from_config(template: ChatTemplate, examples: Iterable[Example]) -> list[SftExample]:
-    return [SftExample(example["role"], *example_tokens(template, example)) for example in examples]
+    """Raises ConfigError for an example that the model's template rejects."""
+    made: list[SftExample] = []
+    for index, example in enumerate(examples):
+        try:
+            made.append(SftExample(example["role"], *example_tokens(template, example)))
+        except ChatTemplateError as error:
+            raise ConfigError(f"sft.examples: example {index}: {error}") from error
+    return made
 
 
 def examples_from_traces(
@@ -84,15 +107,22 @@ def _drop_reason(row: Row, wanted: SftTracesConfig, limits: TraceLimits) -> Drop
 def example_tokens(template: ChatTemplate, example: Example) -> tuple[list[int], list[int]]:
     """Token ids and loss mask of an example: the prompt as the engine renders it, the completion, the end of turn."""
     conversation = _conversation(example)
-    prompt = template.prompt_ids(conversation.turns(), conversation.tool_definitions())
-    end = [template.end_of_turn] if template.end_of_turn is not None else []
-    completion = template.encode(example["completion"]) + end
+    turns, tools, answer = conversation.turns(), conversation.tool_definitions(), _answer(example)
+    prompt = template.prompt_ids(turns, tools)
+    if isinstance(answer, str):
+        end = [template.end_of_turn] if template.end_of_turn is not None else []
+        completion = template.encode(answer) + end
+    else:
+        completion = template.answer_ids(turns, tools, answer.turn())
     return prompt + completion, [0] * len(prompt) + [1] * len(completion)
 
 
 def check_examples(examples: list[Example], roles: Sequence[str], source: str) -> list[Example]:
     """`examples` of the function `source`. Raises ConfigError for unknown roles, invalid messages or no completion."""
     for index, example in enumerate(examples):
+        if not isinstance(example, Mapping):
+            kind = type(example).__name__
+            raise ConfigError(f"sft.examples: {source}: example {index} is a {kind}, expected a mapping with its role")
         missing = {"role", "messages", "completion"} - set(example)
         if missing:
             raise ConfigError(f"sft.examples: {source}: example {index} lacks {', '.join(sorted(missing))}")
@@ -101,6 +131,7 @@ def check_examples(examples: list[Example], roles: Sequence[str], source: str) -
             raise ConfigError(f"sft.examples: example {index} has role {example['role']!r}; agent_roles has {known}")
         try:
             _conversation(example)
+            _answer(example)
         except ValidationError as error:
             raise ConfigError(f"sft.examples: {source}: example {index}: {describe(error)}") from error
     return examples
@@ -110,6 +141,15 @@ def _conversation(example: Example) -> Conversation:
     """Messages and tools of the example. Raises ValidationError."""
     fields = {name: example[name] for name in ("messages", "tools") if example.get(name) is not None}
     return Conversation.model_validate(fields)
+
+
+def _answer(example: Example) -> str | ChatMessage:
+    """The completion: text as the model samples it, or a message, alone or in a list. Raises ValidationError."""
+    given = example["completion"]
+    if isinstance(given, str):
+        return given
+    alone = given[0] if isinstance(given, list) and len(given) == 1 else given
+    return _Completion.model_validate({"completion": alone}).completion
 
 
 def epoch_batches(examples: Sequence[SftExample], batch_size: int, epoch: int, seed: int) -> list[list[SftExample]]:

@@ -5,15 +5,17 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from agl.config import Config
 from agl.errors import ConfigError
 from agl.store import opened_store
 from agl_trainer.loop.output_folder import locked, run_of
-from agl_trainer.loop.trainer import Trainer
 from agl_trainer.report.curve import save_curve, terminal_curve
 from agl_trainer.report.evaluation import EvalResult, comparison_table
+
+if TYPE_CHECKING:
+    from agl_trainer.loop.trainer import Trainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,8 @@ class Demo:
 
     def run(self) -> list[EvalResult]:
         """Run the remaining phases; returns the evaluations `base`, `sft` and `grpo`."""
+        from agl_trainer.loop.trainer import Trainer  # It loads torch.
+
         trainer = Trainer(self.config, accept_changes=self.accepts_changes)
         with trainer.open():
             base = self._evaluated(trainer, "base")
@@ -73,7 +77,7 @@ class Demo:
         ]
         return "\n".join(lines)
 
-    def _evaluated(self, trainer: Trainer, label: str) -> EvalResult:
+    def _evaluated(self, trainer: "Trainer", label: str) -> EvalResult:
         """The saved result of `label`, or a new one of the current weights."""
         path = self.folder / "eval" / f"{label}.json"
         if path.exists():

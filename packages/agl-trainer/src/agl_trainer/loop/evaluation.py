@@ -1,18 +1,17 @@
 """Evaluations on the held-out tasks, and the adapters of the best one."""
 
 from pathlib import Path
-from typing import Any
 
 from agl.errors import ConfigError, TrainingError
 from agl.seeds import derive
 from agl.trajectory import build_trajectory
 from agl_trainer.loop.checkpoint import checkpoint_folder, keep_only, load_checkpoint, save_checkpoint
-from agl_trainer.loop.policy_setup import load_list
 from agl_trainer.loop.state import Best, next_best
 from agl_trainer.loop.training import Training
 from agl_trainer.report.evaluation import EvalResult, TaskScore
 from agl_trainer.report.scoring import Sampling, rollout_score, task_score
 from agl_trainer.rollout.runner import Outcome
+from agl_trainer.rollout.task_list import load_list, task_ids
 
 
 def evaluate(training: Training, label: str, sampling: Sampling | None = None) -> EvalResult:
@@ -23,6 +22,7 @@ def evaluate(training: Training, label: str, sampling: Sampling | None = None) -
     rollouts, sampling = training.rollouts, sampling or Sampling()
     sampling.check(train.eval_temperature)
     tasks = load_list(train.eval_tasks, "train.eval_tasks")
+    names = task_ids(tasks)
     name = f"{training.run}-eval-{label}"
     wanted = [
         rollouts.make(
@@ -30,7 +30,7 @@ def evaluate(training: Training, label: str, sampling: Sampling | None = None) -
             task,
             None,
             "eval",
-            derive(train.seed, "evaluation", _task_id(task, index), sample),
+            derive(train.seed, "evaluation", names[index], sample),
         )
         for index, task in enumerate(tasks)
         for sample in range(sampling.samples)
@@ -42,8 +42,7 @@ def evaluate(training: Training, label: str, sampling: Sampling | None = None) -
     parts = list(dict.fromkeys(part for score in scores if score for part in score.parts))
     size = sampling.samples
     by_task = {
-        _task_id(task, index): task_score(scores[index * size : (index + 1) * size], parts, sampling)
-        for index, task in enumerate(tasks)
+        name: task_score(scores[index * size : (index + 1) * size], parts, sampling) for index, name in enumerate(names)
     }
     return EvalResult(label, by_task)
 
@@ -86,7 +85,3 @@ def _best_folder(training: Training) -> Path:
 def _score(training: Training, outcome: Outcome) -> TaskScore | None:
     spans = training.store.query_spans(outcome.rollout_id)
     return rollout_score(outcome, build_trajectory(spans) if spans else None)
-
-
-def _task_id(task: Any, index: int) -> str:
-    return str(task["id"]) if isinstance(task, dict) and "id" in task else str(index)

@@ -18,7 +18,6 @@ from agl_trainer.loop.call_log import (
     warn_of_unused_weights,
 )
 from agl_trainer.loop.evaluation import evaluate_step, load_best, prune_best
-from agl_trainer.loop.policy_setup import load_list
 from agl_trainer.loop.recorded_logprobs import recorded_logprobs_mode
 from agl_trainer.loop.schedule import learning_rate
 from agl_trainer.loop.state import GRPO
@@ -28,6 +27,7 @@ from agl_trainer.report.step_metrics import Stopwatch, batch_metrics, reward_met
 from agl_trainer.rollout.judge import Judge
 from agl_trainer.rollout.judged_source import JudgedSource
 from agl_trainer.rollout.sources import AgentSource, AsyncAgentSource, RolloutSource, StoreSource, TaskStream
+from agl_trainer.rollout.task_list import load_list
 from agl_trainer.rollout.traces import stored_groups
 
 

@@ -11,14 +11,11 @@ from agl.config import Config, TrainConfig
 from agl.errors import ConfigError
 from agl_trainer.compute.devices import device_count
 from agl_trainer.model.base_model import check_sampled, check_trainable, load_model, use_bfloat16_products
-from agl_trainer.model.model_folder import model_folder
+from agl_trainer.model.model_folder import TINY, model_folder
 from agl_trainer.model.packing_probe import supports_packing
 from agl_trainer.model.policy import Policy
 from agl_trainer.model.tiny import build_tiny_model
-from agl_trainer.rollout.import_function import load_function
-
-TINY = "tiny"
-"""`train.model` of a tiny random model, built for the run."""
+from agl_trainer.rollout.task_list import load_list
 
 
 def open_policy(config: Config, *, samples: bool = False) -> Policy:
@@ -94,11 +91,3 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _strings(item)
-
-
-def load_list(reference: str | None, key: str) -> list[Any]:
-    """The list that the function `reference` returns. Raises ConfigError naming `key` if it is empty or not a list."""
-    items: Any = load_function(reference, key)()
-    if not isinstance(items, list) or not items:
-        raise ConfigError(f"{key}: {reference} returned {type(items).__name__}, expected a non-empty list")
-    return items

@@ -5,15 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors.torch import load_file
 from starlette.types import ASGIApp
 
 from agl.config import Config
 from agl.errors import ConfigError
 from agl.store import Store
-from agl_trainer.loop.engines import open_engine
 from agl_trainer.loop.output_folder import adapter_name, run_of
 from agl_trainer.model.adapter_files import WEIGHTS
+from agl_trainer.model.model_folder import find_model
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +23,14 @@ def local_engine(config: Config, store: Store) -> Iterator[ASGIApp]:
 
     Raises ConfigError if a file is missing.
     """
-    run = run_of(Path(config.require_train().output_dir))
+    train = config.require_train()
+    find_model(train.model, downloads=True)
+    run = run_of(Path(train.output_dir))
+    # Imported after that check, because they load torch.
+    from safetensors.torch import load_file
+
+    from agl_trainer.loop.engines import open_engine
+
     with open_engine(config) as (policy, _, app):
         for role in policy.roles:
             resource = store.get_resource(adapter_name(run, role))

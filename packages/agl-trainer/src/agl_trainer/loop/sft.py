@@ -21,10 +21,10 @@ from agl_trainer.data.sft_examples import (
     sft_rows,
 )
 from agl_trainer.loop.call_log import call_metrics
-from agl_trainer.loop.policy_setup import load_list
 from agl_trainer.loop.schedule import learning_rate
 from agl_trainer.loop.state import SFT
 from agl_trainer.loop.training import Training
+from agl_trainer.rollout.task_list import load_list
 from agl_trainer.rollout.traces import read_traces
 
 

