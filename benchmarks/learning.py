@@ -8,8 +8,8 @@ good tokens. So the best policies earn 1 and random ones about 0.5, and each rol
 both share. Rollouts are new (synchronous), of the policies two steps ago (asynchronous), or all of the first policies,
 written to a store and read in turn. No engine and no agent run: the toy samples from the model itself.
 
-Prints Markdown: the reward after 32 steps of 32 rollouts, and the steps until it was 90 % of the best, as means over
-the seeds.
+Prints Markdown: the reward after the last step, of 32 rollouts each, and the steps until it was 90 % of the best, as
+means over the seeds.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from statistics import mean
@@ -45,9 +46,7 @@ from tests.trainer.small_model import small_model, small_policy
 ROLES = {"planner": 1, "executor": -1}
 """Role to the sign of the first output weight of its good tokens."""
 PROMPT = [5, 6, 7]
-GROUPS, GROUP_SIZE, STEPS, LAG = 4, 8, 32, 2
-LEARNING_RATE = 0.01
-WORKERS = 2
+GROUPS, GROUP_SIZE, LAG = 4, 8, 2
 WAYS = ("synchronous", "asynchronous", "from store")
 SETTINGS: dict[str, dict[str, Any]] = {
     "grpo, the default": {},
@@ -67,6 +66,7 @@ class Team:
 
     config: Config
     seed: int
+    learning_rate: float
     baselines: dict[str, tuple[float, float]] = field(default_factory=dict)
     played: int = 0
 
@@ -77,7 +77,8 @@ class Team:
         self.policy = small_policy(model, self.config.agent_roles.roles, adapter_std=0.05)
         self.signs = self.policy.output_weight[:, 0].sign().int().tolist()
         self.optimizers = {
-            role: torch.optim.AdamW(self.policy.parameters(role), lr=LEARNING_RATE, weight_decay=0.0) for role in ROLES
+            role: torch.optim.AdamW(self.policy.parameters(role), lr=self.learning_rate, weight_decay=0.0)
+            for role in ROLES
         }
         self.draw, self.lengths = torch.Generator().manual_seed(self.seed), random.Random(self.seed)
 
@@ -130,11 +131,15 @@ class Team:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("seeds", type=int, nargs="+")
-    seeds = parser.parse_args().seeds
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=0.01)
+    arguments = parser.parse_args()
+    seeds = arguments.seeds
+    run = partial(rewards_of, steps=arguments.steps, learning_rate=arguments.learning_rate)
     print(f"| `train` | {' | '.join(f'{way} | steps' for way in WAYS)} |")
     print(f"|---|{'---:|---:|' * len(WAYS)}")
-    with ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool:
-        runs = pool.map(rewards_of, *zip(*product(SETTINGS.values(), WAYS, seeds), strict=True))
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        runs = pool.map(run, *zip(*product(SETTINGS.values(), WAYS, seeds), strict=True))
         for name in SETTINGS:
             cells = [_cell([next(runs) for _ in seeds]) for _ in WAYS]
             print(f"| {name} | {' | '.join(cells)} |", flush=True)
@@ -149,16 +154,16 @@ def _cell(runs: Sequence[Sequence[float]]) -> str:
     return f"{mean(run[-1] for run in runs):.3f} | {ended}{note}"
 
 
-def rewards_of(train: dict[str, Any], way: str, seed: int) -> list[float]:
+def rewards_of(train: dict[str, Any], way: str, seed: int, *, steps: int, learning_rate: float) -> list[float]:
     """Mean reward under the policies before each step, and after the last."""
     torch.set_num_threads(1)
     roles = {role: {"lora_r": 4} for role in ROLES}
     keys = {"model": "tiny", "agent": "a:b", "tasks": "a:b", "max_tokens": 3}
-    team = Team(Config.parse({"agent_roles": roles, "train": keys | train}), seed)
+    team = Team(Config.parse({"agent_roles": roles, "train": keys | train}), seed, learning_rate)
     rewards = []
     with TemporaryDirectory() as folder:
         batches = stored(team, folder) if way == "from store" else deque(trajectories(team.play()) for _ in range(LAG))
-        for step in range(STEPS):
+        for step in range(steps):
             play = team.play()
             rewards.append(mean(reward for *_, reward in play))
             if way == "synchronous":
