@@ -110,12 +110,11 @@ def test_a_rollout_that_is_not_for_training_shows_its_mode() -> None:
 
 
 def test_forks_and_retokenized_histories_are_shown() -> None:
-    spans = [gateway_call([1], [2, 3]), gateway_call([1, 9, 4], [5]), gateway_call([1], [8])]
-    assert [line.split("row ")[1] for line in lines_of(spans)[-3:]] == [
-        "1, not trained on (mode prod)",
-        "2 (retokenized: token 1: 2 was sampled, the prompt has 9), not trained on (mode prod)",
-        "3 (fork), not trained on (mode prod)",
-    ]
+    first = gateway_call([1], [2, 3])
+    assert lines_of([first, gateway_call([1, 9, 4], [5])])[-1].endswith(
+        "row 2 (retokenized: token 1: 2 was sampled, the prompt has 9), not trained on (mode prod)"
+    )
+    assert lines_of([first, gateway_call([1], [8])])[-1].endswith("row 2 (fork), not trained on (mode prod)")
 
 
 def test_a_reward_whose_target_is_no_call_is_named() -> None:
