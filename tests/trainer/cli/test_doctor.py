@@ -135,5 +135,11 @@ def test_a_command_ends_before_it_loads_torch(command: str) -> None:
     assert done.stderr.startswith("agl: train.model: nowhere") and len(done.stderr.splitlines()) == 1
 
 
+def test_the_help_of_all_commands_does_not_load_torch() -> None:
+    code = "import sys, agl.cli\ntry: agl.cli.main(['--help'])\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert "list, export and merge the adapters" in done.stdout and done.stderr == "False\n"
+
+
 def test_without_a_model_there_is_nothing_to_check() -> None:
     assert checks(Config()) == {}

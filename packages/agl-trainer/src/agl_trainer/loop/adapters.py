@@ -19,7 +19,6 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from agl.errors import CommandError
-from agl_trainer.loop.checkpoint import find_checkpoints
 from agl_trainer.model.adapter_files import CONFIG, WEIGHTS
 
 logger = logging.getLogger(__name__)
@@ -120,6 +119,8 @@ def _published(folder: Path) -> Iterator[Adapter]:
 
 
 def _checkpointed(folder: Path) -> Iterator[Adapter]:
+    from agl_trainer.loop.checkpoint import find_checkpoints  # It loads torch.
+
     for path in find_checkpoints(folder):
         try:
             versions = _read_json(path / "state.json")["versions"]
