@@ -49,6 +49,12 @@ def answer(task: Task, role: str = "solver") -> str:
     return reply.choices[0].message.content or ""
 
 
+async def async_answer(task: Task) -> str:
+    async with openai.AsyncOpenAI(default_headers=agl.headers(), max_retries=0) as client:
+        reply = await client.chat.completions.create(model="solver", messages=messages(task))  # type: ignore[arg-type]
+    return reply.choices[0].message.content or ""
+
+
 def answer_with_seed(task: Task) -> str:
     """As `answer`, but the agent has its own idea of a seed."""
     with openai.OpenAI(default_headers=agl.headers(), max_retries=0) as client:

@@ -1,5 +1,6 @@
 """The server thread: ports, health, start and stop."""
 
+import asyncio
 import socket
 import threading
 from collections.abc import AsyncIterator
@@ -133,3 +134,24 @@ def test_a_request_in_progress_finishes_before_the_server_stops() -> None:
         threading.Timer(0.2, leave.set).start()
     client.join()
     assert answers == ["done"]
+
+
+def test_a_request_that_is_too_long_is_cancelled_without_noise(caplog: pytest.LogCaptureFixture) -> None:
+    entered, ended = threading.Event(), threading.Event()
+
+    async def endless(_: Request) -> PlainTextResponse:
+        entered.set()
+        try:
+            await asyncio.sleep(600)
+        finally:
+            ended.set()
+        return PlainTextResponse("done")
+
+    server, statuses = AppThread(), list[int]()
+    url = server.add(Starlette(routes=[Route("/", endless)]))
+    with server:
+        client = threading.Thread(target=lambda: statuses.append(httpx.get(url, timeout=60).status_code))
+        client.start()
+        assert entered.wait(5)
+    client.join()
+    assert ended.is_set() and statuses == [500] and not caplog.records

@@ -1,6 +1,7 @@
 """The `agl` program. The module of a command is imported only when that command runs."""
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -10,6 +11,7 @@ from importlib.metadata import EntryPoint, entry_points, version
 from typing import Any
 
 from agl.cli.command import Parser, help_line
+from agl.cli.interrupt import INTERRUPTED
 from agl.errors import AglError, CommandError
 
 __all__ = ["main"]
@@ -71,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"agl: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130
+        gc.freeze()  # The interpreter ends without a last search for garbage, which takes seconds once torch is loaded.
+        return INTERRUPTED
     except BrokenPipeError:  # The reader of our output, e.g. `head`, has ended.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -1,6 +1,7 @@
 """Runs ASGI apps in a background thread."""
 
 import asyncio
+import logging
 import socket
 import threading
 from concurrent.futures import Future
@@ -21,6 +22,15 @@ _POLL_S = 0.005
 _KEEPALIVE_S = 75
 """Longer than the pause of exporters between two batches (5 s), so that none sends on a connection being closed."""
 _BACKLOG = 2048
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what uvicorn logs of a request that a stop cancels: a line, and a traceback for each request."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, asyncio.CancelledError) and not str(record.msg).startswith("Cancel %s running task")
+
+
+logging.getLogger("uvicorn.error").addFilter(_is_news)
 
 
 class AppThread:

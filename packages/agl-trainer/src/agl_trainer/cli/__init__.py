@@ -1,18 +1,19 @@
 """The commands `agl train`, `agl sft`, `agl eval` and `agl demo`."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from agl.cli.command import add_command, add_json_option
+from agl.cli.interrupt import stops_in_order
 from agl.config import Config
 from agl.errors import TrainingError
 from agl_trainer.cli.doctor import demand_for
 
 EXAMPLE = Path("examples/sql_agent")
+_STOPPING = "stopping; the same command resumes at the last checkpoint"
 
 
 def train_command(subparsers: Any) -> None:
@@ -113,7 +114,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     folder = Path(train.output_dir) / "eval"
     before = [EvalResult.load(folder / f"{arguments.against}.json")] if arguments.against else []
     trainer = _trainer("eval", arguments)
-    with trainer.open(resumes=arguments.of != "base", trains=False):
+    with stops_in_order("stopping"), trainer.open(resumes=arguments.of != "base", trains=False):
         if arguments.of == "best":
             trainer.take_best()
         result = trainer.evaluate(arguments.label, sampling)
@@ -134,11 +135,8 @@ def _demo(arguments: argparse.Namespace) -> int:
         demo.start_over()
     demand_for("train", demo.config)
     demand_for("sft", demo.config)
-    try:
+    with stops_in_order(_STOPPING):
         results = demo.run()
-    except KeyboardInterrupt:
-        print(f"\nstopped; the same command resumes from the last step in {demo.folder}", file=sys.stderr)
-        raise
     print(comparison_json(results) if arguments.json else demo.report(results))
     return 0
 
@@ -157,6 +155,10 @@ def _run_distributed(trainer: Any, lead: Callable[[], None]) -> int:
     from agl_trainer.compute.devices import lead_or_follow
     from agl_trainer.loop.policy_setup import open_policy
 
-    if lead_or_follow(lead, lambda: open_policy(trainer.config)):
+    def lead_until_stopped() -> None:
+        with stops_in_order(_STOPPING):
+            lead()
+
+    if lead_or_follow(lead_until_stopped, lambda: open_policy(trainer.config)):
         print(f"adapters: {trainer.folder / 'adapters'}\nmetrics:  {trainer.folder / 'metrics.jsonl'}")
     return 0

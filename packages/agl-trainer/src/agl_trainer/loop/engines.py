@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,11 @@ def _serve_local(config: Config, store: Store) -> Iterator[OpenedEngine]:
             f"train.fsdp shards the policy across {device_count()} devices, so the in-process engine cannot sample "
             "from it; set `engine: {kind: vllm}`, or `train.asynchronous: true`, which gives the engine its own copy"
         )
-    with open_engine(config) as (sampling, scheduler, app), _server(config, config.gateway, store, app) as server:
+    with (
+        open_engine(config) as (sampling, scheduler, app),
+        _server(config, config.gateway, store, app) as server,
+        closing(scheduler),  # before the server, which would wait for the calls that are being sampled
+    ):
         if train.asynchronous:
             policy = open_policy(config)
             yield policy, CopiedEngine(policy, sampling, scheduler), server

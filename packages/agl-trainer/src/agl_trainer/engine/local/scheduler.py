@@ -76,6 +76,10 @@ class Scheduler:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop sampling; all sequences that are not finished fail with EngineStoppedError. May be called twice."""
         with self._wake:
             self._stopped = True
             self._wake.notify()
