@@ -1,6 +1,8 @@
 """GRPO and SFT on recorded agent spans: one LoRA adapter per role on a frozen base model."""
 
 import logging
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,6 +12,11 @@ __all__ = ["Trainer"]
 
 # PEFT imports it if installed; it then logs advice to install kernels that have no backward pass.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+# GNU OpenMP, with which torch computes on a CPU, reads this when torch is loaded. A worker without work would otherwise
+# spin for 3 ms and keep a core from the threads that have work, if other programs compute; now it is about 10 µs.
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def __getattr__(name: str) -> Any:

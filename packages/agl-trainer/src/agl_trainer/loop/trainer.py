@@ -15,6 +15,8 @@ from agl_trainer.loop.output_folder import locked, run_of
 from agl_trainer.loop.session import Session, open_session, open_store_session
 from agl_trainer.loop.sft import run_sft
 from agl_trainer.loop.training import Training
+from agl_trainer.model.cpu.openmp import warn_if_workers_spin
+from agl_trainer.report.cpu_share import shows_cpu_share
 from agl_trainer.report.evaluation import EvalResult
 from agl_trainer.report.progress import Progress
 from agl_trainer.report.scoring import Sampling
@@ -51,7 +53,13 @@ class Trainer:
         if self.train.deterministic:
             torch.use_deterministic_algorithms(True)
         opened = open_session(self.config) if samples else open_store_session(self.config)
-        with locked(self.folder) if trains else nullcontext(), opened as session, Progress() as progress:
+        with (
+            locked(self.folder) if trains else nullcontext(),
+            opened as session,
+            Progress() as progress,
+            shows_cpu_share(progress),
+        ):
+            warn_if_workers_spin()
             training = Training(self.config, session, progress, accepts_changes=self._accepts_changes, trains=trains)
             if resumes:
                 training.resume()

@@ -21,6 +21,8 @@ class ProgressState:
     reward: float | None = None
     tokens_per_s: float | None = None
     waiting_for: str | None = None
+    cpu_shared: float | None = None
+    """Share of the CPUs that other programs use."""
 
     def line(self, eta_s: float | None) -> str:
         """e.g. `grpo 12/40 · reward 0.532 · 812 tok/s · ETA 3:20 · waiting for 14 of 64 rollouts`."""
@@ -30,6 +32,7 @@ class ProgressState:
             f"{self.tokens_per_s:.0f} tok/s" if self.tokens_per_s is not None else "",
             f"ETA {clock(eta_s)}" if eta_s is not None else "",
             f"waiting for {self.waiting_for}" if self.waiting_for else "",
+            f"cpu shared: {100 * self.cpu_shared:.0f} %" if self.cpu_shared is not None else "",
         ]
         return " · ".join(part for part in parts if part)
 
@@ -50,17 +53,17 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Print the last state as a permanent line."""
-        line = self._state.line(None)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Print the last state as a permanent line, unless the user interrupts the block."""
+        line = "" if kind is KeyboardInterrupt else f"{self._state.line(None)}\n"
         with self._lock:
             if self._drawn:
-                self._write(f"{_CLEAR}{line}\n" if self._live else f"{line}\n")
+                self._write(f"{_CLEAR}{line}" if self._live else line)
 
     def start(self, phase: str, *, step: int = 0, steps: int | None = None) -> None:
         """Begin a phase; the time left is estimated from the steps since then."""
         with self._lock:
-            self._state = ProgressState(phase, step, steps)
+            self._state = ProgressState(phase, step, steps, cpu_shared=self._state.cpu_shared)
             self._started_at, self._first_step = monotonic(), step
             self._draw(due=True)
 

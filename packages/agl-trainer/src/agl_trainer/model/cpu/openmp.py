@@ -7,6 +7,8 @@ finished computing therefore has to release its workers before another thread of
 """
 
 import ctypes
+import logging
+import os
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -15,6 +17,17 @@ import torch
 
 _OMP_PAUSE_HARD: Final = 2
 """OpenMP 5.0, section 3.2.44: frees the thread's resources; they are allocated again when needed."""
+
+logger = logging.getLogger(__name__)
+
+
+def warn_if_workers_spin() -> None:
+    """Log a warning if torch was loaded before `agl_trainer` could shorten the spinning of workers without work."""
+    if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} and _gnu_openmp() is not None:
+        logger.warning(
+            "torch was imported before agl_trainer, so its idle threads spin for milliseconds, and beside other "
+            "programs the training takes several times as long; import agl_trainer first, or set GOMP_SPINCOUNT=1000"
+        )
 
 
 def release_openmp_workers() -> None:
