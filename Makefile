@@ -1,6 +1,8 @@
 # make demo        train the SQL agent of examples/sql_agent, and show that it improved
 # make test        lint, types and tests, side by side
 # make test-vllm   the tests with real vLLM, which they install in an environment of its own; CI runs both
+# make test-gpu    checks and measures training on the accelerator of this machine
+# make gpu-folder  writes build/gpu, with which `python build/gpu/gpu.py` does the same on another machine, without network
 #
 # All of them set up .venv first, and install nothing that is already there.
 
@@ -12,7 +14,11 @@ REQUIREMENTS := $(wildcard packages/*/pyproject.toml) examples/requirements.txt 
 # Debian packages of the servers and clients that the tests run, each with one of its programs.
 SERVERS := postgresql:initdb redis-server:redis-server nodejs:node npm:npm default-jre-headless:java
 
-.PHONY: demo test lint pytest test-vllm servers
+# Pythons for which build/gpu has wheels, and what agl imports that an environment with torch may lack.
+PYTHONS := 3.11 3.12 3.13
+LIGHT := pydantic orjson opentelemetry-sdk opentelemetry-exporter-otlp-proto-http
+
+.PHONY: demo test lint pytest test-vllm test-gpu gpu-folder servers
 
 demo: .venv/installed
 	$(BIN)/agl demo
@@ -32,6 +38,17 @@ pytest:
 
 test-vllm: .venv/installed-dev
 	$(BIN)/pytest tests/vllm
+
+test-gpu: .venv/installed
+	$(BIN)/python -m benchmarks.gpu
+
+gpu-folder: .venv/installed
+	rm -rf build/gpu && mkdir -p build/gpu/wheels
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/gpu/wheels ./packages/agl-core ./packages/agl-trainer
+	for version in $(PYTHONS); do \
+		$(BIN)/pip download --quiet --only-binary :all: --python-version $$version --dest build/gpu/wheels $(LIGHT) || exit; \
+	done
+	cp benchmarks/gpu.py build/gpu
 
 servers:
 	@PATH="$$PATH:/usr/sbin:$$(echo /usr/lib/postgresql/*/bin | tr ' ' ':')"; missing=; \

@@ -17,6 +17,7 @@ LONGEST = (
     "tests/langchain/test_oldest.py",
     "tests/trainer/model/test_flex_attention.py",
     "tests/trainer/model/test_compiled.py",
+    "tests/trainer/test_pretend_accelerator.py",
     "tests/core/cli/test_cli.py",
     "tests/queue/test_faults.py",
     "tests/store/test_faults.py",

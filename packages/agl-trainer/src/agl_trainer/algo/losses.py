@@ -237,12 +237,12 @@ def _mean(values: Tensor, mask: Tensor) -> float:
     """Mean over tokens of `values` [B, T] or [B, 1]; a value of a row counts once for each of its tokens."""
     if not mask.any():
         return 0.0
-    return values.detach().expand(mask.shape)[mask].double().mean().item()
+    return values.detach().expand(mask.shape)[mask].cpu().double().mean().item()
 
 
 def _ratio_statistics(log_ratio: Tensor, mask: Tensor) -> dict[str, float]:
     """Extremes and quantiles of the importance ratio, and `kl` from the old policy by the k3 estimator."""
-    log_ratio = log_ratio.expand(mask.shape)[mask].double()
+    log_ratio = log_ratio.expand(mask.shape)[mask].cpu().double()
     if not len(log_ratio):
         return {}
     ratios = log_ratio.exp()

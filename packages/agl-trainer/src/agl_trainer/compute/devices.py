@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from agl.errors import TrainingError
+from agl_trainer.model.device import best_device
 from agl_trainer.model.policy import Policy
 
 Result = TypeVar("Result", covariant=True)
@@ -60,7 +61,7 @@ def lead_or_follow(lead: Callable[[], None], open_policy: Callable[[], Policy]) 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         lead()
         return True
-    with _process_group():
+    with process_group():
         if dist.get_rank() != _LEADER:
             _follow(open_policy)
             return False
@@ -91,12 +92,13 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 @contextmanager
-def _process_group() -> Iterator[None]:
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=_TIMEOUT)
-    else:
-        dist.init_process_group("gloo", timeout=_TIMEOUT)
+def process_group() -> Iterator[None]:
+    """The group of the processes of `torchrun`, of which each computes on its own device."""
+    device, backends = best_device().type, "gloo"
+    if device != "cpu":
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+        backends = f"cpu:gloo,{device}:{dist.get_default_backend_for_device(device)}"
+    dist.init_process_group(backends, timeout=_TIMEOUT)
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from agl_trainer.data.prefix_tree import PackedRows, pack_rows, pad_rows
 from agl_trainer.data.rows import RowLogprobs, TrainingRow
 from agl_trainer.data.truncation import Truncation, is_left_out
 from agl_trainer.model.attention import PackedPlan
+from agl_trainer.model.device import wide_product
 from agl_trainer.model.policy import Policy
 
 _CHUNK = 256
@@ -42,28 +43,29 @@ def row_logprobs(
         raise ValueError(f"row {bad[0]}: its first token has mask 1, but no token before it can predict it")
     packed = (pack_rows if policy.packs else pad_rows)([row.token_ids for row in rows]).to(policy.device)
     hidden = _hidden_states(policy, role, packed, prefix)
-    before = torch.empty_like(packed.token_ids)
+    # Indices and the float64 temperatures stay on the CPU: some accelerators have no float64.
+    before = torch.zeros(len(packed.token_ids), dtype=torch.int64)
     trained_of_row, temperatures = [], []
     for index, row in zip(packed.row_index, rows, strict=True):
         before[index[1:]] = index[:-1]
         trained_of_row.append(index[torch.tensor(row.loss_mask, dtype=torch.bool)])
         temperatures += row.trained(row.temperatures) if row.temperatures else [1.0] * len(trained_of_row[-1])
     # A token that several rows share is computed once for each temperature at which it was sampled.
-    pairs = torch.stack([torch.cat(trained_of_row).double(), hidden.new_tensor(temperatures, dtype=torch.float64)])
+    pairs = torch.stack([torch.cat(trained_of_row).double(), torch.tensor(temperatures, dtype=torch.float64)])
     distinct, index_of = pairs.unique(dim=1, return_inverse=True)
     trained = distinct[0].long()
     logprobs, entropies = TokenLogprobs.apply(
-        hidden[before[trained]],
+        hidden[before[trained].to(policy.device)],
         policy.output_weight,
         policy.output_softcap,
-        packed.token_ids[trained],
+        packed.token_ids[trained.to(policy.device)],
         distinct[1],
         truncations.pop(),
         entropy_gradient,
     )
     indices = index_of.split([len(index) for index in trained_of_row])
-    mask = pad_sequence([torch.ones_like(index) for index in indices], batch_first=True).bool()
-    index = pad_sequence(indices, batch_first=True)
+    mask = pad_sequence([torch.ones_like(index) for index in indices], batch_first=True).bool().to(policy.device)
+    index = pad_sequence(indices, batch_first=True).to(policy.device)
     computed = len(packed.token_ids) - (prefix.end if prefix else 0)
     return RowLogprobs(logprobs[index] * mask, entropies[index] * mask, mask, computed)
 
@@ -107,13 +109,14 @@ class TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = hidden.new_empty(len(targets), dtype=dtype)
+        temperatures = temperatures.to(logprobs)
         entropies = torch.empty_like(logprobs)
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         entropy_slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] and entropy_gradient else None
         for start in range(0, len(targets), _CHUNK):
             chunk = slice(start, start + _CHUNK)
-            target, tau = targets[chunk, None], temperatures[chunk, None].to(dtype)
-            logits, slope = _capped((hidden[chunk] @ weight.T).to(dtype), softcap)
+            target, tau = targets[chunk, None], temperatures[chunk, None]
+            logits, slope = _capped(wide_product(hidden[chunk], weight), softcap)
             logits.div_(tau)
             if truncation != Truncation():
                 left_out = is_left_out(logits, [truncation] * len(logits)).scatter_(1, target, False)

@@ -20,8 +20,8 @@ _MOST_TOKENS_CPU = 1536
 _MOST_TOKENS_ACCELERATOR = 8192
 """Accelerators need long passes: every operation costs the time of its launch."""
 _FEWEST_TOKENS = 128
-_CPU_ALLOCATOR = "DefaultCPUAllocator"
-"""Part of every error message of torch's CPU allocator, which has no exception type of its own."""
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory")
+"""Part of the message of allocators without an exception type of their own: torch's for CPUs, and MPS."""
 
 
 def within_memory(
@@ -40,7 +40,9 @@ def within_memory(
         try:
             return attempt(plan_passes(rows, tokens) if policy.packs else plan_padded_passes(rows, tokens))
         except (RuntimeError, MemoryError) as error:
-            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and _CPU_ALLOCATOR not in str(error):
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(
+                part in str(error) for part in _OUT_OF_MEMORY
+            ):
                 raise
             if policy.is_sharded:
                 raise TrainingError(

@@ -31,11 +31,11 @@ class PackedRows:
     segments: tuple[Segment, ...]
     """Parents before children."""
     row_index: tuple[torch.Tensor, ...]
-    """For each row, in the given order, the packed index of each of its tokens: [T] int64."""
+    """For each row, in the given order, the packed index of each of its tokens: [T] int64, on the CPU."""
 
     def to(self, device: torch.device) -> "PackedRows":
-        row_index = tuple(index.to(device) for index in self.row_index)
-        return PackedRows(self.token_ids.to(device), self.positions.to(device), self.segments, row_index)
+        """With the tensors that models read on `device`; `row_index` stays on the CPU."""
+        return replace(self, token_ids=self.token_ids.to(device), positions=self.positions.to(device))
 
 
 def pad_rows(rows: Sequence[Sequence[int]]) -> PackedRows:

@@ -9,20 +9,25 @@ from typing import Any
 
 import torch
 
+from agl_trainer.model.device import best_device
+
 
 def capture() -> dict[str, Any]:
-    """State of torch's generators on the CPU and on every CUDA device."""
-    return {
-        "torch": _from_tensor(torch.get_rng_state()),
-        "cuda": [_from_tensor(state) for state in torch.cuda.get_rng_state_all()],
-    }
+    """State of torch's generators on the CPU and on the accelerator of this process, if there is one."""
+    return {name: _from_tensor(module.get_rng_state()) for name, module in _generators().items()}
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Restore a state of `capture`, without the CUDA generators if the number of devices differs."""
-    torch.set_rng_state(_to_tensor(state["torch"]))
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([_to_tensor(text) for text in state["cuda"]])
+    """Restore a state of `capture`, without the generator of an accelerator that this machine does not have."""
+    for name, module in _generators().items():
+        if name in state:
+            module.set_rng_state(_to_tensor(state[name]))
+
+
+def _generators() -> dict[str, Any]:
+    """Modules with `get_rng_state` and `set_rng_state`: torch itself for the CPU, and that of the accelerator."""
+    device = best_device()
+    return {"torch": torch} | ({} if device.type == "cpu" else {device.type: torch.get_device_module(device)})
 
 
 def _from_tensor(state: torch.Tensor) -> str:

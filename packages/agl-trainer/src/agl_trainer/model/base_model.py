@@ -67,16 +67,19 @@ def load_model(
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """The frozen base model and its tokenizer.
 
-    The model is in float32 on the CPU or, if there is a GPU, in bfloat16 on the GPU (on the CPU with `on_cpu`).
-    `in_4bit`: linear layers are quantized to 4 bits; raises ConfigError if bitsandbytes is not installed.
+    The model is in float32 on the CPU or, if there is an accelerator, in bfloat16 there (on the CPU with `on_cpu`).
+    `in_4bit`: linear layers are quantized to 4 bits; raises ConfigError without bitsandbytes for this device.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    device = "cpu" if on_cpu else device
+    from agl_trainer.model.device import best_device
+
+    device = best_device()
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    device = torch.device("cpu") if on_cpu else device
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    options = {"quantization_config": _in_4bit(dtype)} if in_4bit else {}
+    options = {"quantization_config": _in_4bit(device, dtype)} if in_4bit else {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device, **options).eval()
     if in_4bit:
         for module in model.modules():
@@ -92,9 +95,17 @@ def check_4bit() -> None:
         raise ConfigError("train.load_in_4bit needs bitsandbytes: pip install 'agl-trainer[qlora]'")
 
 
-def _in_4bit(dtype: "torch.dtype") -> "BitsAndBytesConfig":
+def _in_4bit(device: "torch.device", dtype: "torch.dtype") -> "BitsAndBytesConfig":
     """NF4 with quantized scales, as in QLoRA (arXiv 2305.14314, sections 3 and 4); products are computed in `dtype`."""
     check_4bit()
+    import bitsandbytes
+
+    known = sorted(bitsandbytes.supported_torch_devices)
+    if device.type not in known:
+        raise ConfigError(
+            f"train.load_in_4bit: bitsandbytes {bitsandbytes.__version__} computes on {', '.join(known)}, not on "
+            f"{device.type}, the device of this machine; leave it out"
+        )
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

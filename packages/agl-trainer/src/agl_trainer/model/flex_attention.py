@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from agl_trainer.data.prefix_tree import PackedRows
 from agl_trainer.model.block_attention import ScoreOptions
 from agl_trainer.model.compiled import compile_error
+from agl_trainer.model.device import has_flex_attention
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ _BLOCKS_AT_ONCE = 64
 
 def is_supported(query: Tensor) -> bool:
     """Whether the compiled kernel can compute attention of `query` [..., D] and its gradient on its device."""
-    return query.is_cuda and query.shape[-1] in _HEAD_DIMS and can_compile(query.device.type)
+    is_possible = has_flex_attention(query.device) and query.shape[-1] in _HEAD_DIMS
+    return is_possible and can_compile(query.device.type)
 
 
 @functools.cache
@@ -105,7 +107,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, options: 
 
     On a CPU, in tests, it runs uncompiled and materializes all scores; torch supports no gradients there.
     """
-    kernel = compiled_kernel() if query.is_cuda else flex_attention
+    kernel = compiled_kernel() if has_flex_attention(query.device) else flex_attention
     cap = None if options.softcap is None else _softcap(query.new_full((), options.softcap))
     with compiler.patch(recompile_limit=_MAX_VARIANTS):
         # Key heads as the batch dimension with one head each: neither queries nor keys have to be copied.

@@ -37,7 +37,8 @@ def supports_packing(model: PreTrainedModel) -> bool:
     finally:
         model.set_attn_implementation(own_attention)
     distance = max(
-        float((found[index] - row).norm() / row.norm()) for index, row in zip(packed.row_index, expected, strict=True)
+        float((found[index.to(found.device)] - row).norm() / row.norm())
+        for index, row in zip(packed.row_index, expected, strict=True)
     )
     return distance < _TOLERANCE or _warn(model, f"packed, its hidden states are off by {distance:.2g} of their size")
 

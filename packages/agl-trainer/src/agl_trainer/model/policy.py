@@ -23,6 +23,7 @@ from agl_trainer.model.attention import NAME, AttentionPlan
 from agl_trainer.model.compiled import compile_layers
 from agl_trainer.model.cpu.frozen_linear import FrozenLinear
 from agl_trainer.model.cpu.fused_decoder import FusedDecoder, can_be_fused
+from agl_trainer.model.device import wide_product
 from agl_trainer.model.lora import BASE, AdapterRouting, route_layers
 from agl_trainer.model.recompute import recompute_layers
 from agl_trainer.model.sharding import shard_layers
@@ -130,7 +131,9 @@ class Policy:
         return self._body(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, V] for final hidden states [N, H]."""
+        """[N, V], in float32 or wider, for final hidden states [N, H]; without gradients."""
+        if self.output_weight.dtype.itemsize < torch.float32.itemsize:
+            return wide_product(hidden, self.output_weight)
         return self._output(hidden)
 
     def _route(self, adapters: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from agl_trainer.model.base_model import decoder_layers
+from agl_trainer.model.device import best_device
 
 
 def shard_layers(model: torch.nn.Module, body: torch.nn.Module) -> None:
@@ -19,8 +20,8 @@ def shard_layers(model: torch.nn.Module, body: torch.nn.Module) -> None:
 
     `model` is on the CPU and the same in all processes. Raises ConfigError if the layers cannot be identified.
     """
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    mesh = init_device_mesh(kind, (dist.get_world_size(),))
+    device = best_device()
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in decoder_layers(body, "fsdp"):
         adapters = {parameter for parameter in layer.parameters() if parameter.requires_grad}
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=adapters)
@@ -28,4 +29,4 @@ def shard_layers(model: torch.nn.Module, body: torch.nn.Module) -> None:
     fully_shard(body, mesh=mesh, ignored_params={p for p in body.parameters() if not isinstance(p, DTensor)})
     for tensor in (*model.parameters(), *model.buffers()):
         if not isinstance(tensor, DTensor):
-            tensor.data = tensor.data.to(kind)
+            tensor.data = tensor.data.to(device)

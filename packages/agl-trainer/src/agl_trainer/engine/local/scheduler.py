@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from agl.config import LogprobsMode
 from agl_trainer.engine.local.attention_plans import DecodePlan, PrefillPlan, prefix_order
@@ -28,6 +29,7 @@ from agl_trainer.engine.protocol import (
     SamplingParams,
     UnknownModelError,
 )
+from agl_trainer.model.attention import AttentionPlan
 from agl_trainer.model.cpu.openmp import release_openmp_workers
 from agl_trainer.model.lora import BASE
 from agl_trainer.model.policy import Policy
@@ -237,7 +239,7 @@ class Scheduler:
     def _prefill(self) -> None:
         plan = PrefillPlan(list(self._trees.items()))
         if plan.tokens:
-            self._policy.sampled_states(torch.tensor(plan.tokens), torch.tensor(plan.positions), plan.adapters, plan)
+            self._sampled_states(plan.tokens, plan.positions, plan.adapters, plan)
             plan.finish()
             self.prompt_tokens_computed += len(plan.tokens)
         for tree in self._trees.values():
@@ -249,10 +251,9 @@ class Scheduler:
             self._plan = self._new_plan()
         running = self._running
         self._plan.prepare([sequence.slot_length for sequence in running])
-        tokens = torch.tensor([sequence.next_token for sequence in running])
-        positions = torch.tensor([len(sequence.prompt) - 1 + sequence.sampled for sequence in running])
-        adapters = [sequence.adapter for sequence in running]
-        hidden = self._policy.sampled_states(tokens, positions, adapters, self._plan)
+        tokens = [sequence.next_token for sequence in running]
+        positions = [len(sequence.prompt) - 1 + sequence.sampled for sequence in running]
+        hidden = self._sampled_states(tokens, positions, [sequence.adapter for sequence in running], self._plan)
         params, rngs = [s.params for s in running], [s.rng for s in running]
         sampled = sample(self._policy.logits(hidden), params, rngs)
         for sequence, token in zip(running, sampled, strict=True):
@@ -261,6 +262,13 @@ class Scheduler:
         due = [sequence for sequence in running if sequence.finish_reason or not sequence.params.deliver_at_end]
         deliver([(sequence, sequence.take_undelivered()) for sequence in due])
         self._remove([sequence for sequence in running if sequence.finish_reason])
+
+    def _sampled_states(
+        self, tokens: Sequence[int], positions: Sequence[int], adapters: Sequence[str], plan: AttentionPlan
+    ) -> Tensor:
+        device = self._shape.device
+        ids, places = torch.tensor(tokens, device=device), torch.tensor(positions, device=device)
+        return self._policy.sampled_states(ids, places, adapters, plan)
 
     def _new_plan(self) -> DecodePlan:
         """Plan for the running sequences, which are reordered so that those with a shared prefix are adjacent."""
