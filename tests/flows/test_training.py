@@ -131,6 +131,26 @@ def check_step(store: Store, step: int, version: int, metrics: dict[str, float])
     return version + bool(trained)
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "sampling": {"top_p": 0.9, "top_k": 40, "min_p": 0.001}}])
+def test_choices_stops_and_declared_limits_train_with_a_ratio_of_one(
+    tmp_path: Path, store: Store, options: dict[str, Any]
+) -> None:
+    """Each choice is a call with all its tokens, a stop's too. The client's temperature and top_p do nothing."""
+    reward, tasks = f"{TOY}:letters", f"{TOY}:few_tasks"
+    given: dict[str, Any] = {"steps": 1, "max_tokens": 24, "agent": f"{TOY}:best_of_three"} | options
+    Trainer(config_in(tmp_path, reward=reward, tasks=tasks, **given)).fit()
+    (metrics,) = metrics_of(tmp_path)
+    assert metrics["calls"] == 3 * 4 * 4 and metrics["calls/trained"] > 0
+    assert {name for name in metrics if name.startswith("calls/dropped/")} <= {"calls/dropped/zero_advantage"}
+    for bound in ("max", "min"):
+        assert metrics[f"solver/ratio_{bound}"] == pytest.approx(1.0, abs=2e-3)
+    calls = [call for name in rollout_names(range(1, 2)) for call in trajectory_of(store, name).calls]
+    assert Counter(call.choice for call in calls) == {0: 16, 1: 16, 2: 16}
+    assert "stop" in {call.finish_reason for call in calls}
+    assert {call.temperature for call in calls} == {options.get("temperature", 1.0)}
+    assert all(call.sampling == options.get("sampling", {}) for call in calls)
+
+
 def test_groups_without_a_difference_are_replaced_so_often_and_no_more(tmp_path: Path, store: Store) -> None:
     """All rewards are equal: of 2 + 2 + 2 groups the first four are replaced, and nothing trains."""
     options: dict[str, Any] = {"group_size": 2, "groups_per_step": 2, "shuffle": False, "dynamic_sampling": 2}

@@ -14,7 +14,7 @@ from tests.vllm.environment import vllm_program
 
 START_S = 600
 _OPTIONS = ("--dtype", "float32", "--max-model-len", "1024", "--host", "127.0.0.1")
-_ADAPTERS = ("--enable-lora", "--max-lora-rank", "16", "--max-loras", "4")
+_ADAPTERS = ("--enable-lora", "--max-lora-rank", "16", "--max-loras", "4", "--logprobs-mode", "processed_logprobs")
 _ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
