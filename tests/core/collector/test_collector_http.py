@@ -182,6 +182,73 @@ def test_invalid_spans_are_a_partial_success(server: tuple[RefusingStore, str]) 
     assert good in store.query_spans(TRACE)
 
 
+def as_json(spans: list[Span], **first: object) -> bytes:
+    """An OTLP/JSON request; `first` replaces fields of the first span."""
+    data = json.loads(otlp.encode_json(spans))
+    data["resourceSpans"][0]["scopeSpans"][0]["spans"][0] |= first
+    return json.dumps(data).encode()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"spanId": "not hex"},
+        {"traceId": 7},
+        {"parentSpanId": "abc"},
+        {"links": [{"traceId": "zz"}]},
+        {"name": "\ud800"},
+        {"attributes": [{"key": "\udfff", "value": {"stringValue": "x"}}]},
+        {"attributes": [{"key": "x", "value": {"stringValue": "\ud800"}}]},
+        {"attributes": [{"key": "x", "value": {"intValue": str(2**64)}}]},
+        {"attributes": "none"},
+        {"startTimeUnixNano": -1},
+        {"startTimeUnixNano": str(2**70)},
+        {"events": [{"timeUnixNano": "soon"}]},
+        {"kind": 2**40},
+    ],
+)
+def test_a_span_that_json_cannot_express_is_rejected_alone(
+    server: tuple[RefusingStore, str], fields: dict[str, object]
+) -> None:
+    store, url = server
+    before = store.count_spans()
+    number = before + 10_000
+    answer = post(url, as_json(make_spans(number, 3), **fields), JSON)
+    assert answer.status_code == 200
+    partial = answer.json()["partialSuccess"]
+    assert (partial["rejectedSpans"], bool(partial["errorMessage"])) == ("1", True)
+    assert store.count_spans() == before + 2
+    alone = post(url, as_json(make_spans(number + 5), **fields), JSON)
+    assert (alone.status_code, store.count_spans()) == (400, before + 2)
+
+
+def test_the_spans_of_an_invalid_resource_are_rejected_and_no_others(server: tuple[RefusingStore, str]) -> None:
+    store, url = server
+    before = store.count_spans()
+    data = json.loads(as_json(make_spans(20_000, 2)))
+    bad = json.loads(as_json(make_spans(20_010, 3)))["resourceSpans"][0]
+    bad["resource"] = {"attributes": [{"key": "x", "value": {"intValue": str(2**64)}}]}
+    answer = post(url, json.dumps({"resourceSpans": [bad, *data["resourceSpans"]]}), JSON)
+    assert (answer.status_code, answer.json()["partialSuccess"]["rejectedSpans"]) == (200, "3")
+    assert store.count_spans() == before + 2
+
+
+@pytest.mark.parametrize("body", ["[]", "null", '{"resourceSpans": 3}', '{"resourceSpans": [3]}', "[" * 100_000])
+def test_json_without_the_form_of_a_request_is_an_error(server: tuple[RefusingStore, str], body: str) -> None:
+    assert post(server[1], body, JSON).status_code == 400
+
+
+@pytest.mark.parametrize("count", [1, 20_000])
+def test_a_span_that_protobuf_cannot_parse_is_rejected_alone(count: int) -> None:
+    with collecting() as (store, collector):
+        good = make_spans(30_000, count)
+        name = b"name that is not UTF-8"
+        bad = otlp.encode([Span(TRACE, "f" * 16, None, name.decode(), 1, 2)]).replace(name, b"\xff" * len(name))
+        answer = post(collector.otlp_url, bad + otlp.encode(good))
+        partial = ExportTraceServiceResponse.FromString(answer.content).partial_success
+        assert (answer.status_code, partial.rejected_spans, store.count_spans()) == (200, 1, count)
+
+
 def test_a_retryable_rejection_has_retry_info_in_json_too(server: tuple[RefusingStore, str]) -> None:
     store, url = server
     store.refusals = 1

@@ -4,6 +4,7 @@ Concatenated protobuf requests are one valid request with all their spans; store
 """
 
 import base64
+import copy
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
@@ -48,9 +49,52 @@ def parse(body: bytes) -> ExportTraceServiceRequest:
 
 def parse_json(body: bytes | str) -> ExportTraceServiceRequest:
     """The request of an OTLP/JSON body (hex ids, base64 bytes, 64-bit integers as strings). Raises OtlpError."""
-    request = ExportTraceServiceRequest()
     try:
         data = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise OtlpError(f"the body is not an OTLP/JSON trace request: {error}") from error
+    return _read_json(data)
+
+
+def parse_valid_json(body: bytes | str) -> tuple[ExportTraceServiceRequest, list[str]]:
+    """The request of an OTLP/JSON body without its invalid spans, and a reason for each of these.
+
+    A span whose resource or scope is invalid is, too. Raises OtlpError if the body has not the form of such a request.
+    """
+    try:
+        return parse_json(body), []
+    except OtlpError as error:
+        whole = error
+    request, reasons = ExportTraceServiceRequest(), list[str]()
+    try:
+        for group in json.loads(body)["resourceSpans"]:
+            for scope in group["scopeSpans"]:
+                spans, scope["spans"] = scope["spans"], []
+                for span in spans:
+                    fault = _json_fault({"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]})
+                    reasons.append(fault) if fault else scope["spans"].append(span)
+            if fault := _json_fault({"resourceSpans": [group]}):
+                reasons += [fault for scope in group["scopeSpans"] for _ in scope["spans"]]
+            else:
+                request.MergeFrom(_read_json({"resourceSpans": [group]}))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise whole from None
+    return request, reasons
+
+
+def _json_fault(data: Any) -> str:
+    """Why `data` is no request; empty if it is one."""
+    try:
+        _read_json(copy.deepcopy(data))
+    except OtlpError as error:
+        return str(error)
+    return ""
+
+
+def _read_json(data: Any) -> ExportTraceServiceRequest:
+    """The request of the JSON `data`, which is changed. Raises OtlpError."""
+    request = ExportTraceServiceRequest()
+    try:
         _convert_ids(data, lambda text: base64.b64encode(bytes.fromhex(text)).decode())
         json_format.ParseDict(data, request, ignore_unknown_fields=True)
     # A wrong type inside the body raises any of these, by its position; an unpaired surrogate in a key, SystemError.

@@ -90,17 +90,37 @@ def parse(body: bytes) -> ParsedSpans:
     rows: list[SpanRow] = []
     reasons: list[str] = []
     for chunk, requests in chunks:
-        for (span, resource), encoded in zip(_spans(otlp.parse(chunk)), requests, strict=True):
+        for part, encoded in _valid_parts(chunk, requests, reasons):
+            for (span, resource), one in zip(_spans(part), encoded, strict=True):
+                try:
+                    rows.append(_row(span, resource, one))
+                except OtlpError as error:
+                    reasons.append(str(error))
+    return ParsedSpans(rows, len(reasons), reasons[0] if reasons else "")
+
+
+def _valid_parts(
+    chunk: bytes, requests: list[bytes], reasons: list[str]
+) -> Iterator[tuple[ExportTraceServiceRequest, list[bytes]]]:
+    """The chunk; if it cannot be parsed, its spans one by one, and to `reasons` why some of these cannot be."""
+    try:
+        yield otlp.parse(chunk), requests
+    except OtlpError:
+        if not requests:
+            raise
+        for one in requests:
             try:
-                rows.append(_row(span, resource, encoded))
+                yield otlp.parse(one), [one]
             except OtlpError as error:
                 reasons.append(str(error))
-    return ParsedSpans(rows, len(reasons), reasons[0] if reasons else "")
 
 
 def parse_json(body: bytes | str) -> ParsedSpans:
     """Rows of an OTLP/JSON request. Raises OtlpError if it is not one."""
-    return parse(_canonical(otlp.parse_json(body)))
+    request, reasons = otlp.parse_valid_json(body)
+    parsed = parse(_canonical(request))
+    reasons += [parsed.reason] * parsed.rejected
+    return ParsedSpans(parsed.rows, len(reasons), reasons[0] if reasons else "")
 
 
 def _canonical(request: ExportTraceServiceRequest) -> bytes:
