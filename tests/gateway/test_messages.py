@@ -8,6 +8,7 @@ import pytest
 
 from agl import semconv
 from agl.gateway.dialect.messages import Messages
+from agl.server.api_error import ApiError
 from tests.core.fake_engine import WORDS
 from tests.gateway.serving import Setup, assert_tokens
 
@@ -109,9 +110,50 @@ def test_a_conversation_is_sent_as_chat_messages(setup: Setup) -> None:
     ]
 
 
+def translated(**more: Any) -> Any:
+    return Messages(
+        {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]} | more, "m"
+    ).request
+
+
+def test_an_output_format_is_translated_and_edits_of_a_provider_s_history_are_left_out() -> None:
+    schema = {"type": "object"}
+    config = {"format": {"type": "json_schema", "schema": schema}, "effort": "low"}
+    sent = translated(output_config=config, context_management={"edits": [{"type": "clear_thinking_20251015"}]})
+    wanted = {"type": "json_schema", "json_schema": {"name": "output", "schema": schema}}
+    assert (sent["response_format"], sent["reasoning_effort"]) == (wanted, "low")
+    assert not {"output_config", "context_management"} & sent.keys()
+
+
+@pytest.mark.parametrize("kind", ["text", "image", "document", "search_result"])
+def test_content_of_a_tool_result_is_sent_or_refused_by_name(kind: str) -> None:
+    source = {"type": "base64", "media_type": "image/png", "data": "xx"}
+    block = {"type": kind, "text": "a mug", "source": source}
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [block]}
+    messages = [{"role": "user", "content": [result]}]
+    if kind in ("document", "search_result"):
+        with pytest.raises(ApiError, match=f"engines know no content of type {kind}"):
+            translated(messages=messages)
+        return
+    image = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,xx"}}]
+    (message,) = translated(messages=messages)["messages"]
+    assert message == {"role": "tool", "tool_call_id": "t", "content": "a mug" if kind == "text" else image}
+
+
+@pytest.mark.parametrize("finish_reason", ["stop", "tool_calls", "function_call"])
+def test_an_answer_with_tool_calls_stops_for_them(finish_reason: str) -> None:
+    """Engines report `stop` for a call that `tool_choice` names."""
+    call = Messages({"model": "m", "max_tokens": 9, "messages": []}, "m")
+    made = {"id": "c1", "type": "function", "function": {"name": "search", "arguments": "{}"}}
+    response = {"id": "x", "choices": [{"message": {"tool_calls": [made]}, "finish_reason": finish_reason}]}
+    call.capture.add_whole(response)
+    assert json.loads(call.render_whole(b"", response))["stop_reason"] == "tool_use"
+
+
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
+        ({"output_config": {"task_budget": 1}}, "engines know no output_config.task_budget"),
         ({"mcp_servers": [{}]}, "mcp_servers is not for engines"),
         ({"tools": [{"type": "web_search_20250305", "name": "web"}]}, "the tool 'web' runs at a provider"),
         ({"content": [{"type": "document"}]}, "engines know no content of type document"),

@@ -204,7 +204,6 @@ def as_json(spans: list[Span], **first: object) -> bytes:
         {"startTimeUnixNano": -1},
         {"startTimeUnixNano": str(2**70)},
         {"events": [{"timeUnixNano": "soon"}]},
-        {"kind": 2**40},
     ],
 )
 def test_a_span_that_json_cannot_express_is_rejected_alone(

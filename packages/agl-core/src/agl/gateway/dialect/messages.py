@@ -11,10 +11,12 @@ from agl.tokens.capture import Choice, Json
 
 _NOT_COPIED: Final = frozenset(
     {"model", "messages", "system", "stop_sequences", "tools", "tool_choice", "thinking", "metadata", "stream"}
-    | {"service_tier", "max_tokens"}
+    | {"service_tier", "max_tokens", "output_config", "context_management"}
 )
-"""Fields that are translated, or that engines do not know; all others are copied."""
-_NOT_SUPPORTED: Final = ("mcp_servers", "container", "context_management")
+"""Fields that are translated, or that engines do not know; all others are copied. `context_management` only edits the
+history that a provider keeps, and clients send it by themselves."""
+_NOT_SUPPORTED: Final = ("mcp_servers", "container")
+_PARTS: Final = frozenset({"text", "image"})
 _STOP_REASONS: Final = {"stop": "end_turn", "length": "max_tokens", "content_filter": "refusal"}
 _TOOL_CHOICES: Final = {"auto": "auto", "any": "required", "none": "none"}
 _ERROR_TYPES: Final = {
@@ -52,7 +54,7 @@ class Messages(Translated):
             request["stop"] = body["stop_sequences"]
         if body.get("tools"):
             request["tools"] = [self._tool(tool) for tool in body["tools"]]
-        return request | _tool_choice(body.get("tool_choice"))
+        return request | _tool_choice(body.get("tool_choice")) | _output(body.get("output_config") or {})
 
     def _tool(self, tool: Json) -> Json:
         if "input_schema" not in tool:
@@ -158,19 +160,29 @@ def _turns(message: Json) -> Iterator[Json]:
         return
     for block in content:
         if block["type"] == "tool_result":
-            yield {"role": "tool", "tool_call_id": block["tool_use_id"], "content": text_of(block.get("content"))}
+            yield {
+                "role": "tool",
+                "tool_call_id": block["tool_use_id"],
+                "content": _content(block.get("content") or ""),
+            }
     uses = [block for block in content if block["type"] == "tool_use"]
     calls = [tool_call(use["id"], use["name"], json.dumps(use["input"])) for use in uses]
     thoughts = "".join(block["thinking"] for block in content if block["type"] == "thinking")
-    parts = [_part(block) for block in content if block["type"] in ("text", "image")]
-    unknown = {block["type"] for block in content} - {"text", "image", "tool_use", "tool_result", "thinking"}
-    if unknown:
-        raise ValueError(f"engines know no content of type {', '.join(sorted(unknown))}")
+    parts = [block for block in content if block["type"] not in ("tool_use", "tool_result", "thinking")]
     if parts or calls:
-        plain = all(part["type"] == "text" for part in parts)
-        turn: Json = {"role": role, "content": (text_of(parts) or None) if plain else parts}
+        turn: Json = {"role": role, "content": _content(parts) or None}
         turn |= {"tool_calls": calls} if calls else {}
         yield turn | ({"reasoning_content": thoughts} if thoughts else {})
+
+
+def _content(content: Any) -> Any:
+    """Content of a chat message: text as a string, with images as parts."""
+    if isinstance(content, str):
+        return content
+    if unknown := {block["type"] for block in content} - _PARTS:
+        raise ValueError(f"engines know no content of type {', '.join(sorted(unknown))}")
+    parts = [_part(block) for block in content]
+    return text_of(parts) if all(part["type"] == "text" for part in parts) else parts
 
 
 def _part(block: Json) -> Json:
@@ -187,6 +199,19 @@ def _tool_choice(choice: Json | None) -> Json:
     named = {"type": "function", "function": {"name": choice.get("name")}}
     chosen: Json = {"tool_choice": named if choice["type"] == "tool" else _TOOL_CHOICES[choice["type"]]}
     return chosen | ({"parallel_tool_calls": False} if choice.get("disable_parallel_tool_use") else {})
+
+
+def _output(config: Json) -> Json:
+    """The fields for `output_config`."""
+    if unknown := config.keys() - {"format", "effort"}:
+        raise ValueError(f"engines know no output_config.{', '.join(sorted(unknown))}")
+    chosen: Json = {"reasoning_effort": config["effort"]} if config.get("effort") else {}
+    if wanted := config.get("format"):
+        if wanted["type"] != "json_schema":
+            raise ValueError(f"engines know no output_config.format of type {wanted['type']}")
+        schema = {"name": "output", "schema": wanted["schema"]}
+        chosen["response_format"] = {"type": "json_schema", "json_schema": schema}
+    return chosen
 
 
 def _arguments(text: str) -> Any:
