@@ -298,6 +298,45 @@ def test_the_url_has_the_rollout_and_the_store_its_mode_and_group(setup: Setup) 
     assert setup.engine.seen[0]["temperature"] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("encoded", "rollout"),
+    [("org%2Ftask-1", "org/task-1"), ("a+b", "a+b"), ("a%252Fb", "a%2Fb"), ("%C3%A9", "é"), ("x%3Fy%23z", "x?y#z")],
+)
+def test_ids_in_the_url_are_opaque_and_percent_encoded(setup: Setup, encoded: str, rollout: str) -> None:
+    for path in ("chat/completions", "models", "embeddings"):
+        method = "GET" if path == "models" else "POST"
+        url = f"{setup.url}/rollout/{encoded}/attempt/{encoded}-a1/v1/{path}"
+        assert httpx.request(method, url, json=chat_body(input="x")).status_code == 200
+    assert (setup.span().rollout_id, setup.span().attempt_id) == (rollout, f"{rollout}-a1")
+    assert httpx.post(f"{setup.url}/rollout/{encoded}/attempt//v1/chat/completions").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("headers", "rollout"),
+    [
+        (["agl.rollout.id=task+1"], "task+1"),
+        (["agl.rollout.id=task%201"], "task 1"),
+        (["agl.rollout.id = ows , a=b"], "ows"),
+        (["a=b", "agl.rollout.id=second"], "second"),
+        (["agl.rollout.id=x;ttl=1,a=b;c"], "x"),
+    ],
+)
+def test_baggage_is_read_as_w3c_defines_it(setup: Setup, headers: list[str], rollout: str) -> None:
+    sent = [("baggage", header) for header in headers]
+    assert httpx.post(f"{setup.url}/v1/chat/completions", json=chat_body(), headers=sent).status_code == 200
+    assert setup.span().rollout_id == rollout
+
+
+@pytest.mark.parametrize("rollout", ["task 1", "task+1", "a,b;c=d", "é/%"])
+def test_ids_in_our_own_headers_arrive_unchanged(setup: Setup, rollout: str) -> None:
+    with agl.rollout(rollout):
+        headers = agl.headers()
+    setup.post(chat_body(), **headers)
+    assert setup.span().rollout_id == rollout
+    with agl.joined(headers) as joined:
+        assert joined is not None and joined.rollout_id == rollout
+
+
 def test_a_rollout_that_was_not_queued_has_mode_prod(setup: Setup) -> None:
     setup.post(chat_body(temperature=0.1), "/rollout/stray/attempt/a1/v1/chat/completions")
     assert [setup.span().text(name) for name in CALLER] == ["stray", "a1", None, "prod", None]

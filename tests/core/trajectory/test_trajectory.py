@@ -242,6 +242,22 @@ def test_only_the_last_attempt_counts(starts: tuple[int, int]) -> None:
     assert (drop.reason, drop.call.attempt_id) == (DropReason.SUPERSEDED_ATTEMPT, "r-1-a2")
 
 
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [
+        ("run-1-on-a100", "run-2-on-a40"),
+        ("f47ac10b-58cc-4372-a567-a02450823215", "0e02b2c3-58cc-4372-a567-0e02b2c3d479"),
+        ("r-1-a9", "retry-of-r-1"),
+        ("r-1-a9", "r-1-a2-again"),
+        ("other-a9", "r-1-a2"),
+    ],
+)
+def test_attempts_that_no_store_numbered_are_in_order_of_time(first: str, later: str) -> None:
+    spans = [gateway_call(attributes={semconv.ATTEMPT_ID: name}) for name in (first, later)]
+    late_span_of_first = reward(1.0, {semconv.ATTEMPT_ID: first})
+    assert build_trajectory([*spans, late_span_of_first]).attempt_id == later
+
+
 # --- Rollout and rewards --------------------------------------------------------------------------------------------
 
 

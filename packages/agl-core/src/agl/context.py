@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
 from opentelemetry import baggage, trace
+from opentelemetry.baggage.propagation import W3CBaggagePropagator
 from opentelemetry.context import Context, attach, detach, get_current
 from opentelemetry.sdk.trace import Span, SpanProcessor
 from opentelemetry.util.types import AttributeValue
@@ -104,6 +105,12 @@ def with_inferred_role(name: str | None, context: Context) -> Context:
     """
     inferred = {semconv.ROLE: name, _INFERRED: name and "true"}
     return context if stated_role(context) else with_baggage(inferred, context)
+
+
+def read_baggage(header: str) -> Context:
+    """A context with the entries of a `baggage` header (W3C: `+` is itself, properties after `;` are not the value)."""
+    entries = (entry.partition(";")[0] for entry in header.replace("+", "%2B").split(","))
+    return W3CBaggagePropagator().extract({"baggage": ",".join(entries)}, Context())
 
 
 def carried_attributes(context: Context | None = None) -> dict[str, str]:

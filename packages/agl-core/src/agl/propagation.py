@@ -16,6 +16,7 @@ from agl.context import (
     carried_attributes,
     carried_entries,
     current_rollout,
+    read_baggage,
     with_baggage,
 )
 from agl.scope import Scope
@@ -32,6 +33,7 @@ def headers() -> dict[str, str]:
     TraceContextTextMapPropagator().inject(carrier)
     if entries := carried_entries(ENTRIES):
         W3CBaggagePropagator().inject(carrier, context=with_baggage(entries, Context()))
+        carrier["baggage"] = carrier["baggage"].replace("+", "%20")  # OpenTelemetry writes a space as in a form.
     return carrier
 
 
@@ -66,7 +68,7 @@ def join_environment() -> None:
 def joined_context(carrier: Mapping[str, str]) -> Context:
     """The current context with our entries and the span replaced by those of `carrier`."""
     lowered = {name.lower(): value for name, value in carrier.items()}
-    entries = carried_entries(ENTRIES, W3CBaggagePropagator().extract(lowered, Context()))
+    entries = carried_entries(ENTRIES, read_baggage(lowered.get("baggage", "")))
     # Clear the span first: without a traceparent, `extract` would keep the current one.
     rootless = trace.set_span_in_context(trace.INVALID_SPAN)
     return with_baggage(dict.fromkeys(ENTRIES) | entries, TraceContextTextMapPropagator().extract(lowered, rootless))

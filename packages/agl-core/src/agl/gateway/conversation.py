@@ -13,8 +13,8 @@ from agl.tokens.capture import Choice, Json
 
 Agent = tuple[str | None, str | None]
 """Role and span that made a call, as far as its headers name them."""
-Key = tuple[str, str, str]
-"""Rollout, attempt and model; for a call without a rollout an empty string, the trace and the model."""
+Key = tuple[str, ...]
+"""Project, rollout, attempt and model; for a call without a rollout the project, an empty string, trace and model."""
 
 _LIMIT_BYTES: Final = 64 * 2**20
 _TURN_BYTES: Final = 500
@@ -184,12 +184,14 @@ class Conversations:
             self.size -= dropped.size
 
 
-def conversation_key(rollout_id: str | None, attempt_id: str | None, trace_id: str | None, model: str) -> Key | None:
+def conversation_key(
+    project: str | None, rollout_id: str | None, attempt_id: str | None, trace_id: str | None, model: str
+) -> Key | None:
     """The conversation of a call; None for a call without rollout and trace."""
     name = model.partition("@")[0]  # Tokens are the same under every version of a policy.
     if rollout_id:
-        return rollout_id, attempt_id or "", name
-    return ("", trace_id, name) if trace_id else None
+        return project or "", rollout_id, attempt_id or "", name
+    return (project or "", "", trace_id, name) if trace_id else None
 
 
 def _advance(position: Position, index: int, turns: Sequence[SampledTurn]) -> None:

@@ -137,7 +137,8 @@ class CallEndpoint:
         )
         record.check()
         dialect.capture.expected_choices = requested_choices(sent)
-        key = conversation_key(caller.rollout_id, caller.attempt_id, caller.trace_id, record.engine_model)
+        ids = caller.rollout_id, caller.attempt_id, caller.trace_id
+        key = conversation_key(record.project, *ids, record.engine_model)
         if key is not None and kind.operation == semconv.OPERATION_CHAT:
             record.position = parts.conversations.locate(key, sent, (caller.role, caller.parent_id))
         return Exchange(parts, dialect, record, send)

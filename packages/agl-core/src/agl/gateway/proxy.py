@@ -8,6 +8,7 @@ from typing import Any, Final
 import aiohttp
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
@@ -23,21 +24,21 @@ from agl.gateway.engine import Engine, forwarded
 from agl.gateway.exchange import CallEndpoint, GatewayParts
 from agl.gateway.health import Health, list_models
 from agl.gateway.record import CallRecord, Recorder
-from agl.gateway.request import Caller, CallerLookup, read_json
+from agl.gateway.request import Caller, CallerLookup, RolloutUrls, read_json, url_ids
 from agl.server.api_error import ApiError, unknown_route
 from agl.store import Store
 from agl.tokens.capture import Json
 
 _KEEPALIVE_S: Final = 4
 """Shorter than engines keep idle connections (uvicorn: 5 s), so that no request meets a connection being closed."""
-_PREFIXES: Final = ("/v1", "/rollout/{rollout_id}/attempt/{attempt_id}/v1")
+_PREFIX: Final = "/v1"
 _DIALECTS: Final[Mapping[str, type[Dialect]]] = {
     "/chat/completions": ChatCompletion,
     "/completions": TextCompletion,
     "/responses": Responses,
     "/messages": Messages,
 }
-"""By path below one of the prefixes."""
+"""By path below _PREFIX."""
 
 
 class Gateway:
@@ -60,13 +61,13 @@ class Gateway:
     def app(self, more_routes: Sequence[BaseRoute] = ()) -> Starlette:
         """The ASGI app, with `more_routes` after its own."""
         routes: list[BaseRoute] = [
-            Route(prefix + path, CallEndpoint(self._parts, dialect), methods=["POST"])
-            for prefix in _PREFIXES
+            Route(_PREFIX + path, CallEndpoint(self._parts, dialect), methods=["POST"])
             for path, dialect in _DIALECTS.items()
         ]
-        routes += [Route(f"{prefix}/models", self._models) for prefix in _PREFIXES]
-        routes += [Route(f"{prefix}/embeddings", self._embeddings, methods=["POST"]) for prefix in _PREFIXES]
+        routes.append(Route(f"{_PREFIX}/models", self._models))
+        routes.append(Route(f"{_PREFIX}/embeddings", self._embeddings, methods=["POST"]))
         return Starlette(
+            middleware=[Middleware(RolloutUrls)],
             routes=[*routes, *Control(self._gate, self._routes).routes(), *more_routes],
             lifespan=self._lifespan,
             exception_handlers={HTTPException: unknown_route, AglError: _error_response},
@@ -84,7 +85,7 @@ class Gateway:
         _, body = read_json(await self._parts.read_body(request.scope, request.receive))
         model = self._routes.resolve(str(body.get("model", "")))
         sent = body | {"model": model} if model else body
-        caller = Caller(rollout_id=request.path_params.get("rollout_id"))
+        caller = Caller(rollout_id=url_ids(request.scope).get("rollout_id"))
         headers = forwarded(request.headers)
         record = CallRecord(caller, "embeddings", "/embeddings", headers, model, sent, body=json.dumps(sent).encode())
         async with self._parts.dispatch.response(self._parts.session, record) as response:

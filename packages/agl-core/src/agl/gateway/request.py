@@ -7,27 +7,31 @@ distribution. Those that the agent depends on, because they constrain the form o
 
 import asyncio
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Self
+from urllib.parse import unquote
 
 from opentelemetry import trace
-from opentelemetry.baggage.propagation import W3CBaggagePropagator
 from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from starlette.datastructures import Headers
 from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from agl import semconv
-from agl.context import carried_attributes
+from agl.context import carried_attributes, read_baggage
 from agl.gateway.engine_kind import EngineKind
 from agl.seeds import derive
 from agl.server.api_error import ApiError
 from agl.store import Rollout, Store
 from agl.tokens.capture import Json, RequestedFields
 
+_ROLLOUT_URL: Final = re.compile("/rollout/([^/]+)/attempt/([^/]+)(/v1/.*)")
+_URL_IDS: Final = "agl.url_ids"
 _TRACE_CONTEXT: Final = TraceContextTextMapPropagator()
-_BAGGAGE: Final = W3CBaggagePropagator()
 _ROLLOUTS_REMEMBERED: Final = 65_536
 _ATTEMPTS_REMEMBERED: Final = 65_536
 _ALIASES: Final = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
@@ -70,9 +74,9 @@ class Caller:
     """Seed of the rollout."""
 
     @classmethod
-    def read(cls, headers: Mapping[str, str], url: Mapping[str, str]) -> Self:
+    def read(cls, headers: Headers, url: Mapping[str, str]) -> Self:
         """From `traceparent`, `baggage` and the URL; the URL's `rollout_id` and `attempt_id` override the baggage."""
-        carried = carried_attributes(_BAGGAGE.extract(headers, Context()))
+        carried = carried_attributes(read_baggage(",".join(headers.getlist("baggage"))))
         parent = trace.get_current_span(_TRACE_CONTEXT.extract(headers, Context())).get_span_context()
         return cls(
             rollout_id=url.get("rollout_id") or carried.get(semconv.ROLLOUT_ID),
@@ -103,6 +107,28 @@ class Caller:
         return {name: value for name, value in named.items() if value}
 
 
+class RolloutUrls:
+    """ASGI middleware that serves `/rollout/{rollout_id}/attempt/{attempt_id}/v1/...` as `/v1/...`.
+
+    The ids are percent-encoded, so that they may contain a slash.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (found := _ROLLOUT_URL.fullmatch(scope["raw_path"].decode("latin-1"))):
+            rollout_id, attempt_id, path = map(unquote, found.groups())
+            ids = {"rollout_id": rollout_id, "attempt_id": attempt_id}
+            scope = {**scope, "path": path, "raw_path": found[3].encode("latin-1"), _URL_IDS: ids}
+        await self._app(scope, receive, send)
+
+
+def url_ids(scope: Scope) -> Mapping[str, str]:
+    """The `rollout_id` and `attempt_id` in the URL of a request, if it has them."""
+    return scope.get(_URL_IDS, {})
+
+
 class CallerLookup:
     """Identifies callers. Rollouts found in `store` are remembered: their mode, group and seed never change."""
 
@@ -111,7 +137,7 @@ class CallerLookup:
         self._known: OrderedDict[str, Rollout] = OrderedDict()
 
     async def identify(self, request: Request) -> Caller:
-        caller = Caller.read(request.headers, request.path_params)
+        caller = Caller.read(request.headers, url_ids(request.scope))
         if caller.rollout_id is None or caller.mode == "prod":
             return caller.with_defaults(None)
         return caller.with_defaults(await self._rollout(caller.rollout_id))

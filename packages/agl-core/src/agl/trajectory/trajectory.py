@@ -1,6 +1,5 @@
 """Builds a trajectory from the spans of a rollout: training rows, and a reason for each call that is in none."""
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -57,7 +56,7 @@ def build_trajectory(spans: Iterable[Span]) -> Trajectory:
     tree = SpanTree(in_one_clock([span for span in spans if span.name != semconv.SPAN_TRAINED]))
     joined = join_calls(tree)
     rollout_id = _only_rollout(tree.spans)
-    attempt_id = _last_attempt(tree.spans)
+    attempt_id = _last_attempt(tree.spans, rollout_id)
     current = _of_attempt(tree.spans, joined, attempt_id)
     rewards = {id(span): reward for span in tree.spans if (reward := read_reward(span))}
     targets = by_target(rewards.values())
@@ -87,11 +86,16 @@ def _only_rollout(spans: Sequence[Span]) -> str:
     return named[0] if named else spans[0].trace_id
 
 
-def _last_attempt(spans: Sequence[Span]) -> str | None:
-    """The attempt with the largest number at the end of its id (`<rollout>-a2`); of equals, the last to start."""
+def _last_attempt(spans: Sequence[Span], rollout_id: str) -> str | None:
+    """The last attempt to start; by number, where a store numbered all of them (`<rollout_id>-a2`).
+
+    Other ids have no order in them, whatever digits they contain.
+    """
     found = dict.fromkeys(name for span in spans if (name := span.attempt_id))
-    # max takes the first of equals, and the later attempt is wanted.
-    return max(reversed(found), key=_attempt_number, default=None)
+    numbers = {name: name.removeprefix(f"{rollout_id}-a") for name in found}
+    if all(name != number and number.isdecimal() for name, number in numbers.items()):
+        return max(found, key=lambda name: int(numbers[name]), default=None)
+    return [*found][-1]
 
 
 def _of_attempt(spans: Sequence[Span], joined: Sequence[CallSpans], attempt_id: str | None) -> list[Span]:
@@ -111,11 +115,6 @@ def _of_attempt(spans: Sequence[Span], joined: Sequence[CallSpans], attempt_id: 
         if (named := span.attempt_id) == attempt_id
         or (named is None and attempt_id in attempts_of_trace.get(span.trace_id, {attempt_id}))
     ]
-
-
-def _attempt_number(attempt_id: str) -> int:
-    number = re.search(r"-a(\d+)$", attempt_id)
-    return int(number[1]) if number else 0
 
 
 def _first_text(spans: Iterable[Span], name: str) -> str | None:
