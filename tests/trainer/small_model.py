@@ -19,6 +19,8 @@ OPTIONS = {
     "mistral": {"sliding_window": 12},
     "gemma2": {"sliding_window": 12, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
     "gemma3_text": {"sliding_window": 12},
+    "phi3": {"pad_token_id": 0},
+    "smollm3": {"pad_token_id": 0},
 }
 """Of families that are more than Llama: windows shorter than rows, caps low enough to matter."""
 ROLES = {"writer": RoleConfig(lora_r=4, lora_alpha=8), "fixer": RoleConfig(lora_r=2, lora_alpha=4)}

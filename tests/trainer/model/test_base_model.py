@@ -4,16 +4,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+)
 
 from agl.config import Config
 from agl.errors import ConfigError
 from agl_trainer.data.chat import ChatTemplate
 from agl_trainer.loop.policy_setup import open_policy
-from agl_trainer.model.base_model import check_sampled, check_trainable
+from agl_trainer.model.base_model import check_lengths, check_sampled, check_trainable
 from agl_trainer.model.policy import Policy
 from agl_trainer.model.tiny import build_tiny_model
-from tests.trainer.small_model import small_model
+from tests.trainer.small_model import small_model, small_policy
 
 
 def test_a_sliding_window_shorter_than_the_context_is_rejected() -> None:
@@ -68,6 +76,26 @@ def test_a_model_that_transformers_cannot_load_is_named(tmp_path: Path) -> None:
     train = {"model": str(tmp_path), "output_dir": str(tmp_path)}
     with pytest.raises(ConfigError, match=r"train\.model .*: transformers cannot load"):
         open_policy(Config.parse({"agent_roles": {"solver": {}}, "train": train}))
+
+
+def test_frequencies_that_depend_on_the_length_are_refused_beyond_the_original_context() -> None:
+    dynamic = LlamaConfig(max_position_embeddings=32, rope_parameters={"rope_type": "dynamic", "factor": 4.0})
+    check_lengths(dynamic, 32)
+    with pytest.raises(ConfigError, match=r"llama model with rope_type=dynamic.*max_model_len to at most 32"):
+        check_lengths(dynamic, 33)
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 4096}
+    small = {"hidden_size": 64, "num_attention_heads": 4}
+    long = Phi3Config(rope_parameters={"rope_type": "longrope", **factors}, max_position_embeddings=131072, **small)
+    check_lengths(long, 2048)
+    with pytest.raises(ConfigError, match=r"phi3 model with rope_type=longrope.*at most 4096"):
+        check_lengths(long, 8192)
+    check_lengths(Gemma2Config(), 100_000)
+
+
+def test_a_model_that_peft_cannot_adapt_is_refused_with_its_reason() -> None:
+    mamba = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1))
+    with pytest.raises(ConfigError, match=r"mamba model; name other layers in lora_target_modules.*out_proj"):
+        small_policy(mamba.requires_grad_(False), packs=False)
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -10,7 +10,13 @@ from transformers.utils.logging import disable_progress_bar
 from agl.config import Config, TrainConfig
 from agl.errors import ConfigError
 from agl_trainer.compute.devices import device_count
-from agl_trainer.model.base_model import check_sampled, check_trainable, load_model, use_bfloat16_products
+from agl_trainer.model.base_model import (
+    check_lengths,
+    check_sampled,
+    check_trainable,
+    load_model,
+    use_bfloat16_products,
+)
 from agl_trainer.model.model_folder import TINY, model_folder
 from agl_trainer.model.packing_probe import supports_packing
 from agl_trainer.model.policy import Policy
@@ -30,6 +36,7 @@ def open_policy(config: Config, *, samples: bool = False) -> Policy:
         raise ConfigError(f"train.model {train.model!r}: transformers cannot load {folder}: {error}") from error
     _set_chat_template(tokenizer, train)
     check_trainable(model)
+    check_lengths(model.config, config.engine.max_model_len)
     packs = supports_packing(model)
     if samples:
         check_sampled(model.config, config.engine.max_model_len, packs=packs)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _UNTRAINABLE = ("logit_scale", "logits_scaling")
 """Keys of a model's configuration that the trainer does not implement."""
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
+"""Kinds of rotary embeddings whose frequencies change once a sequence is longer than the original context."""
 _UNSAMPLED = ("attn_logit_softcapping", "final_logit_softcapping")
 """Keys of a model's configuration that the in-process engine does not implement."""
 
@@ -38,6 +40,19 @@ def check_sampled(config: "PretrainedConfig", longest: int, *, packs: bool) -> N
     if used:
         advice = "the in-process engine cannot sample from it: set `engine: {kind: vllm}`, or choose another model"
         raise _unsupported(config, used, advice)
+
+
+def check_lengths(config: "PretrainedConfig", longest: int) -> None:
+    """Raises ConfigError if the rotary frequencies of a token depend on tokens after it, within `longest` tokens.
+
+    Engine and trainer compute tokens in passes of different lengths, and would disagree.
+    """
+    given = getattr(config, "rope_parameters", None) or {}
+    for rope in (given, *(value for value in given.values() if isinstance(value, dict))):
+        limit = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", longest)
+        if rope.get("rope_type") in _LENGTH_DEPENDENT and longest > limit:
+            advice = f"set engine.max_model_len to at most {limit}, or choose another model"
+            raise _unsupported(config, {"rope_type": rope["rope_type"], "engine.max_model_len": longest}, advice)
 
 
 def _used(config: "PretrainedConfig", names: tuple[str, ...]) -> dict[str, object]:

@@ -239,10 +239,16 @@ def _with_adapters(model: PreTrainedModel, roles: Mapping[str, RoleConfig], seed
         # PEFT reads an attribute that transformers has renamed; the user cannot do anything about it.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         torch.manual_seed(derive(seed, "adapter", first))
-        peft = get_peft_model(model, config, adapter_name=first)
-        for role, other in others:
-            torch.manual_seed(derive(seed, "adapter", role))
-            peft.add_adapter(role, other)
+        try:
+            peft = get_peft_model(model, config, adapter_name=first)
+            for role, other in others:
+                torch.manual_seed(derive(seed, "adapter", role))
+                peft.add_adapter(role, other)
+        except ValueError as error:
+            raise ConfigError(
+                f"train.model: PEFT cannot add these adapters to a {model.config.model_type} model; name other layers "
+                f"in lora_target_modules of the roles, or choose another model: {error}"
+            ) from error
     for name, parameter in peft.named_parameters():
         parameter.requires_grad_("lora_" in name)
     return peft.eval()  # type: ignore[return-value]  # get_peft_model's annotation is wider than what it returns

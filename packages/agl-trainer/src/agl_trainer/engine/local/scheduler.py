@@ -305,4 +305,5 @@ def _kv_shape(policy: Policy) -> KvShape:
     config = policy.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     weight = policy.output_weight
-    return KvShape(config.num_hidden_layers, config.num_key_value_heads, head_dim, weight.dtype, weight.device)
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return KvShape(config.num_hidden_layers, kv_heads, head_dim, weight.dtype, weight.device)
