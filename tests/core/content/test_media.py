@@ -48,7 +48,10 @@ def test_other_texts_stay(value: str) -> None:
 
 
 def test_the_bytes_are_stored_once_for_each_rollout() -> None:
-    found = [referenced({"a": URL, "b": URL}, rollout, MAX_BYTES) for rollout in ("once-1", "once-1", "once-2")]
+    found = [
+        referenced({"a": URL, "b": URL}, lambda rollout=rollout: rollout, MAX_BYTES)
+        for rollout in ("once-1", "once-1", "once-2")
+    ]
 
     assert [attributes for attributes, _ in found] == [{"a": REFERENCE, "b": REFERENCE}] * 3
     assert [media for _, media in found] == [{semconv.MEDIA + DIGEST: PICTURE}, {}, {semconv.MEDIA + DIGEST: PICTURE}]

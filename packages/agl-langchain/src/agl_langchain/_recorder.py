@@ -114,7 +114,7 @@ class RunRecorder:
         if call_id:
             attributes[semconv.GEN_AI_TOOL_CALL_ID] = call_id
         actor = _actor_above(start) or Actor.of_metadata(start.metadata, self._roles)
-        self._open(start, name, attributes, actor=actor._replace(is_in_tool=True), content=arguments)
+        self._open(start, name, attributes, actor=actor.in_tool(), content=arguments)
 
     def open_retrieval(self, start: RunStart, query: Describe) -> None:
         attributes: Attributes = {semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_RETRIEVAL}

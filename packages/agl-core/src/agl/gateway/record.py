@@ -108,7 +108,7 @@ class CallRecord:
         trace_id = self.caller.trace_id or f"{random.getrandbits(128):032x}"
         shared: Mapping[str, AttributeValue] = self._attributes()
         if len(self.client_body) >= MIN_CHARACTERS:
-            shared, new = referenced(shared, shared.get(semconv.ROLLOUT_ID, trace_id), content_max_bytes)
+            shared, new = referenced(shared, lambda: self.caller.rollout_id or trace_id, content_max_bytes)
             self.media |= new
         choices = self.capture.choices()
         spans = [
