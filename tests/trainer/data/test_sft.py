@@ -146,7 +146,7 @@ def test_the_order_of_an_epoch_is_its_own_and_comes_again() -> None:
         (example() | {"completion": None}, "example 1: completion: Input should be a valid dictionary or instance of"),
         (
             example() | {"completion": {"role": "user", "content": "x"}},
-            "example 1: completion.role: Input should be 'assi",
+            "example 1: completion: its role is 'user', expected 'assistant'",
         ),
         (
             example() | {"completion": {"role": "assistant"}},

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import ValidationError, model_validator
 
@@ -22,10 +22,10 @@ Example = Mapping[str, Any]
 class _Answer(ChatMessage):
     """An assistant's message with something to learn."""
 
-    role: Literal["assistant"]
-
     @model_validator(mode="after")
     def _says_something(self) -> Self:
+        if self.role != "assistant":
+            raise ValueError(f"its role is {self.role!r}, expected 'assistant'")
         if self.content is None and not self.tool_calls:
             raise ValueError("the message has neither content nor tool_calls")
         return self

@@ -6,6 +6,7 @@ It is a function of the step, so that a resumed training needs no state of a sch
 import math
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from agl.config import TrainConfig
@@ -17,5 +18,6 @@ def learning_rate(train: TrainConfig, peak: float, step: int, steps: int) -> flo
     # Only its factors are used; that of `polynomial` depends on the optimizer's learning rate.
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.empty(0))], lr=peak)
     scheduler = get_scheduler(train.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    assert isinstance(scheduler, LambdaLR)
     (factor,) = scheduler.lr_lambdas
     return peak * factor(step)

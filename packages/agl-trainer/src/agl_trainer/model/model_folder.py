@@ -138,7 +138,8 @@ def _unpack_gguf(gguf: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(draft)
     # save_pretrained rejects a model loaded from GGUF, which it takes for quantized.
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+    output = model.get_output_embeddings()
+    if output is not None and output.weight is model.get_input_embeddings().weight:
         del weights["lm_head.weight"]
     save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
     config = json.loads(model.config.to_json_string())

@@ -69,7 +69,8 @@ class Policy:
         self._body = model.get_decoder()
         self.is_sharded = shards
         """Every pass needs all devices, see `sharding`."""
-        self._prepare_layers(recomputes=recomputes, compiles=compiles)
+        drops = any(config.lora_dropout for config in roles.values())
+        self._prepare_layers(recomputes=recomputes, compiles=compiles, drops=drops)
         self._can_be_fused = can_be_fused(self._body)
         self._fused: FusedDecoder | None = None
         output = model.get_output_embeddings()
@@ -79,13 +80,12 @@ class Policy:
         self._output = FrozenLinear(output)
         self.config = model.config
 
-    def _prepare_layers(self, *, recomputes: bool, compiles: bool) -> None:
+    def _prepare_layers(self, *, recomputes: bool, compiles: bool, drops: bool) -> None:
         if self.is_sharded:
             shard_layers(self._peft, self._body)
         if compiles:  # after sharding, which decides the device
             compile_layers(self._body)
         if recomputes:
-            drops = any(config.lora_dropout for config in self._peft.peft_config.values())
             recompute_layers(self._body, self._routing, drops=drops)
 
     @property
