@@ -33,7 +33,7 @@ lint:
 
 pytest:
 # Unpack the model first, so that no two workers unpack it at the same time.
-	$(BIN)/python -c "from agl_trainer.model.base_model import model_folder; model_folder('smollm2')"
+	$(BIN)/python -c "from agl_trainer.model.model_folder import model_folder; model_folder('smollm2')"
 	$(BIN)/pytest --numprocesses 2 --no-loadscope-reorder
 
 test-vllm: .venv/installed-dev
