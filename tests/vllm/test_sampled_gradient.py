@@ -15,7 +15,8 @@ from torch.nn.functional import one_hot
 
 from agl_trainer.data.truncation import Truncation, is_left_out
 from agl_trainer.engine.vllm.server import VllmServer
-from agl_trainer.model.base_model import load_model, model_folder
+from agl_trainer.model.base_model import load_model
+from agl_trainer.model.model_folder import model_folder
 from tests.trainer.engine.test_sampled_gradient import LARGEST_Z, deviation
 from tests.vllm.conftest import BASE
 
