@@ -153,7 +153,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _follow(code: str, desk: Desk) -> None:
-    for line in code.splitlines():
+    for line in code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if _RUN.match(line):
             desk.run("bash", "-c", line)

@@ -667,12 +667,13 @@ def test_a_function_that_returns_another_number_of_items_is_refused(
     trainer = Trainer(config)
     with trainer.open(samples=False):
         trainer.sft()
-    monkeypatch.setattr(toy_agent, "WORDS", toy_agent.WORDS[:6])
+    examples, tasks = toy_agent.examples, toy_agent.tasks
+    monkeypatch.setattr(toy_agent, "examples", lambda: examples()[:6])
     with trainer.open(samples=False), pytest.raises(TrainingError, match=r"number of items of sft\.examples 8 -> 6"):
         trainer.sft()
     Trainer(config_in(tmp_path, steps=1)).fit()
-    monkeypatch.setattr(toy_agent, "WORDS", toy_agent.WORDS[:5])
-    with pytest.raises(TrainingError, match=r"number of items of train\.tasks 6 -> 5"):
+    monkeypatch.setattr(toy_agent, "tasks", lambda: tasks()[:5])
+    with pytest.raises(TrainingError, match=r"number of items of train\.tasks 8 -> 5"):
         Trainer(config_in(tmp_path, steps=2)).fit()
     Trainer(config_in(tmp_path, steps=2), accept_changes=True).fit()
     assert len(metrics_of(tmp_path)) == 6

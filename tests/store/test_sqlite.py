@@ -107,7 +107,8 @@ def test_a_file_of_an_older_version_is_migrated(tmp_path: Path, version: int) ->
     make_old_file(tmp_path / "agl.db", version)
     with closing(open_store(f"sqlite:///{tmp_path}/agl.db")) as store:
         assert numbers(store.query_spans("r1")) == ([1, 2] if version == 1 else [1, 2, 3])
-        assert store.last_rollout_id() == "r1"
+        # Version 1 did not join the last span, which is then its trace's.
+        assert store.last_rollout_id() == (OLD_SPANS[-1][0] if version == 1 else "r1")
         assert store.append_spans([make_span(1, rollout="r1"), make_span(4, rollout="r1")]) == 1
         done, cancelled, queued = store.query_rollouts("g")
         assert (done.state, done.attempts, done.ended_ns) == (RolloutState.SUCCEEDED, 1, 7)

@@ -13,11 +13,10 @@ def test_adapters_of_their_own_reach_what_a_shared_one_cannot() -> None:
 
 
 def test_gamma_makes_a_planner_avoid_hand_offs() -> None:
-    """Both ways succeed as often; without a discount neither is better. The discount keeps its natural size, which luck
-    would drown within few steps: the hasty team always succeeds."""
-    patient, hasty = Team(separate(gamma=1.0), seed=0), Team(separate(gamma=0.5), seed=0, success=1.0)
+    """Both ways always succeed, so that the discount, which keeps its natural size, is not drowned by luck."""
+    patient, hasty = Team(separate(gamma=1.0), seed=0, success=1.0), Team(separate(gamma=0.5), seed=0, success=1.0)
     before = hasty.odd("planner")
     for team in (patient, hasty):
         team.train(routes, steps=15)
     assert hasty.odd("planner") < 0.6 * before
-    assert patient.odd("planner") > 0.75 * before
+    assert patient.odd("planner") == before
