@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
+from benchmarks.background import running_beside
+
 SETTINGS = {"3 ms": "300000", "10 µs": "1000"}
 """Time that an idle thread spins, as `GOMP_SPINCOUNT`."""
 SITUATIONS = {"quiet": 0, "busy": 2}
@@ -73,15 +75,10 @@ MEASURES = {"step": measure_step, "rollouts": measure_rollouts, "demo": measure_
 
 @contextmanager
 def _others(count: int) -> Iterator[None]:
-    processes = [subprocess.Popen([sys.executable, "-c", _OTHER]) for _ in range(count)]
-    if processes:
-        time.sleep(5)  # until they have loaded torch
-    try:
+    with running_beside([[sys.executable, "-c", _OTHER]] * count):
+        if count:
+            time.sleep(5)  # until they have loaded torch
         yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 def _seconds(name: str, spins: str) -> float:

@@ -33,6 +33,7 @@ from statistics import median
 from agl import semconv
 from agl.store import open_store
 from agl.tokens.packing import unpack_ids
+from benchmarks.background import running_beside
 from benchmarks.http_load import number
 from benchmarks.null_engine import prompt_ids, token_ids
 from tests.ports import free_port
@@ -80,13 +81,8 @@ def cores_awake() -> Iterator[None]:
     """Keep every core from sleeping with a process that runs only while the core is otherwise idle."""
     spin = "import os; os.sched_setaffinity(0, {%d}); os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))"
     commands = [[sys.executable, "-c", f"{spin % core}\nwhile True: pass"] for core in os.sched_getaffinity(0)]
-    processes = [subprocess.Popen(command) for command in commands]
-    try:
+    with running_beside(commands):
         yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 from agl import semconv
 from agl.span import Span
 from agl.trajectory import Call
+from agl.trajectory.attributes import read_object
 
 Message = dict[str, Any]
 
@@ -33,9 +34,8 @@ def read_conversation(call: Call, spans: Mapping[str, Span]) -> Conversation:
     own = [spans[name] for name in dict.fromkeys((call.span_id, call.chat_span_id or call.span_id)) if name in spans]
     request: dict[str, Any] = {}
     for span in own:
-        client, engine = (load(span.text(name)) for name in (semconv.GATEWAY_REQUEST, semconv.GATEWAY_CHANGED))
-        for body in (client, engine):  # A translated request has the messages of both APIs: the engine's are OpenAI's.
-            request |= body if isinstance(body, dict) else {}
+        # A translated request has the messages of both APIs: the engine's are OpenAI's.
+        request |= read_object(span, semconv.GATEWAY_REQUEST) | read_object(span, semconv.GATEWAY_CHANGED)
     answers = next((found for span in own if (found := _messages(span, semconv.GEN_AI_OUTPUT_MESSAGES))), [])
     return Conversation(
         _requested(request) or next((found for span in own if (found := _input(span))), []),
@@ -56,7 +56,7 @@ def text_of(message: Message) -> str:
     return "\n".join(lines)
 
 
-def load(text: str | None) -> Any:
+def _load(text: str | None) -> Any:
     """The JSON value of `text`; None if it is none."""
     try:
         return json.loads(text) if text else None
@@ -73,14 +73,14 @@ def _requested(body: Mapping[str, Any]) -> list[Message]:
 
 
 def _input(span: Span) -> list[Message]:
-    instructions = _dicts(load(span.text(semconv.GEN_AI_SYSTEM_INSTRUCTIONS)))
+    instructions = _dicts(_load(span.text(semconv.GEN_AI_SYSTEM_INSTRUCTIONS)))
     system = [_message("system", instructions)] if instructions else []
     return system + _messages(span, semconv.GEN_AI_INPUT_MESSAGES)
 
 
 def _messages(span: Span, name: str) -> list[Message]:
     """Messages of the GenAI conventions; of one with several tool results, a message for each."""
-    return [made for message in _dicts(load(span.text(name))) for made in _converted(message)]
+    return [made for message in _dicts(_load(span.text(name))) for made in _converted(message)]
 
 
 def _converted(message: Mapping[str, Any]) -> Iterator[Message]:
@@ -112,7 +112,7 @@ def _tool_call(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tools(span: Span) -> list[dict[str, Any]]:
-    return [*map(_tool, _dicts(load(span.text(semconv.GEN_AI_TOOL_DEFINITIONS))))]
+    return [*map(_tool, _dicts(_load(span.text(semconv.GEN_AI_TOOL_DEFINITIONS))))]
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class SamplingConfig(Section):
 
     def settings(self) -> dict[str, Any]:
         """The request fields that are not neutral."""
-        return {name: value for name, value in self.model_dump().items() if value != type(self)().model_dump()[name]}
+        return self.model_dump(exclude_defaults=True)
 
 
 Scheduler = Literal[

@@ -7,9 +7,10 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from agl import semconv
+from agl.content.redaction import map_texts
 
 Value = TypeVar("Value")
 
@@ -118,20 +119,11 @@ def _cut_texts(text: str, max_bytes: int) -> str:
     if not text.startswith(("{", "[", '"')):
         return _cut(text, max_bytes)
     try:
-        text = json.dumps(_each_cut(json.loads(text), max_bytes), ensure_ascii=False, separators=(",", ":"))
+        cut = map_texts(json.loads(text), lambda part: _cut(part, max_bytes))
+        text = json.dumps(cut, ensure_ascii=False, separators=(",", ":"))
     except (ValueError, RecursionError):
         return _cut(text, max_bytes)
     return text if len(text) <= MAX_TEXTS * max_bytes else json.dumps(_cut(text, max_bytes))
-
-
-def _each_cut(value: Any, max_bytes: int) -> Any:
-    if isinstance(value, str):
-        return _cut(value, max_bytes)
-    if isinstance(value, list):
-        return [_each_cut(item, max_bytes) for item in value]
-    if isinstance(value, dict):
-        return {key: _each_cut(item, max_bytes) for key, item in value.items()}
-    return value
 
 
 def _cut(text: str, max_bytes: int) -> str:

@@ -47,15 +47,19 @@ def _text(text: str, redact: Redact) -> str:
     return redacted
 
 
-def _leaves(value: Any, redact: Redact) -> Any:
-    """A JSON value with every string redacted except the keys of objects."""
+def map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with `change` applied to every string except the keys of objects."""
     if isinstance(value, str):
-        return _text(value, redact)
+        return change(value)
     if isinstance(value, list):
-        return [_leaves(item, redact) for item in value]
+        return [map_texts(item, change) for item in value]
     if isinstance(value, dict):
-        return {key: _leaves(item, redact) for key, item in value.items()}
+        return {key: map_texts(item, change) for key, item in value.items()}
     return value
+
+
+def _leaves(value: Any, redact: Redact) -> Any:
+    return map_texts(value, lambda text: _text(text, redact))
 
 
 def _parts(parts: Any, redact: Redact) -> Any:

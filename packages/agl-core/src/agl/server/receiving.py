@@ -57,16 +57,20 @@ class HttpProtocol(HttpToolsProtocol):
                 self._reject()
 
     def _parse(self, data: bytes) -> None:
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            if (method := self.parser.get_method()) == b"CONNECT":
-                raise httptools.HttpParserError("CONNECT") from upgrade
-            kept = [b"%b: %b\r\n" % header for header in self.headers if header[0] not in _OF_UPGRADES]
-            closes = b"" if self.parser.should_keep_alive() else b"connection: close\r\n"
-            head = b"%b %b HTTP/1.1\r\n%b%b\r\n" % (method, self.url, b"".join(kept), closes)
+        while data:
+            try:
+                return self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                data = self._without_upgrade() + data[upgrade.args[0] :]
             self.parser = httptools.HttpRequestParser(self)
-            self._parse(head + data[upgrade.args[0] :])
+
+    def _without_upgrade(self) -> bytes:
+        """The head of the request that the parser has read, without the upgrade that it asks for."""
+        if (method := self.parser.get_method()) == b"CONNECT":
+            raise httptools.HttpParserError("CONNECT")
+        kept = [b"%b: %b\r\n" % header for header in self.headers if header[0] not in _OF_UPGRADES]
+        closes = b"" if self.parser.should_keep_alive() else b"connection: close\r\n"
+        return b"%b %b HTTP/1.1\r\n%b%b\r\n" % (method, self.url, b"".join(kept), closes)
 
     def on_message_begin(self) -> None:
         self._in_head, self._head_bytes = True, 0

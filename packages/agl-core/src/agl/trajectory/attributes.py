@@ -141,15 +141,10 @@ def _names_of_kinds(span: Span) -> Iterator[str | None]:
 
 def _langchain_metadata(span: Span) -> dict[str, object]:
     """Metadata of the LangChain run: OpenInference writes it as JSON, OpenLLMetry as one attribute per key."""
-    metadata = span.text("metadata")
-    if metadata is None:
-        prefixed = (name for name in span.attributes if name.startswith(_TRACELOOP_METADATA))
-        return {name.removeprefix(_TRACELOOP_METADATA): span.attributes[name] for name in prefixed}
-    try:
-        data = json.loads(metadata)
-    except (ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
+    if span.text("metadata") is not None:
+        return read_object(span, "metadata")
+    prefixed = (name for name in span.attributes if name.startswith(_TRACELOOP_METADATA))
+    return {name.removeprefix(_TRACELOOP_METADATA): span.attributes[name] for name in prefixed}
 
 
 def _text(value: object) -> str | None:

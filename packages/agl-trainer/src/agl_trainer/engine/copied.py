@@ -11,12 +11,12 @@ from agl_trainer.model.policy import Policy
 class CopiedEngine:
     """`scheduler` samples from `copy`, a second policy with the same base model; adapters are copied from `policy`."""
 
+    logprobs_mode: LogprobsMode = "processed_logprobs"
+
     def __init__(self, policy: Policy, copy: Policy, scheduler: Scheduler) -> None:
         self._policy = policy
         self._copy = copy
         self._scheduler = scheduler
-
-    logprobs_mode: LogprobsMode = "processed_logprobs"
 
     @property
     def tokens_sampled(self) -> int:

@@ -19,14 +19,14 @@ def shows_cpu_share(progress: Progress, every_s: float = _EVERY_S) -> Iterator[N
     done = threading.Event()
 
     def watch() -> None:
-        before, shown = _times(), None
+        before, was_shown = _times(), False
         while not done.wait(every_s):
             now = _times()
             share = others_share(before, now)
-            shown, hidden = (share if share >= _SHOWN_FROM else None), shown is None
-            if shown is not None or not hidden:
-                progress.update(cpu_shared=shown)
-            before = now
+            is_shown = share >= _SHOWN_FROM
+            if is_shown or was_shown:
+                progress.update(cpu_shared=share if is_shown else None)
+            before, was_shown = now, is_shown
 
     thread = threading.Thread(target=watch, name="agl-cpu-share", daemon=True)
     thread.start()
