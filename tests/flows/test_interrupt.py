@@ -36,6 +36,9 @@ class Terminal:
         except OSError:  # the other end is closed
             pass
 
+    def has_ended(self) -> bool:
+        return not self._reader.is_alive()
+
     def press_ctrl_c(self) -> None:
         os.write(self._end, b"\x03")
 
@@ -56,7 +59,7 @@ def start_and_wait_for_rollouts(folder: Path, **train: Any) -> Terminal:
     with closing(open_store(config.store_uri)) as store:
         deadline = time.monotonic() + 120
         while store.count_rollouts()[RolloutState.RUNNING] < 32:
-            assert time.monotonic() < deadline, terminal.printed.decode()
+            assert time.monotonic() < deadline and not terminal.has_ended(), terminal.printed.decode()
             time.sleep(0.05)
     time.sleep(0.5)  # until the calls of the agents are being sampled
     return terminal
@@ -77,7 +80,7 @@ def test_a_training_that_is_stopped_says_so_in_one_line(tmp_path: Path, sends: s
     before = len(terminal.printed)
     terminal.press_ctrl_c() if sends != "SIGTERM" else os.kill(terminal.pid, signal.SIGTERM)
     if sends == "ctrl-c twice":
-        while b"at once" not in terminal.printed:
+        while b"at once" not in terminal.printed and not terminal.has_ended():
             time.sleep(0.01)
         terminal.press_ctrl_c()
     assert terminal.wait() == 130

@@ -4,7 +4,10 @@ import itertools
 import sqlite3
 import threading
 import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import pytest
 from agl.errors import InputError, StoreError
 from agl.store import AttemptState, Resource, Rollout, RolloutState, open_store
 from agl.store.span_row import SpanRow
+from agl.store.sql.database import write_many
 from agl.store.sqlite import maintenance, spans
 from agl.store.sqlite.database import SqliteDatabase
 from agl.store.sqlite.schema import MIGRATIONS
@@ -68,6 +72,34 @@ def test_values_that_sqlite_cannot_store_raise_input_error_and_affect_no_others(
                 store.put_resource(Resource("w", version, "u"))  # pyright: ignore[reportArgumentType] - on purpose
         store.put_resource(Resource("w", 1, "u"))
         assert store.get_resource("w") == Resource("w", 1, "u")
+
+
+def test_threads_that_write_the_same_statement_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """A cursor that left the writer's thread was freed in the caller's while the next change used its statement."""
+    table = ("CREATE TABLE pairs (a, b)",)
+    with closing(SqliteDatabase(f"{tmp_path}/pairs.db", (table,))) as database, ThreadPoolExecutor(4) as threads:
+        changes = [[(number, place) for place in range(8)] for number in range(1000)]
+        list(threads.map(partial(write_many, database, "INSERT INTO pairs VALUES (?, ?)"), changes))
+        assert database.read(lambda db: db.execute("SELECT count(*) FROM pairs").fetchone()) == (8_000,)
+
+
+@pytest.mark.parametrize("way", ["read", "write"])
+def test_no_cursor_outlives_its_transaction(tmp_path: Path, way: str) -> None:
+    table = ("CREATE TABLE numbers (a)", "INSERT INTO numbers VALUES (1), (2)")
+    query = "SELECT a FROM numbers"
+    with closing(SqliteDatabase(f"{tmp_path}/numbers.db", (table,))) as database:
+        run = getattr(database, way)
+        with pytest.raises(TypeError, match="return a list"):
+            run(lambda db: db.execute(query))
+        with pytest.raises(TypeError, match="return a list"):
+            run(lambda db: (a for (a,) in db.execute(query)))
+        with pytest.raises(ZeroDivisionError) as raised:
+            run(lambda db: [1 // (a - a) for (a,) in db.execute(query)])
+        frames = list(traceback.walk_tb(raised.value.__traceback__))
+        assert not [
+            value for frame, _ in frames for value in frame.f_locals.values() if isinstance(value, sqlite3.Cursor)
+        ]
+        assert run(lambda db: db.execute(query).fetchall()) == [(1,), (2,)]
 
 
 # --- Files of older versions -----------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ import logging, sys, time, warnings
 from agl.cli.interrupt import stops_in_order
 try:
     with stops_in_order("stopping"):
-        print("ready", flush=True)
         try:
+            print("ready", flush=True)
             time.sleep(60)
         finally:
             logging.error("a call was cut short")

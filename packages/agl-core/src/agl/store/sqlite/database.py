@@ -4,6 +4,7 @@ import queue
 import sqlite3
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -56,6 +57,9 @@ class SqliteConnection(sqlite3.Connection):
 
     def lock_name(self, name: str) -> None:
         pass
+
+    def executemany(self, sql: str, parameters: Iterable[Any], /) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().executemany(sql, parameters)
 
     def notify_end(self) -> None:
         pass
@@ -117,7 +121,7 @@ class SqliteDatabase:
         try:
             connection = self._take_reader()
             try:
-                return work(connection)
+                return _finished(work, connection)
             finally:
                 self._readers.append(connection)
         except sqlite3.Error as error:
@@ -217,13 +221,29 @@ class SqliteDatabase:
     def _transact(self, batch: list[_Job]) -> list[Any]:
         self._connection.execute("BEGIN IMMEDIATE")
         try:
-            results = [job.work(self._connection) for job in batch]
+            results = [_finished(job.work, self._connection) for job in batch]
             self._connection.execute("COMMIT")
         except BaseException:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise
         return results
+
+
+def _finished(work: Work[Result], connection: SqliteConnection) -> Result:
+    """Result of `work`, which leaves no cursor behind: the connection's next user may be another thread.
+
+    A cursor shares its prepared statement with later cursors of the same SQL. If the thread that got it as a result,
+    or in the traceback of an exception, frees it while another executes that SQL, SQLite reports misuse.
+    """
+    try:
+        result = work(connection)
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
+    if isinstance(result, Iterator):
+        raise TypeError(f"a result of {work} is read after the end of its transaction: return a list, not {result!r}")
+    return result
 
 
 def connect(path: str | Path) -> SqliteConnection:
