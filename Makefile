@@ -16,7 +16,7 @@ SERVERS := postgresql:initdb redis-server:redis-server nodejs:node npm:npm defau
 
 # Pythons for which build/gpu has wheels, and what agl imports that an environment with torch may lack.
 PYTHONS := 3.11 3.12 3.13
-LIGHT := pydantic orjson opentelemetry-sdk opentelemetry-exporter-otlp-proto-http
+LIGHT := pydantic orjson rich opentelemetry-sdk opentelemetry-exporter-otlp-proto-http
 
 .PHONY: demo test lint pytest test-vllm test-gpu gpu-folder servers
 

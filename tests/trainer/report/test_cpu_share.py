@@ -1,4 +1,4 @@
-"""The progress line shows when other programs use the CPUs."""
+"""The progress shows when other programs use the CPUs."""
 
 import io
 import os
@@ -10,7 +10,7 @@ import time
 import pytest
 
 from agl_trainer.report.cpu_share import others_share, shows_cpu_share
-from agl_trainer.report.progress import Progress, ProgressState
+from agl_trainer.report.progress import Progress
 
 
 def test_the_share_is_what_neither_this_program_nor_nobody_used() -> None:
@@ -18,7 +18,6 @@ def test_the_share_is_what_neither_this_program_nor_nobody_used() -> None:
     assert others_share((100.0, 50.0, 10.0), (120.0, 66.0, 14.0)) == pytest.approx(0.6)
     assert others_share((100.0, 50.0, 10.0), (120.0, 66.0, 30.0)) == 0.0
     assert others_share((100.0, 50.0, 10.0), (100.0, 50.0, 10.0)) == 0.0
-    assert ProgressState("grpo", 3, cpu_shared=0.6).line(None) == "grpo 3 · cpu shared: 60 %"
 
 
 def test_another_program_that_computes_is_shown() -> None:
@@ -33,7 +32,7 @@ def test_another_program_that_computes_is_shown() -> None:
     ]
     stream = io.StringIO()
     try:
-        with Progress(stream, every_s=0) as progress, shows_cpu_share(progress, every_s=0.5):
+        with Progress(stream, every_s=0) as shown, shown.phase("grpo"), shows_cpu_share(shown, every_s=0.5):
             deadline = time.monotonic() + 30
             while "cpu shared" not in stream.getvalue():
                 assert time.monotonic() < deadline

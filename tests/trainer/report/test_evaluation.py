@@ -1,6 +1,8 @@
 """Intervals against values known from theory, pairing by task, and the table that a user reads."""
 
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 
@@ -8,7 +10,15 @@ import numpy as np
 import pytest
 
 from agl.errors import TrainingError
-from agl_trainer.report.evaluation import EvalResult, TaskScore, comparison_table, mean_interval, paired_difference
+from agl_trainer.report.evaluation import (
+    Answers,
+    EvalResult,
+    TaskScore,
+    comparison_json,
+    comparison_table,
+    mean_interval,
+    paired_difference,
+)
 
 
 def result(label: str, rewards: list[float], **parts: list[float]) -> EvalResult:
@@ -73,7 +83,7 @@ def test_only_common_tasks_are_compared() -> None:
 
 
 def test_a_saved_result_loads_unchanged(tmp_path: Path) -> None:
-    saved = result("sft", [0.5, 1.0], syntax=[1.0, 1.0], goal=[0.0, 1.0])
+    saved = replace(result("sft", [0.5, 1.0], syntax=[1.0, 1.0], goal=[0.0, 1.0]), answers={"writer": Answers(2, 1)})
     saved.save(tmp_path / "eval" / "sft.json")
     assert EvalResult.load(tmp_path / "eval" / "sft.json") == saved
     assert [path.name for path in (tmp_path / "eval").iterdir()] == ["sft.json"]
@@ -89,17 +99,37 @@ def test_the_error_names_a_file_that_is_no_result(tmp_path: Path, text: str | No
 
 
 def test_the_table_shows_means_and_paired_differences() -> None:
+    """Columns that exceed 80 characters are in a table below."""
     base = result("base", [0.25] * 4, syntax=[0.5] * 4)
     sft = result("sft", [0.5] * 4, syntax=[1.0] * 4)
     rl = EvalResult("rl", {"q0": TaskScore(1.0, {"goal": 1.0}), "q1": TaskScore(1.0, {"goal": 1.0})})
-    assert comparison_table([base, sft, rl]).splitlines() == [
-        "        base           sft            rl                   sft - base               rl - sft",
-        "reward  0.250 ± 0.000  0.500 ± 0.000  1.000 ± 0.000 (n=2)  +0.250 [+0.250, +0.250]  "
-        "+0.500 [+0.500, +0.500] (n=2)",
-        "syntax  0.500 ± 0.000  1.000 ± 0.000  -                    +0.500 [+0.500, +0.500]  -",
-        "goal    -              -              1.000 ± 0.000 (n=2)  -                        -",
+    assert comparison_table([base, sft]).splitlines() == [
+        "        base           sft            sft - base",
+        "reward  0.250 ± 0.000  0.500 ± 0.000  +0.250 [+0.250, +0.250]",
+        "syntax  0.500 ± 0.000  1.000 ± 0.000  +0.500 [+0.500, +0.500]",
         "mean over 4 tasks, 95 % bootstrap intervals; differences paired by task",
     ]
+    assert comparison_table([base, sft, rl]).splitlines() == [
+        "        base           sft            rl",
+        "reward  0.250 ± 0.000  0.500 ± 0.000  1.000 ± 0.000 (n=2)",
+        "syntax  0.500 ± 0.000  1.000 ± 0.000  -",
+        "goal    -              -              1.000 ± 0.000 (n=2)",
+        "        sft - base               rl - sft",
+        "reward  +0.250 [+0.250, +0.250]  +0.500 [+0.500, +0.500] (n=2)",
+        "syntax  +0.500 [+0.500, +0.500]  -",
+        "goal    -                        -",
+        "mean over 4 tasks, 95 % bootstrap intervals; differences paired by task",
+    ]
+
+
+def test_the_table_shows_a_policy_that_answers_every_task_alike() -> None:
+    base = replace(result("base", [0.25] * 10), answers={"writer": Answers(10, 2)})
+    rl = replace(result("rl", [0.5] * 10), answers={"writer": Answers(10, 9), "fixer": Answers(3, 3)})
+    table = comparison_table([base, rl]).splitlines()
+    assert table[2:4] == ["same answer, writer  2 of 10        9 of 10", "same answer, fixer   -              3 of 3"]
+    assert table[-1] == "rl: 9 of 10 answers of writer are the same, whatever the task: its policy may have collapsed"
+    assert sum("collapsed" in line for line in table) == 1  # three answers are too few to say so
+    assert json.loads(comparison_json([rl]))["rl"]["answers"]["writer"] == {"count": 10, "commonest": 9}
 
 
 def test_the_table_shows_how_many_rollouts_failed() -> None:

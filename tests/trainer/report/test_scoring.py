@@ -7,8 +7,9 @@ import pytest
 from agl import semconv
 from agl.errors import ConfigError, TrainingError
 from agl.store import RolloutState
-from agl_trainer.report.evaluation import TaskScore
-from agl_trainer.report.scoring import Sampling, pass_at_k, rollout_score, task_score
+from agl_trainer.report.evaluation import Answers, TaskScore
+from agl_trainer.report.scoring import Sampling, commonest_answers, pass_at_k, rollout_score, task_score
+from agl_trainer.report.step_metrics import answer_metrics
 from agl_trainer.rollout.runner import Outcome
 from tests.core.span_maker import reward
 from tests.trainer.rollout_maker import call, trajectory
@@ -39,6 +40,17 @@ def test_rewards_of_roles_are_parts() -> None:
     by_function = rollout_score(outcome(0.5, goal=0.5), made)
     assert by_function == TaskScore(0.5, {"goal": 0.5, "writer": 0.25, "writer/form": 0.5})
     assert rollout_score(outcome(error="boom"), made) is None
+
+
+def test_the_commonest_answer_is_among_the_last_ones_of_each_rollout() -> None:
+    made = [
+        trajectory("r1", call("writer", [5, 6]), call("writer", [7]), call("fixer", [7])),
+        trajectory("r2", call("writer", [7])),
+        trajectory("r3", call("writer", [5, 6])),
+        trajectory("r4"),
+    ]
+    assert commonest_answers(made) == {"writer": Answers(3, 2), "fixer": Answers(1, 1)}
+    assert answer_metrics(made) == {"writer/same_answer": pytest.approx(2 / 3), "fixer/same_answer": 1.0}
 
 
 def test_a_rollout_without_a_reward_is_an_error() -> None:

@@ -4,6 +4,20 @@ import unicodedata
 from collections.abc import Sequence
 
 
+def stack(rows: Sequence[Sequence[str]], width: int = 80) -> list[str]:
+    """`align`, with columns that exceed `width` in further tables below, each with the first column.
+
+    A row that is empty in a table is left out of it.
+    """
+    labels, *columns = zip(*rows, strict=True)
+    tables = [[labels]]
+    for column in columns:
+        if len(tables[-1]) > 1 and max(map(_width, align(list(zip(*tables[-1], column, strict=True))))) > width:
+            tables.append([labels])
+        tables[-1].append(column)
+    return [line for table in tables for line in align([row for row in zip(*table, strict=True) if any(row[1:])])]
+
+
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
     """One line per row. Columns are as wide as their widest cell, and two spaces apart."""
     widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]

@@ -136,6 +136,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     demand_for("train", demo.config)
     demand_for("sft", demo.config)
     with stops_in_order(_STOPPING):
+        _trainer_class()
         results = demo.run()
     print(comparison_json(results) if arguments.json else demo.report(results))
     return 0
@@ -144,10 +145,16 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _trainer(command: str, arguments: argparse.Namespace) -> Any:
     config = Config.load(arguments.config)
     demand_for(command, config)
-    # Imported after the checks, because it loads torch.
-    from agl_trainer.loop.trainer import Trainer
+    return _trainer_class()(config, accept_changes=arguments.accept_changes)
 
-    return Trainer(config, accept_changes=arguments.accept_changes)
+
+def _trainer_class() -> Any:
+    """Imported only after the checks, because it loads torch, which takes seconds."""
+    from agl_trainer.report.progress import Progress
+
+    with Progress() as progress, progress.phase("loading PyTorch"):
+        from agl_trainer.loop.trainer import Trainer
+    return Trainer
 
 
 def _run_distributed(trainer: Any, lead: Callable[[], None]) -> int:

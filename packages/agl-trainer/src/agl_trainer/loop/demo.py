@@ -17,6 +17,8 @@ from agl_trainer.report.evaluation import EvalResult, comparison_table
 if TYPE_CHECKING:
     from agl_trainer.loop.trainer import Trainer
 
+_CURVE = "mean reward of the rollouts of each GRPO step, smoothed over 5 steps"
+
 
 @dataclass(frozen=True, slots=True)
 class Demo:
@@ -58,12 +60,15 @@ class Demo:
     def report(self, results: Sequence[EvalResult]) -> str:
         """Table, reward curve, and further commands; also saves the curve as PNG if matplotlib is installed."""
         with opened_store(self.config.store_uri) as store:
-            points = store.query_metrics(run_of(self.folder)).get("reward/mean", [])
+            metrics = store.query_metrics(run_of(self.folder))
+        # A run counts on from its supervised steps.
+        before = min((step for step, _ in metrics.get("learning_rate", [])), default=1) - 1
+        points = [(step - before, value) for step, value in metrics.get("reward/mean", [])]
         curve = self.folder / "reward.png"
         levels = {f"{result.label}, held out": sum(result.scores().values()) / len(result.tasks) for result in results}
         with suppress(ConfigError):
-            save_curve(curve, {"training reward": points}, title="Reward of each GRPO step", levels=levels)
-        lines = [comparison_table(results), "", "reward of each GRPO step", terminal_curve(points), ""]
+            save_curve(curve, {"training reward": points}, title=_CURVE, levels=levels)
+        lines = [comparison_table(results), "", _CURVE, terminal_curve(points), ""]
         if curve.exists():
             lines.append(f"curve     {curve}")
         lines += [

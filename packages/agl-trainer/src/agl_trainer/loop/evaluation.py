@@ -4,12 +4,12 @@ from pathlib import Path
 
 from agl.errors import ConfigError, TrainingError
 from agl.seeds import derive
-from agl.trajectory import build_trajectory
+from agl.trajectory import Trajectory, build_trajectory
 from agl_trainer.loop.checkpoint import checkpoint_folder, keep_only, load_checkpoint, save_checkpoint
 from agl_trainer.loop.state import Best, next_best
 from agl_trainer.loop.training import Training
-from agl_trainer.report.evaluation import EvalResult, TaskScore
-from agl_trainer.report.scoring import Sampling, rollout_score, task_score
+from agl_trainer.report.evaluation import EvalResult
+from agl_trainer.report.scoring import Sampling, commonest_answers, rollout_score, task_score
 from agl_trainer.rollout.runner import Outcome
 from agl_trainer.rollout.task_list import load_list, task_ids
 
@@ -35,23 +35,32 @@ def evaluate(training: Training, label: str, sampling: Sampling | None = None) -
         for index, task in enumerate(tasks)
         for sample in range(sampling.samples)
     ]
-    training.progress.start(f"evaluating {label}", steps=len(wanted))
-    rollouts.make_live()
-    outcomes = rollouts.run(wanted, counts_steps=True)[: len(wanted)]
-    scores = [_score(training, outcome) for outcome in outcomes]
-    parts = list(dict.fromkeys(part for score in scores if score for part in score.parts))
-    size = sampling.samples
-    by_task = {
-        name: task_score(scores[index * size : (index + 1) * size], parts, sampling) for index, name in enumerate(names)
-    }
-    return EvalResult(label, by_task)
+    with training.progress.phase(f"evaluating {label}", steps=len(wanted)):
+        rollouts.make_live()
+        outcomes = rollouts.run(wanted, counts_steps=True)[: len(wanted)]
+        trajectories = [_trajectory(training, outcome) for outcome in outcomes]
+        scores = [rollout_score(*read) for read in zip(outcomes, trajectories, strict=True)]
+        parts = list(dict.fromkeys(part for score in scores if score for part in score.parts))
+        size = sampling.samples
+        result = EvalResult(
+            label,
+            {
+                name: task_score(scores[index * size : (index + 1) * size], parts, sampling)
+                for index, name in enumerate(names)
+            },
+            commonest_answers(filter(None, trajectories)),
+        )
+        training.progress.update(reward=result.mean())
+    return result
 
 
 def evaluate_step(training: Training) -> EvalResult:
-    """Evaluate the current step, save the result, and keep the adapters if it is the best one so far."""
+    """Evaluate after this step of the phase, save the result, and keep the adapters if it is the best one so far."""
     state = training.state
-    result = evaluate(training, f"step-{state.step:05d}")
+    result = evaluate(training, f"step-{state.phase_step:05d}")
     result.save(training.folder / "eval" / f"{result.label}.json")
+    for line in result.doubts():
+        training.progress.note(line)
     training.forget_prompts()
     state.best = next_best(state.best, state.step, result.mean())
     if state.best.waited == 0:
@@ -82,6 +91,6 @@ def _best_folder(training: Training) -> Path:
     return training.folder / "best"
 
 
-def _score(training: Training, outcome: Outcome) -> TaskScore | None:
+def _trajectory(training: Training, outcome: Outcome) -> Trajectory | None:
     spans = training.store.query_spans(outcome.rollout_id)
-    return rollout_score(outcome, build_trajectory(spans) if spans else None)
+    return build_trajectory(spans) if spans else None

@@ -23,7 +23,7 @@ from agl_trainer.loop.schedule import learning_rate
 from agl_trainer.loop.state import GRPO
 from agl_trainer.loop.step_rollouts import StepRollouts, draw_rollouts
 from agl_trainer.loop.training import Training
-from agl_trainer.report.step_metrics import Stopwatch, batch_metrics, reward_metrics, update_metrics
+from agl_trainer.report.step_metrics import Stopwatch, answer_metrics, batch_metrics, reward_metrics, update_metrics
 from agl_trainer.rollout.judge import Judge
 from agl_trainer.rollout.judged_source import JudgedSource
 from agl_trainer.rollout.sources import AgentSource, AsyncAgentSource, RolloutSource, StoreSource, TaskStream
@@ -53,15 +53,18 @@ def run_grpo(training: Training, *, from_store: bool = False) -> None:
     done = training.state.phase_step
     if done >= train.steps:
         training.progress.note(f"{train.algorithm}: all {train.steps} steps are done; more need a higher train.steps")
-    with _open_source(training, from_store=from_store) as source:
+    with (
+        _open_source(training, from_store=from_store) as source,
+        training.progress.phase(train.algorithm, step=done, steps=train.steps),
+    ):
         if train.eval_every and done == 0:
             evaluate_step(training)
-        training.progress.start(train.algorithm, step=done, steps=train.steps)
         for step in range(done, train.steps):
             best = training.state.best
             if train.early_stop and best and best.waited >= train.early_stop:
+                number = best.step - training.state.step + step
                 training.progress.note(
-                    f"train.early_stop: no better evaluation than that of step {best.step} in the last {best.waited}"
+                    f"train.early_stop: no better evaluation than that of step {number} in the last {best.waited}"
                 )
                 break
             _GrpoStep(training, step, options).run(source)
@@ -93,6 +96,7 @@ class _GrpoStep:
         outcomes = rollouts.batch.outcomes
         training.call_log.record(state.step, outcomes, rollouts.unfinished)
         metrics = rollouts.metrics() | reward_metrics(rollouts.trajectories) | call_metrics(outcomes)
+        metrics |= answer_metrics(rollouts.trajectories)
         metrics["rollouts/without_reward"] = float(warn_of_missing_rewards(outcomes))
         metrics |= batch_metrics(rollouts.batch, roles) | update_metrics(stats, clock.laps["update"])
         metrics["learning_rate"] = rate
@@ -144,7 +148,7 @@ class _GrpoStep:
             result = evaluate_step(training)
             metrics["eval/reward/mean"] = result.mean()
             metrics |= {f"eval/reward/{part}": result.mean(part) for part in result.parts}
-            training.progress.start(train.algorithm, step=self.number, steps=train.steps)
+            metrics |= {f"eval/{role}/same_answer": answers.share for role, answers in result.answers.items()}
             clock.lap("eval")
         training.log(metrics | clock.metrics())
         # Last: a step that is killed before this is repeated, and logs its metrics again.

@@ -27,7 +27,7 @@ from agl_trainer.rollout.task_list import load_list
 def open_policy(config: Config, *, samples: bool = False) -> Policy:
     """The base model with fresh adapters. Raises ConfigError if it cannot be trained or, with `samples`, sampled."""
     train = config.require_train()
-    disable_progress_bar()  # it would disturb the progress line of the training
+    disable_progress_bar()  # it would disturb the progress of the training
     shards = is_sharded(train) and not samples
     folder = base_folder(config)
     try:

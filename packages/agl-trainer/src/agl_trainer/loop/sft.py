@@ -63,15 +63,16 @@ class SftPhase:
         done = sum(end <= training.state.position for end in ends)
         if done == len(plan):
             training.progress.note(f"sft: all {config.epochs} epochs are done; more need a higher sft.epochs")
-        training.progress.start(SFT, step=done, steps=len(plan))
-        for number, batch in enumerate(plan[done:], start=done + 1):
-            started = time.monotonic()
-            rate = learning_rate(training.train, config.learning_rate, number - 1, len(plan))
-            stats = self._step(batch, dropped if number == 1 else [], rate)
-            # Once per epoch: a checkpoint takes as long as a step, and an epoch is soon repeated.
-            if number % (len(plan) // config.epochs) == 0:
-                training.save()
-            training.progress.update(step=number, tokens_per_s=stats.distinct_tokens / (time.monotonic() - started))
+        with training.progress.phase(SFT, step=done, steps=len(plan)):
+            for number, batch in enumerate(plan[done:], start=done + 1):
+                started = time.monotonic()
+                rate = learning_rate(training.train, config.learning_rate, number - 1, len(plan))
+                stats = self._step(batch, dropped if number == 1 else [], rate)
+                # Once per epoch: a checkpoint takes as long as a step, and an epoch is soon repeated.
+                if number % (len(plan) // config.epochs) == 0:
+                    training.save()
+                speed = stats.distinct_tokens / (time.monotonic() - started)
+                training.progress.update(step=number, loss=stats.metrics["loss"], tokens_per_s=speed)
         training.publish()
 
     def _examples(self) -> tuple[list[SftExample], list[CallOutcome]]:

@@ -1,7 +1,7 @@
 """The trainer of a configuration: opens a training, and runs its phases."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Self
 
@@ -55,11 +55,13 @@ class Trainer:
         opened = open_session(self.config) if samples else open_store_session(self.config)
         with (
             locked(self.folder) if trains else nullcontext(),
-            opened as session,
             Progress() as progress,
             shows_cpu_share(progress),
+            ExitStack() as stack,
         ):
-            warn_if_workers_spin()
+            with progress.phase(f"loading {self.train.model}"):
+                session = stack.enter_context(opened)
+                warn_if_workers_spin()
             training = Training(self.config, session, progress, accepts_changes=self._accepts_changes, trains=trains)
             if resumes:
                 training.resume()

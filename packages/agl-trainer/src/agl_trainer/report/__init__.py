@@ -1,1 +1,1 @@
-"""Metrics, the progress line, and evaluation results."""
+"""Metrics, progress, and evaluation results."""

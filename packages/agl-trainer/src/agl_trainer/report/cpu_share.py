@@ -1,4 +1,4 @@
-"""The share of the CPUs that other programs use, for the progress line: a training beside them takes longer."""
+"""The share of the CPUs that other programs use, shown with the progress: a training beside them takes longer."""
 
 import os
 import threading
@@ -15,7 +15,7 @@ _EVERY_S = 10.0
 
 @contextmanager
 def shows_cpu_share(progress: Progress, every_s: float = _EVERY_S) -> Iterator[None]:
-    """Keep `cpu_shared` of the progress line up to date in the block; None below a fifth."""
+    """Keep the share that `progress` shows up to date in the block; it shows none below a fifth."""
     done = threading.Event()
 
     def watch() -> None:
@@ -25,7 +25,7 @@ def shows_cpu_share(progress: Progress, every_s: float = _EVERY_S) -> Iterator[N
             share = others_share(before, now)
             is_shown = share >= _SHOWN_FROM
             if is_shown or was_shown:
-                progress.update(cpu_shared=share if is_shown else None)
+                progress.show_cpu_share(share if is_shown else None)
             before, was_shown = now, is_shown
 
     thread = threading.Thread(target=watch, name="agl-cpu-share", daemon=True)

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from agl.cli.terminal import align
+from agl.cli.terminal import stack
 from agl.errors import TrainingError
 
 RESAMPLES = 10_000
+_MANY_ANSWERS, _COLLAPSED_FROM = 8, 0.9
+"""Number of answers, and share of the commonest of them, from which a line says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +51,30 @@ class TaskScore:
 
 
 @dataclass(frozen=True, slots=True)
+class Answers:
+    """How uniform a role's last answers in its rollouts are."""
+
+    count: int
+    commonest: int
+    """How many of them are the commonest one, token for token."""
+
+    @property
+    def share(self) -> float:
+        """Share of the commonest answer; 1 if all are the same."""
+        return self.commonest / self.count
+
+    def __str__(self) -> str:
+        return f"{self.commonest} of {self.count}"
+
+
+@dataclass(frozen=True, slots=True)
 class EvalResult:
     """Scores of one policy (`base`, `sft`, `grpo`) on the held-out tasks, by task id."""
 
     label: str
     tasks: Mapping[str, TaskScore]
+    answers: Mapping[str, Answers] = field(default_factory=dict)
+    """By role."""
 
     @property
     def parts(self) -> list[str]:
@@ -76,6 +97,15 @@ class EvalResult:
         values = list(self.scores(part).values())
         return sum(values) / len(values)
 
+    def doubts(self) -> list[str]:
+        """Lines about failed rollouts, and about roles that give nearly all tasks the same answer."""
+        failed = f"{self.label}: {self.failed} rollouts failed and count 0; the log has the error of each"
+        return ([failed] if self.failed else []) + [
+            f"{self.label}: {answers} answers of {role} are the same, whatever the task: its policy may have collapsed"
+            for role, answers in self.answers.items()
+            if answers.count >= _MANY_ANSWERS and answers.share >= _COLLAPSED_FROM
+        ]
+
     def save(self, path: Path) -> None:
         """Write a JSON file for `load`."""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +118,8 @@ class EvalResult:
         """Read a file of `save`. Raises TrainingError if it does not exist or is not an evaluation result."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            return cls(data["label"], {task: TaskScore(**score) for task, score in data["tasks"].items()})
+            answers = {role: Answers(**counts) for role, counts in data["answers"].items()}
+            return cls(data["label"], {task: TaskScore(**score) for task, score in data["tasks"].items()}, answers)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TrainingError(f"{path} is not an evaluation result of `agl eval`: {error!r}") from error
 
@@ -119,19 +150,18 @@ def paired_difference(before: Mapping[str, float], after: Mapping[str, float], *
 def comparison_table(results: Sequence[EvalResult]) -> str:
     """Table of text: rows are the reward and its parts, columns the results and the differences of successive results.
 
-    A cell computed over fewer tasks than the largest result shows their number.
+    A cell computed over fewer tasks than the largest result shows their number. The last rows have the commonest answer
+    of each role.
     """
     total = max(len(result.tasks) for result in results)
     parts = list(dict.fromkeys(part for result in results for part in result.parts))
     header = ["", *(result.label for result in results), *(f"{b.label} - {a.label}" for a, b in pairwise(results))]
     rows = [[part or "reward", *_cells(results, part, total)] for part in (None, *parts)]
-    failures = [
-        f"\n{result.label}: {result.failed} rollouts failed and count 0; the log has the error of each"
-        for result in results
-        if result.failed
-    ]
+    for role in dict.fromkeys(role for result in results for role in result.answers):
+        cells = [str(result.answers.get(role, "-")) for result in results]
+        rows.append([f"same answer, {role}", *cells, *[""] * (len(results) - 1)])
     conditions = f"mean over {total} tasks, 95 % bootstrap intervals; differences paired by task"
-    return "\n".join([*align([header, *rows]), conditions]) + "".join(failures)
+    return "\n".join([*stack([header, *rows]), conditions, *(line for result in results for line in result.doubts())])
 
 
 def comparison_json(results: Sequence[EvalResult]) -> str:
@@ -140,6 +170,7 @@ def comparison_json(results: Sequence[EvalResult]) -> str:
     for result in results:
         means = {part: result.mean(part) for part in result.parts}
         report[result.label] = {"reward": result.mean(), "tasks": len(result.tasks), "failed": result.failed} | means
+        report[result.label]["answers"] = {role: asdict(answers) for role, answers in result.answers.items()}
     for before, after in pairwise(results):
         parts = [None, *(part for part in after.parts if before.scores(part).keys() & after.scores(part).keys())]
         report[f"{after.label} - {before.label}"] = {

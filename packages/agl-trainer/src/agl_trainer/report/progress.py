@@ -1,103 +1,203 @@
-"""The progress line: phase, step, reward, speed, time left, and the rollouts that are waited for."""
+"""Progress on the user's terminal: a bar for the phase in progress, and a line for each finished one."""
 
 import contextlib
-import os
+import logging
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from time import monotonic
-from typing import Any, Self, TextIO
+from typing import Any, Self, TextIO, cast
 
-_CLEAR = "\r\x1b[K"
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Column, Table
+from rich.text import Text
+
+_BAR_FROM_COLUMNS = 60
+"""Width of a terminal from which the bar is shown. It takes an eighth of the width."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProgressState:
-    """Fields of the line; None is omitted."""
+    """A phase in progress; None is omitted."""
 
     phase: str
+    began: float
+    """Time of the clock `monotonic`, as the next one."""
+    step_began: float
+    first_step: int = 0
+    """Steps that were done as the phase began."""
     step: int = 0
     steps: int | None = None
+    loss: float | None = None
     reward: float | None = None
-    tokens_per_s: float | None = None
     waiting_for: str | None = None
-    cpu_shared: float | None = None
-    """Share of the CPUs that other programs use."""
+    tokens_per_s: float | None = None
 
-    def line(self, eta_s: float | None) -> str:
-        """e.g. `grpo 12/40 · reward 0.532 · 812 tok/s · ETA 3:20 · waiting for 14 of 64 rollouts`."""
-        parts = [
-            f"{self.phase} {self.step}" + (f"/{self.steps}" if self.steps is not None else ""),
-            f"reward {self.reward:.3f}" if self.reward is not None else "",
-            f"{self.tokens_per_s:.0f} tok/s" if self.tokens_per_s is not None else "",
-            f"ETA {clock(eta_s)}" if eta_s is not None else "",
-            f"waiting for {self.waiting_for}" if self.waiting_for else "",
-            f"cpu shared: {100 * self.cpu_shared:.0f} %" if self.cpu_shared is not None else "",
+    def name(self) -> str:
+        """`grpo 12/40`, or the phase alone if it has no steps."""
+        return self.phase if self.steps is None else f"{self.phase} {self.step}/{self.steps}"
+
+    def times(self, now: float) -> str:
+        """`0:50, 3:20 left`, or only the time since the phase began."""
+        left_s, elapsed = self.left_s(now), clock(now - self.began)
+        return elapsed if left_s is None else f"{elapsed}, {clock(left_s)} left"
+
+    def left_s(self, now: float) -> float | None:
+        """Seconds until the last step ends; None before the first one ends.
+
+        A step takes the mean of the finished ones, but the unfinished one at least the time that it has taken so far.
+        """
+        done = self.step - self.first_step
+        if self.steps is None or done <= 0 or self.step >= self.steps:
+            return None
+        mean, so_far = (self.step_began - self.began) / done, now - self.step_began
+        return max(mean - so_far, 0.0) + mean * (self.steps - self.step - 1)
+
+    def results(self) -> list[str]:
+        return [
+            *([f"loss {self.loss:.3f}"] if self.loss is not None else []),
+            *([f"reward {self.reward:.3f}"] if self.reward is not None else []),
         ]
-        return " · ".join(part for part in parts if part)
+
+    def details(self) -> list[str]:
+        return [
+            *([f"waiting for {self.waiting_for}"] if self.waiting_for else []),
+            *([f"{self.tokens_per_s:.0f} tok/s"] if self.tokens_per_s is not None else []),
+        ]
 
 
 class Progress:
-    """Draws the line on `stream`, in place if it is a terminal. Thread-safe; ignores errors of a closed terminal."""
+    """Shows phases on `stream`: a bar if it is a terminal, else lines. Thread-safe; a closed terminal is ignored."""
 
     def __init__(self, stream: TextIO | None = None, *, every_s: float = 10.0) -> None:
-        """`every_s`: minimum time between two lines, in seconds, if `stream` is no terminal."""
-        self._stream = stream or sys.stderr
-        self._live = self._stream.isatty()
+        """`every_s`: minimum time between two lines within a phase, in seconds, if `stream` is no terminal."""
+        file = _Unbreakable(stream or sys.stderr)
+        self._console = Console(file=cast(TextIO, file), force_terminal=file.isatty(), highlight=False, soft_wrap=True)
         self._every_s = every_s
         self._lock = threading.Lock()
-        self._state = ProgressState("starting")
-        self._started_at, self._first_step = monotonic(), 0
-        self._drawn, self._drawn_at = "", 0.0
+        self._state: ProgressState | None = None
+        self._cpu_shared: float | None = None
+        self._printed_at = 0.0
+        self._spinner = Spinner("dots")
+        self._live: Live | None = None
+        if self._console.is_interactive:
+            redirects = sys.stdout.isatty()  # Else it is not the terminal, and keeps what agents print.
+            self._live = Live(
+                console=self._console, get_renderable=self._bar, transient=True, redirect_stdout=redirects
+            )
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
+        if self._live is not None:
+            self._stack.enter_context(_logs_above(self._live))
+            self._console.show_cursor()  # A process that ends at once could not show it again.
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Print the last state as a permanent line, unless the user interrupts the block."""
-        line = "" if kind is KeyboardInterrupt else f"{self._state.line(None)}\n"
-        with self._lock:
-            if self._drawn:
-                self._write(f"{_CLEAR}{line}" if self._live else line)
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
-    def start(self, phase: str, *, step: int = 0, steps: int | None = None) -> None:
-        """Begin a phase; the time left is estimated from the steps since then."""
-        with self._lock:
-            self._state = ProgressState(phase, step, steps, cpu_shared=self._state.cpu_shared)
-            self._started_at, self._first_step = monotonic(), step
-            self._draw(due=True)
+    @contextlib.contextmanager
+    def phase(self, name: str, *, step: int = 0, steps: int | None = None) -> Iterator[None]:
+        """Show a phase during the block, and its result after it. A phase may be within another."""
+        outer, now = self._state, monotonic()
+        self._state = ProgressState(name, began=now, step_began=now, first_step=step, step=step, steps=steps)
+        if self._live is None:
+            self.note(name)
+        else:
+            self._live.refresh()
+        try:
+            yield
+            ended = self._state
+        finally:
+            self._state = outer
+        if ended.step > ended.first_step:
+            self.note(" · ".join([ended.name(), *ended.results(), clock(monotonic() - ended.began)]))
 
     def update(self, **changes: Any) -> None:
-        """Change the named fields of `ProgressState`."""
+        """Change the named fields of the phase in progress."""
         with self._lock:
-            before, self._state = self._state, replace(self._state, **changes)
-            self._draw(due=self._live or before.step != self._state.step)
+            before = self._state
+            if before is None:
+                return
+            self._state = replace(before, **changes)
+            if self._state.step != before.step:
+                self._state = replace(self._state, step_began=monotonic())
+        self._print_line()
+
+    def show_cpu_share(self, others: float | None) -> None:
+        """Show the share of the CPUs that other programs use, from 0 to 1; None shows nothing."""
+        self._cpu_shared = others
+        self._print_line()
 
     def note(self, text: str) -> None:
-        """Print `text` as a separate line above the progress line."""
+        """Print `text` as a line of its own."""
+        if self._live is not None:
+            self._live.refresh()  # It is drawn again below the line.
         with self._lock:
-            self._write(f"{_CLEAR}{text}\n{self._drawn}" if self._live else f"{text}\n")
+            self._console.print(Text(text))
 
-    def _eta_s(self) -> float | None:
-        done = self._state.step - self._first_step
-        if self._state.steps is None or done <= 0:
-            return None
-        return (monotonic() - self._started_at) / done * (self._state.steps - self._state.step)
+    def _print_line(self) -> None:
+        """Without a terminal: print the state, unless the last line is too recent."""
+        state, now = self._state, monotonic()
+        if self._live is None and state is not None and now - max(self._printed_at, state.began) >= self._every_s:
+            self._printed_at = now
+            self.note(" · ".join([state.name(), state.times(now), *self._details(state)]))
 
-    def _draw(self, *, due: bool) -> None:
-        now = monotonic()
-        if not due and now - self._drawn_at < self._every_s:
-            return
-        line = self._state.line(self._eta_s())
-        if self._live:
-            line = line[: _columns(self._stream) - 1]
-        self._write(f"{_CLEAR}{line}" if self._live else f"{line}\n")
-        self._drawn, self._drawn_at = line, now
+    def _details(self, state: ProgressState) -> list[str]:
+        shared = [] if self._cpu_shared is None else [f"cpu shared: {100 * self._cpu_shared:.0f} %"]
+        return [*state.results(), *shared, *state.details()]
 
-    def _write(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # the terminal was closed
+    def _bar(self) -> RenderableType:
+        state, width = self._state, self._console.width
+        if state is None:
+            return ""
+        details = Text(" · ".join(self._details(state)), style="dim", no_wrap=True, overflow="ellipsis")
+        cells = [self._spinner, state.name(), state.times(monotonic()), details]
+        columns = [Column(no_wrap=True), Column(no_wrap=True), Column(no_wrap=True), Column()]
+        if state.steps is not None and width >= _BAR_FROM_COLUMNS:
+            cells.insert(2, ProgressBar(total=state.steps, completed=state.step, width=width // 8))
+            columns.insert(2, Column(no_wrap=True))
+        grid = Table.grid(*columns, padding=(0, 1))
+        grid.add_row(*cells)
+        return grid
+
+
+class _Unbreakable:
+    """Ignores errors of a closed terminal, so that they do not end a training."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
             self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
             self._stream.flush()
+
+
+@contextlib.contextmanager
+def _logs_above(live: Live) -> Iterator[None]:
+    """Show `live` in the block, and print above it what handlers log to standard error."""
+    handlers = [handler for handler in logging.root.handlers if isinstance(handler, logging.StreamHandler)]
+    streams = [(handler, handler.stream) for handler in handlers if handler.stream is sys.stderr]
+    with live:
+        for handler, _ in streams:
+            handler.setStream(sys.stderr)  # The one that `live` has set.
+        try:
+            yield
+        finally:
+            for handler, stream in streams:
+                handler.setStream(stream)
 
 
 def clock(seconds: float) -> str:
@@ -105,9 +205,3 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _columns(stream: TextIO) -> int:
-    with contextlib.suppress(OSError, ValueError):
-        return os.get_terminal_size(stream.fileno()).columns or 80
-    return 80

@@ -1,12 +1,13 @@
 """Scores of an evaluation: rewards of rollouts, their parts, the rewards of roles, and pass@k."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from agl.errors import ConfigError, TrainingError
 from agl.trajectory import Trajectory
-from agl_trainer.report.evaluation import TaskScore
+from agl_trainer.report.evaluation import Answers, TaskScore
 from agl_trainer.rollout.runner import Outcome
 
 
@@ -50,6 +51,16 @@ def rollout_score(outcome: Outcome, trajectory: Trajectory | None) -> TaskScore 
             f"rollout {outcome.rollout_id} ended without a reward; set train.reward or call agl.emit_reward"
         )
     return TaskScore(reward, parts)
+
+
+def commonest_answers(trajectories: Iterable[Trajectory]) -> dict[str, Answers]:
+    """By role: how many of its last answers, one of each rollout, are the commonest one."""
+    found: dict[str, Counter[bytes]] = {}
+    for trajectory in trajectories:
+        last = {call.role: call.packed_response for call in trajectory.calls if call.packed_response is not None}
+        for role, answer in last.items():
+            found.setdefault(role, Counter())[answer] += 1
+    return {role: Answers(counts.total(), max(counts.values())) for role, counts in found.items()}
 
 
 def task_score(scores: Sequence[TaskScore | None], parts: Iterable[str], sampling: Sampling) -> TaskScore:

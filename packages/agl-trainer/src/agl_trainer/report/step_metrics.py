@@ -8,6 +8,7 @@ from agl.trajectory import Call, Trajectory
 from agl_trainer.algo.batch import CallOutcome, GrpoBatch, version_number
 from agl_trainer.algo.options import RoleState
 from agl_trainer.compute.optimizer_step import StepStats
+from agl_trainer.report.scoring import commonest_answers
 
 
 class Stopwatch:
@@ -43,6 +44,11 @@ def reward_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     without_call = sum(len(trajectory.rewards_without_call) for trajectory in trajectories)
     means |= {_std_name(name): statistics.pstdev(found) for name, found in values.items()}
     return means | {"rewards/without_call": float(without_call)}
+
+
+def answer_metrics(trajectories: Iterable[Trajectory]) -> dict[str, float]:
+    """Per role: share of the commonest of its last answers in the rollouts."""
+    return {f"{role}/same_answer": answers.share for role, answers in commonest_answers(trajectories).items()}
 
 
 def batch_metrics(batch: GrpoBatch, roles: Mapping[str, RoleState]) -> dict[str, float]:

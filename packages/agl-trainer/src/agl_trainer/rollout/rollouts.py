@@ -12,7 +12,7 @@ from agl.store import Rollout, Store
 from agl.trajectory import Trajectory, build_trajectory
 from agl.trajectory.call import is_engine_failure
 from agl_trainer.rollout.runner import Outcome
-from agl_trainer.rollout.serving import ProgressLine, Serving
+from agl_trainer.rollout.serving import Serving, ShownProgress
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Rollouts:
 
     store: Store
     serving: Serving
-    progress: ProgressLine
+    progress: ShownProgress
     engine_retries: int = 0
     """How often a rollout is repeated whose engine failed."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -47,7 +47,7 @@ class Rollouts:
     def run(
         self, rollouts: Sequence[Rollout], *, counts_steps: bool = False, shows_progress: bool = True
     ) -> list[Outcome]:
-        """Outcomes in order, then those of repeated runs; `counts_steps`: each is a step of the progress line."""
+        """Outcomes in order, then those of repeated runs; `counts_steps`: each is a step of the progress."""
         on_done = self._show_progress(len(rollouts), counts_steps=counts_steps) if shows_progress else lambda _: None
         outcomes, failed = self.serving.runner.run(rollouts, on_done=on_done), list[Outcome]()
         for _ in range(self.engine_retries):
@@ -77,7 +77,7 @@ class Rollouts:
         return found
 
     def _show_progress(self, count: int, *, counts_steps: bool) -> Callable[[Outcome], None]:
-        """Callback that updates the progress line as each of `count` rollouts ends."""
+        """Callback that updates the progress as each of `count` rollouts ends."""
         engine, started, left = self.serving.engine, time.monotonic(), count
         before = engine.tokens_sampled
 
@@ -87,8 +87,8 @@ class Rollouts:
             after, speed = engine.tokens_sampled, None
             if before is not None and after is not None:
                 speed = (after - before) / (time.monotonic() - started)
-            done = {"step": count - left} if counts_steps else {}
-            self.progress.update(tokens_per_s=speed, waiting_for=f"{left} of {count} rollouts", **done)
+            done = {"step": count - left} if counts_steps else {"waiting_for": f"{left} of {count} rollouts"}
+            self.progress.update(tokens_per_s=speed, **done)
 
         return on_done
 

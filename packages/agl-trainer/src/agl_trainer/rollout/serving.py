@@ -34,11 +34,11 @@ class TrainingEngine(Protocol):
         ...
 
 
-class ProgressLine(Protocol):
-    """The progress line on the user's terminal; `report.progress.Progress` implements it."""
+class ShownProgress(Protocol):
+    """Progress that the user sees; `report.progress.Progress` implements it."""
 
     def update(self, **changes: Any) -> None:
-        """Change the named fields of the line."""
+        """Change the named fields."""
         ...
 
 
