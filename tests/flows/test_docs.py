@@ -39,6 +39,9 @@ from agl.config import (
     TrainConfig,
     UpstreamConfig,
 )
+from agl.gateway.dialect.messages import Messages
+from agl.gateway.dialect.responses import Responses
+from agl.gateway.dialect.translated import Translated
 from agl.server_thread import ServerThread
 from agl.store import open_store
 from agl.trajectory import DropReason
@@ -235,3 +238,9 @@ def _defaults(section: type[BaseModel]) -> Iterator[tuple[str, Any]]:
 def test_every_reason_why_a_call_does_not_train_is_explained() -> None:
     page = [row[0].strip("`") for row in table("docs/07-troubleshooting.md", "reason")]
     assert sorted(page) == sorted(DropReason)
+
+
+@pytest.mark.parametrize("api", [Messages, Responses])
+def test_the_table_of_a_translated_api_has_every_field(api: type[Translated]) -> None:
+    page = table("docs/04-gateway.md", f"field of `{api.api}`")
+    assert page == [[f"`{name}`", str(field.treatment), field.note] for name, field in api.fields.items()]

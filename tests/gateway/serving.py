@@ -13,6 +13,8 @@ import openai
 from agl import otlp, semconv
 from agl.config import GatewayConfig
 from agl.errors import StoreError
+from agl.gateway.dialect.dialect import EventSplitter, event_data
+from agl.gateway.dialect.translated import Translated
 from agl.server.app_thread import AppThread
 from agl.server_thread import ServerThread
 from agl.span import Span
@@ -103,6 +105,16 @@ def parsed(answer: httpx.Response, stream: bool) -> Any:
     *events, done, rest = answer.text.split("\n\n")
     assert (done, rest) == ("data: [DONE]", "")
     return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def stream_through(call: Translated, deltas: list[dict[str, Any]]) -> list[Any]:
+    """The events for a streamed answer of `deltas`."""
+    events = b""
+    for chunk in [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]:
+        call.capture.add(chunk)
+        events += call.render_chunk(b"", chunk)
+    events += call.render_end(b"")
+    return [json.loads(event_data(event)) for event in EventSplitter().split(events)]
 
 
 @contextmanager

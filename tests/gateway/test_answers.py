@@ -8,10 +8,13 @@ import httpx
 import pytest
 
 from agl import semconv
+from agl.gateway.dialect.messages import Messages
+from agl.gateway.dialect.responses import Responses
+from agl.gateway.dialect.translated import Translated
 from agl.tokens.capture import COMPLETE, Capture, Choice, Json
 from agl.trajectory import DropReason, Trajectory, build_trajectory
 from tests.gateway.scripted_engine import ScriptedEngine, answering, choice, envelope, streamed
-from tests.gateway.serving import Setup, gateway
+from tests.gateway.serving import Setup, gateway, stream_through
 
 USER = [{"role": "user", "content": "x"}]
 REQUESTS: dict[str, Json] = {
@@ -185,34 +188,93 @@ def call(index: int | None, call_id: str | None, name: str | None, arguments: st
     return {"index": index, "id": call_id, "function": {"name": name, "arguments": arguments}}
 
 
-@pytest.mark.parametrize(
-    "deltas",
+DELTAS = [
+    [call(0, "a", "f", '{"x"'), call(0, None, None, ": 1}"), call(1, "b", "g", "{}")],
+    [call(0, "a", "f", '{"x"'), call(1, "b", "g", "{"), call(0, None, None, ": 1}"), call(1, None, None, "}")],
+    [call(1, "a", "f", '{"x"'), call(0, "b", "g", "{"), call(1, None, None, ": 1}"), call(0, None, None, "}")],
+    [call(0, "a", "f", '{"x"'), call(0, None, None, ": 1}"), call(0, "b", "g", "{}")],
+    [call(0, "a", "f", '{"x"'), call(0, "b", "g", "{"), call(0, "a", None, ": 1}"), call(0, "b", None, "}")],
+    [call(None, "a", "f", '{"x"'), call(None, None, None, ": 1}"), call(None, "b", "g", "{}")],
     [
-        [call(0, "a", "f", '{"x"'), call(0, None, None, ": 1}"), call(1, "b", "g", "{}")],
-        [call(0, "a", "f", '{"x"'), call(1, "b", "g", "{"), call(0, None, None, ": 1}"), call(1, None, None, "}")],
-        [call(1, "a", "f", '{"x"'), call(0, "b", "g", "{"), call(1, None, None, ": 1}"), call(0, None, None, "}")],
-        [call(0, "a", "f", '{"x"'), call(0, None, None, ": 1}"), call(0, "b", "g", "{}")],
-        [call(0, "a", "f", '{"x"'), call(0, "b", "g", "{"), call(0, "a", None, ": 1}"), call(0, "b", None, "}")],
-        [call(None, "a", "f", '{"x"'), call(None, None, None, ": 1}"), call(None, "b", "g", "{}")],
-        [
-            call(None, "a", "f", '{"x"'),
-            call(None, "b", "g", "{"),
-            call(None, "a", "f", ": 1}"),
-            call(None, "b", "g", "}"),
-        ],
-        [call(None, None, "f", '{"x"'), call(None, None, None, ": 1}"), call(None, None, "g", "{}")],
-        [call(0, None, "f", '{"x": 1}'), call(0, None, "g", "{}")],
-        [call(5, "a", "f", '{"x": 1}'), call(9, "b", "g", "{}")],
-        [call(0, "a", "f", '{"x"'), call(0, "a", "f", ": 1}"), call(1, "b", "g", "{}")],
+        call(None, "a", "f", '{"x"'),
+        call(None, "b", "g", "{"),
+        call(None, "a", "f", ": 1}"),
+        call(None, "b", "g", "}"),
     ],
-)
+    [call(None, None, "f", '{"x"'), call(None, None, None, ": 1}"), call(None, None, "g", "{}")],
+    [call(0, None, "f", '{"x": 1}'), call(0, None, "g", "{}")],
+    [call(5, "a", "f", '{"x": 1}'), call(9, "b", "g", "{}")],
+    [call(0, "a", "f", '{"x"'), call(0, "a", "f", ": 1}"), call(1, "b", "g", "{}")],
+]
+"""Two calls, also with one index, without index, and interleaved."""
+
+
+@pytest.mark.parametrize("deltas", DELTAS)
 def test_tool_calls_are_told_apart_by_index_id_and_name(deltas: list[Json]) -> None:
-    """Also two calls with one index, without index, and interleaved."""
     capture = Capture()
     for delta in deltas:
         capture.add({"choices": [{"index": 0, "delta": {"tool_calls": [delta]}}]})
     calls = capture.choices()[0].tool_calls
     assert [(one.name, one.arguments) for one in calls] == [("f", '{"x": 1}'), ("g", "{}")]
+
+
+def of_messages(events: list[Any]) -> list[Any]:
+    """The content of a streamed message. A block ends before the next one starts."""
+    blocks: list[Any] = []
+    for event in events:
+        if event["type"] == "content_block_start":
+            assert event["index"] == len(blocks)
+            blocks.append(event["content_block"])
+            blocks[-1]["text"] = ""
+        elif event["type"] in ("content_block_delta", "content_block_stop"):
+            assert event["index"] == len(blocks) - 1
+            delta = event.get("delta", {})
+            blocks[-1]["text"] += delta.get("partial_json") or delta.get("text") or ""
+    return [(block.get("name"), block["text"]) for block in blocks]
+
+
+def of_responses(events: list[Any]) -> list[Any]:
+    """The output of a streamed response, whose items are added in their order."""
+    added = [event for event in events if event["type"] == "response.output_item.added"]
+    assert [event["output_index"] for event in added] == list(range(len(added)))
+    output = events[-1]["response"]["output"]
+    return [(item.get("name"), item.get("arguments") or item["content"][0]["text"]) for item in output]
+
+
+@pytest.mark.parametrize("deltas", DELTAS)
+@pytest.mark.parametrize("dialect", [Messages, Responses])
+def test_tool_calls_come_one_after_the_other_in_translated_streams(
+    dialect: type[Translated], deltas: list[Json]
+) -> None:
+    request = {"model": "m", "messages": [], "input": "hi"}
+    made: list[Json] = [{"tool_calls": [delta]} for delta in deltas]
+    made.insert(1, {"content": "and"})
+    events = stream_through(dialect(request, "m"), made)
+    content = of_messages(events) if dialect is Messages else of_responses(events)
+    assert sorted(content, key=str) == [("f", '{"x": 1}'), ("g", "{}"), (None, "and")]
+
+
+def test_a_call_without_an_id_gets_one() -> None:
+    """Its result must name it."""
+    call = Messages({"model": "m", "messages": []}, "m")
+    made = [{"function": {"name": "f", "arguments": "{}"}}] * 2
+    call.capture.add_whole({"id": "x", "choices": [{"message": {"tool_calls": made}, "finish_reason": "stop"}]})
+    content = json.loads(call.render_whole(b"", {}))["content"]
+    assert [block["id"] for block in content] == ["call_x_0", "call_x_1"]
+
+
+@pytest.mark.parametrize("form", ["message", "delta"])
+def test_a_refusal_and_a_call_in_the_form_before_tools_are_part_of_the_answer(form: str) -> None:
+    capture = Capture()
+    parts = [{"refusal": "I must"}, {"refusal": " not"}]
+    parts += [{"function_call": {"name": "f", "arguments": '{"x"'}}, {"function_call": {"arguments": ": 1}"}}]
+    if form == "message":
+        whole = {"content": None, "refusal": "I must not", "function_call": {"name": "f", "arguments": '{"x": 1}'}}
+        capture.add_whole({"choices": [{"message": whole}]})
+    for part in parts if form == "delta" else ():
+        capture.add({"choices": [{"index": 0, "delta": part}]})
+    text, made = capture.choices()[0].message()["parts"]
+    assert (text["content"], made["name"], made["arguments"]) == ("I must not", "f", '{"x": 1}')
 
 
 def test_calls_of_one_name_are_told_apart_by_their_whole_arguments() -> None:

@@ -223,6 +223,9 @@ def test_the_client_gets_the_response_that_the_engine_would_send(
 def test_models_are_passed_on(setup: Setup) -> None:
     assert [model.id for model in setup.client().models.list()] == ["writer@3", "base"]
     assert [model.id for model in setup.client("/rollout/r/attempt/a/v1").models.list()] == ["writer@3", "base"]
+    assert setup.client().models.retrieve("writer@3").id == "writer@3"
+    with pytest.raises(openai.NotFoundError, match="no engine lists the model 'org/none'"):
+        setup.client().models.retrieve("org/none")
     assert setup.store.appended == []
 
 

@@ -9,8 +9,8 @@ import pytest
 from agl import semconv
 from agl.gateway.dialect.messages import Messages
 from agl.server.api_error import ApiError
-from tests.core.fake_engine import WORDS
-from tests.gateway.serving import Setup, assert_tokens
+from tests.core.fake_engine import WORDS, FakeEngine, rendered
+from tests.gateway.serving import Setup, assert_tokens, gateway
 
 TOOL = {"name": "search", "description": "finds", "input_schema": {"type": "object"}}
 TEXT = "".join(WORDS)
@@ -132,7 +132,7 @@ def test_content_of_a_tool_result_is_sent_or_refused_by_name(kind: str) -> None:
     result = {"type": "tool_result", "tool_use_id": "t", "content": [block]}
     messages = [{"role": "user", "content": [result]}]
     if kind in ("document", "search_result"):
-        with pytest.raises(ApiError, match=f"engines know no content of type {kind}"):
+        with pytest.raises(ApiError, match=f"of type '{kind}' is refused"):
             translated(messages=messages)
         return
     image = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,xx"}}]
@@ -153,10 +153,17 @@ def test_an_answer_with_tool_calls_stops_for_them(finish_reason: str) -> None:
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        ({"output_config": {"task_budget": 1}}, "engines know no output_config.task_budget"),
-        ({"mcp_servers": [{}]}, "mcp_servers is not for engines"),
+        (
+            {"output_config": {"task_budget": 1}},
+            "output_config.task_budget is refused: engines have no budget",
+        ),
+        ({"output_config": {"new": 1}}, "output_config.new is refused: engines have nothing like it"),
+        ({"mcp_servers": [{}]}, "mcp_servers is refused: it runs at a provider"),
         ({"tools": [{"type": "web_search_20250305", "name": "web"}]}, "the tool 'web' runs at a provider"),
-        ({"content": [{"type": "document"}]}, "engines know no content of type document"),
+        ({"tools": [TOOL | {"input_examples": [{}]}]}, "tools[].input_examples is refused"),
+        ({"content": [{"type": "document"}]}, "content[] of type 'document' is refused: engines read no documents"),
+        ({"content": [{"type": "image", "source": {"type": "file"}}]}, "source of type 'file' is refused"),
+        ({"content": [{"type": "tool_result", "tool_use_id": "c", "content": [{"type": "tool_use"}]}]}, "not allowed"),
         ({"messages": 3}, "not of the right form"),
     ],
 )
@@ -169,6 +176,28 @@ def test_a_request_without_an_equivalent_chat_completion_is_refused(
     assert answer.json()["error"]["type"] == "invalid_request_error"
     assert reason in answer.json()["error"]["message"]
     assert setup.engine.seen == []
+
+
+def test_thoughts_that_were_cut_short_stay_in_the_conversation() -> None:
+    thought = {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm", "signature": ""}]}
+    user = {"role": "user", "content": "hi"}
+    assistant = {"role": "assistant", "content": "", "reasoning_content": "hm"}
+    assert translated(messages=[user, thought, user])["messages"] == [user, assistant, user]
+
+
+def test_a_prompt_s_tokens_are_counted_without_a_call(setup: Setup) -> None:
+    body = {"model": "writer@3", "messages": [{"role": "user", "content": "hi"}]}
+    counted = setup.post(body, "/v1/messages/count_tokens")
+    assert (counted.status_code, counted.json()) == (200, {"input_tokens": len(rendered(body["messages"]))})
+    refused = setup.post(body | {"mcp_servers": [{}]}, "/v1/messages/count_tokens")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "not_translatable")
+    assert setup.store.appended == [] and setup.engine.seen == []
+
+
+def test_an_engine_without_a_tokenizer_counts_no_tokens() -> None:
+    with gateway(FakeEngine(tokenizes=False)) as setup:
+        answer = setup.post({"model": "base", "messages": []}, "/v1/messages/count_tokens")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (501, "no_tokenizer")
 
 
 def test_errors_are_anthropics(setup: Setup) -> None:

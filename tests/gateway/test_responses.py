@@ -8,11 +8,15 @@ import openai
 import pytest
 
 from agl import semconv
-from tests.core.fake_engine import WORDS
-from tests.gateway.serving import LOGPROBS, Setup, assert_tokens, output
+from agl.gateway.dialect.responses import Responses
+from tests.core.fake_engine import WORDS, rendered
+from tests.gateway.serving import LOGPROBS, Setup, assert_tokens, output, stream_through
 
 TOOL = {"type": "function", "name": "search", "parameters": {"type": "object"}, "strict": True}
 TEXT = "".join(WORDS)
+CUSTOM = {"type": "custom", "name": "patch", "description": "edits a file"}
+USER = [{"role": "user", "content": "hi"}]
+THOUGHT = {"type": "reasoning", "id": "rs", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]}
 
 
 def create(setup: Setup, given: Any = "hi", **more: Any) -> Any:
@@ -61,6 +65,59 @@ def test_the_client_s_stream_helper_accepts_every_event(setup: Setup) -> None:
         final = stream.get_final_response()
     assert kinds[0] == "response.created" and kinds[-1] == "response.completed"
     assert final.output[0].type == "function_call"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_custom_tool_is_a_function_with_one_text(stream: bool) -> None:
+    earlier = {"type": "custom_tool_call", "call_id": "c0", "name": "patch", "input": 'a "b"'}
+    done = {"type": "custom_tool_call_output", "call_id": "c0", "output": "done"}
+    choice = {"type": "custom", "name": "patch"}
+    body = {"model": "m", "input": [*USER, earlier, done], "tools": [CUSTOM], "tool_choice": choice, "stream": stream}
+    call = Responses(body, "m")
+    (tool,) = call.request["tools"]
+    assert tool["function"]["parameters"]["required"] == ["input"]
+    assert call.request["tool_choice"] == {"type": "function", "function": {"name": "patch"}}
+    assistant, result = call.request["messages"][1:]
+    assert assistant["tool_calls"][0]["function"] == {"name": "patch", "arguments": '{"input": "a \\"b\\""}'}
+    assert result == {"role": "tool", "tool_call_id": "c0", "content": "done"}
+
+    answer = [{"id": "c1", "function": {"name": "patch", "arguments": '{"input": "x'}}]
+    rest = [{"function": {"arguments": '\\ny"}'}}]
+    if stream:
+        events = stream_through(call, [{"tool_calls": answer}, {"tool_calls": rest}])
+        (delta,) = [event for event in events if event["type"] == "response.custom_tool_call_input.delta"]
+        (finished,) = [event for event in events if event["type"] == "response.custom_tool_call_input.done"]
+        assert delta["delta"] == finished["input"] == "x\ny"
+        (item,) = events[-1]["response"]["output"]
+    else:
+        answer[0]["function"]["arguments"] += rest[0]["function"]["arguments"]
+        response = {"choices": [{"message": {"tool_calls": answer}, "finish_reason": "stop"}]}
+        call.capture.add_whole(response)
+        (item,) = json.loads(call.render_whole(b"", response))["output"]
+    assert (item["type"], item["call_id"], item["input"]) == ("custom_tool_call", "c1", "x\ny")
+
+
+def test_thoughts_that_were_cut_short_stay_in_the_conversation() -> None:
+    call = Responses({"model": "m", "input": [*USER, THOUGHT, *USER]}, "m")
+    assistant = {"role": "assistant", "content": "", "reasoning_content": "hm"}
+    assert call.request["messages"] == [*USER, assistant, *USER]
+
+
+def test_style_and_detail_are_passed_on() -> None:
+    image = {"type": "input_image", "image_url": "data:,x", "detail": "high"}
+    body = {
+        "input": [{"role": "user", "content": [image]}],
+        "text": {"verbosity": "low"},
+        "reasoning": {"effort": "high"},
+    }
+    sent = Responses({"model": "m"} | body, "m").request
+    assert (sent["verbosity"], sent["reasoning_effort"]) == ("low", "high")
+    assert sent["messages"][0]["content"][0]["image_url"] == {"url": "data:,x", "detail": "high"}
+
+
+def test_a_prompt_s_tokens_are_counted_without_a_call(setup: Setup) -> None:
+    counted = setup.client().responses.input_tokens.count(model="writer@3", input="hi")
+    assert (counted.input_tokens, setup.engine.seen) == (len(rendered(USER)), [])
 
 
 def test_logprobs_are_returned_if_requested(setup: Setup) -> None:
@@ -115,9 +172,13 @@ def test_a_conversation_is_sent_as_messages(setup: Setup) -> None:
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        ({"previous_response_id": "r"}, "the gateway keeps no state between calls, which previous_response_id needs"),
-        ({"tools": [{"type": "web_search"}]}, "a tool of type web_search runs at a provider"),
-        ({"given": [{"type": "item_reference", "id": "x"}]}, "no input item of type 'item_reference'"),
+        ({"previous_response_id": "r"}, "previous_response_id is refused: the gateway keeps no state"),
+        ({"tools": [{"type": "web_search"}]}, "of type 'web_search' is refused"),
+        ({"tools": [CUSTOM | {"format": {"type": "grammar"}}]}, "custom tool 'patch' has the format grammar"),
+        ({"given": [{"type": "item_reference", "id": "x"}]}, "of type 'item_reference' is refused: the gateway keeps"),
+        ({"given": [THOUGHT]}, "a reasoning item is without the message or the call that it led to"),
+        ({"given": [THOUGHT | {"encrypted_content": "x"}, *USER]}, "encrypted_content is refused: engines cannot read"),
+        ({"reasoning": {"mode": "pro"}}, "reasoning.mode is refused"),
         ({"given": [{"role": "user"}]}, "not of the right form: KeyError: 'content'"),
     ],
 )

@@ -4,6 +4,7 @@ proxy          the ASGI app and its routes
 exchange       one call: request, engine, response, record
 request        the client's request: caller, seed, fields added for the engine, fields neutral in training
 dialect        the APIs that clients speak
+token_count    the number of tokens of a prompt, without a call
 dispatch       the way to an engine: routing, pause, slots, retries, hedging
 engine         one engine: queue, key, response; `engine_kind` has vLLM's and SGLang's fields
 record         the call as spans, and their commit to the store

@@ -87,6 +87,17 @@ async def list_models(session: aiohttp.ClientSession, routes: Routes, headers: M
     return JSONResponse({"object": "list", "data": [*(known | names).values()]})
 
 
+async def find_model(session: aiohttp.ClientSession, routes: Routes, headers: Mapping[str, str], name: str) -> Response:
+    """Response to `/v1/models/{name}`: its entry in the list. Raises ApiError as `list_models` does."""
+    listed = await list_models(session, routes, headers)
+    if listed.status_code != 200:
+        return listed
+    found = next((model for model in _models(listed) if model.get("id") == name), None)
+    if found is None:
+        raise ApiError(404, "model_not_found", f"no engine lists the model {name!r}")
+    return JSONResponse(found)
+
+
 async def _get_models(
     session: aiohttp.ClientSession, engine: Engine, headers: Mapping[str, str], timeout_s: float
 ) -> Response:

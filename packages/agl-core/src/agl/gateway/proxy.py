@@ -22,9 +22,10 @@ from agl.gateway.dialect.responses import Responses
 from agl.gateway.dispatch import Dispatch, PauseGate, Routes
 from agl.gateway.engine import Engine, forwarded
 from agl.gateway.exchange import CallEndpoint, GatewayParts
-from agl.gateway.health import Health, list_models
+from agl.gateway.health import Health, find_model, list_models
 from agl.gateway.record import CallRecord, Recorder
 from agl.gateway.request import Caller, CallerLookup, RolloutUrls, read_json, url_ids
+from agl.gateway.token_count import MessagesCount, ResponsesCount, TokenCount
 from agl.server.api_error import ApiError, unknown_route
 from agl.store import Store
 from agl.tokens.capture import Json
@@ -39,6 +40,10 @@ _DIALECTS: Final[Mapping[str, type[Dialect]]] = {
     "/messages": Messages,
 }
 """By path below _PREFIX."""
+_COUNTS: Final[Mapping[str, type[TokenCount]]] = {
+    "/messages/count_tokens": MessagesCount,
+    "/responses/input_tokens": ResponsesCount,
+}
 
 
 class Gateway:
@@ -64,7 +69,10 @@ class Gateway:
             Route(_PREFIX + path, CallEndpoint(self._parts, dialect), methods=["POST"])
             for path, dialect in _DIALECTS.items()
         ]
+        for path, count in _COUNTS.items():
+            routes.append(Route(_PREFIX + path, count(self._parts), methods=["POST"]))
         routes.append(Route(f"{_PREFIX}/models", self._models))
+        routes.append(Route(_PREFIX + "/models/{model:path}", self._model))
         routes.append(Route(f"{_PREFIX}/embeddings", self._embeddings, methods=["POST"]))
         return Starlette(
             middleware=[Middleware(RolloutUrls)],
@@ -79,6 +87,10 @@ class Gateway:
 
     async def _models(self, request: Request) -> Response:
         return await list_models(self._parts.session, self._routes, forwarded(request.headers))
+
+    async def _model(self, request: Request) -> Response:
+        name = request.path_params["model"]
+        return await find_model(self._parts.session, self._routes, forwarded(request.headers), name)
 
     async def _embeddings(self, request: Request) -> Response:
         """Passed on and not recorded: nothing is sampled."""

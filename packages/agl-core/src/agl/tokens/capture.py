@@ -60,22 +60,33 @@ class CapturedToolCall:
 
     id: str = ""
     name: str = ""
-    arguments: str = ""
+    pieces: list[str] = field(default_factory=list)
+    """Of the arguments. They are joined when they are read: each addition to a text copies the text."""
     index: int | None = None
     """Its place in the answer as the engine's chunks state it; two calls may have the same, or none."""
+
+    @property
+    def arguments(self) -> str:
+        return "".join(self.pieces)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the arguments that have arrived are valid JSON."""
+        return bool(self.pieces) and self.pieces[-1].rstrip().endswith("}") and _is_json(self.arguments)
 
     def add(self, part: Json) -> None:
         function = part.get("function") or {}
         self.id = _text(part.get("id")) or self.id
         self.name = _text(function.get("name")) or self.name
-        self.arguments += _text(function.get("arguments"))
+        if arguments := _text(function.get("arguments")):
+            self.pieces.append(arguments)
 
     def is_continued_by(self, part: Json) -> bool:
         """Whether the delta `part`, which has this call's index, belongs to it. A new id or name starts a call."""
         call_id, name = part.get("id"), (part.get("function") or {}).get("name")
         if call_id and self.id:
             return call_id == self.id
-        return not name or (name == self.name and not _is_json(self.arguments))
+        return not name or (name == self.name and not self.is_complete)
 
 
 @dataclass(slots=True)
@@ -87,21 +98,31 @@ class Choice:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
-    text: str = ""
-    reasoning: str = ""
     tool_calls: list[CapturedToolCall] = field(default_factory=list)
     stop_string: str | None = None
     """The stop string at which the engine ended the answer; None if the model ended it by a token."""
     fault: str | None = None
     """Why its tokens cannot be used although they arrived."""
+    _texts: list[str] = field(default_factory=list)
+    _thoughts: list[str] = field(default_factory=list)
     _packed_prompt_ids: bytes = b""
+
+    @property
+    def text(self) -> str:
+        return "".join(self._texts)
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(self._thoughts)
 
     def add(self, part: Json) -> None:
         """Read a choice of a whole response or of a chunk. Raises TypeError, AttributeError or KeyError."""
         message = part.get("message") or part.get("delta") or {}
-        text = _text(part.get("text")) or _text(message.get("content"))
+        text = _text(part.get("text")) or _text(message.get("content")) or _text(message.get("refusal"))
         reasoning = _text(message.get("reasoning_content")) or _text(message.get("reasoning"))
         ids, calls = _listed(part.get("token_ids")), message.get("tool_calls") or ()
+        if function := message.get("function_call"):  # The form of OpenAI's API before tools.
+            calls = [*calls, {"function": function}]
         if self.finish_reason and (ids or text or reasoning or calls):
             self.fault = f"choice {self.index} goes on after its finish_reason: two answers have the same index"
         self.prompt_ids = _listed(part.get("prompt_token_ids")) or self.prompt_ids
@@ -110,15 +131,15 @@ class Choice:
         self.finish_reason = _text(part.get("finish_reason")) or self.finish_reason
         stop = part.get("stop_reason") or part.get("matched_stop")  # The names of vLLM and SGLang.
         self.stop_string = stop if isinstance(stop, str) else self.stop_string
-        self.text += text
-        self.reasoning += reasoning
+        self._texts.append(text)
+        self._thoughts.append(reasoning)
         for call in calls:
             self._tool_call(call, is_whole="message" in part).add(call)
 
     def message(self) -> Json:
         """The answer as a GenAI output message."""
-        parts: list[Json] = [{"type": "reasoning", "content": self.reasoning}] if self.reasoning else []
-        parts += [{"type": "text", "content": self.text}] if self.text else []
+        written = ("reasoning", self.reasoning), ("text", self.text)
+        parts: list[Json] = [{"type": kind, "content": text} for kind, text in written if text]
         for call in self.tool_calls:
             parts.append({"type": "tool_call", "id": call.id, "name": call.name, "arguments": call.arguments})
         return {"role": "assistant", "parts": parts, "finish_reason": self.finish_reason}

@@ -4,19 +4,79 @@ import json
 from collections.abc import Iterator
 from typing import Any, Final
 
+from agl.gateway.dialect.api_field import (
+    PASSED_ON,
+    Fields,
+    check_object,
+    check_type,
+    ignored,
+    passed_on,
+    refused,
+    translated,
+)
 from agl.gateway.dialect.dialect import to_event
 from agl.gateway.dialect.translated import Translated, function_tool, text_of, tool_call
 from agl.server.api_error import ApiError
-from agl.tokens.capture import Choice, Json
+from agl.tokens.capture import CapturedToolCall, Choice, Json
 
-_NOT_COPIED: Final = frozenset(
-    {"model", "messages", "system", "stop_sequences", "tools", "tool_choice", "thinking", "metadata", "stream"}
-    | {"service_tier", "max_tokens", "output_config", "context_management"}
-)
-"""Fields that are translated, or that engines do not know; all others are copied. `context_management` only edits the
-history that a provider keeps, and clients send it by themselves."""
-_NOT_SUPPORTED: Final = ("mcp_servers", "container")
-_PARTS: Final = frozenset({"text", "image"})
+_PROVIDER: Final = refused("it runs at a provider")
+_ACCOUNT: Final = ignored("it is about the provider's account, capacity or cache")
+_CACHE: Final = ignored("engines cache every prefix")
+_FIELDS: Final[Fields] = {
+    "model": translated("`model`, by `gateway.models`"),
+    "messages": translated("`messages`"),
+    "system": translated("the first message"),
+    "max_tokens": PASSED_ON,
+    "stop_sequences": translated("`stop`"),
+    "temperature": PASSED_ON,
+    "top_p": PASSED_ON,
+    "top_k": PASSED_ON,
+    "stream": translated("`stream`, and `stream_options.include_usage`"),
+    "thinking": translated("whether the response shows thoughts; engines have no budget for them"),
+    "tool_choice": translated("`tool_choice` and `parallel_tool_calls`"),
+    "tools": translated("`tools`"),
+    "tools[].name": translated("`function.name`"),
+    "tools[].description": translated("`function.description`"),
+    "tools[].input_schema": translated("`function.parameters`"),
+    "tools[].strict": translated("`function.strict`"),
+    "tools[].cache_control": _CACHE,
+    "tools[].eager_input_streaming": ignored("arguments are streamed always"),
+    "tools[].defer_loading": refused("the tool search runs at a provider"),
+    "tools[].allowed_callers": refused("only the model calls tools"),
+    "tools[].input_examples": refused("put examples into the description"),
+    "output_config": translated("by its fields"),
+    "output_config.format": translated("`response_format`"),
+    "output_config.effort": translated("`reasoning_effort`"),
+    "output_config.task_budget": refused("engines have no budget for a task"),
+    "content[]: text": translated("text, without citations"),
+    "content[]: image": translated("`image_url`"),
+    "content[]: thinking": translated("`reasoning_content`"),
+    "content[]: tool_use": translated("`tool_calls`"),
+    "content[]: tool_result": translated("a message of the role `tool`; `is_error` is left out"),
+    "content[]: document": refused("engines read no documents; send text or images"),
+    "content[]: search_result": refused("engines cite no sources; send text"),
+    "content[]: redacted_thinking": refused("engines cannot read it"),
+    "content[]: compaction": refused("engines cannot read it"),
+    "source: base64": translated("a data URL"),
+    "source: url": translated("the URL"),
+    "source: file": refused("the gateway keeps no files"),
+    "metadata": ignored("the recorded request has it"),
+    "cache_control": _CACHE,
+    "context_management": ignored("it edits the history that a provider keeps; some clients always send it"),
+    "diagnostics": _ACCOUNT,
+    "billing_policy": _ACCOUNT,
+    "fallback_credit_token": _ACCOUNT,
+    "inference_geo": _ACCOUNT,
+    "service_tier": _ACCOUNT,
+    "speed": _ACCOUNT,
+    "user_profile_id": _ACCOUNT,
+    "workspace_id": _ACCOUNT,
+    "compaction": _PROVIDER,
+    "container": _PROVIDER,
+    "fallbacks": refused("one model answers a call"),
+    "mcp_servers": _PROVIDER,
+    "thread": refused("the gateway keeps no state between calls"),
+}
 _STOP_REASONS: Final = {"stop": "end_turn", "length": "max_tokens", "content_filter": "refusal"}
 _TOOL_CHOICES: Final = {"auto": "auto", "any": "required", "none": "none"}
 _ERROR_TYPES: Final = {
@@ -32,6 +92,7 @@ _ERROR_TYPES: Final = {
 
 class Messages(Translated):
     api = "/v1/messages"
+    fields = _FIELDS
 
     def __init__(self, body: Json, model: str | None) -> None:
         super().__init__(body, model)
@@ -41,25 +102,14 @@ class Messages(Translated):
         """The open block: `text`, `thinking`, or `tool` and its index; `start`: between blocks; empty: not started."""
 
     def translate(self, body: Json) -> Json:
-        for name in _NOT_SUPPORTED:
-            if body.get(name):
-                raise ValueError(f"{name} is not for engines; take it out")
+        request = passed_on(body, _FIELDS)
         system = [{"role": "system", "content": text_of(body["system"])}] if body.get("system") else []
-        turns = [turn for message in body["messages"] for turn in _turns(message)]
-        request = {name: value for name, value in body.items() if name not in _NOT_COPIED}
-        request |= {"messages": system + turns}
-        if body.get("max_tokens") is not None:
-            request["max_tokens"] = body["max_tokens"]
+        request |= {"messages": system + [turn for message in body["messages"] for turn in _turns(message)]}
         if body.get("stop_sequences"):
             request["stop"] = body["stop_sequences"]
         if body.get("tools"):
-            request["tools"] = [self._tool(tool) for tool in body["tools"]]
+            request["tools"] = [_tool(tool) for tool in body["tools"]]
         return request | _tool_choice(body.get("tool_choice")) | _output(body.get("output_config") or {})
-
-    def _tool(self, tool: Json) -> Json:
-        if "input_schema" not in tool:
-            raise ValueError(f"the tool {tool.get('name')!r} runs at a provider ({tool.get('type')}); offer your own")
-        return function_tool(tool["name"], tool.get("description"), tool["input_schema"])
 
     # --- The response -------------------------------------------------------------------------------------------------
 
@@ -67,28 +117,30 @@ class Messages(Translated):
         content = list(self._content(self.choice))
         return json.dumps(self._message(content) | self._stop() | {"usage": self._usage()}).encode()
 
-    def render_delta(self, choice: Json, delta: Json) -> bytes:
-        events = b"" if self._blocks or self._open else self._start()
+    def render_text(self, choice: Json, delta: Json) -> bytes:
+        events = self._started()
         if self._thinks and (thought := delta.get("reasoning_content") or delta.get("reasoning")):
             events += self._block("thinking", {"type": "thinking", "thinking": "", "signature": ""})
             events += self._delta({"type": "thinking_delta", "thinking": thought})
-        if text := delta.get("content"):
+        if text := delta.get("content") or delta.get("refusal"):
             events += self._block("text", {"type": "text", "text": ""})
             events += self._delta({"type": "text_delta", "text": text})
-        for call in delta.get("tool_calls") or ():
-            function = call.get("function") or {}
-            start = {"type": "tool_use", "id": call.get("id"), "name": function.get("name"), "input": {}}
-            events += self._block(f"tool {call.get('index', 0)}", start)
-            if arguments := function.get("arguments"):
-                events += self._delta({"type": "input_json_delta", "partial_json": arguments})
         return events
 
-    def render_end(self, done: bytes) -> bytes:
-        start = b"" if self._open else self._start()
-        last = {"type": "message_delta", "delta": self._stop(), "usage": self._usage()}
-        return start + self._close() + _event(last) + _event({"type": "message_stop"})
+    def render_call(self, number: int, call: CapturedToolCall, piece: str) -> bytes:
+        start = {"type": "tool_use", "id": self.call_id(number, call), "name": call.name, "input": {}}
+        events = self._block(f"tool {number}", start)
+        return events + (self._delta({"type": "input_json_delta", "partial_json": piece}) if piece else b"")
 
-    def _start(self) -> bytes:
+    def render_end(self, done: bytes) -> bytes:
+        rest = self._started() + self.render_rest()
+        last = {"type": "message_delta", "delta": self._stop(), "usage": self._usage()}
+        return rest + self._close() + _event(last) + _event({"type": "message_stop"})
+
+    def _started(self) -> bytes:
+        """The event that starts the message, unless it has started."""
+        if self._open:
+            return b""
         self._open = "start"
         usage = self._usage() | {"output_tokens": 0}
         message = self._message([]) | {"stop_reason": None, "stop_sequence": None, "usage": usage}
@@ -121,8 +173,9 @@ class Messages(Translated):
             yield {"type": "thinking", "thinking": choice.reasoning, "signature": ""}
         if choice.text:
             yield {"type": "text", "text": choice.text}
-        for call in choice.tool_calls:
-            yield {"type": "tool_use", "id": call.id, "name": call.name, "input": _arguments(call.arguments)}
+        for number, call in enumerate(choice.tool_calls):
+            given = {"id": self.call_id(number, call), "name": call.name, "input": _arguments(call.arguments)}
+            yield {"type": "tool_use"} | given
 
     def _stop(self) -> Json:
         choice = self.choice
@@ -152,25 +205,30 @@ def _event(data: Json) -> bytes:
     return to_event(data, data["type"])
 
 
+def _tool(tool: Json) -> Json:
+    if "input_schema" not in tool:
+        raise ValueError(f"the tool {tool.get('name')!r} runs at a provider ({tool.get('type')}); offer your own")
+    check_object(tool, "tools[]", _FIELDS)
+    return function_tool(tool["name"], tool.get("description"), tool["input_schema"], tool.get("strict"))
+
+
 def _turns(message: Json) -> Iterator[Json]:
     """The chat messages of one message: each tool result is a message of its own, before the rest."""
     role, content = message["role"], message["content"]
     if isinstance(content, str):
         yield {"role": role, "content": content}
         return
+    blocks: dict[str, list[Json]] = {"tool_result": [], "tool_use": [], "thinking": []}
+    parts: list[Json] = []
     for block in content:
-        if block["type"] == "tool_result":
-            yield {
-                "role": "tool",
-                "tool_call_id": block["tool_use_id"],
-                "content": _content(block.get("content") or ""),
-            }
-    uses = [block for block in content if block["type"] == "tool_use"]
-    calls = [tool_call(use["id"], use["name"], json.dumps(use["input"])) for use in uses]
-    thoughts = "".join(block["thinking"] for block in content if block["type"] == "thinking")
-    parts = [block for block in content if block["type"] not in ("tool_use", "tool_result", "thinking")]
-    if parts or calls:
-        turn: Json = {"role": role, "content": _content(parts) or None}
+        blocks.get(check_type(block, "content[]", _FIELDS), parts).append(block)
+    for result in blocks["tool_result"]:
+        content = _content(result.get("content") or "")
+        yield {"role": "tool", "tool_call_id": result["tool_use_id"], "content": content}
+    calls = [tool_call(use["id"], use["name"], json.dumps(use["input"])) for use in blocks["tool_use"]]
+    thoughts = "".join(block["thinking"] for block in blocks["thinking"])
+    if parts or calls or thoughts:
+        turn: Json = {"role": role, "content": _content(parts) or (None if calls else "")}
         turn |= {"tool_calls": calls} if calls else {}
         yield turn | ({"reasoning_content": thoughts} if thoughts else {})
 
@@ -179,17 +237,18 @@ def _content(content: Any) -> Any:
     """Content of a chat message: text as a string, with images as parts."""
     if isinstance(content, str):
         return content
-    if unknown := {block["type"] for block in content} - _PARTS:
-        raise ValueError(f"engines know no content of type {', '.join(sorted(unknown))}")
-    parts = [_part(block) for block in content]
+    parts = [_part(check_type(block, "content[]", _FIELDS), block) for block in content]
     return text_of(parts) if all(part["type"] == "text" for part in parts) else parts
 
 
-def _part(block: Json) -> Json:
-    if block["type"] == "text":
+def _part(kind: str, block: Json) -> Json:
+    if kind == "text":
         return {"type": "text", "text": block["text"]}
+    if kind != "image":
+        raise ValueError(f"content of type {kind} is not allowed here")
     source = block["source"]
-    url = source["url"] if source["type"] == "url" else f"data:{source['media_type']};base64,{source['data']}"
+    is_url = check_type(source, "source", _FIELDS) == "url"
+    url = source["url"] if is_url else f"data:{source['media_type']};base64,{source['data']}"
     return {"type": "image_url", "image_url": {"url": url}}
 
 
@@ -203,8 +262,7 @@ def _tool_choice(choice: Json | None) -> Json:
 
 def _output(config: Json) -> Json:
     """The fields for `output_config`."""
-    if unknown := config.keys() - {"format", "effort"}:
-        raise ValueError(f"engines know no output_config.{', '.join(sorted(unknown))}")
+    check_object(config, "output_config", _FIELDS)
     chosen: Json = {"reasoning_effort": config["effort"]} if config.get("effort") else {}
     if wanted := config.get("format"):
         if wanted["type"] != "json_schema":

@@ -4,20 +4,79 @@ import json
 import time
 from typing import Any, Final
 
+from agl.gateway.dialect.api_field import (
+    PASSED_ON,
+    Fields,
+    check_object,
+    check_type,
+    ignored,
+    passed_on,
+    refused,
+    translated,
+)
 from agl.gateway.dialect.dialect import to_event
-from agl.gateway.dialect.input_items import to_messages
+from agl.gateway.dialect.input_items import CUSTOM_INPUT, ITEM_FIELDS, to_messages
 from agl.gateway.dialect.translated import Translated, function_tool
 from agl.server.api_error import ApiError
-from agl.tokens.capture import Json
+from agl.tokens.capture import CapturedToolCall, Json
 
-_NOT_COPIED: Final = frozenset(
-    {"model", "input", "instructions", "max_output_tokens", "tools", "tool_choice", "text", "reasoning", "include"}
-    | {"stream", "stream_options", "store", "metadata", "truncation", "background", "previous_response_id", "prompt"}
-    | {"conversation", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "top_logprobs"}
-    | {"max_tool_calls", "service_tier"}
-)
-"""Fields that are translated, or that engines do not know; all others are copied."""
-_STATEFUL: Final = ("previous_response_id", "conversation", "prompt", "background")
+_STATE: Final = refused("the gateway keeps no state between calls; send the whole input instead")
+_ACCOUNT: Final = ignored("it is about the provider's account, capacity or cache")
+_FIELDS: Final[Fields] = {
+    "model": translated("`model`, by `gateway.models`"),
+    "input": translated("`messages`"),
+    "instructions": translated("the first message"),
+    "max_output_tokens": translated("`max_tokens`"),
+    "temperature": PASSED_ON,
+    "top_p": PASSED_ON,
+    "user": PASSED_ON,
+    "parallel_tool_calls": PASSED_ON,
+    "stream": translated("`stream`, and `stream_options.include_usage`"),
+    "stream_options": ignored("it is about padding of events"),
+    "include": translated("`logprobs`, for `message.output_text.logprobs`; other values are about tools of a provider"),
+    "top_logprobs": translated("`top_logprobs`"),
+    "reasoning": translated("by its fields"),
+    "reasoning.effort": translated("`reasoning_effort`"),
+    "reasoning.summary": ignored("the response has the thoughts themselves"),
+    "reasoning.generate_summary": ignored("the response has the thoughts themselves"),
+    "reasoning.context": ignored("the chat template determines which thoughts it renders"),
+    "reasoning.mode": refused("it runs at a provider"),
+    "text": translated("by its fields"),
+    "text.format": translated("`response_format`"),
+    "text.verbosity": translated("`verbosity`"),
+    "tool_choice": translated("`tool_choice`: a word, a function or a custom tool"),
+    "tools": translated("`tools`"),
+    "tools[]: function": translated("`function` with its name, description, parameters and `strict`"),
+    "tools[]: custom": translated("`function` with the text as its argument `input`"),
+    "custom.name": translated("`function.name`"),
+    "custom.description": translated("`function.description`"),
+    "custom.format": translated("nothing, for a text; engines follow no grammar, which is refused"),
+    "function.name": translated("`function.name`"),
+    "function.description": translated("`function.description`"),
+    "function.parameters": translated("`function.parameters`"),
+    "function.strict": translated("`function.strict`"),
+    "function.defer_loading": refused("the tool search runs at a provider"),
+    "function.allowed_callers": refused("only the model calls tools"),
+    "metadata": ignored("the response and the recorded request have it"),
+    "context_management": ignored("engines refuse an input that is too long"),
+    "truncation": ignored("engines refuse an input that is too long"),
+    "max_tool_calls": ignored("it limits tools that run at a provider"),
+    "store": ignored("responses are never stored"),
+    "access_programs": _ACCOUNT,
+    "background_options": ignored("it is about `background`"),
+    "prompt_cache_key": _ACCOUNT,
+    "prompt_cache_options": _ACCOUNT,
+    "prompt_cache_retention": _ACCOUNT,
+    "safety_identifier": _ACCOUNT,
+    "service_tier": _ACCOUNT,
+    "background": _STATE,
+    "conversation": _STATE,
+    "previous_response_id": _STATE,
+    "prompt": _STATE,
+    "image": ignored("engines get images as they are"),
+    "moderation": refused("engines do not moderate"),
+    **ITEM_FIELDS,
+}
 _INCOMPLETE: Final = {"length": "max_output_tokens", "content_filter": "content_filter"}
 _LOGPROBS: Final = "message.output_text.logprobs"
 _ECHOED: Final = {
@@ -37,9 +96,11 @@ _ECHOED: Final = {
 
 class Responses(Translated):
     api = "/v1/responses"
+    fields = _FIELDS
 
     def __init__(self, body: Json, model: str | None) -> None:
         super().__init__(body, model)
+        self.whole_calls = {tool["name"] for tool in body.get("tools") or () if tool["type"] == "custom"}
         self._created = int(time.time())
         self._events = 0
         self._items: list[Json] = []
@@ -48,32 +109,20 @@ class Responses(Translated):
         """The open item: `message`, `reasoning`, or the index of a tool call; empty: the last item is complete."""
 
     def translate(self, body: Json) -> Json:
-        for name in _STATEFUL:
-            if body.get(name):
-                raise ValueError(
-                    f"the gateway keeps no state between calls, which {name} needs; send the whole input instead"
-                )
+        request = passed_on(body, _FIELDS)
         content = body["input"]
         items = [{"role": "user", "content": content}] if isinstance(content, str) else content
         system = [{"role": "system", "content": body["instructions"]}] if body.get("instructions") else []
-        request = {name: value for name, value in body.items() if name not in _NOT_COPIED}
         request |= {"messages": system + list(to_messages(items))}
         if body.get("max_output_tokens") is not None:
             request["max_tokens"] = body["max_output_tokens"]
         if body.get("tools"):
-            request["tools"] = [self._tool(tool) for tool in body["tools"]]
+            request["tools"] = [_tool(tool) for tool in body["tools"]]
         if body.get("tool_choice") is not None:
             request["tool_choice"] = _tool_choice(body["tool_choice"])
         if _LOGPROBS in (body.get("include") or ()):
             request |= {"logprobs": True, "top_logprobs": body.get("top_logprobs") or 0}
-        if effort := (body.get("reasoning") or {}).get("effort"):
-            request["reasoning_effort"] = effort
-        return request | _response_format((body.get("text") or {}).get("format") or {})
-
-    def _tool(self, tool: Json) -> Json:
-        if tool["type"] != "function":
-            raise ValueError(f"a tool of type {tool['type']} runs at a provider; offer a function")
-        return function_tool(tool["name"], tool.get("description"), tool.get("parameters"), tool.get("strict"))
+        return request | _style(body)
 
     # --- The response, whole ------------------------------------------------------------------------------------------
 
@@ -83,7 +132,8 @@ class Responses(Translated):
             self._items.append(self._reasoning(choice.reasoning))
         if choice.text:
             self._items.append(self._message(choice.text, _logprobs(response["choices"][0])))
-        self._items += [self._call(call.id, call.name, call.arguments) for call in choice.tool_calls]
+        for number, call in enumerate(choice.tool_calls):
+            self._items.append(self._call(number, call, call.arguments))
         return json.dumps(self._response(self._status())).encode()
 
     def _status(self) -> str:
@@ -127,21 +177,23 @@ class Responses(Translated):
         content = [{"type": "reasoning_text", "text": text}]
         return {"id": self._id("rs"), "type": "reasoning", "summary": [], "content": content}
 
-    def _call(self, call_id: str, name: str, arguments: str, status: str = "completed") -> Json:
-        called = {"type": "function_call", "call_id": call_id, "name": name, "arguments": arguments}
-        return {"id": self._id("fc"), "status": status} | called
+    def _call(self, number: int, call: CapturedToolCall, arguments: str, status: str = "completed") -> Json:
+        called = {"call_id": self.call_id(number, call), "name": call.name, "status": status}
+        if call.name in self.whole_calls:
+            return called | {"id": self._id("ctc"), "type": "custom_tool_call", "input": _custom_input(arguments)}
+        return called | {"id": self._id("fc"), "type": "function_call", "arguments": arguments}
 
     def _requested_logprobs(self, logprobs: list[Json]) -> list[Json]:
         return logprobs if _LOGPROBS in (self.body.get("include") or ()) else []
 
     # --- The response, streamed ---------------------------------------------------------------------------------------
 
-    def render_delta(self, choice: Json, delta: Json) -> bytes:
-        events = b"" if self._events else self._begin()
+    def render_text(self, choice: Json, delta: Json) -> bytes:
+        events = self._begin()
         if thought := delta.get("reasoning_content") or delta.get("reasoning"):
             events += self._open_item("reasoning", lambda: self._reasoning(""))
             events += self._append("reasoning_text", self._items[-1]["content"][0], "text", thought)
-        if text := delta.get("content"):
+        if text := delta.get("content") or delta.get("refusal"):
             events += self._open_item("message", lambda: self._message("", [], "in_progress"))
             if not (message := self._items[-1])["content"]:
                 message["content"].append({"type": "output_text", "text": "", "annotations": [], "logprobs": []})
@@ -150,26 +202,25 @@ class Responses(Translated):
             logprobs = self._requested_logprobs(_logprobs(choice))
             message["content"][0]["logprobs"] += logprobs
             events += self._append("output_text", message["content"][0], "text", text, logprobs=logprobs)
-        for call in delta.get("tool_calls") or ():
-            events += self._add_to_call(call)
         return events
 
-    def _add_to_call(self, call: Json) -> bytes:
-        function = call.get("function") or {}
-        name, arguments = function.get("name") or "", function.get("arguments")
-        call_id = call.get("id") or ""
-        events = self._open_item(call.get("index", 0), lambda: self._call(call_id, name, "", "in_progress"))
-        if arguments:
-            events += self._append("function_call_arguments", self._items[-1], "arguments", arguments)
+    def render_call(self, number: int, call: CapturedToolCall, piece: str) -> bytes:
+        events = self._begin() + self._open_item(number, lambda: self._call(number, call, "", "in_progress"))
+        if call.name in self.whole_calls:
+            return events + self._append("custom_tool_call_input", self._items[-1], "input", _custom_input(piece))
+        if piece:
+            events += self._append("function_call_arguments", self._items[-1], "arguments", piece)
         return events
 
     def render_end(self, done: bytes) -> bytes:
         status = self._status()
-        events = b"" if self._events else self._begin()
-        events += self._close_item()
+        events = self._begin() + self.render_rest() + self._close_item()
         return events + self._event(f"response.{status}", {"response": self._response(status)}, False)
 
     def _begin(self) -> bytes:
+        """The events that start the response, unless it has started."""
+        if self._events:
+            return b""
         names = ("response.created", "response.in_progress")
         return b"".join(self._event(name, {"response": self._response("in_progress")}, False) for name in names)
 
@@ -195,6 +246,8 @@ class Responses(Translated):
         elif item["type"] == "function_call":
             call = {"arguments": item["arguments"], "name": item["name"]}
             events += self._event("response.function_call_arguments.done", call)
+        elif item["type"] == "custom_tool_call":
+            events += self._event("response.custom_tool_call_input.done", {"input": item["input"]})
         else:
             text = item["content"][0]["text"]
             events += self._event("response.reasoning_text.done", {"content_index": 0, "text": text})
@@ -206,7 +259,7 @@ class Responses(Translated):
 
     def _append(self, kind: str, holder: Json, field: str, piece: str, **more: Any) -> bytes:
         holder[field] += piece
-        place = {} if kind == "function_call_arguments" else {"content_index": 0}
+        place = {"content_index": 0} if field == "text" else {}
         return self._event(f"response.{kind}.delta", {"delta": piece, **place, **more})
 
     def _event(self, name: str, data: Json, of_item: bool = True, **more: Any) -> bytes:
@@ -227,12 +280,40 @@ class Responses(Translated):
         return self._event("error", {"code": error.code, "message": str(error), "param": None}, False)
 
 
+def _tool(tool: Json) -> Json:
+    kind = check_type(tool, "tools[]", _FIELDS)
+    check_object(tool, kind, _FIELDS)
+    if kind == "function":
+        return function_tool(tool["name"], tool.get("description"), tool.get("parameters"), tool.get("strict"))
+    if (form := (tool.get("format") or {}).get("type", "text")) != "text":
+        raise ValueError(f"the custom tool {tool['name']!r} has the format {form}, which engines do not follow")
+    schema = {"type": "object", "properties": {CUSTOM_INPUT: {"type": "string"}}, "required": [CUSTOM_INPUT]}
+    return function_tool(tool["name"], tool.get("description"), schema)
+
+
 def _tool_choice(choice: Any) -> Any:
     if isinstance(choice, str):
         return choice
-    if choice["type"] != "function":
+    if choice["type"] not in ("function", "custom"):
         raise ValueError(f"engines know no tool_choice of type {choice['type']}")
     return {"type": "function", "function": {"name": choice["name"]}}
+
+
+def _custom_input(arguments: str) -> str:
+    """The text in the arguments of a function that stands for a custom tool; else what the model wrote."""
+    try:
+        given = json.loads(arguments)[CUSTOM_INPUT]
+    except (ValueError, TypeError, KeyError):
+        return arguments
+    return given if isinstance(given, str) else arguments
+
+
+def _style(body: Json) -> Json:
+    """The fields for `reasoning` and `text`."""
+    reasoning = check_object(body.get("reasoning") or {}, "reasoning", _FIELDS)
+    text = check_object(body.get("text") or {}, "text", _FIELDS)
+    chosen = {"reasoning_effort": reasoning.get("effort"), "verbosity": text.get("verbosity")}
+    return {name: value for name, value in chosen.items() if value} | _response_format(text.get("format") or {})
 
 
 def _response_format(requested: Json) -> Json:

@@ -2,14 +2,15 @@
 
 import json
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from starlette.responses import JSONResponse, Response
 
 from agl import semconv
+from agl.gateway.dialect.api_field import Fields
 from agl.gateway.dialect.dialect import Dialect
 from agl.server.api_error import ApiError, error_text
-from agl.tokens.capture import Capture, Choice, Json, RequestedFields
+from agl.tokens.capture import Capture, CapturedToolCall, Choice, Json, RequestedFields
 
 
 class Translated(Dialect):
@@ -20,10 +21,20 @@ class Translated(Dialect):
     is_native = False
     api: ClassVar[str]
     """Name of the API in error messages."""
+    fields: ClassVar[Fields]
+    """What becomes of the API's fields."""
 
     def __init__(self, body: Json, model: str | None) -> None:
         self.body = body
         self.capture = Capture()
+        self.whole_calls: set[str] = set()
+        """Names of tools whose calls are rendered when their arguments are complete."""
+        self._number = 0
+        """Number of the tool call that is being rendered."""
+        self._rendered: int | None = None
+        """How many pieces of it have been rendered; None: it has not started."""
+        self._later: list[tuple[Json, Json]] = []
+        """Texts that arrived within a tool call."""
         try:
             self.request = self.translate(body) | ({"model": model} if model else {})
         except ValueError as error:
@@ -39,8 +50,12 @@ class Translated(Dialect):
         """The equivalent chat completion. Raises ValueError with the reason if there is none."""
 
     @abstractmethod
-    def render_delta(self, choice: Json, delta: Json) -> bytes:
-        """Events for a chunk's addition to the answer, which `capture` already has."""
+    def render_text(self, choice: Json, delta: Json) -> bytes:
+        """Events for a chunk's addition to text and thoughts."""
+
+    @abstractmethod
+    def render_call(self, number: int, call: CapturedToolCall, piece: str) -> bytes:
+        """Events for the next piece of a tool call's arguments, which starts the call if it has not started."""
 
     @classmethod
     def not_translatable(cls, reason: str) -> ApiError:
@@ -53,7 +68,43 @@ class Translated(Dialect):
         return (self.capture.choices() or [Choice(0)])[0]
 
     def render_chunk(self, event: bytes, chunk: Json) -> bytes:
-        return b"".join(self.render_delta(choice, choice.get("delta") or {}) for choice in chunk.get("choices") or ())
+        events = b""
+        for choice in chunk.get("choices") or ():
+            delta = choice.get("delta") or {}
+            if any(delta.get(name) for name in _TEXT_FIELDS) and self._is_within_call:
+                self._later.append((choice, delta))
+            else:
+                events += self.render_text(choice, delta)
+            events += self._render_calls(is_end=False)
+        return events
+
+    def render_rest(self) -> bytes:
+        """Events for what has arrived and was held back until the end of the answer."""
+        return self._render_calls(is_end=True) + b"".join(self.render_text(*one) for one in self._later)
+
+    @property
+    def _is_within_call(self) -> bool:
+        return self._rendered is not None and not self.choice.tool_calls[self._number].is_complete
+
+    def _render_calls(self, is_end: bool) -> bytes:
+        """Events for what has arrived of the tool calls. Clients expect one after the other, and engines may interleave
+        them: each waits until those before it are complete."""
+        events, calls = b"", self.choice.tool_calls
+        while self._number < len(calls):
+            call = calls[self._number]
+            is_done = is_end or (self._number + 1 < len(calls) and call.is_complete)
+            if is_done or (call.name and call.name not in self.whole_calls):
+                if self._rendered is None or self._rendered < len(call.pieces):
+                    events += self.render_call(self._number, call, "".join(call.pieces[self._rendered or 0 :]))
+                self._rendered = len(call.pieces)
+            if not is_done:
+                break
+            self._number, self._rendered = self._number + 1, None
+        return events
+
+    def call_id(self, number: int, call: CapturedToolCall) -> str:
+        """Id of a tool call; some engines give it none, and its result must name it."""
+        return call.id or f"call_{self.capture.response_id}_{number}"
 
     def token_counts(self) -> tuple[int, int]:
         """Tokens of prompt and answer: the engine's usage, else the number of ids."""
@@ -72,6 +123,9 @@ class Translated(Dialect):
     @abstractmethod
     def error_body(cls, error: ApiError) -> Json:
         """An error in the form of the API."""
+
+
+_TEXT_FIELDS: Final = ("content", "reasoning_content", "reasoning", "refusal")
 
 
 def text_of(content: Any) -> str:
