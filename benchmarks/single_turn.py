@@ -168,6 +168,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/single_turn"))
     parser.add_argument("--only", choices=("agl", "trl"), help="run one part of one seed in this process")
     arguments = parser.parse_args()
+    if arguments.only and len(arguments.seeds) > 1:
+        parser.error(f"--only runs one seed, and {len(arguments.seeds)} were given")
     folders = [arguments.folder.resolve() / f"seed{seed}-steps{arguments.steps}" for seed in arguments.seeds]
     if arguments.only:
         run = train_ours if arguments.only == "agl" else evaluate_trl
