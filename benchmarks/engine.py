@@ -13,6 +13,9 @@ Rates count the tokens actually sampled, since an answer may end early. Our engi
 it computed, and its logprobs are compared with those of the trainer's forward pass for the same tokens.
 """
 
+import agl_trainer  # noqa: F401  # before torch, which reads how long an idle thread spins
+
+# isort: split
 import argparse
 import asyncio
 import os

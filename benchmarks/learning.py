@@ -12,6 +12,9 @@ Prints Markdown: the reward after the last step, of 32 rollouts each, and the st
 means over the seeds.
 """
 
+import agl_trainer  # noqa: F401  # before torch, which reads how long an idle thread spins
+
+# isort: split
 import argparse
 import random
 from collections import deque

@@ -5,6 +5,9 @@
 Trains the team of `tests.trainer.toy_team` with 64 rollouts per step. Prints Markdown with a row for each seed.
 """
 
+import agl_trainer  # noqa: F401  # before torch, which reads how long an idle thread spins
+
+# isort: split
 import argparse
 
 from tests.trainer.toy_team import Team, conflict, earned, routes, separate, shared

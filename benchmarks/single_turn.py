@@ -16,6 +16,9 @@ evaluates both final adapters with one greedy answer to each of the 96 held-out 
 `--folder`, so the same command resumes where it was stopped.
 """
 
+import agl_trainer  # noqa: F401  # before torch, which reads how long an idle thread spins
+
+# isort: split
 import argparse
 import json
 import shutil

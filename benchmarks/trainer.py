@@ -15,6 +15,9 @@ of the process, model included. Equal gradient norms show that all variants comp
 --compile measures our packed step with and without `train.compile`, in turn in one process.
 """
 
+import agl_trainer  # noqa: F401  # before torch, which reads how long an idle thread spins
+
+# isort: split
 import argparse
 import json
 import math
