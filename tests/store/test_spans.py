@@ -1,13 +1,18 @@
 """The store's contract: spans, in any order and sent any number of times."""
 
+import hashlib
 import math
 import threading
+from dataclasses import replace
 
 import pytest
 
+from agl import otlp, semconv
 from agl.errors import AglError
 from agl.span import Span, SpanEvent
 from agl.store import Store
+from agl.store.span_row import parse, parse_json
+from agl.trajectory import build_trajectory
 from tests.store.spans import OTHER_TRACE, TRACE, answered, asked, make_span, numbers
 
 
@@ -55,6 +60,34 @@ def test_a_span_sent_twice_is_stored_once_as_it_was_first_sent(store: Store) -> 
 
 def test_the_same_span_id_in_another_trace_is_another_span(store: Store) -> None:
     assert store.append_spans([make_span(1), make_span(1, trace=OTHER_TRACE)]) == 2
+
+
+@pytest.mark.parametrize("rollout", ["r", None])
+def test_media_are_stored_once_for_each_rollout_whoever_sends_them(store: Store, rollout: str | None) -> None:
+    """The plug-in and the gateway each send them, and again in the next attempt, from a different process."""
+    media = {semconv.MEDIA + hashlib.sha256(data).hexdigest(): data for data in (b"x" * 4000, b"y" * 4000)}
+    spans = [make_span(number, rollout=rollout) for number in (1, 2, 3)]
+    if rollout:
+        spans[2] = replace(spans[2], trace_id=OTHER_TRACE)
+    with_media = [replace(span, attributes={**span.attributes, **media}) for span in spans]
+
+    store.append_spans(with_media[:1])
+    store.append_rows(parse(otlp.encode(with_media)).rows)
+    store.append_rows(parse_json(otlp.encode_json(store.query_spans(rollout or TRACE))).rows)
+
+    found = store.query_spans(rollout or TRACE)
+    assert sorted(span.span_id for span in found if span.name != semconv.SPAN_MEDIA) == [one.span_id for one in spans]
+    assert [span.attributes for span in found if span.name != semconv.SPAN_MEDIA] == [one.attributes for one in spans]
+    named = {semconv.ROLLOUT_ID: rollout} if rollout else {}
+    stored = sorted([span.attributes for span in found if span.name == semconv.SPAN_MEDIA], key=str)
+    assert stored == sorted([named | {name: data} for name, data in media.items()], key=str)
+    assert build_trajectory(found).calls == []
+
+
+def test_what_is_not_named_by_its_hash_is_no_media(store: Store) -> None:
+    span = replace(make_span(1), attributes={semconv.MEDIA + "0" * 64: b"x" * 4000})
+    store.append_spans([span])
+    assert store.query_spans(TRACE) == [span]
 
 
 def test_no_spans_are_no_change(store: Store) -> None:

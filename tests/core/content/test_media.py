@@ -10,7 +10,7 @@ import pytest
 
 from agl import semconv
 from agl.content.filter import ContentFilter
-from agl.content.media import MAX_BYTES, MIN_CHARACTERS, referenced, shortened
+from agl.content.media import MAX_BYTES, MIN_CHARACTERS, note_stored, referenced, shortened
 
 PICTURE = b"\x89PNG" + random.Random(0).randbytes(20_000)
 DIGEST = hashlib.sha256(PICTURE).hexdigest()
@@ -47,14 +47,16 @@ def test_other_texts_stay(value: str) -> None:
     assert shortened(text) == (text, {})
 
 
-def test_the_bytes_are_stored_once_for_each_rollout() -> None:
-    found = [
-        referenced({"a": URL, "b": URL}, lambda rollout=rollout: rollout, MAX_BYTES)
-        for rollout in ("once-1", "once-1", "once-2")
-    ]
+def test_the_bytes_are_sent_until_they_are_stored_for_the_rollout() -> None:
+    found = []
+    for rollout in ("once-1", "once-1", "once-2", None, None):
+        attributes, media = referenced({"a": URL, "b": URL}, lambda rollout=rollout: rollout, MAX_BYTES)
+        assert attributes == {"a": REFERENCE, "b": REFERENCE}
+        found.append(media)
+        note_stored(rollout, media)
 
-    assert [attributes for attributes, _ in found] == [{"a": REFERENCE, "b": REFERENCE}] * 3
-    assert [media for _, media in found] == [{semconv.MEDIA + DIGEST: PICTURE}, {}, {semconv.MEDIA + DIGEST: PICTURE}]
+    sent = {semconv.MEDIA + DIGEST: PICTURE}
+    assert found == [sent, {}, sent, sent, sent]
 
 
 def test_the_bytes_are_not_stored_if_content_is_redacted() -> None:

@@ -192,4 +192,7 @@ SPAN_EXCEPTION: Final = "agl.exception"
 SPAN_OPERATION: Final = "agl.operation"
 SPAN_HANDOFF: Final = "agl.handoff"
 SPAN_TRAINED: Final = "agl.trained"
+SPAN_MEDIA: Final = "agl.media"
+NOT_IN_TREE: Final = (SPAN_TRAINED, SPAN_MEDIA)
+"""Spans that record something about a rollout, and are no part of its run."""
 SPAN_JUDGE: Final = "agl.judge"

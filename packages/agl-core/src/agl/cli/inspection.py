@@ -101,7 +101,7 @@ class Inspection:
         self.trajectory = build_trajectory(spans)
         self.reports = _report_calls(self.trajectory, collect_trained(spans))
         self._report_of = {report.call.span_id: report for report in self.reports}
-        self._tree = SpanTree(in_one_clock([span for span in spans if span.name != semconv.SPAN_TRAINED]))
+        self._tree = SpanTree(in_one_clock([span for span in spans if span.name not in semconv.NOT_IN_TREE]))
         # A gateway span that is joined by response id is the root of a trace of its own: show it below the chat span.
         grafts = {call.span_id: call.chat_span_id for call in self.trajectory.calls if call.chat_span_id}
         self._walk = list(walk(self._tree, grafts))

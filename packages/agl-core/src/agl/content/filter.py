@@ -12,7 +12,7 @@ from opentelemetry.util.types import AttributeValue
 
 from agl import semconv
 from agl.content.bounded import bounded_json, text_of
-from agl.content.media import MAX_BYTES, MIN_CHARACTERS, referenced
+from agl.content.media import MAX_BYTES, MIN_CHARACTERS, note_stored, referenced
 from agl.content.redaction import Redact, redact_attribute
 from agl.errors import ConfigError
 from agl.failsafe import never_raises
@@ -84,7 +84,7 @@ class ContentFilter:
     ) -> Mapping[str, AttributeValue]:
         """`attributes` after redaction, without those whose redaction failed.
 
-        Media become references; their bytes are added once for each rollout, of which `span` is one, unless content is
+        Media become references; their bytes are added once for the rollout that `span` is in, unless content is
         redacted: a function from str to str cannot redact them.
         """
         redact = self._redact_in_use
@@ -94,7 +94,10 @@ class ContentFilter:
                 attributes, media = referenced(attributes, lambda: _rollout_of(span), _process_max_bytes)
                 break
         if redact is None:
-            return {**attributes, **media} if media else attributes
+            if not media:
+                return attributes
+            note_stored(_rollout_of(span), media)
+            return {**attributes, **media}
         redacted = {name: redact_attribute(name, value, redact) for name, value in attributes.items()}
         return {name: value for name, value in redacted.items() if value is not None}
 

@@ -6,7 +6,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from agl import semconv
@@ -37,31 +37,31 @@ _TYPES = {
 """First bytes of media whose field states no type."""
 
 
-class _KeptMedia:
-    """Which media are stored already, of the latest rollouts."""
+class _StoredMedia:
+    """Which media need not be sent again, of the latest rollouts. The store keeps those that are sent twice once."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[object, str], None] = OrderedDict()
+        self._stored: OrderedDict[tuple[object, str], None] = OrderedDict()
         self._lock = threading.Lock()
 
-    def is_new(self, rollout: object, digest: str) -> bool:
-        """Whether these bytes are not stored for `rollout` yet; from now on they are. None: it is not known."""
+    def has(self, rollout: object, name: str) -> bool:
         with self._lock:
-            if rollout is not None and (rollout, digest) in self._kept:
-                return False
-            self._kept[rollout, digest] = None
-            if len(self._kept) > MAX_KEPT:
-                self._kept.popitem(last=False)
-            return True
+            return (rollout, name) in self._stored
+
+    def add(self, rollout: object, name: str) -> None:
+        with self._lock:
+            self._stored[rollout, name] = None
+            if len(self._stored) > MAX_KEPT:
+                self._stored.popitem(last=False)
 
 
-_KEPT = _KeptMedia()
+_STORED = _StoredMedia()
 
 
 def referenced(
     attributes: Mapping[str, Value], rollout: Callable[[], object], max_bytes: int
 ) -> tuple[Mapping[str, Value | str], dict[str, bytes]]:
-    """`attributes` with their texts `shortened`, and attributes for the bytes that are not stored for `rollout` yet."""
+    """`attributes` with their texts `shortened`, and attributes for the bytes that `note_stored` does not know."""
     media: dict[str, bytes] = {}
     short: dict[str, str] = {}
     for key, text in attributes.items():
@@ -71,8 +71,14 @@ def referenced(
     if not media:
         return {**attributes, **short}, {}
     within = rollout()
-    new = {semconv.MEDIA + digest: data for digest, data in media.items() if _KEPT.is_new(within, digest)}
-    return {**attributes, **short}, new
+    named = {semconv.MEDIA + digest: data for digest, data in media.items()}
+    return {**attributes, **short}, {name: data for name, data in named.items() if not _STORED.has(within, name)}
+
+
+def note_stored(rollout: object, media: Iterable[str]) -> None:
+    """The attributes `media` need not be sent again for `rollout`; None: it is not known."""
+    for name in media if rollout is not None else ():
+        _STORED.add(rollout, name)
 
 
 def shortened(text: str, max_bytes: int = MAX_BYTES) -> tuple[str, dict[str, bytes]]:

@@ -302,6 +302,7 @@ class Exchange:
         except (AglError, ValueError, TypeError, OverflowError) as error:
             logger.error("a call could not be recorded (gateway.record: %s): %s", self._parts.config.record, error)
             return ApiError(500, "not_recorded", f"the call could not be recorded, its answer is withheld: {error}")
+        record.note_committed()
         if record.position is not None and not record.error_type:
             self._parts.conversations.remember(record.position, record.capture.choices(), spans)
         return failure

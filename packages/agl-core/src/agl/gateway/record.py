@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from agl import semconv
-from agl.content.media import MIN_CHARACTERS, referenced
+from agl.content.media import MIN_CHARACTERS, note_stored, referenced
 from agl.gateway.conversation import Position
 from agl.gateway.engine import Engine
 from agl.gateway.request import Caller
 from agl.server.api_error import ApiError, error_in
 from agl.span import AttributeValue, Span
 from agl.store import Store
-from agl.store.span_row import MAX_ID_LENGTH, SpanRow
+from agl.store.span_row import MAX_ID_LENGTH, SpanRow, rows_of
 from agl.tokens.capture import Capture, Choice, Json
 from agl.tokens.drift import Drifted
 
@@ -73,7 +73,7 @@ class CallRecord:
     prefix: str | None = None
     """`exact`, or the reason for which the prompt was not built from sampled tokens."""
     media: dict[str, bytes] = field(default_factory=dict)
-    """Attributes with the bytes of the request's media that no earlier call of the rollout had."""
+    """Attributes with the bytes of the request's media that are not known to be stored for the rollout."""
 
     def check(self) -> None:
         """Raises ApiError for a request that could not be recorded, before anything is sampled for it.
@@ -103,13 +103,13 @@ class CallRecord:
     def spans(self, content_max_bytes: int) -> list[Span]:
         """A span for each choice, which ends now; without a choice one span. All share parent and response id.
 
-        Media in the request become references. The first span has the bytes that are not stored for the rollout yet.
+        Media in the request become references. The first span has the bytes that are not known to be stored.
         """
         trace_id = self.caller.trace_id or f"{random.getrandbits(128):032x}"
         shared: Mapping[str, AttributeValue] = self._attributes()
         if len(self.client_body) >= MIN_CHARACTERS:
             shared, new = referenced(shared, lambda: self.caller.rollout_id or trace_id, content_max_bytes)
-            self.media |= new
+            self.media = new
         choices = self.capture.choices()
         spans = [
             self._span(trace_id, {**shared, **_choice_attributes(choice, self.capture.usage, choices)})
@@ -117,6 +117,10 @@ class CallRecord:
         ] or [self._span(trace_id, shared)]
         spans[0] = replace(spans[0], attributes={**spans[0].attributes, **self.media})
         return spans
+
+    def note_committed(self) -> None:
+        """The media need not be sent again for the rollout."""
+        note_stored(self.caller.rollout_id or self.caller.trace_id, self.media)
 
     def _span(self, trace_id: str, attributes: Mapping[str, AttributeValue]) -> Span:
         return Span(
@@ -180,7 +184,7 @@ class Recorder:
         Raises AglError if the store refuses them, TypeError or OverflowError for values that a span cannot hold.
         """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(([SpanRow.of(span) for span in spans], done))
+        self._waiting.append(([row for span in spans for row in rows_of(span)], done))
         if self._writing is None:
             self._writing = asyncio.create_task(self._write())
         await done

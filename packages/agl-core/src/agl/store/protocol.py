@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from agl import otlp
 from agl.span import Span
 from agl.store.rollout import Attempt, Rollout
-from agl.store.span_row import SpanRow
+from agl.store.span_row import SpanRow, rows_of
 from agl.store.states import AttemptState, RolloutState
 
 
@@ -42,8 +42,8 @@ class Store(Protocol):
     # --- Spans -------------------------------------------------------------------------------------------------------
 
     def append_spans(self, spans: Sequence[Span]) -> int:
-        """`append_rows` of `spans`."""
-        return self.append_rows([SpanRow.of(span) for span in spans])
+        """`append_rows` of `spans` and their media."""
+        return self.append_rows([row for span in spans for row in rows_of(span)])
 
     def query_spans(self, rollout_id: str) -> list[Span]:
         """`query_rows` as spans."""

@@ -15,6 +15,7 @@ from opentelemetry.proto.trace.v1 import trace_pb2
 from agl import otlp, semconv
 from agl.errors import OtlpError
 from agl.span import COLUMN_ATTRIBUTES, AttributeValue, Span, SpanAttributes
+from agl.store.media import MIN_BYTES, media_of, media_span, without_media
 
 _Attributes = Mapping[str, AttributeValue]
 
@@ -61,9 +62,16 @@ class SpanRow:
         return _to_row(*key, span, span.name, span.parent_id is not None, otlp.encode((span,)))
 
 
+def rows_of(span: Span) -> Sequence[SpanRow]:
+    """The row of `span`, and the rows of its media. Raises OtlpError on a value that OTLP cannot carry."""
+    if any(name.startswith(semconv.MEDIA) for name in span.attributes):
+        return parse(otlp.encode((span,))).all_rows()
+    return (SpanRow.of(span),)
+
+
 @dataclass(frozen=True, slots=True)
 class ParsedSpans:
-    """The valid spans of a request, and the number of rejected spans with the reason for the first."""
+    """Rows of the valid spans and their media, and the number of rejected spans with the reason for the first."""
 
     rows: Sequence[SpanRow]
     rejected: int = 0
@@ -93,7 +101,7 @@ def parse(body: bytes) -> ParsedSpans:
         for part, encoded in _valid_parts(chunk, requests, reasons):
             for (span, resource), one in zip(_spans(part), encoded, strict=True):
                 try:
-                    rows.append(_row(span, resource, one))
+                    rows += _rows(span, resource, one)
                 except OtlpError as error:
                     reasons.append(str(error))
     return ParsedSpans(rows, len(reasons), reasons[0] if reasons else "")
@@ -146,6 +154,16 @@ def _attributes(pairs: Iterable[KeyValue]) -> _Attributes:
         if (key := pair.key) in COLUMN_ATTRIBUTES
         and (value := pair.value.string_value or otlp.read_value(pair.value)) is not None
     }
+
+
+def _rows(span: trace_pb2.Span, resource: _Attributes, encoded: bytes) -> Iterator[SpanRow]:
+    """The row of a span, and the rows of its media."""
+    row = _row(span, resource, encoded)
+    if len(encoded) >= MIN_BYTES and (media := media_of(span)):
+        row.otlp = without_media(encoded)
+        for digest, data in media.items():
+            yield SpanRow.of(media_span(digest, data, row.rollout_id, row.trace_id, row.start_ns))
+    yield row
 
 
 def _row(span: trace_pb2.Span, resource: _Attributes, encoded: bytes) -> SpanRow:

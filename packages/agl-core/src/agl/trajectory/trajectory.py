@@ -53,7 +53,7 @@ def build_trajectory(spans: Iterable[Span]) -> Trajectory:
 
     Raises TrajectoryError if there are no spans or if they name several rollouts.
     """
-    tree = SpanTree(in_one_clock([span for span in spans if span.name != semconv.SPAN_TRAINED]))
+    tree = SpanTree(in_one_clock([span for span in spans if span.name not in semconv.NOT_IN_TREE]))
     joined = join_calls(tree)
     rollout_id = _only_rollout(tree.spans)
     attempt_id = _last_attempt(tree.spans, rollout_id)
