@@ -21,7 +21,7 @@ from agl import semconv
 from agl.cli import main
 from agl.cli.inspection import Inspection
 from agl.config import Config
-from agl.errors import ConfigError, TrainingError
+from agl.errors import ConfigError, NothingTrainedError, TrainingError
 from agl.span import Span
 from agl.store import RolloutState, Store, open_store
 from agl.trajectory import DropReason, Trajectory, build_trajectory, collect_trained
@@ -154,8 +154,9 @@ def test_choices_stops_and_declared_limits_train_with_a_ratio_of_one(
 def test_groups_without_a_difference_are_replaced_so_often_and_no_more(tmp_path: Path, store: Store) -> None:
     """All rewards are equal: of 2 + 2 + 2 groups the first four are replaced, and nothing trains."""
     options: dict[str, Any] = {"group_size": 2, "groups_per_step": 2, "shuffle": False, "dynamic_sampling": 2}
-    Trainer(config_in(tmp_path, reward=f"{TOY}:flat", steps=1, **options)).fit()
-    Trainer(config_in(tmp_path, reward=f"{TOY}:flat", steps=2, **options)).fit()
+    for steps in (1, 2):
+        with pytest.raises(NothingTrainedError):
+            Trainer(config_in(tmp_path, reward=f"{TOY}:flat", steps=steps, **options)).fit()
     for metrics in metrics_of(tmp_path):
         assert (metrics["groups"], metrics["groups/replaced"], metrics["calls"]) == (6, 4, 12)
         dropped = {name: count for name, count in metrics.items() if name.startswith("calls/dropped/")}
@@ -299,6 +300,29 @@ def test_the_best_adapters_are_kept_and_the_training_ends_when_they_stay_the_bes
         found = trainer.session.policy.adapter("solver")
         assert all(torch.equal(found[name], tensor) for name, tensor in state.adapters["solver"].items())
     assert len(metrics_of(tmp_path)) == 4
+
+
+def test_a_rollout_without_a_reward_is_left_out_of_an_evaluation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict[str, Any] = {"agent": f"{TOY}:answer_with_a_reward_but_for_the_first", "reward": None}
+    few: dict[str, Any] = {
+        "tasks": f"{TOY}:few_tasks",
+        "eval_tasks": f"{TOY}:few_tasks",
+        "eval_every": 1,
+        "steps": 1,
+        "group_size": 2,
+    }
+    trainer = Trainer(config_in(tmp_path, **options | few))
+    with trainer.open():
+        result = trainer.evaluate("after")
+        assert list(result.tasks) == toy_agent.WORDS[1:3] and result.without_reward == 1
+        assert "no reward reaches 1 rollouts (run-eval-after-0000): they are left out of the evaluation" in caplog.text
+        trainer.grpo()
+    assert metrics_of(tmp_path)[0]["eval/reward/mean"] > 0
+    trainer = Trainer(config_in(tmp_path, **options | few | {"eval_tasks": f"{TOY}:held_out_tasks"}))
+    with trainer.open(trains=False), pytest.raises(TrainingError, match=r"run-eval-none: no rollout has a reward; set"):
+        trainer.evaluate("none")
 
 
 def test_samples_are_compared_with_an_earlier_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -773,7 +797,8 @@ def test_the_seed_alone_decides_what_is_sampled_and_published(tmp_path: Path) ->
 
 
 def test_an_agent_that_sets_its_own_seed_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    Trainer(config_in(tmp_path, agent=f"{TOY}:answer_with_seed", steps=1)).fit()
+    with pytest.raises(NothingTrainedError):
+        Trainer(config_in(tmp_path, agent=f"{TOY}:answer_with_seed", steps=1)).fit()
     assert "in 4 of 4 groups, rollouts got equal answers because the request sets a seed (42)" in caplog.text
 
 

@@ -70,6 +70,25 @@ def best_of_three(task: Task) -> str:
     return max((choice.message.content or "" for choice in reply.choices), key=len)
 
 
+def no_answer(task: Task) -> str:
+    raise RuntimeError("no database")
+
+
+def answer_of_nobody(task: Task) -> str:
+    """It asks for a model that nobody serves, and hides the error."""
+    try:
+        return answer(task, "nobody")
+    except openai.NotFoundError:
+        return "sorry"
+
+
+def answer_with_a_reward_but_for_the_first(task: Task) -> str:
+    text = answer(task)
+    if task["id"] != WORDS[0]:
+        agl.emit_reward(letters(task, text))
+    return text
+
+
 release = threading.Event()
 """Set at the end of a test, so that what hangs ends with it."""
 
@@ -112,6 +131,10 @@ def interrupted_answer(task: Task) -> str:
 def flat(task: Task, text: str) -> float:
     """The same for every answer."""
     return 1.0
+
+
+def infinite(task: Task, text: str) -> float:
+    return float("inf")
 
 
 held_out_rewards: list[float] = []

@@ -7,7 +7,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Rank = Callable[[list[str], int], Any]
-"""From the attempts as they stand in the prompt, and the number of the request, to what the model says."""
+"""From the attempts as they stand in the prompt, and the number of the request, to what the model says.
+
+A number is the status of the response, bytes are its whole body.
+"""
 
 
 class ScriptedJudge:
@@ -26,9 +29,9 @@ class ScriptedJudge:
                 judge.keys.append(self.headers.get("authorization"))
                 ranking = judge.rank(attempts_of(body), len(judge.requests))
                 status = ranking if isinstance(ranking, int) else 200
-                answer = {"choices": [{"message": {"content": ranking}}], "usage": {"prompt_tokens": 100}}
-                answer["usage"] |= {"completion_tokens": 7}
-                data = json.dumps(answer).encode()
+                usage = {"prompt_tokens": 100, "completion_tokens": 7}
+                answer = {"choices": [{"message": {"content": ranking}}], "usage": usage}
+                data = ranking if isinstance(ranking, bytes) else json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("content-length", str(len(data)))
                 self.end_headers()

@@ -22,7 +22,7 @@ from agl.server.app_thread import AppThread
 from agl.span import Span
 from agl.store import AttemptState, Rollout, open_store, span_row
 from agl.tokens.drift import Difference, Drift, Drifted
-from agl.trajectory import build_trajectory
+from agl.trajectory import DropReason, build_trajectory, trained_span
 from tests.core.fake_engine import FakeEngine
 from tests.core.span_maker import chat, gateway_call, reward, span
 from tests.core.whole_request import whole_request
@@ -252,10 +252,22 @@ def test_trajectories_of_a_group_are_those_of_its_rollouts() -> None:
 def test_trajectories_as_a_table_show_drops_with_what_to_do() -> None:
     keep(*rollout_spans())
     head, row, _, drop, counts = stdout_of("trajectories", "--last").splitlines()
-    assert head.split() == ["rollout", "role", "policy", "tokens", "trained", "calls", "reward"]
-    assert row.split() == ["r-1", "writer", "writer@3", "4", "2", "1", "0.8"]
+    assert head.split() == ["rollout", "role", "policy", "tokens", "sampled", "trained", "calls", "reward"]
+    assert row.split() == ["r-1", "writer", "writer@3", "4", "2", "0", "1", "0.8"]
     assert "no_ids: set return_token_ids" in drop
     assert counts == "1 rollout, 1 row, 1 dropped call"
+
+
+def test_trajectories_count_a_token_as_trained_only_once_a_step_trained_it() -> None:
+    first, second = gateway_call([1], [2, 3]), gateway_call([7], [8])
+    one, other = build_trajectory([first, second]).calls
+    keep(first, second, trained_span(one, 1, None, DropReason.ZERO_ADVANTAGE), trained_span(other, 1, 0.5))
+    _, *rows, _, counts = stdout_of("trajectories", "--last").splitlines()
+    assert [row.split()[3:6] for row in rows] == [["3", "2", "0"], ["2", "1", "1"]]  # tokens, sampled, trained
+    assert counts == "1 rollout, 2 rows, 0 dropped calls; not trained: 1 call zero_advantage"
+    assert [row["trained"] for row in json.loads(stdout_of("trajectories", "--last", "--json"))["rows"]] == [[0], [1]]
+    keep(trained_span(one, 2, 0.25))
+    assert stdout_of("trajectories", "--last").splitlines()[1].split()[3:6] == ["3", "2", "2"]
 
 
 def test_trajectories_print_the_first_token_in_which_a_history_differs() -> None:

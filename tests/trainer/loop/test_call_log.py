@@ -21,6 +21,7 @@ from agl_trainer.algo.options import BatchOptions, RoleState
 from agl_trainer.loop.call_log import (
     CallLog,
     call_metrics,
+    rollouts_without_reward,
     warn_of_missing_rewards,
     warn_of_shared_seeds,
     warn_of_unused_weights,
@@ -168,11 +169,11 @@ def test_rollouts_that_no_reward_reaches_are_named(caplog: pytest.LogCaptureFixt
     ]
     batch = grpo_batch(made, {"writer": RoleState(), "fixer": RoleState()}, BatchOptions())
     with caplog.at_level(logging.WARNING):
-        assert warn_of_missing_rewards(batch.outcomes) == 1
-    assert "no reward reaches 1 rollouts (without): they are left out" in caplog.text
+        warn_of_missing_rewards(rollouts_without_reward(batch.outcomes), "their groups")
+    assert "no reward reaches 1 rollouts (without): they are left out of their groups" in caplog.text
     caplog.clear()
     others = [outcome for outcome in batch.outcomes if outcome.call.rollout_id != "without"]
-    assert warn_of_missing_rewards(others) == 0
+    warn_of_missing_rewards(rollouts_without_reward(others), "their groups")
     assert caplog.text == ""
 
 

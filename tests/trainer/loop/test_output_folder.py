@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from agl.cli.doctor import check_folder
 from agl.errors import TrainingError
 from agl.store import Store, open_store
 from agl_trainer.loop.output_folder import claim_run, locked, run_of
@@ -44,6 +45,15 @@ def test_a_second_training_is_refused_with_the_first_ones_process_and_host(tmp_p
             pass
     with locked(tmp_path / "run"):
         pass
+
+
+def test_a_folder_that_takes_no_file_is_named() -> None:
+    """On the file systems of the kernel even root cannot write, and access rights do not show it."""
+    advice = "choose another train.output_dir"
+    check = check_folder("train.output_dir", Path("/proc/agl/run"), advice)
+    assert not check.ok and check.todo.startswith("/proc cannot be written to (") and check.todo.endswith(f": {advice}")
+    with pytest.raises(TrainingError, match=r"cannot write to /proc/agl/run .*; choose another train\.output_dir"):
+        locked(Path("/proc/agl/run")).__enter__()
 
 
 def test_a_killed_training_leaves_no_lock_behind_even_if_a_fork_of_it_lives(tmp_path: Path) -> None:

@@ -132,7 +132,8 @@ def test_the_table_shows_a_policy_that_answers_every_task_alike() -> None:
     assert json.loads(comparison_json([rl]))["rl"]["answers"]["writer"] == {"count": 10, "commonest": 9}
 
 
-def test_the_table_shows_how_many_rollouts_failed() -> None:
-    base = EvalResult("base", {"q0": TaskScore(0.0, failed=2), "q1": TaskScore(0.5, failed=1)})
-    *_, last = comparison_table([base, result("sft", [0.5, 0.5])]).splitlines()
-    assert last == "base: 3 rollouts failed and count 0; the log has the error of each"
+def test_the_table_shows_how_many_rollouts_failed_or_have_no_reward() -> None:
+    base = EvalResult("base", {"q0": TaskScore(0.0, failed=2), "q1": TaskScore(0.5, failed=1)}, without_reward=1)
+    *_, failed, last = comparison_table([base, result("sft", [0.5, 0.5])]).splitlines()
+    assert last == "base: 1 rollout without a reward, left out"
+    assert failed == "base: 3 rollouts failed and count 0; the log has the error of each"

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -131,7 +132,7 @@ def test_a_resumed_training_continues_its_run_in_a_tracker(
         log = MetricsLog(store, "shop", tmp_path, trackers=open_trackers([name], "shop", tmp_path, config, step)[:1])
         log.append(step, {"eval/reward/pass@1": 0.5, "loss": math.nan})
         log.close()
-    key = "eval/reward/pass_at_1" if name == "mlflow" else "eval/reward/pass@1"
+    key = "eval.reward.pass_at_1" if name == "mlflow" else "eval/reward/pass@1"
     assert tracker.logged == [(key, 0.5, 1), (key, 0.5, 2)]
     assert tracker.ended == 2
     if name == "wandb":
@@ -140,6 +141,49 @@ def test_a_resumed_training_continues_its_run_in_a_tracker(
     else:
         assert tracker.settings == [{"experiment": "3", "name": "shop"}]
         assert tracker.params == {"train.steps": "3"}
+
+
+class BrokenTracker:
+    """A tracker whose server is gone."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        raise ConnectionError("no route to host")
+
+    def close(self) -> None:
+        raise SystemError("still no route")
+
+
+def test_a_tracker_that_fails_is_named_once_and_ends_nothing(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = MetricsLog(store, "grpo", tmp_path, trackers=[BrokenTracker()])
+    for step in (1, 2):
+        log.append(step, {"reward": 0.5})
+    log.close()
+    assert store.query_metrics("grpo")["reward"] == [(1, 0.5), (2, 0.5)]
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        "BrokenTracker lacks metrics: ConnectionError: no route to host; the training"
+    )
+
+
+def test_no_name_in_mlflow_is_a_folder_of_another_one(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file store has a file for each name, in which slashes are folders."""
+    tracker = FakeTracker()
+    monkeypatch.setitem(sys.modules, "mlflow", tracker)
+    log = MetricsLog(store, "shop", tmp_path, trackers=open_trackers(["mlflow"], "shop", tmp_path, {}, 1)[:1])
+    log.append(1, {"calls": 2.0, "calls/dropped/no_ids": 1.0, "../reward: a/b": 1.0})
+    log.close()
+    names = [name for name, _, _ in tracker.logged]
+    assert names == ["calls", "calls.dropped.no_ids", "...reward_ a.b"]
+
+
+def test_a_tracker_that_cannot_begin_is_an_error_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: 1 / 0))
+    with pytest.raises(ConfigError, match=r"names wandb, which cannot begin a run \(ZeroDivisionError: "):
+        open_trackers(["wandb"], "shop", tmp_path, {}, 1)
 
 
 def test_the_error_names_a_tracker_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

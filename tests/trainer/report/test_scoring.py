@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 
 from agl import semconv
-from agl.errors import ConfigError, TrainingError
+from agl.errors import ConfigError
 from agl.store import RolloutState
 from agl_trainer.report.evaluation import Answers, TaskScore
 from agl_trainer.report.scoring import Sampling, commonest_answers, pass_at_k, rollout_score, task_score
@@ -26,11 +26,16 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_solution(samples: int, solved:
 
 
 def test_a_task_is_the_mean_of_its_rollouts_and_a_failed_one_counts_0() -> None:
-    scores = [TaskScore(1.0, {"goal": 1.0, "form": 0.5}), None, TaskScore(0.5, {"goal": 0.0, "form": 1.0})]
+    scores = [
+        TaskScore(1.0, {"goal": 1.0, "form": 0.5}),
+        TaskScore(0.0, failed=1),
+        TaskScore(0.5, {"goal": 0.0, "form": 1.0}),
+    ]
     found = task_score(scores, ["goal", "form"], Sampling(3, pass_at=(1, 2), success=0.9))
     assert found.reward == pytest.approx(0.5) and found.failed == 1
     assert found.parts == pytest.approx({"goal": 1 / 3, "form": 0.5, "pass@1": 1 / 3, "pass@2": 2 / 3})
-    assert task_score([None], ["goal"], Sampling()) == TaskScore(0.0, {"goal": 0.0}, failed=1)
+    assert task_score([TaskScore(1.0)], [], Sampling(2, pass_at=(1, 2))).parts == {"pass@1": 1.0}
+    assert task_score([TaskScore(0.0, failed=1)], ["goal"], Sampling()) == TaskScore(0.0, {"goal": 0.0}, failed=1)
 
 
 def test_rewards_of_roles_are_parts() -> None:
@@ -39,7 +44,7 @@ def test_rewards_of_roles_are_parts() -> None:
     assert rollout_score(outcome(), made) == TaskScore(0.8, {"goal": 1.0, "writer": 0.25, "writer/form": 0.5})
     by_function = rollout_score(outcome(0.5, goal=0.5), made)
     assert by_function == TaskScore(0.5, {"goal": 0.5, "writer": 0.25, "writer/form": 0.5})
-    assert rollout_score(outcome(error="boom"), made) is None
+    assert rollout_score(outcome(error="boom"), made) == TaskScore(0.0, failed=1)
 
 
 def test_the_commonest_answer_is_among_the_last_ones_of_each_rollout() -> None:
@@ -53,9 +58,8 @@ def test_the_commonest_answer_is_among_the_last_ones_of_each_rollout() -> None:
     assert answer_metrics(made) == {"writer/same_answer": pytest.approx(2 / 3), "fixer/same_answer": 1.0}
 
 
-def test_a_rollout_without_a_reward_is_an_error() -> None:
-    with pytest.raises(TrainingError, match=r"rollout r ended without a reward; set train\.reward"):
-        rollout_score(outcome(), trajectory("r", call("writer")))
+def test_a_rollout_without_a_reward_has_no_score() -> None:
+    assert rollout_score(outcome(), trajectory("r", call("writer"))) is None
 
 
 def test_meaningless_numbers_of_samples_are_rejected() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from agl.errors import ConfigError, TrainingError
 from agl.span import Span
 from agl.store import Store, open_store
 from agl.trajectory import Trajectory, build_trajectory
-from agl_trainer.rollout.judge import Judge, disagreement
+from agl_trainer.rollout.judge import CONCURRENCY, Judge, disagreement
 from agl_trainer.rollout.judged_source import JudgedSource
 from agl_trainer.rollout.sources import RolloutBatch
 from tests.core.span_maker import gateway_call, reward, span
@@ -71,10 +72,59 @@ def test_an_answer_without_a_ranking_is_requested_again_and_then_reported() -> N
         pytest.raises(TrainingError, match=r"ranked no g: expected the numbers 1 to 2, got 'I like both\.'"),
     ):
         judge_of(server).rank("g", "t", ["a", "b"])
-    with ScriptedJudge(lambda *_: 500) as server, pytest.raises(TrainingError, match="answered 500"):
+    with ScriptedJudge(lambda *_: 400) as server, pytest.raises(TrainingError, match="answered 400"):
         judge_of(server).rank("g", "t", ["a", "b"])
     with pytest.raises(TrainingError, match="does not answer"):
         judge_of(server).rank("g", "t", ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"error": {"message": "overloaded"}}',
+        b'{"choices": []}',
+        b'{"choices": null}',
+        b'{"choices": [{"message": null}]}',
+        b"[1]",
+        b"null",
+        b"<html>busy</html>",
+        b"\xff",
+        b"[" * 100_000,
+        b"",
+    ],
+    ids=lambda body: body[:40].decode(errors="replace"),
+)
+def test_a_200_that_is_no_completion_is_named(body: bytes) -> None:
+    with (
+        ScriptedJudge(lambda *_: body) as server,
+        pytest.raises(TrainingError, match="answered 200, expected a chat completion: "),
+    ):
+        judge_of(server).rank("g", "t", ["a", "b"])
+
+
+def test_a_busy_judge_is_asked_again_and_a_connection_is_used_again(caplog: pytest.LogCaptureFixture) -> None:
+    def busy_once(attempts: list[str], number: int) -> Any:
+        return {1: 429, 2: 503}.get(number, '{"ranking": [2, 1]}')
+
+    with ScriptedJudge(busy_once) as server:
+        judge = judge_of(server, rankings=1)
+        with ThreadPoolExecutor(CONCURRENCY) as pool:
+            judged = list(pool.map(lambda _: judge.rank("g", "t", ["a", "b"]), range(2 * CONCURRENCY)))
+    assert len(server.requests) == 2 * CONCURRENCY + 2
+    assert {tuple(sorted(one.scores)) for one in judged} == {(0.0, 1.0)}
+    assert "Connection pool is full" not in caplog.text
+
+
+def test_odd_numbers_of_tokens_count_0() -> None:
+    completion = {"choices": [{"message": {"content": '{"ranking": [2, 1]}'}}], "usage": {"prompt_tokens": "many"}}
+    with ScriptedJudge(lambda *_: json.dumps(completion).encode()) as server:
+        assert judge_of(server).rank("g", "t", ["a", "b"]).input_tokens == 0
+
+
+def test_judge_roles_are_roles() -> None:
+    judge = {"url": "http://x/v1", "model": "m", "criteria": "c", "roles": ["solvr"]}
+    with pytest.raises(ConfigError, match=r"judge\.roles names 'solvr', which is no role: agent_roles has solver"):
+        Config.parse({"judge": judge, "agent_roles": {"solver": {}}})
 
 
 def test_the_key_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,9 @@ message without a traceback and exits with 2; a traceback is a sign of a defect 
 class AglError(Exception):
     """Base class of all errors that are raised deliberately."""
 
+    exit_code = 2
+    """Of a command that ends with it: 2 if the command could not run, 1 if it ran and found a problem."""
+
 
 class ConfigError(AglError):
     """The configuration names an unknown key, a wrong value, or something that cannot be loaded."""
@@ -59,3 +62,9 @@ class AgentError(AglError):
 
 class TrainingError(AglError):
     """A batch, a loss or a checkpoint is invalid; the message names the rollout, role or file."""
+
+
+class NothingTrainedError(TrainingError):
+    """A training ran, and no call of its steps, or of its last steps, trained; the message has the reasons."""
+
+    exit_code = 1

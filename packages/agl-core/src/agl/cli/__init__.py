@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except AglError as error:
         print(f"agl: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         gc.freeze()  # The interpreter ends without a last search for garbage, which takes seconds once torch is loaded.
         return INTERRUPTED

@@ -2,9 +2,9 @@
 
 import argparse
 import json
-import os
 import platform
 import socket
+import tempfile
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -109,10 +109,17 @@ def demand(checks: Iterable[Check]) -> None:
 
 
 def check_folder(name: str, folder: Path, advice: str) -> Check:
-    """Whether `folder` is there, or can be made, and can be written to; `advice` is what to do if not."""
+    """Whether `folder` is there, or can be made, and can be written to; `advice` is what to do if not.
+
+    It writes a file that has no name: access rights do not show whether a file system is full or takes no files.
+    """
     above = next(part for part in (folder.absolute(), *folder.absolute().parents) if part.exists())
-    problem = "is no folder" if not above.is_dir() else "" if os.access(above, os.W_OK) else "is not writable"
-    return Check(name, str(folder), f"{above} {problem}: {advice}" if problem else "")
+    try:
+        with tempfile.TemporaryFile(dir=above, buffering=0) as file:
+            file.write(b"agl")
+    except OSError as error:
+        return Check(name, str(folder), f"{above} cannot be written to ({error.strerror}): {advice}")
+    return Check(name, str(folder))
 
 
 def check_store(uri: str) -> Check:

@@ -45,6 +45,10 @@ class Config(Section):
     def _weighs_its_judge(self) -> Self:
         if self.judge is not None and self.rewards and "judge" not in self.rewards:
             raise ValueError("rewards has no weight for the dimension judge: add one, which may be 0")
+        unknown = set(self.judge.roles).difference(self.agent_roles.roles) if self.judge else ()
+        if unknown:
+            known = ", ".join(self.agent_roles.roles) or "none"
+            raise ValueError(f"judge.roles names {min(unknown)!r}, which is no role: agent_roles has {known}")
         return self
 
     @classmethod

@@ -107,6 +107,8 @@ class TrainConfig(LossConfig):
     """Steps between evaluations on `eval_tasks`; the adapters of the best one are kept. 0: no evaluations."""
     early_stop: Annotated[int, Field(ge=0)] = 0
     """Stop after this many evaluations in a row without a better reward; 0: never."""
+    stop_after_empty_steps: Annotated[int, Field(ge=0)] = 3
+    """Stop with an error after this many steps in a row in which no call trained; 0: never."""
     alternate_steps: Annotated[int, Field(ge=0)] = 0
     """Train one adapter at a time, each for this many steps in turn; 0: all adapters in every step."""
     learning_rate: Positive = 2e-4

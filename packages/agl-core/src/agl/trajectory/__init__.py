@@ -2,7 +2,7 @@
 
 from agl.tokens.drift import Difference, Drift
 from agl.trajectory.call import Branch, Call
-from agl.trajectory.drop import Drop, DropReason, sampling_fault
+from agl.trajectory.drop import ADVICE, Drop, DropReason, sampling_fault
 from agl.trajectory.join import SpanTree
 from agl.trajectory.reward import Reward
 from agl.trajectory.row import Row, Turn
@@ -10,6 +10,7 @@ from agl.trajectory.trained import Trained, collect_trained, trained_span
 from agl.trajectory.trajectory import Trajectory, build_trajectory
 
 __all__ = [
+    "ADVICE",
     "Branch",
     "Call",
     "Difference",

@@ -42,6 +42,30 @@ class DropReason(StrEnum):
     REJECTED = "rejected"
 
 
+ADVICE: Final[Mapping[DropReason, str]] = {
+    DropReason.GREEDY: "sampled at temperature 0; sample at a temperature above 0",
+    DropReason.RAW_LOGPROBS: "an older version sampled it, and the engine recorded other logprobs than those of its "
+    "distribution; start vLLM with --logprobs-mode processed_logprobs",
+    DropReason.CONSTRAINED: "request fields kept the engine from the model's full distribution; `agl inspect` names "
+    "them",
+    DropReason.NO_REWARD: "no reward reaches the call; set train.reward, or call agl.emit_reward in the agent",
+    DropReason.FAILED_ROLLOUT: "the agent raised or timed out; `agl rollouts --error` lists the errors",
+    DropReason.ROLE_NOT_TRAINED: "agent_roles does not have its role; add it, or map the name with agl.role",
+    DropReason.ROLE_FROZEN: "see agent_roles.<role>.frozen and train.alternate_steps",
+    DropReason.STALE: "the version that sampled it is too old; raise train.max_staleness",
+    DropReason.TRUNCATED: "the response reached its maximum length; raise train.max_tokens",
+    DropReason.TOO_LONG: "it ends beyond engine.max_model_len; raise that",
+    DropReason.UNKNOWN_TOKENS: "token ids beyond the vocabulary; train on spans of train.model only",
+    DropReason.LATE: "made after its rollout had timed out; raise train.timeout_s",
+    DropReason.REPLACED_GROUP: "all rollouts of its group earned the same, and so did those of the group in its place",
+    DropReason.SKIPPED_STEP: "the gradient was not finite; lower train.learning_rate",
+    DropReason.ZERO_ADVANTAGE: "all rollouts of its group earned the same: the tasks are too easy or too hard, or the "
+    "reward is too coarse; compare rollouts with `agl rollouts`",
+    DropReason.REJECTED: "its rollout earned less than train.min_reward, or than others of its group",
+}
+"""What the reasons that the trainer finds mean, and what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Drop:
     """A call that is in no row. `detail` says what was found and what to do."""

@@ -67,7 +67,7 @@ def _checks(config: Config, train: TrainConfig, keys: Collection[str], *, downlo
     lists = {"train.tasks": train.tasks, "train.eval_tasks": train.eval_tasks, "sft.examples": examples}
     named += [(key, reference, partial(_count, reference, key)) for key, reference in lists.items()]
     if config.judge is not None:
-        named.append(("judge", config.judge.url, partial(_ask_judge, config.judge, config)))
+        named.append(("judge", config.judge.url, partial(_ask_judge, config.judge)))
     for key, value, find in named:
         if key in keys and (value or key == "agent_roles"):
             yield _check(key, ", ".join(value) if isinstance(value, list) else str(value), find)
@@ -108,11 +108,8 @@ def _count(reference: str | None, key: str) -> str:
     return counted(len(load_list(reference, key)), "item")
 
 
-def _ask_judge(judge: JudgeConfig, config: Config) -> str:
+def _ask_judge(judge: JudgeConfig) -> str:
     """The model, if the judge's server answers. Whether it lists its models does not matter."""
-    roles = config.agent_roles.roles
-    if unknown := [role for role in judge.roles if role not in roles]:
-        raise ConfigError(f"judge.roles names {unknown[0]!r}; agent_roles has {', '.join(roles)}")
     key = os.environ.get(judge.key_env) if judge.key_env else None
     if judge.key_env and not key:
         raise ConfigError(f"judge.key_env: the environment has no {judge.key_env}")

@@ -70,20 +70,23 @@ def call_metrics(outcomes: Sequence[CallOutcome]) -> dict[str, float]:
     return {"calls": float(len(outcomes)), "calls/trained": float(trained)} | dropped
 
 
-def warn_of_missing_rewards(outcomes: Sequence[CallOutcome]) -> int:
-    """Log a warning with the rollouts that are not in their groups because no reward reaches them; returns how many."""
+def rollouts_without_reward(outcomes: Sequence[CallOutcome]) -> list[str]:
+    """The rollouts that are not in their groups because no reward reaches them."""
     rewarded = {outcome.call.rollout_id for outcome in outcomes if outcome.reason in _REWARDED}
     without = [outcome.call.rollout_id for outcome in outcomes if outcome.reason is DropReason.NO_REWARD]
-    missing = [rollout_id for rollout_id in dict.fromkeys(without) if rollout_id not in rewarded]
-    if missing:
-        named = ", ".join(missing[:_MAX_NAMED]) + (", ..." if len(missing) > _MAX_NAMED else "")
+    return [rollout_id for rollout_id in dict.fromkeys(without) if rollout_id not in rewarded]
+
+
+def warn_of_missing_rewards(rollout_ids: Sequence[str], whole: str) -> None:
+    """Log a warning with the rollouts, if any, that are left out of `whole` because no reward reaches them."""
+    if rollout_ids:
         logger.warning(
-            "no reward reaches %d rollouts (%s): they are left out of their groups; set train.reward or call "
-            "agl.emit_reward in the agent",
-            len(missing),
-            named,
+            "no reward reaches %d rollouts (%s): they are left out of %s; set train.reward or call agl.emit_reward in "
+            "the agent",
+            len(rollout_ids),
+            ", ".join(rollout_ids[:_MAX_NAMED]) + (", ..." if len(rollout_ids) > _MAX_NAMED else ""),
+            whole,
         )
-    return len(missing)
 
 
 def warn_of_unused_weights(trajectories: Sequence[Trajectory], weights: Mapping[str, Weights]) -> None:

@@ -77,6 +77,7 @@ STEERING = frozenset(
         "train.dynamic_sampling",
         "train.eval_every",
         "train.early_stop",
+        "train.stop_after_empty_steps",
         "train.alternate_steps",
         "agent_roles.<role>.lora_dropout",
         "train.learning_rate",

@@ -78,6 +78,8 @@ class Checkpoint:
     """Tasks or examples of an epoch of the phase."""
     open_groups: list[int] = field(default_factory=list)
     """Numbers of the groups that were in flight beside the training."""
+    empty_steps: int = 0
+    """Last steps of the phase, in a row, in which no call trained."""
     references: Mapping[str, Tensors] | None = None
     """Owner of an adapter to the adapter as GRPO began, except fresh ones; None: not kept."""
     baselines: dict[str, float] = field(default_factory=dict)

@@ -5,17 +5,22 @@ from pathlib import Path
 from agl.errors import ConfigError, TrainingError
 from agl.seeds import derive
 from agl.trajectory import Trajectory, build_trajectory
+from agl_trainer.loop.call_log import warn_of_missing_rewards
 from agl_trainer.loop.checkpoint import checkpoint_folder, keep_only, load_checkpoint, save_checkpoint
 from agl_trainer.loop.state import Best, next_best
 from agl_trainer.loop.training import Training
 from agl_trainer.report.evaluation import EvalResult
-from agl_trainer.report.scoring import Sampling, commonest_answers, rollout_score, task_score
+from agl_trainer.report.scoring import Sampling, commonest_answers, rollout_score, task_scores
 from agl_trainer.rollout.runner import Outcome
 from agl_trainer.rollout.task_list import load_list, task_ids
 
 
 def evaluate(training: Training, label: str, sampling: Sampling | None = None) -> EvalResult:
-    """Rewards of each held-out task under the current adapters; a failed rollout counts as 0."""
+    """Rewards of each held-out task under the current adapters.
+
+    A failed rollout counts as 0. One without a reward is left out, as in training, and a warning names it. Raises
+    TrainingError if none has a reward.
+    """
     train = training.train
     if train.eval_tasks is None:
         raise ConfigError("train.eval_tasks is not set; name a function that returns the held-out tasks")
@@ -40,16 +45,12 @@ def evaluate(training: Training, label: str, sampling: Sampling | None = None) -
         outcomes = rollouts.run(wanted, counts_steps=True)[: len(wanted)]
         trajectories = [_trajectory(training, outcome) for outcome in outcomes]
         scores = [rollout_score(*read) for read in zip(outcomes, trajectories, strict=True)]
-        parts = list(dict.fromkeys(part for score in scores if score for part in score.parts))
-        size = sampling.samples
-        result = EvalResult(
-            label,
-            {
-                name: task_score(scores[index * size : (index + 1) * size], parts, sampling)
-                for index, name in enumerate(names)
-            },
-            commonest_answers(filter(None, trajectories)),
-        )
+        missing = [outcome.rollout_id for outcome, score in zip(outcomes, scores, strict=True) if score is None]
+        warn_of_missing_rewards(missing, "the evaluation")
+        if len(missing) == len(scores):
+            raise TrainingError(f"{name}: no rollout has a reward; set train.reward or call agl.emit_reward")
+        by_task = task_scores(names, scores, sampling)
+        result = EvalResult(label, by_task, commonest_answers(filter(None, trajectories)), len(missing))
         training.progress.update(reward=result.mean())
     return result
 

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from agl.errors import ConfigError
+from agl.cli.terminal import counted
+from agl.errors import ConfigError, NothingTrainedError
 from agl_trainer.algo.advantages import next_baseline
 from agl_trainer.algo.options import BatchOptions, RoleState
 from agl_trainer.compute.optimizer_step import StepStats
 from agl_trainer.compute.train_batch import role_states, train_batch
 from agl_trainer.loop.call_log import (
     call_metrics,
+    rollouts_without_reward,
     warn_of_missing_rewards,
     warn_of_shared_seeds,
     warn_of_unused_weights,
@@ -60,7 +62,9 @@ def run_grpo(training: Training, *, from_store: bool = False) -> None:
         if train.eval_every and done == 0:
             evaluate_step(training)
         for step in range(done, train.steps):
-            best = training.state.best
+            best, empty = training.state.best, training.state.empty_steps
+            if step > done and train.stop_after_empty_steps and empty >= train.stop_after_empty_steps:
+                break
             if train.early_stop and best and best.waited >= train.early_stop:
                 number = best.step - training.state.step + step
                 training.progress.note(
@@ -72,6 +76,22 @@ def run_grpo(training: Training, *, from_store: bool = False) -> None:
     if training.state.best is not None and training.state.best.step != training.state.step:
         load_best(training)
     training.publish()
+    _check_trained(training)
+
+
+def _check_trained(training: Training) -> None:
+    """Raises NothingTrainedError if no call trained in the phase, or in so many of its last steps that it stopped."""
+    train, state = training.train, training.state
+    if state.empty_steps == state.phase_step > 0:
+        raise NothingTrainedError(
+            f"no call trained in the {counted(state.phase_step, 'step')} of {training.folder}. "
+            "`calls/dropped` in metrics.jsonl counts the reasons; `agl rollouts` and `agl inspect` show the rollouts"
+        )
+    if train.stop_after_empty_steps and state.empty_steps >= train.stop_after_empty_steps:
+        raise NothingTrainedError(
+            f"stopped at step {state.phase_step}: no call trained in the last {state.empty_steps} steps "
+            "(train.stop_after_empty_steps). The adapters are published as the steps before these left them"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +113,22 @@ class _GrpoStep:
         rate = learning_rate(training.train, training.train.learning_rate, self.number, training.train.steps)
         stats = self._train(rollouts, rate)
         clock.lap("update")
-        outcomes = rollouts.batch.outcomes
+        outcomes, trained = rollouts.batch.outcomes, rollouts.count_trained()
+        state.empty_steps = 0 if trained else state.empty_steps + 1
+        if not trained:
+            training.progress.note(f"step {state.phase_step}: {rollouts.why_none_trained()}")
         training.call_log.record(state.step, outcomes, rollouts.unfinished)
         metrics = rollouts.metrics() | reward_metrics(rollouts.trajectories) | call_metrics(outcomes)
         metrics |= answer_metrics(rollouts.trajectories)
-        metrics["rollouts/without_reward"] = float(warn_of_missing_rewards(outcomes))
+        warn_of_missing_rewards(missing := rollouts_without_reward(outcomes), "their groups")
+        metrics["rollouts/without_reward"] = float(len(missing))
         metrics |= batch_metrics(rollouts.batch, roles) | update_metrics(stats, clock.laps["update"])
         metrics["learning_rate"] = rate
         if tokens_before is not None:
             sampled = (training.tokens_sampled() or 0) - tokens_before
             metrics["tokens/sampled_per_s"] = sampled / clock.laps["rollouts"]
         self._finish(metrics, clock)
+        training.progress.update(reward=metrics.get("reward/mean"), trained=f"{trained}/{len(outcomes)}")
 
     def _draw(self, source: RolloutSource, roles: Mapping[str, RoleState], clock: Stopwatch) -> StepRollouts:
         training = self.training
@@ -155,7 +180,6 @@ class _GrpoStep:
         training.save()
         if training.state.best not in (None, best):
             prune_best(training)
-        training.progress.update(reward=metrics.get("reward/mean"))
 
 
 @contextmanager

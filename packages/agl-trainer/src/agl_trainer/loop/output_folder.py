@@ -20,10 +20,9 @@ _held: set[TextIO] = set()
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of `folder`, which the system releases when the process ends, however it ends.
 
-    Raises TrainingError with the holder's process id and host if another training holds it.
+    Raises TrainingError with the holder's process id and host if another training holds it, or if it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+", encoding="utf-8") as file:
+    with _opened_lock(folder) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -40,6 +39,16 @@ def locked(folder: Path) -> Iterator[None]:
             yield
         finally:
             _held.discard(file)
+
+
+def _opened_lock(folder: Path) -> TextIO:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / "lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise TrainingError(
+            f"cannot write to {folder} ({error.filename}: {error.strerror}); choose another train.output_dir"
+        ) from error
 
 
 def _close_in_child() -> None:

@@ -48,6 +48,8 @@ class TrainingState:
     """Tasks or examples of an epoch of this phase."""
     open_groups: list[int] = field(default_factory=list)
     """Numbers of the groups in flight beside the training."""
+    empty_steps: int = 0
+    """Last steps of this phase, in a row, in which no call trained."""
     baselines: dict[str, float] = field(default_factory=dict)
     """Role to the running mean of its rewards."""
     baseline_weights: dict[str, float] = field(default_factory=dict)
@@ -62,7 +64,7 @@ class TrainingState:
         """Begin `phase`, or continue in it."""
         if self.phase != phase:
             self.phase, self.position, self.phase_step, self.best, self.optimizers = phase, 0, 0, None, {}
-            self.epoch_size, self.open_groups = 0, []
+            self.epoch_size, self.open_groups, self.empty_steps = 0, [], 0
         for owner in policy.adapters:
             if owner not in self.optimizers:
                 self.optimizers[owner] = _new_optimizer(policy, owner)
@@ -109,6 +111,7 @@ class TrainingState:
             phase_step=self.phase_step,
             epoch_size=self.epoch_size,
             open_groups=self.open_groups,
+            empty_steps=self.empty_steps,
             baselines=self.baselines,
             baseline_weights=self.baseline_weights,
             best=asdict(self.best) if self.best else None,
@@ -132,6 +135,7 @@ def restore(checkpoint: Checkpoint, policy: Policy) -> TrainingState:
             policy.load_adapter(role, checkpoint.adapters[role], checkpoint.versions[role])
     state = TrainingState(checkpoint.step, checkpoint.phase, checkpoint.position, checkpoint.phase_step)
     state.epoch_size, state.open_groups = checkpoint.epoch_size, list(checkpoint.open_groups)
+    state.empty_steps = checkpoint.empty_steps
     state.baselines, state.baseline_weights = dict(checkpoint.baselines), dict(checkpoint.baseline_weights)
     state.best = Best(**checkpoint.best) if checkpoint.best else None
     state.references = None if checkpoint.references is None else dict(checkpoint.references)

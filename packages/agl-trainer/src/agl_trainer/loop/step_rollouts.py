@@ -5,14 +5,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from agl.errors import TrainingError
-from agl.trajectory import Reward, Trajectory
+from agl.errors import NothingTrainedError
+from agl.trajectory import ADVICE, DropReason, Reward, Trajectory
 from agl_trainer.algo.batch import GrpoBatch
 from agl_trainer.algo.batch_builder import grpo_batch
 from agl_trainer.algo.options import BatchOptions, RoleState
 from agl_trainer.report.step_metrics import Stopwatch
 from agl_trainer.rollout.runner import Outcome
 from agl_trainer.rollout.sources import RolloutBatch, RolloutSource
+
+_MAX_REASONS = 2
+"""Reasons that are named if no call trains."""
 
 
 @dataclass(slots=True)
@@ -42,10 +45,10 @@ class StepRollouts:
         return [outcome.rollout_id for outcome in self.outcomes if outcome.error is not None]
 
     def check_calls(self) -> None:
-        """Raises TrainingError if rollouts succeeded without any known call: the training would do nothing."""
+        """Raises NothingTrainedError if rollouts succeeded without any known call."""
         succeeded = sum(outcome.error is None for outcome in self.outcomes)
         if succeeded and not self.batch.outcomes:
-            raise TrainingError(
+            raise NothingTrainedError(
                 f"{succeeded} of {len(self.outcomes)} rollouts succeeded, but no model call was joined to any of them; "
                 "name the framework in train.instrument, or send agl.headers() with each request to OPENAI_BASE_URL"
             )
@@ -58,6 +61,20 @@ class StepRollouts:
             return None
         (error, count), *_ = failed.most_common(1)
         return f"{failed.total()} of {len(errors)} rollouts failed, {count} of them with: {error}"
+
+    def count_trained(self) -> int:
+        return sum(outcome.reason is None for outcome in self.batch.outcomes)
+
+    def why_none_trained(self) -> str:
+        """The commonest reasons, with what to do."""
+        failures, outcomes = self.many_failures(), self.batch.outcomes
+        if not outcomes:
+            return f"no call trained: {failures or 'there is none'}"
+        found = {drop.reason: drop.detail for trajectory in self.trajectories for drop in trajectory.drops}
+        details = {**ADVICE, **found} | ({DropReason.FAILED_ROLLOUT: failures} if failures else {})
+        counts = Counter(outcome.reason for outcome in outcomes if outcome.reason)
+        reasons = [f"{number} {reason} ({details[reason]})" for reason, number in counts.most_common(_MAX_REASONS)]
+        return f"none of {len(outcomes)} calls trained: {'; '.join(reasons)}"
 
     def metrics(self) -> dict[str, float]:
         errors = self._errors()

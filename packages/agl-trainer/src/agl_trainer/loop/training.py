@@ -95,6 +95,8 @@ class Training:
             raise TrainingError("the trainer was opened with trains=False; use `with trainer.open():`")
         if self.state.phase == phase:
             self._refuse(self._changes)
+        if self._metrics is None:
+            self._metrics = self._open_metrics()
         self.forget_prompts()
         self.state.enter(phase, self.policy, self.train)
 
@@ -126,13 +128,15 @@ class Training:
             pass
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of the current step; opens the trackers at the first step."""
-        if self._metrics is None:
-            first = self.state.step
-            config = self.config.model_dump(mode="json", exclude_none=True)
-            trackers = open_trackers(self.train.report_to, self.run, self.folder, config, first)
-            self._metrics = MetricsLog(self.store, self.run, self.folder, first_step=first, trackers=trackers)
+        """Record the metrics of the current step of a phase."""
+        assert self._metrics is not None, "no phase has begun"
         self._metrics.append(self.state.step, metrics)
+
+    def _open_metrics(self) -> MetricsLog:
+        first = self.state.step + 1
+        config = self.config.model_dump(mode="json", exclude_none=True)
+        trackers = open_trackers(self.train.report_to, self.run, self.folder, config, first)
+        return MetricsLog(self.store, self.run, self.folder, first_step=first, trackers=trackers)
 
     def save(self) -> None:
         """Write a checkpoint of the current state."""
@@ -145,8 +149,11 @@ class Training:
         return self.state.to_checkpoint(self.policy, self.config, self.base)
 
     def publish(self) -> None:
-        """Write the adapter of each role to `adapters/<role>@<n>`, register it in the store, and serve it."""
-        for role in self.policy.roles:
+        """Write each adapter that a step trained to `adapters/<role>@<n>`, register it in the store, and serve it."""
+        untrained = [role for role in self.policy.roles if self.policy.versions[role] == 0]
+        if untrained:
+            self.progress.note(f"no adapter is published of {', '.join(untrained)}: no step trained it")
+        for role in (role for role in self.policy.roles if role not in untrained):
             folder = self.folder / "adapters" / self.policy.version_name(role)
             save_adapter(folder, self.policy.adapter(role), self.policy.adapter_config(role))
             name = adapter_name(self.run, role)

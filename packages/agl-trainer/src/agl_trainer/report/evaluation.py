@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from agl.cli.terminal import stack
+from agl.cli.terminal import counted, stack
 from agl.errors import TrainingError
 
 RESAMPLES = 10_000
@@ -75,6 +75,8 @@ class EvalResult:
     tasks: Mapping[str, TaskScore]
     answers: Mapping[str, Answers] = field(default_factory=dict)
     """By role."""
+    without_reward: int = 0
+    """Rollouts that are left out because they have no reward."""
 
     @property
     def parts(self) -> list[str]:
@@ -98,9 +100,13 @@ class EvalResult:
         return sum(values) / len(values)
 
     def doubts(self) -> list[str]:
-        """Lines about failed rollouts, and about roles that give nearly all tasks the same answer."""
-        failed = f"{self.label}: {self.failed} rollouts failed and count 0; the log has the error of each"
-        return ([failed] if self.failed else []) + [
+        """Lines about failed rollouts, those without a reward, and roles that give nearly all tasks the same answer."""
+        counts = {
+            "failed and count 0; the log has the error of each": self.failed,
+            "without a reward, left out": self.without_reward,
+        }
+        lines = [f"{self.label}: {counted(number, 'rollout')} {what}" for what, number in counts.items() if number]
+        return lines + [
             f"{self.label}: {answers} answers of {role} are the same, whatever the task: its policy may have collapsed"
             for role, answers in self.answers.items()
             if answers.count >= _MANY_ANSWERS and answers.share >= _COLLAPSED_FROM
@@ -119,7 +125,8 @@ class EvalResult:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             answers = {role: Answers(**counts) for role, counts in data["answers"].items()}
-            return cls(data["label"], {task: TaskScore(**score) for task, score in data["tasks"].items()}, answers)
+            tasks = {task: TaskScore(**score) for task, score in data["tasks"].items()}
+            return cls(data["label"], tasks, answers, data["without_reward"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TrainingError(f"{path} is not an evaluation result of `agl eval`: {error!r}") from error
 
@@ -171,6 +178,7 @@ def comparison_json(results: Sequence[EvalResult]) -> str:
         means = {part: result.mean(part) for part in result.parts}
         report[result.label] = {"reward": result.mean(), "tasks": len(result.tasks), "failed": result.failed} | means
         report[result.label]["answers"] = {role: asdict(answers) for role, answers in result.answers.items()}
+        report[result.label]["without_reward"] = result.without_reward
     for before, after in pairwise(results):
         parts = [None, *(part for part in after.parts if before.scores(part).keys() & after.scores(part).keys())]
         report[f"{after.label} - {before.label}"] = {

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from agl.store import Store
@@ -31,6 +32,7 @@ class MetricsLog:
         _rewind(path, run, first_step)
         self._file = path.open("a", encoding="utf-8")
         self._trackers = trackers
+        self._failed: list[Tracker] = []
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of `step`. A value that is not finite is null in the file and absent from the store."""
@@ -40,12 +42,29 @@ class MetricsLog:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for tracker in self._trackers:
-            tracker.log(finite, step)
+            with self._tolerating(tracker):
+                tracker.log(finite, step)
 
     def close(self) -> None:
         self._file.close()
         for tracker in self._trackers:
-            tracker.close()
+            with self._tolerating(tracker):
+                tracker.close()
+
+    @contextmanager
+    def _tolerating(self, tracker: Tracker) -> Iterator[None]:
+        """An error of `tracker` does not end the training; the first one is logged."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - trackers are other people's programs, on other people's servers
+            if tracker not in self._failed:
+                self._failed.append(tracker)
+                logger.warning(
+                    "%s lacks metrics: %s: %s; the training goes on, and the store and metrics.jsonl have all",
+                    type(tracker).__name__,
+                    type(error).__name__,
+                    error,
+                )
 
 
 def _rewind(path: Path, run: str, first_step: int) -> None:

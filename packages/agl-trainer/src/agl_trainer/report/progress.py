@@ -34,6 +34,8 @@ class ProgressState:
     steps: int | None = None
     loss: float | None = None
     reward: float | None = None
+    trained: str | None = None
+    """Calls that trained in the last step, of all its calls: `12/48`."""
     waiting_for: str | None = None
     tokens_per_s: float | None = None
 
@@ -61,6 +63,7 @@ class ProgressState:
         return [
             *([f"loss {self.loss:.3f}"] if self.loss is not None else []),
             *([f"reward {self.reward:.3f}"] if self.reward is not None else []),
+            *([f"trained {self.trained} calls"] if self.trained else []),
         ]
 
     def details(self) -> list[str]:

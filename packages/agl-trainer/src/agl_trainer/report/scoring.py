@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from agl.errors import ConfigError, TrainingError
+from agl.errors import ConfigError
 from agl.trajectory import Trajectory
 from agl_trainer.report.evaluation import Answers, TaskScore
 from agl_trainer.rollout.runner import Outcome
@@ -34,23 +34,19 @@ class Sampling:
 
 
 def rollout_score(outcome: Outcome, trajectory: Trajectory | None) -> TaskScore | None:
-    """Reward and parts of a rollout; None if it failed. Rewards of roles are parts `<role>` and `<role>/<part>`.
+    """Reward and parts of a rollout; None if it has no reward, and 0 if it failed.
 
-    Raises TrainingError if the rollout succeeded without a reward.
+    Rewards of roles are parts `<role>` and `<role>/<part>`.
     """
     if outcome.error is not None:
-        return None
+        return TaskScore(0.0, failed=1)
     reward, parts = outcome.reward, dict(outcome.parts)
     if trajectory is not None:
         whole = [found for found in trajectory.rewards if found.target is None and found.role is None]
         if reward is None and whole:
             reward, parts = whole[-1].value, dict(whole[-1].dimensions)
         parts |= _role_rewards(trajectory)
-    if reward is None:
-        raise TrainingError(
-            f"rollout {outcome.rollout_id} ended without a reward; set train.reward or call agl.emit_reward"
-        )
-    return TaskScore(reward, parts)
+    return None if reward is None else TaskScore(reward, parts)
 
 
 def commonest_answers(trajectories: Iterable[Trajectory]) -> dict[str, Answers]:
@@ -63,18 +59,30 @@ def commonest_answers(trajectories: Iterable[Trajectory]) -> dict[str, Answers]:
     return {role: Answers(counts.total(), max(counts.values())) for role, counts in found.items()}
 
 
-def task_score(scores: Sequence[TaskScore | None], parts: Iterable[str], sampling: Sampling) -> TaskScore:
-    """Means over the rollouts of a task, and its pass@k. A failed rollout counts as 0, also in each of `parts`.
+def task_score(scores: Sequence[TaskScore], parts: Iterable[str], sampling: Sampling) -> TaskScore:
+    """Means over the rollouts of a task, at least one, and its pass@k if there are k of them.
 
-    A part that only some rollouts have is averaged over these.
+    A failed rollout counts as 0, also in each of `parts`. A part that only some rollouts have is averaged over these.
     """
-    all_scores = [score or TaskScore(0.0, dict.fromkeys(parts, 0.0), failed=1) for score in scores]
-    names = dict.fromkeys(name for score in all_scores for name in score.parts)
-    means = {name: _mean([score.parts[name] for score in all_scores if name in score.parts]) for name in names}
-    solved = sum(score is not None and score.reward >= sampling.success for score in scores)
-    passes = {f"pass@{k}": pass_at_k(len(all_scores), solved, k) for k in sampling.pass_at}
-    failed = sum(score.failed for score in all_scores)
-    return TaskScore(_mean([score.reward for score in all_scores]), means | passes, failed)
+    zeros = dict.fromkeys(parts, 0.0)
+    parts_of_each = [zeros if score.failed else score.parts for score in scores]
+    names = dict.fromkeys(name for each in parts_of_each for name in each)
+    means = {name: _mean([each[name] for each in parts_of_each if name in each]) for name in names}
+    solved = sum(not score.failed and score.reward >= sampling.success for score in scores)
+    passes = {f"pass@{k}": pass_at_k(len(scores), solved, k) for k in sampling.pass_at if k <= len(scores)}
+    failed = sum(score.failed for score in scores)
+    return TaskScore(_mean([score.reward for score in scores]), means | passes, failed)
+
+
+def task_scores(names: Sequence[str], scores: Sequence[TaskScore | None], sampling: Sampling) -> dict[str, TaskScore]:
+    """The scores of the tasks `names` from those of their rollouts, task after task; without tasks that have none."""
+    parts = list(dict.fromkeys(part for score in scores if score for part in score.parts))
+    found: dict[str, TaskScore] = {}
+    for index, name in enumerate(names):
+        of_task = scores[index * sampling.samples : (index + 1) * sampling.samples]
+        if rewarded := [score for score in of_task if score is not None]:
+            found[name] = task_score(rewarded, parts, sampling)
+    return found
 
 
 def pass_at_k(samples: int, solved: int, k: int) -> float:

@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,7 +74,7 @@ class Mlflow:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for name, value in metrics.items():
-            self._client.log_metric(self._run_id, name.replace("@", "_at_"), value, step=step)
+            self._client.log_metric(self._run_id, _mlflow_name(name), value, step=step)
 
     def close(self) -> None:
         self._client.set_terminated(self._run_id)
@@ -86,13 +87,33 @@ _TRACKERS = {"wandb": WeightsAndBiases, "mlflow": Mlflow}
 def open_trackers(
     names: Sequence[str], run: str, folder: Path, config: Mapping[str, Any], first_step: int
 ) -> list[Tracker]:
-    """The trackers `names`, and TensorBoard if installed. Raises ConfigError if one of `names` is not installed."""
-    found: list[Tracker] = [_TRACKERS[name](run, folder, config) for name in names]
+    """The trackers `names`, and TensorBoard if installed.
+
+    Raises ConfigError if one of `names` is not installed, or cannot begin its run.
+    """
+    found = [_open(name, run, folder, config) for name in names]
     try:
         found.append(TensorBoard(folder / "tensorboard" / run, first_step))
     except ImportError:
         logger.info("tensorboard is not installed; metrics go to the store and to metrics.jsonl")
     return found
+
+
+def _open(name: str, run: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
+    try:
+        return _TRACKERS[name](run, folder, config)
+    except ConfigError:
+        raise
+    except Exception as error:  # the tracker is another's: any error of it must name it
+        raise ConfigError(
+            f"train.report_to names {name}, which cannot begin a run ({type(error).__name__}: {error}); set it up, or "
+            "leave it out"
+        ) from error
+
+
+def _mlflow_name(name: str) -> str:
+    """`name` as MLflow takes it. No slashes: its file store has `calls` in a file, `calls/trained` in a folder."""
+    return re.sub(r"[^\w\- .]", "_", name.replace("@", "_at_").replace("/", "."))
 
 
 def _import(name: str) -> Any:

@@ -9,11 +9,11 @@ import json
 import os
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from itertools import combinations
-from typing import Any
+from typing import Final, NamedTuple
 
 import urllib3
 
@@ -27,6 +27,19 @@ _SYSTEM = (
     '{"ranking": [2, 1, 3]}'
 )
 _MAX_TRIES = 3
+CONCURRENCY: Final = 8
+"""Groups that are judged at a time."""
+_RETRIES: Final = urllib3.Retry(
+    3,
+    connect=1,
+    redirect=False,
+    allowed_methods=None,
+    status_forcelist=(429, 500, 502, 503, 504),
+    backoff_factor=0.5,
+    raise_on_status=False,
+    respect_retry_after_header=False,
+)
+"""Waits 0, 1 and 2 s, whatever the server asks for, because the step of the training waits as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +65,9 @@ class Judge:
         if config.key_env and not key:
             raise ConfigError(f"judge.key_env: the environment has no {config.key_env}")
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        self._pool = urllib3.PoolManager(8, headers=headers, timeout=config.timeout_s, retries=False)
+        self._pool = urllib3.PoolManager(
+            maxsize=CONCURRENCY, headers=headers, timeout=config.timeout_s, retries=_RETRIES
+        )
 
     def rank(self, name: str, task: str, attempts: Sequence[str]) -> Judgement:
         """Judge two or more `attempts`; attempts with equal text get equal scores.
@@ -60,30 +75,29 @@ class Judge:
         `name` names the group in errors. Raises TrainingError if the judge does not answer, or answers without a
         ranking.
         """
-        usage: list[Mapping[str, Any]] = []
-        rankings = [self._ranking(name, task, attempts, number, usage) for number in range(self._config.rankings)]
+        answers: list[_Answer] = []
+        rankings = [self._ranking(name, task, attempts, number, answers) for number in range(self._config.rankings)]
         positions = [[ranking.index(attempt) for attempt in range(len(attempts))] for ranking in rankings]
         means = [1 - sum(ranks) / len(ranks) / (len(attempts) - 1) for ranks in zip(*positions, strict=True)]
         scores = {text: [mean for mean, each in zip(means, attempts, strict=True) if each == text] for text in attempts}
         return Judgement(
             [sum(scores[text]) / len(scores[text]) for text in attempts],
             disagreement(positions),
-            sum(int(response.get("prompt_tokens") or 0) for response in usage),
-            sum(int(response.get("completion_tokens") or 0) for response in usage),
+            sum(answer.input_tokens for answer in answers),
+            sum(answer.output_tokens for answer in answers),
         )
 
     def _ranking(
-        self, name: str, task: str, attempts: Sequence[str], number: int, usage: list[Mapping[str, Any]]
+        self, name: str, task: str, attempts: Sequence[str], number: int, answers: "list[_Answer]"
     ) -> list[int]:
-        """Indices of `attempts`, the best first. Appends the usage of each request to `usage`."""
+        """Indices of `attempts`, the best first. Appends each answer to `answers`."""
         order = list(range(len(attempts)))
         random.Random(derive(self._seed, "judge", task, *attempts, number)).shuffle(order)
         prompt = self._prompt(task, [attempts[index] for index in order])
         text = "nothing"
         for _ in range(_MAX_TRIES):
-            response = self._request(prompt)
-            usage.append(response.get("usage") or {})
-            text = str(response["choices"][0]["message"].get("content") or "")
+            answers.append(self._request(prompt))
+            text = answers[-1].text
             if ranking := _parse_ranking(text, len(attempts)):
                 return [order[number - 1] for number in ranking]
         raise TrainingError(
@@ -97,17 +111,38 @@ class Judge:
         parts += [f'<attempt number="{number}">\n{text[:limit]}\n</attempt>' for number, text in enumerate(attempts, 1)]
         return "\n\n".join(parts)
 
-    def _request(self, prompt: str) -> dict[str, Any]:
+    def _request(self, prompt: str) -> "_Answer":
         messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": prompt}]
         url = f"{self._config.url.rstrip('/')}/chat/completions"
         try:
             response = self._pool.request("POST", url, json={"model": self._config.model, "messages": messages})
         except urllib3.exceptions.HTTPError as error:
             raise TrainingError(f"the judge at {url} does not answer: {error}") from error
-        if response.status != HTTPStatus.OK:
+        answer = _Answer.of(response.data) if response.status == HTTPStatus.OK else None
+        if answer is None:
             body = response.data[:300].decode(errors="replace")
-            raise TrainingError(f"the judge at {url} answered {response.status}: {body}")
-        return response.json()
+            raise TrainingError(f"the judge at {url} answered {response.status}, expected a chat completion: {body}")
+        return answer
+
+
+class _Answer(NamedTuple):
+    """The text of a chat completion, and the tokens that it cost as far as the server states them."""
+
+    text: str
+    input_tokens: int
+    output_tokens: int
+
+    @classmethod
+    def of(cls, body: bytes) -> "_Answer | None":
+        """None if `body` is no chat completion: an error, a web page, or no choice."""
+        try:
+            completion = json.loads(body)
+            text = completion["choices"][0]["message"].get("content")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return None
+        usage = completion.get("usage")
+        counts = [usage.get(f"{kind}_tokens") if isinstance(usage, dict) else 0 for kind in ("prompt", "completion")]
+        return cls(str(text or ""), *(count if isinstance(count, int) else 0 for count in counts))
 
 
 def disagreement(positions: Sequence[Sequence[int]]) -> float:

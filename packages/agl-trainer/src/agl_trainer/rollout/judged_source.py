@@ -18,14 +18,13 @@ from agl.errors import TrainingError
 from agl.span import AttributeValue, Span
 from agl.store import Store
 from agl.trajectory import Reward, Trajectory, build_trajectory
-from agl_trainer.rollout.judge import Judge, Judgement
+from agl_trainer.rollout.judge import CONCURRENCY, Judge, Judgement
 from agl_trainer.rollout.sources import RolloutBatch, RolloutSource
 
 logger = logging.getLogger(__name__)
 
 DIMENSION = "judge"
 """Reward dimension that holds the rank."""
-_CONCURRENCY = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ class JudgedSource:
             if trajectory.error is None:
                 by_group.setdefault(trajectory.group_id or trajectory.rollout_id, []).append(trajectory)
         tasks = [(group, role) for group in by_group.values() if len(group) > 1 for role in self.roles or (None,)]
-        with ThreadPoolExecutor(_CONCURRENCY) as pool:
+        with ThreadPoolExecutor(CONCURRENCY) as pool:
             judgements = list(pool.map(lambda task: self._judge_group(*task), tasks))
         judged = {trajectory.rollout_id for group, _ in tasks for trajectory in group}
         trajectories = [
