@@ -24,6 +24,8 @@ class Backend:
     """Runs the server, once for all tests, with its files in an empty folder."""
     is_shared: bool = True
     """Whether several stores opened with the same URI, in any process, share their data."""
+    past: str = ""
+    """Name of its stores of past schemas in `old_stores.PAST`, if it has any of its own."""
 
 
 @contextmanager
@@ -72,9 +74,9 @@ def start_http(folder: Path) -> Iterator[NewUri]:
 
 
 BACKENDS = (
-    Backend("sqlite", start_sqlite),
+    Backend("sqlite", start_sqlite, past="sqlite"),
     Backend("memory", start_memory, is_shared=False),
-    Backend("postgresql", start_postgres),
-    Backend("cassandra", start_cassandra),
+    Backend("postgresql", start_postgres, past="postgres"),
+    Backend("cassandra", start_cassandra, past="cassandra"),
     Backend("http", start_http),
 )

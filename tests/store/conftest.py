@@ -12,6 +12,8 @@ from tests.store.backends import BACKENDS, Backend, NewUri
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "shared_uri" in metafunc.fixturenames:
         parametrise(metafunc, [backend for backend in BACKENDS if backend.is_shared])
+    elif "old" in metafunc.fixturenames:
+        parametrise(metafunc, [backend for backend in BACKENDS if backend.past])
     elif "store" in metafunc.fixturenames:
         parametrise(metafunc, list(BACKENDS))
 
@@ -34,6 +36,13 @@ def new_uri(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def store(new_uri: NewUri) -> Iterator[Store]:
     with closing(open_store(new_uri())) as store:
         yield store
+
+
+@pytest.fixture
+def old(request: pytest.FixtureRequest) -> str:
+    """Name of the backend in `old_stores.PAST`."""
+    backend: Backend = request.node.callspec.params["new_uri"]
+    return backend.past
 
 
 @pytest.fixture

@@ -32,6 +32,10 @@ class InputError(StoreError):
     """The store can never accept the input, so repeating the call is of no use."""
 
 
+class DamageError(StoreError):
+    """What the store has is not what it acknowledged. Repeating the call is of no use."""
+
+
 class UnknownIdError(StoreError):
     """A verb names a rollout or an attempt that is not in the store."""
 

@@ -196,3 +196,5 @@ SPAN_MEDIA: Final = "agl.media"
 NOT_IN_TREE: Final = (SPAN_TRAINED, SPAN_MEDIA)
 """Spans that record something about a rollout, and are no part of its run."""
 SPAN_JUDGE: Final = "agl.judge"
+SPAN_DAMAGED: Final = "agl.damaged"
+"""The store's own, in the place of a span that is not what was stored."""

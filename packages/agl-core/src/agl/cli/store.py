@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from agl import semconv
 from agl.cli.command import (
     add_command,
     add_json_option,
@@ -16,8 +17,9 @@ from agl.cli.command import (
     sqlite_file,
 )
 from agl.cli.terminal import counted
-from agl.errors import CommandError
+from agl.errors import CommandError, DamageError, OtlpError
 from agl.store.sqlite.maintenance import backup, check, schema_version
+from agl.store.sqlite.repair import repair
 
 _BYTES = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
@@ -44,7 +46,21 @@ def register(subparsers: Any) -> None:
         "agl store backup monday.db --store sqlite:///agl.db",
     )
     copy.add_argument("file", metavar="FILE", type=Path, help="a new file")
-    add_command(verbs, "check", run_check, "Read all of a SQLite store and report damage.", "agl store check")
+    add_command(
+        verbs,
+        "check",
+        run_check,
+        "Read all of a store, compare each span with its checksum, and report damage.",
+        "agl store check",
+    )
+    add_command(
+        verbs,
+        "repair",
+        run_repair,
+        "Replace a damaged SQLite file by one with what is sound. The damaged rollouts are set aside in a file of "
+        "their own, and the damaged file is kept. End what has the file open first.",
+        "agl store repair",
+    )
     add_command(verbs, "migrate", run_migrate, "Update a store to this program's schema version.", "agl store migrate")
     for parser in verbs.choices.values():
         add_store_option(parser)
@@ -77,11 +93,39 @@ def run_backup(arguments: argparse.Namespace) -> int:
 
 
 def run_check(arguments: argparse.Namespace) -> int:
-    findings = check(_file_of(arguments.store))
+    path = sqlite_file(arguments.store)
+    findings = check(path) if path else _damaged_rollouts(arguments.store)
     for finding in findings:
         print(finding)
-    print(f"{arguments.store} is {'damaged: keep a copy of it, and restore a backup' if findings else 'sound'}")
+    print(f"{arguments.store} is {'damaged: restore a backup, or run `agl store repair`' if findings else 'sound'}")
     return 1 if findings else 0
+
+
+def run_repair(arguments: argparse.Namespace) -> int:
+    repaired = repair(_file_of(arguments.store))
+    if repaired is None:
+        print(f"{arguments.store} is sound")
+        return 0
+    for line in repaired.damage.lines():
+        print(line)
+    rollouts = counted(len(repaired.damage.rollouts), "damaged rollout")
+    print(f"{arguments.store} now has what is sound; the file as it was is {repaired.damaged}")
+    print(f"{rollouts} set aside: what is left of their spans is in sqlite:///{repaired.set_aside}")
+    return 0
+
+
+def _damaged_rollouts(uri: str) -> list[str]:
+    """The damaged rollouts of a store on a server, read one by one."""
+    found: list[str] = []
+    with existing_store(uri) as store:
+        for rollout_id in store.rollout_ids():
+            try:
+                number = sum(span.name == semconv.SPAN_DAMAGED for span in store.query_spans(rollout_id))
+            except (DamageError, OtlpError) as error:
+                found.append(f"rollout {rollout_id}: {error}")
+            else:
+                found += [f"rollout {rollout_id}: {number} of its spans damaged"] if number else []
+    return found
 
 
 def run_migrate(arguments: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 protocol   the verbs of every store
 rollout, states, lifecycle   rollouts, attempts, and how events change them
-span_row               OTLP requests, parsed into one row for each span
+span_row               OTLP requests, parsed into one row for each span, and their checksums
 membership, retention   which spans belong to a rollout, and which rollouts `gc` deletes
 mapping, migration   database rows and schema versions
 end_notifier, watchdog   waiting for rollouts, and ending overdue attempts

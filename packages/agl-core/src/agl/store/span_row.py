@@ -4,6 +4,7 @@ A protobuf request is split by its field boundaries, into chunks of bounded size
 are copied as they are, which is much faster than to serialise them again. Each chunk is parsed once, for the columns.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -11,6 +12,7 @@ from typing import Final
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import KeyValue
 from opentelemetry.proto.trace.v1 import trace_pb2
+from xxhash import xxh3_64_intdigest
 
 from agl import otlp, semconv
 from agl.errors import OtlpError
@@ -34,6 +36,11 @@ CHUNK_BYTES: Final = 2**20
 """Approximate size of a chunk. Bounds the memory for parsing, which takes ten times the size."""
 MAX_TOTAL_BYTES: Final = 2**28
 """Limit for the spans of a request together, each with a copy of its resource."""
+
+Stored = tuple[bytes | None, int | None, bytes, bytes, int]
+"""Of a span in a store: OTLP bytes, checksum (None: stored before there were any), trace id, span id, start."""
+_DAMAGED: Final = "it is not what was stored; `agl store check` lists all damage, `agl store repair` sets it aside"
+_log = logging.getLogger(__name__)
 
 Chunk = tuple[bytes, list[bytes]]
 """A request with several spans, and the same spans as one request each."""
@@ -82,6 +89,37 @@ class ParsedSpans:
         if self.rejected:
             raise OtlpError(self.reason)
         return self.rows
+
+
+def checksum(body: bytes) -> int:
+    """xxh3 of the OTLP bytes of a span as a signed 64-bit number, stored beside them."""
+    return xxh3_64_intdigest(body) - 2**63
+
+
+def verified(rollout_id: str, found: Iterable[Stored]) -> list[bytes]:
+    """The OTLP bytes of the spans of a rollout, `damaged_span` for those that are not what was stored."""
+    return [
+        body
+        if body is not None and (known is None or checksum(body) == known)
+        else damaged_span(rollout_id, trace_id, span_id, start_ns)
+        for body, known, trace_id, span_id, start_ns in found
+    ]
+
+
+def damaged_span(rollout_id: str, trace_id: object, span_id: object, start_ns: object) -> bytes:
+    """The span, as OTLP, in the place of one that is not what was stored: no call of its rollout trains.
+
+    Its ids and start may be damaged too. It is logged.
+    """
+    trace, span = _valid_id(trace_id, 16), _valid_id(span_id, 8)
+    at_ns = start_ns if isinstance(start_ns, int) and start_ns >= 0 else 0
+    _log.error("span %s of rollout %s is damaged: %s", span, rollout_id, _DAMAGED)
+    named = {semconv.ROLLOUT_ID: rollout_id}
+    return otlp.encode((Span(trace, span, None, semconv.SPAN_DAMAGED, at_ns, at_ns, named, "error", _DAMAGED),))
+
+
+def _valid_id(found: object, size: int) -> str:
+    return (found if isinstance(found, bytes) and len(found) == size and any(found) else b"\xff" * size).hex()
 
 
 def attempt_ids(rows: Iterable[SpanRow]) -> list[str]:

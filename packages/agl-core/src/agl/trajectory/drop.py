@@ -22,6 +22,7 @@ class DropReason(StrEnum):
     NO_LOGPROBS = "no_logprobs"
     LENGTH_MISMATCH = "length_mismatch"
     MALFORMED = "malformed"
+    DAMAGED = "damaged"
 
     # Found by the trainer:
     GREEDY = "greedy"
@@ -75,8 +76,8 @@ class Drop:
     detail: str
 
 
-def find_drops(calls: Sequence[Call], attempt_id: str | None) -> list[Drop]:
-    """Every call that cannot train in the trajectory of attempt `attempt_id`."""
+def find_drops(calls: Sequence[Call], attempt_id: str | None, damaged: int = 0) -> list[Drop]:
+    """Every call that cannot train in the trajectory of attempt `attempt_id`; none can if spans are `damaged`."""
     repeated = _repeated(calls)
     some_unjoined = any(call.through_gateway and call.chat_span_id is None for call in calls)
     return [
@@ -84,6 +85,7 @@ def find_drops(calls: Sequence[Call], attempt_id: str | None) -> list[Drop]:
         for call in calls
         if (
             fault := _attempt_fault(call, attempt_id)
+            or _damage_fault(damaged)
             or _call_fault(call, id(call) in repeated)
             or _token_fault(call, some_unjoined)
         )
@@ -155,6 +157,16 @@ def _attempt_fault(call: Call, attempt_id: str | None) -> _Fault:
     return (
         DropReason.SUPERSEDED_ATTEMPT,
         f"the call is of attempt {call.attempt_id}, but only the rollout's last attempt, {attempt_id}, trains",
+    )
+
+
+def _damage_fault(damaged: int) -> _Fault:
+    if not damaged:
+        return None
+    return (
+        DropReason.DAMAGED,
+        f"the store no longer has {damaged} of the rollout's spans as they were stored, perhaps rewards or calls; "
+        "`agl store check` lists all damage, `agl store repair` sets it aside",
     )
 
 

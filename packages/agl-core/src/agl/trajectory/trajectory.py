@@ -62,7 +62,8 @@ def build_trajectory(spans: Iterable[Span]) -> Trajectory:
     targets = by_target(rewards.values())
     calls = [read_call(tree, spans_of_call, rollout_id, targets) for spans_of_call in joined]
     current_rewards = [rewards[id(span)] for span in current if id(span) in rewards]
-    drops = find_drops(calls, attempt_id)
+    damaged = sum(span.name == semconv.SPAN_DAMAGED for span in tree.spans)
+    drops = find_drops(calls, attempt_id, damaged)
     dropped = {id(drop.call) for drop in drops}
     return Trajectory(
         rollout_id=rollout_id,

@@ -76,7 +76,9 @@ _FIRST = (
         PRIMARY KEY (run, name, step))""",
 )
 
-MIGRATIONS: Final[Migrations] = (_FIRST,)
+_CHECKSUMS = ("ALTER TABLE span_bodies ADD checksum bigint",)
+
+MIGRATIONS: Final[Migrations] = (_FIRST, _CHECKSUMS)
 
 _VERSION: Final = "CREATE TABLE IF NOT EXISTS {}.schema_version (place int PRIMARY KEY, version int, holder text)"
 """Row 0 has the version, row 1 is the lock of the process that migrates."""

@@ -12,7 +12,7 @@ from agl.store.cassandra.membership import find_owners, find_spans
 from agl.store.cassandra.rollouts import heartbeat_known
 from agl.store.cassandra.span_partition import BucketFill, IndexedSpan, Partition, home_of
 from agl.store.membership import trace_id_of
-from agl.store.span_row import SpanRow, attempt_ids
+from agl.store.span_row import SpanRow, attempt_ids, checksum, verified
 
 _MAX_SPAN_BYTES: Final = 15 * 2**20
 """A node rejects mutations of more than half a commit log segment (16 MB by default)."""
@@ -29,11 +29,11 @@ _INSERT_WITH_RESPONSE = """
 INSERT INTO spans (home, bucket, span, start_ns, arrived_ns, size, response_id, is_answer)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?)
 """
-_INSERT_BODY = "INSERT INTO span_bodies (home, bucket, span, otlp) VALUES (?, ?, ?, ?)"
+_INSERT_BODY = "INSERT INTO span_bodies (home, bucket, span, checksum, otlp) VALUES (?, ?, ?, ?, ?)"
 _INSERT_RESPONSE = "INSERT INTO responses (response_id, is_answer, start_ns, span, home) VALUES (?, ?, ?, ?, ?)"
 _INSERT_TRACE = "INSERT INTO traces (trace_id, home) VALUES (?, ?)"
 _INSERT_LATEST = "INSERT INTO latest (place, named, home) VALUES (0, false, ?)"
-_BODIES = "SELECT span, otlp FROM span_bodies WHERE home = ? AND bucket = ?"
+_BODIES = "SELECT span, otlp, checksum FROM span_bodies WHERE home = ? AND bucket = ?"
 _COUNT = "SELECT count(*) FROM spans WHERE token(home, bucket) > ? AND token(home, bucket) <= ?"
 _LATEST = "SELECT home FROM latest WHERE place = 0 AND named = false"
 _ANY = "SELECT span FROM spans WHERE home = ? AND bucket = 0 LIMIT 1"
@@ -68,8 +68,9 @@ class CassandraSpans:
         found = {span.span: span for span in spans}  # The first by order of a span that has two partition keys.
         partitions = sorted({(span.home, span.bucket) for span in found.values()})
         results = self._keyspace.run([(_BODIES, key) for key in partitions])
-        bodies = {span: otlp for rows in results for span, otlp in rows}
-        return [bodies[span.span] for span in sorted(found.values(), key=_order) if span.span in bodies]
+        bodies = {span: (otlp, known) for rows in results for span, otlp, known in rows}
+        ordered = (span for span in sorted(found.values(), key=_order) if span.span in bodies)
+        return verified(rollout_id, ((*bodies[s.span], s.span[:16], s.span[16:], s.start_ns) for s in ordered))
 
     def count_spans(self) -> int:
         """Counted by the nodes, range by range. A counter column would drift: a retried increment may count twice."""
@@ -186,7 +187,7 @@ def _batches(partition: Partition, spans: Iterable[_NewSpan]) -> Iterator[list[S
         values = (*partition, span.span, row.start_ns, span.arrived_ns, len(row.otlp))
         with_response = (_INSERT_WITH_RESPONSE, (*values, span.response_id, row.asked is None))
         batch.append(with_response if span.response_id else (_INSERT, values))
-        batch.append((_INSERT_BODY, (*partition, span.span, row.otlp)))
+        batch.append((_INSERT_BODY, (*partition, span.span, checksum(row.otlp), row.otlp)))
         size += len(row.otlp)
     yield batch
 

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from agl.errors import InputError, StoreError, TransitionError, UnknownIdError
+from agl.errors import DamageError, InputError, StoreError, TransitionError, UnknownIdError
 from agl.store.protocol import Store
 from agl.store.span_row import parse
 
@@ -29,6 +29,7 @@ ERRORS: Final[Mapping[str, tuple[int, type[StoreError]]]] = {
     "unknown_id": (404, UnknownIdError),
     "refused_transition": (409, TransitionError),
     INVALID: (422, InputError),
+    "damaged": (500, DamageError),
     UNAVAILABLE: (503, StoreError),
 }
 """Code of an error to its HTTP status, and to the exception that the client raises."""

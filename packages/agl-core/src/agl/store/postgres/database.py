@@ -33,7 +33,7 @@ SET synchronous_commit TO on;
 SET jit TO off;
 CREATE TEMPORARY TABLE incoming (
     place integer, trace_id bytea, span_id bytea, rollout_id text, start_ns bigint, asked text, answered text,
-    otlp bytea) WITH (toast_tuple_target = 8160) ON COMMIT DELETE ROWS;
+    checksum bigint, otlp bytea) WITH (toast_tuple_target = 8160) ON COMMIT DELETE ROWS;
 ALTER TABLE incoming ALTER COLUMN otlp SET STORAGE EXTERNAL
 """
 """`incoming` stores `otlp` uncompressed like `span_bodies`: compression took most of the time of a batch."""

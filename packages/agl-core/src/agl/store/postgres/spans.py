@@ -7,14 +7,15 @@ from psycopg.errors import CheckViolation
 
 from agl.store.membership import first_keys
 from agl.store.postgres.database import LOCK, PostgresConnection
-from agl.store.span_row import SpanRow
+from agl.store.span_row import SpanRow, checksum, verified
 
 DAY_NS: Final = 86_400 * 10**9
 
 _COPY = """
-COPY incoming (place, trace_id, span_id, rollout_id, start_ns, asked, answered, otlp) FROM STDIN (FORMAT BINARY)
+COPY incoming (place, trace_id, span_id, rollout_id, start_ns, asked, answered, checksum, otlp)
+FROM STDIN (FORMAT BINARY)
 """
-_COPY_TYPES = ("int4", "bytea", "bytea", "text", "int8", "text", "text", "bytea")
+_COPY_TYPES = ("int4", "bytea", "bytea", "text", "int8", "text", "text", "int8", "bytea")
 
 # `arrival` is the number of the batch times 2**24, plus the place in the batch. Sorted by the unique key: transactions
 # that insert the same spans then wait for each other in one direction, which cannot deadlock.
@@ -22,8 +23,10 @@ _INSERT = """
 WITH batch AS MATERIALIZED (
     SELECT nextval('batches') * 16777216 AS arrival
 ), fresh AS (
-    INSERT INTO spans (arrival, start_ns, arrived_ns, day, size, trace_id, span_id, rollout_id, asked, answered)
-    SELECT arrival + place, start_ns, :now_ns, :day, octet_length(otlp), trace_id, span_id, rollout_id, asked, answered
+    INSERT INTO spans
+        (arrival, start_ns, arrived_ns, day, size, trace_id, span_id, rollout_id, asked, answered, checksum)
+    SELECT arrival + place, start_ns, :now_ns, :day, octet_length(otlp), trace_id, span_id, rollout_id, asked, answered,
+        checksum
     FROM incoming CROSS JOIN batch ORDER BY trace_id, span_id
     ON CONFLICT (trace_id, span_id) DO NOTHING
     RETURNING arrival
@@ -63,7 +66,8 @@ WITH RECURSIVE member (rollout, trace) AS (
 # A subquery for each body: for a join the planner, which cannot know how few spans there are, would scan all bodies.
 QUERY: Final = f"""
 {MEMBERS}
-SELECT (SELECT otlp FROM span_bodies body WHERE body.day = span.day AND body.arrival = span.arrival)
+SELECT (SELECT otlp FROM span_bodies body WHERE body.day = span.day AND body.arrival = span.arrival),
+    span.checksum, span.trace_id, span.span_id, span.start_ns
 FROM member CROSS JOIN {_SPANS_OF_MEMBER} ORDER BY span.start_ns, span.arrival
 """
 
@@ -110,8 +114,9 @@ def partition(day: int) -> str:
 
 def query(db: PostgresConnection, rollout_id: str) -> list[bytes]:
     """Spans of a rollout in order."""
-    return [otlp for (otlp,) in db.execute(QUERY, first_keys(rollout_id))]
+    return verified(rollout_id, db.execute(QUERY, first_keys(rollout_id)).fetchall())
 
 
 def _values(place: int, row: SpanRow) -> tuple[Any, ...]:
-    return place, row.trace_id, row.span_id, row.rollout_id, row.start_ns, row.asked, row.answered, row.otlp
+    columns = (row.trace_id, row.span_id, row.rollout_id, row.start_ns, row.asked, row.answered)
+    return place, *columns, checksum(row.otlp), row.otlp

@@ -114,9 +114,7 @@ class Retention(ABC, Generic[DatabaseT]):
     def _delete(self, db: Connection, candidate: _Candidate) -> list[Any]:
         """Delete a rollout if the rule allows it; returns its spans."""
         name = candidate.name
-        query = f"{self.MEMBERS} SELECT rollout, trace FROM member WHERE rollout IS NOT NULL OR trace IS NOT NULL"
-        keys: list[Any] = db.execute(query, first_keys(name)).fetchall()
-        own = [key for key in keys if not self._owners(db, key) - {name}]
+        keys, own = self.keys(db, name)
         if len(own) < len(keys) and not candidate.is_named:  # The trace goes with the rollouts that own it.
             return []
         last_ns = self.limits.over_since(get_rollout(db, name), max(_last_arrival(db, key) for key in own))
@@ -124,10 +122,16 @@ class Retention(ABC, Generic[DatabaseT]):
             return []
         db.execute(_DELETE_ROLLOUT, (name,))
         # `last_ns` keeps the spans that arrived since it was read.
-        return [span for key in own for span in self.delete_spans(db, _parameters(key) | {"last_ns": last_ns})]
+        return [span for key in own for span in self.delete_spans(db, parameters_of(key) | {"last_ns": last_ns})]
+
+    def keys(self, db: Connection, rollout_id: str) -> tuple[list[Any], list[Any]]:
+        """The keys of a rollout, and those of them that belong to no other rollout."""
+        query = f"{self.MEMBERS} SELECT rollout, trace FROM member WHERE rollout IS NOT NULL OR trace IS NOT NULL"
+        keys: list[Any] = db.execute(query, first_keys(rollout_id)).fetchall()
+        return keys, [key for key in keys if not self._owners(db, key) - {rollout_id}]
 
     def _owners(self, db: Connection, key: Any) -> set[str]:
-        return set() if key[1] is None else {name for (name,) in db.execute(self.OWNERS, _parameters(key))}
+        return set() if key[1] is None else {name for (name,) in db.execute(self.OWNERS, parameters_of(key))}
 
     def _delete_without_spans(self, db: Connection) -> int:
         """Delete the rollouts that are over and have no spans, and the attempts of all deleted rollouts."""
@@ -136,10 +140,10 @@ class Retention(ABC, Generic[DatabaseT]):
         return deleted
 
 
-def _parameters(key: Any) -> dict[str, Any]:
+def parameters_of(key: Any) -> dict[str, Any]:
     """Parameters of `SPANS_OF_KEY`."""
     return {"rollout": key[0], "trace": key[1]}
 
 
 def _last_arrival(db: Connection, key: Any) -> int:
-    return db.execute(_LAST_ARRIVAL, _parameters(key)).fetchone()[0] or 0
+    return db.execute(_LAST_ARRIVAL, parameters_of(key)).fetchone()[0] or 0

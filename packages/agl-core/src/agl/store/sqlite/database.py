@@ -1,18 +1,19 @@
 """A SQLite database with many readers and one writer thread, which commits the changes of many callers at once."""
 
+import os
 import queue
 import sqlite3
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from agl.errors import InputError, StoreError
+from agl.errors import DamageError, InputError, StoreError
 from agl.store.migration import Migrations, pending_statements
 from agl.store.sql.database import Connection, Rows
 
@@ -21,16 +22,19 @@ _APPLICATION_ID = 0x41474C31  # "AGL1": identifies a store among SQLite files.
 _BUSY_TIMEOUT_S = 30.0
 _MAX_JOBS_PER_COMMIT = 256
 _DAMAGED = (
-    "the file is damaged: stop what writes to it, keep a copy, and restore a backup (`agl store check` lists the "
-    "errors, `agl store backup` makes a backup)"
+    "the file is damaged: stop what writes to it, and restore a backup, or keep what is sound with `agl store repair` "
+    "(`agl store check` lists the errors, `agl store backup` makes a backup)"
 )
+_DAMAGE_CODES = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _ADVICE = {
     sqlite3.SQLITE_FULL: "make room on the disk; `agl store gc` then frees more",
     sqlite3.SQLITE_IOERR: "look at the disk: it may be full, or a file over its size limit",
     sqlite3.SQLITE_CORRUPT: _DAMAGED,
     sqlite3.SQLITE_NOTADB: "name another file; or, if this was a store, its beginning is damaged: restore a backup",
     sqlite3.SQLITE_BUSY: f"another process has locked it for more than {_BUSY_TIMEOUT_S:g} s; end it or try again",
-    sqlite3.SQLITE_READONLY: "this user has no permission to write to the file; change the permission or the user",
+    sqlite3.SQLITE_READONLY: "the file or its folder is read-only: change the permission or the user, or copy the file",
+    sqlite3.SQLITE_CANTOPEN: "look at the permissions of the file and its folder; if that is read-only, copy the file, "
+    "with the files FILE-wal and FILE-shm, to another",
 }
 _INPUT_ERRORS = (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError, UnicodeEncodeError)
 _NEW_FILE_SETTINGS = ("page_size = 16384", "auto_vacuum = INCREMENTAL")
@@ -77,11 +81,15 @@ class _Job:
 class SqliteDatabase:
     """A database file shared by threads and processes, or one in memory (`:memory:`) shared by threads.
 
-    Opening a file of an older schema version migrates it. Raises StoreError, with the path, if the file is not a store.
+    Opening a file of an older schema version migrates it; `functions` are SQL functions of its migrations. A file that
+    cannot be written can be read. Raises StoreError, with the path, if the file is not a store.
     """
 
-    def __init__(self, path: str, migrations: Migrations) -> None:
+    def __init__(
+        self, path: str, migrations: Migrations, functions: Mapping[str, Callable[[bytes], Any]] | None = None
+    ) -> None:
         self.path = path
+        self._functions = functions or {}
         self._readers: deque[SqliteConnection] = deque()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closing = threading.Lock()
@@ -89,6 +97,10 @@ class SqliteDatabase:
         self._connection = self._open(migrations)
         self._writer = threading.Thread(target=self._write_batches, name=f"agl-store {path}", daemon=True)
         self._writer.start()
+
+    @property
+    def is_read_only(self) -> bool:
+        return self.path != IN_MEMORY and is_read_only(self.path)
 
     def now_ns(self) -> int:
         return time.time_ns()
@@ -110,7 +122,7 @@ class SqliteDatabase:
         except _INPUT_ERRORS as error:
             raise InputError(f"the store {self.path} can never keep this: {error}") from error
         except sqlite3.Error as error:
-            raise StoreError(f"the store {self.path} did not keep the change: {describe(error)}") from error
+            raise store_error(f"the store {self.path} did not keep the change", error) from error
 
     def read(self, work: Work[Result]) -> Result:
         """Run `work`, which only reads, concurrently with the writer. Raises StoreError if the read fails."""
@@ -125,7 +137,7 @@ class SqliteDatabase:
             finally:
                 self._readers.append(connection)
         except sqlite3.Error as error:
-            raise StoreError(f"the store {self.path} cannot be read: {describe(error)}") from error
+            raise store_error(f"the store {self.path} cannot be read", error) from error
 
     def close(self) -> None:
         """Commit the queued changes, then close all connections. May be called twice."""
@@ -154,7 +166,7 @@ class SqliteDatabase:
                 connection.close()
                 raise
         except sqlite3.Error as error:
-            raise StoreError(f"cannot open the store {self.path}: {describe(error)}") from error
+            raise store_error(f"cannot open the store {self.path}", error) from error
         except OSError as error:
             raise StoreError(f"cannot open the store {self.path}: {error}") from error
         return connection
@@ -162,12 +174,18 @@ class SqliteDatabase:
     def _prepare(self, connection: SqliteConnection, migrations: Migrations) -> None:
         self._check_owner(connection)
         version = pragma(connection, "user_version")
+        if self.is_read_only:
+            if version != len(migrations):
+                raise StoreError(f"{self.path} has schema version {version} and is read-only; migrate a copy of it")
+            return
         for setting in (*(() if version else _NEW_FILE_SETTINGS), *_WRITER_SETTINGS):
             connection.execute(f"PRAGMA {setting}")
         if version != len(migrations):  # An up-to-date store can be opened on a full disk.
             self._migrate(connection, migrations)
 
     def _migrate(self, connection: SqliteConnection, migrations: Migrations) -> None:
+        for name, function in self._functions.items():
+            connection.create_function(name, 1, function, deterministic=True)
         connection.execute("BEGIN IMMEDIATE")
         self._check_owner(connection)  # Again, now that no other process can change the file.
         for statement in pending_statements(self.path, pragma(connection, "user_version"), migrations):
@@ -247,13 +265,43 @@ def _finished(work: Work[Result], connection: SqliteConnection) -> Result:
 
 
 def connect(path: str | Path) -> SqliteConnection:
+    """A connection to the file at `path`, which it creates; to one that only reads if the file cannot be written."""
+    target, is_uri = str(path), False
+    if target != IN_MEMORY and is_read_only(target):
+        # Without a write-ahead log nobody writes, and SQLite need not create the files that writers share.
+        has_log = Path(f"{target}-wal").exists()
+        target, is_uri = f"{Path(target).absolute().as_uri()}?{'mode=ro' if has_log else 'immutable=1'}", True
     return sqlite3.connect(
-        path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, factory=SqliteConnection
+        target,
+        timeout=_BUSY_TIMEOUT_S,
+        isolation_level=None,
+        check_same_thread=False,
+        factory=SqliteConnection,
+        uri=is_uri,
     )
+
+
+def is_read_only(path: str) -> bool:
+    """Whether the file exists, and it or its folder cannot be written: SQLite then cannot create its log."""
+    file = Path(path)
+    needed = (file, file.absolute().parent)
+    return file.exists() and not all(os.access(each, os.W_OK, effective_ids=True) for each in needed)
 
 
 def pragma(connection: Connection, name: str) -> int:
     return connection.execute(f"PRAGMA {name}").fetchone()[0]
+
+
+def store_error(message: str, error: sqlite3.Error) -> StoreError:
+    """The error for the caller: a DamageError if the content of the file is the reason."""
+    kind = DamageError if is_damage(error) else StoreError
+    return kind(f"{message}: {describe(error)}")
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Whether the content of the file is the reason, not the disk, a lock or a permission."""
+    # Python cannot decode a damaged text, which has no error code of SQLite.
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE_CODES or "UTF-8" in str(error)
 
 
 def describe(error: sqlite3.Error) -> str:

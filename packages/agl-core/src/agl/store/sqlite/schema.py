@@ -1,8 +1,12 @@
 """The schema of a SQLite store: a tuple of statements for each version."""
 
-from typing import Final
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, Final
 
+from agl.errors import OtlpError
 from agl.store.migration import Migrations
+from agl.store.span_row import SpanRow, checksum, parse
 
 _FIRST = (
     """CREATE TABLE spans (
@@ -114,4 +118,48 @@ _LIMITS_AND_LEASES = (
         PRIMARY KEY (name, version, holder)) WITHOUT ROWID""",
 )
 
-MIGRATIONS: Final[Migrations] = (_FIRST, _JOIN_BY_ANSWER, (*_LEAN_SPANS, *_LIMITS_AND_LEASES))
+# Reads the ids again from the spans: version 2 added their columns without values for the spans of version 1.
+_CHECKSUMS = (
+    "ALTER TABLE spans RENAME TO old_spans",
+    """CREATE TABLE spans (
+        arrival INTEGER PRIMARY KEY,
+        trace_id BLOB NOT NULL,
+        span_id BLOB NOT NULL,
+        rollout_id TEXT,
+        start_ns INTEGER NOT NULL,
+        arrived_ns INTEGER NOT NULL,
+        asked TEXT,
+        answered TEXT,
+        checksum INTEGER NOT NULL,
+        otlp BLOB NOT NULL)""",
+    """INSERT INTO spans
+       SELECT arrival, trace_id, span_id, coalesce(agl_rollout_id(otlp), rollout_id), start_ns, arrived_ns,
+              agl_asked(otlp), agl_answered(otlp), agl_checksum(otlp), otlp
+       FROM old_spans ORDER BY arrival""",
+    "DROP TABLE old_spans",
+    "CREATE UNIQUE INDEX spans_by_id ON spans (trace_id, span_id)",
+    "CREATE INDEX spans_by_rollout ON spans (rollout_id) WHERE rollout_id IS NOT NULL",
+    "CREATE INDEX spans_by_answered ON spans (answered) WHERE answered IS NOT NULL",
+    "DELETE FROM asks",
+    "DELETE FROM new_asks",
+    "INSERT INTO new_asks SELECT asked, start_ns, trace_id, span_id FROM spans WHERE asked IS NOT NULL",
+)
+
+MIGRATIONS: Final[Migrations] = (_FIRST, _JOIN_BY_ANSWER, (*_LEAN_SPANS, *_LIMITS_AND_LEASES), _CHECKSUMS)
+
+
+@lru_cache(maxsize=1)
+def _row(otlp: bytes) -> SpanRow | None:
+    try:
+        return parse(otlp).all_rows()[0]
+    except (OtlpError, IndexError):  # A damaged span: `check` reports it.
+        return None
+
+
+FUNCTIONS: Final[Mapping[str, Callable[[bytes], Any]]] = {
+    "agl_rollout_id": lambda otlp: (row := _row(otlp)) and row.rollout_id,
+    "agl_asked": lambda otlp: (row := _row(otlp)) and row.asked,
+    "agl_answered": lambda otlp: (row := _row(otlp)) and row.answered,
+    "agl_checksum": checksum,
+}
+"""SQL functions of the migrations."""

@@ -11,11 +11,11 @@ from itertools import chain
 from typing import Any, Final, Self
 
 from agl.store.membership import first_keys
-from agl.store.span_row import SpanRow
+from agl.store.span_row import SpanRow, checksum, verified
 from agl.store.sql.database import Connection
 
 _INSERT = """
-INSERT INTO spans (trace_id, span_id, rollout_id, start_ns, arrived_ns, asked, answered, otlp)
+INSERT INTO spans (trace_id, span_id, rollout_id, start_ns, arrived_ns, asked, answered, checksum, otlp)
 VALUES {} ON CONFLICT (trace_id, span_id) DO NOTHING
 """
 _INSERT_ASKS = "INSERT INTO new_asks VALUES {}"
@@ -45,14 +45,22 @@ WITH RECURSIVE member (rollout, trace) AS (
 """The keys of a rollout by the rule of `agl.store.membership`; parameters are `first_keys`."""
 
 QUERY: Final = f"""{MEMBERS}
-SELECT otlp, answered IS NOT NULL OR EXISTS (SELECT 1 FROM spans answer WHERE answer.answered = span.asked)
+SELECT otlp, checksum, trace_id, span_id, start_ns,
+    answered IS NOT NULL OR EXISTS (SELECT 1 FROM spans answer WHERE answer.answered = span.asked)
 FROM member JOIN spans span ON {_SPANS_OF_MEMBER} ORDER BY start_ns, arrival
 """
-"""OTLP bytes of the spans of a rollout, and whether the result depends on `asks`."""
+"""The spans of a rollout as `span_row.Stored`, and whether the result depends on `asks`."""
 
 LAST_SPAN: Final = "SELECT rollout_id, trace_id FROM spans ORDER BY arrival DESC LIMIT 1"
 
 _ASKS_PER_STEP = 100_000
+
+
+_SHADOWS: Final = (
+    "CREATE TEMP VIEW IF NOT EXISTS asks AS SELECT * FROM main.asks UNION ALL SELECT * FROM main.new_asks",
+    "CREATE TEMP TABLE IF NOT EXISTS new_asks AS SELECT * FROM main.new_asks LIMIT 0",
+)
+"""In a file that cannot be written, the rows of `new_asks` are read where they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +73,10 @@ class Batch:
     @classmethod
     def of(cls, rows: Sequence[SpanRow], now_ns: int) -> Self:
         spans = [
-            (row.trace_id, row.span_id, row.rollout_id, row.start_ns, now_ns, row.asked, row.answered, row.otlp)
+            (
+                *(row.trace_id, row.span_id, row.rollout_id, row.start_ns, now_ns),
+                *(row.asked, row.answered, checksum(row.otlp), row.otlp),
+            )
             for row in rows
         ]
         return cls(spans, [(row.asked, row.start_ns, row.trace_id, row.span_id) for row in rows if row.asked])
@@ -105,6 +116,13 @@ def index_new_asks(db: Connection) -> bool:
 def query(db: Connection, rollout_id: str) -> list[bytes] | None:
     """Spans of a rollout in order; None if the result depends on rows of `new_asks`."""
     found = db.execute(QUERY, first_keys(rollout_id)).fetchall()
-    if any(needs_asks for _, needs_asks in found) and db.execute("SELECT 1 FROM new_asks LIMIT 1").fetchone():
+    if any(needs_asks for *_, needs_asks in found) and db.execute("SELECT 1 FROM new_asks LIMIT 1").fetchone():
         return None
-    return [otlp for otlp, _ in found]
+    return verified(rollout_id, (row[:-1] for row in found))
+
+
+def query_read_only(db: Connection, rollout_id: str) -> list[bytes]:
+    """`query` in a file that cannot be written."""
+    for statement in _SHADOWS:
+        db.execute(statement)
+    return query(db, rollout_id) or []

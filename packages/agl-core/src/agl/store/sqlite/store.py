@@ -11,7 +11,7 @@ from agl.store.sql.store import SqlStore
 from agl.store.sqlite import spans
 from agl.store.sqlite.database import SqliteDatabase
 from agl.store.sqlite.retention import SqliteRetention
-from agl.store.sqlite.schema import MIGRATIONS
+from agl.store.sqlite.schema import FUNCTIONS, MIGRATIONS
 
 
 class SqliteStore(SqlStore[SqliteDatabase]):
@@ -24,7 +24,7 @@ class SqliteStore(SqlStore[SqliteDatabase]):
     RETENTION = SqliteRetention
 
     def __init__(self, path: str, *, uri: str) -> None:
-        super().__init__(uri, SqliteDatabase(path, MIGRATIONS), EndNotifier())
+        super().__init__(uri, SqliteDatabase(path, MIGRATIONS, FUNCTIONS), EndNotifier())
 
     def append_rows(self, rows: Sequence[SpanRow]) -> int:
         now_ns = time.time_ns()
@@ -39,6 +39,8 @@ class SqliteStore(SqlStore[SqliteDatabase]):
 
     def query_rows(self, rollout_id: str) -> list[bytes]:
         found = self._database.read(lambda db: spans.query(db, rollout_id))
+        if found is None and self._database.is_read_only:
+            return self._database.read(lambda db: spans.query_read_only(db, rollout_id))
         while found is None:
             # Query in the transaction of the last step: other threads may append new asks all the time.
             found = self._database.write(lambda db: None if spans.index_new_asks(db) else spans.query(db, rollout_id))

@@ -1,0 +1,160 @@
+"""Damage: found by checksum on every backend; in a SQLite file also found by `check`, and repaired."""
+
+import os
+import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from agl import semconv
+from agl.cli import main
+from agl.errors import StoreError
+from agl.span import Span
+from agl.store import Rollout, Store, open_store
+from agl.store.sqlite import maintenance
+from agl.store.sqlite.repair import repair
+from agl.trajectory import DropReason, build_trajectory
+from tests.store.spans import answered, asked, make_span, numbers
+
+ROLLOUTS = 12
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A file with spans of rollouts that are named, joined, or only traces."""
+    path = tmp_path_factory.mktemp("sound") / "agl.db"
+    with closing(open_store(f"sqlite:///{path}")) as store:
+        for number in range(1, 10 * ROLLOUTS):
+            rollout, size = number % ROLLOUTS, random.Random(number).choice([10, 800, 20_000])
+            name = f"r{rollout}" if rollout % 3 else None
+            span = make_span(number, trace=f"{rollout + 1:032x}", rollout=name, start_ns=number, text="x" * size)
+            store.append_spans([span])
+        for rollout in range(1, ROLLOUTS):
+            store.append_spans(
+                [asked(1000 + rollout, f"a{rollout}", rollout=f"r{rollout}", trace=f"{rollout + 1:032x}")]
+            )
+            store.append_spans([answered(2000 + rollout, f"a{rollout}", trace=f"{99 + rollout:032x}")])
+        store.enqueue_rollouts([Rollout("queued", {"q": 1})])
+    return path.read_bytes()
+
+
+def all_spans(path: Path) -> dict[str, list[Span]]:
+    with closing(open_store(f"sqlite:///{path}")) as store:
+        return {rollout_id: store.query_spans(rollout_id) for rollout_id in store.rollout_ids()}
+
+
+def is_traced(spans: list[Span]) -> bool:
+    """Whether one of the spans is the store's own, in the place of a damaged one."""
+    return any(span.name == semconv.SPAN_DAMAGED for span in spans)
+
+
+def damage(path: Path, sound: bytes, seed: int) -> None:
+    """Overwrite some bytes at a random place."""
+    luck, changed = random.Random(seed), bytearray(sound)
+    size = luck.choice([1, 8, 64, 4096])
+    place = luck.randrange(100, len(changed) - size)
+    changed[place : place + size] = luck.randbytes(size)
+    path.write_bytes(changed)
+
+
+@pytest.mark.parametrize("seeds", [range(0, 12), range(12, 24)])
+def test_random_damage_is_found_and_repaired(tmp_path: Path, sound: bytes, seeds: range) -> None:
+    (tmp_path / "sound.db").write_bytes(sound)
+    expected = all_spans(tmp_path / "sound.db")
+    for seed in seeds:
+        path = tmp_path / f"{seed}.db"
+        damage(path, sound, seed)
+        found = maintenance.check(path)
+        try:
+            read = all_spans(path)
+        except StoreError:
+            assert found, seed
+        else:
+            assert found or read == expected, seed
+        if not found:
+            continue
+        with pytest.raises(StoreError):
+            maintenance.backup(path, tmp_path / "copy.db")
+        repaired = repair(path)
+        assert repaired is not None and maintenance.check(path) == [], seed
+        left, aside = all_spans(path), all_spans(repaired.set_aside)
+        for name, spans in expected.items():
+            is_aside = name in repaired.damage.rollouts
+            assert is_aside or left.get(name) == spans or name == f"{int(name, 16):032x}", (seed, name)
+            assert not is_aside or is_traced(aside[name]), (seed, name)
+        assert repaired.damaged.exists()
+
+
+def test_a_damaged_span_is_named_on_reading_and_keeps_its_rollout_from_training(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    call = answered(2, "a", rollout="r1")
+    store.append_spans([make_span(1, rollout="r1"), call, make_span(4, rollout="r2")])
+    with monkeypatch.context() as other:  # The checksum of other bytes than those that are stored.
+        for backend in ("sqlite", "postgres", "cassandra"):
+            other.setattr(f"agl.store.{backend}.spans.checksum", lambda body: 7)
+        store.append_spans([make_span(3, rollout="r1", start_ns=5)])
+    spans = store.query_spans("r1")
+    assert [span.name for span in spans] == ["span 1", semconv.SPAN_GATEWAY_CALL, semconv.SPAN_DAMAGED]
+    assert numbers(spans) == [1, 2, 3]
+    (drop,) = build_trajectory(spans).drops
+    assert (drop.reason, drop.detail[:36]) == (DropReason.DAMAGED, "the store no longer has 1 of the rol")
+    assert numbers(store.query_spans("r2")) == [4]
+    assert "span 0000000000000003 of rollout r1 is damaged" in caplog.text
+
+
+def test_check_names_the_damaged_rollouts_of_a_store_on_a_server(
+    shared_uri: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with closing(open_store(shared_uri)) as store, monkeypatch.context() as other:
+        store.append_spans([make_span(1, rollout="sound")])
+        assert main(["store", "check", "--store", shared_uri]) == 0
+        for backend in ("sqlite", "postgres", "cassandra"):
+            other.setattr(f"agl.store.{backend}.spans.checksum", lambda body: 7)
+        store.append_spans([make_span(2, rollout="broken")])
+    assert main(["store", "check", "--store", shared_uri]) == 1
+    assert "rollout broken: 1 of its spans damaged" in capsys.readouterr().out
+
+
+def test_repair_refuses_a_file_that_is_open(tmp_path: Path, sound: bytes) -> None:
+    path = tmp_path / "agl.db"
+    path.write_bytes(sound)
+    with closing(open_store(f"sqlite:///{path}")) as store:
+        store.append_spans([make_span(1)])
+        with pytest.raises(StoreError, match="another process has locked it"):
+            repair(path)
+    assert repair(path) is None
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["agl.db"]
+
+
+def test_a_file_that_cannot_be_written_can_be_read_and_is_not_called_damaged(
+    sound: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tempfile.TemporaryDirectory() as name, locked(Path(name), sound) as path:
+        uri = f"sqlite:///{path}"
+        assert main(["store", "check", "--store", uri]) == 0
+        assert main(["store", "count", "--store", uri]) == 0
+        with closing(open_store(uri)) as store:
+            assert {2001, 1001} <= set(numbers(store.query_spans("r1")))  # Joined by a response.
+            with pytest.raises(StoreError, match="read-only"):
+                store.append_spans([make_span(1)])
+        assert "damaged" not in capsys.readouterr().out
+
+
+@contextmanager
+def locked(folder: Path, content: bytes) -> Iterator[Path]:
+    """A file in a folder, neither of which this process can write meanwhile."""
+    path, user = folder / "agl.db", os.geteuid()
+    path.write_bytes(content)
+    path.chmod(0o444)
+    folder.chmod(0o555)
+    if user == 0:
+        os.seteuid(65534)  # Root may write everything.
+    try:
+        yield path
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o755)
