@@ -116,7 +116,8 @@ def _ours_autogen(provider: TracerProvider, exporter: SpanExporter) -> Switched:
 
     provider.add_span_processor(RolloutProcessor())
     instrumentor = AutoGenInstrumentor()
-    instrumentor.instrument(tracer_provider=provider)
+    # The environment of the child switches the message bus off, and one situation switches it on again.
+    instrumentor.instrument(tracer_provider=provider, message_bus=True)
     return Switched(off=instrumentor.uninstrument)
 
 

@@ -24,9 +24,8 @@ SwitchOn = Callable[..., None]
 
 
 @pytest.fixture
-def spans(memory: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
-    """Finished spans of the test, with AutoGen instrumented and the spans of its message bus disabled."""
-    monkeypatch.setenv("AUTOGEN_DISABLE_RUNTIME_TRACING", "true")
+def spans(memory: InMemorySpanExporter) -> Iterator[InMemorySpanExporter]:
+    """Finished spans of the test, with AutoGen instrumented."""
     instrumentor = AutoGenInstrumentor()
     instrumentor.instrument()
     memory.clear()

@@ -1,7 +1,6 @@
 """A Swarm of three with hand-offs and tools, recorded for the golden tree: `python -m tests.autogen.swarm_team`."""
 
 import asyncio
-import os
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,6 @@ def swarm(planner: Any, finder: Any, executor: Any) -> Swarm:
 
 
 def write() -> None:
-    os.environ["AUTOGEN_DISABLE_RUNTIME_TRACING"] = "true"
     provider, memory = TracerProvider(), InMemorySpanExporter()
     provider.add_span_processor(RolloutProcessor())
     provider.add_span_processor(SimpleSpanProcessor(memory))

@@ -126,8 +126,8 @@ async def test_messages_of_two_rollouts_to_one_runtime_stay_apart(spans):
         assert len({attributes(span)["agl.rollout.id"] for span in inside}) == 1
 
 
-async def test_the_spans_of_the_message_bus_are_in_the_trace_of_the_turns(spans, monkeypatch):
-    monkeypatch.delenv("AUTOGEN_DISABLE_RUNTIME_TRACING")
+async def test_the_spans_of_the_message_bus_are_in_the_trace_of_the_turns(spans, switch_on):
+    switch_on(message_bus=True)
     with agl.rollout("r1"):
         runtime = await pair()
         await runtime.send_message(Question("How many?"), AgentId("planner", "default"))

@@ -1,6 +1,5 @@
 """The exact spans of a Swarm of three agents, on which users and trainers rely."""
 
-import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from tests import golden
@@ -8,8 +7,7 @@ from tests.autogen.swarm_team import GOLDEN, recorded
 
 
 async def test_the_span_tree_of_a_swarm_with_hand_offs_and_tools_equals_the_golden_file(
-    memory: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+    memory: InMemorySpanExporter,
 ) -> None:
     """After an intended change, run `python -m tests.autogen.swarm_team` and read the difference."""
-    monkeypatch.setenv("AUTOGEN_DISABLE_RUNTIME_TRACING", "true")
     assert await recorded(memory) == golden.read(GOLDEN)

@@ -17,7 +17,7 @@ from tests.autogen.scripted import agent, calls
 from tests.autogen.span_tree import attributes, only
 
 SECRET = "sesame"
-TellAll = Callable[[], Any]
+TellAll = Callable[..., Any]
 
 
 def redact(text: str) -> str:
@@ -34,11 +34,14 @@ async def take(code: str) -> str:
 
 
 @pytest.fixture
-def tell_all(spans: InMemorySpanExporter, client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> TellAll:
-    """A run in which every text has the secret, and a tool and a model call fail with it; the message bus is traced."""
-    monkeypatch.delenv("AUTOGEN_DISABLE_RUNTIME_TRACING")
+def tell_all(spans: InMemorySpanExporter, client: MakeClient, switch_on: SwitchOn) -> TellAll:
+    """A run in which every text has the secret, and a tool and a model call fail with it; the message bus is traced.
 
-    async def run() -> None:
+    Its options are those of the instrumentor.
+    """
+
+    async def run(**options: Any) -> None:
+        switch_on(message_bus=True, **options)
         tool = FunctionTool(take, description=f"Takes {SECRET}.")
         first = agent("first", calls("take", code=SECRET), f"FAIL {SECRET}.", tools=[tool], reflect_on_tool_use=True)
         failing = AssistantAgent("failing", client("failing"), system_message=SECRET)
@@ -49,9 +52,8 @@ def tell_all(spans: InMemorySpanExporter, client: MakeClient, monkeypatch: pytes
     return run
 
 
-async def test_every_text_is_redacted_before_it_is_on_a_span(spans, switch_on: SwitchOn, tell_all: TellAll):
-    switch_on(redact=redact)
-    await tell_all()
+async def test_every_text_is_redacted_before_it_is_on_a_span(spans, tell_all: TellAll):
+    await tell_all(redact=redact)
     assert "***" in left(spans)
     assert SECRET not in left(spans)
     tool = only(spans.get_finished_spans(), "execute_tool take")
@@ -71,9 +73,8 @@ async def test_without_redact_the_instrumentor_uses_that_of_the_process(spans, t
     assert SECRET not in left(spans)
 
 
-async def test_without_captured_content_autogens_spans_have_none_either(spans, switch_on: SwitchOn, tell_all: TellAll):
-    switch_on(capture_content=False)
-    await tell_all()
+async def test_without_captured_content_autogens_spans_have_none_either(spans, tell_all: TellAll):
+    await tell_all(capture_content=False)
     assert SECRET not in left(spans)
     assert only(spans.get_finished_spans(), "execute_tool take").status.description == "ValueError"
 

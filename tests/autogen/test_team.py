@@ -71,8 +71,8 @@ async def test_without_an_outer_span_one_run_is_one_trace_and_not_sixteen(spans,
     assert root.instrumentation_scope.name == "agl_autogen"
 
 
-async def test_a_run_with_spans_of_the_message_bus_is_one_trace(spans, client, monkeypatch):
-    monkeypatch.delenv("AUTOGEN_DISABLE_RUNTIME_TRACING")
+async def test_a_run_with_spans_of_the_message_bus_is_one_trace(spans, client, switch_on):
+    switch_on(message_bus=True)
     team = round_robin(client)
     spans.clear()
 

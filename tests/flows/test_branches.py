@@ -105,9 +105,8 @@ async def wait(seconds: float) -> str:
 
 @pytest.mark.parametrize("delays", [(0.0, 0.0), (0.0, 0.1), (0.1, 0.0)])
 async def test_parallel_branches_of_a_graph_flow_of_autogen(
-    delays: tuple[float, ...], memory: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+    delays: tuple[float, ...], memory: InMemorySpanExporter
 ) -> None:
-    monkeypatch.setenv("AUTOGEN_DISABLE_RUNTIME_TRACING", "true")
     instrumentor = AutoGenInstrumentor()
     instrumentor.instrument()
     workers = [

@@ -18,8 +18,7 @@ MODEL = FakeListChatModel(responses=["Seven."])
 
 
 @pytest.fixture
-def both(instrumented: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
-    monkeypatch.setenv("AUTOGEN_DISABLE_RUNTIME_TRACING", "true")
+def both(instrumented: InMemorySpanExporter) -> Iterator[InMemorySpanExporter]:
     AutoGenInstrumentor().instrument()
     yield instrumented
     AutoGenInstrumentor().uninstrument()

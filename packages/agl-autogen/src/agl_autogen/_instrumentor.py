@@ -31,12 +31,12 @@ class AutoGenInstrumentor(BaseInstrumentor):
     `redact` of `agl.init`).
     `capture_token_ids`: whether the OpenAI client requests token ids and logprobs from the server (vLLM), so that calls
     can be trained on without a gateway.
+    `message_bus`: whether AutoGen records spans of its message bus, about five for each message (default: False).
     `tracer_provider`: used for our spans in place of the global one.
 
     AutoGen itself makes `invoke_agent` and `execute_tool` spans. Added are: an `invoke_workflow` span around a team's
     run, a `chat` span for each model call, an `invoke_agent` span for agents that have none (core agents, and agents
-    whose `on_messages` is called directly), a span for each hand-off, and the role on all of them. AutoGen's spans of
-    its message bus are far more numerous: `AUTOGEN_DISABLE_RUNTIME_TRACING=true` switches them off. If a patch fails,
+    whose `on_messages` is called directly), a span for each hand-off, and the role on all of them. If a patch fails,
     `instrument` undoes the earlier ones and raises.
     """
 
@@ -50,6 +50,7 @@ class AutoGenInstrumentor(BaseInstrumentor):
             tracer=trace.get_tracer("agl_autogen", version("agl-autogen"), kwargs.get("tracer_provider")),
             roles=RoleMap(kwargs.get("roles")),
             content=ContentFilter.of(kwargs.get("capture_content"), kwargs.get("redact")),
+            records_message_bus=bool(kwargs.get("message_bus")),
             captures_token_ids=bool(kwargs.get("capture_token_ids")),
         )
         with self._patches.all_or_none():
@@ -101,7 +102,7 @@ def _patch_core(patches: Patches, settings: Settings) -> None:
 
     patches.replace(BaseAgent, "on_message", partial(handled_as_turn, settings=settings))
     patches.replace(_single_threaded_agent_runtime, "get_telemetry_envelope_metadata", with_sender_context)
-    patches.replace(TraceHelper, "trace_block", partial(traced_delivery, content=settings.content))
+    patches.replace(TraceHelper, "trace_block", partial(traced_delivery, settings=settings))
     patches.replace(_base, "trace_tool_span", partial(traced_tool, settings=settings))
 
 

@@ -14,7 +14,6 @@ from opentelemetry.instrumentation.utils import is_instrumentation_enabled
 from opentelemetry.trace import INVALID_SPAN, NoOpTracer, Span
 
 import agl
-from agl.content.filter import ContentFilter
 from agl.failsafe import never_raises
 from agl.propagation import joined_context
 from agl_autogen._settings import Settings
@@ -63,13 +62,14 @@ def with_sender_headers(original: SendMessage) -> SendMessage:
     return send_message
 
 
-def traced_delivery(original: TraceBlock, content: ContentFilter) -> TraceBlock:
+def traced_delivery(original: TraceBlock, settings: Settings) -> TraceBlock:
     """`TraceHelper.trace_block`, which a runtime opens around the delivery of a message with its metadata as `parent`.
 
     Hands the sender's context to the receiver (`handled_as_turn`) without attaching it: a runtime handles each message
-    in a task of its own. The block's spans carry whole messages and errors, so they stay unchanged only if all content
-    is recorded. If the user has switched these spans off, none are made.
+    in a task of its own. The block's spans are far more numerous than all others, so they are made only by request.
+    They carry whole messages and errors, so they stay unchanged only if all content is recorded.
     """
+    content = settings.content
 
     @contextmanager
     def without_content(*args: Any, attributes: Mapping[str, Any] | None = None, **options: Any) -> Iterator[Span]:
@@ -83,7 +83,7 @@ def traced_delivery(original: TraceBlock, content: ContentFilter) -> TraceBlock:
     ) -> AbstractContextManager[Span]:
         if parent is not None:
             _SENDER_CONTEXT.set(_sender_context(parent))
-        if isinstance(helper.tracer, NoOpTracer):
+        if not settings.records_message_bus or isinstance(helper.tracer, NoOpTracer):
             return nullcontext(INVALID_SPAN)
         block = original if content.records_everything else without_content
         return block(helper, operation, destination, parent, **options)

@@ -15,6 +15,8 @@ class Settings:
     tracer: Tracer
     roles: RoleMap
     content: ContentFilter
+    records_message_bus: bool = False
+    """Whether AutoGen's spans of each message are recorded."""
     captures_token_ids: bool = False
     """Whether requests ask the server for token ids and logprobs."""
 
