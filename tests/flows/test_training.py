@@ -338,6 +338,13 @@ def test_samples_are_compared_with_an_earlier_result(tmp_path: Path, capsys: pyt
     assert results["after - before"]["reward"].keys() == {"mean", "low", "high", "count"}
     assert main([*command, "--of", "best"]) == 2
     assert "set train.eval_every" in capsys.readouterr().err
+    # Saved results, without an evaluation.
+    assert main([*command[:2], "--compare", "before", "after", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == results
+    assert main([*command[:2], "--compare", "before", "later"]) == 2
+    assert "has no result 'later'; saved are: after, before" in capsys.readouterr().err
+    assert main([*command, "--compare", "before", "after"]) == 2
+    assert "so --samples, --pass-at, --success would have no effect" in capsys.readouterr().err
 
 
 # --- rollouts beside the training ------------------------------------------------------------------------------------

@@ -1,18 +1,23 @@
 """The commands `agl train`, `agl sft`, `agl eval` and `agl demo`."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agl.cli.command import add_command, add_json_option
 from agl.cli.interrupt import stops_in_order
 from agl.config import Config
-from agl.errors import TrainingError
+from agl.errors import ConfigError, TrainingError
 from agl_trainer.cli.doctor import demand_for
 
+if TYPE_CHECKING:
+    from agl_trainer.report.evaluation import EvalResult
+
 EXAMPLE = Path("examples/sql_agent")
+_EVALUATION = {"of": "last", "label": "eval", "against": None, "samples": 1, "pass_at": [], "success": 1.0}
+"""Options of an evaluation, with their defaults."""
 _STOPPING = "stopping; the same command resumes at the last checkpoint"
 
 
@@ -37,20 +42,21 @@ def eval_command(subparsers: Any) -> None:
     description = "Evaluate a policy on the held-out tasks, and compare it with an earlier result, paired by task."
     example = f"agl eval {EXAMPLE}/config.yaml --of best --label after --against before"
     parser = _add(subparsers, "eval", _eval, description, example)
+    parser.set_defaults(**_EVALUATION)
     parser.add_argument(
         "--of",
         choices=("last", "best", "base"),
-        default="last",
         help="policy to evaluate: last or best checkpoint (see train.eval_every), or base model (default: last)",
     )
-    parser.add_argument(
-        "--label", default="eval", help="name under which the result is saved in <output_dir>/eval/ (default: eval)"
-    )
+    parser.add_argument("--label", help="name under which the result is saved in <output_dir>/eval/ (default: eval)")
     parser.add_argument("--against", metavar="LABEL", help="saved result to compare with")
-    parser.add_argument("--samples", type=int, default=1, help="rollouts per task (default: 1)")
-    parser.add_argument("--pass-at", type=int, nargs="+", default=[], metavar="K", help="also report pass@K")
+    parser.add_argument("--samples", type=int, help="rollouts per task (default: 1)")
+    parser.add_argument("--pass-at", type=int, nargs="+", metavar="K", help="also report pass@K")
     parser.add_argument(
-        "--success", type=float, default=1.0, metavar="REWARD", help="minimum reward of a solved task (default: 1.0)"
+        "--success", type=float, metavar="REWARD", help="minimum reward of a solved task (default: 1.0)"
+    )
+    parser.add_argument(
+        "--compare", metavar="LABEL", nargs="+", help="compare saved results in this order, and evaluate nothing"
     )
     add_json_option(parser)
 
@@ -105,21 +111,40 @@ def _sft(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from agl_trainer.report.evaluation import EvalResult, comparison_json, comparison_table
     from agl_trainer.report.scoring import Sampling
 
+    unused = [f"--{name.replace('_', '-')}" for name, value in _EVALUATION.items() if getattr(arguments, name) != value]
+    if arguments.compare and unused:
+        raise ConfigError(f"--compare evaluates nothing, so {', '.join(unused)} would have no effect; leave it out")
     train = Config.load(arguments.config).require_train()
     sampling = Sampling(arguments.samples, tuple(arguments.pass_at), arguments.success)
     sampling.check(train.eval_temperature)
     folder = Path(train.output_dir) / "eval"
-    before = [EvalResult.load(folder / f"{arguments.against}.json")] if arguments.against else []
+    results = [_saved_result(folder, label) for label in arguments.compare or [arguments.against] if label]
+    if arguments.compare:
+        return _show(results, arguments)
     trainer = _trainer("eval", arguments)
     with stops_in_order("stopping"), trainer.open(resumes=arguments.of != "base", trains=False):
         if arguments.of == "best":
             trainer.take_best()
         result = trainer.evaluate(arguments.label, sampling)
     result.save(folder / f"{arguments.label}.json")
-    results = [*before, result]
+    return _show([*results, result], arguments)
+
+
+def _saved_result(folder: Path, label: str) -> "EvalResult":
+    from agl_trainer.report.evaluation import EvalResult
+
+    path = folder / f"{label}.json"
+    if not path.exists():
+        labels = ", ".join(sorted(saved.stem for saved in folder.glob("*.json"))) or "none"
+        raise TrainingError(f"{folder} has no result {label!r}; saved are: {labels}")
+    return EvalResult.load(path)
+
+
+def _show(results: "Sequence[EvalResult]", arguments: argparse.Namespace) -> int:
+    from agl_trainer.report.evaluation import comparison_json, comparison_table
+
     print(comparison_json(results) if arguments.json else comparison_table(results))
     return 0
 
