@@ -35,13 +35,17 @@ from agl.gateway.request import (
 )
 from agl.server.api_error import ApiError, error_in, error_text
 from agl.server.auth import project_of
-from agl.server.receiving import ENCODINGS, IDENTITY, decode_body, read_body, run_while_connected
+from agl.server.receiving import ENCODINGS, IDENTITY, decode_body, long_work, read_body, run_while_connected
+from agl.span import Span
+from agl.store.span_row import rows_of
 from agl.tokens.capture import Capture, Json, requested_choices
 from agl.tokens.packing import unpack_ids
 
 logger = logging.getLogger(__name__)
 
 NOT_RECORDED_HEADER: Final = "x-agl-recorded"
+_LONGEST_DONE: Final = 64
+"""Bytes of the event `[DONE]`, with whatever an engine writes around it."""
 _NOT_RECORDED_EVENT: Final = b": the call could not be recorded\n\n"
 """A comment, which clients skip."""
 _TOKENS_REFUSED: Final = frozenset({400, 422})
@@ -101,11 +105,11 @@ class CallEndpoint:
 
     async def _open(self, request: Request, data: bytes, send: Send) -> "Exchange":
         """Read the request and prepare the engine's. Raises ApiError for a request that cannot be sent."""
-        parts, kind = self._parts, self._dialect
-        text, body = read_json(data)
+        parts, kind, size = self._parts, self._dialect, len(data)
+        text, body = await long_work(size, read_json, data)
         model = body["model"] if isinstance(body.get("model"), str) else None
         engine_model = model and parts.routes.resolve(model)
-        dialect = kind(body, engine_model)
+        dialect = await long_work(size, kind, body, engine_model)
         caller = await parts.callers.identify(request)
         engine_kind = parts.routes.kind(engine_model or "")
         forced = parts.overrides.get(caller.mode or "prod", {})
@@ -135,19 +139,22 @@ class CallEndpoint:
             project=project_of(request.scope),
             capture=dialect.capture,
         )
-        record.check()
+        await long_work(size, record.check)
         dialect.capture.expected_choices = requested_choices(sent)
         ids = caller.rollout_id, caller.attempt_id, caller.trace_id
         key = conversation_key(record.project, *ids, record.engine_model)
         if key is not None and kind.operation == semconv.OPERATION_CHAT:
-            record.position = parts.conversations.locate(key, sent, (caller.role, caller.parent_id))
-        return Exchange(parts, dialect, record, send)
+            agent = caller.role, caller.parent_id
+            record.position = await long_work(size, parts.conversations.locate, key, sent, agent)
+        return Exchange(parts, dialect, record, send, size)
 
 
 class Exchange:
     """Sends a call to an engine, relays the response in the client's dialect, and records the call before its end."""
 
-    def __init__(self, parts: GatewayParts, dialect: Dialect, record: CallRecord, send: Send) -> None:
+    def __init__(self, parts: GatewayParts, dialect: Dialect, record: CallRecord, send: Send, size: int) -> None:
+        self._size = size
+        """Bytes of the request, and of the response so far."""
         self._parts = parts
         self._dialect = dialect
         self._record = record
@@ -193,17 +200,18 @@ class Exchange:
     async def _ask(self, body: Json, refusals: Collection[int] = ()) -> ASGIApp | None:
         """Send `body` and relay the response; None if its status is one of `refusals`."""
         parts, record = self._parts, self._record
-        record.body = json.dumps(body).encode()
+        record.body = await long_work(self._size, lambda: json.dumps(body).encode())
         async with parts.dispatch.response(parts.session, record) as response:
             if response.status in refusals:
                 record.prefix = f"the engine refused the tokens: {response.error_message()}"
                 return None
             record.http_status = response.status
-            return await self._relay_stream(response) if response.is_stream else self._relay_whole(response)
+            return await self._relay_stream(response) if response.is_stream else await self._relay_whole(response)
 
-    def _relay_whole(self, response: UpstreamResponse) -> Response:
+    async def _relay_whole(self, response: UpstreamResponse) -> Response:
+        self._size += len(response.body)
         if response.status < 400:
-            body = self._read(self._take_whole, response.body)
+            body = await long_work(self._size, self._read, self._take_whole, response.body)
         else:
             self._record.fail(str(response.status), response.error_message())
             body = self._dialect.engine_error(response.body, response.status)
@@ -215,16 +223,19 @@ class Exchange:
         await self._send(_response_start(response))
         splitter = EventSplitter()
         async for piece in response.pieces():
-            events = splitter.split(piece)
-            done = [event for event in events if event_data(event) == DONE]
-            if relayed := b"".join(self._relay_event(event) for event in events):
-                await self._send(_response_body(relayed, more=True))
-            if done:
+            if done := await self._relay_events(splitter.split(piece)):
                 await response.finish()
-                return self._end_stream(done[0])
-        if last := self._relay_event(splitter.rest):
-            await self._send(_response_body(last, more=True))
-        return self._end_stream(b"")
+                return await long_work(self._size, self._end_stream, done)
+        await self._relay_events([splitter.rest])
+        return await long_work(self._size, self._end_stream, b"")
+
+    async def _relay_events(self, events: list[bytes]) -> bytes:
+        """Send the events in the client's dialect. Returns the one that ends the stream; empty if none does."""
+        size = sum(map(len, events))
+        self._size += size
+        if relayed := await long_work(size, lambda: b"".join(map(self._relay_event, events))):
+            await self._send(_response_body(relayed, more=True))
+        return next((event for event in events if len(event) <= _LONGEST_DONE and event_data(event) == DONE), b"")
 
     def _relay_event(self, event: bytes) -> bytes:
         """The event in the client's dialect; empty if nothing of it is for the client, or it ends the stream."""
@@ -275,7 +286,7 @@ class Exchange:
         if position is None or not choices or not choices[0].prompt_ids:
             return
         try:
-            prompt = choices[0].packed_prompt_ids()
+            prompt = await long_work(self._size, choices[0].packed_prompt_ids)
         except ValueError:  # Not token ids.
             return
         if exact is not None and not prompt.startswith(exact):
@@ -289,16 +300,15 @@ class Exchange:
         A response with values that no span can hold, for example text that is not Unicode, is a failure of the engine,
         and recorded without these values.
         """
-        record, recorder, failure = self._record, self._parts.recorder, None
-        max_bytes = self._parts.config.content_max_bytes
+        record, failure = self._record, None
         try:
             try:
-                await recorder.commit(spans := record.spans(max_bytes))
+                spans = await self._commit_spans()
             except (OtlpError, ValueError, TypeError, OverflowError) as error:
                 failure = self._engine_error(f"cannot be recorded: {error}")
                 record.fail(failure.code, str(failure))
                 record.capture = Capture()
-                await recorder.commit(spans := record.spans(max_bytes))
+                spans = await self._commit_spans()
         except (AglError, ValueError, TypeError, OverflowError) as error:
             logger.error("a call could not be recorded (gateway.record: %s): %s", self._parts.config.record, error)
             return ApiError(500, "not_recorded", f"the call could not be recorded, its answer is withheld: {error}")
@@ -306,6 +316,12 @@ class Exchange:
         if record.position is not None and not record.error_type:
             self._parts.conversations.remember(record.position, record.capture.choices(), spans)
         return failure
+
+    async def _commit_spans(self) -> list[Span]:
+        spans = await long_work(self._size, self._record.spans, self._parts.config.content_max_bytes)
+        rows = await long_work(self._size, lambda: [row for span in spans for row in rows_of(span)])
+        await self._parts.recorder.commit(rows)
+        return spans
 
     def _fail(self, error: ApiError) -> ASGIApp:
         """Record `error` and return the end of the response that reports it."""

@@ -27,6 +27,7 @@ from agl.gateway.record import CallRecord, Recorder
 from agl.gateway.request import Caller, CallerLookup, RolloutUrls, read_json, url_ids
 from agl.gateway.token_count import MessagesCount, ResponsesCount, TokenCount
 from agl.server.api_error import ApiError, unknown_route
+from agl.server.receiving import long_work
 from agl.store import Store
 from agl.tokens.capture import Json
 
@@ -94,7 +95,8 @@ class Gateway:
 
     async def _embeddings(self, request: Request) -> Response:
         """Passed on and not recorded: nothing is sampled."""
-        _, body = read_json(await self._parts.read_body(request.scope, request.receive))
+        data = await self._parts.read_body(request.scope, request.receive)
+        _, body = await long_work(len(data), read_json, data)
         model = self._routes.resolve(str(body.get("model", "")))
         sent = body | {"model": model} if model else body
         caller = Caller(rollout_id=url_ids(request.scope).get("rollout_id"))

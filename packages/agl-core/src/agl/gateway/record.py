@@ -17,7 +17,7 @@ from agl.gateway.request import Caller
 from agl.server.api_error import ApiError, error_in
 from agl.span import AttributeValue, Span
 from agl.store import Store
-from agl.store.span_row import MAX_ID_LENGTH, SpanRow, rows_of
+from agl.store.span_row import MAX_ID_LENGTH, SpanRow
 from agl.tokens.capture import Capture, Choice, Json
 from agl.tokens.drift import Drifted
 
@@ -178,13 +178,13 @@ class Recorder:
         self._writing: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, "agl-recorder")
 
-    async def commit(self, spans: Sequence[Span]) -> None:
-        """Returns when `spans` are committed. If the caller is cancelled meanwhile they are committed all the same.
+    async def commit(self, rows: list[SpanRow]) -> None:
+        """Returns when `rows` are committed. If the caller is cancelled meanwhile they are committed all the same.
 
-        Raises AglError if the store refuses them, TypeError or OverflowError for values that a span cannot hold.
+        Raises AglError if the store refuses them.
         """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(([row for span in spans for row in rows_of(span)], done))
+        self._waiting.append((rows, done))
         if self._writing is None:
             self._writing = asyncio.create_task(self._write())
         await done

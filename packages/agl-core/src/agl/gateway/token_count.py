@@ -15,6 +15,7 @@ from agl.gateway.exchange import GatewayParts
 from agl.gateway.request import read_json
 from agl.gateway.tokenizer import Tokenizer, TokenizerError
 from agl.server.api_error import ApiError
+from agl.server.receiving import long_work
 from agl.tokens.capture import Json
 
 _TIMEOUT_S: Final = 30.0
@@ -41,9 +42,10 @@ class TokenCount:
 
     async def _count(self, request: Request) -> int:
         parts = self._parts
-        _, body = read_json(await parts.read_body(request.scope, request.receive))
+        data = await parts.read_body(request.scope, request.receive)
+        _, body = await long_work(len(data), read_json, data)
         model = parts.routes.resolve(str(body.get("model") or ""))
-        chat = self.dialect(body, model).request
+        chat = (await long_work(len(data), self.dialect, body, model)).request
         engine = parts.routes.choose(model, None)
         tokenizer = Tokenizer(parts.session, engine, forwarded(request.headers), _TIMEOUT_S)
         try:

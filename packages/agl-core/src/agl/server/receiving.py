@@ -1,12 +1,12 @@
-"""Receiving a request: limits on its head, its body and the memory of all requests; content encodings; upgrades; and
-clients that disconnect or do not read.
+"""Receiving a request: limits on its head, its body and the memory of all requests; content encodings; upgrades;
+clients that disconnect or do not read; and work on large bodies.
 """
 
 import asyncio
 import threading
 import zlib
 from collections.abc import Awaitable, Callable
-from typing import ClassVar, Final, Protocol, Self
+from typing import ClassVar, Final, ParamSpec, Protocol, Self, TypeVar
 
 import httptools
 import zstandard
@@ -15,6 +15,9 @@ from starlette.types import Receive, Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from agl.server.api_error import ApiError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MAX_HEAD_BYTES: Final = 64 * 2**10
 SEND_S: Final = 60.0
@@ -27,6 +30,8 @@ _RESPONSE: Final = (
 )
 _MESSAGE: Final = b"the head of the request is over %d bytes" % MAX_HEAD_BYTES
 _OF_UPGRADES: Final = (b"upgrade", b"http2-settings", b"connection")
+_LONG_BYTES: Final = 2**18
+"""JSON of this size is read in about 2 ms. For less, a thread costs more than it saves."""
 _ENCODED_BYTES: Final = 1024
 """Bytes that are decoded at once, so that the plain ones (32 MB at most) are counted before the next."""
 
@@ -256,6 +261,21 @@ async def run_while_connected(receive: Receive, work: Awaitable[None]) -> None:
     finally:
         watch.remove_done_callback(cancel)
         watch.cancel()
+
+
+async def long_work(size: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """`work(...)` on data of `size` bytes: in a thread if these are many, so that other requests go on.
+
+    The data belongs to the caller alone: if it is cancelled, it goes on only after the end of the work.
+    """
+    if size < _LONG_BYTES:
+        return work(*args, **kwargs)
+    task = asyncio.create_task(asyncio.to_thread(work, *args, **kwargs))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 async def _disconnect(receive: Receive) -> None:

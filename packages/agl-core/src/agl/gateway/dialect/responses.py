@@ -107,6 +107,8 @@ class Responses(Translated):
         """Output items that have arrived."""
         self._open: str | int = ""
         """The open item: `message`, `reasoning`, or the index of a tool call; empty: the last item is complete."""
+        self._pieces: list[str] = []
+        """The text of the open item so far."""
 
     def translate(self, body: Json) -> Json:
         request = passed_on(body, _FIELDS)
@@ -192,7 +194,7 @@ class Responses(Translated):
         events = self._begin()
         if thought := delta.get("reasoning_content") or delta.get("reasoning"):
             events += self._open_item("reasoning", lambda: self._reasoning(""))
-            events += self._append("reasoning_text", self._items[-1]["content"][0], "text", thought)
+            events += self._append("reasoning_text", thought, content_index=0)
         if text := delta.get("content") or delta.get("refusal"):
             events += self._open_item("message", lambda: self._message("", [], "in_progress"))
             if not (message := self._items[-1])["content"]:
@@ -201,16 +203,14 @@ class Responses(Translated):
                 events += self._event("response.content_part.added", {"content_index": 0, "part": part})
             logprobs = self._requested_logprobs(_logprobs(choice))
             message["content"][0]["logprobs"] += logprobs
-            events += self._append("output_text", message["content"][0], "text", text, logprobs=logprobs)
+            events += self._append("output_text", text, content_index=0, logprobs=logprobs)
         return events
 
     def render_call(self, number: int, call: CapturedToolCall, piece: str) -> bytes:
         events = self._begin() + self._open_item(number, lambda: self._call(number, call, "", "in_progress"))
         if call.name in self.whole_calls:
-            return events + self._append("custom_tool_call_input", self._items[-1], "input", _custom_input(piece))
-        if piece:
-            events += self._append("function_call_arguments", self._items[-1], "arguments", piece)
-        return events
+            return events + self._append("custom_tool_call_input", _custom_input(piece))
+        return events + (self._append("function_call_arguments", piece) if piece else b"")
 
     def render_end(self, done: bytes) -> bytes:
         status = self._status()
@@ -237,19 +237,22 @@ class Responses(Translated):
     def _close_item(self) -> bytes:
         if self._open == "":
             return b""
-        item, events = self._items[-1], b""
+        item, events, text = self._items[-1], b"", "".join(self._pieces)
+        self._pieces = []
         if item["type"] == "message":
+            item["content"][0]["text"] = text
             part, place = item["content"][0], {"content_index": 0}
             done = place | {"text": part["text"], "logprobs": part["logprobs"]}
             events += self._event("response.output_text.done", done)
             events += self._event("response.content_part.done", place | {"part": part})
         elif item["type"] == "function_call":
-            call = {"arguments": item["arguments"], "name": item["name"]}
-            events += self._event("response.function_call_arguments.done", call)
+            item["arguments"] = text
+            events += self._event("response.function_call_arguments.done", {"arguments": text, "name": item["name"]})
         elif item["type"] == "custom_tool_call":
-            events += self._event("response.custom_tool_call_input.done", {"input": item["input"]})
+            item["input"] = text
+            events += self._event("response.custom_tool_call_input.done", {"input": text})
         else:
-            text = item["content"][0]["text"]
+            item["content"][0]["text"] = text
             events += self._event("response.reasoning_text.done", {"content_index": 0, "text": text})
         if "status" in item:
             item["status"] = "completed"
@@ -257,10 +260,9 @@ class Responses(Translated):
         self._open = ""
         return events
 
-    def _append(self, kind: str, holder: Json, field: str, piece: str, **more: Any) -> bytes:
-        holder[field] += piece
-        place = {"content_index": 0} if field == "text" else {}
-        return self._event(f"response.{kind}.delta", {"delta": piece, **place, **more})
+    def _append(self, kind: str, piece: str, **more: Any) -> bytes:
+        self._pieces.append(piece)
+        return self._event(f"response.{kind}.delta", {"delta": piece, **more})
 
     def _event(self, name: str, data: Json, of_item: bool = True, **more: Any) -> bytes:
         place = {"output_index": len(self._items) - 1} if of_item else {}
