@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import random
+import time
 from typing import Any
 
 import pytest
@@ -77,3 +78,11 @@ def test_text_beyond_the_limit_is_cut_and_its_length_stated() -> None:
     assert (long["n"], short) == (1, "short")
     assert plain == "y" * 10_000 + "... (cut: 20000 bytes)"
     assert json.loads(many).endswith("... (cut: 588891 bytes)")
+
+
+@pytest.mark.parametrize("unit", ["data:;", "data:a;b", "data:", "data:;base64,", '"data":"', '"data": '])
+def test_the_time_grows_with_the_length_of_a_text_and_not_with_its_square(unit: str) -> None:
+    text = "A" * 64 + unit * 40_000
+    before = time.process_time()
+    assert shortened(text)[1] == {}
+    assert time.process_time() - before < 5, "it took a minute"

@@ -1,10 +1,18 @@
 """Roles by agent name: a map for agents whose role is not their own name, and the names that name no agent."""
 
-import re
+import logging
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Final
+
+import regex
 
 from agl.errors import ConfigError
+
+logger = logging.getLogger("agl")
+
+_MATCH_S: Final = 0.2
+"""Limit for one match, in CPU time: the time that some patterns need doubles with each character of a name."""
 
 # fmt: off
 _STEPS = {
@@ -20,7 +28,8 @@ _HOOKS = frozenset({"before_agent", "before_model", "after_model", "after_agent"
 class RoleMap:
     """Maps the name of a graph node, agent or chain to a role: `{"writer": "write_query|rewrite.*"}`.
 
-    A pattern must match the whole name; the first matching role wins. Raises ConfigError for an invalid pattern.
+    A pattern must match the whole name; the first matching role wins. A pattern that takes too long on a name does not
+    match it, which is logged. Raises ConfigError for an invalid pattern.
     """
 
     def __init__(self, roles: Mapping[str, str] | None) -> None:
@@ -28,13 +37,28 @@ class RoleMap:
         self.match = lru_cache(maxsize=1024)(self._match)  # bounded: some frameworks generate new names for each run
 
     def _match(self, name: str) -> str | None:
-        return next((role for role, pattern in self._patterns if pattern.fullmatch(name)), None)
+        return next((role for role, pattern in self._patterns if _matches(role, pattern, name)), None)
 
 
-def _compile(role: str, pattern: str) -> re.Pattern[str]:
+def _matches(role: str, pattern: regex.Pattern[str], name: str) -> bool:
     try:
-        return re.compile(pattern)
-    except re.error as error:
+        return pattern.fullmatch(name, timeout=_MATCH_S) is not None
+    except TimeoutError:
+        logger.warning(
+            "roles[%r] is %r, which needs more than %g s for the name %.80r, so the name does not match it; write the "
+            "pattern without a repetition inside a repetition",
+            role,
+            pattern.pattern,
+            _MATCH_S,
+            name,
+        )
+        return False
+
+
+def _compile(role: str, pattern: str) -> regex.Pattern[str]:
+    try:
+        return regex.compile(pattern)
+    except regex.error as error:
         raise ConfigError(f"roles[{role!r}] is {pattern!r}, expected a regular expression: {error}") from error
 
 
