@@ -112,6 +112,9 @@ def test_spans_are_otlp_and_everything_else_is_json(url: str) -> None:
         ("heartbeat", {}, 422, "invalid", "heartbeat: attempt_ids: Field required"),
         ("heartbeat", b"{", 422, "invalid", "heartbeat: the body: Invalid JSON"),
         ("gc", {"older_than": 1}, 422, "invalid", "gc: older_than: Extra inputs are not permitted"),
+        ("gc", {"older_than_s": -1}, 422, "invalid", "older_than_s is -1, expected seconds from 0"),
+        ("gc", {"older_than_s": 1e300}, 422, "invalid", "older_than_s is 1e+300, expected seconds from 0"),
+        ("gc", {"max_bytes": -1}, 422, "invalid", "max_bytes is -1, expected a number of bytes from 0"),
         ("enqueue_rollouts", {"rollouts": [{"rollout_id": "x"}]}, 422, "invalid", "rollouts.0.input: Field required"),
         ("enqueue_rollouts", {"rollouts": [{"rollout_id": "x", "input": 1, "grup": 1}]}, 422, "invalid", "0.grup: "),
         ("enqueue_rollouts", {"rollouts": [{"rollout_id": "x", "input": 1, "timeout_s": 0}]}, 422, "invalid", "x has"),
@@ -130,6 +133,7 @@ def test_errors_have_one_shape(
     answer = post(url, verb, body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
     assert message in answer.json()["error"]["message"]
+    assert ("allow" in answer.headers) == (status == 405)
 
 
 def test_a_body_with_an_invalid_span_is_rejected_as_a_whole(url: str, remote: Store) -> None:

@@ -69,4 +69,6 @@ def error_text(body: bytes) -> str:
 async def unknown_route(request: Request, error: Exception) -> JSONResponse:
     """Starlette exception handler for a path or method without a route (HTTPException 404 or 405)."""
     message = f"the gateway does not serve {request.method} {request.url.path}"
-    return ApiError(getattr(error, "status_code", _SERVER_ERROR), "unknown_url", message).response()
+    response = ApiError(getattr(error, "status_code", _SERVER_ERROR), "unknown_url", message).response()
+    response.headers.update(getattr(error, "headers", None) or {})  # `Allow`, which a 405 must have.
+    return response

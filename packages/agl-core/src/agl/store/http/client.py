@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from inspect import signature
 from typing import Any, Final, TypeVar, cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import urllib3
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, SSLError
@@ -18,6 +18,7 @@ from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionErro
 from agl import otlp
 from agl.config.collector import TOKEN_VARIABLE
 from agl.errors import StoreError
+from agl.secret_url import SecretUrl
 from agl.span import Span
 from agl.store.http.verb import ERRORS, MAX_WAIT_S, VERBS, Verb
 from agl.store.mapping import to_json
@@ -96,7 +97,7 @@ class HttpStore(Store):
     gc = _remote(Store.gc)
 
     def __init__(self, uri: str) -> None:
-        self.uri, token = _split_token(uri)
+        self.uri, token = _split_token(SecretUrl(uri))
         self._headers = {"authorization": f"Bearer {token}"} if token else {}
         self._pool = urllib3.PoolManager(num_pools=1, maxsize=_CONNECTIONS)
         self._closed = False
@@ -193,17 +194,17 @@ class HttpStore(Store):
         return StoreError(f"{self.uri} refused {verb.name} with {response.status}: {message}")
 
 
-def _split_token(uri: str) -> tuple[str, str | None]:
+def _split_token(uri: SecretUrl) -> tuple[str, str | None]:
     """The URI without user and password, and the token. Raises StoreError, without the token in it."""
     try:
-        parts = urlsplit(uri)
+        parts = urlsplit(uri.without_login)
         if not parts.hostname or parts.port == 0 or parts.query or parts.fragment:
             raise ValueError
     except ValueError:
         # From None: the message of urlsplit quotes the token.
         raise StoreError("a store on another machine is http://HOST:PORT or https://HOST:PORT, nothing more") from None
-    token = unquote(parts.password or parts.username or "") or os.environ.get(TOKEN_VARIABLE, "").strip()
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}", token or None
+    user, password = uri.login or ("", "")
+    return uri.without_login.rstrip("/"), password or user or os.environ.get(TOKEN_VARIABLE, "").strip() or None
 
 
 def _pauses() -> Iterator[float]:
