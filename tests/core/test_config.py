@@ -58,7 +58,7 @@ def test_variables_and_the_home_folder_are_expanded(tmp_path: Path, monkeypatch:
         "  report_to: []\ncollector: {token_file: ~/tokens}\ngateway: {tls: {certificate: ~/c.pem, key: ~/k.pem}}\n"
     )
     config = load(text, tmp_path)
-    assert config.store_uri == "postgresql://agl:s3cret@db/x"
+    assert config.store_uri.secret == "postgresql://agl:s3cret@db/x"
     assert config.require_train().model == f"{tmp_path}/models/m"
     assert config.require_train().output_dir == f"{tmp_path}/runs"
     assert config.collector.token_file == tmp_path / "tokens"
@@ -81,3 +81,13 @@ def test_what_only_a_shell_expands_is_refused(tmp_path: Path) -> None:
 def test_without_a_role_there_is_nothing_to_train() -> None:
     with pytest.raises(ConfigError, match="agent_roles names no role to train"):
         Config.parse({"train": {"model": "tiny"}}).require_roles()
+
+
+@pytest.mark.parametrize(
+    "name", ["../../escaped", "/abs", "a/b", "..", ".", "", "x\0y", "a@3", "é", "a" * 65, "a b", "a\n"]
+)
+def test_a_role_that_is_no_name_is_refused_where_it_enters(name: str) -> None:
+    for roles in ({name: {}}, {"writer": {}, "fixer": {"adapter": name}}):
+        with pytest.raises(ConfigError, match=r"(?s)agent_roles.*expected a name of letters, digits"):
+            Config.parse({"agent_roles": roles})
+    assert Config.parse({"agent_roles": {"Writer_2.b-c": {}}}).require_roles()

@@ -554,3 +554,15 @@ def broken(config):
     assert "RuntimeError: oops" in checks["bad"]["found"]
     lines = agl("doctor", path=tmp_path).stdout.splitlines()
     assert any(re.fullmatch(r"problem +toner +low; buy some", line) for line in lines)
+
+
+def test_a_full_disk_is_one_line() -> None:
+    Path("config.yaml").write_text("agent_roles: {writer: {}}\n")
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run([AGL, "config", "show", "config.yaml"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert ended.stderr.startswith("agl: cannot write the output or a file: No space left on device; make room")
+
+
+def test_a_url_in_the_wrong_place_hides_its_password() -> None:
+    assert "unrecognized arguments: http://***@h:1" in error_of("store", "count", "http://SECRET@h:1")

@@ -6,12 +6,14 @@ import logging
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -301,7 +303,7 @@ def test_a_folder_that_cannot_be_written_is_named_and_keeps_its_checkpoints() ->
     with without_rights() as folder:
         save_checkpoint(folder / "checkpoints", small_state(1))
         (folder / "checkpoints").chmod(0o500)
-        with pytest.raises(TrainingError, match=r"cannot write a checkpoint to .*Permission denied"):
+        with pytest.raises(TrainingError, match=r"cannot write the checkpoint of step 2: .*Permission denied"):
             save_checkpoint(folder / "checkpoints", small_state(2))
         assert load(folder / "checkpoints").step == 1
         (folder / "checkpoints").chmod(0o700)
@@ -365,3 +367,42 @@ def test_a_process_killed_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_
                 assert torch.equal(state.adapters["writer"]["a"], torch.full((64, 64), float(state.step)))
             assert moment > 10
             assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
+
+
+@pytest.mark.parametrize("limit", [0, 100, 10_000])
+def test_a_disk_that_fills_during_a_save_is_one_clear_line_and_the_last_checkpoint_stays(
+    limit: int, tmp_path: Path
+) -> None:
+    """The system ends each write after `limit` bytes of a file, with an error that names no file, as a full disk."""
+    save_checkpoint(tmp_path, small_state(1))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(TrainingError) as caught:
+            save_checkpoint(tmp_path, small_state(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert re.fullmatch(
+        rf"cannot write the checkpoint of step 2: {tmp_path}/\S+: File too large; earlier checkpoints are whole\. .*",
+        str(caught.value),
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"], "what was written takes no space"
+    assert load(tmp_path).step == 1
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "/abs", "a/b", "..", ".", "", "x\0y", "a@3", "é", "a" * 65])
+def test_names_that_are_paths_go_into_no_checkpoint_and_are_read_from_none(name: str, tmp_path: Path) -> None:
+    state = small_state(1)
+    named = replace(state, versions={name: 1}, adapters={name: state.adapters["writer"]}, adapter_configs={name: {}})
+    with pytest.raises(TrainingError, match="cannot have the role"):
+        save_checkpoint(tmp_path / "run", named)
+    path = save_checkpoint(tmp_path / "run", state)
+    plain = (path / "state.json").read_text().replace('"writer"', json.dumps(name))
+    (path / "state.json").write_text(plain)
+    sums = (path / "SHA256SUMS").read_text().splitlines()
+    digest = hashlib.sha256(plain.encode()).hexdigest()
+    lines = [f"{digest}  state.json" if line.endswith("state.json") else line for line in sums]
+    (path / "SHA256SUMS").write_text("\n".join(lines) + "\n")
+    with pytest.raises(TrainingError, match="cannot have the role"):
+        load_checkpoint(path)
+    assert [each.name for each in tmp_path.iterdir()] == ["run"]

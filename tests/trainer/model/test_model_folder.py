@@ -12,9 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from agl.errors import ConfigError
+from agl_trainer.model.base_model import load_model
 from agl_trainer.model.fingerprint import fingerprint
 from agl_trainer.model.model_folder import SMOLLM2_PACKAGE, _smollm2_gguf, model_folder
 from agl_trainer.model.tiny import build_tiny_model
@@ -121,8 +123,44 @@ def test_a_model_of_the_hub_is_downloaded_once_and_then_found_without_network(tm
 def test_weights_that_are_pickled_only_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(ConfigError, match="has no safetensors weights, and pickled ones are not read"):
+    (tmp_path / "other.safetensors").touch()
+    with pytest.raises(
+        ConfigError, match=r"no safetensors weights model\.safetensors; pickled ones, as pytorch_model\.bin"
+    ):
         model_folder(str(tmp_path))
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "other.safetensors", "b": "pytorch_model.bin"}}))
+    with pytest.raises(ConfigError, match=r"no safetensors weights pytorch_model\.bin; pickled"):
+        model_folder(str(tmp_path))
+    index.write_text("[]")
+    with pytest.raises(ConfigError, match="is no index of weights"):
+        model_folder(str(tmp_path))
+
+
+def test_no_pickle_is_read_and_no_code_of_the_model_is_run_or_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever loads a model: its folder was not looked at before."""
+    monkeypatch.setattr("torch.load", lambda *_, **__: pytest.fail("a pickle was read"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
+    model = tmp_path / "model"
+    build_tiny_model(model, ["a few words"], 0)
+    load_model(model, on_cpu=True)
+    (model / "model.safetensors").rename(model / "kept")
+    torch.save({}, model / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="can run code and are not read"):
+        load_model(model, on_cpu=True)
+    (model / "kept").rename(model / "model.safetensors")
+    (model / "own.py").write_text("raise SystemExit('the code of the model ran')")
+    config = json.loads((model / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (model / "config.json").write_text(json.dumps(config | own))
+    with pytest.raises(ConfigError, match=r"needs its own code \(auto_map\), which is never run"):
+        load_model(model, on_cpu=True)
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is an adapter, expected a base model"):
+        load_model(model, on_cpu=True)
 
 
 def test_the_error_for_a_missing_model_names_it_and_what_is_expected(tmp_path: Path) -> None:

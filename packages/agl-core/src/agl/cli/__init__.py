@@ -1,6 +1,7 @@
 """The `agl` program. The module of a command is imported only when that command runs."""
 
 import argparse
+import errno
 import gc
 import logging
 import os
@@ -15,6 +16,9 @@ from agl.cli.interrupt import INTERRUPTED
 from agl.errors import AglError, CommandError
 
 __all__ = ["main"]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a write for which there is no room."""
 
 Register = Callable[[Any], None]
 """Adds a command's parser to argparse's subparsers; its default `run` maps parsed arguments to an exit code."""
@@ -76,8 +80,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gc.freeze()  # The interpreter ends without a last search for garbage, which takes seconds once torch is loaded.
         return INTERRUPTED
     except BrokenPipeError:  # The reader of our output, e.g. `head`, has ended.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        _drop_output()
+        place = error.filename or "the output or a file"
+        print(f"agl: cannot write {place}: {error.strerror}; make room, and run the command again", file=sys.stderr)
+        return 2
+
+
+def _drop_output() -> None:
+    """What is left in the buffer would fail again when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from agl.config.section import Count, Fraction, Section
+from agl.config.section import Count, Fraction, Name, Section
 
 
 class RoleConfig(Section):
@@ -18,7 +18,7 @@ class RoleConfig(Section):
     """Linear layers with the adapter, by the ends of their names, e.g. `[q_proj, v_proj]`; not the output layer."""
     use_rslora: bool = False
     """Scale by `lora_alpha` / sqrt(`lora_r`) in place of `lora_alpha` / `lora_r` (arXiv 2312.03732)."""
-    adapter: str | None = None
+    adapter: Name | None = None
     """Another role whose adapter this one shares, with that role's LoRA keys and `frozen`."""
     frozen: bool = False
     """The adapter is used but not trained."""
@@ -40,7 +40,7 @@ class AgentRoles(Section):
     """Discount per hand-off between roles from a call to the reward."""
     turn_gamma: Fraction = 1.0
     """Discount per call from a call to the reward."""
-    roles: dict[str, RoleConfig] = Field(default_factory=dict)
+    roles: dict[Name, RoleConfig] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod

@@ -21,6 +21,22 @@ def expand_home(path: AnyPath) -> AnyPath:
 TextPath = Annotated[str, AfterValidator(expand_home)]
 FilePath = Annotated[Path, AfterValidator(expand_home)]
 
+NAME_RULE = "letters, digits, `.`, `_` and `-`, at most 64 characters, and not `.` or `..`"
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` may name a role, a run or a label, and so folders, files and models: NAME_RULE, in ASCII."""
+    return re.fullmatch(r"[\w.-]{1,64}", text, re.ASCII) is not None and text not in (".", "..")
+
+
+def _check_name(text: str) -> str:
+    if not is_name(text):
+        raise ValueError(f"expected a name of {NAME_RULE}")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
+
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -31,4 +47,4 @@ Reference = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
 class Section(BaseModel):
     """Immutable; unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, hide_input_in_errors=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from agl.cli.command import add_command, add_json_option
 from agl.cli.interrupt import stops_in_order
 from agl.config import Config
+from agl.config.section import NAME_RULE, is_name
 from agl.errors import ConfigError, TrainingError
 from agl_trainer.cli.doctor import demand_for
 
@@ -48,17 +49,29 @@ def eval_command(subparsers: Any) -> None:
         choices=("last", "best", "base"),
         help="policy to evaluate: last or best checkpoint (see train.eval_every), or base model (default: last)",
     )
-    parser.add_argument("--label", help="name under which the result is saved in <output_dir>/eval/ (default: eval)")
-    parser.add_argument("--against", metavar="LABEL", help="saved result to compare with")
+    parser.add_argument(
+        "--label", type=_label, help="name under which the result is saved in <output_dir>/eval/ (default: eval)"
+    )
+    parser.add_argument("--against", type=_label, metavar="LABEL", help="saved result to compare with")
     parser.add_argument("--samples", type=int, help="rollouts per task (default: 1)")
     parser.add_argument("--pass-at", type=int, nargs="+", metavar="K", help="also report pass@K")
     parser.add_argument(
         "--success", type=float, metavar="REWARD", help="minimum reward of a solved task (default: 1.0)"
     )
     parser.add_argument(
-        "--compare", metavar="LABEL", nargs="+", help="compare saved results in this order, and evaluate nothing"
+        "--compare",
+        type=_label,
+        metavar="LABEL",
+        nargs="+",
+        help="compare saved results in this order, and evaluate nothing",
     )
     add_json_option(parser)
+
+
+def _label(text: str) -> str:
+    if not is_name(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no label, expected {NAME_RULE}")
+    return text
 
 
 def demo_command(subparsers: Any) -> None:

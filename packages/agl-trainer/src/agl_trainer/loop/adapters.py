@@ -18,8 +18,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from agl.config.section import is_name
 from agl.errors import CommandError
 from agl_trainer.model.adapter_files import CONFIG, WEIGHTS
+from agl_trainer.model.model_folder import load_pretrained
 
 logger = logging.getLogger(__name__)
 
@@ -102,13 +104,13 @@ def merge_adapter(adapter: Adapter, base: Path, target: Path) -> None:
     with _new_folder(target) as draft, warnings.catch_warnings():
         # PEFT reads an attribute that transformers renamed; users cannot fix that.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
+        model = load_pretrained(AutoModelForCausalLM, base, dtype=torch.float32)
         peft: Any = get_peft_model(model, config)  # its annotation lacks merge_and_unload
         missed = set_peft_model_state_dict(peft, tensors)
         if missed.unexpected_keys:
             raise CommandError(f"{adapter.folder} does not fit {base}: it has no {missed.unexpected_keys[0]}")
         peft.merge_and_unload().save_pretrained(draft)
-        AutoTokenizer.from_pretrained(base).save_pretrained(draft)
+        load_pretrained(AutoTokenizer, base).save_pretrained(draft)
 
 
 def _published(folder: Path) -> Iterator[Adapter]:
@@ -128,7 +130,7 @@ def _checkpointed(folder: Path) -> Iterator[Adapter]:
             logger.warning("%s; the adapters of this checkpoint are left out", error)
             continue
         for role, version in versions.items():
-            if (path / "adapters" / role / CONFIG).is_file():
+            if is_name(role) and (path / "adapters" / role / CONFIG).is_file():
                 yield Adapter(role, version, path / "adapters" / role, path.name)
 
 

@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from agl.config.section import NAME_RULE, is_name
 from agl.errors import TrainingError
 from agl_trainer.loop import optimizer_state, rng
 from agl_trainer.model.adapter_files import (
@@ -97,28 +99,34 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
 
     Raises TrainingError if the disk is full or the folder not writable; earlier checkpoints are then intact.
     """
-    try:
-        return _save(folder, checkpoint)
-    except OSError as error:
-        raise TrainingError(f"cannot write a checkpoint to {folder}: {error.filename}: {error.strerror}") from error
-
-
-def _save(folder: Path, checkpoint: Checkpoint) -> Path:
     target = checkpoint_folder(folder, checkpoint.step)
     draft = folder / f".writing-{target.name}"
-    _remove(draft)
+    try:
+        _remove(draft)
+        _write(draft, checkpoint)
+        _swap(draft, target)
+    except OSError as error:
+        with suppress(OSError):
+            _remove(draft)  # It takes space that the user may not have.
+        where = error.filename or target
+        raise TrainingError(
+            f"cannot write the checkpoint of step {checkpoint.step}: {where}: {error.strerror}; earlier checkpoints "
+            "are whole. Make room or give access, then start the same command again, which resumes from the last one"
+        ) from error
+    return target
+
+
+def _write(draft: Path, checkpoint: Checkpoint) -> None:
     for role, tensors in checkpoint.adapters.items():
-        save_adapter(draft / "adapters" / role, tensors, checkpoint.adapter_configs[role])
+        save_adapter(draft / _adapter_folder("adapters", role), tensors, checkpoint.adapter_configs[role])
     for owner, tensors in (checkpoint.references or {}).items():
-        save_adapter(draft / "references" / owner, tensors, checkpoint.adapter_configs[owner])
+        save_adapter(draft / _adapter_folder("references", owner), tensors, checkpoint.adapter_configs[owner])
     write_synced(draft / "optimizer.safetensors", _pack_optimizers(checkpoint.optimizers))
     write_synced(draft / "state.json", _state_json(checkpoint))
     sums = "".join(f"{_digest(path)}  {path.relative_to(draft)}\n" for path in _files(draft))
     write_synced(draft / _SUMS, sums.encode())
     for path in (draft, *(path for path in draft.rglob("*") if path.is_dir())):
         _sync(path)
-    _swap(draft, target)
-    return target
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
@@ -149,11 +157,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
         plain = json.loads(_verified(path, "state.json", listed).read_text(encoding="utf-8"))
         adapters, configs = {}, {}
         for role in plain.pop("roles"):
-            adapters[role] = read_tensors(_verified(path, f"adapters/{role}/{WEIGHTS}", listed))
-            configs[role] = json.loads(_verified(path, f"adapters/{role}/{CONFIG}", listed).read_text("utf-8"))
+            folder = _adapter_folder("adapters", role)
+            adapters[role] = read_tensors(_verified(path, f"{folder}/{WEIGHTS}", listed))
+            configs[role] = json.loads(_verified(path, f"{folder}/{CONFIG}", listed).read_text("utf-8"))
         references = plain.pop("references", None)
         if references is not None:
-            files = {owner: _verified(path, f"references/{owner}/{WEIGHTS}", listed) for owner in references}
+            folders = {owner: _adapter_folder("references", owner) for owner in references}
+            files = {owner: _verified(path, f"{folder}/{WEIGHTS}", listed) for owner, folder in folders.items()}
             references = {owner: read_tensors(file) for owner, file in files.items()}
         optimizers = _unpack_optimizers(_verified(path, "optimizer.safetensors", listed))
         return Checkpoint(
@@ -193,6 +203,13 @@ def find_checkpoints(folder: Path) -> list[Path]:
     except OSError as error:
         raise TrainingError(f"cannot read the checkpoints in {folder}: {error.strerror}") from error
     return sorted(found, key=_order)
+
+
+def _adapter_folder(kind: str, role: str) -> str:
+    """Raises TrainingError for a role that names no folder below `kind`: a checkpoint may come from others."""
+    if not is_name(role):
+        raise TrainingError(f"a checkpoint cannot have the role {role!r}, expected {NAME_RULE}")
+    return f"{kind}/{role}"
 
 
 def _order(path: Path) -> tuple[int, bool]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from agl.config.section import NAME_RULE, is_name
 from agl.errors import TrainingError
 from agl.store import Resource, Store
 
@@ -61,9 +62,15 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 def run_of(folder: Path) -> str:
-    """The id of the run in `folder`; before its first training the folder's name."""
+    """The id of the run in `folder`; before its first training the folder's name. Raises TrainingError for no name."""
     file = folder / _RUN
-    return file.read_text(encoding="utf-8") if file.exists() else folder.resolve().name
+    run = file.read_text(encoding="utf-8") if file.exists() else folder.resolve().name
+    if not is_name(run):
+        raise TrainingError(
+            f"{file if file.exists() else 'train.output_dir'} names the run {run!r}, expected {NAME_RULE}; "
+            "choose another train.output_dir"
+        )
+    return run
 
 
 def claim_run(folder: Path, store: Store) -> str:
@@ -75,7 +82,7 @@ def claim_run(folder: Path, store: Store) -> str:
             store.put_resource(claim)
         holder = store.get_resource(claim.name)
         if holder is None or holder.metadata != claim.metadata:
-            run = f"{run}-{secrets.token_hex(3)}"
+            run = f"{run[:57]}-{secrets.token_hex(3)}"
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(run, encoding="utf-8")
     return run

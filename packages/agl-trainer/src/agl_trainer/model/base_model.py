@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agl.errors import ConfigError
+from agl_trainer.model.model_folder import load_pretrained
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,7 @@ def decoder_layers(body: "Module", option: str) -> "Sequence[Module]":
 def load_model(
     folder: Path, *, on_cpu: bool = False, in_4bit: bool = False
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """The frozen base model and its tokenizer.
+    """The frozen base model and its tokenizer. Raises ConfigError as `load_pretrained`.
 
     The model is in float32 on the CPU or, if there is an accelerator, in bfloat16 there (on the CPU with `on_cpu`).
     `in_4bit`: linear layers are quantized to 4 bits; raises ConfigError without bitsandbytes for this device.
@@ -93,9 +94,9 @@ def load_model(
     device = best_device()
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     device = torch.device("cpu") if on_cpu else device
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_pretrained(AutoTokenizer, folder)
     options = {"quantization_config": _in_4bit(device, dtype)} if in_4bit else {}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device, **options).eval()
+    model = load_pretrained(AutoModelForCausalLM, folder, dtype=dtype, device_map=device, **options).eval()
     if in_4bit:
         for module in model.modules():
             if hasattr(module, repacks := "support_avx512bf16_for_cpu"):

@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from agl.errors import ConfigError
 
@@ -41,9 +42,43 @@ def model_folder(name: str, *, downloads: bool = True) -> Path:
             "owner/name@revision), a GGUF file, or a folder with config.json, safetensors weights and a tokenizer; "
             f"{folder.resolve()} has no config.json"
         )
-    if not any(folder.glob("*.safetensors")):
-        raise ConfigError(f"train.model {name!r}: {folder} has no safetensors weights, and pickled ones are not read")
+    _check_weights(folder)
     return folder
+
+
+def load_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
+    """`kind.from_pretrained` of the model in `folder`, which unpickles nothing and runs no code of the model's own.
+
+    Raises ConfigError if the weights are not safetensors, or only such code could load the model.
+    """
+    if not options.get("gguf_file"):
+        _check_weights(folder)
+    try:
+        return kind.from_pretrained(folder, trust_remote_code=False, **options)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ConfigError(
+            f"train.model: {folder} needs its own code (auto_map), which is never run; choose a model whose "
+            "architecture transformers has"
+        ) from error
+
+
+def _check_weights(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file():  # transformers would load the base that it names.
+        raise ConfigError(f"train.model: {folder} is an adapter, expected a base model; merge it: `agl adapters merge`")
+    index = folder / "model.safetensors.index.json"
+    try:
+        listed = json.loads(index.read_text("utf-8"))["weight_map"].values() if index.is_file() else ()
+        parts = {str(part) for part in listed} or {"model.safetensors"}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"train.model: {index} is no index of weights: {error!r}") from error
+    for part in sorted(parts):
+        if not part.endswith(".safetensors") or not (folder / part).is_file():
+            raise ConfigError(
+                f"train.model: {folder} has no safetensors weights {part}; pickled ones, as pytorch_model.bin, can run "
+                "code and are not read: save the model with transformers' save_pretrained, which writes safetensors"
+            )
 
 
 def find_model(name: str, *, downloads: bool) -> str:
@@ -134,8 +169,8 @@ def _unpack_gguf(gguf: Path, folder: Path) -> None:
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=folder.parent))
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(draft)
+    model = load_pretrained(AutoModelForCausalLM, gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    load_pretrained(AutoTokenizer, gguf.parent, gguf_file=gguf.name).save_pretrained(draft)
     # save_pretrained rejects a model loaded from GGUF, which it takes for quantized.
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     output = model.get_output_embeddings()

@@ -187,7 +187,7 @@ def _check_names(roles: Mapping[str, RoleConfig], base_name: str) -> None:
     if base_name in roles:
         raise ConfigError(f"agent_roles has a role named {base_name!r} like the base model; give it another name")
     for role in roles:
-        # A role names a folder, a model (before the @) and a torch submodule, which must not hide a method.
+        # Besides what the configuration checks: a role names a torch submodule, which must not hide a method.
         if not re.fullmatch(r"[^\W_][\w-]*", role) or hasattr(torch.nn.ModuleDict, role):
             raise ConfigError(
                 f"agent_roles has a role named {role!r}: expected a letter or digit, then letters, digits, _ and -, "
