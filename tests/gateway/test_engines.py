@@ -13,6 +13,7 @@ from agl.config import UpstreamConfig
 from agl.errors import ConfigError
 from agl.gateway.dispatch import Routes
 from agl.gateway.engine import Engine
+from agl.secret_url import SecretUrl
 from agl.server.api_error import ApiError
 from tests.core.fake_engine import FakeEngine
 from tests.gateway.serving import Setup, assert_tokens, chat_body, gateway, serving, wait_until
@@ -39,7 +40,9 @@ def post(setup: Setup, body: Any, rollout: str) -> httpx.Response:
 
 
 def routes(*models: list[str], **names: str) -> Routes:
-    engines = [UpstreamConfig(url=f"http://engine-{number}/v1", models=of) for number, of in enumerate(models)]
+    engines = [
+        UpstreamConfig(url=SecretUrl(f"http://engine-{number}/v1"), models=of) for number, of in enumerate(models)
+    ]
     return Routes([Engine(config) for config in engines], names)
 
 
@@ -136,9 +139,22 @@ def test_an_engine_sees_its_own_key_and_none_of_the_client(monkeypatch: pytest.M
         assert "secret" not in str(setup.span())
 
 
+def test_user_and_password_of_an_engine_are_sent_to_it_and_shown_to_nobody() -> None:
+    engine = FakeEngine()
+    with serving(engine) as url, gateway(engines=[{"url": url.replace("://", "://me:en%21gine-pw@")}]) as setup:
+        given = {"authorization": "Bearer client", "cookie": "a=client", "api-key": "client", "x-mine": "client"}
+        answer = setup.post(chat_body(), connection="close, X-Mine", **given)
+        assert answer.status_code == 200
+        (headers,) = engine.headers
+        assert headers["authorization"] == "Basic bWU6ZW4hZ2luZS1wdw=="  # me:en!gine-pw
+        assert "client" not in str(headers)
+        shown = f"{httpx.get(f'{setup.url}/api/health').text} {setup.span()} {dict(answer.headers)}"
+        assert url in shown and "gine-pw" not in shown
+
+
 def test_a_missing_key_is_an_error_at_the_start() -> None:
     with (
-        pytest.raises(ConfigError, match=r"gateway\.engines: \$NO_SUCH_KEY, the key of http://x/v1, is not set"),
+        pytest.raises(ConfigError, match="the environment has no NO_SUCH_KEY, which key_env of http://x/v1 names"),
         gateway(engines=[{"url": "http://x/v1", "key_env": "NO_SUCH_KEY"}]),
     ):
         pass

@@ -155,7 +155,7 @@ def test_it_works_over_tls_and_errors_do_not_show_the_password(tmp_path: Path, n
             queue.check_durability()
             assert queue.append_rows(make_rows(1, 3)) == 3
             assert [entry.spans for entry in queue.take("a")] == [3]
-            assert queue.address == f"rediss://{address}"
+            assert queue.uri == f"rediss://***@{address}?***"
         for uri in (f"rediss://:wr0ng@{address}{trusting}", f"rediss://:s3cret@{address}"):
             with pytest.raises(QueueError, match=address) as caught:
                 SpanQueue(uri, new_config())
@@ -237,7 +237,7 @@ def test_a_redis_that_may_lose_acknowledged_spans_is_rejected_or_logged(
 
 
 def test_errors_show_the_address_and_never_the_password() -> None:
-    with pytest.raises(QueueError, match=r"redis://127\.0\.0\.1:9: ") as caught:
+    with pytest.raises(QueueError, match=r"redis://\*\*\*@127\.0\.0\.1:9: ") as caught:
         SpanQueue("redis://user:secret@127.0.0.1:9")
     assert "secret" not in str(caught.value)
     with pytest.raises(QueueError, match="known are redis and rediss"):

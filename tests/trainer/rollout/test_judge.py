@@ -12,6 +12,7 @@ from agl import semconv
 from agl.cli.inspection import Inspection
 from agl.config import Config, JudgeConfig
 from agl.errors import ConfigError, TrainingError
+from agl.secret_url import SecretUrl
 from agl.span import Span
 from agl.store import Store, open_store
 from agl.trajectory import Trajectory, build_trajectory
@@ -28,7 +29,9 @@ def longest_first(attempts: list[str], _: int) -> str:
 
 
 def judge_of(server: ScriptedJudge, *, seed: int = 0, **options: Any) -> Judge:
-    return Judge(JudgeConfig(url=server.url, model="gpt", criteria="The longer the better.", **options), seed=seed)
+    return Judge(
+        JudgeConfig(url=SecretUrl(server.url), model="gpt", criteria="The longer the better.", **options), seed=seed
+    )
 
 
 def test_scores_are_mean_ranks_independent_of_the_order_in_the_prompt() -> None:
@@ -133,7 +136,7 @@ def test_the_key_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
         judge_of(server, key_env="JUDGE_KEY").rank("g", "t", ["a", "b"])
     assert set(server.keys) == {"Bearer secret"}
     monkeypatch.delenv("JUDGE_KEY")
-    with pytest.raises(ConfigError, match=r"judge\.key_env: the environment has no JUDGE_KEY"):
+    with pytest.raises(ConfigError, match="the environment has no JUDGE_KEY"):
         judge_of(server, key_env="JUDGE_KEY")
 
 

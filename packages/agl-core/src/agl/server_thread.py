@@ -13,6 +13,7 @@ from agl.collector import GrpcReceiver, HttpReceiver, Receiver
 from agl.config import CollectorConfig, GatewayConfig, TlsConfig, UpstreamConfig
 from agl.errors import AglError, ConfigError, QueueError
 from agl.gateway import Gateway
+from agl.secret_url import SecretUrl
 from agl.server.app_thread import GRACE_S, AppThread, base_url, listen
 from agl.server.auth import HEALTH, AuthMiddleware, BearerTokens, is_loopback
 from agl.store import Store
@@ -98,9 +99,9 @@ class ServerThread(AppThread):
             raise ConfigError("gateway.engines lists engines, and this command brings its own: remove the list")
         # On loopback whatever `host` is: only the gateway connects to it.
         if isinstance(upstream, str):
-            engine = UpstreamConfig(url=upstream)
+            engine = UpstreamConfig(url=SecretUrl(upstream))
         else:
-            engine = UpstreamConfig(url=self.add(upstream, name="engine") + "/v1", kind="agl")
+            engine = UpstreamConfig(url=SecretUrl(self.add(upstream, name="engine") + "/v1"), kind="agl")
         return config.model_copy(update={"engines": [engine]})
 
 

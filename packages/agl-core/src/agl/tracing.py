@@ -22,6 +22,7 @@ from agl.context import RolloutProcessor
 from agl.emit.reward import process_weights, use_weights
 from agl.errors import ConfigError
 from agl.propagation import join_environment
+from agl.secret_url import SecretUrl
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def export_settings() -> dict[str, Any] | None:
         return None
     return {
         "service_name": str(provider.resource.attributes.get(SERVICE_NAME)),
-        "endpoint": collector.url,
+        "endpoint": collector.url and collector.url.secret,
         "reward_weights": process_weights(),
         "redact": process_redact(),
         "content_max_bytes": process_max_bytes(),
@@ -107,13 +108,13 @@ class CollectorExporter(SpanExporter):
     `url` None: the standard environment variables decide (`OTEL_EXPORTER_OTLP_ENDPOINT` and related ones).
     """
 
-    def __init__(self, url: str | None) -> None:
+    def __init__(self, url: SecretUrl | None) -> None:
         # Imported here because it loads an HTTP client, which a process that exports nothing does not need.
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
         self.url = url
         self.lost = 0
-        self._otlp = OTLPSpanExporter(endpoint=url)
+        self._otlp = OTLPSpanExporter(endpoint=url and url.secret)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         result = self._otlp.export(spans)
@@ -139,7 +140,7 @@ class CollectorProcessor(SpanProcessor):
         return self._exporter is not None
 
     @property
-    def url(self) -> str | None:
+    def url(self) -> SecretUrl | None:
         return self._exporter.url if self._exporter else None
 
     def reopen(self) -> None:
@@ -148,7 +149,7 @@ class CollectorProcessor(SpanProcessor):
             url, self._exporter, self._batch = self._exporter.url, None, None
             self.open(url)
 
-    def open(self, url: str | None) -> None:
+    def open(self, url: SecretUrl | None) -> None:
         """Start exporting to `url`. Does nothing if already exporting."""
         if self._exporter is not None:
             if url not in (None, self._exporter.url):
@@ -196,12 +197,13 @@ _lock = threading.Lock()
 _collectors: WeakKeyDictionary[trace.TracerProvider, CollectorProcessor] = WeakKeyDictionary()
 
 
-def _traces_url(endpoint: str | None) -> str | None:
+def _traces_url(endpoint: str | None) -> SecretUrl | None:
     if endpoint is None:
         return None
-    if not endpoint.startswith(("http://", "https://")):
-        raise ConfigError(f"endpoint is {endpoint!r}, expected the collector's URL, e.g. http://localhost:4318")
-    return endpoint.rstrip("/").removesuffix("/v1/traces") + "/v1/traces"
+    url = SecretUrl(endpoint)
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"endpoint is {url!r}, expected the collector's URL, e.g. http://localhost:4318")
+    return SecretUrl(url.secret.rstrip("/").removesuffix("/v1/traces") + "/v1/traces")
 
 
 def _sdk_provider(service_name: str | None) -> TracerProvider:

@@ -9,11 +9,12 @@ import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from agl import otlp
 from agl.config import DEFAULT_STORE_URI
 from agl.errors import CommandError
+from agl.secret_url import SecretUrl
 from agl.span import Span
 from agl.store import Store, opened_store, sqlite_path
 
@@ -34,6 +35,10 @@ class Parser(argparse.ArgumentParser):
                 close = difflib.get_close_matches(name, known, n=1)
                 self.error(f"there is no option {name}" + (f"; did you mean {close[0]}?" if close else ""))
         return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Does not show the password of a URL in the wrong place."""
+        super().error(" ".join(SecretUrl.shown(word) if "@" in word else word for word in message.split(" ")))
 
 
 def add_command(
@@ -68,7 +73,11 @@ def add_verbs(subparsers: Any, name: str, description: str) -> Any:
 
 def add_store_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--store", metavar="URI", default=DEFAULT_STORE_URI, help=f"URI of the store (default: {DEFAULT_STORE_URI})"
+        "--store",
+        type=SecretUrl,
+        metavar="URI",
+        default=DEFAULT_STORE_URI,
+        help=f"URI of the store (default: {DEFAULT_STORE_URI})",
     )
 
 
@@ -85,14 +94,14 @@ def add_rollout_options(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def existing_store(uri: str) -> Iterator[Store]:
+def existing_store(uri: SecretUrl) -> Iterator[Store]:
     """The store at `uri`. Raises CommandError if it does not exist, and does not create it."""
     sqlite_file(uri)
     with opened_store(uri) as store:
         yield store
 
 
-def sqlite_file(uri: str) -> Path | None:
+def sqlite_file(uri: SecretUrl) -> Path | None:
     """The file of a SQLite store; None for other stores. Raises CommandError if it does not exist."""
     path = sqlite_path(uri)
     if path is not None and not path.exists():

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from agl.cli.command import add_command, add_json_option, print_json
-from agl.cli.serve import ENGINES, add_server_options, queue_of
+from agl.cli.serve import ENGINES, add_server_options, engine_at, queue_of
 from agl.cli.terminal import align, counted, printable
-from agl.config import Config
-from agl.errors import AglError, CommandError
+from agl.config import Config, UpstreamConfig
+from agl.errors import AglError, CommandError, ConfigError
+from agl.secret_url import SecretUrl
 from agl.store import open_store, sqlite_path
 
 CHECKS = "agl.checks"
@@ -122,7 +123,7 @@ def check_folder(name: str, folder: Path, advice: str) -> Check:
     return Check(name, str(folder))
 
 
-def check_store(uri: str) -> Check:
+def check_store(uri: SecretUrl) -> Check:
     """Whether the store opens or, if it is a new file, can be made."""
     try:
         path = sqlite_path(uri)
@@ -135,10 +136,10 @@ def check_store(uri: str) -> Check:
         return Check("store", f"{uri} does not open", str(error))
 
 
-def _check_queue(uri: str, config: Config) -> Check:
+def _check_queue(uri: SecretUrl, config: Config) -> Check:
     try:
         with queue_of(uri, config.queue) as queue:
-            return Check("queue", f"{queue.address} holds {counted(queue.length(), 'span')}")
+            return Check("queue", f"{queue.uri} holds {counted(queue.length(), 'span')}")
     except AglError as error:
         return Check("queue", uri, f"{error}; start Redis, or change queue_uri")
 
@@ -170,31 +171,41 @@ def _is_free(host: str, port: int) -> bool:
 
 def _is_our_server(host: str, port: int) -> bool:
     try:
-        return "spans" in _get_json(f"http://{f'[{host}]' if ':' in host else host}:{port}/api/health")
+        return "spans" in _get_json(f"http://{f'[{host}]' if ':' in host else host}:{port}/api/health", {})
     except (OSError, ValueError):
         return False
 
 
 def check_engines(config: Config) -> list[Check]:
     """Whether each engine of the gateway answers."""
-    urls = [engine.url for engine in config.gateway.engines] or [config.gateway.upstream]
-    return [_check_engine(config, url) for url in urls]
+    upstream = config.gateway.upstream
+    if config.gateway.engines:
+        return [_check_engine(engine) for engine in config.gateway.engines]
+    if upstream != "local":
+        return [_check_upstream(upstream)]
+    found = entry_points(group=ENGINES, name=upstream)
+    todo = "" if found or config.train is None else "pip install agl-trainer, or set gateway.upstream to a URL"
+    return [Check("engine", "local" if found else "local, not installed", todo)]
 
 
-def _check_engine(config: Config, upstream: str) -> Check:
-    if upstream == "local":
-        found = entry_points(group=ENGINES, name=upstream)
-        todo = "" if found or config.train is None else "pip install agl-trainer, or set gateway.upstream to a URL"
-        return Check("engine", "local" if found else "local, not installed", todo)
+def _check_upstream(upstream: SecretUrl) -> Check:
     try:
-        models = [str(model.get("id")) for model in _get_json(f"{upstream.rstrip('/')}/models")["data"]]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        return Check("engine", f"{upstream}/models does not answer", f"start it or change gateway.upstream ({error})")
-    return Check("engine", f"{upstream} serves {', '.join(models)}")
+        return _check_engine(engine_at(upstream))
+    except CommandError as error:
+        return Check("engine", upstream, f"correct gateway.upstream: {error}")
 
 
-def _get_json(url: str) -> Any:
-    with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as response:
+def _check_engine(engine: UpstreamConfig) -> Check:
+    url = f"{engine.base_url}/models"
+    try:
+        models = [str(model.get("id")) for model in _get_json(url, engine.authorization())["data"]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ConfigError) as error:
+        return Check("engine", f"{url} does not answer", f"start it or change gateway.upstream ({error})")
+    return Check("engine", f"{engine.url} serves {', '.join(models)}")
+
+
+def _get_json(url: str, headers: dict[str, str]) -> Any:
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_S) as response:
         return json.load(response)
 
 

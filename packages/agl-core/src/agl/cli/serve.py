@@ -11,9 +11,10 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from agl.cli.command import add_command
-from agl.config import Config, QueueConfig
+from agl.config import Config, QueueConfig, UpstreamConfig
 from agl.config.collector import TOKEN_VARIABLE
 from agl.errors import CommandError
+from agl.secret_url import SecretUrl
 from agl.server.auth import BearerTokens
 from agl.store import Store, opened_store
 from agl.store.watchdog import watching
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 ENGINES = "agl.engines"
 """Entry point group for engines: name to `(Config, Store) -> ContextManager[ASGI app]`."""
 
-_LOCAL = "local"
+_LOCAL = SecretUrl("local")
 
 
 def register(subparsers: Any) -> None:
@@ -39,7 +40,10 @@ def register(subparsers: Any) -> None:
     )
     add_server_options(parser)
     parser.add_argument(
-        "--queue", metavar="URI", help="URI of a durable queue in front of the store, redis://HOST:PORT (default: none)"
+        "--queue",
+        type=SecretUrl,
+        metavar="URI",
+        help="URI of a durable queue in front of the store, redis://HOST:PORT (default: none)",
     )
     parser.add_argument(
         "--token",
@@ -56,6 +60,7 @@ def register(subparsers: Any) -> None:
     )
     engine.add_argument(
         "--upstream",
+        type=SecretUrl,
         metavar="URL",
         help="engine behind the gateway: a base URL that ends in /v1, or `local` for the in-process engine (default: "
         "gateway.upstream of the file, else none)",
@@ -65,7 +70,10 @@ def register(subparsers: Any) -> None:
 def add_server_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file (default: all settings have their defaults)")
     parser.add_argument(
-        "--store", metavar="URI", help="URI of the store (default: store_uri of the file, else sqlite:///agl.db)"
+        "--store",
+        type=SecretUrl,
+        metavar="URI",
+        help="URI of the store (default: store_uri of the file, else sqlite:///agl.db)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8400, help="port of gateway and API (default: %(default)s)")
@@ -100,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
             gateway=gateway,
         ) as server,
     ):
-        destination = f"{queue.address} -> {store.uri}" if queue else store.uri
+        destination = f"{queue.uri} -> {store.uri}" if queue else store.uri
         print(f"spans    {server.otlp_url}/v1/traces, {server.otlp_grpc_url} (gRPC) -> {destination}")
         engines = upstream or ", ".join(engine.url for engine in gateway.engines)
         print(f"gateway  {server.base_url}/v1 -> {engines or 'no engine: model calls are refused (--upstream)'}")
@@ -126,7 +134,7 @@ def _server_class() -> "type[ServerThread]":
 
 
 @contextmanager
-def _queue(uri: str | None, store_uri: str, config: QueueConfig) -> "Iterator[SpanQueue | None]":
+def _queue(uri: SecretUrl | None, store_uri: SecretUrl, config: QueueConfig) -> "Iterator[SpanQueue | None]":
     """The queue at `uri`, if any, with the writers that move its spans to the store."""
     if uri is None:
         yield None
@@ -139,7 +147,7 @@ def _queue(uri: str | None, store_uri: str, config: QueueConfig) -> "Iterator[Sp
 
 
 @contextmanager
-def queue_of(uri: str, config: QueueConfig) -> "Iterator[SpanQueue]":
+def queue_of(uri: SecretUrl, config: QueueConfig) -> "Iterator[SpanQueue]":
     """The queue at `uri`. Raises CommandError if its client is not installed, QueueError if Redis may lose spans."""
     try:
         from agl.queue import SpanQueue
@@ -150,19 +158,29 @@ def queue_of(uri: str, config: QueueConfig) -> "Iterator[SpanQueue]":
         yield queue
 
 
-def _configured_upstream(arguments: argparse.Namespace, config: Config) -> str | None:
+def _configured_upstream(arguments: argparse.Namespace, config: Config) -> SecretUrl | None:
     """`gateway.upstream` of the file; None if it lists engines, or if the local engine has no model (no `train`)."""
     if arguments.config is None or config.gateway.engines or (config.gateway.upstream == _LOCAL and not config.train):
         return None
     return config.gateway.upstream
 
 
-def _engine(upstream: str | None, config: Config, store: Store) -> AbstractContextManager[Any]:
+def _engine(upstream: SecretUrl | None, config: Config, store: Store) -> AbstractContextManager[Any]:
     if upstream == _LOCAL:
         return _local_engine(config, store)
-    if upstream is not None and not upstream.startswith(("http://", "https://")):
-        raise CommandError(f"the upstream is {upstream!r}, expected `local` or a base URL, http://HOST:PORT/v1")
+    if upstream is not None:
+        engine_at(upstream)
     return nullcontext(upstream)
+
+
+def engine_at(upstream: SecretUrl) -> UpstreamConfig:
+    """The engine at the base URL `upstream`. Raises CommandError for anything else."""
+    try:
+        return UpstreamConfig(url=upstream)
+    except ValueError:
+        raise CommandError(
+            f"the upstream is {upstream!r}, expected `local` or a base URL, http://HOST:PORT/v1"
+        ) from None
 
 
 def _local_engine(config: Config, store: Store) -> AbstractContextManager[Any]:

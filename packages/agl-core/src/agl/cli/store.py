@@ -18,6 +18,7 @@ from agl.cli.command import (
 )
 from agl.cli.terminal import counted
 from agl.errors import CommandError, DamageError, OtlpError
+from agl.secret_url import SecretUrl
 from agl.store.sqlite.maintenance import backup, check, schema_version
 from agl.store.sqlite.repair import repair
 
@@ -114,7 +115,7 @@ def run_repair(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _damaged_rollouts(uri: str) -> list[str]:
+def _damaged_rollouts(uri: SecretUrl) -> list[str]:
     """The damaged rollouts of a store on a server, read one by one."""
     found: list[str] = []
     with existing_store(uri) as store:
@@ -141,7 +142,7 @@ def _format_versions(before: int | None, after: int) -> str:
     return f"schema version {after}" + (f", was {before}" if before != after else "")
 
 
-def _file_of(uri: str) -> Path:
+def _file_of(uri: SecretUrl) -> Path:
     """The file of a SQLite store. Raises CommandError for other stores, or if it does not exist."""
     path = sqlite_file(uri)
     if path is None:

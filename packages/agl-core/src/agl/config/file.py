@@ -19,16 +19,19 @@ from agl.config.source import expand_variables, read_yaml
 from agl.config.tls import TlsConfig
 from agl.config.train import TrainConfig
 from agl.errors import ConfigError
+from agl.secret_url import SecretUrl
 
-DEFAULT_STORE_URI: Final = "sqlite:///agl.db"
+DEFAULT_STORE_URI: Final = SecretUrl("sqlite:///agl.db")
 """The store if the user names none."""
 
 
 class Config(Section):
     """The whole file."""
 
-    store_uri: str = Field(default=DEFAULT_STORE_URI, validation_alias=AliasChoices("store_uri", "lightning_store_uri"))
-    queue_uri: str | None = None
+    store_uri: SecretUrl = Field(
+        default=DEFAULT_STORE_URI, validation_alias=AliasChoices("store_uri", "lightning_store_uri")
+    )
+    queue_uri: SecretUrl | None = None
     """`redis://host:port` of a durable queue between receivers and store."""
     rewards: dict[str, float] = Field(default_factory=dict)
     """Weight of each reward dimension in the scalar reward."""
@@ -80,7 +83,7 @@ class Config(Section):
         return self.agent_roles.roles
 
     def to_yaml(self) -> str:
-        """The tree with all defaults, as YAML that `load` accepts."""
+        """The tree with all defaults, as YAML that `load` accepts; without the secrets, which connect to nothing."""
         data = self.model_dump(mode="json", exclude_none=True)
         data["agent_roles"].update(data["agent_roles"].pop("roles"))
         return yaml.safe_dump(data, sort_keys=False)
@@ -90,11 +93,20 @@ def _format_error(item: Any) -> str:
     """One pydantic error as a message that begins with the path of the key."""
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] != "extra_forbidden":
-        return f"{path}: {item['msg']} (got {item['input']!r})"
+        return f"{path}: {item['msg']}{_got(item['input'])}"
     known = _known_keys(item["loc"])
     close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
     return f"{path}: unknown key; {hint}"
+
+
+def _got(value: Any) -> str:
+    """A wrong value, for an error; without what may be a secret, so no section and no list."""
+    if isinstance(value, dict | list):
+        return ""
+    if isinstance(value, str) and ("@" in value or "://" in value):
+        value = SecretUrl.shown(value)
+    return f" (got {value!r})"
 
 
 def _known_keys(loc: tuple[str | int, ...]) -> list[str]:

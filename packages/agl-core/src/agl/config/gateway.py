@@ -5,19 +5,17 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from agl.config.endpoint import EndpointConfig
 from agl.config.section import Count, Positive, Section
 from agl.config.tls import TlsConfig
+from agl.secret_url import SecretUrl
 
 
-class UpstreamConfig(Section):
+class UpstreamConfig(EndpointConfig):
     """An engine behind the gateway."""
 
-    url: Annotated[str, Field(pattern=r"^https?://")]
-    """Base URL of an OpenAI-compatible server (ending in `/v1`)."""
     kind: Literal["vllm", "sglang", "agl"] = "vllm"
     """Its API for token ids and sampling; `vllm` also for servers with the same API, `agl` for the engine of agl."""
-    key_env: str | None = None
-    """Environment variable of the engine's API key. It replaces the key that a client sends."""
     models: list[str] = Field(default_factory=list)
     """Roles, policies and models that it serves, in all versions; empty: all."""
     max_concurrent: Count = 256
@@ -46,7 +44,7 @@ RecordMode = Literal["closed", "open"]
 class GatewayConfig(Section):
     """The OpenAI-compatible proxy in front of the engines (`agl serve`, `agl train`)."""
 
-    upstream: str = "local"
+    upstream: SecretUrl = SecretUrl("local")
     """`local` for the in-process engine, else the base URL of an OpenAI-compatible server (ending in `/v1`)."""
     engines: list[UpstreamConfig] = Field(default_factory=list)
     """Engines in place of `upstream`, if there are several or if one needs a key."""

@@ -1,21 +1,16 @@
 """`judge`: a language model whose ranking of rollouts is a reward."""
 
-from typing import Annotated
-
 from pydantic import Field
 
-from agl.config.section import Count, Positive, Section
+from agl.config.endpoint import EndpointConfig
+from agl.config.section import Count, Positive
 
 
-class JudgeConfig(Section):
+class JudgeConfig(EndpointConfig):
     """A language model that ranks the rollouts of each group; the rank is a reward (`agl train`)."""
 
-    url: Annotated[str, Field(pattern=r"^https?://")]
-    """Base URL of an OpenAI-compatible server (ending in `/v1`)."""
     model: str
     """`model` of the requests."""
-    key_env: str | None = None
-    """Environment variable that holds the API key."""
     criteria: str
     """The criteria in words: the properties of a good rollout."""
     roles: list[str] = Field(default_factory=list)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 
 from agl.config.section import Count, Positive, Section
 
@@ -29,8 +29,9 @@ class QueueConfig(Section):
     """Time between two checks of the queue and its writers."""
     claim_after_s: Positive = 60.0
     """Spans that a writer took this long ago without committing them are given to another writer."""
-    on_queue_high: str | None = None
-    """A command to run, or a URL to POST to, when the queue exceeds `high`, and every minute while it does."""
+    on_queue_high: SecretStr | None = None
+    """A command to run, or a URL to POST to, when the queue exceeds `high`, and every minute while it does. It is never
+    shown: webhooks have their secret in the path."""
 
     @model_validator(mode="after")
     def _is_in_order(self) -> Self:

@@ -20,6 +20,10 @@ def read_yaml(path: str | Path) -> Any:
     except UnicodeDecodeError as error:
         place = f"{error.object[error.start : error.start + 1]!r} at byte {error.start}"
         raise ConfigError(f"{path} is not UTF-8 ({place}: {error.reason}); save it as UTF-8") from error
+    except yaml.MarkedYAMLError as error:  # Its own text quotes the line, in which a secret may be.
+        mark = error.problem_mark or error.context_mark
+        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path} is not valid YAML: {error.problem or error.context}{place}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that YAML allows and Python does not
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Final
@@ -10,43 +9,43 @@ from typing import Final
 import aiohttp
 
 from agl.config import TimeoutsConfig, UpstreamConfig
-from agl.errors import ConfigError
 from agl.gateway.engine_kind import ENGINE_KINDS
 from agl.server.api_error import ApiError, error_text
 
-_CREDENTIALS: Final = frozenset({"authorization", "x-api-key", "api-key", "cookie"})
+_CREDENTIALS: Final = frozenset({"authorization", "x-api-key"})
 _EVENT_STREAM: Final = "text/event-stream"
 _FINISH_S: Final = 0.5
 _NOT_FORWARDED: Final = frozenset(
     {"host", "content-length", "transfer-encoding", "connection", "keep-alive", "te", "trailer", "upgrade", "expect"}
     | {"accept-encoding", "content-encoding", "date", "server", "proxy-authorization", "proxy-authenticate"}
-    | {"set-cookie"}
+    | {"proxy-connection", "cookie", "set-cookie", "api-key"}
 )
-"""Headers that apply to one hop only, or describe a body that the gateway rewrites."""
+"""Headers that apply to one hop only, describe a body that the gateway rewrites, or hold credentials for the gateway.
+"""
 
 
 class Engine:
-    """The server at `config.url`. Raises ConfigError if the environment has no value for its key."""
+    """The server at `config.url`; `url` is without user and password. Raises ConfigError if its key is not set."""
 
     def __init__(self, config: UpstreamConfig) -> None:
-        self.url = config.url.rstrip("/")
+        self.url = config.base_url
         self.kind = ENGINE_KINDS[config.kind]
         self.queue = FairQueue(config.max_concurrent)
         self.is_reachable = True
         """False after a failed connection, until the engine responds or lists its models again."""
         self._models = frozenset(config.models)
-        self._key = read_key(config)
+        self._authorization = config.authorization()
 
     def serves(self, model: str) -> bool:
         """Whether the configuration lists `model` in any version for this engine; an empty list means all models."""
         return not self._models or model in self._models or model.partition("@")[0] in self._models
 
     def headers(self, client_headers: Mapping[str, str]) -> dict[str, str]:
-        """`client_headers`, in which the engine's own key, if it has one, replaces the client's credentials."""
-        if self._key is None:
+        """`client_headers`, in which the engine's own credentials, if it has any, replace the client's."""
+        if not self._authorization:
             return dict(client_headers)
         kept = {name: value for name, value in client_headers.items() if name.lower() not in _CREDENTIALS}
-        return kept | {"authorization": f"Bearer {self._key}"}
+        return kept | self._authorization
 
     async def post(
         self,
@@ -189,19 +188,11 @@ class FairQueue:
                 del self._waiting[rollout]
 
 
-def read_key(config: UpstreamConfig) -> str | None:
-    """The engine's key. Raises ConfigError if the environment variable that should hold it is not set."""
-    if config.key_env is None:
-        return None
-    key = os.environ.get(config.key_env, "").strip()
-    if not key:
-        raise ConfigError(f"gateway.engines: ${config.key_env}, the key of {config.url}, is not set")
-    return key
-
-
 def forwarded(headers: Mapping[str, str]) -> dict[str, str]:
-    """The headers that the gateway passes on, in either direction."""
-    return {name: value for name, value in headers.items() if name.lower() not in _NOT_FORWARDED}
+    """The headers that the gateway passes on, in either direction; those that `Connection` names end here too."""
+    one_hop = ",".join(value for name, value in headers.items() if name.lower() == "connection")
+    withheld = _NOT_FORWARDED | {name.strip().lower() for name in one_hop.split(",")}
+    return {name: value for name, value in headers.items() if name.lower() not in withheld}
 
 
 def engine_failure(error: Exception, url: str, setting: str) -> ApiError:

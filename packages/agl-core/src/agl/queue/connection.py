@@ -12,6 +12,7 @@ from redis.exceptions import RedisClusterException, RedisError
 from redis.retry import Retry
 
 from agl.errors import QueueError
+from agl.secret_url import SecretUrl
 
 Client = Redis | RedisCluster
 
@@ -21,17 +22,18 @@ _TIMEOUT_S: Final = 10.0
 _SCHEMES: Final = ("redis", "rediss")
 
 
-def connect(uri: str) -> Client:
+def connect(uri: SecretUrl) -> Client:
     """A client of the Redis server or Redis Cluster at `redis[s]://[user:password@]host[:port][,host...][/db]`.
 
     Several hosts are nodes of one cluster: the first that can be reached reports the others. Raises QueueError.
     """
     reasons: list[str] = []
-    for node in _node_uris(uri):
+    nodes = _node_uris(uri)
+    for node in nodes:
         try:
-            return _connect_node(node, "," in urlsplit(uri).netloc)
+            return _connect_node(node, needs_cluster=len(nodes) > 1)
         except (RedisError, RedisClusterException, ValueError) as error:
-            reasons.append(f"{address(node)}: {error}")
+            reasons.append(f"{node}: {node.hide(str(error))}")
     raise QueueError(f"cannot reach the queue; {'; '.join(reasons)}")
 
 
@@ -45,12 +47,6 @@ def node_of(client: Client, key: str) -> Redis:
     return client.get_redis_connection(node)
 
 
-def address(uri: str) -> str:
-    """`uri` without user and password, for messages."""
-    parts = urlsplit(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
-
-
 @contextmanager
 def redis_errors() -> Iterator[None]:
     """Raises errors of Redis and of the connection to it as QueueError."""
@@ -60,22 +56,22 @@ def redis_errors() -> Iterator[None]:
         raise QueueError(f"Redis failed or rejected a command of the queue: {error}") from error
 
 
-def _node_uris(uri: str) -> list[str]:
-    parts = urlsplit(uri)
+def _node_uris(uri: SecretUrl) -> list[SecretUrl]:
+    parts = urlsplit(uri.secret)
     if parts.scheme not in _SCHEMES:
-        raise QueueError(f"queue URI {address(uri)!r} has the scheme {parts.scheme!r}; known are redis and rediss")
+        raise QueueError(f"queue URI {uri} has the scheme {parts.scheme!r}; known are redis and rediss")
     user, at, hosts = parts.netloc.rpartition("@")
-    return [parts._replace(netloc=user + at + host).geturl() for host in hosts.split(",")]
+    return [SecretUrl(parts._replace(netloc=user + at + host).geturl()) for host in hosts.split(",")]
 
 
-def _connect_node(uri: str, needs_cluster: bool) -> Client:
+def _connect_node(uri: SecretUrl, *, needs_cluster: bool) -> Client:
     # One retry on a new connection, for a restart of Redis. The sender of the spans retries for longer.
     options: dict[str, Any] = {"protocol": 2, "socket_timeout": _TIMEOUT_S, "retry": Retry(NoBackoff(), 1)}
-    client = Redis.from_url(uri, **options)
+    client = Redis.from_url(uri.secret, **options)
     if client.info("cluster")["cluster_enabled"]:
         client.close()
-        return RedisCluster.from_url(uri, **options)
+        return RedisCluster.from_url(uri.secret, **options)
     if needs_cluster:
         client.close()
-        raise QueueError(f"{address(uri)} is not a node of a Redis Cluster; name one host only")
+        raise QueueError(f"{uri} is not a node of a Redis Cluster; name one host only")
     return client

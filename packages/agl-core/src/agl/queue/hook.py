@@ -7,7 +7,11 @@ import shlex
 import subprocess
 import threading
 import urllib.request
+from http.client import HTTPException
 from typing import Final
+from urllib.error import HTTPError, URLError
+
+from pydantic import SecretStr
 
 logger = logging.getLogger(__name__)
 
@@ -16,10 +20,10 @@ _TIMEOUT_S: Final = 60
 
 class QueueHook:
     """`target` is a URL that gets a POST with the numbers as JSON, or a command that gets them in its environment as
-    `SPAN_QUEUE_LENGTH` and `SPAN_QUEUE_WRITERS`. The command runs without a shell.
+    `SPAN_QUEUE_LENGTH` and `SPAN_QUEUE_WRITERS`. The command runs without a shell. Logs do not show the target.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: SecretStr) -> None:
         self._target = target
         self._thread: threading.Thread | None = None
 
@@ -31,13 +35,24 @@ class QueueHook:
             self._thread.start()
 
     def _notify(self, numbers: dict[str, int]) -> None:
+        target = self._target.get_secret_value()
         try:
-            if self._target.startswith(("http://", "https://")):
-                _post(self._target, numbers)
+            if target.startswith(("http://", "https://")):
+                _post(target, numbers)
             else:
-                _run(self._target, numbers)
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
-            logger.warning("on_queue_high failed (%s): %s", self._target, error)
+                _run(target, numbers)
+        except (OSError, ValueError, subprocess.SubprocessError, HTTPException) as error:
+            logger.warning("queue.on_queue_high failed: %s", _reason(error))
+
+
+def _reason(error: Exception) -> str:
+    """Without the text of `error` where it quotes the URL or the command."""
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"the command ended with exit code {error.returncode}"
+    if isinstance(error, HTTPError):
+        return f"the URL answered {error.code} {error.reason}"
+    reason = error.reason if isinstance(error, URLError) else error
+    return (reason.strerror if isinstance(reason, OSError) else None) or type(reason).__name__
 
 
 def _post(url: str, numbers: dict[str, int]) -> None:

@@ -14,6 +14,7 @@ from agl.config.queue import QueueConfig
 from agl.errors import ConfigError, QueueError
 from agl.queue.hook import QueueHook
 from agl.queue.queue import SpanQueue
+from agl.secret_url import SecretUrl
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class WriterPool:
                 " use sqlite:///path.db, for example"
             )
         self._queue = queue
-        self._store_uri = store_uri
+        self._store_uri = SecretUrl(store_uri)
         self._config = config or QueueConfig()
         self._hook = QueueHook(self._config.on_queue_high) if self._config.on_queue_high else None
         self._hook_called_at = -_HOOK_INTERVAL_S
@@ -123,8 +124,12 @@ class WriterPool:
         return f"{socket.gethostname()}-{slot}"
 
     def _start(self, slot: int) -> subprocess.Popen[bytes]:
-        config = self._config.model_dump(mode="json")
-        settings = {"name": self._name(slot), "queue": self._queue.uri, "store": self._store_uri, "config": config}
+        settings = {
+            "name": self._name(slot),
+            "queue": self._queue.uri.secret,
+            "store": self._store_uri.secret,
+            "config": self._config.model_dump(mode="json", exclude={"on_queue_high"}),
+        }
         # -P: do not import a `redis.py` of the working directory. A new session: Ctrl-C is for the parent only.
         command = [sys.executable, "-P", "-m", "agl.queue"]
         writer = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)

@@ -13,8 +13,9 @@ from redis.exceptions import ResponseError
 
 from agl.config.queue import QueueConfig
 from agl.errors import QueueError
-from agl.queue.connection import BLOCK_MS, address, connect, node_of, redis_errors
+from agl.queue.connection import BLOCK_MS, connect, node_of, redis_errors
 from agl.queue.durability import check_durability
+from agl.secret_url import SecretUrl
 from agl.store.span_row import SpanRow
 
 _GROUP: Final = "writers"
@@ -60,13 +61,12 @@ class SpanQueue:
     """
 
     def __init__(self, uri: str, config: QueueConfig | None = None) -> None:
-        self.uri = uri
-        self.address = address(uri)
+        self.uri = SecretUrl(uri)
         self._config = config or QueueConfig()
         self._stream = f"{{{self._config.name}}}:spans"
         self._counter = f"{self._stream}:length"
         self._refused = f"{self._stream}:refused"
-        self._redis: Any = connect(uri)
+        self._redis: Any = connect(self.uri)
         self._make_group()
 
     def check_durability(self) -> None:

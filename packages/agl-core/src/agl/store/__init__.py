@@ -15,6 +15,7 @@ from pathlib import Path
 
 from agl.config.section import expand_home
 from agl.errors import StoreError
+from agl.secret_url import SecretUrl
 from agl.store.protocol import Collected, Resource, Store
 from agl.store.rollout import Attempt, Rollout
 from agl.store.states import AttemptState, RolloutState
@@ -39,6 +40,7 @@ def open_store(uri: str) -> Store:
 
     Raises StoreError for an unknown scheme, a file that is not a store, or a server that cannot be reached.
     """
+    uri = SecretUrl(uri)
     scheme = uri.partition("://")[0]
     if scheme in ("sqlite", "memory"):
         from agl.store.sqlite.store import SqliteStore
@@ -91,7 +93,7 @@ def sqlite_path(uri: str) -> Path | None:
         raise StoreError(f"store URI {uri!r}: {error}") from error
 
 
-def _open_postgres(uri: str) -> Store:
+def _open_postgres(uri: SecretUrl) -> Store:
     try:
         from agl.store.postgres.store import PostgresStore
     except ImportError as error:
@@ -99,7 +101,7 @@ def _open_postgres(uri: str) -> Store:
     return PostgresStore(uri)
 
 
-def _open_cassandra(uri: str) -> Store:
+def _open_cassandra(uri: SecretUrl) -> Store:
     try:
         from agl.store.cassandra.store import CassandraStore
     except ImportError as error:

@@ -1,7 +1,6 @@
 """Checks of what `train`, `sft` and `judge` name: by `agl doctor`, and by each command before it loads torch."""
 
 import importlib.util
-import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from http import HTTPStatus
@@ -110,13 +109,9 @@ def _count(reference: str | None, key: str) -> str:
 
 def _ask_judge(judge: JudgeConfig) -> str:
     """The model, if the judge's server answers. Whether it lists its models does not matter."""
-    key = os.environ.get(judge.key_env) if judge.key_env else None
-    if judge.key_env and not key:
-        raise ConfigError(f"judge.key_env: the environment has no {judge.key_env}")
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    url = f"{judge.url.rstrip('/')}/models"
+    url = f"{judge.base_url}/models"
     try:
-        response = urllib3.request("GET", url, headers=headers, timeout=_TIMEOUT_S, retries=False)
+        response = urllib3.request("GET", url, headers=judge.authorization(), timeout=_TIMEOUT_S, retries=False)
     except urllib3.exceptions.HTTPError as error:
         raise ConfigError(f"it does not answer: {error}; start it, or change judge.url") from error
     if response.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):

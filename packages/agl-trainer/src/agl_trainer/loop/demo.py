@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 from agl.config import Config
 from agl.errors import ConfigError
+from agl.secret_url import SecretUrl
 from agl.store import opened_store
 from agl_trainer.loop.output_folder import locked, run_of
 from agl_trainer.report.curve import save_curve, terminal_curve
@@ -36,7 +37,7 @@ class Demo:
             raise ConfigError(f"{config_path} does not exist; run the demo from the folder of the project")
         config = Config.load(config_path)
         train = config.require_train().model_copy(update={"output_dir": str(folder), "seed": seed})
-        store_uri = f"sqlite:///{folder / 'agl.db'}"
+        store_uri = SecretUrl(f"sqlite:///{folder / 'agl.db'}")
         return cls(config.model_copy(update={"train": train, "store_uri": store_uri}), folder)
 
     def start_over(self) -> None:

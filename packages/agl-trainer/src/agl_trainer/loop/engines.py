@@ -12,7 +12,6 @@ from starlette.types import ASGIApp
 
 from agl.config import Config, GatewayConfig, UpstreamConfig
 from agl.errors import ConfigError, TrainingError
-from agl.gateway.engine import read_key
 from agl.server_thread import ServerThread
 from agl.store import Store
 from agl_trainer.compute.devices import device_count
@@ -85,7 +84,7 @@ def _serve_vllm(config: Config, store: Store) -> Iterator[OpenedEngine]:
     engines = config.gateway.engines or [UpstreamConfig(url=config.gateway.upstream)]
     gateway = config.gateway.model_copy(update={"engines": engines})
     with ExitStack() as stack:
-        servers = [stack.enter_context(VllmServer(engine.url, read_key(engine))) for engine in engines]
+        servers = [stack.enter_context(VllmServer(engine.base_url, engine.authorization())) for engine in engines]
         policy = open_policy(config)
         server = stack.enter_context(_server(config, gateway, store, None))
         folder = Path(train.output_dir) / "adapters"

@@ -6,7 +6,6 @@ is the judge's disagreement with itself.
 """
 
 import json
-import os
 import random
 import re
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import Final, NamedTuple
 import urllib3
 
 from agl.config import JudgeConfig
-from agl.errors import ConfigError, TrainingError
+from agl.errors import TrainingError
 from agl.seeds import derive
 
 _SYSTEM = (
@@ -61,12 +60,8 @@ class Judge:
         """Raises ConfigError if the environment variable `key_env` is not set."""
         self._config = config
         self._seed = seed
-        key = os.environ.get(config.key_env) if config.key_env else None
-        if config.key_env and not key:
-            raise ConfigError(f"judge.key_env: the environment has no {config.key_env}")
-        headers = {"authorization": f"Bearer {key}"} if key else {}
         self._pool = urllib3.PoolManager(
-            maxsize=CONCURRENCY, headers=headers, timeout=config.timeout_s, retries=_RETRIES
+            maxsize=CONCURRENCY, headers=config.authorization(), timeout=config.timeout_s, retries=_RETRIES
         )
 
     def rank(self, name: str, task: str, attempts: Sequence[str]) -> Judgement:
@@ -113,7 +108,7 @@ class Judge:
 
     def _request(self, prompt: str) -> "_Answer":
         messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": prompt}]
-        url = f"{self._config.url.rstrip('/')}/chat/completions"
+        url = f"{self._config.base_url}/chat/completions"
         try:
             response = self._pool.request("POST", url, json={"model": self._config.model, "messages": messages})
         except urllib3.exceptions.HTTPError as error:

@@ -4,9 +4,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Self
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from agl.errors import StoreError
+from agl.secret_url import SecretUrl
 
 OPTIONS: Final = ("port", "replication_factor", "datacenter", "protocol_version")
 _PORT: Final = 9042
@@ -15,9 +16,9 @@ _KEYSPACE: Final = re.compile(r"[A-Za-z]\w{0,47}", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A parsed URI; `name` is the URI without its password. None: the default of the cluster, or up to three copies."""
+    """A parsed URI; `name` shows it. None: the default of the cluster, or up to three copies."""
 
-    name: str
+    name: SecretUrl
     hosts: tuple[str, ...]
     port: int
     keyspace: str
@@ -30,21 +31,19 @@ class Address:
     @classmethod
     def of(cls, uri: str) -> Self:
         """Parse `uri`. Raises StoreError, without the password, if it is invalid."""
-        parts = urlsplit(uri)
-        login, _, hosts = parts.netloc.rpartition("@")
-        user, _, password = login.partition(":")
-        name = parts._replace(netloc=f"{user}:***@{hosts}" if password else parts.netloc).geturl()
+        name = SecretUrl(uri)
+        parts, (user, password) = urlsplit(name.without_login), name.login or ("", "")
         options = dict(parse_qsl(parts.query, keep_blank_values=True))
         unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
             raise StoreError(f"{name} has the option {unknown[0]!r}; known are {', '.join(OPTIONS)}")
-        names, port = _hosts(name, hosts, _number(name, options, "port") or _PORT)
+        names, port = _hosts(name, parts.netloc, _number(name, options, "port") or _PORT)
         keyspace = parts.path.removeprefix("/")
         if not _KEYSPACE.fullmatch(keyspace):
             raise StoreError(f"{name} names the keyspace {keyspace!r}; expected cassandra://h1,h2,h3/keyspace")
         copies, version = (_number(name, options, option) for option in ("replication_factor", "protocol_version"))
         datacenter = options.get("datacenter")
-        return cls(name, names, port, keyspace, unquote(user), unquote(password), copies, datacenter, version)
+        return cls(name, names, port, keyspace, user, password, copies, datacenter, version)
 
 
 def _hosts(name: str, text: str, port: int) -> tuple[tuple[str, ...], int]:

@@ -28,7 +28,7 @@ class CassandraStore(CassandraSpans, CassandraRollouts, CassandraResources, Stor
 
     def __init__(self, uri: str) -> None:
         self._keyspace = Keyspace(uri)
-        self.uri = uri
+        self.uri = self._keyspace.name
         self._fill = BucketFill()
         self._ends = EndNotifier(_POLL_S)
 

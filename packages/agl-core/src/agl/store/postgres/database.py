@@ -12,6 +12,7 @@ from psycopg.types.string import StrBinaryDumper, StrDumper
 from psycopg_pool import ConnectionPool
 
 from agl.errors import InputError, StoreError
+from agl.secret_url import SecretUrl
 from agl.store.migration import Migrations, pending_statements
 from agl.store.sql.database import Rows
 
@@ -101,9 +102,8 @@ class PostgresDatabase:
     Migrates an older schema. Raises StoreError, without the password, if the server is down or the schema is not ours.
     """
 
-    def __init__(self, uri: str, migrations: Migrations) -> None:
-        self.uri = uri
-        self.name = without_password(uri)
+    def __init__(self, uri: SecretUrl, migrations: Migrations) -> None:
+        self.name = uri
         self._closed = False
         with self._errors("cannot open"), self.connect() as connection:
             db = PostgresConnection(connection)
@@ -111,7 +111,7 @@ class PostgresDatabase:
                 self._migrate(db, migrations)
             self._clock_offset_ns = _one(db, _CLOCK_NS)[0] - time.time_ns()
         self._pool = ConnectionPool(
-            uri,
+            uri.secret,
             min_size=1,
             max_size=_MAX_CONNECTIONS,
             timeout=_POOL_TIMEOUT_S,
@@ -147,7 +147,7 @@ class PostgresDatabase:
 
     def connect(self) -> psycopg.Connection[tuple[Any, ...]]:
         """A new connection that is not of the pool."""
-        return psycopg.connect(self.uri, autocommit=True, connect_timeout=_CONNECT_TIMEOUT_S)
+        return psycopg.connect(self.name.secret, autocommit=True, connect_timeout=_CONNECT_TIMEOUT_S)
 
     def close(self) -> None:
         """Close all connections that are not in use, without waiting for the others. May be called twice."""
@@ -189,31 +189,7 @@ class PostgresDatabase:
             raise InputError(f"the store {self.name} can never keep this: {str(error).strip()}") from error
         except psycopg.Error as error:
             # From None: the cause may quote the URI with its password.
-            raise StoreError(f"{action} the store {self.name}: {self._censor(str(error))}") from None
-
-    def _censor(self, message: str) -> str:
-        for secret in passwords(self.uri):
-            message = message.replace(secret, "***")
-        return message.strip()
-
-
-_PASSWORDS = re.compile(r"(?<=[?&]password=)[^&#]+|(?<=[?&]sslpassword=)[^&#]+|(?<=://)([^/?#]*)(?=@)")
-
-
-def passwords(uri: str) -> list[str]:
-    """The passwords in `uri`, percent-encoded as they are there."""
-    found = []
-    for match in _PASSWORDS.finditer(uri):
-        secret = match[0] if match[1] is None else match[1].partition(":")[2]
-        found.extend([secret] if secret else [])
-    return found
-
-
-def without_password(uri: str) -> str:
-    """`uri` with `***` in place of passwords."""
-    for secret in passwords(uri):
-        uri = uri.replace(f":{secret}@", ":***@").replace(f"password={secret}", "password=***")
-    return uri
+            raise StoreError(f"{action} the store {self.name}: {self.name.hide(str(error)).strip()}") from None
 
 
 def _configure(connection: psycopg.Connection[tuple[Any, ...]]) -> None:

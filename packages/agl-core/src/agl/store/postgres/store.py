@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Final
 
+from agl.secret_url import SecretUrl
 from agl.store.end_notifier import EndNotifier
 from agl.store.postgres import spans
 from agl.store.postgres.database import PostgresConnection, PostgresDatabase
@@ -29,7 +30,8 @@ class PostgresStore(SqlStore[PostgresDatabase]):
     RETENTION = PostgresRetention
 
     def __init__(self, uri: str) -> None:
-        super().__init__(uri, PostgresDatabase(uri, MIGRATIONS), EndNotifier(_POLL_S))
+        url = SecretUrl(uri)
+        super().__init__(url, PostgresDatabase(url, MIGRATIONS), EndNotifier(_POLL_S))
         self._listener = Listener(self._database, self._ends)
 
     def append_rows(self, rows: Sequence[SpanRow]) -> int:

@@ -1,7 +1,7 @@
 """HTTP client of a vLLM server: lists, loads and unloads adapters, and reads prompt logprobs."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Self
@@ -27,9 +27,8 @@ class VllmServer:
     least twice the number of roles, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment.
     """
 
-    def __init__(self, url: str, key: str | None = None) -> None:
+    def __init__(self, url: str, headers: Mapping[str, str] | None = None) -> None:
         self.url = url.rstrip("/")
-        headers = {"authorization": f"Bearer {key}"} if key else {}
         self._pool = urllib3.PoolManager(headers=headers, timeout=_TIMEOUT_S, retries=False)
 
     def __enter__(self) -> Self:
