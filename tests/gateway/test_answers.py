@@ -259,8 +259,53 @@ def test_a_call_without_an_id_gets_one() -> None:
     call = Messages({"model": "m", "messages": []}, "m")
     made = [{"function": {"name": "f", "arguments": "{}"}}] * 2
     call.capture.add_whole({"id": "x", "choices": [{"message": {"tool_calls": made}, "finish_reason": "stop"}]})
-    content = json.loads(call.render_whole(b"", {}))["content"]
-    assert [block["id"] for block in content] == ["call_x_0", "call_x_1"]
+    found = [block["id"] for block in json.loads(call.render_whole(b"", {}))["content"]]
+    assert len(set(found)) == 2 and all(found)
+
+
+THINKING = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": [THINKING, {"type": "text", "text": "hi"}]},  # Mistral
+        {"content": "hi", "reasoning": "hm"},
+    ],
+)
+@pytest.mark.parametrize("api", REQUESTS.keys() - {"completions"})
+@pytest.mark.parametrize("stream", [False, True])
+def test_content_may_be_a_list_of_parts(setup: Setup, api: str, stream: bool, message: Json) -> None:
+    play(setup, answering({"message": message}))
+    answer = post(setup, api, stream=stream, thinking={"type": "enabled"})
+    assert answer.status_code == 200 and "hi" in answer.text and "hm" in answer.text
+    (span,) = setup.store.appended
+    (recorded_message,) = json.loads(span.text(semconv.GEN_AI_OUTPUT_MESSAGES) or "")
+    assert [part["content"] for part in recorded_message["parts"]] == ["hm", "hi"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_arguments_may_be_an_object_and_one_call_may_stand_without_a_list(setup: Setup, stream: bool) -> None:
+    """TGI and llama.cpp."""
+    made: Any = {"id": "c", "index": 0, "function": {"name": "f", "arguments": {"x": 1}}}
+    play(setup, answering({"message": {"content": None, "tool_calls": made if stream else [made]}}))
+    answer = post(setup, "messages", stream=stream)
+    assert answer.status_code == 200 and "tool_use" in answer.text
+    (message,) = json.loads(setup.store.appended[0].text(semconv.GEN_AI_OUTPUT_MESSAGES) or "")
+    assert message["parts"] == [{"type": "tool_call", "id": "c", "name": "f", "arguments": '{"x": 1}'}]
+
+
+@pytest.mark.parametrize("form", ["\ufeff{}{}", "{}: ping\n\n{}", "{}data:\n\n{}", "{}{}", "crlf"])
+@pytest.mark.parametrize("end", ["data: [DONE]\n\n", "data: [DONE]\n", "data: [DONE]", "data:[DONE]\r\n\r\n"])
+def test_a_stream_is_read_whatever_its_lines_look_like(setup: Setup, form: str, end: str) -> None:
+    """A byte order mark, comments and empty data between the events, and a last event without a blank line."""
+    whole = envelope([streamed(choice())])
+    first, rest = (f"data: {json.dumps(chunk)}\n\n" for chunk in (whole | {"choices": []}, whole))
+    text = (first + rest).replace("\n", "\r\n") if form == "crlf" else form.format(first, rest)
+    play(setup, ScriptedEngine(chunks=[text, end], breaks_off=True))
+    answer = post(setup, stream=True)
+    assert "[DONE]" in answer.text.rstrip().splitlines()[-1]
+    assert [row.token_ids for row in recorded(setup).rows] == [[1, 2, 3, 10, 11]]
 
 
 @pytest.mark.parametrize("form", ["message", "delta"])
@@ -383,6 +428,31 @@ def test_the_usage_of_several_choices_is_compared_with_the_sum_of_their_ids(
         rows,
         set() if rows else {DropReason.LENGTH_MISMATCH},
     )
+
+
+@pytest.mark.parametrize(
+    ("ids", "logprobs", "sampled"),
+    [
+        ([10, 11], [None, -1.0, -2.0, -0.5, -0.25], [-0.5, -0.25]),  # vLLM
+        ([1, 2, 3, 10, 11], [None, -1.0, -2.0, -0.5, -0.25], [-0.5, -0.25]),
+        ([10, 11], [-0.5, -0.25], None),
+        ([1, 2, 3, 10, 11], [-1.0, -0.5, -0.25], None),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_of_the_prompt_is_not_sampled(
+    setup: Setup, stream: bool, ids: list[int], logprobs: list[Any], sampled: list[float] | None
+) -> None:
+    made = {"index": 0, "text": "x hi", "finish_reason": "stop", "token_ids": ids, "prompt_token_ids": [1, 2, 3]}
+    made["logprobs"] = {"token_logprobs": logprobs}
+    whole = {"id": "c", "object": "text_completion", "model": "base", "choices": [made]}
+    play(setup, ScriptedEngine(whole=whole, chunks=[whole]))
+    post(setup, "completions", echo=True, stream=stream)
+    (call,) = recorded(setup).calls
+    if sampled is None:
+        assert call.malformed is not None and call.malformed.startswith("the answer echoes the prompt")
+    else:
+        assert (call.prompt_ids, call.response_ids, call.logprobs) == ([1, 2, 3], [10, 11], sampled)
 
 
 def test_a_fault_is_on_the_span_in_place_of_the_tokens() -> None:

@@ -21,6 +21,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 import agl
 from agl_langchain import AglCallbackHandler
 from tests.autogen.span_tree import attributes, named, only
+from tests.gateway.scripted_engine import ScriptedEngine
+from tests.gateway.serving import gateway
 from tests.langchain.agents import two_async_roles, two_roles
 from tests.langchain.conftest import MakeModel
 from tests.langchain.modes import MODES, Mode, ainvoke, invoke
@@ -198,6 +200,22 @@ async def test_a_completion_request_carries_them(
     (seen,) = server.seen
     assert parent_of(seen) == span_id(only(instrumented.get_finished_spans(), "text_completion tiny"))
     assert (carried(seen)["agl.rollout.id"], carried(seen)["agl.role"]) == ("r1", "writer")
+
+
+def test_a_request_with_several_prompts_is_beside_their_spans(instrumented: InMemorySpanExporter) -> None:
+    """By their texts `agl.trajectory.join` joins them with the choices."""
+    choices = [{"index": number, "text": "yes", "finish_reason": "stop"} for number in range(2)]
+    with gateway(ScriptedEngine(whole={"id": "c", "model": "tiny", "choices": choices})) as setup:
+        model = OpenAI(model="tiny", base_url=f"{setup.url}/v1", api_key="none")  # type: ignore[arg-type]
+        with agl.rollout("r1"):
+            model.batch(["How many?", "How much?"])
+        answered = setup.store.query_spans("r1")
+
+    rollout = only(instrumented.get_finished_spans(), "agl.rollout")
+    asked = named(instrumented.get_finished_spans(), "text_completion tiny")
+    assert len(asked) == len(answered) == 2
+    assert [span.parent.span_id for span in asked if span.parent] == [rollout.context.span_id] * 2
+    assert [span.parent_id for span in answered] == [span_id(rollout)] * 2
 
 
 def test_the_users_headers_stay_and_the_users_baggage_is_not_sent(

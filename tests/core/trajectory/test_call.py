@@ -49,6 +49,32 @@ def test_only_a_server_error_of_the_gateway_is_a_failure_of_the_engine() -> None
     assert [call.engine_failed for call in calls_of(in_stream)] == [True]
 
 
+def completion(parent: Span, text: str) -> Span:
+    """LangChain's span for one of several prompts."""
+    messages = json.dumps([{"role": "user", "parts": [{"type": "text", "content": text}]}])
+    attributes = {semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_TEXT_COMPLETION}
+    return span("text_completion writer", attributes | {semconv.GEN_AI_INPUT_MESSAGES: messages}, parent=parent)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_request_with_several_prompts_is_joined_with_the_span_of_each(n: int) -> None:
+    """It is beside these spans. Prompts of one text have a span each; a prompt without a span is a call of its own."""
+    agent = span("invoke_agent writer", {semconv.ROLE: "writer"})
+    asked = [completion(agent, text) for text in ("b", "a", "a")]
+    other = completion(agent, "never sent")
+    request = {"prompt": ["a", "b", "a", "new"], "n": n}
+    of_request = {semconv.GATEWAY_REQUEST: json.dumps(request)}
+    answers = [
+        gateway_call([1], [number], parent=agent, start=9, attributes=of_request | {semconv.GATEWAY_CHOICE: number})
+        for number in range(4 * n)
+    ]
+    calls = {call.span_id: call for call in calls_of(agent, *asked, other, *answers)}
+    expected = [asked[1], asked[0], asked[2], None]
+    found = [calls.pop(answer.span_id).chat_span_id for answer in answers]
+    assert found == [chat and chat.span_id for chat in expected for _ in range(n)]
+    assert [call.chat_span_id for call in calls.values()] == [other.span_id]
+
+
 def test_the_nearest_chat_span_is_joined() -> None:
     """Two instrumentations of one request: the framework's around the client library's."""
     outer = chat(attributes={semconv.ROLE: "planner"})

@@ -140,7 +140,7 @@ class CallEndpoint:
             capture=dialect.capture,
         )
         await long_work(size, record.check)
-        dialect.capture.expected_choices = requested_choices(sent)
+        dialect.capture.expected_choices, dialect.capture.echoes = requested_choices(sent), bool(sent.get("echo"))
         ids = caller.rollout_id, caller.attempt_id, caller.trace_id
         key = conversation_key(record.project, *ids, record.engine_model)
         if key is not None and kind.operation == semconv.OPERATION_CHAT:
@@ -226,8 +226,8 @@ class Exchange:
             if done := await self._relay_events(splitter.split(piece)):
                 await response.finish()
                 return await long_work(self._size, self._end_stream, done)
-        await self._relay_events([splitter.rest])
-        return await long_work(self._size, self._end_stream, b"")
+        done = await self._relay_events([splitter.rest])
+        return await long_work(self._size, self._end_stream, done)
 
     async def _relay_events(self, events: list[bytes]) -> bytes:
         """Send the events in the client's dialect. Returns the one that ends the stream; empty if none does."""

@@ -75,12 +75,14 @@ class Gateway:
         routes.append(Route(f"{_PREFIX}/models", self._models))
         routes.append(Route(_PREFIX + "/models/{model:path}", self._model))
         routes.append(Route(f"{_PREFIX}/embeddings", self._embeddings, methods=["POST"]))
-        return Starlette(
+        app = Starlette(
             middleware=[Middleware(RolloutUrls)],
             routes=[*routes, *Control(self._gate, self._routes).routes(), *more_routes],
             lifespan=self._lifespan,
             exception_handlers={HTTPException: unknown_route, AglError: _error_response},
         )
+        app.router.redirect_slashes = False  # A redirect would lead to the path without the rollout.
+        return app
 
     async def engine_states(self) -> list[Json]:
         """For each engine its URL, whether it lists its models within two seconds, and its active and waiting calls."""

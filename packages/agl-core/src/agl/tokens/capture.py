@@ -78,7 +78,10 @@ class CapturedToolCall:
         function = part.get("function") or {}
         self.id = _text(part.get("id")) or self.id
         self.name = _text(function.get("name")) or self.name
-        if arguments := _text(function.get("arguments")):
+        arguments = function.get("arguments")
+        if isinstance(arguments, dict):  # TGI, llama.cpp
+            arguments = json.dumps(arguments)
+        if _text(arguments):
             self.pieces.append(arguments)
 
     def is_continued_by(self, part: Json) -> bool:
@@ -118,9 +121,11 @@ class Choice:
     def add(self, part: Json) -> None:
         """Read a choice of a whole response or of a chunk. Raises TypeError, AttributeError or KeyError."""
         message = part.get("message") or part.get("delta") or {}
-        text = _text(part.get("text")) or _text(message.get("content")) or _text(message.get("refusal"))
-        reasoning = _text(message.get("reasoning_content")) or _text(message.get("reasoning"))
+        text, reasoning = read_texts(message)
+        text = _text(part.get("text")) or text
         ids, calls = _listed(part.get("token_ids")), message.get("tool_calls") or ()
+        if isinstance(calls, dict):  # TGI
+            calls = [calls]
         if function := message.get("function_call"):  # The form of OpenAI's API before tools.
             calls = [*calls, {"function": function}]
         if self.finish_reason and (ids or text or reasoning or calls):
@@ -135,6 +140,21 @@ class Choice:
         self._thoughts.append(reasoning)
         for call in calls:
             self._tool_call(call, is_whole="message" in part).add(call)
+
+    def cut_echo(self) -> None:
+        """Remove the prompt's tokens, which were not sampled, from those of an answer that starts with the prompt.
+
+        vLLM echoes the prompt's logprobs, but not its ids; other engines echo both.
+        """
+        prompt, ids, logprobs = len(self.prompt_ids), len(self.token_ids), len(self.logprobs)
+        if logprobs == prompt + ids:
+            self.logprobs = self.logprobs[prompt:]
+        elif logprobs == ids and self.token_ids[:prompt] == self.prompt_ids and self.logprobs[:1] == [None]:
+            self.token_ids, self.logprobs = self.token_ids[prompt:], self.logprobs[prompt:]
+        else:
+            self.fault = (
+                f"the answer echoes the prompt: {ids} ids and {logprobs} logprobs, of a prompt of {prompt} tokens"
+            )
 
     def message(self) -> Json:
         """The answer as a GenAI output message."""
@@ -184,6 +204,8 @@ class Capture:
     """An engine's response to one call, as far as it has arrived."""
 
     expected_choices: int = 1
+    echoes: bool = False
+    """Whether the answer was requested to start with the prompt (`echo`)."""
     response_id: str | None = None
     model: str | None = None
     usage: Json = field(default_factory=dict)
@@ -245,6 +267,8 @@ class Capture:
         for index, choice in self._choices.items():
             if choice.finish_reason not in COMPLETE:
                 return f"choice {index} has the finish_reason {choice.finish_reason}, expected {', '.join(COMPLETE)}"
+        for choice in self.choices() if self.echoes else ():
+            choice.cut_echo()
         if len(self._choices) < self.expected_choices:
             self._fault = f"{self.expected_choices} choices were requested, and {len(self._choices)} arrived"
         return None
@@ -307,6 +331,18 @@ def is_empty_chunk(chunk: Json) -> bool:
 def _is_empty(choice: Json) -> bool:
     fields = [choice.get(name) for name in ("finish_reason", "logprobs", "token_ids")]
     return "delta" in choice and not any(fields + list((choice["delta"] or {}).values()))
+
+
+def read_texts(message: Json) -> tuple[str, str]:
+    """The text and the thoughts of a message or of its delta, whose content is a text or a list of parts (Mistral)."""
+    content, thoughts = message.get("content"), ""
+    if isinstance(content, list):
+        texts = [part["text"] for part in content if part["type"] == "text"]
+        inner = [piece["text"] for part in content if part["type"] == "thinking" for piece in part["thinking"]]
+        text, thoughts = "".join(texts), "".join(inner)
+    else:
+        text = _text(content) or _text(message.get("refusal"))
+    return text, _text(message.get("reasoning_content")) or _text(message.get("reasoning")) or thoughts
 
 
 def _logprobs(logprobs: Json) -> list[Any]:

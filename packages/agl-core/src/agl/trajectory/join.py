@@ -3,7 +3,8 @@
 The gateway's span of a request has the tokens, the framework's span has the role; `join_calls` joins them.
 A gateway span belongs to the nearest chat span above it, since the plug-ins send `traceparent` with each request; if
 there is none, to the first chat span with the same response id, unless several requests were answered with that id:
-engines make it of an X-Request-Id, which a client may repeat. Either of the two spans may be missing.
+engines make it of an X-Request-Id, which a client may repeat. A request with several prompts belongs to the chat spans
+of these prompts. Either of the two spans may be missing.
 
 `in_one_clock` corrects clock skew between the processes of a rollout, since the order of its spans decides how they
 train. Spans of one process are in the order of its clock. Spans of two processes bound the offset between their clocks:
@@ -12,13 +13,14 @@ before the client's. All times of a process are shifted by the one offset neares
 within a process is kept.
 """
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from agl import semconv
 from agl.span import AttributeValue, Span
-from agl.trajectory.attributes import read_number
+from agl.trajectory.attributes import read_number, read_object
 
 _CHAT_OPERATIONS = {semconv.OPERATION_CHAT, semconv.OPERATION_TEXT_COMPLETION}
 _REQUEST_TYPES = {"chat", "completion"}
@@ -89,8 +91,55 @@ def join_calls(tree: SpanTree) -> list[CallSpans]:
     gateway = filter(_is_gateway_call, tree.spans)
     calls = [CallSpans(span, _chat_above(tree, span) or by_response.get(span.response_id or "")) for span in gateway]
     joined = {id(call.chat) for call in calls}
+    calls = _joined_by_prompt(calls, [chat for chat in chats if id(chat) not in joined])
+    joined = {id(call.chat) for call in calls}
     calls += [CallSpans(None, chat) for chat in chats if id(chat) not in joined]
     return sorted(calls, key=lambda call: call.order)
+
+
+def _joined_by_prompt(calls: list[CallSpans], alone: Sequence[Span]) -> list[CallSpans]:
+    """`calls`, of which those of a request with several prompts are joined with the chat spans of these in `alone`.
+
+    LangChain opens a span for each prompt, and the request is beside them, below the same parent. A prompt belongs to
+    the first span that has its text; all its choices share that span.
+    """
+    free: dict[tuple[str, str | None, str], list[Span]] = {}
+    for chat in alone:
+        if text := _text_of_prompt(chat):
+            free.setdefault((chat.trace_id, chat.parent_id, text), []).append(chat)
+    of_prompt: dict[tuple[str, str | None, int, int], Span | None] = {}
+    joined: list[CallSpans] = []
+    for call in calls:
+        span = call.gateway
+        if free and span and call.chat is None and (prompt := _answered_prompt(span, call.choice)):
+            number, text = prompt
+            beside = free.get((span.trace_id, span.parent_id, text))
+            key = span.trace_id, span.parent_id, span.start_ns, number
+            if key not in of_prompt:
+                of_prompt[key] = beside.pop(0) if beside else None
+            call = replace(call, chat=of_prompt[key])
+        joined.append(call)
+    return joined
+
+
+def _text_of_prompt(chat: Span) -> str | None:
+    """The prompt of a framework's text completion, if its content was recorded."""
+    if chat.text(semconv.GEN_AI_OPERATION_NAME) != semconv.OPERATION_TEXT_COMPLETION:
+        return None
+    try:
+        return json.loads(chat.text(semconv.GEN_AI_INPUT_MESSAGES) or "null")[0]["parts"][0]["content"]
+    except (ValueError, TypeError, LookupError):
+        return None
+
+
+def _answered_prompt(span: Span, choice: int) -> tuple[int, str] | None:
+    """Number and text of the prompt that a choice of a request with several prompts answers."""
+    request = read_object(span, semconv.GATEWAY_REQUEST)
+    prompts, n = request.get("prompt"), request.get("n") or 1
+    if not isinstance(prompts, list) or len(prompts) < 2 or not isinstance(n, int) or choice // n >= len(prompts):
+        return None
+    text = prompts[choice // n]
+    return (choice // n, text) if isinstance(text, str) else None
 
 
 def causes(spans: Iterable[Span]) -> Iterator[tuple[Span, Span]]:

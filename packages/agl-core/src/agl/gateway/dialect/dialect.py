@@ -2,6 +2,7 @@
 
 import json
 import re
+from codecs import BOM_UTF8
 from dataclasses import replace
 from typing import ClassVar, Final, Protocol
 
@@ -44,8 +45,9 @@ class EventSplitter:
 
 
 def event_data(event: bytes) -> bytes:
-    """The `data` of a server-sent event; empty for a comment."""
-    return b"\n".join(line[5:].strip() for line in event.splitlines() if line.startswith(b"data:"))
+    """The `data` of a server-sent event; empty for a comment. The first event may start with a byte order mark."""
+    lines = event.removeprefix(BOM_UTF8).splitlines()
+    return b"\n".join(line[5:].strip() for line in lines if line.startswith(b"data:"))
 
 
 def to_event(data: Json, name: str = "") -> bytes:

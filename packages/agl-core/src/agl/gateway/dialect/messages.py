@@ -117,12 +117,12 @@ class Messages(Translated):
         content = list(self._content(self.choice))
         return json.dumps(self._message(content) | self._stop() | {"usage": self._usage()}).encode()
 
-    def render_text(self, choice: Json, delta: Json) -> bytes:
+    def render_text(self, choice: Json, text: str, thoughts: str) -> bytes:
         events = self._started()
-        if self._thinks and (thought := delta.get("reasoning_content") or delta.get("reasoning")):
+        if self._thinks and thoughts:
             events += self._block("thinking", {"type": "thinking", "thinking": "", "signature": ""})
-            events += self._delta({"type": "thinking_delta", "thinking": thought})
-        if text := delta.get("content") or delta.get("refusal"):
+            events += self._delta({"type": "thinking_delta", "thinking": thoughts})
+        if text:
             events += self._block("text", {"type": "text", "text": ""})
             events += self._delta({"type": "text_delta", "text": text})
         return events

@@ -145,9 +145,11 @@ class Responses(Translated):
         prompt, answer = self.token_counts()
         usage = {
             "input_tokens": prompt,
-            "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens_details": {"cached_tokens": self.token_detail("prompt_tokens_details", "cached_tokens")},
             "output_tokens": answer,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {
+                "reasoning_tokens": self.token_detail("completion_tokens_details", "reasoning_tokens")
+            },
             "total_tokens": prompt + answer,
         }
         incomplete = status == "incomplete"
@@ -190,12 +192,12 @@ class Responses(Translated):
 
     # --- The response, streamed ---------------------------------------------------------------------------------------
 
-    def render_text(self, choice: Json, delta: Json) -> bytes:
+    def render_text(self, choice: Json, text: str, thoughts: str) -> bytes:
         events = self._begin()
-        if thought := delta.get("reasoning_content") or delta.get("reasoning"):
+        if thoughts:
             events += self._open_item("reasoning", lambda: self._reasoning(""))
-            events += self._append("reasoning_text", thought, content_index=0)
-        if text := delta.get("content") or delta.get("refusal"):
+            events += self._append("reasoning_text", thoughts, content_index=0)
+        if text:
             events += self._open_item("message", lambda: self._message("", [], "in_progress"))
             if not (message := self._items[-1])["content"]:
                 message["content"].append({"type": "output_text", "text": "", "annotations": [], "logprobs": []})

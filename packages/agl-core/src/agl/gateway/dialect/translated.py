@@ -1,8 +1,9 @@
 """Base of the APIs that are translated to chat completions and back."""
 
 import json
+import random
 from abc import abstractmethod
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 from starlette.responses import JSONResponse, Response
 
@@ -10,7 +11,7 @@ from agl import semconv
 from agl.gateway.dialect.api_field import Fields
 from agl.gateway.dialect.dialect import Dialect
 from agl.server.api_error import ApiError, error_text
-from agl.tokens.capture import Capture, CapturedToolCall, Choice, Json, RequestedFields
+from agl.tokens.capture import Capture, CapturedToolCall, Choice, Json, RequestedFields, read_texts
 
 
 class Translated(Dialect):
@@ -27,13 +28,15 @@ class Translated(Dialect):
     def __init__(self, body: Json, model: str | None) -> None:
         self.body = body
         self.capture = Capture()
+        self._key = random.getrandbits(64)
+        """Tells the calls of this response from those of others."""
         self.whole_calls: set[str] = set()
         """Names of tools whose calls are rendered when their arguments are complete."""
         self._number = 0
         """Number of the tool call that is being rendered."""
         self._rendered: int | None = None
         """How many pieces of it have been rendered; None: it has not started."""
-        self._later: list[tuple[Json, Json]] = []
+        self._later: list[tuple[Json, str, str]] = []
         """Texts that arrived within a tool call."""
         try:
             self.request = self.translate(body) | ({"model": model} if model else {})
@@ -50,8 +53,8 @@ class Translated(Dialect):
         """The equivalent chat completion. Raises ValueError with the reason if there is none."""
 
     @abstractmethod
-    def render_text(self, choice: Json, delta: Json) -> bytes:
-        """Events for a chunk's addition to text and thoughts."""
+    def render_text(self, choice: Json, text: str, thoughts: str) -> bytes:
+        """Events for what the `choice` of a chunk adds to text and thoughts, or for the start of the response."""
 
     @abstractmethod
     def render_call(self, number: int, call: CapturedToolCall, piece: str) -> bytes:
@@ -70,11 +73,11 @@ class Translated(Dialect):
     def render_chunk(self, event: bytes, chunk: Json) -> bytes:
         events = b""
         for choice in chunk.get("choices") or ():
-            delta = choice.get("delta") or {}
-            if any(delta.get(name) for name in _TEXT_FIELDS) and self._is_within_call:
-                self._later.append((choice, delta))
+            text, thoughts = read_texts(choice.get("delta") or {})
+            if (text or thoughts) and self._is_within_call:
+                self._later.append((choice, text, thoughts))
             else:
-                events += self.render_text(choice, delta)
+                events += self.render_text(choice, text, thoughts)
             events += self._render_calls(is_end=False)
         return events
 
@@ -104,13 +107,17 @@ class Translated(Dialect):
 
     def call_id(self, number: int, call: CapturedToolCall) -> str:
         """Id of a tool call; some engines give it none, and its result must name it."""
-        return call.id or f"call_{self.capture.response_id}_{number}"
+        return call.id or f"call_{self._key:016x}_{number}"
 
     def token_counts(self) -> tuple[int, int]:
         """Tokens of prompt and answer: the engine's usage, else the number of ids."""
         usage, choice = self.capture.usage, self.choice
         prompt = usage.get("prompt_tokens") or len(choice.prompt_ids)
         return prompt, usage.get("completion_tokens") or len(choice.token_ids)
+
+    def token_detail(self, details: str, name: str) -> int:
+        """A part of the engine's usage; 0 if it states none."""
+        return (self.capture.usage.get(details) or {}).get(name) or 0
 
     def engine_error(self, raw: bytes, status: int) -> bytes:
         return json.dumps(self.error_body(ApiError(status, str(status), error_text(raw)))).encode()
@@ -123,9 +130,6 @@ class Translated(Dialect):
     @abstractmethod
     def error_body(cls, error: ApiError) -> Json:
         """An error in the form of the API."""
-
-
-_TEXT_FIELDS: Final = ("content", "reasoning_content", "reasoning", "refusal")
 
 
 def text_of(content: Any) -> str:
