@@ -17,9 +17,11 @@ class ScriptedEngine(FakeEngine):
     whole: Any = None
     chunks: list[Any] = field(default_factory=list)
     breaks_off: bool = False
+    streams: bool | None = None
+    """Whether it streams, whatever is requested."""
 
     async def _answer(self, request: Request, answer: Answer) -> Response:
-        if not answer.body.get("stream"):
+        if not (answer.body.get("stream") if self.streams is None else self.streams):
             return Response(json.dumps(self.whole), media_type="application/json")
         events = [chunk if isinstance(chunk, str) else f"data: {json.dumps(chunk)}\n\n" for chunk in self.chunks]
         end = [] if self.breaks_off else ["data: [DONE]\n\n"]

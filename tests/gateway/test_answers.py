@@ -48,6 +48,7 @@ def play(setup: Setup, script: ScriptedEngine) -> None:
     engine = setup.engine
     assert isinstance(engine, ScriptedEngine)
     engine.whole, engine.chunks, engine.breaks_off = script.whole, script.chunks, script.breaks_off
+    engine.streams = script.streams
 
 
 def post(setup: Setup, api: str = "chat/completions", **more: Any) -> httpx.Response:
@@ -259,8 +260,26 @@ def test_a_call_without_an_id_gets_one() -> None:
     call = Messages({"model": "m", "messages": []}, "m")
     made = [{"function": {"name": "f", "arguments": "{}"}}] * 2
     call.capture.add_whole({"id": "x", "choices": [{"message": {"tool_calls": made}, "finish_reason": "stop"}]})
-    found = [block["id"] for block in json.loads(call.render_whole(b"", {}))["content"]]
+    found = [block["id"] for block in json.loads(call.render_message({}))["content"]]
     assert len(set(found)) == 2 and all(found)
+
+
+@pytest.mark.parametrize("api", ["messages", "responses"])
+def test_a_client_of_a_translated_api_gets_the_form_that_it_requested(setup: Setup, api: str) -> None:
+    """Some engines answer a request for a stream, if it has tools, with a whole response."""
+    script = answering({"message": {"content": "hi", "tool_calls": [call(None, "c", "f", "{}")]}})
+    kinds = []
+    for script.streams in (None, False):
+        play(setup, script)
+        answer = post(setup, api, stream=True)
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert '"hi"' in answer.text
+        kinds.append([line for line in answer.text.splitlines() if line.startswith("event: ")])
+    assert kinds[0] == kinds[1] != []
+    setup.store.appended.clear()
+    script.streams = True
+    play(setup, script)
+    assert_failed(setup, post(setup, api), api, False, "is a stream, which was not requested")
 
 
 THINKING = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}

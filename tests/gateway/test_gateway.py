@@ -362,6 +362,15 @@ def test_a_call_without_a_valid_traceparent_starts_a_trace(setup: Setup, tracepa
     assert span.parent_id is None and len(span.trace_id) == 32 and int(span.trace_id, 16) > 0
 
 
+def test_a_call_with_several_parents_has_none(setup: Setup) -> None:
+    headers = [("traceparent", f"00-{digit * 32}-{digit * 16}-01") for digit in "12"]
+    httpx.post(f"{setup.url}/v1/chat/completions", json=chat_body(), headers=headers)
+    assert setup.span().parent_id is None
+    setup.store.appended.clear()
+    httpx.post(f"{setup.url}/v1/chat/completions", json=chat_body(), headers=headers[:1] * 2)
+    assert setup.span().parent_id == "1" * 16
+
+
 def test_training_calls_get_seeds_that_repeat_with_the_attempt(setup: Setup) -> None:
     def call(rollout: str, **more: Any) -> int:
         setup.post(chat_body(**more), baggage=f"agl.rollout.id={rollout},agl.attempt.id=a1,agl.mode=train")

@@ -79,7 +79,7 @@ def test_a_stop_string_is_reported_by_vllm_and_sglang(field: str) -> None:
     call = Messages({"model": "m", "max_tokens": 9, "messages": []}, "m")
     response = {"id": "x", "choices": [{"message": {"content": "a"}, "finish_reason": "stop", field: "END"}]}
     call.capture.add(response)
-    message = json.loads(call.render_whole(b"", response))
+    message = json.loads(call.render_message(response))
     assert (message["stop_reason"], message["stop_sequence"]) == ("stop_sequence", "END")
 
 
@@ -147,7 +147,7 @@ def test_an_answer_with_tool_calls_stops_for_them(finish_reason: str) -> None:
     made = {"id": "c1", "type": "function", "function": {"name": "search", "arguments": "{}"}}
     response = {"id": "x", "choices": [{"message": {"tool_calls": [made]}, "finish_reason": finish_reason}]}
     call.capture.add_whole(response)
-    assert json.loads(call.render_whole(b"", response))["stop_reason"] == "tool_use"
+    assert json.loads(call.render_message(response))["stop_reason"] == "tool_use"
 
 
 @pytest.mark.parametrize(

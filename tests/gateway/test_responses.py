@@ -93,7 +93,7 @@ def test_a_custom_tool_is_a_function_with_one_text(stream: bool) -> None:
         answer[0]["function"]["arguments"] += rest[0]["function"]["arguments"]
         response = {"choices": [{"message": {"tool_calls": answer}, "finish_reason": "stop"}]}
         call.capture.add_whole(response)
-        (item,) = json.loads(call.render_whole(b"", response))["output"]
+        (item,) = json.loads(call.render_message(response))["output"]
     assert (item["type"], item["call_id"], item["input"]) == ("custom_tool_call", "c1", "x\ny")
 
 

@@ -21,6 +21,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 import agl
 from agl_langchain import AglCallbackHandler
 from tests.autogen.span_tree import attributes, named, only
+from tests.core.fake_engine import USAGE
 from tests.gateway.scripted_engine import ScriptedEngine
 from tests.gateway.serving import gateway
 from tests.langchain.agents import two_async_roles, two_roles
@@ -205,7 +206,8 @@ async def test_a_completion_request_carries_them(
 def test_a_request_with_several_prompts_is_beside_their_spans(instrumented: InMemorySpanExporter) -> None:
     """By their texts `agl.trajectory.join` joins them with the choices."""
     choices = [{"index": number, "text": "yes", "finish_reason": "stop"} for number in range(2)]
-    with gateway(ScriptedEngine(whole={"id": "c", "model": "tiny", "choices": choices})) as setup:
+    whole = {"id": "c", "model": "tiny", "choices": choices, "usage": USAGE}
+    with gateway(ScriptedEngine(whole=whole)) as setup:
         model = OpenAI(model="tiny", base_url=f"{setup.url}/v1", api_key="none")  # type: ignore[arg-type]
         with agl.rollout("r1"):
             model.batch(["How many?", "How much?"])
@@ -214,7 +216,7 @@ def test_a_request_with_several_prompts_is_beside_their_spans(instrumented: InMe
     rollout = only(instrumented.get_finished_spans(), "agl.rollout")
     asked = named(instrumented.get_finished_spans(), "text_completion tiny")
     assert len(asked) == len(answered) == 2
-    assert [span.parent.span_id for span in asked if span.parent] == [rollout.context.span_id] * 2
+    assert [span.parent for span in asked] == [rollout.get_span_context()] * 2
     assert [span.parent_id for span in answered] == [span_id(rollout)] * 2
 
 

@@ -13,7 +13,7 @@ from agl.gateway.engine_kind import ENGINE_KINDS
 from agl.server.api_error import ApiError, error_text
 
 _CREDENTIALS: Final = frozenset({"authorization", "x-api-key"})
-_EVENT_STREAM: Final = "text/event-stream"
+EVENT_STREAM: Final = "text/event-stream"
 _FINISH_S: Final = 0.5
 _NOT_FORWARDED: Final = frozenset(
     {"host", "content-length", "transfer-encoding", "connection", "keep-alive", "te", "trailer", "upgrade", "expect"}
@@ -87,7 +87,7 @@ class UpstreamResponse:
         self.url = url
         self.status = response.status
         self.headers = response.headers
-        self.is_stream = response.content_type == _EVENT_STREAM
+        self.is_stream = response.content_type == EVENT_STREAM
         self.body = b""
         self._response = response
         self._timeouts = timeouts

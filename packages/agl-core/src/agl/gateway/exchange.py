@@ -20,7 +20,7 @@ from agl.gateway.conversation import Conversations, conversation_key
 from agl.gateway.dialect.dialect import DONE, Dialect, EventSplitter, event_data
 from agl.gateway.dispatch import Dispatch, Routes
 from agl.gateway.drift_kind import find_drift
-from agl.gateway.engine import UpstreamResponse, forwarded
+from agl.gateway.engine import EVENT_STREAM, UpstreamResponse, forwarded
 from agl.gateway.exact_prefix import exact_prompt
 from agl.gateway.record import CallRecord, Recorder
 from agl.gateway.request import (
@@ -210,15 +210,21 @@ class Exchange:
 
     async def _relay_whole(self, response: UpstreamResponse) -> Response:
         self._size += len(response.body)
+        headers = forwarded(response.headers)
         if response.status < 400:
+            if self._dialect.streams and not self._dialect.is_native:
+                headers = {name: value for name, value in headers.items() if name.lower() != "content-type"}
+                headers["content-type"] = EVENT_STREAM
             body = await long_work(self._size, self._read, self._take_whole, response.body)
         else:
             self._record.fail(str(response.status), response.error_message())
             body = self._dialect.engine_error(response.body, response.status)
-        return Response(body, response.status, forwarded(response.headers))
+        return Response(body, response.status, headers)
 
     async def _relay_stream(self, response: UpstreamResponse) -> ASGIApp:
         """Send events as they arrive, except the last."""
+        if not self._dialect.streams and not self._dialect.is_native:
+            raise self._engine_error("is a stream, which was not requested")
         self._streaming = True
         await self._send(_response_start(response))
         splitter = EventSplitter()

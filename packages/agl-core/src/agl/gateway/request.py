@@ -77,7 +77,9 @@ class Caller:
     def read(cls, headers: Headers, url: Mapping[str, str]) -> Self:
         """From `traceparent`, `baggage` and the URL; the URL's `rollout_id` and `attempt_id` override the baggage."""
         carried = carried_attributes(read_baggage(",".join(headers.getlist("baggage"))))
-        parent = trace.get_current_span(_TRACE_CONTEXT.extract(headers, Context())).get_span_context()
+        parents = set(headers.getlist("traceparent"))  # Of several none is known to be right.
+        context = _TRACE_CONTEXT.extract(headers, Context()) if len(parents) == 1 else Context()
+        parent = trace.get_current_span(context).get_span_context()
         return cls(
             rollout_id=url.get("rollout_id") or carried.get(semconv.ROLLOUT_ID),
             attempt_id=url.get("attempt_id") or carried.get(semconv.ATTEMPT_ID),

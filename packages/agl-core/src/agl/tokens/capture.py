@@ -81,8 +81,8 @@ class CapturedToolCall:
         arguments = function.get("arguments")
         if isinstance(arguments, dict):  # TGI, llama.cpp
             arguments = json.dumps(arguments)
-        if _text(arguments):
-            self.pieces.append(arguments)
+        if text := _text(arguments):
+            self.pieces.append(text)
 
     def is_continued_by(self, part: Json) -> bool:
         """Whether the delta `part`, which has this call's index, belongs to it. A new id or name starts a call."""
@@ -337,8 +337,8 @@ def read_texts(message: Json) -> tuple[str, str]:
     """The text and the thoughts of a message or of its delta, whose content is a text or a list of parts (Mistral)."""
     content, thoughts = message.get("content"), ""
     if isinstance(content, list):
-        texts = [part["text"] for part in content if part["type"] == "text"]
-        inner = [piece["text"] for part in content if part["type"] == "thinking" for piece in part["thinking"]]
+        texts = [part["text"] for part in content if part.get("type") == "text"]
+        inner = [piece["text"] for part in content if part.get("type") == "thinking" for piece in part["thinking"]]
         text, thoughts = "".join(texts), "".join(inner)
     else:
         text = _text(content) or _text(message.get("refusal"))

@@ -67,6 +67,8 @@ class Dialect(Protocol):
 
     request: Json
     """The request in the engine's API."""
+    streams: bool
+    """Whether the client requested a stream."""
     requested: RequestedFields
     """The captured fields that `request` asks for by itself."""
     capture: Capture
@@ -111,6 +113,7 @@ class _Native(Dialect):
 
     def __init__(self, body: Json, model: str | None) -> None:
         self.request = body
+        self.streams = bool(body.get("stream"))
         self.requested = RequestedFields.read(body, self.operation)
         self.capture = Capture()
         if model != self.requested.model:

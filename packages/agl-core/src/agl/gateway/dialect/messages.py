@@ -113,7 +113,7 @@ class Messages(Translated):
 
     # --- The response -------------------------------------------------------------------------------------------------
 
-    def render_whole(self, raw: bytes, response: Json) -> bytes:
+    def render_message(self, response: Json) -> bytes:
         content = list(self._content(self.choice))
         return json.dumps(self._message(content) | self._stop() | {"usage": self._usage()}).encode()
 

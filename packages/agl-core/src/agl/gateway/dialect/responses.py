@@ -128,7 +128,7 @@ class Responses(Translated):
 
     # --- The response, whole ------------------------------------------------------------------------------------------
 
-    def render_whole(self, raw: bytes, response: Json) -> bytes:
+    def render_message(self, response: Json) -> bytes:
         choice = self.choice
         if choice.reasoning:
             self._items.append(self._reasoning(choice.reasoning))

@@ -27,6 +27,7 @@ class Translated(Dialect):
 
     def __init__(self, body: Json, model: str | None) -> None:
         self.body = body
+        self.streams = bool(body.get("stream"))
         self.capture = Capture()
         self._key = random.getrandbits(64)
         """Tells the calls of this response from those of others."""
@@ -44,7 +45,7 @@ class Translated(Dialect):
             raise self.not_translatable(str(error)) from error
         except (TypeError, AttributeError, KeyError) as error:
             raise self.not_translatable(f"it is not of the right form: {type(error).__name__}: {error}") from error
-        if body.get("stream"):
+        if self.streams:
             self.request |= {"stream": True, "stream_options": {"include_usage": True}}
         self.requested = RequestedFields.read(self.request, self.operation)
 
@@ -69,6 +70,17 @@ class Translated(Dialect):
     def choice(self) -> Choice:
         """The answer as far as it has arrived."""
         return (self.capture.choices() or [Choice(0)])[0]
+
+    @abstractmethod
+    def render_message(self, response: Json) -> bytes:
+        """The body for a client that requested no stream."""
+
+    def render_whole(self, raw: bytes, response: Json) -> bytes:
+        """Some engines answer a request for a stream, if it has tools, with a whole response."""
+        if not self.streams:
+            return self.render_message(response)
+        choices = [choice | {"delta": choice.get("message")} for choice in response["choices"]]
+        return self.render_chunk(b"", {"choices": choices}) + self.render_end(b"")
 
     def render_chunk(self, event: bytes, chunk: Json) -> bytes:
         events = b""
