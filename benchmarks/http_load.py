@@ -51,7 +51,7 @@ def request(path: str, number: int, delay_ms: int, *, stream: bool, together: in
     message = {"role": "user", "content": wish(number, delay_ms, together)}
     body = {"model": "null", "messages": [message], "stream": stream}
     data = json.dumps(body).encode()
-    head = f"POST {path}/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = f"POST {path}/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     head += "authorization: Bearer none\r\n"
     return f"{head}content-length: {len(data)}\r\n\r\n".encode() + data
 

@@ -16,6 +16,7 @@ import pytest
 import zstandard
 
 from agl import semconv
+from agl.gateway.request import Caller, Seeds
 from tests.core.fake_engine import WORDS, FakeEngine
 from tests.gateway.scripted_engine import answering, choice, envelope, streamed
 from tests.gateway.serving import Setup, assert_tokens, chat_body, gateway, serving, wait_until
@@ -137,7 +138,6 @@ async def test_a_call_that_cannot_be_stored_does_not_fail_its_batch(setup: Setup
     [
         ({"max_tokens": 2**63}, "", "gen_ai.request.max_tokens is 9223372036854775808, and a span holds 64 bits"),
         ({"seed": -(2**64)}, "", "gen_ai.request.seed is -18446744073709551616"),
-        ({"model": "\ud800"}, "", r"gen_ai.request.model is not Unicode: '\ud800'"),
         ({}, "agl.rollout.id=" + "r" * 501, "agl.rollout.id has 501 characters, expected at most 500"),
         ({}, "agl.rollout.id=r,agl.attempt.id=" + "a" * 501, "agl.attempt.id has 501 characters"),
     ],
@@ -151,6 +151,33 @@ def test_a_request_that_could_not_be_recorded_is_refused_before_it_is_sampled(
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_recordable")
     assert message in answer.json()["error"]["message"]
     assert setup.engine.seen == []
+
+
+@pytest.mark.parametrize(
+    ("field", "code", "message"),
+    [
+        ('"model": 5', "invalid_model", "model is int, expected a string"),
+        (r'"model": "\ud800"', "invalid_json", "surrogates not allowed"),
+        (r'"model": "base", "stop": ["a", {"b\udfff": 1}]', "invalid_json", "surrogates not allowed"),
+        ('"model": "base", "temperature": NaN', "invalid_json", "NaN is no number in JSON"),
+    ],
+)
+def test_what_no_engine_can_read_is_refused_and_does_not_change_the_next_seed(
+    setup: Setup, field: str, code: str, message: str
+) -> None:
+    url = f"{setup.url}/rollout/{code}{len(field)}/attempt/{{}}/v1/chat/completions"
+    train, good = {"baggage": "agl.mode=train"}, '"model": "base"'
+    for number in range(3):
+        content = f'{{{field if number == 1 else good}, "messages": [{{"role": "user", "content": "hi"}}]}}'
+        answer = httpx.post(url.format("a"), content=content, headers=train)
+        assert answer.status_code == (400 if number == 1 else 200)
+        if number == 1:
+            assert answer.json()["error"]["code"] == code and message in answer.json()["error"]["message"]
+    assert httpx.post(url.format("a" * 501), json=chat_body(), headers=train).status_code == 400
+    assert len(setup.engine.seen) == 2
+    caller = Caller(f"{code}{len(field)}", "a", mode="train")
+    seeds = Seeds()
+    assert [sent["seed"] for sent in setup.engine.seen] == [seeds.next(caller), seeds.next(caller)]
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "zstd"])
@@ -192,7 +219,7 @@ def test_a_client_that_reads_nothing_gives_its_place_back(setup: Setup) -> None:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect(("127.0.0.1", int(narrow.url.rpartition(":")[2])))
             body = json.dumps(chat_body(stream=True, model="base", junk="")).encode()
-            head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+            head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body)
             client.sendall(head + body)
             wait_until(lambda: bool(script.seen))  # noqa: B023 - called at once
             assert control(narrow, "pause", drain_s=drain_s)["calls"] == 0

@@ -1,5 +1,6 @@
 """Real Redis servers on free ports of loopback, with an append-only file that is flushed before each response."""
 
+import signal
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,10 @@ class RedisServer:
         assert self._process is not None
         self._process.kill()
         self._process.wait()
+
+    def send(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
 
     def client(self) -> Redis:
         return Redis.from_url(self.uri, protocol=2)

@@ -4,15 +4,19 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
+import httpx
 import pytest
 
+from agl import otlp
+from agl.collector.http import PROTOBUF
 from agl.queue import SpanQueue, WriterPool
 from tests.load import SPANS, Load, check
 from tests.ports import free_port
-from tests.queue.collecting import collecting, make_rows, numbers_in
+from tests.queue.collecting import collecting, make_rows, make_spans, numbers_in
 from tests.queue.conftest import NewConfig
 from tests.queue.redis_server import DURABLE, RedisServer
 from tests.waiting import wait_until
@@ -69,6 +73,28 @@ def test_a_redis_killed_twice_under_load_loses_and_duplicates_nothing(new_config
         redis.kill()
     assert set(load.answers) == {200, 503}
     check(load, uri)
+
+
+def test_a_redis_that_stalls_is_answered_before_senders_give_up(new_config: NewConfig, tmp_path: Path) -> None:
+    """Exporters wait for 10 s. More requests come than threads take at once. Health takes no longer than usual."""
+    redis, uri = RedisServer(tmp_path / "redis"), f"sqlite:///{tmp_path}/agl.db"
+    redis.start()
+    try:
+        with collecting(redis.uri, uri, new_config()) as (_, _, server, _), ThreadPoolExecutor(40) as pool:
+            redis.send(signal.SIGSTOP)
+            body, headers = otlp.encode(make_spans(1, 1)), {"content-type": PROTOBUF}
+            url = f"{server.otlp_url}/v1/traces"
+            posts = [pool.submit(httpx.post, url, content=body, headers=headers, timeout=60) for _ in range(40)]
+            health = httpx.get(f"{server.base_url}/api/health", timeout=60)
+            assert health.json()["span_queue_length"] is None and health.elapsed.total_seconds() < 3
+            answers = [post.result() for post in posts]
+            assert {answer.status_code for answer in answers} == {503}
+            assert max(answer.elapsed.total_seconds() for answer in answers) < 8
+            redis.send(signal.SIGCONT)
+            wait_until(lambda: httpx.post(url, content=body, headers=headers).status_code == 200)
+    finally:
+        redis.send(signal.SIGCONT)
+        redis.kill()
 
 
 def test_a_full_queue_is_stored_after_redis_and_all_writers_were_killed(new_config: NewConfig, tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_over_the_limit_of_pending_bytes_senders_are_asked_to_retry() -> None:
         assert all(store.arrived.acquire(timeout=20) for _ in waiting)
         error = refused(channel, big[2])
         assert error.code() is grpc.StatusCode.UNAVAILABLE
-        assert "on their way to the store" in error.details()
+        assert "no memory for this body" in error.details()
         assert details(error).details[0].Is(RetryInfo.DESCRIPTOR)
         store.open.set()
         assert [call.result() for call in waiting] == [b"", b""]

@@ -15,7 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from agl.server.api_error import ApiError
 from agl.server.app_thread import AppThread
-from agl.server.receiving import ENCODINGS, decode_body, read_body
+from agl.server.receiving import ENCODINGS, MemoryBudget, Reservation, decode_body, read_body
 
 BODY = b'{"model": "base"}'
 H2C = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
@@ -27,9 +27,13 @@ BIG = bytes(8 * 2**20)
 ended = threading.Event()
 
 
+def reservation() -> Reservation:
+    return Reservation(MemoryBudget(2**20, 2**20, "test"), "peer")
+
+
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     """Answers with the body; below /big with more than a connection holds."""
-    body = await read_body(scope, receive, lambda _: None)
+    body = await read_body(scope, receive, reservation())
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
     if scope["path"] == "/big":
         try:
@@ -63,7 +67,7 @@ def answered(port: int, *pieces: bytes) -> bytes:
 
 
 def head(upgrade: str, framing: str) -> bytes:
-    return f"POST / HTTP/1.1\r\nHost: x\r\n{upgrade}{framing}\r\n\r\n".encode()
+    return f"POST / HTTP/1.1\r\nHost: localhost\r\n{upgrade}{framing}\r\n\r\n".encode()
 
 
 @pytest.mark.parametrize("upgrade", UPGRADES.values(), ids=UPGRADES)
@@ -93,7 +97,7 @@ def test_requests_after_a_declined_upgrade_are_answered(port: int) -> None:
 
 @pytest.mark.parametrize("request_line", [b"CONNECT x:1 HTTP/1.1", b"junk"])
 def test_what_is_no_request_is_a_400(port: int, request_line: bytes) -> None:
-    assert answered(port, request_line + b"\r\nhost: x\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+    assert answered(port, request_line + b"\r\nhost: localhost\r\n\r\n").startswith(b"HTTP/1.1 400 ")
 
 
 @pytest.mark.parametrize("sent", [b"", BODY[:-1], BODY + b"x"])
@@ -103,7 +107,7 @@ async def test_a_body_that_is_not_as_long_as_declared_is_an_error(sent: bytes) -
 
     scope = {"headers": [(b"content-length", b"%d" % len(BODY))]}
     with pytest.raises(ApiError, match=f"the body has {len(sent)} bytes, its Content-Length is {len(BODY)}") as caught:
-        await read_body(scope, receive, lambda _: None)
+        await read_body(scope, receive, reservation())
     assert caught.value.http_status == 400
 
 
@@ -112,7 +116,7 @@ async def test_a_client_that_leaves_within_its_body_is_not_answered() -> None:
         return {"type": "http.disconnect"}
 
     with pytest.raises(ClientDisconnect):
-        await read_body({"headers": []}, receive, lambda _: None)
+        await read_body({"headers": []}, receive, reservation())
 
 
 def test_a_client_that_reads_nothing_is_disconnected_after_send_s(port: int) -> None:
@@ -120,7 +124,7 @@ def test_a_client_that_reads_nothing_is_disconnected_after_send_s(port: int) -> 
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", port))
-        connection.sendall(b"POST /big HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")
+        connection.sendall(b"POST /big HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n")
         assert ended.wait(10)
 
 

@@ -1,8 +1,8 @@
 """Assembles the servers of `agl serve`: gateway and API on one port, the OTLP receivers on two more."""
 
 import asyncio
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
@@ -11,17 +11,18 @@ from starlette.types import ASGIApp
 
 from agl.collector import GrpcReceiver, HttpReceiver, Receiver
 from agl.config import CollectorConfig, GatewayConfig, TlsConfig, UpstreamConfig
-from agl.errors import AglError, ConfigError, QueueError
+from agl.errors import AglError, ConfigError
 from agl.gateway import Gateway
 from agl.secret_url import SecretUrl
 from agl.server.app_thread import GRACE_S, AppThread, base_url, listen
-from agl.server.auth import HEALTH, AuthMiddleware, BearerTokens, is_loopback
+from agl.server.auth import HEALTH, AllowedHosts, AuthMiddleware, BearerTokens, is_loopback
 from agl.store import Store
 from agl.store.http.routes import StoreApi
 
 if TYPE_CHECKING:
     from agl.queue import SpanQueue
 
+_COUNT_S: Final = 1.5
 _METRICS = """\
 # HELP span_queue_length Spans that are acknowledged and wait in the queue for the store.
 # TYPE span_queue_length gauge
@@ -36,7 +37,8 @@ class ServerThread(AppThread):
     it the engines are those of `gateway`; if there are none, calls are rejected. Port 0 is any free port; without
     `otlp_grpc_port` there is no gRPC receiver.
     With a `queue` the receivers append spans to it, for its writers to move to `store`, and `/metrics` reports its
-    length. With `tokens` every request except `/api/health` needs a token that has the right to it.
+    length. With `tokens` every request except `/api/health` needs a token that has the right to it. Every request must
+    name loopback, `host` or one of `allowed_hosts` as its host.
     Raises AglError naming a port in use; ConfigError if others reach `host` without token or engines are named twice.
     """
 
@@ -56,6 +58,7 @@ class ServerThread(AppThread):
         queue: "SpanQueue | None" = None,
         gateway: GatewayConfig | None = None,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        allowed_hosts: Collection[str] = (),
     ) -> None:
         super().__init__()
         if not tokens and not is_loopback(host):
@@ -63,16 +66,18 @@ class ServerThread(AppThread):
         receiver = Receiver(queue or store, collector, tokens)
         self._http = HttpReceiver(receiver)
         self._api = StoreApi(store, receiver.config)
-        self._grpc = GrpcReceiver(receiver) if otlp_grpc_port is not None else None
+        hosts = AllowedHosts(host, allowed_hosts)
+        self._grpc = GrpcReceiver(receiver, hosts) if otlp_grpc_port is not None else None
         try:
             config = self._with_engine(gateway or GatewayConfig(), upstream)
             self.gateway = Gateway(store, config, overrides=overrides)
             routes = [*self._api.routes(), _health_route(store, self.gateway, queue), _metrics_route(queue)]
             api = AuthMiddleware(self.gateway.app(routes), tokens or BearerTokens())
             send_s = config.timeouts.send_s
-            self.base_url = self.add(api, host=host, port=port, name="gateway", tls=config.tls, send_s=send_s)
+            shared: dict[str, Any] = {"host": host, "allowed_hosts": allowed_hosts}
+            self.base_url = self.add(api, port=port, name="gateway", tls=config.tls, send_s=send_s, **shared)
             tls = receiver.config.tls
-            self.otlp_url = self.add(self._http, host=host, port=otlp_http_port, name="OTLP/HTTP receiver", tls=tls)
+            self.otlp_url = self.add(self._http, port=otlp_http_port, name="OTLP/HTTP receiver", tls=tls, **shared)
             if self._grpc is not None and otlp_grpc_port is not None:
                 self.otlp_grpc_url = _bind(self._grpc, host, otlp_grpc_port, tls)
         except AglError:
@@ -112,8 +117,10 @@ def _bind(receiver: GrpcReceiver, host: str, port: int, tls: TlsConfig | None) -
 
 def _health_route(store: Store, gateway: Gateway, queue: "SpanQueue | None") -> Route:
     async def health(_: Request) -> JSONResponse:
-        spans, engines = await asyncio.gather(asyncio.to_thread(store.count_spans), gateway.engine_states())
-        queued = {"span_queue_length": await asyncio.to_thread(_queue_length, queue)} if queue else {}
+        spans, engines, length = await asyncio.gather(
+            _soon(store.count_spans), gateway.engine_states(), _soon(queue.length) if queue else _nothing()
+        )
+        queued = {"span_queue_length": length} if queue else {}
         return JSONResponse({"spans": spans, "engines": engines} | queued)
 
     return Route(HEALTH, health)
@@ -121,15 +128,21 @@ def _health_route(store: Store, gateway: Gateway, queue: "SpanQueue | None") -> 
 
 def _metrics_route(queue: "SpanQueue | None") -> Route:
     async def metrics(_: Request) -> PlainTextResponse:
-        length = await asyncio.to_thread(_queue_length, queue) if queue else 0
+        length = await _soon(queue.length) if queue else 0
         text = _METRICS.format(length="NaN" if length is None else length)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     return Route("/metrics", metrics)
 
 
-def _queue_length(queue: "SpanQueue") -> int | None:
+async def _soon(count: Callable[[], int]) -> int | None:
+    """The number, or None if the store or the queue fails, or has none after _COUNT_S."""
     try:
-        return queue.length()
-    except QueueError:
+        async with asyncio.timeout(_COUNT_S):
+            return await asyncio.to_thread(count)
+    except (AglError, TimeoutError):
         return None
+
+
+async def _nothing() -> None:
+    return None

@@ -13,6 +13,7 @@ from typing import Any
 
 from agl.cli.command import Parser, help_line
 from agl.cli.interrupt import INTERRUPTED
+from agl.cli.terminal import LineFormatter, escaped
 from agl.errors import AglError, CommandError
 
 __all__ = ["main"]
@@ -67,14 +68,16 @@ class _Help(argparse.HelpFormatter):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 1 (it found a problem), 2 (it could not run), 130 (Ctrl-C)."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    log = logging.StreamHandler()
+    log.setFormatter(LineFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[log])
     try:
         parsed = _parser(arguments).parse_args(arguments)
         code = parsed.run(parsed)
         sys.stdout.flush()
         return code
     except AglError as error:
-        print(f"agl: {error}", file=sys.stderr)
+        print(f"agl: {escaped(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         gc.freeze()  # The interpreter ends without a last search for garbage, which takes seconds once torch is loaded.

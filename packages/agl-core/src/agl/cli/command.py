@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import json
 import re
 import sys
 import textwrap
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from agl import otlp
+from agl.cli.terminal import json_text
 from agl.config import DEFAULT_STORE_URI
 from agl.errors import CommandError
 from agl.secret_url import SecretUrl
@@ -158,7 +158,7 @@ def parse_amount(text: str, pattern: str, units: dict[str, int], expected: str) 
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2))
+    print(json_text(value, indent=2))
 
 
 def _rows_of_group(group_id: str, store: Store) -> list[list[bytes]]:

@@ -1,7 +1,6 @@
 """`agl rollouts`: lists the rollouts of a store, newest first, and writes their calls as examples for SFT."""
 
 import argparse
-import json
 import re
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import Any, Final
 
 from agl.cli.command import add_command, add_json_option, add_store_option, existing_store, print_json, seconds
 from agl.cli.conversation import read_conversation
-from agl.cli.terminal import align, counted, printable
+from agl.cli.terminal import align, counted, json_text, printable
 from agl.errors import CommandError
 from agl.span import Span
 from agl.store import Store
@@ -138,11 +137,7 @@ def _matches(arguments: argparse.Namespace, listed: _Listed) -> bool:
 
 def _write_examples(arguments: argparse.Namespace, found: Sequence[_Listed]) -> int:
     left_out: Counter[str] = Counter()
-    lines = [
-        json.dumps(example, ensure_ascii=False)
-        for listed in found
-        for example in _examples(listed, arguments.role, left_out)
-    ]
+    lines = [json_text(example) for listed in found for example in _examples(listed, arguments.role, left_out)]
     reasons = "".join(f"; left out: {counted(number, 'call')} {reason}" for reason, number in left_out.items())
     if not lines:
         raise CommandError(f"{counted(len(found), 'rollout')} selected, none with a call to learn from{reasons}")

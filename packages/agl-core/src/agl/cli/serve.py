@@ -1,12 +1,13 @@
 """`agl serve`: runs collector, store and gateway in one process."""
 
 import argparse
+import ctypes
 import os
 import resource
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ ENGINES = "agl.engines"
 """Entry point group for engines: name to `(Config, Store) -> ContextManager[ASGI app]`."""
 
 _LOCAL = SecretUrl("local")
+_M_MMAP_THRESHOLD = -3
 
 
 def register(subparsers: Any) -> None:
@@ -86,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.model:
         config = _with_model(config, arguments.model)
     _raise_file_limit()
+    _return_memory()
     chosen = arguments.upstream or (_LOCAL if arguments.model else None)
     upstream = chosen or _configured_upstream(arguments, config)
     gateway = config.gateway.model_copy(update={"engines": []}) if chosen else config.gateway
@@ -106,6 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
             collector=config.collector,
             queue=queue,
             gateway=gateway,
+            allowed_hosts=config.server.allowed_hosts,
         ) as server,
     ):
         destination = f"{queue.uri} -> {store.uri}" if queue else store.uri
@@ -199,6 +203,15 @@ def _raise_file_limit() -> None:
     """Raise it to the maximum: each stream needs two connections, and the limit of shells is often 1,024 files."""
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
+
+
+def _return_memory() -> None:
+    """Have the C library return blocks of 128 KiB and more to the system once they are free; bodies are such blocks.
+
+    By default it raises this threshold with every larger block that it frees.
+    """
+    with suppress(OSError, AttributeError):  # Other C libraries than glibc.
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 * 2**10)
 
 
 def _wait_for_sigterm() -> None:

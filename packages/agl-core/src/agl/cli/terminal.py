@@ -1,7 +1,17 @@
 """Text for a terminal: aligned columns, durations, and no control characters."""
 
+import json
+import logging
+import re
 import unicodedata
 from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Final
+
+_CONTROLS: Final = re.compile(
+    r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
+)
+"""Characters, besides a line break, that move the cursor, change or reorder what is shown, or cannot be written."""
 
 
 def stack(rows: Sequence[Sequence[str]], width: int = 80) -> list[str]:
@@ -31,6 +41,29 @@ def printable(text: str, max_chars: int | None = None) -> str:
     """`text` on one line without control characters, cut to `max_chars` characters."""
     clean = "".join(char if char.isprintable() else " " for char in text)
     return clean if max_chars is None or len(clean) <= max_chars else clean[: max_chars - 1] + "…"
+
+
+def escaped(text: str) -> str:
+    """`text` with `\\u001b` and the like in place of control characters; line breaks stay."""
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON that a terminal can show."""
+    return escaped(json.dumps(value, ensure_ascii=False, indent=indent))
+
+
+class LineFormatter(logging.Formatter):
+    """One line for each record, without control characters; names in it may be chosen by others."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return escaped(super().formatMessage(record)).replace("\n", "\\n")
+
+    def formatException(
+        self,
+        ei: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None],
+    ) -> str:
+        return escaped(super().formatException(ei)).replace("\n", "\n  ")
 
 
 def duration(ns: int) -> str:

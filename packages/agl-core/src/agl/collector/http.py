@@ -3,18 +3,18 @@
 import asyncio
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from typing import Any, Final
 
 from google.protobuf import json_format
 from google.protobuf.message import Message
-from google.rpc.code_pb2 import DEADLINE_EXCEEDED, INVALID_ARGUMENT, NOT_FOUND
+from google.rpc.code_pb2 import INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from agl.collector.receiver import RETRY_AFTER_S, Parse, Receiver, RejectedRequest
 from agl.server.api_error import ApiError
-from agl.server.receiving import ENCODINGS, IDENTITY, Reservation, content_length, read_body
+from agl.server.receiving import ENCODINGS, IDENTITY, Reservation, peer_of, read_body
 from agl.store import span_row
 
 PROTOBUF: Final = "application/x-protobuf"
@@ -29,6 +29,9 @@ _OTHER_PATHS = ("/v1/metrics", "/v1/logs")
 _PARSERS: dict[str, Parse] = {PROTOBUF: span_row.parse, JSON: span_row.parse_json}
 _COMMITS_AT_ONCE = 16
 """Threads, each of which waits for the store; the store commits waiting requests together."""
+_QUEUE_S = 1.5
+"""Limit for the wait for a thread. With that for the store (3 s for Redis) it is less than the 5 to 10 s that senders
+wait for a response."""
 _HEADERS_OF_STATUS = {
     401: [(b"www-authenticate", b"Bearer")],
     405: [(b"allow", b"POST")],
@@ -65,20 +68,27 @@ class HttpReceiver:
 
     async def _handle(self, scope: Scope, headers: Headers, content_type: str, receive: Receive) -> Message:
         _check_route(scope)
-        with self._receiver.admit(headers.get(b"authorization"), content_length(scope) or 0) as reservation:
+        with self._receiver.admit(headers.get(b"authorization"), peer_of(scope)) as reservation:
             if scope["path"] in _OTHER_PATHS:
                 return ExportTraceServiceResponse()
             parse, encoding = _parser(content_type), _encoding(headers)
             body = await self._read_body(scope, receive, reservation)
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._pool, self._receiver.commit, body, encoding, parse, reservation)
+            return await self._commit(body, encoding, parse, reservation)
+
+    async def _commit(self, *request: Any) -> ExportTraceServiceResponse:
+        """`Receiver.commit` in a thread. A request that gets none in time may be repeated: its sender does not wait."""
+        future = self._pool.submit(self._receiver.commit, *request)
+        response = asyncio.wrap_future(future)
+        await asyncio.wait({response}, timeout=_QUEUE_S)
+        if future.cancel():
+            raise RejectedRequest(503, UNAVAILABLE, "earlier requests wait for the store; send the spans again")
+        return await response
 
     async def _read_body(self, scope: Scope, receive: Receive, reservation: Reservation) -> bytes:
         try:
-            return await read_body(scope, receive, lambda size: self._receiver.reserve(reservation, size))
+            return await read_body(scope, receive, reservation)
         except ApiError as error:
-            code = DEADLINE_EXCEEDED if error.http_status == 408 else INVALID_ARGUMENT
-            raise RejectedRequest(error.http_status, code, str(error)) from error
+            raise RejectedRequest.of(error) from error
 
 
 def _check_route(scope: Scope) -> None:

@@ -7,13 +7,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from google.rpc.code_pb2 import INVALID_ARGUMENT, UNAUTHENTICATED, UNAVAILABLE
+from google.rpc.code_pb2 import DEADLINE_EXCEEDED, INVALID_ARGUMENT, UNAUTHENTICATED, UNAVAILABLE
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
 from agl.config.collector import CollectorConfig
 from agl.errors import InputError, OtlpError, StoreError
+from agl.server.api_error import ApiError
 from agl.server.auth import BearerTokens
 from agl.server.receiving import MemoryBudget, Reservation, decode_body
 from agl.store.span_row import ParsedSpans, SpanRow
@@ -44,6 +45,11 @@ class RejectedRequest(Exception):
     def is_retryable(self) -> bool:
         return self.code == UNAVAILABLE
 
+    @classmethod
+    def of(cls, error: ApiError) -> "RejectedRequest":
+        code = {408: DEADLINE_EXCEEDED, 503: UNAVAILABLE}.get(error.http_status, INVALID_ARGUMENT)
+        return cls(error.http_status, code, str(error))
+
     def status(self) -> Status:
         """The google.rpc.Status of an OTLP error response, with RetryInfo if the request may be repeated."""
         status = Status(code=self.code, message=_as_protobuf_text(self.message))
@@ -72,25 +78,16 @@ class Receiver:
         self.config = config or CollectorConfig()
         self._sink = sink
         self._tokens = tokens or BearerTokens()
-        self._budget = MemoryBudget(self.config.max_pending_bytes)
+        self._budget = MemoryBudget(self.config.max_pending_bytes, self.config.max_body_bytes, "collector")
         self._parsing = threading.Lock()
 
-    def admit(self, authorization: bytes | None, size: int = 0) -> Reservation:
-        """Authorize a request and reserve memory for its body of `size` bytes (0: unknown). Raises RejectedRequest."""
+    def admit(self, authorization: bytes | None, peer: str) -> Reservation:
+        """Authorize a request of `peer`; returns the memory that its body will take. Raises RejectedRequest."""
         if not self._tokens.admit(authorization):
             raise RejectedRequest(
                 401, UNAUTHENTICATED, "a bearer token is needed: send the header `Authorization: Bearer ...`"
             )
-        reservation = Reservation(self._budget)
-        self.reserve(reservation, max(size, 1))
-        return reservation
-
-    def reserve(self, reservation: Reservation, size: int) -> None:
-        """Reserve memory for a body that has grown to `size` bytes. Raises RejectedRequest."""
-        if size > self.config.max_body_bytes:
-            raise _too_large(self.config.max_body_bytes)
-        if not reservation.grow_to(size):
-            raise _busy()
+        return Reservation(self._budget, peer)
 
     def commit(self, body: bytes, encoding: str, parse: Parse, reservation: Reservation) -> ExportTraceServiceResponse:
         """Commit the spans of a body with one of the content encodings ENCODINGS. Raises RejectedRequest.
@@ -104,6 +101,8 @@ class Receiver:
             if parsed.rejected and not parsed.rows:
                 raise OtlpError(parsed.reason)
             self._sink.append_rows(parsed.rows)
+        except ApiError as error:
+            raise RejectedRequest.of(error) from error
         except (OtlpError, InputError) as error:
             raise RejectedRequest(400, INVALID_ARGUMENT, str(error)) from error
         except StoreError as error:
@@ -113,15 +112,9 @@ class Receiver:
 
     def _decode(self, body: bytes, encoding: str, reservation: Reservation) -> bytes:
         """The plain body. Memory for each piece is reserved before the next one is decoded."""
-
-        def reserve(size: int) -> None:
-            if size > self.config.max_body_bytes:
-                raise _too_large(self.config.max_body_bytes)
-            if not reservation.grow_to(len(body) + size):
-                raise _busy()
-
+        reservation.grow_to(len(body))
         try:
-            return decode_body(body, encoding, reserve)
+            return decode_body(body, encoding, lambda size: reservation.grow_to(len(body) + size, size))
         except ValueError as error:
             raise OtlpError(str(error)) from error
 
@@ -137,11 +130,3 @@ def _response(parsed: ParsedSpans) -> ExportTraceServiceResponse:
 def _as_protobuf_text(message: str) -> str:
     """`message`, shortened and valid as UTF-8: it may quote unpaired surrogates that a JSON body escaped."""
     return message[:_MAX_MESSAGE_CHARS].encode(errors="replace").decode()
-
-
-def _too_large(limit: int) -> RejectedRequest:
-    return RejectedRequest(413, INVALID_ARGUMENT, f"the body is over {limit} bytes; send smaller batches")
-
-
-def _busy() -> RejectedRequest:
-    return RejectedRequest(503, UNAVAILABLE, "too many spans are on their way to the store; send them again")

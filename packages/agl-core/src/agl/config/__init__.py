@@ -16,6 +16,7 @@ from agl.config.loss import (
 )
 from agl.config.queue import Appendfsync, QueueConfig
 from agl.config.roles import AgentRoles, RoleConfig
+from agl.config.server import ServerConfig
 from agl.config.sft import SftConfig, SftTracesConfig, TracesConfig
 from agl.config.tls import TlsConfig
 from agl.config.train import SamplingConfig, TrainConfig
@@ -40,6 +41,7 @@ __all__ = [
     "RewardScale",
     "RoleConfig",
     "SamplingConfig",
+    "ServerConfig",
     "SftConfig",
     "SftTracesConfig",
     "TimeoutsConfig",

@@ -14,6 +14,7 @@ from agl.config.judge import JudgeConfig
 from agl.config.queue import QueueConfig
 from agl.config.roles import AgentRoles, RoleConfig
 from agl.config.section import Section
+from agl.config.server import ServerConfig
 from agl.config.sft import SftConfig, SftTracesConfig
 from agl.config.source import expand_variables, read_yaml
 from agl.config.tls import TlsConfig
@@ -36,6 +37,7 @@ class Config(Section):
     rewards: dict[str, float] = Field(default_factory=dict)
     """Weight of each reward dimension in the scalar reward."""
     agent_roles: AgentRoles = Field(default_factory=AgentRoles)
+    server: ServerConfig = Field(default_factory=ServerConfig)
     collector: CollectorConfig = Field(default_factory=CollectorConfig)
     queue: QueueConfig = Field(default_factory=QueueConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
@@ -119,6 +121,7 @@ def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
 
 _SECTIONS: dict[str, type[BaseModel]] = {
     "agent_roles": AgentRoles,
+    "server": ServerConfig,
     "collector": CollectorConfig,
     "tls": TlsConfig,
     "queue": QueueConfig,

@@ -70,8 +70,16 @@ class GatewayConfig(Section):
     timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
     max_body_bytes: Count = 32 * 2**20
     """Largest request body."""
+    max_pending_bytes: Count = 256 * 2**20
+    """Limit on the bodies of all calls that arrive or are under way; above it clients are asked to retry."""
     tls: TlsConfig | None = None
     """TLS of the gateway's port; the receivers have `collector.tls`."""
+
+    @model_validator(mode="after")
+    def _leaves_room(self) -> Self:
+        if self.max_pending_bytes < 2 * self.max_body_bytes:
+            raise ValueError("max_pending_bytes must be twice max_body_bytes: memory holds a body compressed and plain")
+        return self
 
     @model_validator(mode="after")
     def _names_its_engines_once(self) -> Self:

@@ -9,6 +9,7 @@ from starlette.routing import BaseRoute, Route
 
 from agl.gateway.dispatch import PauseGate, Routes
 from agl.server.api_error import ApiError
+from agl.server.receiving import MemoryBudget, Reservation, peer_of, read_body
 
 PREFIX: Final = "/api/gateway"
 
@@ -33,7 +34,8 @@ Body = TypeVar("Body", PauseBody, ModelBody)
 class Control:
     """`GET /api/gateway`, `POST /api/gateway/pause`, `POST .../resume`, `PUT .../models/{name}`."""
 
-    def __init__(self, gate: PauseGate, routes: Routes) -> None:
+    def __init__(self, gate: PauseGate, routes: Routes, budget: MemoryBudget) -> None:
+        self._budget = budget
         self._gate = gate
         self._routes = routes
 
@@ -50,7 +52,7 @@ class Control:
 
     async def _pause(self, request: Request) -> JSONResponse:
         """Responds when no call is active, or after `drain_s`; then `calls` is the number that is still active."""
-        await self._gate.pause((await _read(request, PauseBody)).drain_s)
+        await self._gate.pause((await self._read(request, PauseBody)).drain_s)
         return self._state()
 
     async def _resume(self, _: Request) -> JSONResponse:
@@ -58,7 +60,7 @@ class Control:
         return self._state()
 
     async def _set_model(self, request: Request) -> JSONResponse:
-        name, model = request.path_params["name"], (await _read(request, ModelBody)).model
+        name, model = request.path_params["name"], (await self._read(request, ModelBody)).model
         if model is None:
             self._routes.names.pop(name, None)
         else:
@@ -69,10 +71,10 @@ class Control:
         gate = self._gate
         return JSONResponse({"paused": gate.is_paused, "calls": gate.active_calls, "models": self._routes.names})
 
-
-async def _read(request: Request, kind: type[Body]) -> Body:
-    try:
-        return kind.model_validate_json(await request.body() or b"{}")
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise ApiError(422, "invalid", f"{request.url.path}: {problems}") from error
+    async def _read(self, request: Request, kind: type[Body]) -> Body:
+        try:
+            with Reservation(self._budget, peer_of(request.scope)) as reservation:
+                return kind.model_validate_json(await read_body(request.scope, request.receive, reservation) or b"{}")
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+            raise ApiError(422, "invalid", f"{request.url.path}: {problems}") from error

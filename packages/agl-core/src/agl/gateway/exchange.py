@@ -35,7 +35,17 @@ from agl.gateway.request import (
 )
 from agl.server.api_error import ApiError, error_in, error_text
 from agl.server.auth import project_of
-from agl.server.receiving import ENCODINGS, IDENTITY, decode_body, long_work, read_body, run_while_connected
+from agl.server.receiving import (
+    ENCODINGS,
+    IDENTITY,
+    MemoryBudget,
+    Reservation,
+    decode_body,
+    long_work,
+    peer_of,
+    read_body,
+    run_while_connected,
+)
 from agl.span import Span
 from agl.store.span_row import rows_of
 from agl.tokens.capture import Capture, Json, requested_choices
@@ -62,14 +72,16 @@ class GatewayParts:
     callers: CallerLookup
     routes: Routes
     dispatch: Dispatch
+    budget: MemoryBudget
+    """For the bodies of calls, until the calls end."""
     seeds: Seeds = field(default_factory=Seeds)
     conversations: Conversations = field(default_factory=Conversations)
     session: aiohttp.ClientSession = field(init=False)
     recorder: Recorder = field(init=False)
 
-    async def read_body(self, scope: Scope, receive: Receive) -> bytes:
+    async def read_body(self, scope: Scope, receive: Receive, reservation: Reservation) -> bytes:
         """The plain body of a request. Raises ApiError."""
-        body = await read_body(scope, receive, self._check_body_size)
+        body = await read_body(scope, receive, reservation)
         encoding = Headers(scope=scope).get("content-encoding", IDENTITY).strip().lower()
         if encoding == IDENTITY:
             return body
@@ -77,13 +89,11 @@ class GatewayParts:
             message = f"the request has the content encoding {encoding!r}, expected one of {', '.join(ENCODINGS)}"
             raise ApiError(415, "unknown_encoding", message)
         try:
-            return await asyncio.to_thread(decode_body, body, encoding, self._check_body_size)
+            return await asyncio.to_thread(
+                decode_body, body, encoding, lambda size: reservation.grow_to(len(body) + size, size)
+            )
         except ValueError as error:
             raise ApiError(400, "invalid_encoding", str(error)) from error
-
-    def _check_body_size(self, size: int) -> None:
-        if size > (limit := self.config.max_body_bytes):
-            raise ApiError(413, "too_large", f"the request is over {limit} bytes (gateway.max_body_bytes)")
 
 
 class CallEndpoint:
@@ -95,9 +105,10 @@ class CallEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = await self._parts.read_body(scope, receive)
-            exchange = await self._open(Request(scope, receive), body, send)
-            await run_while_connected(receive, exchange.run(scope, receive))
+            with Reservation(self._parts.budget, peer_of(scope)) as reservation:
+                body = await self._parts.read_body(scope, receive, reservation)
+                exchange = await self._open(Request(scope, receive), body, send)
+                await run_while_connected(receive, exchange.run(scope, receive))
         except ClientDisconnect:
             return
         except AglError as error:

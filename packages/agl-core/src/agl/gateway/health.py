@@ -14,7 +14,7 @@ from agl.gateway.engine import Engine, engine_failure, forwarded
 from agl.server.api_error import ApiError
 from agl.tokens.capture import Json
 
-_TIMEOUT_S: Final = 2
+_TIMEOUT_S: Final = 1.5
 _MODELS_TIMEOUT_S: Final = 30
 
 

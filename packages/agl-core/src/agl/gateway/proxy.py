@@ -27,7 +27,7 @@ from agl.gateway.record import CallRecord, Recorder
 from agl.gateway.request import Caller, CallerLookup, RolloutUrls, read_json, url_ids
 from agl.gateway.token_count import MessagesCount, ResponsesCount, TokenCount
 from agl.server.api_error import ApiError, unknown_route
-from agl.server.receiving import long_work
+from agl.server.receiving import MemoryBudget, Reservation, long_work, peer_of
 from agl.store import Store
 from agl.tokens.capture import Json
 
@@ -62,7 +62,8 @@ class Gateway:
         self._routes = Routes([Engine(engine) for engine in config.engines], config.models)
         self._gate = PauseGate()
         dispatch = Dispatch(self._routes, self._gate, config)
-        self._parts = GatewayParts(config, overrides or {}, CallerLookup(store), self._routes, dispatch)
+        budget = MemoryBudget(config.max_pending_bytes, config.max_body_bytes, "gateway")
+        self._parts = GatewayParts(config, overrides or {}, CallerLookup(store), self._routes, dispatch, budget)
 
     def app(self, more_routes: Sequence[BaseRoute] = ()) -> Starlette:
         """The ASGI app, with `more_routes` after its own."""
@@ -77,7 +78,7 @@ class Gateway:
         routes.append(Route(f"{_PREFIX}/embeddings", self._embeddings, methods=["POST"]))
         app = Starlette(
             middleware=[Middleware(RolloutUrls)],
-            routes=[*routes, *Control(self._gate, self._routes).routes(), *more_routes],
+            routes=[*routes, *Control(self._gate, self._routes, self._parts.budget).routes(), *more_routes],
             lifespan=self._lifespan,
             exception_handlers={HTTPException: unknown_route, AglError: _error_response},
         )
@@ -85,7 +86,7 @@ class Gateway:
         return app
 
     async def engine_states(self) -> list[Json]:
-        """For each engine its URL, whether it lists its models within two seconds, and its active and waiting calls."""
+        """For each engine its URL, whether it lists its models within 1.5 s, and its active and waiting calls."""
         return await self._health.states()
 
     async def _models(self, request: Request) -> Response:
@@ -97,8 +98,12 @@ class Gateway:
 
     async def _embeddings(self, request: Request) -> Response:
         """Passed on and not recorded: nothing is sampled."""
-        data = await self._parts.read_body(request.scope, request.receive)
-        _, body = await long_work(len(data), read_json, data)
+        with Reservation(self._parts.budget, peer_of(request.scope)) as reservation:
+            data = await self._parts.read_body(request.scope, request.receive, reservation)
+            _, body = await long_work(len(data), read_json, data)
+            return await self._embed(request, body)
+
+    async def _embed(self, request: Request, body: Json) -> Response:
         model = self._routes.resolve(str(body.get("model", "")))
         sent = body | {"model": model} if model else body
         caller = Caller(rollout_id=url_ids(request.scope).get("rollout_id"))

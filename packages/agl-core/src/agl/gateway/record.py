@@ -17,7 +17,7 @@ from agl.gateway.request import Caller
 from agl.server.api_error import ApiError, error_in
 from agl.span import AttributeValue, Span
 from agl.store import Store
-from agl.store.span_row import MAX_ID_LENGTH, SpanRow
+from agl.store.span_row import SpanRow
 from agl.tokens.capture import Capture, Choice, Json
 from agl.tokens.drift import Drifted
 
@@ -78,16 +78,13 @@ class CallRecord:
     def check(self) -> None:
         """Raises ApiError for a request that could not be recorded, before anything is sampled for it.
 
-        Ids may be too long for the store, numbers too large for a span, and text may not be Unicode.
+        Numbers may be too large for a span, and text may not be Unicode.
         """
         for name, value in self._attributes().items():
             if isinstance(value, int) and not -(2**63) <= value < 2**63:
                 raise _not_recordable(f"{name} is {value}, and a span holds 64 bits")
             if isinstance(value, str) and not value.isascii() and value.encode(errors="replace").decode() != value:
                 raise _not_recordable(f"{name} is not Unicode: {value!r}")
-        for name, value in self.caller.attributes().items():
-            if len(value) > MAX_ID_LENGTH:
-                raise _not_recordable(f"{name} has {len(value)} characters, expected at most {MAX_ID_LENGTH}")
 
     def add(self, part: Json, *, is_whole: bool) -> None:
         """Capture a whole response or the next chunk. Raises ApiError for an error of the engine in place of either."""

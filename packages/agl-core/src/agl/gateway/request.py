@@ -6,12 +6,13 @@ distribution. Those that the agent depends on, because they constrain the form o
 """
 
 import asyncio
+import hashlib
 import json
 import re
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, Self
+from typing import Any, Final, NoReturn, Self
 from urllib.parse import unquote
 
 from opentelemetry import trace
@@ -27,6 +28,7 @@ from agl.gateway.engine_kind import EngineKind
 from agl.seeds import derive
 from agl.server.api_error import ApiError
 from agl.store import Rollout, Store
+from agl.store.span_row import MAX_ID_LENGTH
 from agl.tokens.capture import Json, RequestedFields
 
 _ROLLOUT_URL: Final = re.compile("/rollout/([^/]+)/attempt/([^/]+)(/v1/.*)")
@@ -97,6 +99,13 @@ class Caller:
         group_id = self.group_id or rollout.group_id
         return replace(self, mode=self.mode or rollout.mode, group_id=group_id, seed=rollout.seed)
 
+    def check(self) -> None:
+        """Raises ApiError for an id that no store keeps."""
+        for name, value in self.attributes().items():
+            if len(value) > MAX_ID_LENGTH:
+                message = f"{name} has {len(value)} characters, expected at most {MAX_ID_LENGTH}"
+                raise ApiError(400, "not_recordable", message)
+
     def attributes(self) -> dict[str, str]:
         """Attributes of every span of the call."""
         named = {
@@ -136,21 +145,22 @@ class CallerLookup:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._known: OrderedDict[str, Rollout] = OrderedDict()
+        self._known: OrderedDict[bytes, Rollout] = OrderedDict()
 
     async def identify(self, request: Request) -> Caller:
         caller = Caller.read(request.headers, url_ids(request.scope))
+        caller.check()
         if caller.rollout_id is None or caller.mode == "prod":
             return caller.with_defaults(None)
         return caller.with_defaults(await self._rollout(caller.rollout_id))
 
     async def _rollout(self, rollout_id: str) -> Rollout | None:
-        if rollout_id in self._known:
-            self._known.move_to_end(rollout_id)
-            return self._known[rollout_id]
+        if (key := _digest(rollout_id)) in self._known:
+            self._known.move_to_end(key)
+            return self._known[key]
         rollout = await asyncio.to_thread(self._store.get_rollout, rollout_id)
         if rollout is not None:
-            self._known[rollout_id] = rollout
+            self._known[key] = replace(rollout, input=None, metadata={"seed": rollout.seed})
             if len(self._known) > _ROLLOUTS_REMEMBERED:
                 self._known.popitem(last=False)
         return rollout
@@ -160,7 +170,7 @@ class Seeds:
     """Sampling seeds for the calls of each attempt. A rollout that is run again gets the same seeds in order."""
 
     def __init__(self) -> None:
-        self._calls: OrderedDict[tuple[str, str], int] = OrderedDict()
+        self._calls: OrderedDict[bytes, int] = OrderedDict()
 
     def next(self, caller: Caller) -> int | None:
         """Seed of the attempt's next call, derived from the rollout's seed, the attempt and the index of the call.
@@ -170,7 +180,7 @@ class Seeds:
         if caller.rollout_id is None or (caller.seed is None and caller.mode != "train"):
             return None
         attempt = (caller.attempt_id or "").removeprefix(caller.rollout_id)
-        key = (caller.rollout_id, attempt)
+        key = _digest(f"{caller.rollout_id}\0{attempt}")
         index = self._calls.pop(key, 0)
         self._calls[key] = index + 1
         if len(self._calls) > _ATTEMPTS_REMEMBERED:
@@ -179,16 +189,32 @@ class Seeds:
         return derive(seed, "call", attempt, index)
 
 
+def _digest(name: str) -> bytes:
+    """A key of 16 bytes for a name that may be long."""
+    return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
 def read_json(body: bytes) -> tuple[str, Json]:
     """The body as text and as JSON object. Raises ApiError for anything else."""
     try:
         text = body.decode("utf-8-sig")
-        data = json.loads(text)
+        data = _JSON.decode(text)
+        if "\\u" in text:
+            json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ApiError(400, "invalid_json", f"the request body is not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise ApiError(400, "invalid_json", f"the request body is {type(data).__name__}, expected a JSON object")
+    if not isinstance(model := data.get("model"), str | None):
+        raise ApiError(400, "invalid_model", f"model is {type(model).__name__}, expected a string")
     return text, data
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+_JSON: Final = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def prepare(

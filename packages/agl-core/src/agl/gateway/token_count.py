@@ -15,7 +15,7 @@ from agl.gateway.exchange import GatewayParts
 from agl.gateway.request import read_json
 from agl.gateway.tokenizer import Tokenizer, TokenizerError
 from agl.server.api_error import ApiError
-from agl.server.receiving import long_work
+from agl.server.receiving import Reservation, long_work, peer_of
 from agl.tokens.capture import Json
 
 _TIMEOUT_S: Final = 30.0
@@ -42,7 +42,12 @@ class TokenCount:
 
     async def _count(self, request: Request) -> int:
         parts = self._parts
-        data = await parts.read_body(request.scope, request.receive)
+        with Reservation(parts.budget, peer_of(request.scope)) as reservation:
+            data = await parts.read_body(request.scope, request.receive, reservation)
+            return await self._count_body(request, data)
+
+    async def _count_body(self, request: Request, data: bytes) -> int:
+        parts = self._parts
         _, body = await long_work(len(data), read_json, data)
         model = parts.routes.resolve(str(body.get("model") or ""))
         chat = (await long_work(len(data), self.dialect, body, model)).request

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.cluster import RedisCluster
-from redis.exceptions import RedisClusterException, RedisError
+from redis.exceptions import ConnectionError, RedisClusterException, RedisError
 from redis.retry import Retry
 
 from agl.errors import QueueError
@@ -18,7 +18,8 @@ Client = Redis | RedisCluster
 
 BLOCK_MS: Final = 500
 """Limit for the time that a command may wait inside Redis."""
-_TIMEOUT_S: Final = 10.0
+_TIMEOUT_S: Final = 3.0
+"""Exporters wait for 10 s: later they would not receive the request to retry."""
 _SCHEMES: Final = ("redis", "rediss")
 
 
@@ -65,8 +66,9 @@ def _node_uris(uri: SecretUrl) -> list[SecretUrl]:
 
 
 def _connect_node(uri: SecretUrl, *, needs_cluster: bool) -> Client:
-    # One retry on a new connection, for a restart of Redis. The sender of the spans retries for longer.
-    options: dict[str, Any] = {"protocol": 2, "socket_timeout": _TIMEOUT_S, "retry": Retry(NoBackoff(), 1)}
+    # One retry on a new connection, for a restart of Redis; none if Redis stalls: the sender of the spans retries.
+    retry = Retry(NoBackoff(), 1, supported_errors=(ConnectionError,))
+    options: dict[str, Any] = {"protocol": 2, "socket_timeout": _TIMEOUT_S, "retry": retry}
     client = Redis.from_url(uri.secret, **options)
     if client.info("cluster")["cluster_enabled"]:
         client.close()

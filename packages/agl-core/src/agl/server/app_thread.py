@@ -4,6 +4,7 @@ import asyncio
 import logging
 import socket
 import threading
+from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Self
 
@@ -13,7 +14,8 @@ from starlette.types import ASGIApp
 
 from agl.config.tls import TlsConfig
 from agl.errors import AglError
-from agl.server.receiving import SEND_S, HttpProtocol
+from agl.server.auth import AllowedHosts, HostsMiddleware
+from agl.server.protocol import SEND_S, Connections, HttpProtocol, max_connections
 from agl.server.tls import uvicorn_options
 
 GRACE_S = 3
@@ -40,6 +42,7 @@ class AppThread:
     """
 
     def __init__(self) -> None:
+        self._connections = Connections(max_connections())
         self._servers: list[tuple[uvicorn.Server, socket.socket]] = []
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="agl-server", daemon=True)
@@ -53,19 +56,21 @@ class AppThread:
         name: str = "app",
         tls: TlsConfig | None = None,
         send_s: float = SEND_S,
+        allowed_hosts: Iterable[str] = (),
     ) -> str:
         """Bind `app` to `port` (0: any free port) and return its base URL, without a trailing slash.
 
+        Requests may name loopback, `host` and `allowed_hosts` as their host.
         The connection of a client that reads nothing for `send_s` seconds is closed. Raises AglError naming the port if
         it is in use or not permitted.
         """
         config = uvicorn.Config(
-            app,
+            HostsMiddleware(app, AllowedHosts(host, allowed_hosts)),
             log_config=None,
             log_level="warning",
             access_log=False,
             proxy_headers=False,
-            http=type("_HttpProtocol", (HttpProtocol,), {"send_s": send_s}),
+            http=type("_HttpProtocol", (HttpProtocol,), {"send_s": send_s, "peers": self._connections}),
             ws="none",
             timeout_keep_alive=_KEEPALIVE_S,
             timeout_graceful_shutdown=GRACE_S,

@@ -1,12 +1,15 @@
-"""Authentication by bearer token: what each token grants, and the check of every HTTP request."""
+"""Who may send requests: the names under which a server is addressed, and bearer tokens with what each grants."""
 
 import hmac
+import re
+import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -56,8 +59,8 @@ class BearerTokens:
     def read(cls, token: str | None, path: Path | None) -> "BearerTokens":
         """`token`, which grants everything, and the tokens in the file `path`, one per line: token, scopes, project.
 
-        Scopes are comma-separated: `agent`, `trainer`, `read`; a line without scopes grants everything. Raises
-        ConfigError if the token is empty or a line is invalid.
+        Scopes are comma-separated: `agent`, `trainer`, `read`; a line without scopes grants everything. What follows a
+        `#` at the start of a word is a comment. Raises ConfigError if the token is empty or a line is invalid.
         """
         if token is not None and not token.strip():
             raise ConfigError("the token is empty; pass the secret itself, or no token at all")
@@ -137,26 +140,82 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+class AllowedHosts:
+    """The names of a server that listens on `host`: those of loopback, `host` itself, and `more`.
+
+    A web page can make its own name resolve to 127.0.0.1 (DNS rebinding). Its requests then reach a server on loopback,
+    from the same origin for the browser. They still carry the page's name, which is refused here.
+
+    If `host` is all addresses of this machine, these are the machine's name and every numeric address, too: no page can
+    have an address for its name.
+    """
+
+    def __init__(self, host: str, more: Iterable[str] = ()) -> None:
+        self._is_any = host in ("0.0.0.0", "::")
+        names = [host, *more] + ([socket.gethostname(), socket.getfqdn()] if self._is_any else [])
+        self._names = {name.lower().rstrip(".") for name in names}
+
+    def check(self, authorities: list[str]) -> None:
+        """Raises ApiError unless `authorities`, the `Host` headers of a request, are one allowed name."""
+        if len(authorities) != 1 or not self._admits(authorities[0]):
+            got = ", ".join(map(repr, authorities)) or "no host"
+            raise ApiError(
+                421, "unknown_host", f"the request is for {got}; use 127.0.0.1, or add the name to server.allowed_hosts"
+            )
+
+    def _admits(self, authority: str) -> bool:
+        try:
+            host = (urlsplit(f"//{authority}").hostname or "").rstrip(".")
+        except ValueError:
+            return False
+        return host in self._names or is_loopback(host) or (self._is_any and _is_address(host))
+
+
+class HostsMiddleware:
+    """Passes a request on to `app` if it is for one of `hosts`."""
+
+    def __init__(self, app: ASGIApp, hosts: AllowedHosts) -> None:
+        self._app = app
+        self._hosts = hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                self._hosts.check([value.decode("latin-1") for name, value in scope["headers"] if name == b"host"])
+            except ApiError as error:
+                return await error.response()(scope, receive, send)
+        await self._app(scope, receive, send)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def _read_lines(path: Path) -> dict[str, Grant]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the tokens in {path}: {error}") from error
-    grants = dict(_read_line(path, number, line) for number, line in enumerate(lines, 1) if line.strip())
+    words = [re.split(r"(?<!\S)#", line)[0].split() for line in lines]
+    grants = dict(_read_line(f"{path}, line {number}", *line) for number, line in enumerate(words, 1) if line)
     if not grants:
         raise ConfigError(f"{path} holds no token; write one per line, or remove token_file from the configuration")
     return grants
 
 
-def _read_line(path: Path, number: int, line: str) -> tuple[str, Grant]:
-    token, *rest = line.split()  # An error must not show the token.
-    known = ", ".join(Right)
-    if len(rest) > 2:
-        raise ConfigError(
-            f"{path}, line {number}: expected token, scopes ({known}) and project, got {len(rest)} words after it"
-        )
+def _read_line(place: str, token: str, scopes: str = "", project: str | None = None, *more: str) -> tuple[str, Grant]:
+    # An error shows no word of the line: each may be a token.
     try:
-        rights = frozenset(map(Right, rest[0].split(","))) if rest else Grant().rights
-    except ValueError as error:
-        raise ConfigError(f"{path}, line {number}: the scopes are {rest[0]!r}, expected some of {known}") from error
-    return token, Grant(rights, rest[1] if len(rest) == 2 else None)
+        rights = frozenset(map(Right, scopes.split(","))) if scopes else Grant().rights
+    except ValueError:
+        rights = None
+    if more or rights is None:
+        raise ConfigError(
+            f"{place}: expected a token, then scopes (some of {', '.join(Right)}, with commas and no blanks), then a "
+            f"project; got {'more words' if more else 'other scopes'}"
+        )
+    return token, Grant(rights, project)

@@ -1,149 +1,81 @@
-"""Receiving a request: limits on its head, its body and the memory of all requests; content encodings; upgrades;
-clients that disconnect or do not read; and work on large bodies.
+"""Receiving the body of a request: limits on its time, its size and the memory of all requests; content encodings;
+clients that disconnect; and work on large bodies.
 """
 
 import asyncio
+import io
 import threading
 import zlib
-from collections.abc import Awaitable, Callable
-from typing import ClassVar, Final, ParamSpec, Protocol, Self, TypeVar
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Final, ParamSpec, Protocol, Self, TypeVar
 
-import httptools
 import zstandard
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from agl.server.api_error import ApiError
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-MAX_HEAD_BYTES: Final = 64 * 2**10
-SEND_S: Final = 60.0
 BODY_S: Final = 60.0
 """Limit for receiving a body."""
+_GRACE_S: Final = 10.0
+_LEAST_BYTES_PER_S: Final = 64 * 2**10
+"""Least rate of a body, after _GRACE_S."""
+_RETRY_AFTER_S: Final = 1
 IDENTITY: Final = "identity"
-_RESPONSE: Final = (
-    b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: text/plain\r\nconnection: close\r\n"
-    b"content-length: %d\r\n\r\n%b"
-)
-_MESSAGE: Final = b"the head of the request is over %d bytes" % MAX_HEAD_BYTES
-_OF_UPGRADES: Final = (b"upgrade", b"http2-settings", b"connection")
 _LONG_BYTES: Final = 2**18
 """JSON of this size is read in about 2 ms. For less, a thread costs more than it saves."""
 _ENCODED_BYTES: Final = 1024
 """Bytes that are decoded at once, so that the plain ones (32 MB at most) are counted before the next."""
 
 
-class HttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with what it lacks.
+async def read_body(scope: Scope, receive: Receive, reservation: "Reservation") -> bytes:
+    """The whole body of an HTTP request, for which memory is reserved as it arrives.
 
-    - It rejects a request head (request line and headers) of more than MAX_HEAD_BYTES before all of it is in memory.
-    - It declines an upgrade (`h2c`, `websocket`) by answering the request as HTTP/1.1, with its body (RFC 9110, 7.8).
-      httptools takes the bytes after such a head for another protocol.
-    - It closes the connection of a client that reads nothing for `send_s` seconds.
+    Raises ApiError for a body that is too large, slower than _LEAST_BYTES_PER_S, or not complete after BODY_S seconds,
+    for which there is no memory, or that does not have its Content-Length; ClientDisconnect when the client leaves
+    before the body is complete.
     """
-
-    send_s: ClassVar[float] = SEND_S
-    _head_bytes = 0
-    _in_head = False
-    _unread: asyncio.TimerHandle | None = None
-
-    def data_received(self, data: bytes) -> None:
-        self._unset_keepalive_if_required()
-        try:
-            self._parse(data)
-        except httptools.HttpParserError:
-            return self.send_400_response("Invalid HTTP request received.")
-        if self._in_head and not self.transport.is_closing():
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self._reject()
-
-    def _parse(self, data: bytes) -> None:
-        while data:
-            try:
-                return self.parser.feed_data(data)
-            except httptools.HttpParserUpgrade as upgrade:
-                data = self._without_upgrade() + data[upgrade.args[0] :]
-            self.parser = httptools.HttpRequestParser(self)
-
-    def _without_upgrade(self) -> bytes:
-        """The head of the request that the parser has read, without the upgrade that it asks for."""
-        if (method := self.parser.get_method()) == b"CONNECT":
-            raise httptools.HttpParserError("CONNECT")
-        kept = [b"%b: %b\r\n" % header for header in self.headers if header[0] not in _OF_UPGRADES]
-        closes = b"" if self.parser.should_keep_alive() else b"connection: close\r\n"
-        return b"%b %b HTTP/1.1\r\n%b%b\r\n" % (method, self.url, b"".join(kept), closes)
-
-    def on_message_begin(self) -> None:
-        self._in_head, self._head_bytes = True, 0
-        super().on_message_begin()
-
-    def on_headers_complete(self) -> None:
-        self._in_head = False
-        self._head_bytes = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-        if self._head_bytes > MAX_HEAD_BYTES:
-            raise ValueError  # The parser stops, and `send_400_response` is called.
-        if not self.parser.should_upgrade():
-            super().on_headers_complete()
-
-    def on_message_complete(self) -> None:
-        if not self.parser.should_upgrade():
-            super().on_message_complete()
-
-    def send_400_response(self, msg: str) -> None:
-        if self._head_bytes > MAX_HEAD_BYTES:
-            self._reject()
-        else:
-            super().send_400_response(msg)
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._unread = self.loop.call_later(self.send_s, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        self._read()
-        super().resume_writing()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._read()
-        super().connection_lost(exc)
-
-    def _read(self) -> None:
-        if self._unread is not None:
-            self._unread.cancel()
-
-    def _reject(self) -> None:
-        self.transport.write(_RESPONSE % (len(_MESSAGE), _MESSAGE))
-        self.transport.close()
-
-
-async def read_body(scope: Scope, receive: Receive, check_size: Callable[[int], None]) -> bytes:
-    """The whole body of an HTTP request.
-
-    `check_size` gets the number of bytes received so far after each piece; what it raises ends the reading. Raises
-    ApiError for a body that is not complete after BODY_S seconds, or does not have its Content-Length; ClientDisconnect
-    when the client leaves before the body is complete.
-    """
-    pieces: list[bytes] = []
-    size, more, declared = 0, True, content_length(scope)
+    declared = content_length(scope)
+    reservation.check_size(declared or 0)
+    loop, body, more = asyncio.get_running_loop(), io.BytesIO(), True
+    begin = loop.time()
     try:
-        async with asyncio.timeout(BODY_S):
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect
-                piece, more = message.get("body", b""), message.get("more_body", False)
-                size += len(piece)
-                check_size(size)
-                pieces.append(piece)
+        async with asyncio.timeout_at(begin + _GRACE_S) as limit:
+            with reservation.arriving(lambda: loop.call_soon_threadsafe(_end_now, limit)):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientDisconnect
+                    more = message.get("more_body", False)
+                    reservation.grow_to(body.tell() + len(message.get("body", b"")))
+                    body.write(message.get("body", b""))
+                    if not reservation.is_revoked:
+                        limit.reschedule(begin + min(_GRACE_S + body.tell() / _LEAST_BYTES_PER_S, BODY_S))
     except TimeoutError as error:
-        raise ApiError(408, "slow_body", f"the body was not complete after {BODY_S:g} s") from error
-    if declared is not None and size != declared:
-        raise ApiError(400, "incomplete_body", f"the body has {size} bytes, its Content-Length is {declared}")
-    return b"".join(pieces)
+        if not reservation.is_revoked:
+            message = f"{body.tell()} bytes of the body came in {loop.time() - begin:.0f} s; send faster"
+            raise ApiError(408, "slow_body", message) from error
+    if reservation.is_revoked:
+        raise _busy()
+    if declared is not None and body.tell() != declared:
+        raise ApiError(400, "incomplete_body", f"the body has {body.tell()} bytes, its Content-Length is {declared}")
+    return body.getvalue()
+
+
+def _end_now(limit: asyncio.Timeout) -> None:
+    with suppress(RuntimeError):  # The body is complete.
+        limit.reschedule(0)
+
+
+def peer_of(scope: Scope) -> str:
+    """Address of the client; empty if it is unknown."""
+    client = scope.get("client")
+    return client[0] if client else ""
 
 
 def content_length(scope: Scope) -> int | None:
@@ -200,44 +132,91 @@ def decode_body(body: bytes, encoding: str, check_size: Callable[[int], None]) -
 
 
 class MemoryBudget:
-    """Limits the bytes that all requests of a server hold in memory while their spans are not committed yet."""
+    """Limits the bytes that the bodies of all requests take, from their arrival until the requests are done.
 
-    def __init__(self, limit: int) -> None:
+    If there is no room, a body that still arrives gives way to a smaller one: the largest, of the peer that has most.
+    """
+
+    def __init__(self, limit: int, max_body_bytes: int, section: str) -> None:
+        self.max_body_bytes = max_body_bytes
+        self.section = section
         self._limit = limit
         self._reserved = 0
+        self._arriving: dict[Reservation, Callable[[], object]] = {}
+        """Each with what ends it."""
         self._lock = threading.Lock()
 
-    def add(self, size: int) -> bool:
-        """Reserve `size` more bytes; a negative size releases. False, without any effect, if the limit is exceeded."""
+    def resize(self, reservation: "Reservation", size: int) -> bool:
+        """Change the size of `reservation`; False, without any effect, if there is no room."""
         with self._lock:
-            if size > 0 and self._reserved + size > self._limit:
-                return False
-            self._reserved += size
+            while size > reservation.size and self._reserved - reservation.size + size > self._limit:
+                if not self._revoke_larger(reservation, size):
+                    return False
+            self._reserved += size - reservation.size
+            reservation.size = size
             return True
+
+    def set_arriving(self, reservation: "Reservation", revoke: Callable[[], object] | None) -> None:
+        with self._lock:
+            if revoke is None:
+                self._arriving.pop(reservation, None)
+            else:
+                self._arriving[reservation] = revoke
+
+    def _revoke_larger(self, other: "Reservation", size: int) -> bool:
+        """Revoke the largest reservation that arrives, if it is larger than `other` with `size` bytes."""
+        sums = Counter({other.peer: size - other.size})
+        for one in self._arriving:
+            sums[one.peer] += one.size
+        largest = max(self._arriving, key=lambda one: (sums[one.peer], one.size), default=other)
+        if largest is other or (sums[largest.peer], largest.size) <= (sums[other.peer], size):
+            return False
+        self._arriving.pop(largest)()
+        self._reserved -= largest.size
+        largest.size, largest.is_revoked = 0, True
+        return True
 
 
 class Reservation:
-    """The bytes of one request; the context manager releases them on exit."""
+    """The bytes of one request of `peer`; the context manager releases them on exit."""
 
-    def __init__(self, budget: MemoryBudget) -> None:
+    def __init__(self, budget: MemoryBudget, peer: str) -> None:
         self._budget = budget
-        self._size = 0
+        self.peer = peer
+        self.size = 0
+        self.is_revoked = False
 
-    def grow_to(self, size: int) -> bool:
-        """Reserve at least `size` bytes in total; False if the budget has no room for them now."""
-        if size <= self._size:
-            return True
-        if not self._budget.add(size - self._size):
-            return False
-        self._size = size
-        return True
+    def check_size(self, size: int) -> None:
+        """Raises ApiError if a body of `size` bytes is too large."""
+        if size > (limit := self._budget.max_body_bytes):
+            setting = f"{self._budget.section}.max_body_bytes"
+            raise ApiError(413, "too_large", f"the body is over {limit} bytes ({setting}); send less at once")
+
+    def grow_to(self, size: int, body_size: int | None = None) -> None:
+        """Reserve at least `size` bytes in total, for a body of `body_size` (default: `size`). Raises ApiError."""
+        self.check_size(size if body_size is None else body_size)
+        if self.is_revoked or (size > self.size and not self._budget.resize(self, size)):
+            raise _busy()
+
+    @contextmanager
+    def arriving(self, revoke: Callable[[], object]) -> Iterator[None]:
+        """While the body arrives; `revoke` is called, in any thread, if it has to give way to another one."""
+        self._budget.set_arriving(self, revoke)
+        try:
+            yield
+        finally:
+            self._budget.set_arriving(self, None)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._budget.add(-self._size)
-        self._size = 0
+        self._budget.resize(self, 0)
+
+
+def _busy() -> ApiError:
+    message = "the server has no memory for this body until other requests are done; send it again"
+    return ApiError(503, "unavailable", message, retry_after_s=_RETRY_AFTER_S)
 
 
 async def run_while_connected(receive: Receive, work: Awaitable[None]) -> None:

@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Route
 from agl.config.collector import CollectorConfig
 from agl.errors import AglError, StoreError
 from agl.server.api_error import ApiError
-from agl.server.receiving import MemoryBudget, Reservation, read_body
+from agl.server.receiving import MemoryBudget, Reservation, peer_of, read_body
 from agl.store.http.openapi import document
 from agl.store.http.verb import ERRORS, INVALID, JSON, MAX_WAIT_S, PREFIX, PROTOBUF, UNAVAILABLE, VERBS, Verb
 from agl.store.protocol import Store
@@ -35,8 +35,8 @@ class StoreApi:
 
     def __init__(self, store: Store, config: CollectorConfig | None = None) -> None:
         self._store = store
-        self._config = config or CollectorConfig()
-        self._budget = MemoryBudget(self._config.max_pending_bytes)
+        config = config or CollectorConfig()
+        self._budget = MemoryBudget(config.max_pending_bytes, config.max_body_bytes, "collector")
         self._pool = ThreadPoolExecutor(_VERB_THREADS, "agl-api")
         self._wait_pool = ThreadPoolExecutor(_WAIT_THREADS, "agl-api-wait")
 
@@ -52,7 +52,7 @@ class StoreApi:
     def _endpoint(self, verb: Verb) -> Any:
         async def respond(request: Request) -> Response:
             try:
-                with Reservation(self._budget) as reservation:
+                with Reservation(self._budget, peer_of(request.scope)) as reservation:
                     return await self._respond(verb, request, reservation)
             except ClientDisconnect:
                 return Response(status_code=400)  # Nobody reads it.
@@ -74,14 +74,7 @@ class StoreApi:
         # Also protects against web pages: a browser sends these types to another origin only after a preflight request.
         if content_type != verb.content_type:
             raise ApiError(415, "unknown_content_type", f"{verb.path} takes {verb.content_type}, got {content_type!r}")
-        return await read_body(request.scope, request.receive, lambda size: self._reserve(reservation, size))
-
-    def _reserve(self, reservation: Reservation, size: int) -> None:
-        limit = self._config.max_body_bytes
-        if size > limit:
-            raise ApiError(413, "too_large", f"the body is over {limit} bytes; send less at once")
-        if not reservation.grow_to(size):
-            raise _unavailable("the server has no memory for this body until other requests are committed; retry later")
+        return await read_body(request.scope, request.receive, reservation)
 
     def _perform(self, verb: Verb, sent: bytes | Mapping[str, str]) -> bytes:
         return verb.write_result(self._call(verb, _read_arguments(verb, sent)))
