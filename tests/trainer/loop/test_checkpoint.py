@@ -167,6 +167,11 @@ def damage_sums(folder: Path) -> None:
     (folder / "SHA256SUMS").write_text("")
 
 
+def damage_link(folder: Path) -> None:
+    (folder / "SHA256SUMS").unlink()
+    (folder / "SHA256SUMS").symlink_to("SHA256SUMS")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -175,6 +180,7 @@ def damage_sums(folder: Path) -> None:
         (damage_adapter, "adapters/writer/adapter_model.safetensors is missing"),
         (damage_sums, "state.json is missing or not listed in SHA256SUMS"),
         (lambda folder: (folder / "SHA256SUMS").unlink(), "SHA256SUMS: No such file"),
+        (damage_link, "SHA256SUMS: Too many levels"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(

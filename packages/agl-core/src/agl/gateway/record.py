@@ -64,6 +64,8 @@ class CallRecord:
     retries: list[str] = field(default_factory=list)
     """Reason of failure of each attempt except the last."""
     start_ns: int = field(default_factory=time.time_ns)
+    _begun_ns: int = field(default_factory=time.monotonic_ns)
+    """`start_ns` by a clock that nobody sets."""
     first_token_ns: int | None = None
     """Time from `start_ns` to the first token, in nanoseconds."""
     http_status: int | None = None
@@ -92,7 +94,10 @@ class CallRecord:
             raise error
         self.capture.add_whole(part) if is_whole else self.capture.add(part)
         if self.first_token_ns is None and self.capture.has_tokens:
-            self.first_token_ns = time.time_ns() - self.start_ns
+            self.first_token_ns = self._elapsed_ns()
+
+    def _elapsed_ns(self) -> int:
+        return time.monotonic_ns() - self._begun_ns
 
     def fail(self, error_type: str, message: str) -> None:
         self.error_type, self.error_message = error_type, message
@@ -126,7 +131,7 @@ class CallRecord:
             parent_id=self.caller.parent_id,
             name=semconv.SPAN_GATEWAY_CALL,
             start_ns=self.start_ns,
-            end_ns=time.time_ns(),
+            end_ns=self.start_ns + self._elapsed_ns(),
             attributes=attributes,
             status="error" if self.error_type else "ok",
             status_message=self.error_message,

@@ -11,6 +11,7 @@ A folder is written under a hidden name, synced to disk, then renamed, so a proc
 complete checkpoint intact. Nothing is pickled.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -45,8 +46,8 @@ logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d+)(\.old)?")
 _SUMS = "SHA256SUMS"
-_DAMAGE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-"""Errors of a file that is missing; with others, e.g. missing rights, the checkpoint may be intact."""
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.EBADMSG)
+"""Errors of a file that is missing, or that the disk lost; with others, e.g. missing rights, it may be intact."""
 
 
 class _UnreadableError(TrainingError):
@@ -172,7 +173,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except TypeError as error:
         raise TrainingError(f"checkpoint {path}: another version of agl wrote it ({error})") from error
     except OSError as error:
-        kind = TrainingError if isinstance(error, _DAMAGE) else _UnreadableError
+        kind = TrainingError if error.errno in _DAMAGE else _UnreadableError
         raise kind(f"checkpoint {path}: cannot read {error.filename}: {error.strerror}") from error
 
 

@@ -22,6 +22,7 @@ from cassandra.util import unix_time_from_uuid1
 from agl.errors import InputError, StoreError
 from agl.store.cassandra.address import Address
 from agl.store.cassandra.schema import migrate
+from agl.store.clock import Clock
 
 Result = TypeVar("Result")
 Record = tuple[Any, ...]
@@ -69,7 +70,7 @@ class Keyspace:
 
     def now_ns(self) -> int:
         """Unix time by the clock of a node: the clocks of its clients may differ."""
-        return time.time_ns() + self._clock_offset_ns
+        return self._clock.now_ns()
 
     def read(self, query: str, *values: Any) -> list[Record]:
         return self.run([(query, values)])[0]
@@ -127,7 +128,7 @@ class Keyspace:
         self._persist(lambda: migrate(self._cluster, session, self._address))
         session.set_keyspace(self._address.keyspace)
         (now,) = session.execute("SELECT now() FROM system.local").one()
-        self._clock_offset_ns = int(unix_time_from_uuid1(now) * 1e9) - time.time_ns()
+        self._clock = Clock(self.name, int(unix_time_from_uuid1(now) * 1e9))
         return session
 
     def _prepare(self, query: str) -> PreparedStatement:

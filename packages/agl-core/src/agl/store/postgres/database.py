@@ -1,7 +1,6 @@
 """A PostgreSQL database: a pool of connections, schema migration, and errors without the password."""
 
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -13,6 +12,7 @@ from psycopg_pool import ConnectionPool
 
 from agl.errors import InputError, StoreError
 from agl.secret_url import SecretUrl
+from agl.store.clock import Clock
 from agl.store.migration import Migrations, pending_statements
 from agl.store.sql.database import Rows
 
@@ -109,7 +109,7 @@ class PostgresDatabase:
             db = PostgresConnection(connection)
             with connection.transaction():
                 self._migrate(db, migrations)
-            self._clock_offset_ns = _one(db, _CLOCK_NS)[0] - time.time_ns()
+            self._clock = Clock(self.name, _one(db, _CLOCK_NS)[0])
         self._pool = ConnectionPool(
             uri.secret,
             min_size=1,
@@ -125,7 +125,7 @@ class PostgresDatabase:
 
     def now_ns(self) -> int:
         """Unix time by the clock of the server: the clocks of its clients may differ."""
-        return time.time_ns() + self._clock_offset_ns
+        return self._clock.now_ns()
 
     def write(self, work: Work[Result]) -> Result:
         """Run `work` in a transaction; returns its result once the commit is on disk.

@@ -4,7 +4,6 @@ import os
 import queue
 import sqlite3
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from agl.errors import DamageError, InputError, StoreError
+from agl.store.clock import Clock
 from agl.store.migration import Migrations, pending_statements
 from agl.store.sql.database import Connection, Rows
 
@@ -90,6 +90,7 @@ class SqliteDatabase:
     ) -> None:
         self.path = path
         self._functions = functions or {}
+        self.clock = Clock(path)
         self._readers: deque[SqliteConnection] = deque()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closing = threading.Lock()
@@ -103,7 +104,7 @@ class SqliteDatabase:
         return self.path != IN_MEMORY and is_read_only(self.path)
 
     def now_ns(self) -> int:
-        return time.time_ns()
+        return self.clock.now_ns()
 
     def write(self, work: Work[Result]) -> Result:
         """Run `work` in the writer's next transaction; returns its result once the commit is on disk.

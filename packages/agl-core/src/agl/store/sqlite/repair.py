@@ -34,6 +34,7 @@ _OTHER_TABLES: Final = {
     "resources": "name, version",
     "leases": "name, version, holder",
     "metrics": "run, name, step",
+    "clock": "boot_id",
 }
 """Table to its primary key."""
 _INDEX_ASKS: Final = "INSERT INTO new_asks SELECT asked, start_ns, trace_id, span_id FROM spans WHERE asked IS NOT NULL"

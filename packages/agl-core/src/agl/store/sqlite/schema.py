@@ -145,7 +145,10 @@ _CHECKSUMS = (
     "INSERT INTO new_asks SELECT asked, start_ns, trace_id, span_id FROM spans WHERE asked IS NOT NULL",
 )
 
-MIGRATIONS: Final[Migrations] = (_FIRST, _JOIN_BY_ANSWER, (*_LEAN_SPANS, *_LIMITS_AND_LEASES), _CHECKSUMS)
+# `Clock.offset_ns` of the machine's current run: all processes that have the file open share one clock.
+_CLOCK = ("CREATE TABLE clock (boot_id TEXT PRIMARY KEY, offset_ns INTEGER NOT NULL) WITHOUT ROWID",)
+
+MIGRATIONS: Final[Migrations] = (_FIRST, _JOIN_BY_ANSWER, (*_LEAN_SPANS, *_LIMITS_AND_LEASES), (*_CHECKSUMS, *_CLOCK))
 
 
 @lru_cache(maxsize=1)

@@ -1,15 +1,16 @@
 """The store in a SQLite file."""
 
-import time
 from collections.abc import Sequence
 
+from agl.errors import StoreError
+from agl.store.clock import boot_id
 from agl.store.end_notifier import EndNotifier
 from agl.store.span_row import SpanRow, attempt_ids
 from agl.store.sql.database import Connection
 from agl.store.sql.rollouts import heartbeat_known
 from agl.store.sql.store import SqlStore
 from agl.store.sqlite import spans
-from agl.store.sqlite.database import SqliteDatabase
+from agl.store.sqlite.database import IN_MEMORY, SqliteDatabase
 from agl.store.sqlite.retention import SqliteRetention
 from agl.store.sqlite.schema import FUNCTIONS, MIGRATIONS
 
@@ -25,9 +26,25 @@ class SqliteStore(SqlStore[SqliteDatabase]):
 
     def __init__(self, path: str, *, uri: str) -> None:
         super().__init__(uri, SqliteDatabase(path, MIGRATIONS, FUNCTIONS), EndNotifier())
+        self._set_clock()
+
+    def _set_clock(self) -> None:
+        """Take the clock of the processes that had the file open before, or give it ours.
+
+        Only of the same run of this machine: the time since its start begins anew with each.
+        """
+        clock, boot = self._database.clock, boot_id()
+        if boot is None or self._database.path == IN_MEMORY:
+            return
+        if (offset_ns := self._database.read(lambda db: _clock_offset(db, boot))) is None:
+            try:
+                offset_ns = self._database.write(lambda db: _set_clock_offset(db, boot, clock.offset_ns))
+            except StoreError:  # The file is read-only or the disk full: nobody leases there.
+                return
+        clock.offset_ns = offset_ns
 
     def append_rows(self, rows: Sequence[SpanRow]) -> int:
-        now_ns = time.time_ns()
+        now_ns = self._database.now_ns()
         batch, attempts = spans.Batch.of(rows, now_ns), attempt_ids(rows)
 
         def append(db: Connection) -> int:
@@ -45,3 +62,17 @@ class SqliteStore(SqlStore[SqliteDatabase]):
             # Query in the transaction of the last step: other threads may append new asks all the time.
             found = self._database.write(lambda db: None if spans.index_new_asks(db) else spans.query(db, rollout_id))
         return found
+
+
+def _clock_offset(db: Connection, boot: str) -> int | None:
+    row = db.execute("SELECT offset_ns FROM clock WHERE boot_id = ?", (boot,)).fetchone()
+    return row and row[0]
+
+
+def _set_clock_offset(db: Connection, boot: str, offset_ns: int) -> int:
+    """Returns the offset of the process that was first."""
+    db.execute("DELETE FROM clock WHERE boot_id <> ?", (boot,))
+    return db.execute(
+        "INSERT INTO clock VALUES (?, ?) ON CONFLICT (boot_id) DO UPDATE SET offset_ns = offset_ns RETURNING offset_ns",
+        (boot, offset_ns),
+    ).fetchone()[0]
