@@ -303,15 +303,30 @@ def test_content_may_be_a_list_of_parts(setup: Setup, api: str, stream: bool, me
     assert [part["content"] for part in recorded_message["parts"]] == ["hm", "hi"]
 
 
+@pytest.mark.parametrize(
+    ("made", "arguments"),
+    [
+        ([{"id": "c", "index": 0, "function": {"name": "f", "arguments": {"x": 1}}}], '{"x": 1}'),  # llama.cpp
+        ({"id": "c", "index": 0, "function": {"name": "f", "arguments": '{"x": 1}'}}, '{"x": 1}'),  # TGI
+        ([{"id": "c", "index": 0, "type": "custom", "custom": {"name": "f", "input": "hello"}}], "hello"),  # OpenAI
+    ],
+)
 @pytest.mark.parametrize("stream", [False, True])
-def test_arguments_may_be_an_object_and_one_call_may_stand_without_a_list(setup: Setup, stream: bool) -> None:
-    """TGI and llama.cpp."""
-    made: Any = {"id": "c", "index": 0, "function": {"name": "f", "arguments": {"x": 1}}}
-    play(setup, answering({"message": {"content": None, "tool_calls": made if stream else [made]}}))
+def test_tool_calls_of_different_engines_are_read(setup: Setup, stream: bool, made: Any, arguments: str) -> None:
+    """Arguments as an object, one call without a list, and a custom tool."""
+    play(setup, answering({"message": {"content": None, "tool_calls": made}}))
     answer = post(setup, "messages", stream=stream)
-    assert answer.status_code == 200 and "tool_use" in answer.text
+    assert answer.status_code == 200 and '"tool_use"' in answer.text
     (message,) = json.loads(setup.store.appended[0].text(semconv.GEN_AI_OUTPUT_MESSAGES) or "")
-    assert message["parts"] == [{"type": "tool_call", "id": "c", "name": "f", "arguments": '{"x": 1}'}]
+    assert message["parts"] == [{"type": "tool_call", "id": "c", "name": "f", "arguments": arguments}]
+
+
+@pytest.mark.parametrize("details", [{"cached_tokens": 2}, [1], None])
+def test_cached_tokens_are_passed_on_if_the_engine_states_them(setup: Setup, details: Any) -> None:
+    usage = {"prompt_tokens": 3, "completion_tokens": 2, "prompt_tokens_details": details}
+    play(setup, answering({}, usage=usage))
+    found = post(setup, "responses").json()["usage"]["input_tokens_details"]
+    assert found == {"cached_tokens": 2 if isinstance(details, dict) else 0}
 
 
 @pytest.mark.parametrize("form", ["\ufeff{}{}", "{}: ping\n\n{}", "{}data:\n\n{}", "{}{}", "crlf"])

@@ -75,10 +75,10 @@ class CapturedToolCall:
         return bool(self.pieces) and self.pieces[-1].rstrip().endswith("}") and _is_json(self.arguments)
 
     def add(self, part: Json) -> None:
-        function = part.get("function") or {}
+        function = _called(part)
         self.id = _text(part.get("id")) or self.id
         self.name = _text(function.get("name")) or self.name
-        arguments = function.get("arguments")
+        arguments = function.get("arguments") or function.get("input")
         if isinstance(arguments, dict):  # TGI, llama.cpp
             arguments = json.dumps(arguments)
         if text := _text(arguments):
@@ -86,7 +86,7 @@ class CapturedToolCall:
 
     def is_continued_by(self, part: Json) -> bool:
         """Whether the delta `part`, which has this call's index, belongs to it. A new id or name starts a call."""
-        call_id, name = part.get("id"), (part.get("function") or {}).get("name")
+        call_id, name = part.get("id"), _called(part).get("name")
         if call_id and self.id:
             return call_id == self.id
         return not name or (name == self.name and not self.is_complete)
@@ -343,6 +343,11 @@ def read_texts(message: Json) -> tuple[str, str]:
     else:
         text = _text(content) or _text(message.get("refusal"))
     return text, _text(message.get("reasoning_content")) or _text(message.get("reasoning")) or thoughts
+
+
+def _called(call: Json) -> Json:
+    """Name and arguments of a call, or of OpenAI's custom tool its name and input."""
+    return call.get("function") or call.get("custom") or {}
 
 
 def _logprobs(logprobs: Json) -> list[Any]:

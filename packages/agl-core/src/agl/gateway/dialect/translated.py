@@ -129,7 +129,8 @@ class Translated(Dialect):
 
     def token_detail(self, details: str, name: str) -> int:
         """A part of the engine's usage; 0 if it states none."""
-        return (self.capture.usage.get(details) or {}).get(name) or 0
+        stated = self.capture.usage.get(details)
+        return stated.get(name) or 0 if isinstance(stated, dict) else 0
 
     def engine_error(self, raw: bytes, status: int) -> bytes:
         return json.dumps(self.error_body(ApiError(status, str(status), error_text(raw)))).encode()
