@@ -112,7 +112,7 @@ def found_in(folder: Path, but: Sequence[str]) -> list[str]:
 
 
 @pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder to work in, with secrets in the environment."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tokens").write_text(f"{MARK}-agent agent\n")
@@ -122,7 +122,8 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in (TOKEN_VARIABLE, "ENGINE_KEY", "OPENAI_API_KEY", "WANDB_API_KEY", "HF_TOKEN"):
         monkeypatch.setenv(name, f"{MARK}-{name.lower()}")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", f"authorization=Bearer%20{MARK}")
-    return tmp_path
+    yield tmp_path
+    sys.modules.pop("wandb", None)  # Other tests rely on that it is not installed.
 
 
 def test_commands_and_a_training_show_no_secret(

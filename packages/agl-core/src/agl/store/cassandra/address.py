@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Self
 from urllib.parse import parse_qsl, urlsplit
 
@@ -23,7 +23,7 @@ class Address:
     port: int
     keyspace: str
     user: str
-    password: str
+    password: str = field(repr=False)
     replication_factor: int | None
     datacenter: str | None
     protocol_version: int | None
