@@ -1,12 +1,16 @@
 """The memory of `agl serve` in a separate process."""
 
+import gzip
 import threading
 from pathlib import Path
 
 import httpx
+import pytest
 
 from agl import otlp
-from agl.collector.http import PROTOBUF
+from agl.collector.http import JSON, PROTOBUF
+from agl.server.api_error import ApiError
+from agl.server.receiving import MemoryBudget, Reservation, check_json
 from tests.core.span_maker import span
 from tests.store.serving import serving
 
@@ -37,3 +41,64 @@ def test_many_large_bodies_at_once_take_bounded_memory(tmp_path: Path) -> None:
         peak = peak_mb(process.pid)
     assert [status[-1] for status in statuses] == [200] * 4
     assert peak < 400
+
+
+def field(number: int, payload: bytes) -> bytes:
+    """A length-delimited field of protobuf."""
+    length, varint = len(payload), bytearray([number << 3 | 2])
+    while length > 0x7F:
+        varint.append(length & 0x7F | 0x80)
+        length >>= 7
+    return bytes([*varint, length]) + payload
+
+
+def with_span(more: bytes) -> bytes:
+    ids = field(1, b"a" * 16) + field(2, b"b" * 8)
+    return field(1, field(2, field(2, ids + more)))
+
+
+MANY = 2 * 2**20
+BOMBS = {
+    "spans": field(1, field(2, b"\x12\x00" * MANY)),
+    "scopes": field(1, b"\x12\x00" * MANY),
+    "resources": b"\x0a\x00" * MANY,
+    "parts of a resource": field(1, b"\x0a\x00" * MANY),
+    "attributes": with_span(b"\x4a\x00" * MANY),
+    "attributes of several spans": with_span(b"\x4a\x00" * (MANY // 8)) * 8,
+    "events": with_span(b"\x5a\x00" * MANY),
+    "items of a list": with_span(field(9, field(1, b"k") + field(2, field(5, b"\x0a\x00" * MANY)))),
+    "another encoding": b"\x88\x80\x00\x01" + field(1, field(2, b"\x12\x00" * MANY)),
+    "copies of a resource": field(1, field(1, field(1, field(1, b"x" * 200_000))) + field(2, field(2, b"") * 20_000)),
+    "valid spans": with_span(b"") * 2**16,
+    "spans in JSON": b'{"resourceSpans":[{"scopeSpans":[{"spans":[' + b"{}," * MANY + b"{}]}]}]}",
+    "lists in JSON": b"[" + b"[]," * MANY + b"[]]",
+}
+
+
+def test_a_body_of_many_small_elements_is_refused_before_objects_are_made_of_them(tmp_path: Path) -> None:
+    """As objects they would take hundreds of megabytes each."""
+    with serving(f"sqlite:///{tmp_path}/agl.db") as (process, url):
+        before = peak_mb(process.pid)
+        for name, bomb in BOMBS.items():
+            content_type = JSON if name.endswith("JSON") else PROTOBUF
+            headers = {"content-type": content_type, "content-encoding": "gzip"}
+            answer = httpx.post(url, content=gzip.compress(bomb, 1), headers=headers, timeout=120)
+            assert answer.status_code in (400, 413), name
+            assert "send fewer" in answer.text, name
+        assert peak_mb(process.pid) - before < 120
+
+
+def test_elements_are_counted_outside_of_strings_and_their_memory_is_reserved() -> None:
+    budget = MemoryBudget(2**27, 2**25, "gateway")
+    text = b'["' + b'{\\"a\\": [1, 2, 3]}, ' * 2**16 + b'"]'
+    for harmless in (text, b"[" + b"1," * 2**20 + b"1]", b'"' + b'\\"' * 2**20):
+        with Reservation(budget, "a") as reservation:
+            check_json(harmless, reservation)
+            assert (reservation.size > len(harmless)) is harmless.startswith(b"[1")
+    with pytest.raises(ApiError, match="too many values; send fewer") as caught:
+        check_json(b"[" + b"{}," * 2**19 + b"{}]", Reservation(budget, "a"))
+    assert caught.value.http_status == 413
+    with Reservation(budget, "a") as other:
+        other.grow_to(2**27 - 2**22, 0)
+        with pytest.raises(ApiError, match="no memory for this body"):
+            check_json(b"[" + b"{}," * 2**17 + b"{}]", Reservation(budget, "b"))

@@ -10,14 +10,13 @@ from typing import Any, Final, NoReturn
 import grpc
 from google.rpc.code_pb2 import INVALID_ARGUMENT, PERMISSION_DENIED
 
-from agl.collector.receiver import Receiver, RejectedRequest
+from agl.collector.receiver import Receiver, RejectedRequest, parse_protobuf
 from agl.errors import AglError
 from agl.server.api_error import ApiError
 from agl.server.auth import AllowedHosts
 from agl.server.protocol import max_connections
 from agl.server.receiving import IDENTITY
 from agl.server.tls import grpc_credentials
-from agl.store import span_row
 
 _TRACES_METHOD: Final = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
 _OTHER_METHODS: Final = (
@@ -110,7 +109,7 @@ class GrpcReceiver(grpc.GenericRpcHandler):
                 message = self._arriving.receive(requests, context)
                 if message is None:
                     raise RejectedRequest(400, INVALID_ARGUMENT, "the call ended without a message")
-                response = self._receiver.commit(message, _encoding(message), span_row.parse, reservation)
+                response = self._receiver.commit(message, _encoding(message), parse_protobuf, reservation)
         except RejectedRequest as rejected:
             _abort(context, rejected)
         return response.SerializeToString()

@@ -12,10 +12,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from agl.collector.receiver import RETRY_AFTER_S, Parse, Receiver, RejectedRequest
+from agl.collector.receiver import RETRY_AFTER_S, Parse, Receiver, RejectedRequest, parse_json, parse_protobuf
 from agl.server.api_error import ApiError
 from agl.server.receiving import ENCODINGS, IDENTITY, Reservation, peer_of, read_body
-from agl.store import span_row
 
 PROTOBUF: Final = "application/x-protobuf"
 JSON: Final = "application/json"
@@ -26,7 +25,7 @@ _TRACES_PATH = "/v1/traces"
 _TRACES_PATHS = (_TRACES_PATH, _TRACES_PATH * 2)
 """Exporters append the path also to an endpoint that ends with it already."""
 _OTHER_PATHS = ("/v1/metrics", "/v1/logs")
-_PARSERS: dict[str, Parse] = {PROTOBUF: span_row.parse, JSON: span_row.parse_json}
+_PARSERS: dict[str, Parse] = {PROTOBUF: parse_protobuf, JSON: parse_json}
 _COMMITS_AT_ONCE = 16
 """Threads, each of which waits for the store; the store commits waiting requests together."""
 _QUEUE_S = 1.5

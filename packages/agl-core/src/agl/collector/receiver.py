@@ -16,18 +16,29 @@ from agl.config.collector import CollectorConfig
 from agl.errors import InputError, OtlpError, StoreError
 from agl.server.api_error import ApiError
 from agl.server.auth import BearerTokens
-from agl.server.receiving import MemoryBudget, Reservation, decode_body
+from agl.server.receiving import MemoryBudget, Reservation, check_json, decode_body
+from agl.store import span_row
 from agl.store.span_row import ParsedSpans, SpanRow
 
 logger = logging.getLogger(__name__)
 
-Parse = Callable[[bytes], ParsedSpans]
+Parse = Callable[[bytes, Reservation], ParsedSpans]
 
 RETRY_AFTER_S: Final = 1
 _MAX_MESSAGE_CHARS = 500
 """A message may quote the request, and gRPC sends it in a header."""
 _PARSE_ALONE_BYTES = 2**20
 """Larger bodies are parsed one at a time: a parsed body takes many times its size in memory."""
+
+
+def parse_protobuf(body: bytes, _: Reservation) -> ParsedSpans:
+    return span_row.parse(body, span_row.MAX_SPANS)
+
+
+def parse_json(body: bytes, reservation: Reservation) -> ParsedSpans:
+    """Raises ApiError, before objects are made, if they would take too much memory."""
+    check_json(body, reservation)
+    return span_row.parse_json(body, span_row.MAX_SPANS)
 
 
 @dataclass(eq=False)
@@ -97,7 +108,7 @@ class Receiver:
         try:
             plain = self._decode(body, encoding, reservation)
             with self._parsing if len(plain) > _PARSE_ALONE_BYTES else nullcontext():
-                parsed = parse(plain)
+                parsed = parse(plain, reservation)
             if parsed.rejected and not parsed.rows:
                 raise OtlpError(parsed.reason)
             self._sink.append_rows(parsed.rows)

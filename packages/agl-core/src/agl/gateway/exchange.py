@@ -40,6 +40,7 @@ from agl.server.receiving import (
     IDENTITY,
     MemoryBudget,
     Reservation,
+    check_json,
     decode_body,
     long_work,
     peer_of,
@@ -84,16 +85,19 @@ class GatewayParts:
         body = await read_body(scope, receive, reservation)
         encoding = Headers(scope=scope).get("content-encoding", IDENTITY).strip().lower()
         if encoding == IDENTITY:
+            check_json(body, reservation)
             return body
         if encoding not in ENCODINGS:
             message = f"the request has the content encoding {encoding!r}, expected one of {', '.join(ENCODINGS)}"
             raise ApiError(415, "unknown_encoding", message)
         try:
-            return await asyncio.to_thread(
+            plain = await asyncio.to_thread(
                 decode_body, body, encoding, lambda size: reservation.grow_to(len(body) + size, size)
             )
         except ValueError as error:
             raise ApiError(400, "invalid_encoding", str(error)) from error
+        check_json(plain, reservation)
+        return plain
 
 
 class CallEndpoint:

@@ -4,6 +4,7 @@ clients that disconnect; and work on large bodies.
 
 import asyncio
 import io
+import re
 import threading
 import zlib
 from collections import Counter
@@ -26,6 +27,9 @@ _GRACE_S: Final = 10.0
 _LEAST_BYTES_PER_S: Final = 64 * 2**10
 """Least rate of a body, after _GRACE_S."""
 _RETRY_AFTER_S: Final = 1
+_JSON_BYTES: Final = 2**26
+"""Limit for the objects of a JSON body, unless four times its size is more."""
+_JSON_STRING: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 IDENTITY: Final = "identity"
 _LONG_BYTES: Final = 2**18
 """JSON of this size is read in about 2 ms. For less, a thread costs more than it saves."""
@@ -82,6 +86,23 @@ def content_length(scope: Scope) -> int | None:
     """The declared length of the body; None if the request declares none."""
     length = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
     return int(length) if length.isdigit() else None
+
+
+def check_json(body: bytes, reservation: "Reservation") -> None:
+    """Reserve memory for the objects of a JSON body if they take much more than the body. Raises ApiError if too much.
+
+    The estimate takes every comma and bracket for an element: at first all of them, then those outside of strings.
+    """
+    enough = 4 * len(body)
+    if _objects_bytes(body) > enough and (size := _objects_bytes(_JSON_STRING.sub(b"", body))) > enough:
+        if size > _JSON_BYTES:
+            raise ApiError(413, "too_many_values", f"{len(body)} bytes of JSON have too many values; send fewer")
+        reservation.grow_to(len(body) + size, len(body))
+
+
+def _objects_bytes(json: bytes) -> int:
+    """Approximate memory of the lists, objects and numbers of a JSON text in Python."""
+    return 36 * json.count(b",") + 64 * json.count(b"[") + 232 * json.count(b"{")
 
 
 class _Decoder(Protocol):

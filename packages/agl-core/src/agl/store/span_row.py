@@ -7,8 +7,10 @@ are copied as they are, which is much faster than to serialise them again. Each 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
+from google.protobuf.descriptor import Descriptor
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import KeyValue
 from opentelemetry.proto.trace.v1 import trace_pb2
@@ -34,8 +36,17 @@ _SPANS: Final = 2
 
 CHUNK_BYTES: Final = 2**20
 """Approximate size of a chunk. Bounds the memory for parsing, which takes ten times the size."""
-MAX_TOTAL_BYTES: Final = 2**28
-"""Limit for the spans of a request together, each with a copy of its resource."""
+MAX_TOTAL_BYTES: Final = 2**25
+"""Limit for the spans of a request together, each with a copy of its resource, if four times its size is less."""
+MAX_SPANS: Final = 2**15
+"""Limit for the spans of a request from a sender. An empty span has 2 bytes, and takes hundreds in memory."""
+_LEAST_FIELDS: Final = 2**17
+_BYTES_PER_FIELD: Final = 16
+"""Limit for the fields that are looked at: one for this many bytes of a request, or _LEAST_FIELDS."""
+_MAX_DEPTH: Final = 100
+"""As protobuf has it."""
+_FIXED: Final = {1: 8, 5: 4}
+"""Wire type to size in bytes."""
 
 Stored = tuple[bytes | None, int | None, bytes, bytes, int]
 """Of a span in a store: OTLP bytes, checksum (None: stored before there were any), trace id, span id, start."""
@@ -127,17 +138,25 @@ def attempt_ids(rows: Iterable[SpanRow]) -> list[str]:
     return sorted({row.attempt_id for row in rows if row.attempt_id})
 
 
-def parse(body: bytes) -> ParsedSpans:
-    """Rows of a protobuf ExportTraceServiceRequest. Raises OtlpError if it is not one."""
+def parse(body: bytes, max_spans: int | None = None) -> ParsedSpans:
+    """Rows of a protobuf ExportTraceServiceRequest. Raises OtlpError if it is not one, or has over `max_spans`.
+
+    Memory and time are bounded by the size of the body, whatever its number of elements: these are counted before
+    objects are made of them.
+    """
+    fields = _Fields(len(body))
     try:
-        chunks = split(body)
+        chunks = split(body, fields, max_spans)
     except _UnsupportedEncodingError:
-        chunks = split(_canonical(otlp.parse(body)))
+        fields.count_in(body)
+        chunks = split(_canonical(otlp.parse(body)), fields, max_spans)
     rows: list[SpanRow] = []
     reasons: list[str] = []
     for chunk, requests in chunks:
+        if len(chunk) > 2 * CHUNK_BYTES:
+            fields.count_in(chunk)
         for part, encoded in _valid_parts(chunk, requests, reasons):
-            for (span, resource), one in zip(_spans(part), encoded, strict=True):
+            for (span, resource), one in zip(_spans(part, fields), encoded, strict=True):
                 try:
                     rows += _rows(span, resource, one)
                 except OtlpError as error:
@@ -161,10 +180,10 @@ def _valid_parts(
                 reasons.append(str(error))
 
 
-def parse_json(body: bytes | str) -> ParsedSpans:
-    """Rows of an OTLP/JSON request. Raises OtlpError if it is not one."""
+def parse_json(body: bytes | str, max_spans: int | None = None) -> ParsedSpans:
+    """Rows of an OTLP/JSON request. Raises OtlpError if it is not one, or has over `max_spans`."""
     request, reasons = otlp.parse_valid_json(body)
-    parsed = parse(_canonical(request))
+    parsed = parse(_canonical(request), max_spans)
     reasons += [parsed.reason] * parsed.rejected
     return ParsedSpans(parsed.rows, len(reasons), reasons[0] if reasons else "")
 
@@ -175,12 +194,14 @@ def _canonical(request: ExportTraceServiceRequest) -> bytes:
     return request.SerializeToString()
 
 
-def _spans(request: ExportTraceServiceRequest) -> Iterator[tuple[trace_pb2.Span, _Attributes]]:
+def _spans(request: ExportTraceServiceRequest, fields: "_Fields") -> Iterator[tuple[trace_pb2.Span, _Attributes]]:
     """Each span with the column attributes of its resource."""
     for resource_spans in request.resource_spans:
+        fields.add(len(resource_spans.resource.attributes))
         resource = _attributes(resource_spans.resource.attributes)
         for scope_spans in resource_spans.scope_spans:
             for span in scope_spans.spans:
+                fields.add(len(span.attributes))
                 yield span, resource
 
 
@@ -237,18 +258,65 @@ class _UnsupportedEncodingError(Exception):
     """The request is broken, or encoded in a way that needs a protobuf parser."""
 
 
-def split(body: bytes) -> Iterator[Chunk]:
+class _Fields:
+    """Counts the fields of a request of `size` bytes that are looked at. Raises OtlpError if they are too many."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self.left = max(size // _BYTES_PER_FIELD, _LEAST_FIELDS)
+
+    def add(self, number: int) -> None:
+        self.left -= number
+        if self.left < 0:
+            raise OtlpError(f"{self._size} bytes have too many fields, attributes or spans; send fewer at once")
+
+    def count_in(self, body: bytes) -> None:
+        """Count all fields of a request, at any depth: protobuf would make an object of each."""
+        try:
+            self._count(memoryview(body), ExportTraceServiceRequest.DESCRIPTOR, 0)
+        except (IndexError, _UnsupportedEncodingError) as error:
+            raise OtlpError(f"{self._size} bytes are not a protobuf ExportTraceServiceRequest") from error
+
+    def _count(self, message: memoryview, kind: Descriptor, depth: int) -> None:
+        position, size, inner = 0, len(message), _inner(kind)
+        while position < size:
+            self.add(1)
+            tag, position = _varint(message, position)
+            if tag & 7 == _LENGTH_DELIMITED:
+                length, start = _varint(message, position)
+                position = start + length
+                if position <= size and depth < _MAX_DEPTH and (field := inner.get(tag >> 3)):
+                    self._count(message[start:position], field, depth + 1)
+            elif tag & 7 == 0:
+                while message[position] > 0x7F:
+                    position += 1
+                position += 1
+            else:
+                position += _FIXED.get(tag & 7, size + 1)
+        if position > size:
+            raise _UnsupportedEncodingError
+
+
+@cache
+def _inner(kind: Descriptor) -> Mapping[int, Descriptor]:
+    """The fields of a message that are messages themselves."""
+    return {field.number: field.message_type for field in kind.fields if field.message_type}
+
+
+def split(body: bytes, fields: _Fields | None = None, max_spans: int | None = None) -> Iterator[Chunk]:
     """Chunks with the spans of a trace request, in order, each of about CHUNK_BYTES or of one span.
 
-    Raises _UnsupportedEncodingError, and OtlpError if the spans, each with a copy of its resource, take more than twice
-    the size of the body and more than MAX_TOTAL_BYTES.
+    Raises _UnsupportedEncodingError, and OtlpError if there are more than `max_spans`, or if the spans, each with a
+    copy of its resource, take more than four times the size of the body and more than MAX_TOTAL_BYTES.
     """
     requests: list[bytes] = []
     size = 0
-    for request in _single_span_requests(memoryview(body)):
+    for request in _single_span_requests(memoryview(body), fields or _Fields(len(body))):
         requests.append(request)
         size += len(request)
-        if size > max(MAX_TOTAL_BYTES, 2 * len(body)):
+        if max_spans is not None and len(requests) > max_spans:
+            raise OtlpError(f"the request has over {max_spans} spans; send fewer at once")
+        if size > max(MAX_TOTAL_BYTES, 4 * len(body)):
             raise OtlpError(f"the spans of {len(body)} bytes take over {size} with their resource; send fewer at once")
     if len(body) <= CHUNK_BYTES:
         return iter(((body, requests),))
@@ -268,13 +336,14 @@ def _chunks(requests: list[bytes]) -> Iterator[Chunk]:
         yield b"".join(chunk), chunk
 
 
-def _single_span_requests(body: memoryview) -> Iterator[bytes]:
+def _single_span_requests(body: memoryview, fields: _Fields) -> Iterator[bytes]:
     for number, resource_start, resource_end, _ in _fields(body):
         if number != _REQUEST_RESOURCE_SPANS:
             raise _UnsupportedEncodingError
-        resource, scopes = _separate_spans(body[resource_start:resource_end])
+        fields.add(1)
+        resource, scopes = _separate_spans(body[resource_start:resource_end], fields)
         for scope_spans in scopes:
-            scope, spans = _separate_spans(scope_spans)
+            scope, spans = _separate_spans(scope_spans, fields)
             for span in spans:
                 in_scope = scope + _field_header(_SPANS, len(span))
                 in_resource = resource + _field_header(_SPANS, len(in_scope) + len(span)) + in_scope
@@ -296,16 +365,17 @@ def _field_header(number: int, length: int) -> bytes:
     return bytes(varint)
 
 
-def _separate_spans(message: memoryview) -> tuple[bytes, list[memoryview]]:
+def _separate_spans(message: memoryview, counted: _Fields) -> tuple[bytes, list[memoryview]]:
     """The fields of a message except `_SPANS`, encoded as they are; and the payloads of its `_SPANS` fields."""
     payloads: list[memoryview] = []
-    others = b""
+    others: list[memoryview] = []
     for number, start, end, field_start in _fields(message):
+        counted.add(1)
         if number == _SPANS:
             payloads.append(message[start:end])
         else:
-            others += message[field_start:end]
-    return others, payloads
+            others.append(message[field_start:end])
+    return b"".join(others), payloads
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int, int, int]]:

@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Route
 from agl.config.collector import CollectorConfig
 from agl.errors import AglError, StoreError
 from agl.server.api_error import ApiError
-from agl.server.receiving import MemoryBudget, Reservation, peer_of, read_body
+from agl.server.receiving import MemoryBudget, Reservation, check_json, peer_of, read_body
 from agl.store.http.openapi import document
 from agl.store.http.verb import ERRORS, INVALID, JSON, MAX_WAIT_S, PREFIX, PROTOBUF, UNAVAILABLE, VERBS, Verb
 from agl.store.protocol import Store
@@ -74,7 +74,10 @@ class StoreApi:
         # Also protects against web pages: a browser sends these types to another origin only after a preflight request.
         if content_type != verb.content_type:
             raise ApiError(415, "unknown_content_type", f"{verb.path} takes {verb.content_type}, got {content_type!r}")
-        return await read_body(request.scope, request.receive, reservation)
+        body = await read_body(request.scope, request.receive, reservation)
+        if not verb.takes_spans:
+            check_json(body, reservation)
+        return body
 
     def _perform(self, verb: Verb, sent: bytes | Mapping[str, str]) -> bytes:
         return verb.write_result(self._call(verb, _read_arguments(verb, sent)))

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from agl.errors import DamageError, InputError, StoreError, TransitionError, UnknownIdError
 from agl.store.protocol import Store
-from agl.store.span_row import parse
+from agl.store.span_row import MAX_SPANS, parse
 
 PREFIX: Final = "/api/v1"
 JSON: Final = "application/json"
@@ -106,7 +106,7 @@ class Verb:
             if not isinstance(sent, bytes):
                 given = model.model_validate(dict(sent))
             elif self.takes_spans:
-                return {"rows": parse(sent).all_rows()}
+                return {"rows": parse(sent, MAX_SPANS).all_rows()}
             else:
                 given = model.model_validate_json(sent)
         except ValidationError as error:
