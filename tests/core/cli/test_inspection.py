@@ -56,7 +56,9 @@ def test_the_tree_shows_roles_tokens_versions_errors_and_the_outcome_of_each_cal
         "",
         "no_ids (1 call): set return_token_ids: point the model's base URL at the gateway; "
         "if it is the gateway's already, its",
-        "  span of this call is in another trace: switch on the instrumentor or send agl.headers(), which join the two",
+        "  span of this call is in another trace: switch on the instrumentor, or that of the HTTP client, or send "
+        "agl.headers(),",
+        "  which join the two",
     ]
 
 

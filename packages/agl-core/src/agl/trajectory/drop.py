@@ -233,5 +233,6 @@ def _no_ids_message(call: Call, some_unjoined: bool) -> str:
         )
     return (
         "set return_token_ids: point the model's base URL at the gateway; if it is the gateway's already, its span of "
-        "this call is in another trace: switch on the instrumentor or send agl.headers(), which join the two"
+        "this call is in another trace: switch on the instrumentor, or that of the HTTP client, or send agl.headers(), "
+        "which join the two"
     )
