@@ -159,7 +159,7 @@ def test_the_drop_of_a_framework_call_without_ids_says_how_to_get_ids() -> None:
     assert reason is DropReason.NO_IDS
     assert "set return_token_ids: point the model's base URL at the gateway" in detail
     assert (
-        "if it is the gateway's already, its span of this call is in another trace: switch on the instrumentor, or that of"
+        "if it is the gateway's already, its span of this call is in another trace: switch on the instrumentor"
         in detail
     )
 
