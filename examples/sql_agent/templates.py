@@ -166,8 +166,8 @@ FAMILIES: tuple[Callable[[], Iterator[Combination]], ...] = (
     *(count, count_two, names, aggregate, compare, top, group),
     *(join_count, join_names, join_group, join_units, join_top),
 )
-TINY_FAMILIES = (count_two, aggregate, top, group)
-"""Families with short questions and answers and a small vocabulary."""
+TINY_FAMILIES = (aggregate, compare, top)
+"""Families of one table, with short questions and answers and a small vocabulary."""
 
 
 def _filters(columns: Sequence[Column], size: int) -> Iterator[Filters]:
