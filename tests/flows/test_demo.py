@@ -52,7 +52,7 @@ def test_it_learns_by_examples_and_then_by_reward(demo: tuple[Path, str, float])
 def test_what_it_learns_depends_on_the_question(demo: tuple[Path, str, float]) -> None:
     folder, report, _ = demo
     base, grpo = (EvalResult.load(folder / "eval" / f"{label}.json") for label in ("base", "grpo"))
-    assert grpo.mean("goal") >= 0.2 and base.mean("goal") == 0
+    assert grpo.mean("goal") >= 0.15 and base.mean("goal") == 0
     assert grpo.answers["writer"].share < 0.5
     assert f"same answer, writer  {base.answers['writer']} " in report
     store = open_store(f"sqlite:///{folder / 'agl.db'}")
