@@ -124,7 +124,7 @@ def test_repair_refuses_a_file_that_is_open(tmp_path: Path, sound: bytes) -> Non
     path.write_bytes(sound)
     with closing(open_store(f"sqlite:///{path}")) as store:
         store.append_spans([make_span(1)])
-        with pytest.raises(StoreError, match="another process has locked it"):
+        with pytest.raises(StoreError, match=r"another program has .* open: end it"):
             repair(path)
     assert repair(path) is None
     assert sorted(file.name for file in tmp_path.iterdir()) == ["agl.db"]

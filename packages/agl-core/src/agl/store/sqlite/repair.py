@@ -74,6 +74,8 @@ def repair(path: Path) -> Repaired | None:
             damaged.hardlink_to(path)
             new.replace(path)
     except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+            raise StoreError(f"another program has {path} open: end it, and repair the store then") from error
         raise store_error(f"cannot repair the store {path}", error) from error
     except OSError as error:
         raise StoreError(f"cannot repair the store {path}: {error}") from error
