@@ -54,7 +54,7 @@ ROOMS = {
         "agl_trainer": "loop",
         "losses": "algo",
         "advantages": "algo",
-        "cli": "loop report compute model rollout",
+        "cli": "loop report engine compute model rollout",
         "loop": "report engine compute algo model rollout data",
         "report": "compute algo rollout",
         "engine": "compute model data",

@@ -358,7 +358,7 @@ def test_64_agents_at_once_keep_their_questions_apart(monkeypatch: pytest.Monkey
 # --- configuration --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "tiny.yaml"])
+@pytest.mark.parametrize("name", ["config.yaml", "tiny.yaml", "gpu.yaml"])
 def test_the_configurations_load_and_name_functions_that_exist(name: str) -> None:
     config = Config.load(EXAMPLE / name)
     train, sft = config.require_train(), config.sft

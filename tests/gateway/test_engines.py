@@ -83,7 +83,7 @@ def test_when_no_engine_is_reachable_one_is_tried() -> None:
 
 def test_a_model_name_is_mapped_once() -> None:
     table = routes([], **{"gpt-4o": "planner", "planner": "planner@12"})
-    assert [table.resolve(name) for name in ("gpt-4o", "planner", "planner@3")] == [
+    assert [table.policy(name) for name in ("gpt-4o", "planner", "planner@3")] == [
         "planner",
         "planner@12",
         "planner@3",
@@ -119,6 +119,39 @@ def test_model_names_are_mapped_by_the_configuration_and_over_http() -> None:
         assert setup.post(chat_body(model="writer")).status_code == 404
         refused = httpx.put(f"{setup.url}/api/gateway/models/writer", json={"to": "x"})
         assert refused.status_code == 422 and "model: Field required" in refused.json()["error"]["message"]
+
+
+def test_a_rollout_keeps_the_version_that_it_began_with_in_all_its_roles() -> None:
+    """Versions change in one step. Calls in mode prod, and new attempts, get the new ones at once.
+
+    Names of clients lead to roles. A role that shares an adapter has its own name in the recorded version.
+    """
+
+    def rollout(number: int, attempt: int = 1, mode: str = "train") -> dict[str, str]:
+        return {"baggage": f"agl.rollout.id=r{number},agl.attempt.id=a{attempt},agl.mode={mode}"}
+
+    def switch(**versions: str | None) -> dict[str, Any]:
+        return httpx.patch(f"{setup.url}/api/gateway/versions", json={"versions": versions}).json()
+
+    with gateway(models={"gpt-4o": "planner"}) as setup:
+        setup.engine.models = ("planner@3", "writer@3", "planner@4", "writer")
+
+        def asked(role: str, **headers: str) -> str:
+            assert setup.post(chat_body(model=role), **headers).status_code == 200
+            return setup.engine.seen[-1]["model"]
+
+        switch(planner="planner@3", writer="writer@3")
+        old, served = rollout(1), rollout(2, mode="prod")
+        assert asked("planner", **old) == asked("gpt-4o", **served) == "planner@3"
+        versions = {"planner": "planner@4", "writer": "planner@4"}
+        assert switch(**versions)["versions"] == versions
+        assert [asked(role, **old) for role in ("planner", "writer")] == ["planner@3", "writer@3"]
+        for later in (rollout(1, attempt=2), rollout(3), served, {}):
+            assert [asked(role, **later) for role in ("gpt-4o", "writer")] == ["planner@4", "planner@4"]
+            recorded = [span.text(semconv.POLICY_VERSION) for span in setup.store.appended[-2:]]
+            assert recorded == ["planner@4", "writer@4"]
+        switch(writer=None)
+        assert asked("writer", **rollout(4)) == "writer" and asked("writer", **rollout(3)) == "planner@4"
 
 
 def test_models_of_all_engines_are_listed() -> None:

@@ -15,11 +15,11 @@ from tests.vllm.environment import vllm_program
 START_S = 600
 _OPTIONS = ("--dtype", "float32", "--max-model-len", "1024", "--host", "127.0.0.1")
 _ADAPTERS = ("--enable-lora", "--max-lora-rank", "16", "--max-loras", "4", "--logprobs-mode", "processed_logprobs")
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "3600",  # on a busy machine a pass may take minutes
 }
 
 
@@ -32,7 +32,7 @@ def serve_vllm(model: Path, name: str, log: Path, *, adapters: bool = True) -> I
     with log.open("w") as output:
         process = subprocess.Popen(
             [*command, *options],
-            env=os.environ | _ENVIRONMENT,
+            env=os.environ | ENVIRONMENT | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -1,16 +1,21 @@
-"""`agl train` of the SQL example with vLLM as its engine: two steps, with new adapters loaded after each."""
+"""`agl train` of the SQL example with vLLM as its engine, which runs already or is launched."""
 
+import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from agl.store import open_store
 from agl.trajectory import build_trajectory
 from agl_trainer.engine.vllm.server import VllmServer
+from tests.vllm.environment import vllm_program
+from tests.vllm.serving import ENVIRONMENT
 
 pytestmark = pytest.mark.timeout(2400)  # vLLM is slow on a busy CPU
 
@@ -18,9 +23,8 @@ ROOT = Path(__file__).parents[2]
 STEPS, GROUPS, GROUP_SIZE = 2, 2, 4
 CONFIG = """\
 store_uri: sqlite:///{folder}/agl.db
-agent_roles: {{writer: {{lora_r: 16}}, fixer: {{lora_r: 16}}}}
-engine: vllm
-gateway: {{upstream: "{url}"}}
+agent_roles: {{writer: {{lora_r: 16}}, fixer: {fixer}}}
+{engine}
 train:
   model: smollm2
   agent: examples.sql_agent.agent:run
@@ -45,17 +49,26 @@ def chance(task: object, answer: object) -> float:
 @pytest.fixture(scope="module")
 def trained(vllm_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the training."""
-    return train(tmp_path_factory.mktemp("training"), vllm_url)
+    folder = tmp_path_factory.mktemp("training")
+    train(folder, running(vllm_url))
+    return folder
 
 
-def train(folder: Path, vllm_url: str, options: str = "") -> Path:
+def train(
+    folder: Path, engine: str, options: str = "", *, steps: int = STEPS, fixer: str = "{lora_r: 16}"
+) -> subprocess.CompletedProcess[str]:
+    """Train in `folder`; `engine` are lines of the configuration, `options` such of its section `train`."""
     config = folder / "config.yaml"
-    text = CONFIG.format(folder=folder, url=vllm_url, group_size=GROUP_SIZE, groups=GROUPS, steps=STEPS)
+    text = CONFIG.format(folder=folder, engine=engine, group_size=GROUP_SIZE, groups=GROUPS, steps=steps, fixer=fixer)
     config.write_text(text + options)
     command = [Path(sys.executable).with_name("agl"), "train", str(config)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    return done
+
+
+def running(vllm_url: str) -> str:
+    return f'engine: vllm\ngateway: {{upstream: "{vllm_url}"}}'
 
 
 def metrics_of(folder: Path) -> list[dict[str, float]]:
@@ -94,11 +107,44 @@ def test_the_last_versions_are_live_after_the_training(trained: Path, vllm_url: 
     assert live(vllm_url) <= published
 
 
-def test_asynchronous_rollouts_run_while_a_step_trains(tmp_path: Path, vllm_url: str) -> None:
-    folder = train(tmp_path, vllm_url, "  asynchronous: true\n  max_staleness: 1\n")
-    lines = metrics_of(folder)
-    assert [metrics["writer/staleness_max"] for metrics in lines] == [0, 1]
+@pytest.mark.parametrize(("staleness", "fixer"), [(2, "{lora_r: 16}"), (3, "{adapter: writer}")])
+def test_rollouts_in_flight_keep_their_version_while_the_training_pushes_others(
+    tmp_path: Path, vllm_url: str, staleness: int, fixer: str
+) -> None:
+    """None fails, no call is answered by a version other than that of its rollout, and old versions are unloaded.
+
+    Roles that share an adapter push it once.
+    """
+    steps = staleness + 3
+    options = f"  asynchronous: true\n  max_staleness: {staleness}\n"
+    train(tmp_path, running(vllm_url), options, steps=steps, fixer=fixer)
+    lines = metrics_of(tmp_path)
+    assert max(metrics["writer/staleness_max"] for metrics in lines) >= 2
     for metrics in lines:
         assert metrics["calls/trained"] > 0
         assert metrics["rollouts/failed"] == 0
-    assert "writer@2" in live(vllm_url)
+    store, versions = open_store(f"sqlite:///{tmp_path}/agl.db"), set[str]()
+    for group, number in itertools.product(range(steps * GROUPS), range(GROUP_SIZE)):
+        calls = build_trajectory(store.query_spans(f"run-g{group:06d}-r{number}")).calls
+        assert not any(call.error for call in calls)
+        roles, of_rollout = zip(*((call.policy_version or "").split("@") for call in calls), strict=True)
+        assert list(roles) == [call.role for call in calls] and len(set(of_rollout)) == 1
+        versions |= set(of_rollout)
+    store.close()
+    assert len(versions) >= 3
+    owners = ["writer"] if "adapter" in fixer else ["writer", "fixer"]
+    assert live(vllm_url) == {f"{owner}@{steps}" for owner in owners}
+
+
+def test_a_training_launches_vllm_and_ends_it(tmp_path: Path) -> None:
+    launch = {"program": str(vllm_program()), "dtype": "float32", "environment": ENVIRONMENT}
+    engine = json.dumps({"kind": "vllm", "max_model_len": 1024, "launch": launch})
+    done = train(tmp_path, f"engine: {engine}", steps=1)
+    assert "waiting for vLLM to load the model" in done.stderr
+    (metrics,) = metrics_of(tmp_path)
+    assert metrics["calls/trained"] > 0 and metrics["rollouts/failed"] == 0
+    log = (tmp_path / "run/vllm.log").read_text()
+    url = re.search(r"http://127\.0\.0\.1:\d+", log)
+    assert url, log[-3000:]
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url[0])

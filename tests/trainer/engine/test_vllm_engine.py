@@ -1,89 +1,153 @@
 """Adapters on servers that stop and restart. Tests with real vLLM are in tests/vllm."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from agl.config import LogprobsMode, TrainConfig
+from agl.config import RoleConfig, TrainConfig
 from agl.errors import ConfigError, TrainingError
-from agl_trainer.compute.logprobs import row_logprobs
-from agl_trainer.data.rows import TrainingRow
 from agl_trainer.engine.vllm import server as server_module
 from agl_trainer.engine.vllm.engine import VllmEngine
 from agl_trainer.engine.vllm.server import VllmServer
 from agl_trainer.loop.recorded_logprobs import recorded_logprobs_mode
-from agl_trainer.model.lora import BASE
 from agl_trainer.model.policy import Policy
-from tests.trainer.small_model import small_policy
+from tests.trainer.engine.served_policy import ServedPolicy
+from tests.trainer.scripted_sampler import small_tokenizer
+from tests.trainer.small_model import small_model, small_policy
 
 
-class ServedPolicy(VllmServer):
-    """A server with its own policy that loads adapters from folders and loses them when it restarts."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"http://{name}/v1")
-        self.policy = small_policy()
-        self.loaded: list[str] = []
-        self.failures_left = 0
-        """Number of requests that still fail."""
-
-    def models(self) -> list[str]:
-        if self.failures_left:
-            self.failures_left -= 1
-            raise TrainingError(f"vLLM at {self.url} does not answer")
-        return ["small", *self.loaded]
-
-    def load(self, name: str, folder: Path) -> None:
-        assert name not in self.loaded, "vLLM rejects a name that is already loaded"
-        self.policy.load_adapter(name.partition("@")[0], load_file(folder / "adapter_model.safetensors"), 0)
-        self.loaded.append(name)
-
-    def unload(self, name: str) -> None:
-        self.loaded.remove(name)
-
-    def logprobs_mode(self, model: str, token_id: int) -> LogprobsMode:
-        return "processed_logprobs"
-
-    def prompt_logprobs(self, model: str, token_ids: Sequence[int]) -> torch.Tensor:
-        row = TrainingRow(token_ids, [0] + [1] * (len(token_ids) - 1), 1.0)
-        with torch.no_grad():
-            return row_logprobs(self.policy, BASE if model == "small" else model.partition("@")[0], [row]).logprobs[0]
+def served(name: str, **options: Any) -> ServedPolicy:
+    return ServedPolicy(name, small_policy(packs=False, **options))
 
 
 def engine_of(policy: Policy, servers: list[ServedPolicy], folder: Path) -> tuple[VllmEngine, list[tuple[str, str]]]:
     routed: list[tuple[str, str]] = []
 
-    def route(role: str, name: str) -> None:
-        routed.append((role, name))
+    def route(names: Mapping[str, str]) -> None:
+        routed.extend(names.items())
 
     return VllmEngine(servers, policy, folder, tolerance=0.05, route=route), routed
 
 
+def train(policy: Policy, role: str, size: float) -> None:
+    """Change every weight by `size`, as one step of Adam does."""
+    with torch.no_grad():
+        for parameter in policy.parameters(role):
+            parameter += torch.randn_like(parameter).sign() * size
+    policy.versions[role] += 1
+
+
+def test_an_old_version_stays_until_the_last_rollout_that_may_use_it_has_ended(tmp_path: Path) -> None:
+    roles = {"writer": RoleConfig(lora_r=4)}
+    policy, server = small_policy(roles=roles), served("one", roles=roles)
+    engine, routed = engine_of(policy, [server], tmp_path)
+
+    def push() -> list[str]:
+        train(policy, "writer", 0.1)
+        engine.make_live()
+        return [*server.loaded]
+
+    engine.make_live()
+    assert push() == ["writer@1"]  # no rollout ran
+    with ExitStack() as first, ExitStack() as second:
+        first.enter_context(engine.running_rollouts())
+        assert push() == ["writer@1", "writer@2"]
+        second.enter_context(engine.running_rollouts())
+        assert push() == ["writer@1", "writer@2", "writer@3"]
+        first.close()
+        assert [*server.loaded] == ["writer@2", "writer@3"]
+        server.loaded.clear()  # the server restarted
+        engine.revive()
+        assert sorted(server.loaded) == ["writer@2", "writer@3"]
+        server.unload = refuse  # type: ignore[method-assign]  # as a server that has restarted again
+        second.close()
+    assert routed == [("writer", f"writer@{version}") for version in range(4)]
+
+
+def refuse(name: str) -> None:
+    raise TrainingError(f"{name} is not loaded")
+
+
+def test_roles_that_share_an_adapter_push_it_once(tmp_path: Path) -> None:
+    roles = {"writer": RoleConfig(lora_r=4), "fixer": RoleConfig(adapter="writer"), "judge": RoleConfig(lora_r=2)}
+    server = served("one", roles=roles)
+    engine, routed = engine_of(small_policy(roles=roles), [server], tmp_path)
+    engine.make_live()
+    assert [*server.loaded] == ["writer@0", "judge@0"]
+    assert routed == [("writer", "writer@0"), ("fixer", "writer@0"), ("judge", "judge@0")]
+
+
 def test_a_restarted_server_gets_its_adapters_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "_POLL_INTERVAL_S", 0.0)
-    policy, servers = small_policy(), [ServedPolicy("one"), ServedPolicy("two")]
+    policy, servers = small_policy(), [served("one"), served("two")]
     engine, routed = engine_of(policy, servers, tmp_path)
     engine.make_live()
     names = ["writer@0", "fixer@0"]
-    assert [server.loaded for server in servers] == [names, names]
+    assert [[*server.loaded] for server in servers] == [names, names]
+    train(policy, "writer", 0.1)  # the servers get the weights that were live, not these
+    servers[1].loaded, servers[1].failures_left = {}, 3
     engine.revive()
+    assert [[*server.loaded] for server in servers] == [names, names]
+    for name in names:
+        assert all(map(torch.equal, *(server.loaded[name].values() for server in servers)))
+    policy.versions["writer"] -= 1
     engine.make_live()
-    assert len(routed) == 2  # no server had restarted, so nothing is loaded again
-    servers[1].loaded, servers[1].failures_left = [], 3
-    engine.revive()
-    assert servers[0].loaded == []
+    assert len(routed) == 2  # nothing has changed for the gateway
+
+
+class Missing(ServedPolicy):
+    """Loads adapters, and answers as the base model."""
+
+    def load(self, name: str, folder: Path) -> None:
+        super().load(name, folder)
+        self.loaded[name] = {key: 0 * value for key, value in self.loaded[name].items()}
+
+
+class Stale(ServedPolicy):
+    """Serves the weights of version 1 as version 2, with the `lora_alpha` that it is told."""
+
+    def load(self, name: str, folder: Path) -> None:
+        super().load(name, folder)
+        if "@2" in name:
+            factor = int(name.partition("x")[2] or 1)
+            super().unload(name)
+            super().load(name, folder.with_name("writer@1"))
+            self.loaded[name] = {
+                key: value * (factor if ".lora_B." in key else 1) for key, value in self.loaded[name].items()
+            }
+
+
+@pytest.mark.parametrize("size", [1e-5, 2e-4, 1e-2])
+@pytest.mark.parametrize("kind", [ServedPolicy, Missing, Stale])
+def test_steps_of_any_size_are_proved_in_bfloat16(tmp_path: Path, size: float, kind: type[ServedPolicy]) -> None:
+    """Trainer and engine round differently: packed rows and rows with padding."""
+    roles = {"writer": RoleConfig(lora_r=4, lora_alpha=8)}
+    torch.manual_seed(1)
+    policies = [
+        Policy(small_model(dtype=torch.bfloat16), small_tokenizer(), roles, base_name="small", seed=0, packs=packs)
+        for packs in (True, False)
+    ]
+    policy, server = policies[0], kind("one", policies[1])
+    engine, _ = engine_of(policy, [server], tmp_path)
     engine.make_live()
-    assert [server.loaded for server in servers] == [names, names]
-    assert routed == [("writer", "writer@0"), ("fixer", "fixer@0")] * 2
+    for version in (1, 2):
+        train(policy, "writer", size)
+        if kind is ServedPolicy or (kind is Stale and version == 1):
+            engine.make_live()
+        else:
+            with pytest.raises(TrainingError, match=f"writer@{version} is not live"):
+                engine.make_live()
+            assert f"writer@{version}" not in server.loaded
+    assert not [path for path in tmp_path.iterdir() if "x" in path.name.partition("@")[2]]
 
 
 def test_a_server_that_does_not_come_back_ends_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "_POLL_INTERVAL_S", 0.0)
-    server = ServedPolicy("one")
+    server = served("one")
     server.failures_left = 10**9
     with pytest.raises(TrainingError, match="does not answer"):
         server.wait(0.01)
@@ -100,7 +164,7 @@ def test_a_server_whose_logprobs_change_with_the_temperature_has_processed_ones(
     cold: float, hot: float, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = {1.0: cold, 2.0: hot}
-    monkeypatch.setattr(VllmServer, "_highest_logprob", lambda *asked: answers[asked[-1]])
+    monkeypatch.setattr(VllmServer, "next_logprobs", lambda *asked: [{3: answers[asked[-1]], 4: -9.0}])
     assert VllmServer("http://one/v1").logprobs_mode("small", 3) == expected
     answers[1.0] = 17.5
     with pytest.raises(TrainingError, match=r"reports logits.*--logprobs-mode processed_logprobs"):
@@ -108,7 +172,7 @@ def test_a_server_whose_logprobs_change_with_the_temperature_has_processed_ones(
 
 
 def test_losses_that_need_logprobs_of_what_was_sampled_refuse_raw_ones(tmp_path: Path) -> None:
-    engine, _ = engine_of(small_policy(), [ServedPolicy("one")], tmp_path)
+    engine, _ = engine_of(small_policy(), [served("one")], tmp_path)
 
     def mode(**train: Any) -> str:
         return recorded_logprobs_mode(TrainConfig.model_validate({"model": "tiny"} | train), engine)

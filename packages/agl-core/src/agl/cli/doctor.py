@@ -177,7 +177,9 @@ def _is_our_server(host: str, port: int) -> bool:
 
 
 def check_engines(config: Config) -> list[Check]:
-    """Whether each engine of the gateway answers."""
+    """Whether each engine of the gateway answers; none if a training launches its own."""
+    if config.engine.launch is not None:
+        return []
     upstream = config.gateway.upstream
     if config.gateway.engines:
         return [_check_engine(engine) for engine in config.gateway.engines]

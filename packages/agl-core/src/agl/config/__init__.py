@@ -1,7 +1,7 @@
 """The configuration as a typed tree: one module per section of the YAML file, and `file` for the whole."""
 
 from agl.config.collector import CollectorConfig
-from agl.config.engine import EngineConfig
+from agl.config.engine import EngineConfig, LaunchConfig
 from agl.config.file import DEFAULT_STORE_URI, Config
 from agl.config.gateway import GatewayConfig, RecordMode, TimeoutsConfig, UpstreamConfig
 from agl.config.judge import JudgeConfig
@@ -31,6 +31,7 @@ __all__ = [
     "EngineConfig",
     "GatewayConfig",
     "JudgeConfig",
+    "LaunchConfig",
     "LogprobsMode",
     "LossConfig",
     "LossName",

@@ -8,7 +8,7 @@ import yaml
 from pydantic import AliasChoices, BaseModel, Field, ValidationError, model_validator
 
 from agl.config.collector import CollectorConfig
-from agl.config.engine import EngineConfig
+from agl.config.engine import EngineConfig, LaunchConfig
 from agl.config.gateway import GatewayConfig, TimeoutsConfig, UpstreamConfig
 from agl.config.judge import JudgeConfig
 from agl.config.queue import QueueConfig
@@ -54,6 +54,15 @@ class Config(Section):
         if unknown:
             known = ", ".join(self.agent_roles.roles) or "none"
             raise ValueError(f"judge.roles names {min(unknown)!r}, which is no role: agent_roles has {known}")
+        return self
+
+    @model_validator(mode="after")
+    def _launches_its_engine(self) -> Self:
+        launch = self.engine.launch
+        if launch is not None and (self.gateway.engines or "upstream" in self.gateway.model_fields_set):
+            raise ValueError("engine.launch starts the engine that gateway names: remove gateway.engines and upstream")
+        if launch is not None and launch.sleep and self.train is not None and self.train.asynchronous:
+            raise ValueError("engine.launch.sleep stops the rollouts that train.asynchronous runs beside an update")
         return self
 
     @classmethod
@@ -129,6 +138,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "timeouts": TimeoutsConfig,
     "engines": UpstreamConfig,
     "engine": EngineConfig,
+    "launch": LaunchConfig,
     "train": TrainConfig,
     "sft": SftConfig,
     "traces": SftTracesConfig,

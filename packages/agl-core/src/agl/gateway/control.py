@@ -1,6 +1,6 @@
 """The gateway's own HTTP API: pause, resume, and the model names of the engines."""
 
-from typing import Final, TypeVar
+from typing import Annotated, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
@@ -28,11 +28,17 @@ class ModelBody(_Strict):
     """Model name for the engines, e.g. `planner@12`; None removes the mapping."""
 
 
-Body = TypeVar("Body", PauseBody, ModelBody)
+class VersionsBody(_Strict):
+    versions: dict[str, Annotated[str, Field(min_length=1)] | None]
+    """The pinned version that answers for each role, e.g. `planner@12`; None removes a role. Other roles stay."""
+
+
+Body = TypeVar("Body", PauseBody, ModelBody, VersionsBody)
 
 
 class Control:
-    """`GET /api/gateway`, `POST /api/gateway/pause`, `POST .../resume`, `PUT .../models/{name}`."""
+    """`GET /api/gateway`, `POST /api/gateway/pause`, `POST .../resume`, `PUT .../models/{name}`,
+    `PATCH .../versions`."""
 
     def __init__(self, gate: PauseGate, routes: Routes, budget: MemoryBudget) -> None:
         self._budget = budget
@@ -45,6 +51,7 @@ class Control:
             Route(f"{PREFIX}/pause", self._pause, methods=["POST"]),
             Route(f"{PREFIX}/resume", self._resume, methods=["POST"]),
             Route(f"{PREFIX}/models/{{name}}", self._set_model, methods=["PUT"]),
+            Route(f"{PREFIX}/versions", self._set_versions, methods=["PATCH"]),
         ]
 
     async def _show(self, _: Request) -> JSONResponse:
@@ -67,9 +74,14 @@ class Control:
             self._routes.names[name] = model
         return self._state()
 
+    async def _set_versions(self, request: Request) -> JSONResponse:
+        self._routes.switch((await self._read(request, VersionsBody)).versions)
+        return self._state()
+
     def _state(self) -> JSONResponse:
-        gate = self._gate
-        return JSONResponse({"paused": gate.is_paused, "calls": gate.active_calls, "models": self._routes.names})
+        gate, routes = self._gate, self._routes
+        tables = {"models": routes.names, "versions": dict(routes.versions)}
+        return JSONResponse({"paused": gate.is_paused, "calls": gate.active_calls, **tables})
 
     async def _read(self, request: Request, kind: type[Body]) -> Body:
         try:

@@ -4,7 +4,8 @@ import asyncio
 import hashlib
 import random
 import time
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Collection, Hashable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -23,22 +24,42 @@ _RETRIED_FAILURES: Final = frozenset({"engine_unreachable", "engine_error"})
 _BUSY_RETRY_AFTER_S: Final = 5
 _PAUSED_RETRY_AFTER_S: Final = 1
 _LONGEST_BACKOFF_S: Final = 10.0
+_ROLLOUTS_PINNED: Final = 65_536
 
 
 class Routes:
-    """The engines, and `names`: which model name the engines get for a name that clients use.
+    """The engines, and two tables of names for them: `names` of clients, and the `versions` of roles.
 
-    A client's name is a role, a policy, or a name that the agent's code already had. It maps to a role, a policy or a
-    pinned version (`planner` to `planner@12`). All calls of a rollout go to one engine, which has their prefix cached.
+    A client's name is a role, a policy, or a name that the agent's code already had. `names` maps it to a role, a
+    policy or a pinned version (`gpt-4o` to `planner`); `versions` maps a role to the version that answers for it
+    (`planner` to `planner@12`). All calls of a rollout go to one engine, which has their prefix cached.
     """
 
     def __init__(self, engines: Sequence[Engine], names: Mapping[str, str]) -> None:
         self.engines = tuple(engines)
         self.names = dict(names)
+        self.versions: Mapping[str, str] = {}
+        self._pinned: OrderedDict[Hashable, Mapping[str, str]] = OrderedDict()
 
-    def resolve(self, model: str) -> str:
-        """The model name for the engines; a mapped name is looked up once, not followed further."""
+    def policy(self, model: str) -> str:
+        """The role, policy or version that a client's name means; a name is looked up once, not followed further."""
         return self.names.get(model, model)
+
+    def switch(self, versions: Mapping[str, str | None]) -> None:
+        """Change `versions` in one step; None removes a role. Pinned rollouts keep those that they began with."""
+        self.versions = {role: name for role, name in {**self.versions, **versions}.items() if name is not None}
+
+    def resolve(self, model: str, pinned: Hashable | None = None) -> str:
+        """The engines' name for what a client calls `model`.
+
+        `pinned` is a rollout whose calls all use the versions of its first call.
+        """
+        policy, versions = self.policy(model), self.versions
+        if pinned is not None:
+            versions = self._pinned[pinned] = self._pinned.pop(pinned, versions)
+            if len(self._pinned) > _ROLLOUTS_PINNED:
+                self._pinned.popitem(last=False)
+        return versions.get(policy, policy)
 
     def kind(self, model: str) -> EngineKind:
         """The kind of the engines that serve `model`; the configuration allows only one."""

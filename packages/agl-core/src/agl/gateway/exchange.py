@@ -123,9 +123,9 @@ class CallEndpoint:
         parts, kind, size = self._parts, self._dialect, len(data)
         text, body = await long_work(size, read_json, data)
         model = body["model"] if isinstance(body.get("model"), str) else None
-        engine_model = model and parts.routes.resolve(model)
-        dialect = await long_work(size, kind, body, engine_model)
         caller = await parts.callers.identify(request)
+        engine_model = model and parts.routes.resolve(model, caller.pinned)
+        dialect = await long_work(size, kind, body, engine_model)
         engine_kind = parts.routes.kind(engine_model or "")
         forced = parts.overrides.get(caller.mode or "prod", {})
         declared = shaping(forced)
@@ -144,6 +144,7 @@ class CallEndpoint:
             kind.operation,
             path=kind.path,
             headers=forwarded(request.headers),
+            policy=parts.routes.policy(model or ""),
             engine_model=engine_model or "",
             sent=sent,
             client_body=text,

@@ -70,7 +70,7 @@ async def list_models(session: aiohttp.ClientSession, routes: Routes, headers: M
 
     Engines that fail are left out as long as one responds. Raises ApiError if there is no engine, or all fail.
     """
-    if len(routes.engines) == 1 and not routes.names:
+    if len(routes.engines) == 1 and not routes.names and not routes.versions:
         return await _get_models(session, routes.engines[0], headers, _MODELS_TIMEOUT_S)
     if not routes.engines:
         routes.choose("", None)
@@ -83,7 +83,7 @@ async def list_models(session: aiohttp.ClientSession, routes: Routes, headers: M
             raise first
         return first
     known = {str(model.get("id")): model for models in listed for model in models}
-    names = {name: {"id": name, "object": "model", "owned_by": "agl"} for name in routes.names}
+    names = {name: {"id": name, "object": "model", "owned_by": "agl"} for name in {**routes.names, **routes.versions}}
     return JSONResponse({"object": "list", "data": [*(known | names).values()]})
 
 

@@ -42,6 +42,8 @@ class CallRecord:
     """The request for the engine."""
     client_body: str = ""
     """The client's request: JSON text as received."""
+    policy: str = ""
+    """The role, policy or version that the client's name means."""
     model: str | None = None
     """Model name in the client's request."""
     changed: Json = field(default_factory=dict)
@@ -150,7 +152,7 @@ class CallRecord:
             semconv.GEN_AI_REQUEST_SEED: _only(int, sent.get("seed")),
             semconv.GEN_AI_RESPONSE_ID: self.capture.response_id,
             semconv.GEN_AI_RESPONSE_MODEL: self.capture.model,
-            semconv.POLICY_VERSION: policy_version(self.capture.model),
+            semconv.POLICY_VERSION: self._policy_version(),
             semconv.HTTP_RESPONSE_STATUS_CODE: self.http_status,
             semconv.ERROR_TYPE: self.error_type,
             semconv.GATEWAY_REQUEST: self.client_body,
@@ -166,6 +168,13 @@ class CallRecord:
             semconv.PROJECT: self.project,
         }
         return {name: value for name, value in attributes.items() if value is not None} | self.caller.attributes()
+
+    def _policy_version(self) -> str | None:
+        """The version that answered, under the name of the role that was asked: several may share an adapter."""
+        version = policy_version(self.capture.model)
+        if version is None or self.capture.model != self.engine_model:
+            return version
+        return f"{self.policy.partition('@')[0]}@{version.partition('@')[2]}"
 
 
 class Recorder:

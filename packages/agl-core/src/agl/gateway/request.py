@@ -106,6 +106,11 @@ class Caller:
                 message = f"{name} has {len(value)} characters, expected at most {MAX_ID_LENGTH}"
                 raise ApiError(400, "not_recordable", message)
 
+    @property
+    def pinned(self) -> tuple[str, str | None] | None:
+        """Rollout and attempt of a call whose policy must not change within the rollout; None in mode `prod`."""
+        return (self.rollout_id, self.attempt_id) if self.rollout_id and self.mode != "prod" else None
+
     def attributes(self) -> dict[str, str]:
         """Attributes of every span of the call."""
         named = {

@@ -13,6 +13,7 @@ from agl.cli.doctor import Check, check_engines, check_folder, check_store, dema
 from agl.cli.terminal import counted
 from agl.config import Config, JudgeConfig, TrainConfig
 from agl.errors import AglError, ConfigError
+from agl_trainer.engine.vllm.launch import vllm_program
 from agl_trainer.model.base_model import check_4bit
 from agl_trainer.model.model_folder import find_model
 from agl_trainer.rollout.import_function import load_function
@@ -22,7 +23,7 @@ from agl_trainer.rollout.task_list import load_list
 _TIMEOUT_S = 5.0
 
 _ALWAYS = ("agent_roles", "train.model", "train.report_to", "train.output_dir", "store")
-_ROLLOUTS = ("train.agent", "train.reward", "train.instrument", "engine")
+_ROLLOUTS = ("train.agent", "train.reward", "train.instrument", "engine", "engine.launch")
 NEEDS: Final = {
     "train": (*_ALWAYS, *_ROLLOUTS, "train.tasks", "train.eval_tasks", "judge"),
     "train --from-store": (*_ALWAYS, "judge"),
@@ -74,6 +75,8 @@ def _checks(config: Config, train: TrainConfig, keys: Collection[str], *, downlo
         yield check_folder("train.output_dir", Path(train.output_dir), "choose another train.output_dir")
     if "store" in keys:
         yield check_store(config.store_uri)
+    if "engine.launch" in keys and (launch := config.engine.launch) is not None:
+        yield _check("engine.launch", launch.program, partial(vllm_program, launch))
     if "engine" in keys and config.engine.kind == "vllm":
         yield from check_engines(config)
 

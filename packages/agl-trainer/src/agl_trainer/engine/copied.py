@@ -1,7 +1,7 @@
 """An in-process engine with its own copy of the adapters, so that it samples while the policy trains."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from agl.config import LogprobsMode
 from agl_trainer.engine.local.scheduler import Scheduler
@@ -12,6 +12,7 @@ class CopiedEngine:
     """`scheduler` samples from `copy`, a second policy with the same base model; adapters are copied from `policy`."""
 
     logprobs_mode: LogprobsMode = "processed_logprobs"
+    running_rollouts = staticmethod(nullcontext[None])
 
     def __init__(self, policy: Policy, copy: Policy, scheduler: Scheduler) -> None:
         self._policy = policy

@@ -59,6 +59,7 @@ STEERING = frozenset(
         "gateway",
         "judge",
         "engine.kind",
+        "engine.launch",
         "engine.max_batch",
         "engine.max_model_len",
         "engine.tolerance",

@@ -1,8 +1,8 @@
 """Opens the engine that samples the rollouts of a training, behind a gateway: in this process, or vLLM servers."""
 
 import functools
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 import urllib3
 from starlette.types import ASGIApp
 
-from agl.config import Config, GatewayConfig, UpstreamConfig
+from agl.config import Config, GatewayConfig, LaunchConfig, UpstreamConfig
 from agl.errors import ConfigError, TrainingError
+from agl.secret_url import SecretUrl
 from agl.server_thread import ServerThread
 from agl.store import Store
 from agl_trainer.compute.devices import device_count
@@ -19,14 +20,17 @@ from agl_trainer.engine.copied import CopiedEngine
 from agl_trainer.engine.http.api import engine_app
 from agl_trainer.engine.local.scheduler import Scheduler
 from agl_trainer.engine.vllm.engine import VllmEngine
+from agl_trainer.engine.vllm.launch import free_port, running_vllm, serve_command
 from agl_trainer.engine.vllm.server import VllmServer
-from agl_trainer.loop.policy_setup import is_sharded, open_policy
+from agl_trainer.loop.policy_setup import base_folder, base_name, is_sharded, open_policy
+from agl_trainer.model.device import release_memory
 from agl_trainer.model.policy import Policy
-from agl_trainer.rollout.serving import TrainingEngine
+from agl_trainer.rollout.serving import ShownProgress, TrainingEngine
 
 LOCAL = "local"
 """`gateway.upstream` of the in-process engine."""
-_DRAIN_S = 60.0
+_DRAIN_S, _ROUTE_S = 60.0, 10.0
+"""Longest wait until running calls have ended, and timeout of a request to the training's own gateway."""
 
 OpenedEngine = tuple[Policy, TrainingEngine, ServerThread]
 
@@ -48,9 +52,9 @@ def open_engine(config: Config) -> Iterator[tuple[Policy, Scheduler, ASGIApp]]:
         yield policy, scheduler, app
 
 
-def serve_policy(config: Config, store: Store) -> AbstractContextManager[OpenedEngine]:
+def serve_policy(config: Config, store: Store, progress: ShownProgress | None) -> AbstractContextManager[OpenedEngine]:
     """The policy, the engine that samples from it, and the server with gateway and collector."""
-    return _serve_vllm(config, store) if config.engine.kind == "vllm" else _serve_local(config, store)
+    return _serve_vllm(config, store, progress) if config.engine.kind == "vllm" else _serve_local(config, store)
 
 
 @contextmanager
@@ -79,17 +83,58 @@ def _serve_local(config: Config, store: Store) -> Iterator[OpenedEngine]:
 
 
 @contextmanager
-def _serve_vllm(config: Config, store: Store) -> Iterator[OpenedEngine]:
-    train = config.require_train()
-    engines = config.gateway.engines or [UpstreamConfig(url=config.gateway.upstream)]
-    gateway = config.gateway.model_copy(update={"engines": engines})
+def _serve_vllm(config: Config, store: Store, progress: ShownProgress | None) -> Iterator[OpenedEngine]:
+    train, launch = config.require_train(), config.engine.launch
     with ExitStack() as stack:
+        if launch is not None:
+            url = SecretUrl(stack.enter_context(_launched(config, launch, progress)))
+        elif config.gateway.upstream == LOCAL and not config.gateway.engines:
+            raise ConfigError(
+                "engine.kind is vllm, but no server is named: set gateway.upstream to its URL, or engine.launch to "
+                "start one"
+            )
+        else:
+            url = config.gateway.upstream
+        engines = config.gateway.engines or [UpstreamConfig(url=url)]
+        gateway = config.gateway.model_copy(update={"engines": engines})
         servers = [stack.enter_context(VllmServer(engine.base_url, engine.authorization())) for engine in engines]
         policy = open_policy(config)
         server = stack.enter_context(_server(config, gateway, store, None))
-        folder = Path(train.output_dir) / "adapters"
-        route = functools.partial(_route, server.base_url)
-        yield policy, VllmEngine(servers, policy, folder, tolerance=config.engine.tolerance, route=route), server
+        engine = VllmEngine(
+            servers,
+            policy,
+            Path(train.output_dir) / "adapters",
+            tolerance=config.engine.tolerance,
+            route=functools.partial(_route, server.base_url),
+            pause=functools.partial(_asleep, server.base_url, servers) if launch and launch.sleep else nullcontext,
+        )
+        yield policy, engine, server
+
+
+@contextmanager
+def _launched(config: Config, launch: LaunchConfig, progress: ShownProgress | None) -> Iterator[str]:
+    """Base URL of a vLLM server of the base model, which runs within the context."""
+    train, port = config.require_train(), launch.port or free_port()
+    command = serve_command(
+        launch,
+        base_folder(config),
+        base_name(train),
+        port=port,
+        max_model_len=config.engine.max_model_len,
+        ranks=[role.lora_r for role in config.require_roles().values() if role.adapter is None],
+        versions=(train.max_staleness or 0) + 2,
+        chat_template=train.chat_template,
+    )
+    log = Path(train.output_dir) / "vllm.log"
+
+    def show(waiting_for: str | None) -> None:
+        if progress is not None:
+            progress.update(waiting_for=waiting_for)
+
+    shown = functools.partial(show, f"vLLM to load the model (its log is {log})")
+    with running_vllm(command, launch, port, log, shown) as url:
+        show(None)
+        yield url
 
 
 def _server(config: Config, gateway: GatewayConfig, store: Store, app: ASGIApp | None) -> ServerThread:
@@ -99,19 +144,27 @@ def _server(config: Config, gateway: GatewayConfig, store: Store, app: ASGIApp |
     return ServerThread(store, port=0, otlp_http_port=0, upstream=app, gateway=gateway, overrides=overrides)
 
 
-def _route(gateway: str, role: str, name: str) -> None:
-    """Route later calls of `role` to the version `name`.
+def _route(gateway: str, versions: Mapping[str, str]) -> None:
+    """Route the calls of later rollouts to `versions`, by role; running ones stay on theirs."""
+    _control(gateway, "PATCH", "versions", {"versions": dict(versions)})
 
-    Waits until the previous version has answered the calls in flight; the gateway asks clients of new ones to retry.
-    """
 
-    def call(method: str, path: str, body: Mapping[str, Any]) -> None:
-        response = urllib3.request(method, f"{gateway}/api/gateway{path}", json=body, timeout=_DRAIN_S + 10)
-        if response.status != HTTPStatus.OK:
-            raise TrainingError(f"the gateway refused {path}: {response.status} {response.data.decode()}")
-
-    call("POST", "/pause", {"drain_s": _DRAIN_S})
+@contextmanager
+def _asleep(gateway: str, servers: Sequence[VllmServer]) -> Iterator[None]:
+    """Context in which `servers` hold no memory of the GPU, which the trainer uses; calls are asked to come again."""
+    _control(gateway, "POST", "pause", {"drain_s": _DRAIN_S})
+    for server in servers:
+        server.sleep()
     try:
-        call("PUT", f"/models/{role}", {"model": name})
+        yield
     finally:
-        call("POST", "/resume", {})
+        release_memory()
+        for server in servers:
+            server.wake_up()
+        _control(gateway, "POST", "resume", {})
+
+
+def _control(gateway: str, method: str, path: str, body: Mapping[str, Any]) -> None:
+    response = urllib3.request(method, f"{gateway}/api/gateway/{path}", json=body, timeout=_DRAIN_S + _ROUTE_S)
+    if response.status != HTTPStatus.OK:
+        raise TrainingError(f"the gateway refused {path} {body}: {response.status} {response.data.decode()}")

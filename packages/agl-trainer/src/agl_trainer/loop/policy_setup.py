@@ -46,13 +46,18 @@ def open_policy(config: Config, *, samples: bool = False) -> Policy:
         model,
         tokenizer,
         config.agent_roles.roles,
-        base_name=Path(train.model).name.partition("@")[0],
+        base_name=base_name(train),
         seed=train.seed,
         packs=packs,
         recomputes=train.gradient_checkpointing,
         compiles=train.compile,
         shards=shards,
     )
+
+
+def base_name(train: TrainConfig) -> str:
+    """Name of the base model for clients: of a hub's model or a folder the last part, without the revision."""
+    return Path(train.model).name.partition("@")[0]
 
 
 def _set_chat_template(tokenizer: PreTrainedTokenizerBase, train: TrainConfig) -> None:

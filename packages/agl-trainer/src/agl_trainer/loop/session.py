@@ -15,7 +15,7 @@ from agl_trainer.model.policy import Policy
 from agl_trainer.rollout.import_function import load_function
 from agl_trainer.rollout.instrumentors import instrumented
 from agl_trainer.rollout.runner import Runner
-from agl_trainer.rollout.serving import Serving
+from agl_trainer.rollout.serving import Serving, ShownProgress
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Session:
 
 
 @contextmanager
-def open_session(config: Config) -> Iterator[Session]:
+def open_session(config: Config, progress: ShownProgress | None = None) -> Iterator[Session]:
     """Start all components on free loopback ports; agents find the gateway through `OPENAI_BASE_URL`.
 
     Raises AglError if the store, the model, the engine, or a function named in the configuration cannot be opened.
@@ -40,7 +40,7 @@ def open_session(config: Config) -> Iterator[Session]:
     reward = load_function(train.reward, "train.reward") if train.reward else None
     with ExitStack() as stack:
         store = stack.enter_context(opened_store(config.store_uri))
-        policy, engine, server = stack.enter_context(serve_policy(config, store))
+        policy, engine, server = stack.enter_context(serve_policy(config, store, progress))
         stack.enter_context(_environment(OPENAI_BASE_URL=f"{server.base_url}/v1", OPENAI_API_KEY="agl"))
         agl.init(endpoint=server.otlp_url, reward_weights=config.rewards)
         stack.callback(agl.shutdown)

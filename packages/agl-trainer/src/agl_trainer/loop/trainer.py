@@ -52,7 +52,6 @@ class Trainer:
         """
         if self.train.deterministic:
             torch.use_deterministic_algorithms(True)
-        opened = open_session(self.config) if samples else open_store_session(self.config)
         with (
             locked(self.folder) if trains else nullcontext(),
             Progress() as progress,
@@ -60,6 +59,7 @@ class Trainer:
             ExitStack() as stack,
         ):
             with progress.phase(f"loading {self.train.model}"):
+                opened = open_session(self.config, progress) if samples else open_store_session(self.config)
                 session = stack.enter_context(opened)
                 warn_if_workers_spin()
             training = Training(self.config, session, progress, accepts_changes=self._accepts_changes, trains=trains)

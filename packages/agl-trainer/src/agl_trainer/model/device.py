@@ -4,6 +4,7 @@ The one place where kinds of accelerators are named. All other code takes the de
 """
 
 import functools
+import gc
 
 import torch
 from torch import Tensor
@@ -17,6 +18,13 @@ _SLICE = 8192
 def best_device() -> torch.device:
     """The accelerator of this machine (CUDA, ROCm, XPU, MPS or another backend of torch), else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def release_memory() -> None:
+    """Give memory that torch keeps for later tensors back to the accelerator, for other programs."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def has_flex_attention(device: torch.device) -> bool:

@@ -48,6 +48,10 @@ class Rollouts:
         self, rollouts: Sequence[Rollout], *, counts_steps: bool = False, shows_progress: bool = True
     ) -> list[Outcome]:
         """Outcomes in order, then those of repeated runs; `counts_steps`: each is a step of the progress."""
+        with self.serving.engine.running_rollouts():
+            return self._run(rollouts, counts_steps, shows_progress)
+
+    def _run(self, rollouts: Sequence[Rollout], counts_steps: bool, shows_progress: bool) -> list[Outcome]:
         on_done = self._show_progress(len(rollouts), counts_steps=counts_steps) if shows_progress else lambda _: None
         outcomes, failed = self.serving.runner.run(rollouts, on_done=on_done), list[Outcome]()
         for _ in range(self.engine_retries):

@@ -25,6 +25,10 @@ class TrainingEngine(Protocol):
         """Answer later calls with the policy's current weights. Raises TrainingError if the engine cannot."""
         ...
 
+    def running_rollouts(self) -> AbstractContextManager[None]:
+        """Context in which rollouts run: the versions that they may have begun with stay available."""
+        ...
+
     def paused(self) -> AbstractContextManager[None]:
         """Context in which the policy's weights may change: no call samples from them."""
         ...

@@ -11,7 +11,7 @@ import random
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ class Scheduler:
     """The in-process engine: samples from the policy's own modules. Use as a context manager."""
 
     logprobs_mode: LogprobsMode = "processed_logprobs"
+    running_rollouts = staticmethod(nullcontext[None])
 
     def __init__(self, policy: Policy, *, max_batch: int, max_model_len: int) -> None:
         self._policy = policy

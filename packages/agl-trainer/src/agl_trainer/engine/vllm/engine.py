@@ -1,20 +1,18 @@
 """Keeps the adapters of a training loaded on vLLM servers, and routes each role to its verified version."""
 
+import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-
-from torch import Tensor
 
 from agl.config import LogprobsMode
 from agl.errors import TrainingError
-from agl_trainer.compute.forward import forward_rows
-from agl_trainer.data.rows import TrainingRow
+from agl_trainer.engine.vllm.proof import CANARY, AdapterProof, Version
 from agl_trainer.engine.vllm.server import VllmServer
-from agl_trainer.engine.vllm.verification import CANARY, verify
 from agl_trainer.model.adapter_files import save_adapter
-from agl_trainer.model.lora import BASE
 from agl_trainer.model.policy import Policy
 
 logger = logging.getLogger(__name__)
@@ -27,8 +25,10 @@ class VllmEngine:
     """vLLM servers with the same base model, as the engine of a training of `policy`.
 
     `make_live` writes each changed adapter to `folder`, which the servers must be able to read, loads it on every
-    server as `<role>@<n>`, verifies it there, and then calls `route(role, name)`. Every version gets its own name:
-    under a reused name vLLM would reuse the prefix cache, which was computed with the old weights.
+    server as `<role>@<n>`, verifies it there, and then calls `route` once, with the new name of each changed role.
+    Every version gets its own name: under a reused name vLLM would reuse the prefix cache, which was computed with the
+    old weights. Rollouts that run stay on their versions, so an old one is unloaded after the last rollout that began
+    before the switch.
     """
 
     def __init__(
@@ -38,78 +38,108 @@ class VllmEngine:
         folder: Path,
         *,
         tolerance: float,
-        route: Callable[[str, str], None],
+        route: Callable[[Mapping[str, str]], None],
+        pause: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        """`pause`: context in which the policy trains. The servers have their own copy of the weights, but may share
+        the memory of the accelerator."""
+        self.paused = pause
         self._bases = {server: _base_name(server, policy) for server in servers}
         self._policy = policy
         self._folder = folder
-        self._tolerance = tolerance
         self._route = route
-        self._canary: list[int] = policy.tokenizer(CANARY).input_ids
-        self._live: dict[str, str] = {}
-        modes = {server.logprobs_mode(base, self._canary[0]) for server, base in self._bases.items()}
+        self._live: dict[str, Version] = {}
+        """By the role that owns the adapter."""
+        self._lock = threading.Lock()
+        self._switches = 0
+        self._running: Counter[int] = Counter()
+        """Running calls of `running_rollouts`, by the number of switches before they began."""
+        self._old: list[tuple[int, Version]] = []
+        """Replaced versions that are still loaded, with the number of the switch that replaced them."""
+        modes = {server.logprobs_mode(base, self._first_token()) for server, base in self._bases.items()}
         self.logprobs_mode: LogprobsMode = "processed_logprobs" if modes == {"processed_logprobs"} else "raw_logprobs"
         for server in servers:  # unload the adapters of an earlier training, whose names this one will reuse
             for model in server.models():
                 if model.partition("@")[0] in policy.roles:
                     server.unload(model)
+        self._proof = AdapterProof(policy, self._bases, tolerance)
 
     tokens_sampled: None = None
     """The servers do not report it."""
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Does nothing: the servers have their own copy of the weights."""
-        yield
-
     def revive(self) -> None:
-        """Wait until all servers answer, else raise TrainingError; `make_live` reloads adapters that they lost."""
-        loaded = {server: server.wait(_RESTART_TIMEOUT_S) for server in self._bases}
-        for role, name in list(self._live.items()):
-            if all(name in names for names in loaded.values()):
-                continue
-            del self._live[role]
-            for server, names in loaded.items():
-                if name in names:
-                    server.unload(name)
+        """Wait until all servers answer, and load the versions that they lost. Raises TrainingError if one does not."""
+        for server in self._bases:
+            loaded = server.wait(_RESTART_TIMEOUT_S)
+            for version in [*(version for _, version in self._old), *self._live.values()]:
+                if version.name not in loaded:
+                    self._load(server, version)
 
     def make_live(self) -> None:
-        """Load the adapter of every role with a new version on the servers and route the role to it.
+        """Load each adapter with a new version on the servers, then route its roles to it, all in one step.
 
-        Raises TrainingError if an adapter cannot be verified; its role is then still answered by the old version.
+        Raises TrainingError if an adapter cannot be verified; the roles are then still answered by the old versions.
         """
-        for role in self._policy.roles:
-            name = self._policy.version_name(role)
-            if self._live.get(role) != name:
-                self._replace(role, name)
-
-    def _replace(self, role: str, name: str) -> None:
-        folder = self._folder / name
-        save_adapter(folder, self._policy.adapter(role), self._policy.adapter_config(role))
-        expected = self._logprobs(role), self._logprobs(BASE)
-        for server in self._bases:
-            self._load(server, name, folder, expected)
-        self._route(role, name)
-        if old := self._live.get(role):
+        versions = {owner: self._version(owner) for owner in self._policy.adapters}
+        changed = {
+            owner: version
+            for owner, version in versions.items()
+            if owner not in self._live or self._live[owner].name != version.name
+        }
+        if not changed:
+            return
+        for owner, version in changed.items():
+            save_adapter(version.folder, self._policy.adapter(owner), self._policy.adapter_config(owner))
             for server in self._bases:
-                server.unload(old)
-        self._live[role] = name
+                self._load(server, version)
+        self._route({role: changed[owner].name for owner in changed for role in self._policy.adapters[owner]})
+        with self._lock:
+            self._switches += 1
+            self._old += [(self._switches, self._live[owner]) for owner in changed if owner in self._live]
+            self._live |= changed
+        self._unload_unused()
 
-    def _load(self, server: VllmServer, name: str, folder: Path, expected: tuple[Tensor, Tensor]) -> None:
-        server.load(name, folder)
+    @contextmanager
+    def running_rollouts(self) -> Iterator[None]:
+        with self._lock:
+            begun = self._switches
+            self._running[begun] += 1
         try:
-            adapted, base = (server.prompt_logprobs(model, self._canary) for model in (name, self._bases[server]))
-            verification = verify(name, (adapted, base), expected, self._tolerance)
-        except TrainingError:
-            server.unload(name)
-            raise
-        logger.info("%s is live at %s: %s", name, server.url, verification)
+            yield
+        finally:
+            with self._lock:
+                self._running[begun] -= 1
+            self._unload_unused()
 
-    def _logprobs(self, adapter: str) -> Tensor:
-        """Logprobs [T - 1] of the canary's tokens, except the first."""
-        row = TrainingRow(self._canary, [0] + [1] * (len(self._canary) - 1), 1.0)
-        with self._policy.lock:
-            return forward_rows(self._policy, adapter, [row], len(self._canary)).logprobs[row.key].float()
+    def _unload_unused(self) -> None:
+        """Unload the versions that were replaced before each running rollout began."""
+        with self._lock:
+            oldest = min((begun for begun, count in self._running.items() if count), default=self._switches)
+            unused = [version for switch, version in self._old if switch <= oldest]
+            self._old = [(switch, version) for switch, version in self._old if switch > oldest]
+        for version, server in itertools.product(unused, self._bases):
+            try:
+                server.unload(version.name)
+            except TrainingError as error:  # a server that restarted has lost it
+                logger.warning("%s was not unloaded: %s", version.name, error)
+
+    def _version(self, owner: str) -> Version:
+        name = self._policy.version_name(owner)
+        return Version(name, owner, self._folder / name)
+
+    def _load(self, server: VllmServer, version: Version) -> None:
+        server.load(version.name, version.folder)
+        try:
+            found = self._proof.prove(server, version)
+        except TrainingError:
+            server.unload(version.name)
+            raise
+        logger.info("%s is live at %s: %s", version.name, server.url, found or "it changes nothing yet")
+
+    def _first_token(self) -> int:
+        """A prompt after which the model is unsure."""
+        tokens: list[int] = self._policy.tokenizer(CANARY).input_ids
+        return tokens[0]
 
 
 def _base_name(server: VllmServer, policy: Policy) -> str:

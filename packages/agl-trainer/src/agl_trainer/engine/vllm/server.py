@@ -1,14 +1,13 @@
-"""HTTP client of a vLLM server: lists, loads and unloads adapters, and reads prompt logprobs."""
+"""HTTP client of a vLLM server: lists, loads and unloads adapters, and reads logprobs."""
 
 import time
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
+from urllib.parse import urljoin
 
-import torch
 import urllib3
-from torch import Tensor
 
 from agl.config import LogprobsMode
 from agl.errors import TrainingError
@@ -16,6 +15,9 @@ from agl.errors import TrainingError
 _TIMEOUT_S = 300.0
 """Long, because on a CPU prompts and the first loading of an adapter are slow."""
 _POLL_INTERVAL_S = 2.0
+_LIKELIEST = 20
+"""vLLM's default limit."""
+_NEUTRAL: Final = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 _SAME_LOGPROB = 0.1
 """Relative difference below which two logprobs of a token are the same but for rounding; bfloat16 has 1 %."""
 
@@ -24,7 +26,7 @@ class VllmServer:
     """The server at `url`, which ends in `/v1`. Every method raises TrainingError if the server fails or rejects it.
 
     The server must run with `--enable-lora`, `--max-lora-rank` of at least the largest `lora_r`, `--max-loras` of at
-    least twice the number of roles, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment.
+    least `train.max_staleness` + 2 for each role, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment.
     """
 
     def __init__(self, url: str, headers: Mapping[str, str] | None = None) -> None:
@@ -59,36 +61,44 @@ class VllmServer:
     def unload(self, name: str) -> None:
         self._request("POST", "unload_lora_adapter", {"lora_name": name})
 
-    def prompt_logprobs(self, model: str, token_ids: Sequence[int]) -> Tensor:
-        """Logprobs [N - 1] (float32) under `model` of all `token_ids` except the first, each given those before it."""
-        body = {"model": model, "prompt": list(token_ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-        (choice,) = self._request("POST", "completions", body).json()["choices"]
-        rows = choice.get("prompt_logprobs")
-        if not rows or len(rows) != len(token_ids):
-            raise TrainingError(f"{self.url} answered without prompt_logprobs, which verify adapters; is it vLLM?")
-        return torch.tensor([row[str(token)]["logprob"] for row, token in zip(rows[1:], token_ids[1:], strict=True)])
+    def sleep(self) -> None:
+        """Move the weights to the CPU's memory and drop the KV cache, until `wake_up`."""
+        self._request("POST", "/sleep?level=1")
+
+    def wake_up(self) -> None:
+        self._request("POST", "/wake_up")
+
+    def next_logprobs(
+        self, model: str, prompts: Sequence[Sequence[int]], temperature: float = 1.0
+    ) -> list[dict[int, float]]:
+        """For each prompt the likeliest next tokens under `model`, with their logprobs.
+
+        Not `prompt_logprobs`: vLLM 0.32 fails on those of an adapter while it computes other requests.
+        """
+        body = {"model": model, "prompt": [list(prompt) for prompt in prompts], "max_tokens": 1, "logprobs": _LIKELIEST}
+        body |= {"temperature": temperature, "return_tokens_as_token_ids": True, **_NEUTRAL}
+        choices = sorted(self._request("POST", "completions", body).json()["choices"], key=lambda one: one["index"])
+        found = [top[0] for choice in choices if (top := (choice.get("logprobs") or {}).get("top_logprobs"))]
+        if len(found) != len(prompts):
+            raise TrainingError(f"{self.url} answered without logprobs, which verify adapters; is it vLLM?")
+        return [{int(name.partition(":")[2]): value for name, value in top.items()} for top in found]
 
     def logprobs_mode(self, model: str, token_id: int) -> LogprobsMode:
         """Which logprobs of sampled tokens it reports: those of processed mode change with the temperature.
 
         `token_id` is a prompt after which `model` is unsure.
         """
-        cold, hot = (self._highest_logprob(model, token_id, temperature) for temperature in (1.0, 2.0))
+        answers = (self.next_logprobs(model, [[token_id]], temperature) for temperature in (1.0, 2.0))
+        cold, hot = (max(logprobs.values()) for (logprobs,) in answers)
         if max(cold, hot) > 0:
             raise TrainingError(
                 f"{self.url} reports logits instead of logprobs; start vLLM with --logprobs-mode processed_logprobs"
             )
         return "raw_logprobs" if abs(cold - hot) < _SAME_LOGPROB * abs(cold) else "processed_logprobs"
 
-    def _highest_logprob(self, model: str, token_id: int, temperature: float) -> float:
-        neutral = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-        body = {"model": model, "prompt": [token_id], "max_tokens": 1, "temperature": temperature, "logprobs": 1}
-        (choice,) = self._request("POST", "completions", body | neutral).json()["choices"]
-        return max((choice["logprobs"]["top_logprobs"][0] or {}).values())
-
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> urllib3.BaseHTTPResponse:
         try:
-            response = self._pool.request(method, f"{self.url}/{path}", json=body)
+            response = self._pool.request(method, urljoin(f"{self.url}/", path), json=body)
         except urllib3.exceptions.HTTPError as error:
             raise TrainingError(
                 f"vLLM at {self.url} does not answer ({error}); start it, or correct the URL"
@@ -101,5 +111,5 @@ class VllmServer:
             )
         # A redirect is an error too: the key must not go to another server.
         if response.status != HTTPStatus.OK:
-            raise TrainingError(f"vLLM at {self.url} rejected /{path}: {response.status} {body_text}")
+            raise TrainingError(f"vLLM at {self.url} rejected {path}: {response.status} {body_text}")
         return response

@@ -1,0 +1,141 @@
+"""Starts `vllm serve` with what a training needs, and ends it with the training."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+import urllib3
+
+from agl.config import LaunchConfig
+from agl.errors import ConfigError, TrainingError
+
+_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM accepts for `--max-lora-rank`."""
+_ENVIRONMENT: Final = {
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+    "VLLM_ENFORCE_STRICT_TOOL_CALLING": "0",  # it would mask tokens, which a policy gradient does not know
+}
+_SLEEP_ENVIRONMENT: Final = {"VLLM_SERVER_DEV_MODE": "1"}
+"""With it, vLLM has /sleep and /wake_up."""
+_DIES_WITH_PARENT: Final = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
+)
+"""Linux sends SIGTERM (15) when the parent has ended, however it ended (PR_SET_PDEATHSIG is 1)."""
+_LAST_LINES, _STOP_S, _POLL_S = 20, 30.0, 0.5
+
+
+def vllm_program(launch: LaunchConfig) -> str:
+    """Path of the program. Raises ConfigError if there is none."""
+    if found := shutil.which(launch.program):
+        return found
+    raise ConfigError(
+        f"engine.launch.program: no program {launch.program}; pip install vllm, or name that of another environment"
+    )
+
+
+def serve_command(
+    launch: LaunchConfig,
+    model: Path,
+    name: str,
+    *,
+    port: int,
+    max_model_len: int,
+    ranks: Sequence[int],
+    versions: int,
+    chat_template: str | None,
+) -> list[str]:
+    """`vllm serve` of the base model in `model` as `name`.
+
+    `ranks`: `lora_r` of each adapter; `versions`: how many of each are loaded at a time. Raises ConfigError.
+    """
+    rank = next((rank for rank in _RANKS if rank >= max(ranks)), None)
+    if rank is None:
+        raise ConfigError(f"agent_roles: vLLM has adapters up to rank {_RANKS[-1]}, and lora_r is {max(ranks)}")
+    options: dict[str, object] = {
+        "--served-model-name": name,
+        "--host": "127.0.0.1",
+        "--port": port,
+        "--dtype": launch.dtype,
+        "--max-model-len": max_model_len,
+        "--gpu-memory-utilization": launch.gpu_memory_utilization,
+        "--max-lora-rank": rank,
+        "--max-loras": len(ranks) * versions + 1,  # and one that is amplified for its proof
+        "--logprobs-mode": "processed_logprobs",
+        "--generation-config": "vllm",  # no sampling limits of the model's own, as in the in-process engine
+    }
+    if chat_template is not None:
+        options["--chat-template"] = chat_template
+    flags = ["--enable-lora", *(["--enable-sleep-mode"] if launch.sleep else [])]
+    listed = [str(part) for option in options.items() for part in option]
+    return [vllm_program(launch), "serve", str(model), *listed, *flags, *launch.options]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@contextmanager
+def running_vllm(
+    command: Sequence[str], launch: LaunchConfig, port: int, log: Path, on_wait: Callable[[], None]
+) -> Iterator[str]:
+    """Run `command`; yields its base URL, which ends in `/v1`, once it answers, and ends it afterwards.
+
+    `on_wait` is called now and then until then. Raises TrainingError with the last lines of `log` if the program ends
+    or does not answer.
+    """
+    environment = {**os.environ, **_ENVIRONMENT, **(_SLEEP_ENVIRONMENT if launch.sleep else {}), **launch.environment}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _DIES_WITH_PARENT, *command],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches the training, which ends vLLM
+        )
+    try:
+        _wait(process, f"http://127.0.0.1:{port}/health", launch.timeout_s, log, on_wait)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        _stop(process)
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, timeout_s: float, log: Path, on_wait: Callable[[], None]) -> None:
+    started = time.monotonic()
+    while time.monotonic() - started < timeout_s:
+        on_wait()
+        if process.poll() is not None:
+            raise TrainingError(f"vLLM ended with exit code {process.returncode}; the end of {log}:\n{last_lines(log)}")
+        try:
+            if urllib3.request("GET", url, timeout=_POLL_S * 10, retries=False).status == 200:
+                return
+        except urllib3.exceptions.HTTPError:
+            pass
+        time.sleep(_POLL_S)
+    raise TrainingError(
+        f"vLLM did not answer within {timeout_s:g} s (engine.launch.timeout_s); the end of {log}:\n{last_lines(log)}"
+    )
+
+
+def last_lines(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the process in order within a grace period, then whatever is left of all that it has started."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_STOP_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
