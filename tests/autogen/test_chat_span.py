@@ -35,6 +35,7 @@ from agl.content.filter import content_json
 from tests.autogen.conftest import MODEL_INFO
 from tests.autogen.scripted import says
 from tests.autogen.span_tree import attributes, named, only, tree
+from tests.stepped_clock import step_back
 from tests.vllm_server import LOGPROBS, PROMPT_IDS, TOKEN_IDS
 
 ASK: list[LLMMessage] = [SystemMessage(content="Be brief."), UserMessage(content="How many mugs?", source="user")]
@@ -57,6 +58,18 @@ async def ask(client: Any, messages: list[LLMMessage], *, stream: bool, **option
         result = item
     assert isinstance(result, CreateResult)
     return result
+
+
+async def test_calls_keep_their_order_when_the_clock_steps_back(spans, client, server, monkeypatch):
+    step_back(monkeypatch)
+    for _ in range(2):
+        await ask(client("planner"), ASK, stream=False)
+    times = [
+        moment
+        for span in named(spans.get_finished_spans(), "chat planner")
+        for moment in (span.start_time, span.end_time)
+    ]
+    assert times == sorted(times) and len(times) == 4
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -37,7 +37,7 @@ ROOMS = {
         "tracing": "propagation context emit content secret_url errors",
         "propagation": "context scope",
         "emit": "context scope content failsafe span semconv errors",
-        "context": "scope content semconv errors",
+        "context": "scope content span semconv errors",
         "scope": "",
         "content": "failsafe semconv errors",
         "failsafe": "errors",

@@ -331,13 +331,14 @@ def test_samples_are_compared_with_an_earlier_result(tmp_path: Path, capsys: pyt
     assert main([*command, "--of", "base", "--label", "before"]) == 0
     table = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in table[1:4]] == ["reward", "pass@1", "pass@3"]
-    assert main([*command, "--label", "after", "--against", "before", "--json"]) == 0
+    assert main([*command, "--of", "base", "--label", "after", "--against", "before", "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
     assert list(results) == ["before", "after", "after - before"]
     assert results["after"]["tasks"] == 8 and 0 <= results["after"]["pass@1"] <= results["after"]["pass@3"] <= 1
     assert results["after - before"]["reward"].keys() == {"mean", "low", "high", "count"}
-    assert main([*command, "--of", "best"]) == 2
-    assert "set train.eval_every" in capsys.readouterr().err
+    for missing in ("last", "best"):
+        assert main([*command, "--of", missing]) == 2
+        assert "there is no checkpoint in" in capsys.readouterr().err
     # Saved results, without an evaluation.
     assert main([*command[:2], "--compare", "before", "after", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == results
@@ -762,6 +763,14 @@ def test_a_phase_that_is_not_configured_is_refused(
     trainer = Trainer(config_in(tmp_path, eval_tasks=None).model_copy(update={"sft": None}))
     with trainer.open(), pytest.raises(ConfigError, match=message):
         act(trainer)
+
+
+def test_an_agent_may_change_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    few: dict[str, Any] = {"tasks": f"{TOY}:few_tasks", "group_size": 2, "groups_per_step": 2}
+    config = config_in(tmp_path, steps=2, agent=f"{TOY}:answer_from_elsewhere", output_dir="run", **few)
+    Trainer(config.model_copy(update={"store_uri": "sqlite:///agl.db"})).fit()
+    assert len(metrics_of(tmp_path)) == 2 and list((tmp_path / "run" / "adapters").iterdir())
 
 
 def test_a_trainer_works_only_while_it_is_open(tmp_path: Path) -> None:

@@ -89,6 +89,11 @@ def answer_with_a_reward_but_for_the_first(task: Task) -> str:
     return text
 
 
+def answer_from_elsewhere(task: Task) -> str:
+    os.chdir("/")
+    return answer(task)
+
+
 release = threading.Event()
 """Set at the end of a test, so that what hangs ends with it."""
 

@@ -39,6 +39,7 @@ from tests.gateway.serving import (
     parsed,
     wait_until,
 )
+from tests.stepped_clock import step_back
 
 # --- What is recorded ------------------------------------------------------------------------------------------------
 
@@ -99,6 +100,14 @@ def test_a_chat_call_is_recorded_with_exact_tokens(setup: Setup) -> None:
         "agl.gateway.constraints": ["top_k"],
         "http.response.status_code": 200,
     }
+
+
+def test_calls_keep_their_order_when_the_clock_steps_back(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    step_back(monkeypatch)
+    for _ in range(2):
+        setup.post(chat_body(), "/rollout/stepped/attempt/stepped-a1/v1/chat/completions")
+    first, second = setup.store.query_spans("stepped")
+    assert first.start_ns < first.end_ns < second.start_ns < second.end_ns
 
 
 def test_a_streamed_chat_is_recorded_with_exact_tokens(setup: Setup) -> None:

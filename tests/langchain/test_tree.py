@@ -20,6 +20,19 @@ from tests.autogen.span_tree import attributes, only, tree
 from tests.langchain.agents import STOCK, two_async_roles, two_roles
 from tests.langchain.conftest import MakeModel
 from tests.langchain.modes import ASYNC_MODES, MODES, Mode
+from tests.stepped_clock import step_back
+
+
+def test_calls_keep_their_order_when_the_clock_steps_back(
+    instrumented: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step_back(monkeypatch)
+    model = FakeListChatModel(responses=["a", "b"])
+    for _ in range(2):
+        model.invoke("hi")
+    times = [moment or 0 for span in instrumented.get_finished_spans() for moment in (span.start_time, span.end_time)]
+    assert times == sorted(times) and len(times) == 4
+
 
 QUESTION = {"messages": [("user", "How many mugs?")]}
 

@@ -180,3 +180,20 @@ def test_durations_have_a_fitting_unit() -> None:
 def test_long_names_are_truncated() -> None:
     assert printable("abcdef", 4) == "abc…"
     assert printable("abcd", 4) == "abcd"
+
+
+def test_a_reward_that_arrived_after_its_rollout_was_counted_is_late() -> None:
+    root, call = span(semconv.SPAN_ROLLOUT, {semconv.MODE: "train"}), gateway_call()
+    (made,) = build_trajectory([root, call]).calls
+    untrained = trained_span(made, 1, None, DropReason.NO_REWARD)
+    late = replace(reward(0.5, parent=root), start_ns=untrained.start_ns + 1)
+    text = Inspection([root, call, untrained, late]).text()
+    assert "reward 0.5; late" in text
+    assert "late (1 reward): the training had already counted the rollout, so no call trained on it; emit" in text
+    # It is in time for a later step.
+    assert (
+        "late"
+        not in Inspection(
+            [root, call, untrained, late, replace(trained_span(made, 2, 0.5), start_ns=late.start_ns + 1)]
+        ).text()
+    )

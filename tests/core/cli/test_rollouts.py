@@ -11,7 +11,7 @@ import pytest
 from agl import semconv
 from agl.cli import main
 from agl.span import Span
-from agl.store import open_store
+from agl.store import Rollout, open_store
 from tests.core.span_maker import chat, gateway_call, reward, span
 
 TOOLS = [{"type": "function", "function": {"name": "shelf", "parameters": {"type": "object"}}}]
@@ -60,6 +60,8 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = {semconv.GEN_AI_TOOL_CALL_ARGUMENTS: '{"of": "apples"}', semconv.GEN_AI_TOOL_CALL_RESULT: "7"}
     asked = {"type": "tool_call", "id": "c1", "name": "shelf", "arguments": {"of": "apples"}}
     with closing(open_store("sqlite:///agl.db")) as opened:
+        names = {"shop-1": "shop", "shop-2": "shop", "shop-eval-1": "shop", "other": "shop-eval"}
+        opened.enqueue_rollouts([Rollout(name, None, metadata={"run": run}) for name, run in names.items()])
         opened.append_spans(
             of(
                 "shop-1",
@@ -96,6 +98,7 @@ def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
         ("", "other shop-eval-1 shop-2 shop-1"),
         ("--limit 2", "other shop-eval-1"),
         ("--run shop", "shop-eval-1 shop-2 shop-1"),
+        ("--run shop-eval", "other"),  # the id of a rollout says nothing
         ("--mode train", "shop-2 shop-1"),
         ("--role buyer", "shop-eval-1"),
         ("--reward 0.5", "shop-eval-1 shop-1"),

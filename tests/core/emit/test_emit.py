@@ -26,6 +26,7 @@ from agl.emit.observation import observation_attributes
 from agl.emit.reward import reward_attributes, use_weights
 from agl.errors import ConfigError, TelemetryError
 from tests.core.otlp_sink import OtlpSink
+from tests.stepped_clock import step_back
 
 WEIGHTS = {"syntax": 0.3, "efficiency": 0.4, "goal": 0.3}
 
@@ -82,8 +83,27 @@ def test_dimensions_with_weights(spans: InMemorySpanExporter, weights: None) -> 
     assert attributes(spans)["agl.reward.value"] == (float, pytest.approx(0.3 + 0.2 + 0.3))
 
 
-def test_a_dimension_left_out_adds_nothing() -> None:
-    assert reward_attributes({"syntax": 1}, weights=WEIGHTS)["agl.reward.value"] == pytest.approx(0.3)
+@pytest.mark.parametrize("left_out", [{}, {"goal": None}])
+def test_a_dimension_left_out_or_that_abstains_adds_nothing(left_out: dict[str, None]) -> None:
+    assert reward_attributes({"syntax": 1} | left_out, weights=WEIGHTS)["agl.reward.value"] == pytest.approx(0.3)
+    assert reward_attributes({"syntax": 1, "form": 0.5} | left_out) == {
+        "agl.reward.value": 0.75,
+        "agl.reward.syntax": 1.0,
+        "agl.reward.form": 0.5,
+    }
+
+
+def test_spans_keep_their_order_when_the_clock_steps_back(
+    spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step_back(monkeypatch)
+    with agl.rollout("r"), agl.operation("whole"):
+        agl.emit_reward(1.0)
+        agl.emit_reward(2.0)
+    first, second, operation, rollout = spans.get_finished_spans()
+    starts = [span.start_time or 0 for span in (rollout, operation, first, second)]
+    ends = [span.end_time or 0 for span in (first, second, operation, rollout)]
+    assert [*starts, *ends[1:]] == sorted([*starts, *ends[1:]]) and ends[0] <= starts[3]
 
 
 def test_reward_on_a_call_and_a_role(spans: InMemorySpanExporter) -> None:

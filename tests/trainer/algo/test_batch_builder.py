@@ -256,6 +256,16 @@ def test_what_does_not_train_says_why() -> None:
     assert [row.weight for row in batch.rows["writer"]] == [1 / 10, 1 / 10]
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+def test_whether_rewards_differ_does_not_depend_on_their_scale(scale: float, scale_rewards: str) -> None:
+    equal = [single(f"e{i}", scale * value, group_id="equal") for i, value in enumerate((0.1 + 0.2, 0.3, 0.3))]
+    close = [single(f"c{i}", scale * value, group_id="close") for i, value in enumerate((1e6, 1e6 + 1))]
+    batch = batch_of(*equal, *close, scale_rewards=scale_rewards)
+    assert batch.zero_variance_groups == ["equal"]
+    assert reasons(batch) == [DropReason.ZERO_ADVANTAGE] * 3 + [None] * 2
+
+
 def test_equal_rewards_whose_mean_is_rounded_train_nothing() -> None:
     batch = batch_of(*(single(f"r{i}", 0.1) for i in range(3)), scale_rewards="group")
     assert reasons(batch) == [DropReason.ZERO_ADVANTAGE] * 3

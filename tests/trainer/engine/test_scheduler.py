@@ -21,13 +21,14 @@ from agl_trainer.engine.protocol import (
     EngineError,
     EngineStoppedError,
     Generation,
+    PromptError,
     SampledToken,
     SamplingParams,
     UnknownModelError,
 )
 from agl_trainer.model.lora import BASE
 from agl_trainer.model.policy import Policy
-from tests.trainer.small_model import plain_logits, plain_model, small_model, small_policy
+from tests.trainer.small_model import VOCABULARY, plain_logits, plain_model, small_model, small_policy
 
 MODELS = {"writer": "writer", "fixer": "fixer", "small": BASE}
 """Model names of requests, and the adapter of each."""
@@ -260,9 +261,15 @@ async def test_invalid_prompts_are_rejected(policy: Policy) -> None:
     async with engine(policy, max_model_len=20) as scheduler:
         with pytest.raises(ContextLengthError, match=r"15 prompt tokens and max_tokens 6 exceed .* max_model_len 20"):
             scheduler.submit([1] * 15, "writer", greedy(6))
-        with pytest.raises(EngineError, match="the prompt has no tokens"):
+        with pytest.raises(PromptError, match="the prompt has no tokens"):
             scheduler.submit([], "writer", greedy(6))
-        assert len(await answer(scheduler.submit([1] * 15, "writer", greedy(5)))) == 5
+        running = scheduler.submit([1] * 15, "writer", greedy(5))
+        for token in (VOCABULARY, -1):
+            with pytest.raises(
+                PromptError, match=f"the prompt has token {token}, .* of the tokens 0 to {VOCABULARY - 1};"
+            ):
+                scheduler.submit([1, token, 2], "writer", greedy(6))
+        assert len(await answer(running)) == 5
 
 
 # --- pausing to update weights --------------------------------------------------------------------------------------

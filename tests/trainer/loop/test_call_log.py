@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from agl import semconv
 from agl.cli.inspection import Inspection
-from agl.span import Span
+from agl.span import Span, now_ns
 from agl.store import open_store
 from agl.trajectory import DropReason, Trajectory, build_trajectory, trained_span
 from agl_trainer.algo.batch import CallOutcome, GrpoBatch
@@ -158,6 +159,21 @@ def test_a_call_that_arrives_after_its_rollout_was_counted_is_counted_once_in_th
     ends = Inspection(store.query_spans("hung")).outcomes
     store.close()
     assert ends == {"failed_rollout": 1, "late": 1}
+
+
+def test_a_reward_that_arrives_after_its_step_is_late(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = open_store(f"sqlite:///{tmp_path / 'agl.db'}")
+    named = {semconv.ROLLOUT_ID: "slow"}
+    asked = call("writer", **named)
+    store.append_spans([asked, reward(1.0, named | {semconv.ROLE: "fixer"})])
+    call_log = CallLog(store, "shop")
+    made = build_trajectory(store.query_spans("slow"))
+    call_log.record(1, [CallOutcome(made.calls[0], None, DropReason.NO_REWARD)])
+    call_log.warn_of_late_rewards()
+    assert caplog.text == ""
+    store.append_spans([replace(reward(0.5, named), start_ns=now_ns())])
+    call_log.warn_of_late_rewards()
+    assert "the rewards of 1 rollouts (slow) arrived late, after the step had counted them" in caplog.text
 
 
 def test_rollouts_that_no_reward_reaches_are_named(caplog: pytest.LogCaptureFixture) -> None:

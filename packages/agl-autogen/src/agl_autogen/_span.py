@@ -9,6 +9,7 @@ from opentelemetry.util.types import AttributeValue
 from agl import semconv
 from agl.content.filter import ContentFilter
 from agl.failsafe import never_raises
+from agl.span import now_ns
 from agl_autogen._settings import Settings
 
 
@@ -22,7 +23,7 @@ def open_span(
     """
     span = trace.INVALID_SPAN
     with never_raises(f"no span {name!r}"):
-        span = settings.tracer.start_span(name, kind=kind, attributes=dict(attributes))
+        span = settings.tracer.start_span(name, kind=kind, attributes=dict(attributes), start_time=now_ns())
     try:
         yield span
     except GeneratorExit:  # only the block knows whether closing its generator is an error
@@ -32,7 +33,7 @@ def open_span(
         raise
     finally:
         with never_raises(f"span {name!r} was not ended"):
-            span.end()
+            span.end(now_ns())
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from agl import semconv
 from agl.content.filter import ContentFilter
 from agl.errors import TelemetryError
 from agl.scope import Scope
+from agl.span import now_ns
 
 Mode = Literal["train", "eval", "prod"]
 Value = TypeVar("Value")
@@ -143,7 +144,7 @@ def open_span(
     links: Sequence[trace.Link] = (),
 ) -> Iterator[trace.Span]:
     """Start a span that is current in the block and ends with it. An exception is recorded and propagates."""
-    span = TRACER.start_span(name, context, attributes=attributes, links=links)
+    span = TRACER.start_span(name, context, attributes=attributes, links=links, start_time=now_ns())
     with ending(span), trace.use_span(span, record_exception=False, set_status_on_exception=False):
         yield span
 
@@ -159,7 +160,7 @@ def ending(span: trace.Span) -> Iterator[trace.Span]:
         ContentFilter.of().mark_error(span, error)
         raise
     finally:
-        span.end()
+        span.end(now_ns())
 
 
 @contextmanager

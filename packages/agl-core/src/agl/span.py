@@ -1,6 +1,7 @@
 """The span type of stores and trajectories: plain values, independent of the OpenTelemetry SDK."""
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -18,6 +19,19 @@ COLUMN_ATTRIBUTES: Final = frozenset(
     | {_AGENTLIGHTNING_ROLLOUT, _AGENTLIGHTNING_ATTEMPT, _OPENINFERENCE_KIND, _OPENINFERENCE_RESPONSE}
 )
 """The attributes from which `rollout_id`, `attempt_id` and `response_id` are read."""
+
+_offset_ns = 0
+"""The system's clock minus the monotonic clock: the most that was seen."""
+
+
+def now_ns() -> int:
+    """The time in ns since 1970, for spans. Never earlier than before in this process, as the system's clock may be.
+
+    The order of the calls of a rollout decides what they earn.
+    """
+    global _offset_ns
+    _offset_ns = max(_offset_ns, time.time_ns() - time.monotonic_ns())
+    return time.monotonic_ns() + _offset_ns
 
 
 @dataclass(frozen=True, slots=True)

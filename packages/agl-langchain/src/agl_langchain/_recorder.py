@@ -17,6 +17,7 @@ from agl import semconv
 from agl.content.filter import ContentFilter
 from agl.context import stated_role, with_inferred_role
 from agl.role_map import RoleMap
+from agl.span import now_ns
 from agl_langchain._model_call import (
     Attributes,
     ModelCall,
@@ -154,7 +155,7 @@ class RunRecorder:
         for attributes in run.call.choice_attributes() if run.call else ():
             name = f"{semconv.OPERATION_CHAT} choice {attributes[semconv.GATEWAY_CHOICE]}"
             context = trace.set_span_in_context(run.span, run.context)
-            self._tracer.start_span(name, context, SpanKind.CLIENT, attributes).end()
+            self._tracer.start_span(name, context, SpanKind.CLIENT, attributes, start_time=(now := now_ns())).end(now)
 
     def _open(
         self,
@@ -181,7 +182,7 @@ class RunRecorder:
         role = _role(start, actor, context) if has_role else None
         if role:
             attributes[semconv.ROLE] = role
-        span = self._tracer.start_span(name, context, kind, attributes)
+        span = self._tracer.start_span(name, context, kind, attributes, start_time=now_ns())
         run = Run(start.run_id, span, actor, role, is_chain, outer, context, self._content, call)
         OPEN_RUNS.add(start.run_id, run)
         run.enter(as_current=as_current)

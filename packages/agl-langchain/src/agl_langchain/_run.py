@@ -16,6 +16,7 @@ from opentelemetry.util.types import AttributeValue
 
 from agl import semconv
 from agl.content.filter import ContentFilter
+from agl.span import now_ns
 from agl_langchain._model_call import Attributes, ModelCall
 from agl_langchain._role import Actor
 
@@ -86,7 +87,7 @@ class Run:
         for task in self._tasks:
             task.remove_done_callback(self._task_done)
         self.leave()
-        self.span.end()
+        self.span.end(now_ns())
         self._tasks.clear()
         self.context = self.outer_context  # the inner context refers to the run: a cycle for the garbage collector
 

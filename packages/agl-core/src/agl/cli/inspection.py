@@ -23,6 +23,7 @@ from agl.trajectory import (
     Turn,
     build_trajectory,
     collect_trained,
+    late_rewards,
     sampling_fault,
 )
 from agl.trajectory.attributes import agent_of
@@ -100,6 +101,7 @@ class Inspection:
     def __init__(self, spans: Sequence[Span]) -> None:
         self.trajectory = build_trajectory(spans)
         self.reports = _report_calls(self.trajectory, collect_trained(spans))
+        self._late_rewards = {span.span_id for span in late_rewards(spans)}
         self._report_of = {report.call.span_id: report for report in self.reports}
         self._tree = SpanTree(in_one_clock([span for span in spans if span.name not in semconv.NOT_IN_TREE]))
         # A gateway span that is joined by response id is the root of a trace of its own: show it below the chat span.
@@ -190,11 +192,11 @@ class Inspection:
             _format_tokens(call) if call else "",
             printable(call.policy_version or "") if call else "",
             duration(span.end_ns - span.start_ns),
-            printable("; ".join(_notes(span, report, self.trajectory.mode))),
+            printable("; ".join([*_notes(span, report, self.trajectory.mode), *self._lateness(span)])),
         )
 
     def _hints(self) -> list[str]:
-        """What to do about the dropped calls and the rewards without a call, each message once."""
+        """What to do about the dropped calls, and the rewards without a call or too late, each message once."""
         found = Counter((drop.reason, drop.detail) for drop in self.trajectory.drops)
         found += Counter(fault for report in self.reports if (fault := report.sampling_fault))
         hints = [f"{reason} ({counted(number, 'call')}): {detail}" for (reason, detail), number in found.items()]
@@ -204,7 +206,15 @@ class Inspection:
                 f"without_call ({counted(len(stray), 'reward')}): no call of the rollout has the response id or span "
                 f"id {named}; pass the id of a call as the target of the reward"
             )
+        if self._late_rewards:
+            hints.append(
+                f"late ({counted(len(self._late_rewards), 'reward')}): the training had already counted the rollout, "
+                "so no call trained on it; emit rewards before the agent returns"
+            )
         return [line for hint in hints for line in textwrap.wrap(printable(hint), _LINE_WIDTH, subsequent_indent="  ")]
+
+    def _lateness(self, span: Span) -> list[str]:
+        return ["late"] if span.span_id in self._late_rewards else []
 
 
 def _report_calls(trajectory: Trajectory, trained: Mapping[str, Sequence[Trained]]) -> list[CallReport]:

@@ -34,6 +34,8 @@ class _Listed:
     spans: Sequence[Span]
     trajectory: Trajectory
     reward: float | None
+    run: str | None
+    """The training that queued it."""
 
     @property
     def start_ns(self) -> int:
@@ -45,7 +47,7 @@ class _Listed:
 
     def is_of_run(self, run: str) -> bool:
         trained = (each.run for steps in collect_trained(self.spans).values() for each in steps)
-        return self.trajectory.rollout_id.startswith(f"{run}-") or run in trained
+        return run == self.run or run in trained
 
 
 def register(subparsers: Any) -> None:
@@ -58,7 +60,7 @@ def register(subparsers: Any) -> None:
         "agl rollouts --run demo --mode train --best 20 --as-sft best.jsonl",
     )
     parser.add_argument(
-        "--run", dest="training", metavar="NAME", help="rollouts of this training, the name of its train.output_dir"
+        "--run", dest="training", metavar="NAME", help="rollouts of this training, its run-id in train.output_dir"
     )
     parser.add_argument("--mode", choices=("train", "eval", "prod"), help="rollouts in this mode")
     parser.add_argument("--role", help="rollouts with a call of this role; --reward and --as-sft use this role only")
@@ -105,7 +107,9 @@ def _read(store: Store, role: str | None) -> Iterator[_Listed]:
             of_role = [
                 reward.value for reward in trajectory.rewards if role and (reward.role, reward.target) == (role, None)
             ]
-            yield _Listed(spans, trajectory, of_role[-1] if of_role else trajectory.reward)
+            queued = store.get_rollout(trajectory.rollout_id)
+            run = queued.metadata.get("run") if queued else None
+            yield _Listed(spans, trajectory, of_role[-1] if of_role else trajectory.reward, run)
 
 
 def _select(arguments: argparse.Namespace, rollouts: Iterator[_Listed]) -> tuple[list[_Listed], bool]:

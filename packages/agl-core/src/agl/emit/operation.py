@@ -17,7 +17,7 @@ from agl.emit.generators import GeneratorBody, wrap_async_generator, wrap_genera
 from agl.emit.record import EMITTED_CONTENT
 from agl.failsafe import never_raises, raises_if_strict
 from agl.scope import Scope
-from agl.span import AttributeValue
+from agl.span import AttributeValue, now_ns
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -88,7 +88,7 @@ class _DecoratedFunction:
     def generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[GeneratorBody]:
         """A generator in a span that is current in the body only."""
         attributes = EMITTED_CONTENT.redacted(self.attributes)
-        with ending(TRACER.start_span(semconv.SPAN_OPERATION, attributes=attributes)) as span:
+        with ending(TRACER.start_span(semconv.SPAN_OPERATION, attributes=attributes, start_time=now_ns())) as span:
             active = self._begin(span, args, kwargs)
             body = GeneratorBody(trace.set_span_in_context(span))
             try:

@@ -11,6 +11,7 @@ from agl.content.filter import ContentFilter
 from agl.context import TRACER, current_rollout
 from agl.emit.attributes import flat_attributes
 from agl.failsafe import raises_if_strict
+from agl.span import now_ns
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +33,13 @@ def record(
     active = current_rollout()
     with raises_if_strict(f"{name} was not recorded ({f'rollout {active.rollout_id}' if active else 'no rollout'})"):
         own = flat_attributes(attributes or {}) | flat_attributes(build())
-        span = TRACER.start_span(name, attributes=EMITTED_CONTENT.redacted(own))
+        span = TRACER.start_span(name, attributes=EMITTED_CONTENT.redacted(own), start_time=now_ns())
         if not span.is_recording():
             _warn_if_not_initialized()
             return None
         if error is not None:
             EMITTED_CONTENT.mark_error(span, error)
-        span.end()
+        span.end(now_ns())
         return trace.format_span_id(span.get_span_context().span_id)
     return None
 

@@ -11,8 +11,11 @@ from agl.emit.attributes import role_attribute
 from agl.emit.record import record
 from agl.errors import TelemetryError
 
-Reward = float | Mapping[str, float]
-"""A number, or a number for each dimension; anything with `__float__` is a number, bool included."""
+Reward = float | Mapping[str, float | None]
+"""A number, or a number for each dimension; anything with `__float__` is a number, bool included.
+
+A dimension that is None abstains: it is left out.
+"""
 
 _RESERVED = {semconv.REWARD_VALUE, semconv.REWARD_TARGET}
 _weights: dict[str, float] = {}
@@ -88,7 +91,10 @@ def _dimensions(value: Mapping[Any, Any]) -> dict[str, float]:
     for name in value:
         if not isinstance(name, str) or not name or semconv.REWARD_PREFIX + name in _RESERVED:
             raise TelemetryError(f"reward dimension {name!r} cannot be used; expected a name except value or target")
-    return {name: _number(f"reward dimension {name!r}", part) for name, part in value.items()}
+    found = {name: _number(f"reward dimension {name!r}", part) for name, part in value.items() if part is not None}
+    if not found:
+        raise TelemetryError(f"all dimensions of the reward abstain ({', '.join(value)} are None), expected a number")
+    return found
 
 
 def _number(name: str, value: Any) -> float:

@@ -15,7 +15,7 @@ from agl.gateway.conversation import Position
 from agl.gateway.engine import Engine
 from agl.gateway.request import Caller
 from agl.server.api_error import ApiError, error_in
-from agl.span import AttributeValue, Span
+from agl.span import AttributeValue, Span, now_ns
 from agl.store import Store
 from agl.store.span_row import SpanRow
 from agl.tokens.capture import Capture, Choice, Json
@@ -65,7 +65,7 @@ class CallRecord:
     """Time spent waiting for slots, in nanoseconds."""
     retries: list[str] = field(default_factory=list)
     """Reason of failure of each attempt except the last."""
-    start_ns: int = field(default_factory=time.time_ns)
+    start_ns: int = field(default_factory=now_ns)
     _begun_ns: int = field(default_factory=time.monotonic_ns)
     """`start_ns` by a clock that nobody sets."""
     first_token_ns: int | None = None

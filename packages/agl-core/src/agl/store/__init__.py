@@ -89,7 +89,7 @@ def sqlite_path(uri: str) -> Path | None:
     if not (name := path.removeprefix("/")):
         raise StoreError(f"store URI {uri!r} names no file; write sqlite:///path.db")
     try:
-        return expand_home(Path(name))
+        return expand_home(Path(name)).absolute()
     except ValueError as error:
         raise StoreError(f"store URI {uri!r}: {error}") from error
 

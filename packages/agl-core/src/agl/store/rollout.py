@@ -30,7 +30,7 @@ class Rollout:
     unresponsive_s: float | None = None
     """An attempt without a span or heartbeat for longer is ended as UNRESPONSIVE. None: no limit."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """Any JSON object; the gateway reads its `seed`."""
+    """Any JSON object; the gateway reads its `seed`, `agl rollouts` its `run`, the training that it is of."""
     state: RolloutState = RolloutState.QUEUED
     attempts: int = 0
     """Number of attempts begun."""

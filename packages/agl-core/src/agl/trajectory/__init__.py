@@ -6,7 +6,7 @@ from agl.trajectory.drop import ADVICE, Drop, DropReason, sampling_fault
 from agl.trajectory.join import SpanTree
 from agl.trajectory.reward import Reward
 from agl.trajectory.row import Row, Turn
-from agl.trajectory.trained import Trained, collect_trained, trained_span
+from agl.trajectory.trained import Trained, collect_trained, late_rewards, trained_span
 from agl.trajectory.trajectory import Trajectory, build_trajectory
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Turn",
     "build_trajectory",
     "collect_trained",
+    "late_rewards",
     "sampling_fault",
     "trained_span",
 ]

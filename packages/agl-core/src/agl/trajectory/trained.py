@@ -1,15 +1,16 @@
 """Records, as spans, what a training step did with each call, and reads those records."""
 
 import hashlib
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from agl import semconv
-from agl.span import AttributeValue, Span
+from agl.span import AttributeValue, Span, now_ns
 from agl.trajectory.attributes import read_number
 from agl.trajectory.call import Call
 from agl.trajectory.drop import DropReason
+from agl.trajectory.join import in_one_clock
+from agl.trajectory.reward import read_reward
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ def trained_span(
         semconv.TRAINED_REASON: reason and reason.value,
     }
     attributes = {name: value for name, value in facts.items() if value is not None}
-    now = time.time_ns()
+    now = now_ns()
     span_id = hashlib.sha256(f"{call.trace_id}{call.span_id}{step}{run}".encode()).hexdigest()[:16]
     return Span(call.trace_id, span_id, call.span_id, semconv.SPAN_TRAINED, now, now, attributes)
 
@@ -68,6 +69,13 @@ def collect_trained(spans: Iterable[Span]) -> dict[str, list[Trained]]:
     for _, call_id, trained in sorted(read, key=lambda item: (started[item[2].run], item[2].step)):
         found.setdefault(call_id, []).append(trained)
     return found
+
+
+def late_rewards(spans: Sequence[Span]) -> list[Span]:
+    """The reward spans of a rollout that began after all records of what steps did with its calls."""
+    spans = in_one_clock(spans)
+    recorded = [span.start_ns for span in spans if span.name == semconv.SPAN_TRAINED]
+    return [span for span in spans if recorded and span.start_ns > max(recorded) and read_reward(span)]
 
 
 def _read(span: Span) -> tuple[str, Trained] | None:

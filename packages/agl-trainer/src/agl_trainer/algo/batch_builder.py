@@ -24,8 +24,8 @@ from agl_trainer.algo.options import BatchOptions, RoleState
 from agl_trainer.data.rows import SampledRow
 from agl_trainer.data.truncation import Truncation
 
-_ROUNDING = 1e-6
-"""Advantages below this are rounding errors of equal rewards."""
+_ROUNDING = 1e-8
+"""Differences below this, times the largest credit of the group, are rounding errors of equal rewards."""
 
 
 def grpo_batch(
@@ -188,6 +188,9 @@ class _RoleBuilder:
         scales = call_scales([member.rewarded for member in members], found)
         groups = list(dict.fromkeys(group_ids))
         kept = self.options.rejection.kept(credits, group_ids) if self.options.rejection else [True] * len(members)
+        sizes: dict[str, float] = {}
+        for member in members:
+            sizes[member.group_id] = max(sizes.get(member.group_id, 0.0), *(credit.size for credit in member.rewarded))
         drafts = []
         for index, member in enumerate(members):
             if not kept[index]:
@@ -195,13 +198,17 @@ class _RoleBuilder:
                 continue
             minibatch = groups.index(member.group_id) % self.options.minibatches
             advantage = found.advantages[index].item()
-            drafts += self._member_drafts(member, advantage, centred[index], scales[index], minibatch)
+            tolerance = _ROUNDING * sizes[member.group_id]
+            drafts += self._member_drafts(member, advantage, centred[index], scales[index], minibatch, tolerance)
         return drafts
 
     def _member_drafts(
-        self, member: _RolePart, advantage: float, centred: float, scale: float, minibatch: int
+        self, member: _RolePart, advantage: float, centred: float, scale: float, minibatch: int, tolerance: float
     ) -> Iterator[_RowDraft]:
-        """A draft of each row of `member`; `centred` is its credit minus the mean of the group."""
+        """A draft of each row of `member`; `centred` is its credit minus the mean of the group.
+
+        A call trains if its advantage, times `scale`, is more than `tolerance`, in units of the reward.
+        """
         means, size = CallMeans.of(member.rewarded), self.options.vocabulary_size
         for row in member.rows:
             draft = _RowDraft(row, minibatch, [0] * len(row.ids), [0.0] * len(row.ids))
@@ -209,7 +216,11 @@ class _RoleBuilder:
             for turn in row.turns:
                 credit = member.credits[turn.call.span_id]
                 reason = self._call_drop_reason(turn, credit)
-                if credit is not None and reason is None and self._differs(means.advantage(credit, centred, 1.0)):
+                if (
+                    credit is not None
+                    and reason is None
+                    and self._differs(means.advantage(credit, centred, 1.0), tolerance)
+                ):
                     self.trainable.add(member.group_id)
                 if has_unknown_tokens:
                     reason = DropReason.UNKNOWN_TOKENS
@@ -218,14 +229,14 @@ class _RoleBuilder:
                     continue
                 draft.mask[turn.start : turn.end] = [1] * (turn.end - turn.start)
                 of_call = 1.0 if self.options.rejection else means.advantage(credit, advantage, scale)
-                if self._differs(of_call) or self.options.loss.trains_without_advantage:
+                if self._differs(of_call * scale, tolerance) or self.options.loss.trains_without_advantage:
                     draft.train_on(turn, of_call)
                 else:
                     draft.drop(turn.call, DropReason.ZERO_ADVANTAGE)
             yield draft
 
-    def _differs(self, advantage: float) -> bool:
-        return self.options.rejection is not None or abs(advantage) >= _ROUNDING
+    def _differs(self, advantage: float, tolerance: float) -> bool:
+        return self.options.rejection is not None or abs(advantage) > tolerance
 
     def _call_drop_reason(self, turn: Turn, credit: Credit | None) -> DropReason | None:
         """Why a call of a rollout that trains does not train."""

@@ -36,6 +36,11 @@ class Credit:
     def total(self) -> float:
         return self.discount * self.shared + self.own
 
+    @property
+    def size(self) -> float:
+        """The largest amount in it, of which rounding errors are a share."""
+        return max(abs(self.shared), abs(self.own))
+
 
 @dataclass(frozen=True, slots=True)
 class OverlongPenalty:

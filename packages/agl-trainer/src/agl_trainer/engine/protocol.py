@@ -17,6 +17,10 @@ class UnknownModelError(EngineError):
     """A request names a model, role or version that this engine does not serve."""
 
 
+class PromptError(EngineError):
+    """A prompt has no tokens, or one that the model does not know."""
+
+
 class ContextLengthError(EngineError):
     """Prompt and requested answer together exceed the engine's `max_model_len`."""
 
@@ -83,7 +87,7 @@ class Sampler(Protocol):
     def submit(self, prompt_ids: Sequence[int], model: str, params: SamplingParams) -> Generation:
         """Queue one sequence; thread-safe, does not block. `model` is a role, a pinned version or the base model.
 
-        Raises UnknownModelError, ContextLengthError, EngineStoppedError.
+        Raises UnknownModelError, PromptError, ContextLengthError, EngineStoppedError.
         """
         ...
 

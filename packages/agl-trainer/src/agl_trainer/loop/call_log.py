@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from agl.store import Store
-from agl.trajectory import DropReason, Reward, Trajectory, build_trajectory, trained_span
+from agl.trajectory import DropReason, Reward, Trajectory, build_trajectory, late_rewards, trained_span
 from agl_trainer.algo.batch import CallOutcome
 from agl_trainer.algo.credit import Weights
 from agl_trainer.rollout.rollouts import first_name
@@ -39,6 +39,8 @@ class CallLog:
     """Name of the training."""
     _counted: dict[str, set[str]] = field(default_factory=dict)
     """Rollouts whose agents may still call, and the span ids of their calls that are counted already."""
+    _without_reward: Sequence[str] = ()
+    """Rollouts of the last step that had no reward."""
 
     def late_calls(self) -> list[CallOutcome]:
         """Outcomes of calls that arrived after their step had counted the rollout; every call is found once."""
@@ -50,12 +52,24 @@ class CallLog:
         self._counted = {}
         return outcomes
 
+    def warn_of_late_rewards(self) -> None:
+        """Log a warning if a reward has arrived of a rollout that the last step left out because it had none."""
+        late = [name for name in self._without_reward if late_rewards(self.store.query_spans(name))]
+        if late:
+            logger.warning(
+                "the rewards of %d rollouts (%s) arrived late, after the step had counted them: emit rewards before "
+                "the agent returns, or train on these rollouts with `agl train --from-store`",
+                len(late),
+                _named(late),
+            )
+
     def record(self, step: int, outcomes: Sequence[CallOutcome], unfinished: Iterable[str] = ()) -> None:
         """Write the outcomes of a step. `unfinished`: rollouts whose agents may still be running."""
         spans = [
             trained_span(one.call, step, one.advantage, one.reason, weight=one.weight, run=self.run) for one in outcomes
         ]
         self.store.append_spans(spans)
+        self._without_reward = rollouts_without_reward(outcomes)
         self._counted = {rollout_id: set() for rollout_id in unfinished}
         for outcome in outcomes:
             if outcome.call.rollout_id in self._counted:
@@ -84,9 +98,13 @@ def warn_of_missing_rewards(rollout_ids: Sequence[str], whole: str) -> None:
             "no reward reaches %d rollouts (%s): they are left out of %s; set train.reward or call agl.emit_reward in "
             "the agent",
             len(rollout_ids),
-            ", ".join(rollout_ids[:_MAX_NAMED]) + (", ..." if len(rollout_ids) > _MAX_NAMED else ""),
+            _named(rollout_ids),
             whole,
         )
+
+
+def _named(rollout_ids: Sequence[str]) -> str:
+    return ", ".join(rollout_ids[:_MAX_NAMED]) + (", ..." if len(rollout_ids) > _MAX_NAMED else "")
 
 
 def warn_of_unused_weights(trajectories: Sequence[Trajectory], weights: Mapping[str, Weights]) -> None:

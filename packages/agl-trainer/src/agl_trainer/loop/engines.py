@@ -103,7 +103,7 @@ def _serve_vllm(config: Config, store: Store, progress: ShownProgress | None) ->
         engine = VllmEngine(
             servers,
             policy,
-            Path(train.output_dir) / "adapters",
+            Path(train.output_dir).absolute() / "adapters",
             tolerance=config.engine.tolerance,
             route=functools.partial(_route, server.base_url),
             pause=functools.partial(_asleep, server.base_url, servers) if launch and launch.sleep else nullcontext,

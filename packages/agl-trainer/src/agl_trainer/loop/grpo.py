@@ -147,6 +147,7 @@ class _GrpoStep:
             training.progress.note(failures)
         rollouts.check_calls()
         rollouts.batch.outcomes += training.call_log.late_calls()
+        training.call_log.warn_of_late_rewards()
         clock.lap("batch")
         return rollouts
 

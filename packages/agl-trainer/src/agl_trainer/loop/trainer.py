@@ -34,7 +34,7 @@ class Trainer:
         self._accepts_changes = accept_changes
         self.train = config.require_train()
         config.require_roles()
-        self.folder = Path(self.train.output_dir)
+        self.folder = Path(self.train.output_dir).absolute()  # An agent may change the current folder.
         self._opened: Training | None = None
 
     @classmethod

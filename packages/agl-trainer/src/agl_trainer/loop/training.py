@@ -41,7 +41,7 @@ class Training:
         self.policy = session.policy
         self.store = session.store
         self.progress = progress
-        self.folder = Path(self.train.output_dir)
+        self.folder = Path(self.train.output_dir).absolute()  # An agent may change the current folder.
         self.run = claim_run(self.folder, self.store)
         self._trains = trains
         self.state = TrainingState()
@@ -53,7 +53,9 @@ class Training:
         self.call_log = CallLog(session.store, self.run)
         self._metrics: MetricsLog | None = None
         serving = session.serving
-        self._rollouts = Rollouts(self.store, serving, progress, self.train.engine_retries) if serving else None
+        self._rollouts = (
+            Rollouts(self.store, serving, progress, self.run, self.train.engine_retries) if serving else None
+        )
 
     @property
     def rollouts(self) -> Rollouts:
@@ -69,6 +71,11 @@ class Training:
         """
         checkpoint = load_latest(self.folder / "checkpoints")
         if checkpoint is None:
+            if not self._trains:
+                raise TrainingError(
+                    f"there is no checkpoint in {self.folder}, so nothing to evaluate but the base model: train first, "
+                    "or use `agl eval --of base` (trainer.open(resumes=False))"
+                )
             return
         changes = changes_since(checkpoint, self.config, self.base)
         self._refuse([change for change in changes if change.fixed_in == ANY])

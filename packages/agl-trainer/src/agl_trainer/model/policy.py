@@ -73,6 +73,8 @@ class Policy:
         self._prepare_layers(recomputes=recomputes, compiles=compiles, drops=drops)
         self._can_be_fused = can_be_fused(self._body)
         self._fused: FusedDecoder | None = None
+        self.vocabulary_size: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]  # typed Module
+        """Tokens that have an embedding; the tokenizer may know fewer or, if it is of another model, more."""
         output = model.get_output_embeddings()
         self.output_weight: Tensor = output.weight  # type: ignore[assignment]  # typed Module
         self.output_softcap: float | None = getattr(model.config, "final_logit_softcapping", None)

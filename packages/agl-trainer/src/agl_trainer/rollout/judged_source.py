@@ -7,7 +7,6 @@ disagreement of the judgement, and below it `agl.reward`, which replaces the ear
 import json
 import logging
 import secrets
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from agl import semconv
 from agl.emit.reward import weighted_sum
 from agl.errors import TrainingError
-from agl.span import AttributeValue, Span
+from agl.span import AttributeValue, Span, now_ns
 from agl.store import Store
 from agl.trajectory import Reward, Trajectory, build_trajectory
 from agl_trainer.rollout.judge import CONCURRENCY, Judge, Judgement
@@ -90,7 +89,7 @@ class JudgedSource:
         }
         reward: dict[str, AttributeValue] = {semconv.REWARD_VALUE: weighted_sum(dimensions, self.weights)}
         reward |= {semconv.REWARD_PREFIX + name: value for name, value in dimensions.items()}
-        trace_id, judge_id, now = trajectory.calls[-1].trace_id, secrets.token_hex(8), time.time_ns()
+        trace_id, judge_id, now = trajectory.calls[-1].trace_id, secrets.token_hex(8), now_ns()
         return [
             Span(trace_id, judge_id, None, semconv.SPAN_JUDGE, now, now, shared | cost),
             Span(trace_id, secrets.token_hex(8), judge_id, semconv.SPAN_REWARD, now, now, shared | reward),

@@ -31,13 +31,16 @@ class Rollouts:
     store: Store
     serving: Serving
     progress: ShownProgress
+    run_id: str
     engine_retries: int = 0
     """How often a rollout is repeated whose engine failed."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def make(self, name: str, task: Any, group_id: str | None, mode: str, seed: int) -> Rollout:
         """A rollout that samples with `seed`; its id is `name`, or `name~n` if earlier ones with it were cut short."""
-        return Rollout(self._unused(name), task, group_id=group_id, mode=mode, metadata={"seed": seed})
+        return Rollout(
+            self._unused(name), task, group_id=group_id, mode=mode, metadata={"seed": seed, "run": self.run_id}
+        )
 
     def make_live(self) -> None:
         """Answer later calls with the policy's current weights."""

@@ -36,6 +36,7 @@ from agl_trainer.engine.http.openai_response import AnyBuilder, ChatResponseBuil
 from agl_trainer.engine.protocol import (
     ContextLengthError,
     EngineStoppedError,
+    PromptError,
     Sampler,
     SamplingParams,
     UnknownModelError,
@@ -49,6 +50,7 @@ _SERVER_ERROR = 500
 _STATUS: tuple[tuple[type[Exception], int, str | None], ...] = (
     (RequestError, 400, None),
     (ChatTemplateError, 400, None),
+    (PromptError, 400, None),
     (ContextLengthError, 400, "context_length_exceeded"),
     (UnknownModelError, 404, "model_not_found"),
     (EngineStoppedError, 503, "engine_stopped"),

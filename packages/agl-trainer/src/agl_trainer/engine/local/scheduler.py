@@ -26,6 +26,7 @@ from agl_trainer.engine.protocol import (
     ContextLengthError,
     EngineError,
     EngineStoppedError,
+    PromptError,
     SamplingParams,
     UnknownModelError,
 )
@@ -55,6 +56,7 @@ class Scheduler:
         self._max_batch = max_batch
         self._max_model_len = max_model_len
         self._shape = _kv_shape(policy)
+        self._vocabulary_size = policy.vocabulary_size
         self._cache = SlotCache(self._shape, max_batch)
         self._trees: dict[str, PrefixTree] = {}
         """By adapter."""
@@ -93,10 +95,18 @@ class Scheduler:
         return [self._policy.base_name, *roles, *map(self._policy.version_name, roles)]
 
     def submit(self, prompt_ids: Sequence[int], model: str, params: SamplingParams) -> SampledSequence:
-        """Queue one sequence; see `protocol.Sampler`. Must be called from a coroutine."""
+        """Queue one sequence; see `protocol.Sampler`. Must be called from a coroutine.
+
+        What would fail in the batch is refused here, because an error there ends all sequences.
+        """
         adapter = self._adapter(model)
         if not prompt_ids:
-            raise EngineError("the prompt has no tokens; expected at least one")
+            raise PromptError("the prompt has no tokens; expected at least one")
+        if unknown := next((token for token in prompt_ids if not 0 <= token < self._vocabulary_size), None):
+            raise PromptError(
+                f"the prompt has token {unknown}, but the model has embeddings of the tokens 0 to "
+                f"{self._vocabulary_size - 1}; its tokenizer and its weights are not of the same model"
+            )
         if len(prompt_ids) + params.max_tokens > self._max_model_len:
             raise ContextLengthError(
                 f"{len(prompt_ids)} prompt tokens and max_tokens {params.max_tokens} exceed this engine's "
