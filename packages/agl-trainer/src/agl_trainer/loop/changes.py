@@ -57,6 +57,7 @@ STEERING = frozenset(
         "collector",
         "queue",
         "gateway",
+        "server",
         "judge",
         "engine.kind",
         "engine.launch",
