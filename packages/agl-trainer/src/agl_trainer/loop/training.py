@@ -160,6 +160,7 @@ class Training:
         untrained = [role for role in self.policy.roles if self.policy.versions[role] == 0]
         if untrained:
             self.progress.note(f"no adapter is published of {', '.join(untrained)}: no step trained it")
+        (self.folder / "adapters").mkdir(exist_ok=True)
         for role in (role for role in self.policy.roles if role not in untrained):
             folder = self.folder / "adapters" / self.policy.version_name(role)
             save_adapter(folder, self.policy.adapter(role), self.policy.adapter_config(role))
