@@ -292,7 +292,7 @@ THINKING = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
         {"content": "hi", "reasoning": "hm"},
     ],
 )
-@pytest.mark.parametrize("api", REQUESTS.keys() - {"completions"})
+@pytest.mark.parametrize("api", sorted(REQUESTS.keys() - {"completions"}))
 @pytest.mark.parametrize("stream", [False, True])
 def test_content_may_be_a_list_of_parts(setup: Setup, api: str, stream: bool, message: Json) -> None:
     play(setup, answering({"message": message}))

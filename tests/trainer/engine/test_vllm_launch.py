@@ -74,6 +74,7 @@ def test_vllm_is_started_with_what_a_training_needs_and_ended_with_it(tmp_path: 
     ):
         assert pair in pairs
     given = start["environment"]
+    assert given["FAKE_VLLM_RECORD"] not in str(launch_config(tmp_path).model_dump())
     assert given["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True" and given["VLLM_SERVER_DEV_MODE"] == "1"
 
 

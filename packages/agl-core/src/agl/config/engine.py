@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 
 from agl.config.section import Count, Positive, Section, TextPath
 
@@ -22,8 +22,8 @@ class LaunchConfig(Section):
     """Weights leave the GPU, and the KV cache is dropped, while the training updates the policy."""
     options: list[str] = Field(default_factory=list)
     """More options of `vllm serve`."""
-    environment: dict[str, str] = Field(default_factory=dict)
-    """More environment variables, e.g. `CUDA_VISIBLE_DEVICES`."""
+    environment: dict[str, SecretStr] = Field(default_factory=dict)
+    """More environment variables, e.g. `CUDA_VISIBLE_DEVICES`. No output shows their values, which may be tokens."""
     timeout_s: Positive = 1800.0
     """Longest time until it answers."""
 

@@ -92,7 +92,8 @@ def running_vllm(
     `on_wait` is called now and then until then. Raises TrainingError with the last lines of `log` if the program ends
     or does not answer.
     """
-    environment = {**os.environ, **_ENVIRONMENT, **(_SLEEP_ENVIRONMENT if launch.sleep else {}), **launch.environment}
+    given = {name: value.get_secret_value() for name, value in launch.environment.items()}
+    environment = {**os.environ, **_ENVIRONMENT, **(_SLEEP_ENVIRONMENT if launch.sleep else {}), **given}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         process = subprocess.Popen(
