@@ -12,6 +12,7 @@ from agl.errors import InputError, StoreError
 from agl.store import AttemptState, Collected, Resource, Rollout, RolloutState, open_store
 from agl.store.cassandra import membership
 from agl.store.cassandra.address import Address
+from agl.store.cassandra.schema import MIGRATIONS
 from agl.store.cassandra.span_partition import BucketFill
 from agl.store.cassandra.store import CassandraStore
 from tests.load import SPANS, Load, check
@@ -234,6 +235,13 @@ def test_processes_that_create_the_same_store_at_once_create_one(cluster: Cassan
     )
     assert found == [('{"datacenter1":"3"}',)]
     check_refusals(cluster, uri)
+
+
+def test_a_migration_that_was_not_recorded_is_completed(cluster: CassandraServer, uri: str) -> None:
+    open_store(uri).close()
+    run(cluster, uri, "INSERT INTO schema_version (place, version) VALUES (0, 1)")
+    open_store(uri).close()
+    assert run(cluster, uri, "SELECT version FROM schema_version WHERE place = 0") == [(len(MIGRATIONS),)]
 
 
 def check_refusals(cluster: CassandraServer, uri: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from agl.store import clock
 from tests.store.postgres_server import running_postgres
 
 AGENT = """
@@ -37,6 +38,15 @@ print(*[store.query_attempts(name)[0].state for name in ("long", "short")])
 """
 
 
+def test_a_container_in_which_the_machine_started_at_another_time_has_a_clock_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, other = clock.boot_id(), tmp_path / "time"
+    other.symlink_to("time:[1]")
+    monkeypatch.setattr(clock, "_TIME_NAMESPACE", other)
+    assert ours is not None and clock.boot_id() not in (ours, None)
+
+
 def library() -> Path:
     (found,) = Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")
     return found
@@ -53,11 +63,11 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 def test_limits_count_elapsed_time_when_the_clock_of_the_machine_is_set(uri: str, tmp_path: Path) -> None:
-    clock = tmp_path / "clock"
-    clock.write_text("+0")
-    environment = os.environ | {"LD_PRELOAD": str(library()), "FAKETIME_TIMESTAMP_FILE": str(clock)}
+    offset = tmp_path / "offset"
+    offset.write_text("+0")
+    environment = os.environ | {"LD_PRELOAD": str(library()), "FAKETIME_TIMESTAMP_FILE": str(offset)}
     environment |= {"FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1"}
-    command = [sys.executable, "-c", AGENT, uri, str(clock)]
+    command = [sys.executable, "-c", AGENT, uri, str(offset)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["running", "timeout"], done.stderr
     assert "the clock of this machine was set by +3600 s" in done.stderr

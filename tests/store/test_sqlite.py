@@ -1,5 +1,6 @@
 """SQLite only: files, migrations, the index of requested responses, damage and backups."""
 
+import hashlib
 import itertools
 import sqlite3
 import threading
@@ -7,12 +8,15 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from agl import otlp, semconv
 from agl.errors import InputError, StoreError
+from agl.span import Span
 from agl.store import AttemptState, Resource, Rollout, RolloutState, open_store
 from agl.store.span_row import SpanRow
 from agl.store.sql.database import write_many
@@ -150,6 +154,29 @@ def test_attempts_and_limits_of_a_file_without_them_are_added(tmp_path: Path, ve
         assert store.finish_attempt("queued-a1", AttemptState.FAILED).state is RolloutState.QUEUED
     with closing(sqlite3.connect(tmp_path / "agl.db")) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
+
+
+def test_spans_of_an_older_program_are_whole_and_joined(tmp_path: Path) -> None:
+    """One stored them with their media, the other has the file open while it is migrated."""
+    path = tmp_path / "agl.db"
+    media = {semconv.MEDIA + hashlib.sha256(b"x" * 4000).hexdigest(): b"x" * 4000}
+    first, second = asked(1, "a", rollout="r1"), asked(2, "b", rollout="r2")
+    insert = """INSERT INTO spans (trace_id, span_id, rollout_id, start_ns, arrived_ns, asked, otlp)
+                VALUES (?, ?, ?, ?, 0, ?, ?)"""
+
+    def store_as_before(span: Span) -> None:
+        ids, asks = (bytes.fromhex(span.trace_id), bytes.fromhex(span.span_id)), (span.response_id, 0)
+        write_many(old, insert, [(*ids, span.rollout_id, 0, span.response_id, otlp.encode((span,)))])
+        write_many(old, "INSERT INTO new_asks VALUES (?, ?, ?, ?)", [(*asks, *ids)])
+
+    with closing(SqliteDatabase(str(path), MIGRATIONS[:3])) as old:
+        store_as_before(replace(first, attributes={**first.attributes, **media}))
+        with closing(open_store(f"sqlite:///{path}")) as store:
+            store_as_before(second)
+            store.append_spans([answered(3, "a")])
+            assert [numbers(store.query_spans(name)) for name in ("r1", "r2")] == [[1, 3], [2]]
+            assert store.query_spans("r2") == [second]
+    assert maintenance.check(path) == []
 
 
 # --- The index of requested responses (`asks`) -----------------------------------------------------------------------

@@ -4,6 +4,7 @@ An attempt that is watched, or a lease, therefore lasts as long as its limit say
 """
 
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Final
@@ -13,6 +14,8 @@ _STEADY: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 _JUMP_S: Final = 5.0
 """The system's clock is slowed or sped up to correct it; a difference of more was set."""
 _BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
+_TIME_NAMESPACE: Final = Path("/proc/self/ns/time")
+"""Of Linux from 5.6 on: a container can have a namespace in which the machine started at another time."""
 
 _log = logging.getLogger(__name__)
 
@@ -41,11 +44,12 @@ class Clock:
 
 
 def boot_id() -> str | None:
-    """Id of the time since this machine started; None if the system has none."""
+    """Id of the time since this machine started, as this process sees it; None if the system has none."""
     try:
-        return _BOOT.read_text().strip()
+        boot = _BOOT.read_text().strip()
     except OSError:
         return None
+    return f"{boot} {os.readlink(_TIME_NAMESPACE)}" if os.path.lexists(_TIME_NAMESPACE) else boot
 
 
 def _steady_ns() -> int:

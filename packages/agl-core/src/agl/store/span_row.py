@@ -133,6 +133,17 @@ def _valid_id(found: object, size: int) -> str:
     return (found if isinstance(found, bytes) and len(found) == size and any(found) else b"\xff" * size).hex()
 
 
+def row_of(body: bytes) -> SpanRow:
+    """The row of a span as it is stored, which an older version may have stored with its media.
+
+    Raises OtlpError if `body` has no valid span.
+    """
+    rows = parse(body).all_rows()
+    if not rows:
+        raise OtlpError("expected a request with one span, got none")
+    return rows[-1]  # After the rows of its media.
+
+
 def attempt_ids(rows: Iterable[SpanRow]) -> list[str]:
     """The attempts that the spans name, sorted."""
     return sorted({row.attempt_id for row in rows if row.attempt_id})

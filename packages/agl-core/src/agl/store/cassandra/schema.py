@@ -12,6 +12,7 @@ rollout_groups, queue, queue_slots, watched
 resources    the versions of a name with their leases, changed by compare-and-set on `revision`
 """
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -80,6 +81,8 @@ _CHECKSUMS = ("ALTER TABLE span_bodies ADD checksum bigint",)
 
 MIGRATIONS: Final[Migrations] = (_FIRST, _CHECKSUMS)
 
+_ADD: Final = re.compile(r"ALTER TABLE (\w+) ADD (\w+)")
+
 _VERSION: Final = "CREATE TABLE IF NOT EXISTS {}.schema_version (place int PRIMARY KEY, version int, holder text)"
 """Row 0 has the version, row 1 is the lock of the process that migrates."""
 
@@ -126,8 +129,18 @@ def migrate(cluster: Cluster, session: Session, address: Address) -> None:
         return
     with _locked(session, _OWN_LOCK, 1):
         for statement in _pending_statements(session, address):
-            session.execute(statement, timeout=_LOCK_S, host=_first(metadata))
+            if not _is_done(cluster, address, statement):
+                session.execute(statement, timeout=_LOCK_S, host=_first(metadata))
         session.execute("INSERT INTO schema_version (place, version) VALUES (0, %s)", (len(MIGRATIONS),))
+
+
+def _is_done(cluster: Cluster, address: Address, statement: str) -> bool:
+    """Whether a process that ended before it recorded the version has added the column."""
+    if (added := _ADD.match(statement)) is None:
+        return False
+    cluster.refresh_schema_metadata()
+    metadata: Any = cluster.metadata
+    return added[2] in metadata.keyspaces[address.keyspace].tables[added[1]].columns
 
 
 def _has_version(metadata: Metadata, address: Address) -> bool:

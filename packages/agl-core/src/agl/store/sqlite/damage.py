@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from agl.errors import AglError
 from agl.store.mapping import ROLLOUT_COLUMNS, to_rollout
-from agl.store.span_row import checksum, parse
+from agl.store.span_row import checksum, row_of
 from agl.store.sqlite.database import SqliteConnection, is_damage
 
 _MAX_ERRORS: Final = 20
@@ -97,9 +97,9 @@ def is_whole(row: Record) -> bool:
     """Whether a span is what was stored, and its columns are those of its content."""
     _, trace_id, span_id, rollout_id, start_ns, _, asked, answered, known, otlp = row
     try:
-        found = parse(otlp).all_rows()[0]
-        is_same = checksum(otlp) == known
-    except (AglError, IndexError, TypeError):
+        found = row_of(otlp)
+        is_same = known is None or checksum(otlp) == known
+    except (AglError, TypeError):
         return False
     columns = (found.trace_id, found.span_id, found.rollout_id, found.start_ns, found.asked, found.answered)
     return is_same and columns == (trace_id, span_id, rollout_id, start_ns, asked, answered)
@@ -207,8 +207,8 @@ def _touched(row: Record | None, named: str | None, trace: bytes | None, of_trac
 def _content_name(row: Record | None) -> str | None:
     """The rollout that the content of a damaged span names, if it can be parsed."""
     try:
-        return parse(row[-1]).rows[0].rollout_id if row else None
-    except (AglError, IndexError, TypeError):
+        return row_of(row[-1]).rollout_id if row else None
+    except (AglError, TypeError):
         return None
 
 

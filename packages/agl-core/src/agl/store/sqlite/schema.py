@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from agl.errors import OtlpError
 from agl.store.migration import Migrations
-from agl.store.span_row import SpanRow, checksum, parse
+from agl.store.span_row import SpanRow, checksum, row_of
 
 _FIRST = (
     """CREATE TABLE spans (
@@ -119,6 +119,7 @@ _LIMITS_AND_LEASES = (
 )
 
 # Reads the ids again from the spans: version 2 added their columns without values for the spans of version 1.
+# `checksum` is NULL for a span from a program of version 3 that still has the file open: it stores spans as before.
 _CHECKSUMS = (
     "ALTER TABLE spans RENAME TO old_spans",
     """CREATE TABLE spans (
@@ -130,7 +131,7 @@ _CHECKSUMS = (
         arrived_ns INTEGER NOT NULL,
         asked TEXT,
         answered TEXT,
-        checksum INTEGER NOT NULL,
+        checksum INTEGER,
         otlp BLOB NOT NULL)""",
     """INSERT INTO spans
        SELECT arrival, trace_id, span_id, coalesce(agl_rollout_id(otlp), rollout_id), start_ns, arrived_ns,
@@ -154,8 +155,8 @@ MIGRATIONS: Final[Migrations] = (_FIRST, _JOIN_BY_ANSWER, (*_LEAN_SPANS, *_LIMIT
 @lru_cache(maxsize=1)
 def _row(otlp: bytes) -> SpanRow | None:
     try:
-        return parse(otlp).all_rows()[0]
-    except (OtlpError, IndexError):  # A damaged span: `check` reports it.
+        return row_of(otlp)
+    except OtlpError:  # A damaged span: `check` reports it.
         return None
 
 
