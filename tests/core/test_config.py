@@ -91,3 +91,11 @@ def test_a_role_that_is_no_name_is_refused_where_it_enters(name: str) -> None:
         with pytest.raises(ConfigError, match=r"(?s)agent_roles.*expected a name of letters, digits"):
             Config.parse({"agent_roles": roles})
     assert Config.parse({"agent_roles": {"Writer_2.b-c": {}}}).require_roles()
+
+
+@pytest.mark.parametrize("host", ["agl:8400", "http://agl", "[2001:db8::1]", "*.example.com", "agl/", ""])
+def test_an_allowed_host_that_no_request_can_name_is_refused(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"server\.allowed_hosts\.0: .*expected a host name or an address"):
+        Config.parse({"server": {"allowed_hosts": [host]}})
+    given = ["agl", "my_agl.example", "192.0.2.7", "2001:db8::1"]
+    assert Config.parse({"server": {"allowed_hosts": given}}).server.allowed_hosts == given

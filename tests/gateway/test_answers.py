@@ -356,6 +356,16 @@ def test_a_refusal_and_a_call_in_the_form_before_tools_are_part_of_the_answer(fo
     assert (text["content"], made["name"], made["arguments"]) == ("I must not", "f", '{"x": 1}')
 
 
+@pytest.mark.parametrize(
+    "delta", [{"content": "a"}, {"reasoning_content": "a"}, {"tool_calls": [call(0, "1", "f", "")]}]
+)
+def test_the_first_token_is_the_first_of_text_thoughts_and_calls(delta: Json) -> None:
+    capture = Capture()
+    for given, has_tokens in (({"role": "assistant", "content": ""}, False), (delta, True)):
+        capture.add({"choices": [{"index": 0, "delta": given}]})
+        assert capture.has_tokens is has_tokens
+
+
 def test_calls_of_one_name_are_told_apart_by_their_whole_arguments() -> None:
     capture = Capture()
     for _ in range(2):

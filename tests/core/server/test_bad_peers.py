@@ -91,6 +91,17 @@ def silent_streams(server: ServerThread) -> Iterator[None]:
         ended.set()
 
 
+@contextmanager
+def idle_after_early_responses(server: ServerThread) -> Iterator[None]:
+    """Connections that sent the end of a body after its response, and then nothing."""
+    with connected(server.base_url, 80, head("/api/v1/append_spans", 1, token="wrong")) as opened:
+        for connection in opened:
+            with suppress(OSError):  # Closed already.
+                connection.recv(4096)
+                connection.sendall(b"x")
+        yield
+
+
 PEERS: dict[str, Callable[[ServerThread], Any]] = {
     "claims": lambda server: connected(server.otlp_url, 2, head("/v1/traces", 4 * MB)),
     "stalled spans": lambda server: connected(server.otlp_url, 3, head("/v1/traces", 4 * MB) + bytes(4 * MB - 1)),
@@ -106,6 +117,7 @@ PEERS: dict[str, Callable[[ServerThread], Any]] = {
     "half heads": lambda server: connected(server.base_url, 80, b"GET /api/health HTTP/1.1\r\nX: "),
     "half heads of spans": lambda server: connected(server.otlp_url, 80, b"POST /v1/traces HTTP/1.1\r\nX: "),
     "no heads": lambda server: connected(server.base_url, 80, b""),
+    "idle after early responses": idle_after_early_responses,
     "silent streams": silent_streams,
 }
 

@@ -74,7 +74,7 @@ class ServerThread(AppThread):
             routes = [*self._api.routes(), _health_route(store, self.gateway, queue), _metrics_route(queue)]
             api = AuthMiddleware(self.gateway.app(routes), tokens or BearerTokens())
             send_s = config.timeouts.send_s
-            shared: dict[str, Any] = {"host": host, "allowed_hosts": allowed_hosts}
+            shared: dict[str, Any] = {"host": host, "hosts": hosts}
             self.base_url = self.add(api, port=port, name="gateway", tls=config.tls, send_s=send_s, **shared)
             tls = receiver.config.tls
             self.otlp_url = self.add(self._http, port=otlp_http_port, name="OTLP/HTTP receiver", tls=tls, **shared)

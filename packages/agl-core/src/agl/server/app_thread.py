@@ -4,7 +4,6 @@ import asyncio
 import logging
 import socket
 import threading
-from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Self
 
@@ -56,16 +55,16 @@ class AppThread:
         name: str = "app",
         tls: TlsConfig | None = None,
         send_s: float = SEND_S,
-        allowed_hosts: Iterable[str] = (),
+        hosts: AllowedHosts | None = None,
     ) -> str:
         """Bind `app` to `port` (0: any free port) and return its base URL, without a trailing slash.
 
-        Requests may name loopback, `host` and `allowed_hosts` as their host.
+        Requests may be for `hosts`; by default for loopback and `host`.
         The connection of a client that reads nothing for `send_s` seconds is closed. Raises AglError naming the port if
         it is in use or not permitted.
         """
         config = uvicorn.Config(
-            HostsMiddleware(app, AllowedHosts(host, allowed_hosts)),
+            HostsMiddleware(app, hosts or AllowedHosts(host)),
             log_config=None,
             log_level="warning",
             access_log=False,

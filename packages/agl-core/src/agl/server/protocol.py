@@ -152,8 +152,10 @@ class HttpProtocol(HttpToolsProtocol):
             return
         self._has_body = False
         super().on_message_complete()
-        self.peers.proceed(self)
-        if self.cycle.response_complete:  # Before the end of the body; from here on it is as after any response.
+        if not self.cycle.response_complete:
+            self.peers.proceed(self)
+        else:  # The response came before the end of the body; from here on it is as after any response.
+            self.peers.wait(self)
             self._stop_timer()
             self._unset_keepalive_if_required()
             self.timeout_keep_alive_task = self.loop.call_later(

@@ -136,8 +136,10 @@ class Choice:
         self.finish_reason = _text(part.get("finish_reason")) or self.finish_reason
         stop = part.get("stop_reason") or part.get("matched_stop")  # The names of vLLM and SGLang.
         self.stop_string = stop if isinstance(stop, str) else self.stop_string
-        self._texts.append(text)
-        self._thoughts.append(reasoning)
+        if text:
+            self._texts.append(text)
+        if reasoning:
+            self._thoughts.append(reasoning)
         for call in calls:
             self._tool_call(call, is_whole="message" in part).add(call)
 
@@ -247,8 +249,11 @@ class Capture:
 
     @property
     def has_tokens(self) -> bool:
-        """Whether any sampled token, text or tool call has arrived."""
-        return any(choice.token_ids or choice.text or choice.tool_calls for choice in self._choices.values())
+        """Whether any sampled token, text, thought or tool call has arrived."""
+        return any(
+            choice.token_ids or choice.text or choice.reasoning or choice.tool_calls
+            for choice in self._choices.values()
+        )
 
     def choices(self) -> list[Choice]:
         """The choices by index, each with its prompt's ids."""
