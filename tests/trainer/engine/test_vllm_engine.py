@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -154,6 +156,34 @@ def test_a_server_that_does_not_come_back_ends_the_training(tmp_path: Path, monk
     server.failures_left = 0
     found: Any = server.wait(0.01)
     assert found == ["small"]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ('{"detail":"Not Found"}', "has no /load_lora_adapter: start vLLM with --enable-lora"),
+        ('{"error":{"message":"Not Found","type":"Not Found","code":404}}', "has no /load_lora_adapter: start vLLM"),
+        (
+            '{"error":{"message":"No adapter found for /x","type":"NotFoundError","code":404}}',
+            "rejected load_lora_adapter: 404 .*No adapter found for /x",
+        ),
+    ],
+)
+def test_a_folder_that_a_server_cannot_read_is_not_taken_for_a_missing_option(body: str, expected: str) -> None:
+    """vLLM answers 404 for both. The bodies are those of vLLM 0.32."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(404)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as http, VllmServer(f"http://127.0.0.1:{http.server_port}/v1") as server:
+        Thread(target=http.handle_request).start()
+        with pytest.raises(TrainingError, match=expected):
+            server.load("writer@1", Path("x"))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from agl.config import Config, GatewayConfig, LaunchConfig
 from agl.errors import ConfigError, TrainingError
 from agl.server_thread import ServerThread
 from agl.store import open_store
-from agl_trainer.engine.vllm.launch import free_port, running_vllm, serve_command
+from agl_trainer.engine.vllm.launch import RunningVllm, free_port, running_vllm, serve_command
 from agl_trainer.engine.vllm.server import VllmServer
 from agl_trainer.loop.engines import _asleep, _control, serve_policy
 
@@ -35,11 +35,11 @@ def launch_config(folder: Path, **options: Any) -> LaunchConfig:
 
 
 @contextmanager
-def launched(folder: Path, **options: Any) -> Iterator[str]:
+def launched(folder: Path, **options: Any) -> Iterator[RunningVllm]:
     launch, port = launch_config(folder, **options), free_port()
     command = serve_command(launch, Path("model"), "base", port=port, **NEEDS)
-    with running_vllm(command, launch, port, folder / "out" / "vllm.log", lambda: None) as url:
-        yield url
+    with running_vllm(command, launch, port, folder / "out" / "vllm.log", lambda: None) as vllm:
+        yield vllm
 
 
 def recorded(folder: Path) -> list[Any]:
@@ -55,9 +55,10 @@ def is_running(process: int) -> bool:
 
 
 def test_vllm_is_started_with_what_a_training_needs_and_ended_with_it(tmp_path: Path) -> None:
-    with launched(tmp_path, sleep=True, gpu_memory_utilization=0.3, options=["--seed", "7"]) as url:
+    with launched(tmp_path, sleep=True, gpu_memory_utilization=0.3, options=["--seed", "7"]) as vllm:
         (start,) = recorded(tmp_path)
-        assert url.startswith("http://127.0.0.1:") and url.endswith("/v1") and is_running(start["process"])
+        assert vllm.url.startswith("http://127.0.0.1:") and vllm.url.endswith("/v1") and is_running(start["process"])
+        vllm.check()
     assert not is_running(start["process"])
     serve, model, *options = start["arguments"]
     assert (serve, model) == ("serve", "model")
@@ -86,6 +87,17 @@ def test_the_end_of_its_log_is_shown_if_it_dies_or_does_not_answer(tmp_path: Pat
     with pytest.raises(TrainingError, match=r"did not answer within 0.01 s \(engine.launch.timeout_s\)"):  # noqa: SIM117
         with launched(tmp_path, timeout_s=0.01):
             raise AssertionError
+
+
+def test_a_vllm_that_dies_during_the_training_is_not_waited_for(tmp_path: Path) -> None:
+    """Whatever noticed it first: the engine that waits for a restart, or a request that fails."""
+    for notice in ("wait", "models"):
+        with pytest.raises(TrainingError, match=r"vLLM ended with exit code -9; the end of .*vllm.log") as died:  # noqa: SIM117
+            with launched(tmp_path) as vllm, VllmServer(vllm.url) as server:
+                vllm.process.kill()
+                vllm.process.wait()
+                server.wait(600.0, vllm.check) if notice == "wait" else server.models()
+        assert isinstance(died.value.__context__, TrainingError)  # what it caused is kept
 
 
 def test_it_ends_when_the_training_is_killed(tmp_path: Path) -> None:
@@ -123,8 +135,8 @@ def test_vllm_sleeps_while_the_policy_trains_and_calls_wait(tmp_path: Path) -> N
     with (
         closing(open_store(f"sqlite:///{tmp_path}/agl.db")) as store,
         ServerThread(store, port=0, otlp_http_port=0, gateway=GatewayConfig()) as gateway,
-        launched(tmp_path, sleep=True) as url,
-        VllmServer(url) as server,
+        launched(tmp_path, sleep=True) as vllm,
+        VllmServer(vllm.url) as server,
     ):
         for error in (None, KeyError):
             try:

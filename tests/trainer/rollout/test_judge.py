@@ -70,6 +70,9 @@ def test_an_answer_without_a_ranking_is_requested_again_and_then_reported() -> N
 
     with ScriptedJudge(improving) as server:
         assert judge_of(server, rankings=1).rank("g", "t", ["a", "b"]).input_tokens == 300
+    for sloppy in ('{"ranking": [2, 1,]}', '{"ranking": [2 1]}', f'{{"ranking": [2, 1]}} or "ranking": [{"9" * 5000}]'):
+        with ScriptedJudge(lambda *_, answer=sloppy: answer) as server:
+            assert judge_of(server, rankings=1).rank("g", "t", ["a", "b"]).input_tokens == 100
     with (
         ScriptedJudge(lambda *_: "I like both.") as server,
         pytest.raises(TrainingError, match=r"ranked no g: expected the numbers 1 to 2, got 'I like both\.'"),
@@ -167,8 +170,9 @@ class FixedSource:
     def draw(self, step: int, position: int, groups: range) -> RolloutBatch:
         return RolloutBatch([], [build_trajectory(self.store.query_spans(name)) for name in self.names])
 
-    def prefetch(self, step: int) -> None:
+    def prefetch(self, step: int) -> list[int]:
         self.prefetched.append(step)
+        return []
 
 
 def answered(role: str, text: str, named: dict[str, Any]) -> Span:

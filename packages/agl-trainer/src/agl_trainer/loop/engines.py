@@ -20,7 +20,7 @@ from agl_trainer.engine.copied import CopiedEngine
 from agl_trainer.engine.http.api import engine_app
 from agl_trainer.engine.local.scheduler import Scheduler
 from agl_trainer.engine.vllm.engine import VllmEngine
-from agl_trainer.engine.vllm.launch import free_port, running_vllm, serve_command
+from agl_trainer.engine.vllm.launch import RunningVllm, free_port, running_vllm, serve_command
 from agl_trainer.engine.vllm.server import VllmServer
 from agl_trainer.loop.policy_setup import base_folder, base_name, is_sharded, open_policy
 from agl_trainer.model.device import release_memory
@@ -29,6 +29,8 @@ from agl_trainer.rollout.serving import ShownProgress, TrainingEngine
 
 LOCAL = "local"
 """`gateway.upstream` of the in-process engine."""
+_SERVED = "served"
+"""Folder of the versions that vLLM loads, one per step. Not that of published adapters, of which the newest counts."""
 _DRAIN_S, _ROUTE_S = 60.0, 10.0
 """Longest wait until running calls have ended, and timeout of a request to the training's own gateway."""
 
@@ -86,8 +88,9 @@ def _serve_local(config: Config, store: Store) -> Iterator[OpenedEngine]:
 def _serve_vllm(config: Config, store: Store, progress: ShownProgress | None) -> Iterator[OpenedEngine]:
     train, launch = config.require_train(), config.engine.launch
     with ExitStack() as stack:
-        if launch is not None:
-            url = SecretUrl(stack.enter_context(_launched(config, launch, progress)))
+        vllm = stack.enter_context(_launched(config, launch, progress)) if launch else None
+        if vllm is not None:
+            url = SecretUrl(vllm.url)
         elif config.gateway.upstream == LOCAL and not config.gateway.engines:
             raise ConfigError(
                 "engine.kind is vllm, but no server is named: set gateway.upstream to its URL, or engine.launch to "
@@ -103,17 +106,18 @@ def _serve_vllm(config: Config, store: Store, progress: ShownProgress | None) ->
         engine = VllmEngine(
             servers,
             policy,
-            Path(train.output_dir).absolute() / "adapters",
+            Path(train.output_dir).absolute() / _SERVED,
             tolerance=config.engine.tolerance,
             route=functools.partial(_route, server.base_url),
             pause=functools.partial(_asleep, server.base_url, servers) if launch and launch.sleep else nullcontext,
+            check=vllm.check if vllm else lambda: None,
         )
         yield policy, engine, server
 
 
 @contextmanager
-def _launched(config: Config, launch: LaunchConfig, progress: ShownProgress | None) -> Iterator[str]:
-    """Base URL of a vLLM server of the base model, which runs within the context."""
+def _launched(config: Config, launch: LaunchConfig, progress: ShownProgress | None) -> Iterator[RunningVllm]:
+    """A vLLM server of the base model, which runs within the context."""
     train, port = config.require_train(), launch.port or free_port()
     command = serve_command(
         launch,
@@ -125,16 +129,16 @@ def _launched(config: Config, launch: LaunchConfig, progress: ShownProgress | No
         versions=(train.max_staleness or 0) + 2,
         chat_template=train.chat_template,
     )
-    log = Path(train.output_dir) / "vllm.log"
+    log = Path(train.output_dir).absolute() / "vllm.log"  # An agent may change the current folder.
 
     def show(waiting_for: str | None) -> None:
         if progress is not None:
             progress.update(waiting_for=waiting_for)
 
     shown = functools.partial(show, f"vLLM to load the model (its log is {log})")
-    with running_vllm(command, launch, port, log, shown) as url:
+    with running_vllm(command, launch, port, log, shown) as vllm:
         show(None)
-        yield url
+        yield vllm
 
 
 def _server(config: Config, gateway: GatewayConfig, store: Store, app: ASGIApp | None) -> ServerThread:

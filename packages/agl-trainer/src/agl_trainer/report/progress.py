@@ -106,18 +106,20 @@ class Progress:
     @contextlib.contextmanager
     def phase(self, name: str, *, step: int = 0, steps: int | None = None) -> Iterator[None]:
         """Show a phase during the block, and its result after it. A phase may be within another."""
-        outer, now = self._state, monotonic()
-        self._state = ProgressState(name, began=now, step_began=now, first_step=step, step=step, steps=steps)
+        now = monotonic()
+        with self._lock:
+            outer = self._state
+            self._state = ProgressState(name, began=now, step_began=now, first_step=step, step=step, steps=steps)
         if self._live is None:
             self.note(name)
         else:
             self._live.refresh()
         try:
             yield
-            ended = self._state
         finally:
-            self._state = outer
-        if ended.step > ended.first_step:
+            with self._lock:
+                ended, self._state = self._state, outer
+        if ended is not None and ended.step > ended.first_step:
             self.note(" · ".join([ended.name(), *ended.results(), clock(monotonic() - ended.began)]))
 
     def update(self, **changes: Any) -> None:

@@ -156,8 +156,9 @@ def disagreement(positions: Sequence[Sequence[int]]) -> float:
 
 def _parse_ranking(text: str, count: int) -> list[int] | None:
     """The last ranking in `text` that names each of the attempts 1 to `count` once."""
+    expected = sorted(str(number) for number in range(1, count + 1))
     for found in reversed(re.findall(r'"ranking"\s*:\s*\[([\d\s,]*)\]', text)):
-        ranking = json.loads(f"[{found}]") if found.strip() else []
-        if sorted(ranking) == list(range(1, count + 1)):
-            return ranking
+        numbers = re.findall(r"\d+", found)
+        if sorted(numbers) == expected:
+            return [int(number) for number in numbers]
     return None

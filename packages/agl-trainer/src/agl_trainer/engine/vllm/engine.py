@@ -40,14 +40,16 @@ class VllmEngine:
         tolerance: float,
         route: Callable[[Mapping[str, str]], None],
         pause: Callable[[], AbstractContextManager[None]] = nullcontext,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         """`pause`: context in which the policy trains. The servers have their own copy of the weights, but may share
-        the memory of the accelerator."""
+        the memory of the accelerator. `check` raises TrainingError if a server has ended for good."""
         self.paused = pause
         self._bases = {server: _base_name(server, policy) for server in servers}
         self._policy = policy
         self._folder = folder
         self._route = route
+        self._check = check
         self._live: dict[str, Version] = {}
         """By the role that owns the adapter."""
         self._lock = threading.Lock()
@@ -70,7 +72,7 @@ class VllmEngine:
     def revive(self) -> None:
         """Wait until all servers answer, and load the versions that they lost. Raises TrainingError if one does not."""
         for server in self._bases:
-            loaded = server.wait(_RESTART_TIMEOUT_S)
+            loaded = server.wait(_RESTART_TIMEOUT_S, self._check)
             for version in [*(version for _, version in self._old), *self._live.values()]:
                 if version.name not in loaded:
                     self._load(server, version)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -83,14 +84,31 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
+@dataclass(frozen=True, slots=True)
+class RunningVllm:
+    """A `vllm serve` that this process has started."""
+
+    url: str
+    """Its base URL, which ends in `/v1`."""
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def check(self) -> None:
+        """Raises TrainingError with the last lines of the log if it has ended."""
+        if self.process.poll() is not None:
+            raise TrainingError(
+                f"vLLM ended with exit code {self.process.returncode}; the end of {self.log}:\n{last_lines(self.log)}"
+            )
+
+
 @contextmanager
 def running_vllm(
     command: Sequence[str], launch: LaunchConfig, port: int, log: Path, on_wait: Callable[[], None]
-) -> Iterator[str]:
-    """Run `command`; yields its base URL, which ends in `/v1`, once it answers, and ends it afterwards.
+) -> Iterator[RunningVllm]:
+    """Run `command`; yields it once it answers, and ends it afterwards.
 
-    `on_wait` is called now and then until then. Raises TrainingError with the last lines of `log` if the program ends
-    or does not answer.
+    `on_wait` is called now and then until then. Raises TrainingError with the last lines of `log` if the program does
+    not answer, or ends: also if it ends within the context, in the place of the TrainingError that this causes there.
     """
     given = {name: value.get_secret_value() for name, value in launch.environment.items()}
     environment = {**os.environ, **_ENVIRONMENT, **(_SLEEP_ENVIRONMENT if launch.sleep else {}), **given}
@@ -104,19 +122,22 @@ def running_vllm(
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches the training, which ends vLLM
         )
+    vllm = RunningVllm(f"http://127.0.0.1:{port}/v1", process, log)
     try:
-        _wait(process, f"http://127.0.0.1:{port}/health", launch.timeout_s, log, on_wait)
-        yield f"http://127.0.0.1:{port}/v1"
+        _wait(vllm, f"http://127.0.0.1:{port}/health", launch.timeout_s, on_wait)
+        yield vllm
+    except TrainingError:
+        vllm.check()
+        raise
     finally:
         _stop(process)
 
 
-def _wait(process: subprocess.Popen[bytes], url: str, timeout_s: float, log: Path, on_wait: Callable[[], None]) -> None:
+def _wait(vllm: RunningVllm, url: str, timeout_s: float, on_wait: Callable[[], None]) -> None:
     started = time.monotonic()
     while time.monotonic() - started < timeout_s:
         on_wait()
-        if process.poll() is not None:
-            raise TrainingError(f"vLLM ended with exit code {process.returncode}; the end of {log}:\n{last_lines(log)}")
+        vllm.check()
         try:
             if urllib3.request("GET", url, timeout=_POLL_S * 10, retries=False).status == 200:
                 return
@@ -124,7 +145,8 @@ def _wait(process: subprocess.Popen[bytes], url: str, timeout_s: float, log: Pat
             pass
         time.sleep(_POLL_S)
     raise TrainingError(
-        f"vLLM did not answer within {timeout_s:g} s (engine.launch.timeout_s); the end of {log}:\n{last_lines(log)}"
+        f"vLLM did not answer within {timeout_s:g} s (engine.launch.timeout_s); the end of {vllm.log}:\n"
+        f"{last_lines(vllm.log)}"
     )
 
 

@@ -1,7 +1,7 @@
 """HTTP client of a vLLM server: lists, loads and unloads adapters, and reads logprobs."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final, Self
@@ -18,6 +18,8 @@ _POLL_INTERVAL_S = 2.0
 _LIKELIEST = 20
 """vLLM's default limit."""
 _NEUTRAL: Final = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+_NOT_FOUND_BY_VLLM = "NotFoundError"
+"""In the body of a 404 if the server has the path, and an adapter is missing: its folder, or one of its name."""
 _SAME_LOGPROB = 0.1
 """Relative difference below which two logprobs of a token are the same but for rounding; bfloat16 has 1 %."""
 
@@ -26,7 +28,8 @@ class VllmServer:
     """The server at `url`, which ends in `/v1`. Every method raises TrainingError if the server fails or rejects it.
 
     The server must run with `--enable-lora`, `--max-lora-rank` of at least the largest `lora_r`, `--max-loras` of at
-    least `train.max_staleness` + 2 for each role, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment.
+    least `train.max_staleness` + 2 for each adapter and 1 for its proof, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in
+    its environment.
     """
 
     def __init__(self, url: str, headers: Mapping[str, str] | None = None) -> None:
@@ -43,13 +46,14 @@ class VllmServer:
         """Names of the base model and of every loaded adapter."""
         return [str(model["id"]) for model in self._request("GET", "models").json()["data"]]
 
-    def wait(self, timeout_s: float) -> list[str]:
-        """`models`, retried for up to `timeout_s` while the server does not answer."""
+    def wait(self, timeout_s: float, on_failure: Callable[[], None] = lambda: None) -> list[str]:
+        """`models`, retried for up to `timeout_s` while the server does not answer, unless `on_failure` raises."""
         deadline = time.monotonic() + timeout_s
         while True:
             try:
                 return self.models()
             except TrainingError:
+                on_failure()
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(_POLL_INTERVAL_S)
@@ -104,7 +108,8 @@ class VllmServer:
                 f"vLLM at {self.url} does not answer ({error}); start it, or correct the URL"
             ) from error
         body_text = response.data[:500].decode(errors="replace")
-        if response.status == HTTPStatus.NOT_FOUND and path.endswith("lora_adapter"):
+        has_no_path = response.status == HTTPStatus.NOT_FOUND and _NOT_FOUND_BY_VLLM not in body_text
+        if has_no_path and path.endswith("lora_adapter"):
             raise TrainingError(
                 f"{self.url} has no /{path}: start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True "
                 f"(it answered {body_text})"
