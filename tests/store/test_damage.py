@@ -2,6 +2,7 @@
 
 import os
 import random
+import sqlite3
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -117,6 +118,23 @@ def test_check_names_the_damaged_rollouts_of_a_store_on_a_server(
         store.append_spans([make_span(2, rollout="broken")])
     assert main(["store", "check", "--store", shared_uri]) == 1
     assert "rollout broken: 1 of its spans damaged" in capsys.readouterr().out
+
+
+def test_a_damaged_rollout_is_set_aside_with_all_that_is_joined_to_it(
+    tmp_path: Path, sound: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agl.store.sqlite.spans._ASKS_PER_STEP", 1)
+    path = tmp_path / "agl.db"
+    path.write_bytes(sound)
+    path.chmod(0o600)
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("UPDATE spans SET checksum = checksum + 1 WHERE span_id = ?", ((10).to_bytes(8, "big"),))
+    repaired = repair(path)
+    assert repaired is not None and [*repaired.damage.rollouts] == ["r10"]
+    left, aside = all_spans(path), all_spans(repaired.set_aside)
+    assert {1010, 2010} <= set(numbers(aside["r10"]))
+    assert not {10, 1010, 2010} & {number for spans in left.values() for number in numbers(spans)}
+    assert [file.stat().st_mode & 0o777 for file in (path, repaired.set_aside)] == [0o600] * 2
 
 
 def test_repair_refuses_a_file_that_is_open(tmp_path: Path, sound: bytes) -> None:

@@ -1,5 +1,7 @@
 """Repairs the file of a store: a new file has what is sound, and the damaged rollouts are set aside."""
 
+import os
+import shutil
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -37,7 +39,7 @@ _OTHER_TABLES: Final = {
     "clock": "boot_id",
 }
 """Table to its primary key."""
-_INDEX_ASKS: Final = "INSERT INTO new_asks SELECT asked, start_ns, trace_id, span_id FROM spans WHERE asked IS NOT NULL"
+_INDEX_ASKS: Final = "INSERT INTO asks SELECT asked, start_ns, trace_id, span_id FROM spans WHERE asked IS NOT NULL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,8 @@ def repair(path: Path) -> Repaired | None:
             with closing(SqliteDatabase(str(new), MIGRATIONS, FUNCTIONS)) as database:
                 _copy(old, database)
                 _set_aside(database, list(damage.rollouts), set_aside)
+            for file in (new, set_aside):
+                _copy_access(path, file)
             # Without a write-ahead log, which SQLite would otherwise delete by its name after the file is renamed.
             old.execute("ROLLBACK")
             old.execute("PRAGMA journal_mode = DELETE").fetchall()
@@ -108,7 +112,6 @@ def _set_aside(database: SqliteDatabase, rollouts: Sequence[str], path: Path) ->
     retention = SqliteRetention(database, Limits.of(None, None, 0))
 
     def remove(db: SqliteConnection) -> list[bytes]:
-        retention.prepare(db)
         rows: list[bytes] = []
         for name in rollouts:
             rows += [row[0] for row in db.execute(QUERY, first_keys(name))]
@@ -120,6 +123,13 @@ def _set_aside(database: SqliteDatabase, rollouts: Sequence[str], path: Path) ->
     rows = database.write(remove)
     with closing(SqliteStore(str(path), uri=f"sqlite:///{path}")) as store:
         store.append_rows([row for otlp in rows for row in parse(otlp).rows])
+
+
+def _copy_access(source: Path, target: Path) -> None:
+    """Give `target` the permissions of `source`, and its owner if we may."""
+    shutil.copymode(source, target)
+    if os.geteuid() == 0:
+        shutil.chown(target, source.stat().st_uid, source.stat().st_gid)
 
 
 def _insert(database: SqliteDatabase, table: str, rows: Sequence[Sequence[Any]]) -> None:
