@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -508,22 +509,39 @@ def test_doctor_finds_no_problem_in_a_sound_installation(engine_url: str) -> Non
     assert checks["agl-core"]["found"] == checks["agl-trainer"]["found"] == "0.1.0"
 
 
+def test_doctor_names_the_key_that_an_engine_lacks() -> None:
+    Path("config.yaml").write_text("gateway: {engines: [{url: 'http://127.0.0.1:9/v1', key_env: NO_SUCH_KEY}]}\n")
+    code, checks = doctor("--config", "config.yaml")
+    assert (code, checks["engine"]["found"]) == (1, "http://127.0.0.1:9/v1")
+    assert checks["engine"]["todo"].startswith("set the variable: the environment has no NO_SUCH_KEY")
+
+
 def test_doctor_creates_no_store() -> None:
     code, checks = doctor("--store", "sqlite:///runs/new/agl.db")
     assert (code, checks["store"]["found"]) == (0, "sqlite:///runs/new/agl.db will be made")
     assert not Path("runs").exists()
 
 
+def greet(listener: socket.socket) -> None:
+    """Answer the two requests of `agl doctor` as a server of another protocol."""
+    for _ in range(2):
+        peer, _ = listener.accept()
+        with peer:
+            peer.recv(4096)
+            peer.sendall(b"SSH-2.0-other\r\n")
+
+
 def test_doctor_names_each_problem_with_what_to_do() -> None:
-    Path("config.yaml").write_text("gateway: {upstream: 'http://127.0.0.1:9/v1'}\n")
     Path("agl.db").write_text("no store, but long enough to look at\n" * 20)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
+        Path("config.yaml").write_text(f"gateway: {{upstream: 'http://127.0.0.1:{port}/v1'}}\n")
+        threading.Thread(target=greet, args=(taken,), daemon=True).start()
         code, checks = doctor("--config", "config.yaml", "--port", str(port))
     assert code == 1
     assert {name for name, check in checks.items() if not check["ok"]} == {f"port {port}", "store", "engine"}
     assert "--port" in checks[f"port {port}"]["todo"]
-    assert "gateway.upstream" in checks["engine"]["todo"]
+    assert re.search(r"gateway\.upstream.*does not speak HTTP.*SSH-2.0-other", checks["engine"]["todo"])
     assert "agl.db" in checks["store"]["todo"]
 
 

@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
@@ -201,14 +202,21 @@ def _check_engine(engine: UpstreamConfig) -> Check:
     url = f"{engine.base_url}/models"
     try:
         models = [str(model.get("id")) for model in _get_json(url, engine.authorization())["data"]]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ConfigError) as error:
-        return Check("engine", f"{url} does not answer", f"start it or change gateway.upstream ({error})")
+    except ConfigError as error:
+        return Check("engine", engine.url, f"set the variable: {error}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        todo = f"start it, or correct its URL in gateway.upstream or gateway.engines ({error})"
+        return Check("engine", f"{url} does not answer", todo)
     return Check("engine", f"{engine.url} serves {', '.join(models)}")
 
 
 def _get_json(url: str, headers: dict[str, str]) -> Any:
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_S) as response:
-        return json.load(response)
+    """The answer of the server at `url`. Raises OSError or ValueError if it is none, or no JSON."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_S) as response:
+            return json.load(response)
+    except HTTPException as error:
+        raise OSError(f"what listens there does not speak HTTP: {error!r}") from error
 
 
 def _check_plugin(name: str, load: Callable[[], Any], config: Config) -> Iterator[Check]:
