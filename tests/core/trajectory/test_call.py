@@ -49,7 +49,7 @@ def test_only_a_server_error_of_the_gateway_is_a_failure_of_the_engine() -> None
     assert [call.engine_failed for call in calls_of(in_stream)] == [True]
 
 
-def completion(parent: Span, text: str) -> Span:
+def completion(parent: Span, text: object) -> Span:
     """LangChain's span for one of several prompts."""
     messages = json.dumps([{"role": "user", "parts": [{"type": "text", "content": text}]}])
     attributes = {semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_TEXT_COMPLETION}
@@ -73,6 +73,17 @@ def test_a_request_with_several_prompts_is_joined_with_the_span_of_each(n: int) 
     found = [calls.pop(answer.span_id).chat_span_id for answer in answers]
     assert found == [chat and chat.span_id for chat in expected for _ in range(n)]
     assert [call.chat_span_id for call in calls.values()] == [other.span_id]
+
+
+@pytest.mark.parametrize("content", [{"type": "blob"}, ["a"], 1, None])
+@pytest.mark.parametrize("n", [1, -1])
+def test_a_prompt_that_is_no_text_and_a_wrong_number_of_choices_join_nothing(content: object, n: int) -> None:
+    agent = span("invoke_agent writer", {semconv.ROLE: "writer"})
+    request = {semconv.GATEWAY_REQUEST: json.dumps({"prompt": ["a", "b"], "n": n}), semconv.GATEWAY_CHOICE: 3}
+    calls = calls_of(
+        agent, completion(agent, content), completion(agent, "b"), gateway_call(parent=agent, attributes=request)
+    )
+    assert len(calls) == 3
 
 
 def test_the_nearest_chat_span_is_joined() -> None:

@@ -127,16 +127,19 @@ def _text_of_prompt(chat: Span) -> str | None:
     if chat.text(semconv.GEN_AI_OPERATION_NAME) != semconv.OPERATION_TEXT_COMPLETION:
         return None
     try:
-        return json.loads(chat.text(semconv.GEN_AI_INPUT_MESSAGES) or "null")[0]["parts"][0]["content"]
-    except (ValueError, TypeError, LookupError):
+        content = json.loads(chat.text(semconv.GEN_AI_INPUT_MESSAGES) or "null")[0]["parts"][0]["content"]
+    except (ValueError, TypeError, LookupError, RecursionError):
         return None
+    return content if isinstance(content, str) else None
 
 
 def _answered_prompt(span: Span, choice: int) -> tuple[int, str] | None:
     """Number and text of the prompt that a choice of a request with several prompts answers."""
     request = read_object(span, semconv.GATEWAY_REQUEST)
     prompts, n = request.get("prompt"), request.get("n") or 1
-    if not isinstance(prompts, list) or len(prompts) < 2 or not isinstance(n, int) or choice // n >= len(prompts):
+    if not isinstance(prompts, list) or len(prompts) < 2 or not isinstance(n, int):
+        return None
+    if not 0 <= choice // n < len(prompts):
         return None
     text = prompts[choice // n]
     return (choice // n, text) if isinstance(text, str) else None
