@@ -11,18 +11,19 @@ from pathlib import Path
 import pytest
 
 from agl.cli.doctor import check_folder
+from agl.config import Config
 from agl.errors import TrainingError
 from agl.store import Store, open_store
 from agl_trainer.loop.output_folder import claim_run, locked, run_of
+from agl_trainer.loop.trainer import Trainer
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
 from agl_trainer.loop.output_folder import locked
 with locked(Path(sys.argv[1])):
-    child = os.fork()
-    if child:
-        print(child, flush=True)
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)  # by the child, which has closed the lock by now
     time.sleep(600)
 """
 
@@ -45,6 +46,18 @@ def test_a_second_training_is_refused_with_the_first_ones_process_and_host(tmp_p
             pass
     with locked(tmp_path / "run"):
         pass
+
+
+def test_an_evaluation_with_vllm_is_refused_beside_a_training(tmp_path: Path) -> None:
+    """It would unload the adapters that the training uses."""
+    train = {"model": "tiny", "output_dir": str(tmp_path / "run")}
+    config = Config.parse({"agent_roles": {"writer": {}}, "engine": "vllm", "train": train})
+    with (
+        locked(tmp_path / "run"),
+        pytest.raises(TrainingError, match="another training runs in"),
+        Trainer(config).open(trains=False),
+    ):
+        raise AssertionError
 
 
 def test_a_folder_that_takes_no_file_is_named() -> None:

@@ -132,6 +132,11 @@ def test_the_table_shows_a_policy_that_answers_every_task_alike() -> None:
     assert json.loads(comparison_json([rl]))["rl"]["answers"]["writer"] == {"count": 10, "commonest": 9}
 
 
+def test_a_difference_over_one_task_has_no_bounds_in_json() -> None:
+    found = json.loads(comparison_json([result("base", [0.25]), result("sft", [0.75])]), parse_constant=pytest.fail)
+    assert found["sft - base"] == {"reward": {"mean": 0.5, "low": None, "high": None, "count": 1}}
+
+
 def test_the_table_shows_how_many_rollouts_failed_or_have_no_reward() -> None:
     base = EvalResult("base", {"q0": TaskScore(0.0, failed=2), "q1": TaskScore(0.5, failed=1)}, without_reward=1)
     *_, failed, last = comparison_table([base, result("sft", [0.5, 0.5])]).splitlines()

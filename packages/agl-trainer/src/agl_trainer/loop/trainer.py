@@ -48,12 +48,13 @@ class Trainer:
 
         Without `samples` there is no engine, only training on the store's rollouts or on examples. Without `resumes`
         the adapters are fresh: the policy is the base model. Raises TrainingError if another training runs in
-        `train.output_dir`; without `trains` it may run, and this trainer only evaluates.
+        `train.output_dir`. Without `trains` this trainer only evaluates, and a training may run beside it, but not with
+        vLLM: both would load and unload adapters under the same names.
         """
         if self.train.deterministic:
             torch.use_deterministic_algorithms(True)
         with (
-            locked(self.folder) if trains else nullcontext(),
+            locked(self.folder) if trains or self.config.engine.kind == "vllm" else nullcontext(),
             Progress() as progress,
             shows_cpu_share(progress),
             ExitStack() as stack,

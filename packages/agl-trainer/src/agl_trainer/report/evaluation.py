@@ -5,6 +5,7 @@ with a fixed seed, so that the same results always print the same table.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -172,7 +173,10 @@ def comparison_table(results: Sequence[EvalResult]) -> str:
 
 
 def comparison_json(results: Sequence[EvalResult]) -> str:
-    """Means of each result under its label, and paired differences with intervals under `<after> - <before>`."""
+    """Means of each result under its label, and paired differences with intervals under `<after> - <before>`.
+
+    The bounds of an infinite interval are null, because JSON has no infinity.
+    """
     report: dict[str, dict[str, Any]] = {}
     for result in results:
         means = {part: result.mean(part) for part in result.parts}
@@ -182,9 +186,13 @@ def comparison_json(results: Sequence[EvalResult]) -> str:
     for before, after in pairwise(results):
         parts = [None, *(part for part in after.parts if before.scores(part).keys() & after.scores(part).keys())]
         report[f"{after.label} - {before.label}"] = {
-            part or "reward": asdict(paired_difference(before.scores(part), after.scores(part))) for part in parts
+            part or "reward": _bounded(paired_difference(before.scores(part), after.scores(part))) for part in parts
         }
     return json.dumps(report, indent=1)
+
+
+def _bounded(interval: Interval) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in asdict(interval).items()}
 
 
 def _cells(results: Sequence[EvalResult], part: str | None, total: int) -> list[str]:
