@@ -150,6 +150,15 @@ def test_an_answer_with_tool_calls_stops_for_them(finish_reason: str) -> None:
     assert json.loads(call.render_message(response))["stop_reason"] == "tool_use"
 
 
+@pytest.mark.parametrize("arguments", ["{", "[" * 100_000])
+def test_arguments_that_cannot_be_read_as_json_are_passed_on_as_text(arguments: str) -> None:
+    call = Messages({"model": "m", "max_tokens": 9, "messages": []}, "m")
+    made = {"id": "c1", "type": "function", "function": {"name": "search", "arguments": arguments}}
+    response = {"id": "x", "choices": [{"message": {"tool_calls": [made]}, "finish_reason": "tool_calls"}]}
+    call.capture.add_whole(response)
+    assert json.loads(call.render_message(response))["content"][-1]["input"] == {"arguments": arguments}
+
+
 @pytest.mark.parametrize(
     ("more", "reason"),
     [

@@ -11,6 +11,9 @@ from agl.tokens.packing import pack_ids, pack_logprobs
 from agl.trajectory import Call, DropReason, build_trajectory
 from tests.core.span_maker import OTHER_TRACE, ROLLOUT, chat, gateway_call, reward, span, tokens
 
+DEEP = "[" * 100_000
+"""JSON that Python cannot read, and not because it is not whole."""
+
 
 def calls_of(*spans: Span) -> list[Call]:
     return build_trajectory(spans).calls
@@ -84,6 +87,21 @@ def test_a_prompt_that_is_no_text_and_a_wrong_number_of_choices_join_nothing(con
         agent, completion(agent, content), completion(agent, "b"), gateway_call(parent=agent, attributes=request)
     )
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {semconv.GATEWAY_CHOICE: -3},
+        {semconv.GEN_AI_RESPONSE_FINISH_REASONS: DEEP},
+        {semconv.GATEWAY_DRIFT: DEEP},
+        {semconv.GATEWAY_REQUEST: DEEP},
+        {semconv.RESPONSE_TOKEN_IDS: DEEP},
+    ],
+)
+def test_an_attribute_that_cannot_be_read_ends_nothing(attributes: dict[str, object]) -> None:
+    (call,) = calls_of(gateway_call([1, 2], [3], attributes=attributes))
+    assert call.choice == 0
 
 
 def test_the_nearest_chat_span_is_joined() -> None:

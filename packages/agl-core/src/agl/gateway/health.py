@@ -112,5 +112,5 @@ async def _get_models(
 def _models(response: Response) -> list[dict[str, Any]]:
     try:
         return [model for model in json.loads(bytes(response.body))["data"] if isinstance(model, dict)]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return []

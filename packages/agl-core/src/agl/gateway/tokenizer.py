@@ -61,7 +61,7 @@ class Tokenizer:
             ):
                 text = await response.text()
                 data = json.loads(text) if response.status == 200 else None
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        except (aiohttp.ClientError, TimeoutError, ValueError, RecursionError) as error:
             raise TokenizerError(f"{path}: {error or type(error).__name__}") from error
         if not isinstance(data, dict):
             raise TokenizerError(f"{path} answered {response.status}: {text[:_LONGEST_ERROR]}")

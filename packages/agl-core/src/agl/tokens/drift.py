@@ -97,7 +97,7 @@ class Drifted:
             texts = sampled.get("text"), prompt.get("text")
             difference = Difference(data["position"], sampled["id"], prompt["id"], *texts)
             return cls(Drift(data["kind"]), difference, data["after"])
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
 
 

@@ -46,11 +46,19 @@ def read_text(span: Span, name: str) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
+def parse_json(text: str) -> Any:
+    """The JSON value in `text`. Raises ValueError if it is not JSON, or nested too deeply to read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deeply") from error
+
+
 def read_object(span: Span, name: str) -> dict[str, Any]:
     """Attribute `name` as a JSON object; else empty."""
     try:
-        value = json.loads(read_text(span, name) or "{}")
-    except (ValueError, RecursionError):
+        value = parse_json(read_text(span, name) or "{}")
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -60,7 +68,7 @@ def read_texts(span: Span, name: str) -> list[str]:
     value = read(span, name)
     if isinstance(value, str) and value.startswith("["):
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError:
             return []
     if isinstance(value, str):
@@ -106,7 +114,7 @@ def _decoded(span: Span, name: str) -> Any:
     """Attribute `name` as bytes or a list; a string is parsed as JSON."""
     value = read(span, name)
     if isinstance(value, str):
-        value = json.loads(value)
+        value = parse_json(value)
     if value is not None and not isinstance(value, bytes | list | tuple):
         raise ValueError(f"{name} is {type(value).__name__}, expected packed bytes or an array of numbers")
     return value

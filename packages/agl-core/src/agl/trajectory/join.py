@@ -13,14 +13,13 @@ before the client's. All times of a process are shifted by the one offset neares
 within a process is kept.
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from agl import semconv
 from agl.span import AttributeValue, Span
-from agl.trajectory.attributes import read_number, read_object
+from agl.trajectory.attributes import parse_json, read_number, read_object
 
 _CHAT_OPERATIONS = {semconv.OPERATION_CHAT, semconv.OPERATION_TEXT_COMPLETION}
 _REQUEST_TYPES = {"chat", "completion"}
@@ -73,7 +72,7 @@ class CallSpans:
 
     @property
     def choice(self) -> int:
-        return int(read_number(self.spans[0], semconv.GATEWAY_CHOICE) or 0)
+        return max(int(read_number(self.spans[0], semconv.GATEWAY_CHOICE) or 0), 0)
 
     @property
     def order(self) -> tuple[int, int, int, str]:
@@ -127,8 +126,8 @@ def _text_of_prompt(chat: Span) -> str | None:
     if chat.text(semconv.GEN_AI_OPERATION_NAME) != semconv.OPERATION_TEXT_COMPLETION:
         return None
     try:
-        content = json.loads(chat.text(semconv.GEN_AI_INPUT_MESSAGES) or "null")[0]["parts"][0]["content"]
-    except (ValueError, TypeError, LookupError, RecursionError):
+        content = parse_json(chat.text(semconv.GEN_AI_INPUT_MESSAGES) or "null")[0]["parts"][0]["content"]
+    except (ValueError, TypeError, LookupError):
         return None
     return content if isinstance(content, str) else None
 

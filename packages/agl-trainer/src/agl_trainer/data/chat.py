@@ -137,7 +137,7 @@ def _native(message: Message) -> dict[str, Any]:
 def _with_parsed_arguments(function: Mapping[str, Any]) -> dict[str, Any]:
     try:
         arguments = json.loads(function["arguments"])
-    except ValueError:
+    except (ValueError, RecursionError):
         arguments = function["arguments"]
     return {**function, "arguments": arguments}
 

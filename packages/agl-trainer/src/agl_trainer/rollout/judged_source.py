@@ -128,7 +128,7 @@ def _messages(span: Span | None, name: str) -> list[dict[str, object]]:
 def _json(text: str | None) -> object:
     try:
         return json.loads(text) if text else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

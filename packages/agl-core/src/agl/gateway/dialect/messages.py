@@ -276,6 +276,6 @@ def _arguments(text: str) -> Any:
     """Arguments as an object; anything else that a model wrote, under the key `arguments`."""
     try:
         value = json.loads(text or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {"arguments": text}
     return value if isinstance(value, dict) else {"arguments": value}

@@ -307,7 +307,7 @@ def _custom_input(arguments: str) -> str:
     """The text in the arguments of a function that stands for a custom tool; else what the model wrote."""
     try:
         given = json.loads(arguments)[CUSTOM_INPUT]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return arguments
     return given if isinstance(given, str) else arguments
 
