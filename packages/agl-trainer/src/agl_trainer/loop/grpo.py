@@ -90,7 +90,7 @@ def _check_trained(training: Training) -> None:
     if train.stop_after_empty_steps and state.empty_steps >= train.stop_after_empty_steps:
         raise NothingTrainedError(
             f"stopped at step {state.phase_step}: no call trained in the last {state.empty_steps} steps "
-            "(train.stop_after_empty_steps). The adapters are published as the steps before these left them"
+            "(train.stop_after_empty_steps). What earlier steps trained is published"
         )
 
 
