@@ -15,6 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from agl.server.api_error import ApiError
 from agl.server.app_thread import AppThread
+from agl.server.protocol import HttpProtocol
 from agl.server.receiving import ENCODINGS, MemoryBudget, Reservation, decode_body, read_body
 
 BODY = b'{"model": "base"}'
@@ -23,7 +24,7 @@ UPGRADES = {
     "h2c": H2C,
     "websocket": "Connection: keep-alive, Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n",
 }
-BIG = bytes(8 * 2**20)
+BIG = bytes(64 * 2**20)
 ended = threading.Event()
 
 
@@ -32,16 +33,14 @@ def reservation() -> Reservation:
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with the body; below /big with more than a connection holds."""
+    """Answers with the body; at /big with more than a connection holds, and no end."""
     body = await read_body(scope, receive, reservation())
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
     if scope["path"] == "/big":
-        try:
-            await send({"type": "http.response.body", "body": BIG, "more_body": True})
-            ended.set() if (await receive())["type"] == "http.disconnect" else None
-        finally:
-            ended.set()
-        return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": BIG, "more_body": True})
+        assert (await receive())["type"] == "http.disconnect"
+        return ended.set()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
     await send({"type": "http.response.body", "body": body})
 
 
@@ -126,6 +125,31 @@ def test_a_client_that_reads_nothing_is_disconnected_after_send_s(port: int) -> 
         connection.connect(("127.0.0.1", port))
         connection.sendall(b"POST /big HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n")
         assert ended.wait(10)
+
+
+def test_a_client_that_reads_on_is_not_disconnected(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each check of the client comes after the client has read more, however slow the machine is."""
+    check, read, checked = HttpProtocol._check_reading, threading.Event(), threading.Event()
+
+    def check_later(protocol: HttpProtocol, unread_bytes: int) -> None:
+        if read.is_set():
+            read.clear()
+            check(protocol, unread_bytes)
+            checked.set()
+        else:
+            protocol._unread = protocol.loop.call_later(0.01, check_later, protocol, unread_bytes)
+
+    monkeypatch.setattr(HttpProtocol, "_check_reading", check_later)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)  # So that the server holds the rest.
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(b"POST /big HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n")
+        for _ in range(2):
+            assert len(connection.recv(len(BIG) // 4, socket.MSG_WAITALL)) == len(BIG) // 4
+            read.set()
+            assert checked.wait(30)
+            checked.clear()
+        assert len(connection.recv(2**16, socket.MSG_WAITALL)) == 2**16
 
 
 # --- Content encodings -----------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class TimeoutsConfig(Section):
     total_s: Positive = 1800.0
     """For the whole call, from its arrival."""
     send_s: Positive = 60.0
-    """For a client that reads nothing of a response; then its connection is closed."""
+    """For a client that reads a response, if it is long, at less than 64 KiB/s; then its connection is closed."""
 
 
 RecordMode = Literal["closed", "open"]

@@ -60,8 +60,8 @@ class AppThread:
         """Bind `app` to `port` (0: any free port) and return its base URL, without a trailing slash.
 
         Requests may be for `hosts`; by default for loopback and `host`.
-        The connection of a client that reads nothing for `send_s` seconds is closed. Raises AglError naming the port if
-        it is in use or not permitted.
+        The connection of a client that reads a long response too slowly, over `send_s` seconds, is closed. Raises
+        AglError naming the port if it is in use or not permitted.
         """
         config = uvicorn.Config(
             HostsMiddleware(app, hosts or AllowedHosts(host)),

@@ -9,6 +9,8 @@ from typing import ClassVar, Final
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from agl.server.receiving import LEAST_BYTES_PER_S
+
 MAX_HEAD_BYTES: Final = 64 * 2**10
 HEAD_S: Final = 10.0
 """Limit for receiving a head."""
@@ -82,7 +84,8 @@ class HttpProtocol(HttpToolsProtocol):
     - It closes other connections, as `peers` chooses, when there are too many.
     - It declines an upgrade (`h2c`, `websocket`) by answering the request as HTTP/1.1, with its body (RFC 9110, 7.8).
       httptools takes the bytes after such a head for another protocol.
-    - It closes the connection of a client that reads nothing for `send_s` seconds.
+    - It closes the connection of a client that reads a long response at less than LEAST_BYTES_PER_S, over `send_s`
+      seconds.
     """
 
     send_s: ClassVar[float] = SEND_S
@@ -178,7 +181,16 @@ class HttpProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._unread = self.loop.call_later(self.send_s, self.transport.abort)
+        self._expect_reading()
+
+    def _expect_reading(self) -> None:
+        self._unread = self.loop.call_later(self.send_s, self._check_reading, self.transport.get_write_buffer_size())
+
+    def _check_reading(self, unread_bytes: int) -> None:
+        if unread_bytes - self.transport.get_write_buffer_size() < self.send_s * LEAST_BYTES_PER_S:
+            self.transport.abort()
+        else:
+            self._expect_reading()
 
     def resume_writing(self) -> None:
         self._read()

@@ -24,8 +24,8 @@ T = TypeVar("T")
 BODY_S: Final = 60.0
 """Limit for receiving a body."""
 _GRACE_S: Final = 10.0
-_LEAST_BYTES_PER_S: Final = 64 * 2**10
-"""Least rate of a body, after _GRACE_S."""
+LEAST_BYTES_PER_S: Final = 64 * 2**10
+"""Least rate of a body, after _GRACE_S, and of a client that reads a response."""
 _RETRY_AFTER_S: Final = 1
 _JSON_BYTES: Final = 2**26
 """Limit for the objects of a JSON body, unless four times its size is more."""
@@ -40,7 +40,7 @@ _ENCODED_BYTES: Final = 1024
 async def read_body(scope: Scope, receive: Receive, reservation: "Reservation") -> bytes:
     """The whole body of an HTTP request, for which memory is reserved as it arrives.
 
-    Raises ApiError for a body that is too large, slower than _LEAST_BYTES_PER_S, or not complete after BODY_S seconds,
+    Raises ApiError for a body that is too large, slower than LEAST_BYTES_PER_S, or not complete after BODY_S seconds,
     for which there is no memory, or that does not have its Content-Length; ClientDisconnect when the client leaves
     before the body is complete.
     """
@@ -59,7 +59,7 @@ async def read_body(scope: Scope, receive: Receive, reservation: "Reservation") 
                     reservation.grow_to(body.tell() + len(message.get("body", b"")))
                     body.write(message.get("body", b""))
                     if not reservation.is_revoked:
-                        limit.reschedule(begin + min(_GRACE_S + body.tell() / _LEAST_BYTES_PER_S, BODY_S))
+                        limit.reschedule(begin + min(_GRACE_S + body.tell() / LEAST_BYTES_PER_S, BODY_S))
     except TimeoutError as error:
         if not reservation.is_revoked:
             message = f"{body.tell()} bytes of the body came in {loop.time() - begin:.0f} s; send faster"
