@@ -802,7 +802,7 @@ def test_the_seed_alone_decides_what_is_sampled_and_published(tmp_path: Path) ->
     model = tmp_path / "model"
     build_tiny_model(model, [task["question"] for task in toy_agent.tasks()], seed=0)
     tokens, evaluations, adapters = seeded(tmp_path, "one", model=str(model), eval_every=1)
-    same, same_evaluations, same_adapters = seeded(tmp_path, "two~1", model=str(model), eval_every=1)
+    same, same_evaluations, same_adapters = seeded(tmp_path, "two-1", model=str(model), eval_every=1)
     assert (same, same_evaluations) == (tokens, evaluations)
     assert [path.read_bytes() for path in same_adapters] == [path.read_bytes() for path in adapters] != []
     rarely, rare_evaluations, _ = seeded(tmp_path, "three", model=str(model), eval_every=2)
