@@ -114,7 +114,9 @@ class _GrpoStep:
         stats = self._train(rollouts, rate)
         clock.lap("update")
         outcomes, trained = rollouts.batch.outcomes, rollouts.count_trained()
-        state.empty_steps = 0 if trained else state.empty_steps + 1
+        # A policy that has learned its tasks, or a step of few groups, earns alike: no reason to stop what has trained.
+        has_trained = state.empty_steps < self.number
+        state.empty_steps = 0 if trained or (has_trained and rollouts.earned_alike()) else state.empty_steps + 1
         if not trained:
             training.progress.note(f"step {state.phase_step}: {rollouts.why_none_trained()}")
         training.call_log.record(state.step, outcomes, rollouts.unfinished)

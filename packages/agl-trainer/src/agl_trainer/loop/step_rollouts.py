@@ -65,6 +65,11 @@ class StepRollouts:
     def count_trained(self) -> int:
         return sum(outcome.reason is None for outcome in self.batch.outcomes)
 
+    def earned_alike(self) -> bool:
+        """Whether calls did not train for this reason most of all: the rollouts of their groups earned the same."""
+        counts = Counter(outcome.reason for outcome in self.batch.outcomes)
+        return [reason for reason, _ in counts.most_common(1)] == [DropReason.ZERO_ADVANTAGE]
+
     def why_none_trained(self) -> str:
         """The commonest reasons, with what to do."""
         failures, outcomes = self.many_failures(), self.batch.outcomes
