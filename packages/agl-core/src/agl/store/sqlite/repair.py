@@ -3,9 +3,10 @@
 import os
 import shutil
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -98,7 +99,8 @@ def _lock(db: SqliteConnection, path: Path) -> None:
 
 def _copy(old: SqliteConnection, new: SqliteDatabase) -> None:
     """Copy what is sound."""
-    for rows in _some(row for row, touched in read_spans(old) if row is not None and not touched):
+    sound = (row for row, touched in read_spans(old) if row is not None and not touched)
+    while rows := list(islice(sound, _ROWS_PER_WRITE)):
         _insert(new, f"spans ({SPAN_COLUMNS})", rows)
     rollouts = read_table(old, f"SELECT {_ROLLOUTS} FROM rollouts", "place")
     _insert(new, f"rollouts ({_ROLLOUTS})", [row for row in rollouts if is_rollout(row[1:])])
@@ -135,15 +137,3 @@ def _copy_access(source: Path, target: Path) -> None:
 def _insert(database: SqliteDatabase, table: str, rows: Sequence[Sequence[Any]]) -> None:
     if rows:
         write_many(database, f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
-
-
-def _some(rows: Iterator[Any]) -> Iterator[list[Any]]:
-    """The rows, some at a time."""
-    some: list[Any] = []
-    for row in rows:
-        some.append(row)
-        if len(some) == _ROWS_PER_WRITE:
-            yield some
-            some = []
-    if some:
-        yield some

@@ -29,7 +29,7 @@ _SLEEP_ENVIRONMENT: Final = {"VLLM_SERVER_DEV_MODE": "1"}
 _DIES_WITH_PARENT: Final = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
 )
-"""Linux sends SIGTERM (15) when the parent has ended, however it ended (PR_SET_PDEATHSIG is 1)."""
+"""Linux sends SIGTERM (15) when the parent has ended, however it ended (PR_SET_PDEATHSIG is 1). Others lack `prctl`."""
 _LAST_LINES, _STOP_S, _POLL_S = 20, 30.0, 0.5
 
 
@@ -112,10 +112,11 @@ def running_vllm(
     """
     given = {name: value.get_secret_value() for name, value in launch.environment.items()}
     environment = {**os.environ, **_ENVIRONMENT, **(_SLEEP_ENVIRONMENT if launch.sleep else {}), **given}
+    started = [sys.executable, "-c", _DIES_WITH_PARENT, *command] if sys.platform == "linux" else command
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-c", _DIES_WITH_PARENT, *command],
+            started,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
