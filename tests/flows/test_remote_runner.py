@@ -12,8 +12,8 @@ import pytest
 import agl
 from agl import semconv
 from agl.config.collector import TOKEN_VARIABLE
+from agl.runner.runner import Runner
 from agl.store import AttemptState, Rollout, RolloutState, open_store
-from agl_trainer.rollout.runner import Runner
 
 TOKEN = "of-this-test"
 

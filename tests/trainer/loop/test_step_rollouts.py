@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import pytest
 
 from agl import semconv
+from agl.runner.runner import Outcome
 from agl.span import Span
 from agl.store import RolloutState
 from agl.trajectory import Trajectory
 from agl_trainer.algo.options import BatchOptions, RoleState
 from agl_trainer.loop.step_rollouts import StepRollouts, draw_rollouts
 from agl_trainer.report.step_metrics import Stopwatch, reward_metrics
-from agl_trainer.rollout.runner import Outcome
 from agl_trainer.rollout.sources import RolloutBatch
 from tests.core.span_maker import span
 from tests.trainer.rollout_maker import call, reward_on, trajectory

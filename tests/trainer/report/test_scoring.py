@@ -6,11 +6,11 @@ import pytest
 
 from agl import semconv
 from agl.errors import ConfigError
+from agl.runner.runner import Outcome
 from agl.store import RolloutState
 from agl_trainer.report.evaluation import Answers, TaskScore
 from agl_trainer.report.scoring import Sampling, commonest_answers, pass_at_k, rollout_score, task_score
 from agl_trainer.report.step_metrics import answer_metrics
-from agl_trainer.rollout.runner import Outcome
 from tests.core.span_maker import reward
 from tests.trainer.rollout_maker import call, trajectory
 

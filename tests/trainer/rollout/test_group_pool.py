@@ -8,9 +8,9 @@ import pytest
 
 from agl.config import TrainConfig
 from agl.errors import TrainingError
+from agl.runner.runner import Outcome
 from agl.store import Rollout, RolloutState, Store, open_store
 from agl_trainer.rollout.group_pool import GroupPool, GroupRun
-from agl_trainer.rollout.runner import Outcome
 from agl_trainer.rollout.sources import TaskStream
 
 

@@ -13,11 +13,11 @@ from agl.cli.doctor import Check, check_engines, check_folder, check_store, dema
 from agl.cli.terminal import counted
 from agl.config import Config, JudgeConfig, TrainConfig
 from agl.errors import AglError, ConfigError
+from agl.runner.import_function import load_function
+from agl.runner.instrumentors import load_instrumentor
 from agl_trainer.engine.vllm.launch import vllm_program
 from agl_trainer.model.base_model import check_4bit
 from agl_trainer.model.model_folder import find_model
-from agl_trainer.rollout.import_function import load_function
-from agl_trainer.rollout.instrumentors import load_instrumentor
 from agl_trainer.rollout.task_list import load_list
 
 _TIMEOUT_S = 5.0

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from agl.errors import ConfigError, TrainingError
+from agl.runner.runner import Outcome
 from agl.seeds import derive
 from agl.trajectory import Trajectory, build_trajectory
 from agl_trainer.loop.call_log import warn_of_missing_rewards
@@ -11,7 +12,6 @@ from agl_trainer.loop.state import Best, next_best
 from agl_trainer.loop.training import Training
 from agl_trainer.report.evaluation import EvalResult
 from agl_trainer.report.scoring import Sampling, commonest_answers, rollout_score, task_scores
-from agl_trainer.rollout.runner import Outcome
 from agl_trainer.rollout.task_list import load_list, task_ids
 
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import agl
 from agl.config import Config
+from agl.runner.import_function import load_function
+from agl.runner.instrumentors import instrumented
+from agl.runner.runner import Runner
 from agl.store import Store, opened_store
 from agl_trainer.data.chat import ChatTemplate
 from agl_trainer.loop.engines import serve_policy
 from agl_trainer.loop.policy_setup import open_policy
 from agl_trainer.model.policy import Policy
-from agl_trainer.rollout.import_function import load_function
-from agl_trainer.rollout.instrumentors import instrumented
-from agl_trainer.rollout.runner import Runner
 from agl_trainer.rollout.serving import Serving, ShownProgress
 
 

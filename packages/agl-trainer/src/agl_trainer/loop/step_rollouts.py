@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from agl.errors import NothingTrainedError
+from agl.runner.runner import Outcome
 from agl.trajectory import ADVICE, DropReason, Reward, Trajectory
 from agl_trainer.algo.batch import GrpoBatch
 from agl_trainer.algo.batch_builder import grpo_batch
 from agl_trainer.algo.options import BatchOptions, RoleState
 from agl_trainer.report.step_metrics import Stopwatch
-from agl_trainer.rollout.runner import Outcome
 from agl_trainer.rollout.sources import RolloutBatch, RolloutSource
 
 _MAX_REASONS = 2

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from agl.errors import ConfigError
+from agl.runner.runner import Outcome
 from agl.trajectory import Trajectory
 from agl_trainer.report.evaluation import Answers, TaskScore
-from agl_trainer.rollout.runner import Outcome
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from agl.errors import TrainingError
+from agl.runner.runner import Outcome
 from agl.store import Rollout, Store
-from agl_trainer.rollout.runner import Outcome
 
 
 @dataclass(slots=True, eq=False)

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from agl.runner.runner import Outcome
 from agl.store import Rollout, Store
 from agl.trajectory import Trajectory, build_trajectory
 from agl.trajectory.call import is_engine_failure
-from agl_trainer.rollout.runner import Outcome
 from agl_trainer.rollout.serving import Serving, ShownProgress
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from agl.config import LogprobsMode
-from agl_trainer.rollout.runner import Runner
+from agl.runner.runner import Runner
 
 
 class TrainingEngine(Protocol):

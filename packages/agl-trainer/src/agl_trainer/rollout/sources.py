@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 from agl.config import TrainConfig
+from agl.runner.runner import Outcome
 from agl.seeds import derive
 from agl.store import Rollout, Store
 from agl.trajectory import Trajectory
 from agl_trainer.rollout.group_pool import GroupPool, GroupRun
 from agl_trainer.rollout.rollouts import Rollouts
-from agl_trainer.rollout.runner import Outcome
 from agl_trainer.rollout.traces import StoredGroup, load_groups
 
 Item = TypeVar("Item")

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from agl.errors import ConfigError
-from agl_trainer.rollout.import_function import load_function
+from agl.runner.import_function import load_function
 
 
 def load_list(reference: str | None, key: str) -> list[Any]:

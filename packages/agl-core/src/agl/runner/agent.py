@@ -13,8 +13,8 @@ from agl import semconv
 from agl.context import Mode
 from agl.emit.reward import reward_attributes
 from agl.errors import AgentError
+from agl.runner.agent_loop import AgentLoop
 from agl.store import Attempt, Rollout
-from agl_trainer.rollout.agent_loop import AgentLoop
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from agl.errors import ConfigError
-from agl_trainer.rollout.import_function import load_function
+from agl.runner.import_function import load_function
 
 MODULE = """
 LIMIT = 3

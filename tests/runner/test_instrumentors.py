@@ -3,8 +3,8 @@
 import pytest
 
 from agl.errors import ConfigError
+from agl.runner.instrumentors import instrumented
 from agl_langchain import LangChainInstrumentor
-from agl_trainer.rollout.instrumentors import instrumented
 
 
 def test_an_instrumentor_is_on_only_in_the_block() -> None:

@@ -16,8 +16,8 @@ from typing import Any, Self
 
 import agl
 from agl.errors import StoreError, TrainingError, TransitionError
+from agl.runner.agent import Agent, AgentRun
 from agl.store import AttemptState, Rollout, RolloutState, Store
-from agl_trainer.rollout.agent import Agent, AgentRun
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ import pytest
 import agl
 from agl import semconv
 from agl.errors import StoreError, TrainingError
+from agl.runner import runner as runner_module
+from agl.runner.runner import Outcome, Runner
 from agl.store import AttemptState, Rollout, RolloutState, Store, open_store
-from agl_trainer.rollout import runner as runner_module
-from agl_trainer.rollout.runner import Outcome, Runner
-from tests.trainer import agents
+from tests.runner import agents
 
 Make = Callable[..., Runner]
 
@@ -272,8 +272,8 @@ def test_ctrl_c_keeps_answered_rollouts_and_cancels_the_rest(store: Store, make:
 RUN_HANGING = """
 import sys
 from agl.store import Rollout, open_store
-from agl_trainer.rollout.runner import Runner
-from tests.trainer import agents
+from agl.runner.runner import Runner
+from tests.runner import agents
 
 store = open_store(sys.argv[1])
 agent = getattr(agents, sys.argv[2])
