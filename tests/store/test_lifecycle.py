@@ -41,6 +41,7 @@ def apply(event: str, rollout: Rollout, attempt: Attempt | None, end: AttemptSta
 @given(ROLLOUTS, EVENTS)
 def test_at_most_one_attempt_runs_and_a_rollout_that_ended_never_runs_again(rollout: Rollout, events: list) -> None:
     attempts: list[Attempt] = []
+    limit = rollout.max_attempts
     for second, (event, which, end) in enumerate(events):
         attempt = attempts[which] if which < len(attempts) else None
         if event == "expire" and (attempt is None or attempt.state is not AttemptState.RUNNING):
@@ -58,6 +59,8 @@ def test_at_most_one_attempt_runs_and_a_rollout_that_ended_never_runs_again(roll
                 rollout, attempt = changed
                 attempts[attempt.number - 1 : attempt.number] = [attempt]
         check(before, rollout, attempts)
+        released = sum(attempt.state is AttemptState.RELEASED for attempt in attempts)
+        assert rollout.max_attempts == limit + released
 
 
 def check(before: Rollout, rollout: Rollout, attempts: list[Attempt]) -> None:

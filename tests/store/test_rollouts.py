@@ -76,6 +76,24 @@ def test_a_rollout_can_be_leased_by_id_before_earlier_ones(store: Store) -> None
     assert theirs is not None and theirs.state is RolloutState.QUEUED
 
 
+def test_a_rollout_is_leased_for_the_run_that_its_metadata_name(store: Store) -> None:
+    runs = {"r1": {}, "r2": {"run": "a"}, "r3": {"run": "b", "seed": 7}, "r4": {"run": "b"}}
+    store.enqueue_rollouts([Rollout(name, 1, metadata=metadata) for name, metadata in runs.items()])
+    assert store.lease_rollout("worker", "r2", run="b") is None
+    leased = [store.lease_rollout("worker", run=run) for run in ("b", "b", "b", "a", None)]
+    assert [pair and pair[0].rollout_id for pair in leased] == ["r3", "r4", None, "r2", "r1"]
+
+
+def test_an_attempt_that_is_given_back_does_not_count(store: Store) -> None:
+    begin(store, "r1", max_attempts=2, retry_on=frozenset({AttemptState.TIMEOUT}))
+    assert store.finish_attempt("r1-a1", AttemptState.RELEASED).state is RolloutState.QUEUED
+    assert lease(store, "r1") == "r1-a2"
+    assert store.finish_attempt("r1-a2", AttemptState.TIMEOUT).state is RolloutState.QUEUED
+    assert lease(store, "r1") == "r1-a3"
+    assert store.finish_attempt("r1-a3", AttemptState.TIMEOUT).state is RolloutState.FAILED
+    assert attempt_states(store, "r1") == [AttemptState.RELEASED, AttemptState.TIMEOUT, AttemptState.TIMEOUT]
+
+
 def test_enqueueing_again_changes_nothing(store: Store) -> None:
     store.enqueue_rollouts([Rollout("r1", "first", group_id="g")])
     store.lease_rollout("worker")

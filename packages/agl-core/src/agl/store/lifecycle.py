@@ -49,8 +49,8 @@ def heartbeat(rollout: Rollout, attempt: Attempt, now_ns: int) -> Pair | None:
 def finish(rollout: Rollout, attempt: Attempt, state: AttemptState, error: str | None, now_ns: int) -> Pair:
     """Both after the worker of `attempt` has reported its end.
 
-    The rollout succeeds, fails, or is queued again if it has attempts left; a cancelled one stays cancelled. Raises
-    TransitionError if the attempt is over or `state` is not one of ENDS.
+    The rollout succeeds, fails, or is queued again if it has attempts left or the attempt was given back; a cancelled
+    one stays cancelled. Raises TransitionError if the attempt is over or `state` is not one of ENDS.
     """
     if state not in ENDS:
         raise TransitionError(f"attempt {attempt.attempt_id} cannot be finished as {state}, but as {', '.join(ENDS)}")
@@ -81,6 +81,8 @@ def _end(rollout: Rollout, attempt: Attempt, state: AttemptState, error: str | N
     attempt = replace(_to(attempt, state), ended_ns=now_ns, error=error)
     if rollout.state is RolloutState.CANCELLED:
         return rollout, attempt
+    if state is AttemptState.RELEASED:
+        rollout = replace(rollout, max_attempts=rollout.max_attempts + 1)
     return _move(rollout, _next_state(rollout, state), now_ns), attempt
 
 
@@ -88,7 +90,7 @@ def _next_state(rollout: Rollout, end: AttemptState) -> RolloutState:
     """State of a rollout after its last attempt ended as `end`."""
     if end is AttemptState.SUCCEEDED:
         return RolloutState.SUCCEEDED
-    is_retried = end in rollout.retry_on and rollout.attempts < rollout.max_attempts
+    is_retried = end in {*rollout.retry_on, AttemptState.RELEASED} and rollout.attempts < rollout.max_attempts
     return RolloutState.QUEUED if is_retried else RolloutState.FAILED
 
 

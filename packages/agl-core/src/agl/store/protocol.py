@@ -88,11 +88,13 @@ class Store(Protocol):
         """Queue `rollouts`. An id that the store knows already stays as it is, so a caller may repeat the call."""
         ...
 
-    def lease_rollout(self, worker_id: str, rollout_id: str | None = None) -> tuple[Rollout, Attempt] | None:
+    def lease_rollout(
+        self, worker_id: str, rollout_id: str | None = None, run: str | None = None
+    ) -> tuple[Rollout, Attempt] | None:
         """The rollout queued first, with a new attempt, which now runs; None if the queue is empty. Never blocks.
 
-        With `rollout_id` only that rollout, so that a runner can leave the rollouts of others in the queue. A rollout
-        that is queued for another attempt keeps its position.
+        With `rollout_id` only that rollout, and with `run` only those whose metadata name that `run`, so that a runner
+        can leave the rollouts of others in the queue. A rollout that is queued for another attempt keeps its position.
         """
         ...
 

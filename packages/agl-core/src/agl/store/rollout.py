@@ -23,6 +23,7 @@ class Rollout:
     group_id: str | None = None
     mode: str = "train"
     max_attempts: int = 1
+    """Grows by one with each attempt that its worker gives back."""
     retry_on: frozenset[AttemptState] = RETRYABLE
     """Ends of an attempt after which the rollout gets another one, up to `max_attempts`."""
     timeout_s: float | None = None

@@ -26,6 +26,8 @@ class AttemptState(StrEnum):
     FAILED = "failed"
     TIMEOUT = "timeout"
     CANCELLED = "cancelled"
+    RELEASED = "released"
+    """Given back by its worker, which stops: the rollout is queued again, and the attempt does not count."""
 
 
 ROLLOUT_TRANSITIONS: dict[RolloutState, frozenset[RolloutState]] = {
@@ -37,7 +39,7 @@ ROLLOUT_TRANSITIONS: dict[RolloutState, frozenset[RolloutState]] = {
     RolloutState.CANCELLED: frozenset(),
 }
 
-ENDS = (AttemptState.SUCCEEDED, AttemptState.FAILED, AttemptState.TIMEOUT)
+ENDS = (AttemptState.SUCCEEDED, AttemptState.FAILED, AttemptState.TIMEOUT, AttemptState.RELEASED)
 """Ends that the worker of an attempt may report."""
 
 ATTEMPT_TRANSITIONS: dict[AttemptState, frozenset[AttemptState]] = {
@@ -48,6 +50,7 @@ ATTEMPT_TRANSITIONS: dict[AttemptState, frozenset[AttemptState]] = {
     AttemptState.SUCCEEDED: frozenset(),
     AttemptState.FAILED: frozenset(),
     AttemptState.TIMEOUT: frozenset(),
+    AttemptState.RELEASED: frozenset(),
 }
 
 State = TypeVar("State", RolloutState, AttemptState)

@@ -23,7 +23,10 @@ _READ = f"SELECT {_ROLLOUT}, {_ATTEMPT} FROM rollouts WHERE rollout_id = ?"
 _STATIC_COLUMNS = len(_ROLLOUT.split(","))
 
 _INSERT = f"INSERT INTO rollouts ({_ROLLOUT}) VALUES ({', '.join('?' * _STATIC_COLUMNS)}) IF NOT EXISTS"
-_UPDATE = "UPDATE rollouts SET revision = ?, state = ?, attempts = ?, ended_ns = ? WHERE rollout_id = ? IF revision = ?"
+_UPDATE = (
+    "UPDATE rollouts SET revision = ?, max_attempts = ?, state = ?, attempts = ?, ended_ns = ?"
+    " WHERE rollout_id = ? IF revision = ?"
+)
 _PUT_ATTEMPT = f"INSERT INTO rollouts (rollout_id, {_ATTEMPT}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 _PUT_QUEUE = "INSERT INTO queue (slot, place, rollout_id, number) VALUES (?, ?, ?, ?)"
 PUT_SLOT = "INSERT INTO queue_slots (queue, slot) VALUES (0, ?)"
@@ -119,8 +122,8 @@ def _compare_and_set(db: Keyspace, stored: StoredRollout, rollout: Rollout, atte
         return True
     db.run(_index_entries(stored, rollout, attempt))
     revision = uuid4()
-    state = (revision, rollout.state, rollout.attempts, rollout.ended_ns, rollout.rollout_id, stored.revision)
-    statements: list[Statement] = [(_UPDATE, state)]
+    progress = (rollout.max_attempts, rollout.state, rollout.attempts, rollout.ended_ns)
+    statements: list[Statement] = [(_UPDATE, (revision, *progress, rollout.rollout_id, stored.revision))]
     if attempt is not None:
         began = (attempt.rollout_id, attempt.number, attempt.worker_id, attempt.state, attempt.started_ns)
         statements.append((_PUT_ATTEMPT, (*began, attempt.heartbeat_ns, attempt.ended_ns, attempt.error)))

@@ -69,13 +69,17 @@ class CassandraRollouts:
         db.run([*entries, *groups])
         partition.insert(db, new)
 
-    def lease_rollout(self, worker_id: str, rollout_id: str | None = None) -> tuple[Rollout, Attempt] | None:
+    def lease_rollout(
+        self, worker_id: str, rollout_id: str | None = None, run: str | None = None
+    ) -> tuple[Rollout, Attempt] | None:
         db, now_ns = self._keyspace, self._keyspace.now_ns()
         if rollout_id is not None:
             (stored,) = partition.read(db, [rollout_id])
-            return _begin(db, stored, worker_id, now_ns)
+            return _begin(db, stored, worker_id, now_ns) if stored and _is_of(stored, run) else None
         for entry in _queue_entries(db, now_ns):
             (stored,) = partition.read(db, [entry.rollout_id])
+            if stored and not _is_of(stored, run):
+                continue
             leased = _begin(db, stored, worker_id, now_ns)
             if leased or entry.is_stale(stored, now_ns):
                 db.write(_DELETE_ENTRY, *entry.key)
@@ -169,6 +173,10 @@ def _queue_entries(db: Keyspace, now_ns: int) -> Iterator[_QueueEntry]:
             db.write(_DELETE_SLOT, slot)
             if db.read(_ANY_ENTRY, slot):  # Added meanwhile: a rollout that is queued again keeps its place.
                 db.write(partition.PUT_SLOT, slot)
+
+
+def _is_of(stored: StoredRollout, run: str | None) -> bool:
+    return run is None or stored.rollout.metadata.get("run") == run
 
 
 def _begin(db: Keyspace, stored: StoredRollout | None, worker_id: str, now_ns: int) -> Pair | None:

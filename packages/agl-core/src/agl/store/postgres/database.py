@@ -66,6 +66,9 @@ class PostgresConnection:
         found = self.execute(f"{query} FOR UPDATE SKIP LOCKED", parameters).fetchone()
         return found or self.execute(f"{query} FOR UPDATE", parameters).fetchone()
 
+    def json_text(self, column: str, key: str) -> str:
+        return f"({column}::json ->> '{key}')"
+
     def lock_name(self, name: str) -> None:
         self.execute("SELECT pg_advisory_xact_lock(?, hashtext(?))", (LOCK, name))
 

@@ -28,6 +28,10 @@ class Connection(Protocol):
         """First row of `query`, a free one before a locked one, locked until the transaction ends; None if none."""
         ...
 
+    def json_text(self, column: str, key: str) -> str:
+        """SQL of the text at `key` of the JSON object in `column`."""
+        ...
+
     def lock_name(self, name: str) -> None:
         """Wait for other transactions that have locked `name`, and keep it locked until this one ends."""
         ...

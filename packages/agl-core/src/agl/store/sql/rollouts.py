@@ -25,7 +25,7 @@ _GROUP = f"SELECT {ROLLOUT_COLUMNS} FROM rollouts WHERE group_id = ? ORDER BY pl
 _ATTEMPTS = f"SELECT {ATTEMPT_COLUMNS} FROM attempts WHERE rollout_id = ? ORDER BY number"
 _RUNNING = f"SELECT {ATTEMPT_COLUMNS} FROM attempts WHERE state = 'running'"
 _COUNT = "SELECT state, count(*) FROM rollouts GROUP BY state"
-_UPDATE_ROLLOUT = "UPDATE rollouts SET state = ?, attempts = ?, ended_ns = ? WHERE rollout_id = ?"
+_UPDATE_ROLLOUT = "UPDATE rollouts SET max_attempts = ?, state = ?, attempts = ?, ended_ns = ? WHERE rollout_id = ?"
 _UPSERT_ATTEMPT = f"""
 INSERT INTO attempts ({ATTEMPT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (attempt_id) DO UPDATE
@@ -42,8 +42,10 @@ class SqlRollouts(Generic[DatabaseT]):
     def enqueue_rollouts(self, rollouts: Sequence[Rollout]) -> None:
         write_many(self._database, _ENQUEUE, [from_rollout(rollout) for rollout in rollouts])
 
-    def lease_rollout(self, worker_id: str, rollout_id: str | None = None) -> tuple[Rollout, Attempt] | None:
-        return self._database.write(lambda db: _lease(db, worker_id, rollout_id, self._database.now_ns()))
+    def lease_rollout(
+        self, worker_id: str, rollout_id: str | None = None, run: str | None = None
+    ) -> tuple[Rollout, Attempt] | None:
+        return self._database.write(lambda db: _lease(db, worker_id, rollout_id, run, self._database.now_ns()))
 
     def heartbeat(self, attempt_ids: Sequence[str]) -> list[str]:
         return self._database.write(lambda db: _heartbeat(db, attempt_ids, self._database.now_ns()))
@@ -92,11 +94,13 @@ def heartbeat_known(db: Connection, attempt_ids: Sequence[str], now_ns: int) -> 
     _record_heartbeats(db, _find_attempts(db, attempt_ids), now_ns)
 
 
-def _lease(db: Connection, worker_id: str, rollout_id: str | None, now_ns: int) -> tuple[Rollout, Attempt] | None:
-    if rollout_id is None:
-        row = db.lock_first(f"{_QUEUED} ORDER BY place LIMIT 1")
-    else:
-        row = db.lock_first(f"{_QUEUED} AND rollout_id = ?", (rollout_id,))
+def _lease(
+    db: Connection, worker_id: str, rollout_id: str | None, run: str | None, now_ns: int
+) -> tuple[Rollout, Attempt] | None:
+    wanted = {"rollout_id": rollout_id, db.json_text("metadata", "run"): run}
+    given = {column: value for column, value in wanted.items() if value is not None}
+    conditions = "".join(f" AND {column} = ?" for column in given)
+    row = db.lock_first(f"{_QUEUED}{conditions} ORDER BY place LIMIT 1", [*given.values()])
     if row is None:
         return None
     leased = lifecycle.begin(to_rollout(row), worker_id, now_ns)
@@ -196,6 +200,7 @@ def _known(rollouts: dict[str, Rollout], rollout_id: str) -> Rollout:
 
 
 def _save(db: Connection, rollout: Rollout, attempt: Attempt | None) -> None:
-    db.execute(_UPDATE_ROLLOUT, (rollout.state, rollout.attempts, rollout.ended_ns, rollout.rollout_id))
+    progress = (rollout.max_attempts, rollout.state, rollout.attempts, rollout.ended_ns)
+    db.execute(_UPDATE_ROLLOUT, (*progress, rollout.rollout_id))
     if attempt is not None:
         db.execute(_UPSERT_ATTEMPT, astuple(attempt))

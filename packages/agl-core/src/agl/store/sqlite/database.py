@@ -59,6 +59,9 @@ class SqliteConnection(sqlite3.Connection):
     def lock_first(self, query: str, parameters: Sequence[Any] = ()) -> Any:
         return self.execute(query, parameters).fetchone()
 
+    def json_text(self, column: str, key: str) -> str:
+        return f"json_extract({column}, '$.{key}')"
+
     def lock_name(self, name: str) -> None:
         pass
 
