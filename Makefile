@@ -1,6 +1,7 @@
 # make demo        train the SQL agent of examples/sql_agent, and show that it improved
 # make test        lint, types and tests, side by side
 # make test-vllm   the tests with real vLLM, which they install in an environment of its own; CI runs both
+# make dist        builds wheels and source distributions of the four packages in dist/
 # make test-gpu    checks and measures training on the accelerator of this machine
 # make gpu-folder  writes build/gpu, with which `python build/gpu/gpu.py` does the same on another machine, without network
 #
@@ -18,7 +19,7 @@ SERVERS := faketime:faketime postgresql:initdb redis-server:redis-server nodejs:
 PYTHONS := 3.11 3.12 3.13
 LIGHT := pydantic orjson rich opentelemetry-sdk opentelemetry-exporter-otlp-proto-http
 
-.PHONY: demo test lint pytest test-vllm test-gpu gpu-folder servers
+.PHONY: demo test lint pytest test-vllm test-gpu gpu-folder dist servers
 
 demo: .venv/installed
 	$(BIN)/agl demo
@@ -49,6 +50,10 @@ gpu-folder: .venv/installed
 		$(BIN)/pip download --quiet --only-binary :all: --python-version $$version --dest build/gpu/wheels $(LIGHT) || exit; \
 	done
 	cp benchmarks/gpu.py build/gpu
+
+# Each wheel is built from the source distribution, which is therefore complete.
+dist: .venv/installed-dev
+	for package in packages/*; do $(BIN)/python -m build --no-isolation --outdir dist $$package || exit; done
 
 servers:
 	@PATH="$$PATH:/usr/sbin:$$(echo /usr/lib/postgresql/*/bin | tr ' ' ':')"; missing=; \

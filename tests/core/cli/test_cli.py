@@ -31,6 +31,7 @@ from tests.ports import free_port
 
 AGL = Path(sys.executable).with_name("agl")
 COMMANDS = [
+    ["init"],
     ["serve"],
     ["inspect"],
     ["rollouts"],

@@ -45,6 +45,7 @@ class _Command:
 
 
 _OWN: Mapping[str, str] = {
+    "init": "write a small example into a new folder: agent, tasks, reward and configuration",
     "serve": "run collector, store and gateway in one process",
     "inspect": "show a rollout as a tree: roles, rewards, tokens, and whether each model call trained",
     "rollouts": "list rollouts, newest first, by mode, role, reward or error, and write SFT examples",
@@ -110,7 +111,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         epilog="agl COMMAND --help shows an example.",
         formatter_class=_Help,
     )
-    parser.add_argument("--version", action="version", version=f"agl-core {version('agl-core')}")
+    parser.add_argument("--version", action="version", version=f"agl {version('agl-core')}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     wanted = next((argument for argument in arguments if not argument.startswith("-")), None)
     for name, command in _commands().items():
