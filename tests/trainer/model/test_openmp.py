@@ -45,7 +45,7 @@ TOO_LATE = "torch was imported before agl_trainer, so its idle threads spin"
 @pytest.mark.parametrize(
     ("code", "own", "expected", "is_warned"),
     [
-        ("import agl_trainer", {}, "1000", False),
+        ("import agl_trainer", {}, "5000", False),
         ("import agl_trainer", {SPINS: "7"}, "7", False),
         ("import agl_trainer", {"OMP_WAIT_POLICY": "active"}, "None", False),
         ("import torch, agl_trainer", {}, "None", True),

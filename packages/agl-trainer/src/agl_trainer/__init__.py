@@ -14,9 +14,9 @@ __all__ = ["Trainer"]
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # GNU OpenMP, with which torch computes on a CPU, reads this when torch is loaded. A worker without work would otherwise
-# spin for 3 ms and keep a core from the threads that have work, if other programs compute; now it is about 10 µs.
+# spin for 3 ms and keep a core from the threads that have work, if other programs compute; now it is about 50 µs.
 if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
 def __getattr__(name: str) -> Any:

@@ -26,7 +26,7 @@ def warn_if_workers_spin() -> None:
     if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} and _gnu_openmp() is not None:
         logger.warning(
             "torch was imported before agl_trainer, so its idle threads spin for milliseconds, and beside other "
-            "programs the training takes several times as long; import agl_trainer first, or set GOMP_SPINCOUNT=1000"
+            "programs the training takes several times as long; import agl_trainer first, or set GOMP_SPINCOUNT=5000"
         )
 
 
