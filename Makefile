@@ -13,7 +13,8 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 REQUIREMENTS := $(wildcard packages/*/pyproject.toml) examples/requirements.txt Makefile
 
 # Debian packages of the servers and clients that the tests run, each with one of its programs.
-SERVERS := faketime:faketime postgresql:initdb redis-server:redis-server nodejs:node npm:npm default-jre-headless:java
+SERVERS := faketime:faketime postgresql:initdb redis-server:redis-server nodejs:node npm:npm default-jre-headless:java \
+	chromium:chromium
 
 # Pythons for which build/gpu has wheels, and what agl imports that an environment with torch may lack.
 PYTHONS := 3.11 3.12 3.13

@@ -23,12 +23,14 @@ ALLOWED = {
 ROOMS = {
     "agl": {
         "__main__": "cli",
-        "cli": "server_thread queue trajectory store server config secret_url otlp span tokens semconv errors",
-        "server_thread": "collector gateway queue store server config secret_url errors",
+        "cli": "server_thread queue inspection trajectory store server config secret_url otlp span semconv errors",
+        "server_thread": "page collector gateway queue store server config secret_url errors",
+        "page": "inspection trajectory store server span errors",
         "collector": "store server config errors",
         "gateway": "store server config context content span tokens seeds semconv errors",
         "runner": "agl store context emit semconv errors",
         "queue": "store config secret_url errors",
+        "inspection": "trajectory store span tokens semconv errors",
         "trajectory": "role_map span tokens semconv errors",
         "store": "server config otlp span secret_url semconv errors",
         "server": "config errors",

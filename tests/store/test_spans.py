@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from agl import otlp, semconv
-from agl.errors import AglError
+from agl.errors import AglError, InputError
 from agl.span import Span, SpanEvent
-from agl.store import Store
+from agl.store import RolloutPage, Store
 from agl.store.span_row import parse, parse_json
 from agl.trajectory import build_trajectory
 from tests.store.spans import OTHER_TRACE, TRACE, answered, asked, make_span, numbers
@@ -175,6 +175,23 @@ def test_rollouts_are_those_that_spans_name_and_traces_of_which_no_span_names_on
     store.append_spans([make_span(3, trace=OTHER_TRACE)])
     store.append_spans([make_span(4, rollout="early", start_ns=40), make_span(5, rollout="late")])
     assert store.rollout_ids() == ["late", OTHER_TRACE, "early"]
+
+
+def test_rollouts_are_listed_page_by_page_from_the_newest(store: Store) -> None:
+    assert store.list_rollouts() == RolloutPage([], None)
+    for number in range(1, 6):
+        store.append_spans([make_span(number, rollout=f"r{number}"), make_span(number + 10, rollout=f"r{number}")])
+    store.append_spans([make_span(20, rollout="r1"), make_span(21, trace=OTHER_TRACE)])
+    first = store.list_rollouts(limit=2)
+    assert first.rollout_ids == [OTHER_TRACE, "r5"] and first.cursor
+    store.append_spans([make_span(30, rollout="newer"), make_span(31, rollout="r4")])
+    second = store.list_rollouts(2, first.cursor)
+    assert second.rollout_ids == ["r4", "r3"] and second.cursor
+    assert store.list_rollouts(50, second.cursor) == RolloutPage(["r2", "r1"], None)
+    assert store.list_rollouts(1).rollout_ids == ["newer"]
+    for wrong in ("x", "1.2.3", "-1", "1e3", "9" * 30, "\u0663"):
+        with pytest.raises(InputError, match="no cursor"):
+            store.list_rollouts(2, wrong)
 
 
 def test_a_value_that_otlp_cannot_encode_is_rejected_and_the_store_goes_on(store: Store) -> None:

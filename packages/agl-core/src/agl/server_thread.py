@@ -1,4 +1,4 @@
-"""Assembles the servers of `agl serve`: gateway and API on one port, the OTLP receivers on two more."""
+"""Assembles the servers of `agl serve`: gateway, API and page on one port, the OTLP receivers on two more."""
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping
@@ -13,6 +13,7 @@ from agl.collector import GrpcReceiver, HttpReceiver, Receiver
 from agl.config import CollectorConfig, GatewayConfig, TlsConfig, UpstreamConfig
 from agl.errors import AglError, ConfigError
 from agl.gateway import Gateway
+from agl.page.site import Page
 from agl.secret_url import SecretUrl
 from agl.server.app_thread import GRACE_S, AppThread, base_url, listen
 from agl.server.auth import HEALTH, AllowedHosts, AuthMiddleware, BearerTokens, is_loopback
@@ -31,7 +32,7 @@ span_queue_length {length}
 
 
 class ServerThread(AppThread):
-    """Serves gateway and API at `base_url`, the OTLP receivers at `otlp_url` and `otlp_grpc_url`.
+    """Serves gateway, API and page at `base_url`, the OTLP receivers at `otlp_url` and `otlp_grpc_url`.
 
     `upstream` is the engine: its base URL ending in `/v1`, or an ASGI app, which is then served on a free port. Without
     it the engines are those of `gateway`; if there are none, calls are rejected. Port 0 is any free port; without
@@ -71,7 +72,9 @@ class ServerThread(AppThread):
         try:
             config = self._with_engine(gateway or GatewayConfig(), upstream)
             self.gateway = Gateway(store, config, overrides=overrides)
+            page = Page(store, tokens or BearerTokens())
             routes = [*self._api.routes(), _health_route(store, self.gateway, queue), _metrics_route(queue)]
+            routes += page.routes()
             api = AuthMiddleware(self.gateway.app(routes), tokens or BearerTokens())
             send_s = config.timeouts.send_s
             shared: dict[str, Any] = {"host": host, "hosts": hosts}

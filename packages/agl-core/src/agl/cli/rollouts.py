@@ -1,53 +1,23 @@
 """`agl rollouts`: lists the rollouts of a store, newest first, and writes their calls as examples for SFT."""
 
 import argparse
-import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from datetime import datetime
-from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, Final
 
 from agl.cli.command import add_command, add_json_option, add_store_option, existing_store, print_json, seconds
-from agl.cli.conversation import read_conversation
 from agl.cli.terminal import align, counted, json_text, printable
-from agl.errors import CommandError
-from agl.span import Span
+from agl.errors import CommandError, InputError
+from agl.inspection.conversation import read_conversation
+from agl.inspection.listing import ListedRollout, RewardFilter, Selection, reward_filter
 from agl.store import Store
-from agl.trajectory import Trajectory, build_trajectory, collect_trained
 
 _HEAD: Final = ("rollout", "started", "mode", "roles", "calls", "reward", "error")
 _LIMIT: Final = 20
-_COMPARISONS: Final = {">=": ge, ">": gt, "<=": le, "<": lt, "": ge}
-
-RewardFilter = Callable[[float | None], bool]
-
-
-@dataclass(frozen=True, slots=True)
-class _Listed:
-    """A rollout with its spans, and the reward that the options ask for: of the role, else of the rollout."""
-
-    spans: Sequence[Span]
-    trajectory: Trajectory
-    reward: float | None
-    run: str | None
-    """The training that queued it."""
-
-    @property
-    def start_ns(self) -> int:
-        return min(span.start_ns for span in self.spans)
-
-    @property
-    def roles(self) -> list[str]:
-        return list(dict.fromkeys(call.role for call in self.trajectory.calls))
-
-    def is_of_run(self, run: str) -> bool:
-        trained = (each.run for steps in collect_trained(self.spans).values() for each in steps)
-        return run == self.run or run in trained
 
 
 def register(subparsers: Any) -> None:
@@ -95,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read(store: Store, role: str | None) -> Iterator[_Listed]:
+def _read(store: Store, role: str | None) -> Iterator[ListedRollout]:
     """The rollouts of the store, newest first. A gateway call that was shown with its rollout is not shown again."""
     seen: set[tuple[str, str]] = set()
     for rollout_id in reversed(store.rollout_ids()):
@@ -103,23 +73,17 @@ def _read(store: Store, role: str | None) -> Iterator[_Listed]:
         keys = {(span.trace_id, span.span_id) for span in spans}
         if not keys <= seen:
             seen |= keys
-            trajectory = build_trajectory(spans)
-            of_role = [
-                reward.value for reward in trajectory.rewards if role and (reward.role, reward.target) == (role, None)
-            ]
-            queued = store.get_rollout(trajectory.rollout_id)
-            run = queued.metadata.get("run") if queued else None
-            yield _Listed(spans, trajectory, of_role[-1] if of_role else trajectory.reward, run)
+            yield ListedRollout.of(store, spans, role)
 
 
-def _select(arguments: argparse.Namespace, rollouts: Iterator[_Listed]) -> tuple[list[_Listed], bool]:
+def _select(arguments: argparse.Namespace, rollouts: Iterator[ListedRollout]) -> tuple[list[ListedRollout], bool]:
     """The rollouts that the options select, and whether these are all that match."""
-    matching = (listed for listed in rollouts if _matches(arguments, listed))
+    matching = filter(_selection(arguments).admits, rollouts)
     if arguments.best is not None:
         scored = [(listed.reward, listed) for listed in matching if listed.reward is not None]
         return [listed for _, listed in sorted(scored, key=lambda item: -item[0])[: arguments.best or None]], True
     limit = _LIMIT if arguments.limit is None and not arguments.as_sft else arguments.limit
-    found: list[_Listed] = []
+    found: list[ListedRollout] = []
     for listed in matching:
         if limit and len(found) == limit:
             return found, False
@@ -127,19 +91,19 @@ def _select(arguments: argparse.Namespace, rollouts: Iterator[_Listed]) -> tuple
     return found, True
 
 
-def _matches(arguments: argparse.Namespace, listed: _Listed) -> bool:
-    error = listed.trajectory.error
-    return (
-        (arguments.training is None or listed.is_of_run(arguments.training))
-        and arguments.mode in (None, listed.trajectory.mode)
-        and (arguments.role is None or arguments.role in listed.roles)
-        and (arguments.reward is None or arguments.reward(listed.reward))
-        and (arguments.error is None or (error is not None and arguments.error in error))
-        and (arguments.since is None or listed.start_ns >= time.time_ns() - arguments.since * 1e9)
+def _selection(arguments: argparse.Namespace) -> Selection:
+    since_ns = None if arguments.since is None else time.time_ns() - arguments.since * 1e9
+    return Selection(
+        run=arguments.training,
+        mode=arguments.mode,
+        role=arguments.role,
+        reward=arguments.reward,
+        error=arguments.error,
+        since_ns=since_ns,
     )
 
 
-def _write_examples(arguments: argparse.Namespace, found: Sequence[_Listed]) -> int:
+def _write_examples(arguments: argparse.Namespace, found: Sequence[ListedRollout]) -> int:
     left_out: Counter[str] = Counter()
     lines = [json_text(example) for listed in found for example in _examples(listed, arguments.role, left_out)]
     reasons = "".join(f"; left out: {counted(number, 'call')} {reason}" for reason, number in left_out.items())
@@ -159,7 +123,7 @@ def _write_examples(arguments: argparse.Namespace, found: Sequence[_Listed]) -> 
     return 0
 
 
-def _examples(listed: _Listed, role: str | None, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
+def _examples(listed: ListedRollout, role: str | None, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
     """The calls of the last attempt as SFT examples. Counts why the others are none."""
     trajectory = listed.trajectory
     by_id = {span.span_id: span for span in listed.spans}
@@ -176,7 +140,7 @@ def _examples(listed: _Listed, role: str | None, left_out: Counter[str]) -> Iter
             yield {"role": call.role, "messages": said.messages, **tools, "completion": said.completion}
 
 
-def _to_json(listed: _Listed) -> dict[str, Any]:
+def _to_json(listed: ListedRollout) -> dict[str, Any]:
     trajectory = listed.trajectory
     return {
         "rollout_id": trajectory.rollout_id,
@@ -190,7 +154,7 @@ def _to_json(listed: _Listed) -> dict[str, Any]:
     }
 
 
-def _cells(listed: _Listed) -> tuple[str, ...]:
+def _cells(listed: ListedRollout) -> tuple[str, ...]:
     trajectory = listed.trajectory
     return (
         printable(trajectory.rollout_id),
@@ -204,14 +168,10 @@ def _cells(listed: _Listed) -> tuple[str, ...]:
 
 
 def _reward_filter(text: str) -> RewardFilter:
-    """Argument type: `0.5`, `>=0.5`, `>0.5`, `<=0.5`, `<0.5`, `none` or `any`."""
-    if text in ("none", "any"):
-        return lambda reward: (reward is None) == (text == "none")
-    match = re.fullmatch(r"([<>]=?|)\s*([-+]?[\d.]+(?:e[-+]?\d+)?)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a reward such as 0.5, '>0.5', '<=0.5', none or any")
-    compare, bound = _COMPARISONS[match[1]], float(match[2])
-    return lambda reward: reward is not None and compare(reward, bound)
+    try:
+        return reward_filter(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _count(text: str) -> int:

@@ -78,7 +78,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         help="URI of the store (default: store_uri of the file, else sqlite:///agl.db)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8400, help="port of gateway and API (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8400, help="port of gateway, API and page (default: %(default)s)")
     parser.add_argument("--otlp-http-port", type=int, default=4318, help="port of OTLP/HTTP (default: %(default)s)")
     parser.add_argument("--otlp-grpc-port", type=int, default=4317, help="port of OTLP/gRPC (default: %(default)s)")
 
@@ -116,6 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"spans    {server.otlp_url}/v1/traces, {server.otlp_grpc_url} (gRPC) -> {destination}")
         engines = upstream or ", ".join(engine.url for engine in gateway.engines)
         print(f"gateway  {server.base_url}/v1 -> {engines or 'no engine: model calls are refused (--upstream)'}")
+        print(f"page     {server.base_url}/")
         print("waiting for spans and model calls; Ctrl-C stops", flush=True)
         _wait_for_sigterm()
     return 0

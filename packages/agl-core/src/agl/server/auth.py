@@ -6,11 +6,14 @@ import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from http import HTTPStatus
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
+from starlette.requests import cookie_parser
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from agl.errors import ConfigError
@@ -21,6 +24,10 @@ _PROJECT: Final = "agl.project"
 _AUTHORIZATION: Final = b"authorization"
 _API_KEY: Final = b"x-api-key"
 """Header in which clients of Anthropic's API send their token."""
+LOGIN: Final = "/login"
+STATIC: Final = "/static"
+"""Paths of the page that need no token."""
+COOKIE: Final = "agl_session"
 _MODEL_PATHS: Final = ("/v1/", "/rollout/")
 _READING: Final = ("GET", "HEAD")
 _SCHEME: Final = b"bearer"
@@ -77,17 +84,36 @@ class BearerTokens:
         matches = [grant for token, grant in self._grants.items() if hmac.compare_digest(given.strip(), token)]
         return matches[0] if matches and scheme.lower() == _SCHEME else None
 
+    def session(self, token: str) -> str | None:
+        """Value of the page's cookie for `token`, from which nobody can compute the token; None if it may not read."""
+        grant = self.grant(b"bearer " + token.encode())
+        return _session(token.encode()) if grant and grant.allows(Right.READ) else None
+
+    def session_grant(self, session: str) -> Grant | None:
+        """The grant of a cookie: to read what its token may read. None if no token has it."""
+        matches = [
+            grant
+            for token, grant in self._grants.items()
+            if hmac.compare_digest(session.encode(), _session(token).encode())
+        ]
+        return Grant(frozenset({Right.READ}), matches[0].project) if matches and matches[0].allows(Right.READ) else None
+
     def admit(self, authorization: bytes | None, right: Right = Right.AGENT) -> bool:
         """Whether this `Authorization` header grants `right`."""
         grant = self.grant(authorization)
         return grant is not None and grant.allows(right)
 
 
+def _session(token: bytes) -> str:
+    return hmac.digest(token, b"agl page", "sha256").hex()
+
+
 class AuthMiddleware:
     """Passes a request on to `app` if it has one of `tokens` with the right that the request needs.
 
-    The token is removed from the request, so that no engine sees it. `/api/health` needs no token. Cross-origin
-    requests of browsers are rejected: no site is allowed (CORS).
+    The token is removed from the request, so that no engine sees it. `/api/health` and the page's login need no token;
+    a browser without one is sent to the login, whose cookie lets it read. Cross-origin requests of browsers are
+    rejected: no site is allowed (CORS).
     """
 
     def __init__(self, app: ASGIApp, tokens: BearerTokens) -> None:
@@ -100,7 +126,9 @@ class AuthMiddleware:
         try:
             scope = self._authorized(scope)
         except ApiError as error:
-            return await error.response()(scope, receive, send)
+            is_page = error.http_status == HTTPStatus.UNAUTHORIZED and _asks_for_page(scope)
+            response = RedirectResponse(_login_url(scope), HTTPStatus.SEE_OTHER) if is_page else error.response()
+            return await response(scope, receive, send)
         await self._app(scope, receive, send)
 
     def _authorized(self, scope: Scope) -> Scope:
@@ -109,10 +137,13 @@ class AuthMiddleware:
         origin = headers.get(b"origin")
         if origin is not None and origin.partition(b"://")[2] != headers.get(b"host"):
             raise ApiError(403, "cross_origin", f"pages of {origin.decode('latin-1')} may not call this server")
-        if not self._tokens:
+        if not self._tokens or scope["path"] == LOGIN or scope["path"].startswith(f"{STATIC}/"):
             return scope
         given = headers.get(_AUTHORIZATION) or (b"Bearer " + headers[_API_KEY] if _API_KEY in headers else None)
+        session = cookie_parser(headers.get(b"cookie", b"").decode("latin-1")).get(COOKIE)
         grant, right = self._tokens.grant(given), _needed_right(scope)
+        if given is None and session and scope["method"] in _READING:
+            grant = self._tokens.session_grant(session)
         if grant is None:
             raise ApiError(401, "invalid_api_key", "a token is needed: set the client's api_key to it")
         if not grant.allows(right):
@@ -130,6 +161,16 @@ def _needed_right(scope: Scope) -> Right:
     if scope["path"].startswith(_MODEL_PATHS):
         return Right.AGENT
     return Right.READ if scope["method"] in _READING else Right.TRAINER
+
+
+def _asks_for_page(scope: Scope) -> bool:
+    accepted = b"".join(value for name, value in scope["headers"] if name == b"accept")
+    return scope["method"] in _READING and b"text/html" in accepted
+
+
+def _login_url(scope: Scope) -> str:
+    query = scope["query_string"].decode("latin-1")
+    return f"{LOGIN}?{urlencode({'next': scope['path'] + (f'?{query}' if query else '')})}"
 
 
 def is_loopback(host: str) -> bool:

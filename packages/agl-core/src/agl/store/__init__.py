@@ -17,7 +17,7 @@ from pathlib import Path
 from agl.config.section import expand_home
 from agl.errors import StoreError
 from agl.secret_url import SecretUrl
-from agl.store.protocol import Collected, Resource, Store
+from agl.store.protocol import Collected, Resource, RolloutPage, Store
 from agl.store.rollout import Attempt, Rollout
 from agl.store.states import AttemptState, RolloutState
 
@@ -27,6 +27,7 @@ __all__ = [
     "Collected",
     "Resource",
     "Rollout",
+    "RolloutPage",
     "RolloutState",
     "Store",
     "open_store",

@@ -1,6 +1,7 @@
 """Rollouts, attempts and resources as database rows, and back. Structured values are JSON text."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -55,3 +56,15 @@ def to_json(value: Any, description: str) -> str:
         return json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{description} is not a JSON value: {error}") from error
+
+
+def read_cursor(cursor: str, numbers: int) -> tuple[int, ...]:
+    """The numbers of a cursor of `list_rollouts`, written `1.2`. Raises InputError if there are more or fewer."""
+    found = re.fullmatch(r"\d{1,18}" + r"\.\d{1,18}" * (numbers - 1), cursor, re.ASCII)
+    if found is None:
+        raise InputError(f"{cursor!r} is no cursor of this store; begin with the first page")
+    return tuple(map(int, cursor.split(".")))
+
+
+def to_cursor(place: Sequence[int]) -> str:
+    return ".".join(map(str, place))

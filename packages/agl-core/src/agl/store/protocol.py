@@ -29,6 +29,14 @@ class Collected:
     spans: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class RolloutPage:
+    """Ids of rollouts, newest first, and the cursor of the next page; None if there is none."""
+
+    rollout_ids: list[str]
+    cursor: str | None
+
+
 class Store(Protocol):
     """Durable storage of spans, rollouts, resources and metrics.
 
@@ -79,6 +87,15 @@ class Store(Protocol):
 
         Rollouts that spans name, and traces in which no span names one. The trace of a gateway call without a parent is
         listed, although `query_rows` finds its span for another rollout. Scans the whole span index.
+        """
+        ...
+
+    def list_rollouts(self, limit: int = 50, cursor: str | None = None) -> RolloutPage:
+        """Up to `limit` rollouts that have spans, by the arrival of their first span, the newest first.
+
+        `cursor` is that of the page before; rollouts that begin in the meantime do not move later pages. A trace is
+        listed only if its spans belong to no other rollout. Raises InputError for a cursor that is none. SQLite and
+        PostgreSQL read as many spans as the page has, Cassandra scans the whole span index.
         """
         ...
 

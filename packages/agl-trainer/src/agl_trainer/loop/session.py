@@ -27,6 +27,8 @@ class Session:
     template: ChatTemplate
     serving: Serving | None = None
     """None: it trains on rollouts of the store only."""
+    page_url: str | None = None
+    """Address of the page, while the session is open."""
 
 
 @contextmanager
@@ -54,7 +56,7 @@ def open_session(config: Config, progress: ShownProgress | None = None) -> Itera
             timeout_s=train.timeout_s,
         )
         stack.enter_context(runner)
-        yield Session(store, policy, ChatTemplate(policy.tokenizer), Serving(engine, runner))
+        yield Session(store, policy, ChatTemplate(policy.tokenizer), Serving(engine, runner), f"{server.base_url}/")
 
 
 @contextmanager

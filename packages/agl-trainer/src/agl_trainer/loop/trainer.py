@@ -62,6 +62,8 @@ class Trainer:
             with progress.phase(f"loading {self.train.model}"):
                 opened = open_session(self.config, progress) if samples else open_store_session(self.config)
                 session = stack.enter_context(opened)
+                if session.page_url and trains:
+                    progress.note(f"page: {session.page_url}")
                 warn_if_workers_spin()
             training = Training(self.config, session, progress, accepts_changes=self._accepts_changes, trains=trains)
             if resumes:

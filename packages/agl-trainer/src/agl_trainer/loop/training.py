@@ -4,8 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerFast
+
 from agl.config import Config
 from agl.errors import TrainingError
+from agl.inspection.token_text import TOKENIZER
 from agl.store import Resource
 from agl_trainer.loop.call_log import CallLog
 from agl_trainer.loop.changes import ANY, Change, changes_since, listed
@@ -43,6 +46,8 @@ class Training:
         self.progress = progress
         self.folder = Path(self.train.output_dir).absolute()  # An agent may change the current folder.
         self.run = claim_run(self.folder, self.store)
+        if isinstance(tokenizer := session.policy.tokenizer, PreTrainedTokenizerFast):
+            tokenizer.backend_tokenizer.save(str(self.folder / TOKENIZER))  # The page shows the texts of tokens.
         self._trains = trains
         self.state = TrainingState()
         self.base = fingerprint(base_folder(config), session.policy.tokenizer)

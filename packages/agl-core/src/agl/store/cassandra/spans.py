@@ -11,7 +11,9 @@ from agl.store.cassandra.keyspace import Keyspace, Statement
 from agl.store.cassandra.membership import find_owners, find_spans
 from agl.store.cassandra.rollouts import heartbeat_known
 from agl.store.cassandra.span_partition import BucketFill, IndexedSpan, Partition, home_of
+from agl.store.mapping import read_cursor, to_cursor
 from agl.store.membership import trace_id_of
+from agl.store.protocol import RolloutPage
 from agl.store.span_row import SpanRow, attempt_ids, checksum, verified
 
 _MAX_SPAN_BYTES: Final = 15 * 2**20
@@ -92,8 +94,7 @@ class CassandraSpans:
             home = last[1]
         if trace_id_of(home) is None:
             return home
-        owners = find_owners(self._keyspace, find_spans(self._keyspace, home)).get(home, set[str]())
-        return min(owners, default=home)
+        return min(self._owners(home), default=home)
 
     def rollout_ids(self) -> list[str]:
         first: dict[str, int] = {}
@@ -105,6 +106,19 @@ class CassandraSpans:
             if home != (trace := span[:16].hex()):
                 named.add(trace)
         return sorted(first.keys() - named, key=lambda home: (first[home], home))
+
+    def list_rollouts(self, limit: int = 50, cursor: str | None = None) -> RolloutPage:
+        ids, found = self.rollout_ids(), list[str]()
+        place = min(len(ids), *read_cursor(cursor, 1)) if cursor else len(ids)
+        while place and len(found) < limit:
+            place -= 1
+            if trace_id_of(ids[place]) is None or not self._owners(ids[place]):
+                found.append(ids[place])
+        return RolloutPage(found, to_cursor([place]) if place else None)
+
+    def _owners(self, home: str) -> set[str]:
+        """The rollouts to which the spans of the trace `home` belong that name none."""
+        return find_owners(self._keyspace, find_spans(self._keyspace, home)).get(home, set())
 
 
 def _insert(db: Keyspace, rows: Sequence[SpanRow], now_ns: int, fill: BucketFill) -> int:

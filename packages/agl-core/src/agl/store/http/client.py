@@ -79,6 +79,7 @@ class HttpStore(Store):
     count_spans = _remote(Store.count_spans)
     last_rollout_id = _remote(Store.last_rollout_id)
     rollout_ids = _remote(Store.rollout_ids)
+    list_rollouts = _remote(Store.list_rollouts)
     lease_rollout = _remote(Store.lease_rollout)
     heartbeat = _remote(Store.heartbeat)
     finish_attempt = _remote(Store.finish_attempt)

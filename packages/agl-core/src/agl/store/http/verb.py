@@ -139,6 +139,7 @@ VERBS: Final = {
         Verb("count_spans", "GET"),
         Verb("last_rollout_id", "GET"),
         Verb("rollout_ids", "GET"),
+        Verb("list_rollouts", "GET"),
         Verb("enqueue_rollouts"),
         # A repetition would lease a second rollout; the worker knows of one.
         Verb("lease_rollout", is_repeatable=False),

@@ -1,11 +1,14 @@
 """The store class of the SQL backends."""
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from agl.store.end_notifier import EndNotifier
-from agl.store.protocol import Collected, Store
+from agl.store.mapping import read_cursor, to_cursor
+from agl.store.protocol import Collected, RolloutPage, Store
 from agl.store.retention import Limits
-from agl.store.sql.database import DatabaseT
+from agl.store.sql.database import Connection, DatabaseT, Rows
 from agl.store.sql.resources import SqlResources
 from agl.store.sql.retention import Retention
 from agl.store.sql.rollouts import SqlRollouts
@@ -18,6 +21,14 @@ SELECT rollout_id, trace_id FROM (
     SELECT NULL, trace_id, min(arrival) FROM spans GROUP BY trace_id HAVING max(rollout_id) IS NULL
 ) found ORDER BY first
 """
+
+_IS_FIRST = """
+CASE WHEN rollout_id IS NULL THEN NOT EXISTS (
+    SELECT 1 FROM spans other WHERE other.trace_id = own.trace_id AND (other.rollout_id IS NOT NULL OR {is_earlier})
+) ELSE NOT EXISTS (SELECT 1 FROM spans other WHERE other.rollout_id = own.rollout_id AND {is_earlier}) END
+"""
+_SPANS_PER_LISTING = 512
+_AFTER_ALL = 2**31 - 1
 
 
 class SqlStore(SqlRollouts[DatabaseT], SqlResources[DatabaseT], Store):
@@ -39,13 +50,27 @@ class SqlStore(SqlRollouts[DatabaseT], SqlResources[DatabaseT], Store):
         last = self._database.read(lambda db: db.execute(self.LAST_SPAN).fetchone())
         if last is None or last[0] is not None:
             return last and last[0]
-        self.query_rows(last[1].hex())  # Indexes what its trace is joined by.
-        owners = self._database.read(lambda db: db.execute(self.RETENTION.OWNERS, {"trace": last[1]}).fetchall())
-        return min((name for (name,) in owners), default=last[1].hex())
+        return min(self._owners(last[1]), default=last[1].hex())
 
     def rollout_ids(self) -> list[str]:
         rows = self._database.read(lambda db: db.execute(_ROLLOUT_IDS).fetchall())
         return [rollout_id or trace_id.hex() for rollout_id, trace_id in rows]
+
+    def list_rollouts(self, limit: int = 50, cursor: str | None = None) -> RolloutPage:
+        """Walks the spans from the newest to the oldest, to those that are the first of their rollouts."""
+        position = self.RETENTION.POSITION.split(", ")
+        place = read_cursor(cursor, len(position)) if cursor else (_AFTER_ALL, 2**62)[-len(position) :]
+        found: list[str] = []
+        while True:
+            spans = self._database.read(partial(_newest_spans, position, place))
+            for *at, rollout_id, trace_id, is_first in spans:
+                if len(found) == limit:
+                    return RolloutPage(found, to_cursor(place))
+                if is_first and (rollout_id or not self._owners(trace_id)):
+                    found.append(rollout_id or trace_id.hex())
+                place = at
+            if len(spans) < _SPANS_PER_LISTING:
+                return RolloutPage(found, None)
 
     def gc(
         self, *, older_than_s: float | None = None, max_bytes: int | None = None, now_ns: int | None = None
@@ -55,3 +80,21 @@ class SqlStore(SqlRollouts[DatabaseT], SqlResources[DatabaseT], Store):
 
     def close(self) -> None:
         self._database.close()
+
+    def _owners(self, trace_id: bytes) -> list[str]:
+        """The rollouts to which the spans of a trace belong that name none."""
+        self.query_rows(trace_id.hex())  # Indexes what the trace is joined by.
+        rows = self._database.read(lambda db: db.execute(self.RETENTION.OWNERS, {"trace": trace_id}).fetchall())
+        return [rollout_id for (rollout_id,) in rows]
+
+
+def _newest_spans(position: Sequence[str], before: Sequence[int], db: Connection) -> Rows:
+    """The newest spans with a `position` less than `before`, and of each whether it is the first of its rollout."""
+    places, order = ", ".join(position), ", ".join(f"{name} DESC" for name in position)
+    other, own = (", ".join(f"{table}.{name}" for name in position) for table in ("other", "own"))
+    is_first = _IS_FIRST.format(is_earlier=f"({other}) < ({own})")
+    return db.execute(
+        f"SELECT {places}, rollout_id, trace_id, {is_first} FROM spans own"
+        f" WHERE ({places}) < ({', '.join('?' * len(position))}) ORDER BY {order} LIMIT {_SPANS_PER_LISTING}",
+        tuple(before),
+    ).fetchall()

@@ -1,0 +1,148 @@
+"""The page's routes: templates, headers and the login. Every response forbids scripts and styles of other origins."""
+
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from importlib.metadata import version
+from typing import Any, Final
+from urllib.parse import parse_qs
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from agl.errors import AglError, InputError, TrajectoryError, UnknownIdError
+from agl.page.rollouts import Filters, RolloutView, full_text, list_page, token_view
+from agl.page.shown import FILTERS, visible
+from agl.server.auth import COOKIE, LOGIN, STATIC, BearerTokens
+from agl.store import Store
+
+_POLICY: Final = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'"
+)
+_HEADERS: Final = {
+    "content-security-policy": _POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "same-origin",  # Without a referrer, the login form would have no origin.
+    "cache-control": "no-store",
+}
+_PAGES: Final = (("Rollouts", "/rollouts"),)
+_MAX_LOGIN_BYTES: Final = 4096
+_COOKIE_S: Final = 30 * 86_400
+
+Answer = Callable[[Request], Response]
+
+
+class Page:
+    """The page over `store`. A token of `tokens` that may read logs in."""
+
+    def __init__(self, store: Store, tokens: BearerTokens) -> None:
+        self._store = store
+        self._tokens = tokens
+        self._templates = Environment(
+            loader=PackageLoader("agl.page"),
+            autoescape=True,
+            finalize=visible,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._templates.filters |= FILTERS
+        self._templates.globals |= {
+            "store_uri": str(store.uri),
+            "version": version("agl-core"),
+            "can_leave": bool(tokens),
+            "pages": _PAGES,
+        }
+
+    def routes(self) -> list[BaseRoute]:
+        answers: Mapping[str, Answer] = {
+            "/": lambda _: RedirectResponse("/rollouts"),
+            "/favicon.ico": lambda _: RedirectResponse(f"{STATIC}/icon.svg"),
+            "/rollouts": self._rollouts,
+            "/rollouts/view": self._rollout,
+            "/rollouts/tokens": self._call_tokens,
+            "/rollouts/text": self._text,
+        }
+        pages = [Route(path, self._endpoint(answer)) for path, answer in answers.items()]
+        login = Route(LOGIN, self._login, methods=["GET", "POST"])
+        logout = Route("/logout", self._log_out)
+        return [*pages, login, logout, Mount(STATIC, StaticFiles(packages=[("agl.page", "static")]))]
+
+    def _endpoint(self, answer: Answer) -> Answer:
+        """`answer` with the headers; what is wrong with a request becomes a page that says so. Runs in a thread."""
+
+        def respond(request: Request) -> Response:
+            try:
+                response = answer(request)
+            except (UnknownIdError, TrajectoryError) as error:
+                response = self._show("error.html", HTTPStatus.NOT_FOUND, message=str(error))
+            except InputError as error:
+                response = self._show("error.html", HTTPStatus.BAD_REQUEST, message=str(error))
+            except AglError as error:
+                response = self._show("error.html", HTTPStatus.SERVICE_UNAVAILABLE, message=str(error))
+            response.headers.update(_HEADERS)
+            return response
+
+        return respond
+
+    def _show(self, template: str, status: int = HTTPStatus.OK, **values: Any) -> Response:
+        text = self._templates.get_template(template).render(values)
+        return HTMLResponse(text.encode(errors="replace"), status)
+
+    def _rollouts(self, request: Request) -> Response:
+        filters = Filters.of(request.query_params)
+        page = list_page(self._store, filters, request.query_params.get("cursor"))
+        is_part = request.headers.get("hx-request") == "true" and "cursor" in request.query_params
+        return self._show("rollout_rows.html" if is_part else "rollouts.html", page=page, filters=filters)
+
+    def _rollout(self, request: Request) -> Response:
+        shows_all = request.query_params.get("all") == "1"
+        return self._show("rollout.html", view=RolloutView.of(self._store, _required(request, "id"), shows_all))
+
+    def _call_tokens(self, request: Request) -> Response:
+        tokens = token_view(self._store, _required(request, "id"), _required(request, "call"))
+        return self._show("tokens.html", tokens=tokens)
+
+    def _text(self, request: Request) -> Response:
+        number = _required(request, "number")
+        text = full_text(self._store, _required(request, "id"), _required(request, "span"), number)
+        return PlainTextResponse(visible(text).encode(errors="replace"))
+
+    async def _login(self, request: Request) -> Response:
+        given, target = "", request.query_params.get("next", "/")
+        if request.method == "POST":
+            body = b""
+            async for part in request.stream():
+                body += part
+                if len(body) > _MAX_LOGIN_BYTES:
+                    break
+            given = parse_qs(body[:_MAX_LOGIN_BYTES].decode(errors="replace")).get("token", [""])[0].strip()
+        if not target.startswith("/") or target.startswith(("//", "/\\")):
+            target = "/"
+        session = self._tokens.session(given) if given else None
+        if session is None and self._tokens:
+            status = HTTPStatus.UNAUTHORIZED if request.method == "POST" else HTTPStatus.OK
+            response = self._show("login.html", status, target=target, was_refused=request.method == "POST")
+        else:
+            response = RedirectResponse(target, HTTPStatus.SEE_OTHER)
+        if session is not None:
+            is_https = request.url.scheme == "https"
+            response.set_cookie(COOKIE, session, _COOKIE_S, httponly=True, samesite="strict", secure=is_https)
+        response.headers.update(_HEADERS)
+        return response
+
+    async def _log_out(self, _: Request) -> Response:
+        response = RedirectResponse(LOGIN, HTTPStatus.SEE_OTHER, _HEADERS)
+        response.delete_cookie(COOKIE)
+        return response
+
+
+def _required(request: Request, name: str) -> str:
+    """A parameter of the URL. Raises InputError without it."""
+    value = request.query_params.get(name)
+    if not value:
+        raise InputError(f"the address lacks {name}=...; open the page from the list of rollouts")
+    return value
