@@ -1,6 +1,7 @@
 """The memory of `agl serve` in a separate process."""
 
 import gzip
+import re
 import threading
 from pathlib import Path
 
@@ -9,8 +10,12 @@ import pytest
 
 from agl import otlp
 from agl.collector.http import JSON, PROTOBUF
+from agl.gateway import exchange
 from agl.server.api_error import ApiError
-from agl.server.receiving import MemoryBudget, Reservation, check_json
+from agl.server.receiving import MemoryBudget, Reservation, _outside_strings, check_json
+from agl.server_thread import ServerThread
+from agl.store import open_store
+from agl.store.http import routes
 from tests.core.span_maker import span
 from tests.store.serving import serving
 
@@ -102,3 +107,32 @@ def test_elements_are_counted_outside_of_strings_and_their_memory_is_reserved() 
         other.grow_to(2**27 - 2**22, 0)
         with pytest.raises(ApiError, match="no memory for this body"):
             check_json(b"[" + b"{}," * 2**17 + b"{}]", Reservation(budget, "b"))
+
+
+def test_strings_are_left_out_by_short_pieces_so_that_other_threads_go_on() -> None:
+    for text in (
+        b'"",',
+        b'"ab",',
+        b'"\\",",',
+        b'"\\\\",',
+        b'"a" ,' + b" " * 20,
+        b'"' + b"[" * 2**17 + b'",',
+        b'{"a": [1]},',
+    ):
+        whole = b"[" + text * (2**20 // len(text)) + b'"'
+        pieces = list(_outside_strings(whole))
+        assert len(pieces) > 1 and max(map(len, pieces)) <= 2**16
+        assert b"".join(pieces) == re.sub(rb'"(?:[^"\\]|\\.)*"?', b"", whole)
+
+
+def test_a_long_body_is_counted_outside_of_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    for module in (exchange, routes):
+        monkeypatch.setattr(module, "check_json", lambda *_: threads.append(threading.current_thread().name))
+    store = open_store("memory://")
+    with ServerThread(store, port=0, otlp_http_port=0) as server:
+        for path in ("/v1/chat/completions", "/api/v1/enqueue_rollouts"):
+            for text in (b"[1]", b"[" + b'"",' * 2**17 + b"1]"):
+                httpx.post(server.base_url + path, content=text, headers={"content-type": JSON})
+    store.close()
+    assert [name == "agl-server" for name in threads] == [True, False] * 2

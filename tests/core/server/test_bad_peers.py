@@ -5,17 +5,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPSConnection
+from pathlib import Path
+from ssl import SSLContext, create_default_context
 from typing import Any
 
 import grpc
 import pytest
+import trustme
 
 from agl import otlp
 from agl.collector import grpc as grpc_receiver
 from agl.collector.http import PROTOBUF
-from agl.config import CollectorConfig, GatewayConfig
-from agl.server import app_thread, protocol, receiving
+from agl.config import CollectorConfig, GatewayConfig, TlsConfig
+from agl.server import app_thread, protocol, receiving, tls
 from agl.server.api_error import ApiError
 from agl.server.auth import BearerTokens
 from agl.server.receiving import MemoryBudget, Reservation
@@ -24,6 +27,7 @@ from agl.span import Span
 from agl.store import open_store
 from tests.core.collector.test_collector_grpc import EXPORT, dial
 from tests.core.fake_engine import FakeEngine
+from tests.waiting import wait_until
 
 TOKEN = {"authorization": "Bearer secret"}
 BODY = otlp.encode([Span("a" * 32, "b" * 16, None, "chat", 1, 2)])
@@ -146,6 +150,36 @@ def test_a_good_sender_does_not_notice_a_bad_peer(server: ServerThread, peer: Ca
     assert sorted(times)[-2] < 1, "even on a machine that is busy itself"
 
 
+@contextmanager
+def tls_server(folder: Path) -> Iterator[tuple[ServerThread, SSLContext]]:
+    """A server with TLS and the same limit, and the settings of a client that trusts it."""
+    authority, files = trustme.CA(), {"certificate": folder / "both.pem", "key": folder / "both.pem"}
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(folder / "both.pem")
+    store, trusting = open_store("memory://"), create_default_context()
+    authority.configure_trust(trusting)
+    with ServerThread(store, port=0, otlp_http_port=0, gateway=GatewayConfig(tls=TlsConfig(**files))) as server:
+        yield server, trusting
+    store.close()
+
+
+def test_a_good_sender_does_not_notice_handshakes_that_never_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app_thread, "max_connections", lambda: 60)
+    with tls_server(tmp_path) as (server, trusting):
+        address, times = server.base_url.removeprefix("https://"), list[float]()
+        for sent in (b"", b"\x16\x03\x01\x02\x00\x01", b"GET / HTTP/1.1\r\n\r\n"):
+            with connected(f"http://{address}", 80, sent):
+                for _ in range(REQUESTS):
+                    begin, connection = time.monotonic(), HTTPSConnection(address, timeout=30, context=trusting)
+                    connection.request("GET", "/api/health")
+                    assert connection.getresponse().status == 200
+                    connection.close()
+                    times.append(time.monotonic() - begin)
+        assert sorted(times)[-2] < 1, "even on a machine that is busy itself"
+        wait_until(lambda: server._connections._open == 0)
+
+
 # --- Deadlines --------------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +210,24 @@ def test_heads_bodies_and_streams_have_deadlines(server: ServerThread, monkeypat
         silent: Iterator[bytes] = (b"" for _ in iter(threading.Event().wait, True))
         channel.stream_unary(EXPORT)(silent, timeout=30, metadata=(*TOKEN.items(),))
     assert caught.value.code() is grpc.StatusCode.CANCELLED
+
+
+def test_handshakes_have_a_deadline_and_the_heads_after_them_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tls, "HANDSHAKE_S", 0.1)
+    monkeypatch.setattr(protocol, "HEAD_S", 0.1)
+    with tls_server(tmp_path) as (server, trusting):
+        for sent in (b"", b"\x16\x03\x01\x02\x00\x01"):
+            with connected(server.base_url.replace("https", "http"), 1, sent) as (connection,), suppress(OSError):
+                connection.settimeout(20)
+                assert connection.recv(4096) == b""
+        monkeypatch.setattr(tls, "HANDSHAKE_S", 20)
+        with connected(server.base_url.replace("https", "http"), 1, b"") as (connection,):
+            connection.settimeout(20)
+            with trusting.wrap_socket(connection, server_hostname="127.0.0.1") as encrypted:
+                assert first_line(encrypted) == b"HTTP/1.1 408 Request Timeout"
+        wait_until(lambda: server._connections._open == 0)
 
 
 def test_a_token_is_checked_at_the_head_and_the_rest_is_not_awaited(

@@ -73,3 +73,11 @@ def test_a_server_on_all_addresses_takes_any_address_and_the_name_of_the_machine
         with pytest.raises(ApiError, match=r"use 127\.0\.0\.1, or add the name"):
             hosts.check(given)
     AllowedHosts("store-host").check(["Store-Host:1"])
+
+
+def test_a_request_of_http_1_0_needs_no_host(server: ServerThread) -> None:
+    host, port = server.base_url.removeprefix("http://").split(":")
+    for version, status in ((b"1.0", b"200"), (b"1.1", b"421")):
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(b"GET /api/health HTTP/" + version + b"\r\n\r\n")
+            assert connection.recv(4096).split()[1] == status

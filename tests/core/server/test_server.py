@@ -15,8 +15,10 @@ from starlette.routing import Route
 
 from agl import otlp
 from agl.collector.http import PROTOBUF
+from agl.config import GatewayConfig
 from agl.errors import AglError
 from agl.server.app_thread import AppThread
+from agl.server.auth import BearerTokens
 from agl.server_thread import ServerThread
 from agl.span import Span
 from agl.store import open_store
@@ -35,6 +37,27 @@ def test_it_serves_gateway_health_and_receiver_before_an_engine_of_its_own() -> 
         assert engine_state.pop("url").startswith("http://127.0.0.1:")
         assert engine_state == {"answers": True, "calls": 0, "waiting": 0}
         assert httpx.get(f"{server.base_url}/v1/models").json()["data"][0]["id"] == "writer@3"
+    store.close()
+
+
+def test_the_port_of_an_engine_of_its_own_has_the_rules_of_the_other_ports() -> None:
+    store, engine, config = open_store("memory://"), FakeEngine(), GatewayConfig(max_body_bytes=1000)
+    chat = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
+    with ServerThread(store, port=0, otlp_http_port=0, upstream=engine.app, gateway=config) as server:
+        (state,) = httpx.get(f"{server.base_url}/api/health").json()["engines"]
+
+        def post(**headers: str) -> int:
+            return httpx.post(f"{state['url']}/chat/completions", json=chat, headers=headers).status_code
+
+        assert (post(), post(host="evil.example"), post(origin="http://evil.example")) == (200, 421, 403)
+        assert httpx.post(f"{state['url']}/chat/completions", content=bytes(4001)).status_code == 413
+    tokens, headers = BearerTokens(["secret"]), {"authorization": "Bearer secret"}
+    with ServerThread(store, port=0, otlp_http_port=0, upstream=engine.app, tokens=tokens) as server:
+        (state,) = httpx.get(f"{server.base_url}/api/health").json()["engines"]
+        assert state["answers"] and "@" not in state["url"]
+        assert post() == post(**headers) == 401, "only the gateway has the password"
+        assert httpx.post(f"{server.base_url}/v1/chat/completions", json=chat, headers=headers).status_code == 200
+        assert "authorization" not in engine.headers[-1]
     store.close()
 
 

@@ -381,9 +381,10 @@ async def test_an_error_reaches_every_caller_and_the_engine_goes_on(
         await first_tokens(running, 1)
         with monkeypatch.context() as broken:
             broken.setattr(policy, "sampled_states", lambda *_: 1 / 0)
-            for generation in (running, waiting):
-                with pytest.raises(EngineError, match="sampling failed: ZeroDivisionError: division by zero"):
+            for generation, role in ((running, "writer@0"), (waiting, "writer")):
+                with pytest.raises(EngineError, match="sampling failed: ZeroDivisionError: division by zero") as failed:
                     await collect(generation)
+                assert f"in the batch: 1; this one: {role}, prompt tokens {len(LONG)}, sampled " in str(failed.value)
         assert await answer(scheduler.submit(LONG, "writer", greedy(4))) == plain_answer(policy, "writer", LONG, 4)
         with scheduler.paused():
             pass

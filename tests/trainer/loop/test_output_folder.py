@@ -58,6 +58,12 @@ def test_an_evaluation_with_vllm_is_refused_beside_a_training(tmp_path: Path) ->
         Trainer(config).open(trains=False),
     ):
         raise AssertionError
+    with (
+        locked(tmp_path / "run", "an evaluation"),
+        pytest.raises(TrainingError, match=r"an evaluation runs in .*run \(process"),
+        Trainer(config).open(),
+    ):
+        raise AssertionError
 
 
 def test_a_folder_that_takes_no_file_is_named() -> None:

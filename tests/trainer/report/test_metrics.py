@@ -182,8 +182,11 @@ def test_no_name_in_mlflow_is_a_folder_of_another_one(
 
 def test_a_tracker_that_cannot_begin_is_an_error_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: 1 / 0))
+    tracker = FakeTracker()
+    monkeypatch.setitem(sys.modules, "mlflow", tracker)
     with pytest.raises(ConfigError, match=r"names wandb, which cannot begin a run \(ZeroDivisionError: "):
-        open_trackers(["wandb"], "shop", tmp_path, {}, 1)
+        open_trackers(["mlflow", "wandb"], "shop", tmp_path, {}, 1)
+    assert tracker.ended == 1, "the run that had begun is ended"
 
 
 def test_the_error_names_a_tracker_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """Assembles the servers of `agl serve`: gateway, API and page on one port, the OTLP receivers on two more."""
 
 import asyncio
+import secrets
+from base64 import b64encode
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,6 +19,7 @@ from agl.page.site import Page
 from agl.secret_url import SecretUrl
 from agl.server.app_thread import GRACE_S, AppThread, base_url, listen
 from agl.server.auth import HEALTH, AllowedHosts, AuthMiddleware, BearerTokens, is_loopback
+from agl.server.receiving import BodyMiddleware, MemoryBudget
 from agl.store import Store
 from agl.store.http.routes import StoreApi
 
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from agl.queue import SpanQueue
 
 _COUNT_S: Final = 1.5
+_GROWTH: Final = 4
+"""Limit of a request to the in-process engine, as a multiple of the client's: the gateway escapes text and adds ids."""
 _METRICS = """\
 # HELP span_queue_length Spans that are acknowledged and wait in the queue for the store.
 # TYPE span_queue_length gauge
@@ -70,7 +75,7 @@ class ServerThread(AppThread):
         hosts = AllowedHosts(host, allowed_hosts)
         self._grpc = GrpcReceiver(receiver, hosts) if otlp_grpc_port is not None else None
         try:
-            config = self._with_engine(gateway or GatewayConfig(), upstream)
+            config = self._with_engine(gateway or GatewayConfig(), upstream, guarded=bool(tokens))
             self.gateway = Gateway(store, config, overrides=overrides)
             page = Page(store, tokens or BearerTokens())
             routes = [*self._api.routes(), _health_route(store, self.gateway, queue), _metrics_route(queue)]
@@ -99,18 +104,27 @@ class ServerThread(AppThread):
         self._http.close()
         self._api.close()
 
-    def _with_engine(self, config: GatewayConfig, upstream: str | ASGIApp | None) -> GatewayConfig:
-        """`config` with `upstream`, if given, as its only engine."""
+    def _with_engine(self, config: GatewayConfig, upstream: str | ASGIApp | None, guarded: bool) -> GatewayConfig:
+        """`config` with `upstream`, if given, as its only engine; an app, if `guarded`, answers the gateway only."""
         if upstream is None:
             return config
         if config.engines:
             raise ConfigError("gateway.engines lists engines, and this command brings its own: remove the list")
-        # On loopback whatever `host` is: only the gateway connects to it.
         if isinstance(upstream, str):
             engine = UpstreamConfig(url=SecretUrl(upstream))
         else:
-            engine = UpstreamConfig(url=SecretUrl(self.add(upstream, name="engine") + "/v1"), kind="agl")
+            login = f"agl:{secrets.token_hex(16)}" if guarded else ""
+            url = self.add(_guard(upstream, config, login), name="engine")  # On loopback whatever `host` is.
+            url = url.replace("://", f"://{login}@") if login else url
+            engine = UpstreamConfig(url=SecretUrl(f"{url}/v1"), kind="agl")
         return config.model_copy(update={"engines": [engine]})
+
+
+def _guard(app: ASGIApp, config: GatewayConfig, login: str) -> ASGIApp:
+    """The engine `app`, within limits, for requests with `login` as Basic authentication, if it is not empty."""
+    budget = MemoryBudget(_GROWTH * config.max_pending_bytes, _GROWTH * config.max_body_bytes, "gateway")
+    tokens = BearerTokens([b64encode(login.encode()).decode()] if login else (), scheme=b"basic")
+    return AuthMiddleware(BodyMiddleware(app, budget), tokens)
 
 
 def _bind(receiver: GrpcReceiver, host: str, port: int, tls: TlsConfig | None) -> str:

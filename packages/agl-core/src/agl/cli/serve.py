@@ -3,7 +3,6 @@
 import argparse
 import ctypes
 import os
-import resource
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from agl.cli.command import add_command
+from agl.cli.open_files import raise_file_limit
 from agl.config import Config, QueueConfig, UpstreamConfig
 from agl.config.collector import TOKEN_VARIABLE
 from agl.errors import CommandError
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = Config.load(arguments.config) if arguments.config else Config()
     if arguments.model:
         config = _with_model(config, arguments.model)
-    _raise_file_limit()
+    raise_file_limit()
     _return_memory()
     chosen = arguments.upstream or (_LOCAL if arguments.model else None)
     upstream = chosen or _configured_upstream(arguments, config)
@@ -198,12 +198,6 @@ def _local_engine(config: Config, store: Store) -> AbstractContextManager[Any]:
         return point.load()(config, store)
     except ImportError as error:
         raise CommandError(f"the local engine cannot be loaded ({point.value}): {error}") from error
-
-
-def _raise_file_limit() -> None:
-    """Raise it to the maximum: each stream needs two connections, and the limit of shells is often 1,024 files."""
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 
 
 def _return_memory() -> None:

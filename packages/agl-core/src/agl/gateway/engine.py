@@ -18,10 +18,10 @@ _FINISH_S: Final = 0.5
 _NOT_FORWARDED: Final = frozenset(
     {"host", "content-length", "transfer-encoding", "connection", "keep-alive", "te", "trailer", "upgrade", "expect"}
     | {"accept-encoding", "content-encoding", "date", "server", "proxy-authorization", "proxy-authenticate"}
-    | {"proxy-connection", "cookie", "set-cookie", "api-key"}
+    | {"proxy-connection", "cookie", "set-cookie", "api-key", "origin"}
 )
-"""Headers that apply to one hop only, describe a body that the gateway rewrites, or hold credentials for the gateway.
-"""
+"""Headers that apply to one hop only, describe a body that the gateway rewrites, hold credentials for the gateway, or
+are its to check."""
 
 
 class Engine:

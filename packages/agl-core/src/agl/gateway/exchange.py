@@ -85,7 +85,7 @@ class GatewayParts:
         body = await read_body(scope, receive, reservation)
         encoding = Headers(scope=scope).get("content-encoding", IDENTITY).strip().lower()
         if encoding == IDENTITY:
-            check_json(body, reservation)
+            await long_work(len(body), check_json, body, reservation)
             return body
         if encoding not in ENCODINGS:
             message = f"the request has the content encoding {encoding!r}, expected one of {', '.join(ENCODINGS)}"
@@ -96,7 +96,7 @@ class GatewayParts:
             )
         except ValueError as error:
             raise ApiError(400, "invalid_encoding", str(error)) from error
-        check_json(plain, reservation)
+        await long_work(len(plain), check_json, plain, reservation)
         return plain
 
 

@@ -15,7 +15,7 @@ from agl.config.tls import TlsConfig
 from agl.errors import AglError
 from agl.server.auth import AllowedHosts, HostsMiddleware
 from agl.server.protocol import SEND_S, Connections, HttpProtocol, max_connections
-from agl.server.tls import uvicorn_options
+from agl.server.tls import TlsProtocol, server_context
 
 GRACE_S = 3
 """Time that requests in progress have to finish when a server stops."""
@@ -63,17 +63,17 @@ class AppThread:
         The connection of a client that reads a long response too slowly, over `send_s` seconds, is closed. Raises
         AglError naming the port if it is in use or not permitted.
         """
+        http = type("_HttpProtocol", (HttpProtocol,), {"send_s": send_s, "peers": self._connections})
         config = uvicorn.Config(
             HostsMiddleware(app, hosts or AllowedHosts(host)),
             log_config=None,
             log_level="warning",
             access_log=False,
             proxy_headers=False,
-            http=type("_HttpProtocol", (HttpProtocol,), {"send_s": send_s, "peers": self._connections}),
+            http=type("_TlsProtocol", (TlsProtocol,), {"context": server_context(tls), "http": http}) if tls else http,
             ws="none",
             timeout_keep_alive=_KEEPALIVE_S,
             timeout_graceful_shutdown=GRACE_S,
-            **(uvicorn_options(tls) if tls else {}),
         )
         listener = listen(host, port, name)
         self._servers.append((uvicorn.Server(config), listener))

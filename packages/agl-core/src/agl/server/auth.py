@@ -30,7 +30,6 @@ STATIC: Final = "/static"
 COOKIE: Final = "agl_session"
 _MODEL_PATHS: Final = ("/v1/", "/rollout/")
 _READING: Final = ("GET", "HEAD")
-_SCHEME: Final = b"bearer"
 
 
 class Right(StrEnum):
@@ -58,9 +57,10 @@ class Grant:
 class BearerTokens:
     """The tokens that a server accepts, and what each grants. Without tokens the server accepts every request."""
 
-    def __init__(self, tokens: Iterable[str] | Mapping[str, Grant] = ()) -> None:
+    def __init__(self, tokens: Iterable[str] | Mapping[str, Grant] = (), scheme: bytes = b"bearer") -> None:
         grants = tokens if isinstance(tokens, Mapping) else dict.fromkeys(tokens, Grant())
         self._grants = {token.encode(): grant for token, grant in grants.items()}
+        self._scheme = scheme
 
     @classmethod
     def read(cls, token: str | None, path: Path | None) -> "BearerTokens":
@@ -82,7 +82,7 @@ class BearerTokens:
             return Grant()
         scheme, _, given = (authorization or b"").partition(b" ")
         matches = [grant for token, grant in self._grants.items() if hmac.compare_digest(given.strip(), token)]
-        return matches[0] if matches and scheme.lower() == _SCHEME else None
+        return matches[0] if matches and scheme.lower() == self._scheme else None
 
     def session(self, token: str) -> str | None:
         """Value of the page's cookie for `token`, from which nobody can compute the token; None if it may not read."""
@@ -221,8 +221,10 @@ class HostsMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
+            hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
             try:
-                self._hosts.check([value.decode("latin-1") for name, value in scope["headers"] if name == b"host"])
+                if hosts or scope["http_version"] != "1.0":  # HTTP/1.0 needs no host; all browsers send one.
+                    self._hosts.check(hosts)
             except ApiError as error:
                 return await error.response()(scope, receive, send)
         await self._app(scope, receive, send)

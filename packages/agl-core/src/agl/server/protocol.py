@@ -4,7 +4,7 @@ import asyncio
 import resource
 import time
 from collections import Counter
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Protocol
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -32,6 +32,15 @@ def max_connections(share: float = 3 / 4) -> int:
     return min(int(soft_limit * share), _MOST_CONNECTIONS) if soft_limit > 0 else _MOST_CONNECTIONS
 
 
+class Waiting(Protocol):
+    """A connection that waits for bytes of its peer."""
+
+    @property
+    def peer(self) -> str: ...
+
+    def abort(self) -> None: ...
+
+
 class Connections:
     """The connections that wait for bytes of their peer, and the number of all.
 
@@ -41,7 +50,7 @@ class Connections:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._waiting: dict[HttpProtocol, float] = {}
+        self._waiting: dict[Waiting, float] = {}
         """Since when, in this order."""
         self._open = 0
         self._head_bytes = 0
@@ -54,11 +63,11 @@ class Connections:
     def close(self) -> None:
         self._open -= 1
 
-    def wait(self, connection: "HttpProtocol") -> None:
+    def wait(self, connection: Waiting) -> None:
         self._waiting.pop(connection, None)
         self._waiting[connection] = time.monotonic()
 
-    def proceed(self, connection: "HttpProtocol") -> None:
+    def proceed(self, connection: Waiting) -> None:
         self._waiting.pop(connection, None)
 
     def count_head(self, size: int) -> None:
@@ -72,7 +81,7 @@ class Connections:
         held, young = Counter(one.peer for one in self._waiting), time.monotonic() - _YOUNG_S
         key = {one: (since > young, -held[one.peer], since) for one, since in self._waiting.items()}
         for one in sorted(key, key=key.__getitem__)[: 1 + self._limit // 16]:
-            one.transport.abort()
+            one.abort()
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -100,6 +109,9 @@ class HttpProtocol(HttpToolsProtocol):
     @property
     def peer(self) -> str:
         return self.client[0] if self.client else ""
+
+    def abort(self) -> None:
+        self.transport.abort()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] - as uvicorn does
         super().connection_made(transport)

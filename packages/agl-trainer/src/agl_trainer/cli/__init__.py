@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from agl.cli.command import add_command, add_json_option
 from agl.cli.interrupt import stops_in_order
+from agl.cli.open_files import raise_file_limit
 from agl.config import Config
 from agl.config.section import NAME_RULE, is_name
 from agl.errors import ConfigError, TrainingError
@@ -173,6 +174,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         demo.start_over()
     demand_for("train", demo.config)
     demand_for("sft", demo.config)
+    raise_file_limit()
     with stops_in_order(_STOPPING):
         _trainer_class()
         results = demo.run()
@@ -181,6 +183,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _trainer(command: str, arguments: argparse.Namespace) -> Any:
+    raise_file_limit()
     config = Config.load(arguments.config)
     demand_for(command, config)
     return _trainer_class()(config, accept_changes=arguments.accept_changes)

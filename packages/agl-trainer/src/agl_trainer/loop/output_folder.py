@@ -18,22 +18,24 @@ _held: set[TextIO] = set()
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, holder: str = "another training") -> Iterator[None]:
     """Hold the lock of `folder`, which the system releases when the process ends, however it ends.
 
-    Raises TrainingError with the holder's process id and host if another training holds it, or if it cannot be written.
+    `holder` says to others who has it. Raises TrainingError with the holder, its process id and host if another process
+    has it, or if it cannot be written.
     """
     with _opened_lock(folder) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
+            other, _, process = file.read().partition(": ")
             raise TrainingError(
-                f"another training runs in {folder} ({file.read() or 'it is just starting'}); stop it, or choose "
-                "another train.output_dir"
+                f"{other or 'another process'} runs in {folder} ({process or 'it is just starting'}); stop it, or "
+                "choose another train.output_dir"
             ) from error
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write(f"{holder}: process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         _held.add(file)
         try:

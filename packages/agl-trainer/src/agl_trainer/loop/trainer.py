@@ -1,7 +1,7 @@
 """The trainer of a configuration: opens a training, and runs its phases."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Self
 
@@ -54,7 +54,7 @@ class Trainer:
         if self.train.deterministic:
             torch.use_deterministic_algorithms(True)
         with (
-            locked(self.folder) if trains or self.config.engine.kind == "vllm" else nullcontext(),
+            self._lock(trains),
             Progress() as progress,
             shows_cpu_share(progress),
             ExitStack() as stack,
@@ -74,6 +74,11 @@ class Trainer:
             finally:
                 self._opened = None
                 training.close()
+
+    def _lock(self, trains: bool) -> AbstractContextManager[None]:
+        if trains:
+            return locked(self.folder)
+        return locked(self.folder, "an evaluation") if self.config.engine.kind == "vllm" else nullcontext()
 
     @property
     def run(self) -> str:

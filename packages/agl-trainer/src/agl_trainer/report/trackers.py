@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -91,7 +92,9 @@ def open_trackers(
 
     Raises ConfigError if one of `names` is not installed, or cannot begin its run.
     """
-    found = [_open(name, run, folder, config) for name in names]
+    with ExitStack() as opened:
+        found = [_open(name, run, folder, config, opened) for name in names]
+        opened.pop_all()
     try:
         found.append(TensorBoard(folder / "tensorboard" / run, first_step))
     except ImportError:
@@ -99,9 +102,10 @@ def open_trackers(
     return found
 
 
-def _open(name: str, run: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
+def _open(name: str, run: str, folder: Path, config: Mapping[str, Any], opened: ExitStack) -> Tracker:
+    """A tracker, which `opened` closes."""
     try:
-        return _TRACKERS[name](run, folder, config)
+        return opened.enter_context(closing(_TRACKERS[name](run, folder, config)))
     except ConfigError:
         raise
     except Exception as error:  # the tracker is another's: any error of it must name it

@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Route
 from agl.config.collector import CollectorConfig
 from agl.errors import AglError, StoreError
 from agl.server.api_error import ApiError
-from agl.server.receiving import MemoryBudget, Reservation, check_json, peer_of, read_body
+from agl.server.receiving import MemoryBudget, Reservation, check_json, long_work, peer_of, read_body
 from agl.store.http.openapi import document
 from agl.store.http.verb import ERRORS, INVALID, JSON, MAX_WAIT_S, PREFIX, PROTOBUF, UNAVAILABLE, VERBS, Verb
 from agl.store.protocol import Store
@@ -64,7 +64,7 @@ class StoreApi:
     async def _respond(self, verb: Verb, request: Request, reservation: Reservation) -> Response:
         sent = dict(request.query_params) if verb.method == "GET" else await self._read_body(verb, request, reservation)
         if verb.waits:
-            body = await self._wait(verb, _read_arguments(verb, sent), request)
+            body = await self._wait(verb, await long_work(len(sent), _read_arguments, verb, sent), request)
         else:
             body = await asyncio.get_running_loop().run_in_executor(self._pool, self._perform, verb, sent)
         return Response(body, media_type=PROTOBUF if verb.returns_spans else JSON)
@@ -76,7 +76,7 @@ class StoreApi:
             raise ApiError(415, "unknown_content_type", f"{verb.path} takes {verb.content_type}, got {content_type!r}")
         body = await read_body(request.scope, request.receive, reservation)
         if not verb.takes_spans:
-            check_json(body, reservation)
+            await long_work(len(body), check_json, body, reservation)
         return body
 
     def _perform(self, verb: Verb, sent: bytes | Mapping[str, str]) -> bytes:

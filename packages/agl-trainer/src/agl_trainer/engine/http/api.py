@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
 from agl.errors import AglError
+from agl.server.receiving import long_work
 from agl_trainer.data.chat import ChatTemplate, ChatTemplateError, special_tokens
 from agl_trainer.data.tool_call import forced_start
 from agl_trainer.engine.http.choice_stream import ChoiceStream, cancel_all, merge_deltas
@@ -248,8 +249,13 @@ async def _disconnect(request: Request) -> None:
 
 
 async def _parse(request: Request, model: type[BodyT]) -> BodyT:
+    body = await request.body()
+    return await long_work(len(body), _parse_body, body, model)
+
+
+def _parse_body(body: bytes, model: type[BodyT]) -> BodyT:
     try:
-        data = json.loads(await request.body())
+        data = json.loads(body)
         json.dumps(data, ensure_ascii=False).encode()  # fails for lone surrogates, which no tokenizer accepts
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the request body is not valid JSON: {error}") from error

@@ -179,11 +179,11 @@ class Scheduler:
                             self._step()
                     except Exception as error:  # any error must reach every waiting caller
                         logger.exception("sampling failed")
-                        self._fail_all(EngineError(f"sampling failed: {type(error).__name__}: {error}"))
+                        self._fail_all(error)
         finally:  # also if SystemExit or the like ends the thread
             with self._wake:
                 self._died = not self._stopped
-            self._fail_all(EngineStoppedError("the engine has stopped"))
+            self._fail_all()
 
     def _await_work(self) -> bool:
         """Block until a sequence can be admitted or decoded; returns False once stopped."""
@@ -301,15 +301,24 @@ class Scheduler:
             self._plan = None
         deliver([(sequence, None) for sequence in ended])
 
-    def _fail_all(self, error: EngineError) -> None:
-        """Raise `error` in every caller, and discard all sequences and cached prompts."""
+    def _fail_all(self, error: Exception | None = None) -> None:
+        """Raise in every caller that its sequence failed by `error`, or that the engine has stopped; discard all."""
         with self._wake:
-            failed = [*self._running, *self._waiting]
+            failed, batch = [*self._running, *self._waiting], len(self._running)
             self._running, self._plan = [], None
             self._waiting.clear()
             self._trees.clear()
             self._idle.set()
-        deliver([(sequence, error) for sequence in failed])
+        deliver([(sequence, _failure(sequence, batch, error)) for sequence in failed])
+
+
+def _failure(sequence: SampledSequence, batch: int, error: Exception | None) -> EngineError:
+    if error is None:
+        return EngineStoppedError("the engine has stopped")
+    return EngineError(
+        f"sampling failed: {type(error).__name__}: {error}; requests in the batch: {batch}; this one: "
+        f"{sequence.version or sequence.adapter}, prompt tokens {len(sequence.prompt)}, sampled {sequence.sampled}"
+    )
 
 
 def _kv_shape(policy: Policy) -> KvShape:
