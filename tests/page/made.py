@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from agl import semconv
+from agl.inspection.evaluation import evaluation_record
 from agl.span import Span
 from agl.store import Resource, Rollout, Store
 from agl.trajectory import DropReason, build_trajectory, trained_span
@@ -26,6 +27,8 @@ def fill(store: Store, folder: Path) -> None:
     """`folder` becomes that of the run `toy`."""
     _write_tokenizer(folder)
     store.put_resource(Resource("run toy", 0, str(folder)))
+    for version in (2, 4):
+        store.put_resource(Resource("toy/writer", version, f"/adapters/writer@{version}"))
     for number in range(60):
         name = f"plain-{number}"
         store.enqueue_rollouts([Rollout(name, number, mode="eval", metadata={"run": "toy"})])
@@ -39,7 +42,21 @@ def fill(store: Store, folder: Path) -> None:
         advantage, reason = (0.75, None) if is_trained else (None, DropReason.ZERO_ADVANTAGE)
         store.append_spans([*spans, trained_span(call, 3, advantage, reason, weight=0.5, run="toy")])
     store.append_spans(drifted("drifted"))
+    _add_metrics(store)
     store.append_spans(evil())
+
+
+def _add_metrics(store: Store) -> None:
+    """Ten steps in which 15 of 20 groups are equal, 8 of 40 rollouts fail, and half of the calls are stale; then
+    evaluations: the right one is worse in one task of three, and better in one."""
+    for step in range(1, 11):
+        metrics = {"reward/mean": 0.1 * step, "reward/std": 0.2, "reward/goal": 0.3, "rollouts": 4.0, "groups": 2.0}
+        metrics |= {"groups/zero_variance": 1.5, "rollouts/failed": 0.8, "calls": 4.0, "calls/dropped/stale": 2.0}
+        metrics |= {"writer/grad_norm": 9.0 if step == 10 else 1.0, "writer/kl": 0.1, "writer/same_answer": 0.95}
+        store.append_metrics("toy", step, metrics | {"time/rollouts_s": 3.0, "time/update_s": 1.0})
+    for label, ids in (("base", (10, 20, 30)), ("grpo", (5, 40, 30))):
+        tasks = {f"task {place}": f"plain-{number}" for place, number in enumerate(ids)}
+        store.put_resource(evaluation_record("toy", label, "/eval", tasks))
 
 
 def rollout(name: str, mode: str, value: float | None, *, role: str = "writer", error: str | None = None) -> list[Span]:

@@ -7,9 +7,18 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
+from agl.page.runs import RunView
+from agl.store import Store
 from tests.page.made import ANSI, EVIL, LONG, REORDERED, SCRIPT
 
 PATHS = {
+    "runs": "/runs",
+    "run": "/runs/view?id=toy",
+    "groups": "/groups",
+    "group": "/groups/view?id=task-1",
+    "compare": "/compare",
+    "adapters": "/adapters",
+    "health": "/health",
     "rollouts": "/rollouts",
     "filtered": "/rollouts?reward=%3E0.5&role=writer",
     "trained": "/rollouts/view?id=trained",
@@ -23,7 +32,7 @@ def ids(page: Page) -> list[str]:
 
 
 def test_the_list_shows_the_newest_first_and_loads_older_ones_when_they_come_into_view(page: Page, url: str) -> None:
-    page.goto(url)
+    page.goto(f"{url}/rollouts")
     expect(page.locator("h1")).to_have_text("Rollouts")
     assert ids(page)[1:5] == ["drifted", "equal", "trained", "failed"]
     for last in ("plain-40", "plain-15", "plain-0"):
@@ -44,6 +53,7 @@ def test_the_list_shows_the_newest_first_and_loads_older_ones_when_they_come_int
         ("run=toy&mode=train", ["equal", "trained"]),
         ("version=writer@3&mode=train", ["drifted", "equal", "trained"]),
         ("text=SELECT 2", ["drifted"]),
+        ("outcome=zero_advantage", ["equal"]),
         ("role=nobody", []),
     ],
 )
@@ -80,7 +90,7 @@ def test_drift_and_dropped_calls_are_named(page: Page, url: str) -> None:
 
 def test_what_a_model_wrote_stays_text(page: Page, url: str) -> None:
     """No dialog and no error in the log (see the fixture), whatever the ids, names, messages and errors are."""
-    page.goto(url)
+    page.goto(f"{url}/rollouts")
     page.locator("table.list a.id").first.click()
     expect(page.locator("h1")).to_have_text(EVIL)
     assert not page.locator("main script, main img").count()
@@ -104,6 +114,9 @@ def test_a_rejected_address_says_what_is_wrong(url: str) -> None:
         ("/rollouts/text?id=trained&span=x&number=9", 404, "no text 9"),
         ("/rollouts?reward=high", 400, "is not a reward"),
         ("/rollouts?cursor=x", 400, "no cursor"),
+        ("/runs/view?id=x", 404, "no run"),
+        ("/groups/view?id=x", 404, "no rollout of group"),
+        ("/compare?run=toy&left=x", 404, "no evaluation"),
     ):
         response = httpx.get(url + path)
         assert response.status_code == status and message in response.text, path
@@ -141,8 +154,63 @@ def test_other_tokens_and_other_sites_get_nothing(guarded_url: str) -> None:
     assert httpx.get(f"{guarded_url}/static/page.css").status_code == 200
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1600])
+def test_a_run_shows_curves_and_says_what_is_wrong(page: Page, url: str) -> None:
+    page.goto(url)
+    page.get_by_role("link", name="toy").first.click()
+    found = page.locator(".findings .box")
+    expect(found.nth(0)).to_contain_text("In 75% of the groups all rollouts earned the same")
+    for place, text in enumerate(("20% of the rollouts failed", "50% of the calls did not train: stale"), 1):
+        expect(found.nth(place)).to_contain_text(text)
+    expect(page.locator(".findings")).to_contain_text("The gradient norm of writer is 9 times its median")
+    expect(page.locator(".findings")).to_contain_text("95% of the answers of writer are the same")
+    assert page.locator(".times span").all_inner_texts() == ["rollouts 75%", "update 25%"]
+    expect(page.locator(".charts canvas")).to_have_count(3)
+    found.nth(0).get_by_role("link").click()
+    expect(page.locator("table.list a.id")).to_have_text("equal")
+
+
+def test_the_interval_of_a_reward_is_that_of_its_mean(store: Store) -> None:
+    """1.96 * 0.2 / sqrt(4) = 0.196."""
+    chart = next(chart for chart in RunView.of(store, "toy").charts() if chart["title"] == "Reward")
+    series = {each["label"]: each for each in chart["series"]}
+    assert series.keys() == {"reward", "goal"}
+    reward = series["reward"]
+    assert reward["x"] == [*range(1, 11)] and reward["y"][-1] == pytest.approx(1.0)
+    assert (reward["low"][-1], reward["high"][-1]) == (pytest.approx(0.804), pytest.approx(1.196))
+
+
+def test_a_group_shows_its_rollouts_from_the_best_and_why_it_won(page: Page, url: str) -> None:
+    page.goto(f"{url}/groups?run=toy")
+    page.locator("table.list a.id").click()
+    expect(page.locator("main > .box")).to_have_text(
+        "The best rollout earned 1, the others 0.5: goal +0.5 against the mean of the others."
+    )
+    assert page.locator("article a.id").all_inner_texts() == ["trained", "equal"]
+    expect(page.locator("article").first).to_contain_text("+0.75")
+    assert page.locator(".common").all_inner_texts() == ["SELECT 1"] * 2
+
+
+def test_evaluations_are_compared_task_by_task_from_the_largest_regression(page: Page, url: str) -> None:
+    page.goto(f"{url}/compare")
+    changes = page.locator("td[data-name=Change]").all_inner_texts()
+    assert changes == ["\u22120.0833", "+0", "+0.333"]
+    assert page.locator(".facts").inner_text().replace("\n", " ").endswith("worse 1 equal 1 better 1")
+    expect(page.locator(".facts")).to_contain_text("100% of the tasks")
+    page.goto(f"{url}/compare?run=toy&left=grpo&right=base")
+    assert page.locator("td[data-name=Change]").first.inner_text() == "\u22120.333"
+
+
+def test_adapters_and_health(page: Page, url: str) -> None:
+    page.goto(f"{url}/adapters")
+    row = page.locator("tbody tr").inner_text().split()
+    assert row == ["writer", "toy", "writer@4", "4,", "2", "\u2013", "\u2013", "/adapters/writer@4"]
+    page.goto(f"{url}/health")
+    expect(page.locator(".facts")).to_contain_text("Spans")
+    assert "Rollouts queued 62" in page.locator(".facts").inner_text().replace("\n", " ")
+    expect(page.locator(".empty")).to_contain_text("model calls are refused")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1600, "light")])
 def test_every_page_fits_its_window_and_can_be_used_by_everyone(
     page: Page, url: str, axe: Path, scheme: Any, width: int
 ) -> None:

@@ -162,7 +162,7 @@ def test_the_length_is_exported_and_at_the_hard_limit_senders_are_asked_to_send_
         assert httpx.get(f"{server.base_url}/api/health").json()["span_queue_length"] == 10
         metrics = httpx.get(f"{server.base_url}/metrics")
         assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
-        assert "# TYPE span_queue_length gauge\nspan_queue_length 10\n" in metrics.text
+        assert "# TYPE span_queue_length gauge\nspan_queue_length 10.0\n" in metrics.text
         refused = post(11)
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
         queue.finish(queue.take("a"))

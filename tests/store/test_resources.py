@@ -98,3 +98,15 @@ def test_the_newest_version_is_leased_by_default(store: Store) -> None:
     assert leased is not None and leased.version == 1
     put_versions(store, 3)
     assert collected(store) == [0]
+
+
+def test_resources_are_listed_by_name_and_version(store: Store) -> None:
+    assert store.query_resources() == []
+    names = ("b%/x", "b_/x", "a")
+    made = [Resource(name, version, f"{name}-{version}", {"n": version}) for name in names for version in (0, 1)]
+    for resource in reversed(made):
+        store.put_resource(resource)
+    store.lease_resource("a", "worker", 60)
+    assert store.query_resources() == [*made[4:], *made[:4]]
+    assert store.query_resources("b%") == made[:2]
+    assert store.query_resources("c") == []

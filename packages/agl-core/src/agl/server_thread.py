@@ -4,10 +4,12 @@ import asyncio
 import secrets
 from base64 import b64encode
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -15,6 +17,7 @@ from agl.collector import GrpcReceiver, HttpReceiver, Receiver
 from agl.config import CollectorConfig, GatewayConfig, TlsConfig, UpstreamConfig
 from agl.errors import AglError, ConfigError
 from agl.gateway import Gateway
+from agl.page.metrics import TEXT, Numbers, render, training_metrics
 from agl.page.site import Page
 from agl.secret_url import SecretUrl
 from agl.server.app_thread import GRACE_S, AppThread, base_url, listen
@@ -29,11 +32,8 @@ if TYPE_CHECKING:
 _COUNT_S: Final = 1.5
 _GROWTH: Final = 4
 """Limit of a request to the in-process engine, as a multiple of the client's: the gateway escapes text and adds ids."""
-_METRICS = """\
-# HELP span_queue_length Spans that are acknowledged and wait in the queue for the store.
-# TYPE span_queue_length gauge
-span_queue_length {length}
-"""
+_QUEUE_LENGTH: Final = "Spans that are acknowledged and wait in the queue for the store."
+Result = TypeVar("Result")
 
 
 class ServerThread(AppThread):
@@ -77,8 +77,10 @@ class ServerThread(AppThread):
         try:
             config = self._with_engine(gateway or GatewayConfig(), upstream, guarded=bool(tokens))
             self.gateway = Gateway(store, config, overrides=overrides)
-            page = Page(store, tokens or BearerTokens())
-            routes = [*self._api.routes(), _health_route(store, self.gateway, queue), _metrics_route(queue)]
+            running = _Running(store, self.gateway, receiver, queue)
+            page = Page(store, tokens or BearerTokens(), running)
+            routes = [*self._api.routes(), Route(HEALTH, running.show)]
+            routes.append(Route("/metrics", running.metrics))
             routes += page.routes()
             api = AuthMiddleware(self.gateway.app(routes), tokens or BearerTokens())
             send_s = config.timeouts.send_s
@@ -132,28 +134,45 @@ def _bind(receiver: GrpcReceiver, host: str, port: int, tls: TlsConfig | None) -
     return base_url(host, receiver.bind(host, port), tls)
 
 
-def _health_route(store: Store, gateway: Gateway, queue: "SpanQueue | None") -> Route:
-    async def health(_: Request) -> JSONResponse:
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """The server's state, for its API and its page."""
+
+    store: Store
+    gateway: Gateway
+    receiver: Receiver
+    queue: "SpanQueue | None"
+
+    async def health(self) -> dict[str, Any]:
         spans, engines, length = await asyncio.gather(
-            _soon(store.count_spans), gateway.engine_states(), _soon(queue.length) if queue else _nothing()
+            _soon(self.store.count_spans),
+            self.gateway.engine_states(),
+            _soon(self.queue.length) if self.queue else _nothing(),
         )
-        queued = {"span_queue_length": length} if queue else {}
-        return JSONResponse({"spans": spans, "engines": engines} | queued)
+        return {"spans": spans, "engines": engines} | ({"span_queue_length": length} if self.queue else {})
 
-    return Route(HEALTH, health)
+    def live_versions(self) -> Mapping[str, str]:
+        return self.gateway.live_versions
+
+    async def show(self, _: Request) -> JSONResponse:
+        return JSONResponse(await self.health())
+
+    async def metrics(self, _: Request) -> Response:
+        spans, length, training = await asyncio.gather(
+            _soon(self.store.count_spans),
+            _soon(self.queue.length) if self.queue else _nothing(),
+            _soon(partial(training_metrics, self.store)),
+        )
+        known = {
+            "span_queue_length": (_QUEUE_LENGTH, length if self.queue else 0),
+            "agl_store_spans": ("Spans in the store.", spans),
+        }
+        text = render(Numbers(known, training or []), self.receiver.metrics, self.gateway.metrics)
+        return Response(text, media_type=TEXT)
 
 
-def _metrics_route(queue: "SpanQueue | None") -> Route:
-    async def metrics(_: Request) -> PlainTextResponse:
-        length = await _soon(queue.length) if queue else 0
-        text = _METRICS.format(length="NaN" if length is None else length)
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
-
-    return Route("/metrics", metrics)
-
-
-async def _soon(count: Callable[[], int]) -> int | None:
-    """The number, or None if the store or the queue fails, or has none after _COUNT_S."""
+async def _soon(count: Callable[[], Result]) -> Result | None:
+    """The result, or None if the store or the queue fails, or has none after _COUNT_S."""
     try:
         async with asyncio.timeout(_COUNT_S):
             return await asyncio.to_thread(count)

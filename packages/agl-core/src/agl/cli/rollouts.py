@@ -66,14 +66,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _read(store: Store, role: str | None) -> Iterator[ListedRollout]:
-    """The rollouts of the store, newest first. A gateway call that was shown with its rollout is not shown again."""
-    seen: set[tuple[str, str]] = set()
-    for rollout_id in reversed(store.rollout_ids()):
-        spans = store.query_spans(rollout_id)
-        keys = {(span.trace_id, span.span_id) for span in spans}
-        if not keys <= seen:
-            seen |= keys
-            yield ListedRollout.of(store, spans, role)
+    """The rollouts of the store, newest first."""
+    cursor: str | None = None
+    while True:
+        page = store.list_rollouts(_LIMIT, cursor)
+        for rollout_id in page.rollout_ids:
+            yield ListedRollout.of(store, store.query_spans(rollout_id), role)
+        cursor = page.cursor
+        if cursor is None:
+            return
 
 
 def _select(arguments: argparse.Namespace, rollouts: Iterator[ListedRollout]) -> tuple[list[ListedRollout], bool]:

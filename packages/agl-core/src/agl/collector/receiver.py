@@ -11,6 +11,7 @@ from google.rpc.code_pb2 import DEADLINE_EXCEEDED, INVALID_ARGUMENT, UNAUTHENTIC
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+from prometheus_client import CollectorRegistry, Counter
 
 from agl.config.collector import CollectorConfig
 from agl.errors import InputError, OtlpError, StoreError
@@ -91,6 +92,11 @@ class Receiver:
         self._tokens = tokens or BearerTokens()
         self._budget = MemoryBudget(self.config.max_pending_bytes, self.config.max_body_bytes, "collector")
         self._parsing = threading.Lock()
+        self.metrics = CollectorRegistry()
+        """Counts of spans and requests, for Prometheus."""
+        self._spans = Counter("agl_spans_committed", "Spans that were committed.", registry=self.metrics)
+        text = "OTLP requests by HTTP status, also those over gRPC."
+        self._requests = Counter("agl_otlp_requests", text, ("status",), registry=self.metrics)
 
     def admit(self, authorization: bytes | None, peer: str) -> Reservation:
         """Authorize a request of `peer`; returns the memory that its body will take. Raises RejectedRequest."""
@@ -113,13 +119,19 @@ class Receiver:
                 raise OtlpError(parsed.reason)
             self._sink.append_rows(parsed.rows)
         except ApiError as error:
-            raise RejectedRequest.of(error) from error
+            raise self._counted(RejectedRequest.of(error)) from error
         except (OtlpError, InputError) as error:
-            raise RejectedRequest(400, INVALID_ARGUMENT, str(error)) from error
+            raise self._counted(RejectedRequest(400, INVALID_ARGUMENT, str(error))) from error
         except StoreError as error:
             logger.error("spans were not committed, and senders were asked to retry: %s", error)
-            raise RejectedRequest(503, UNAVAILABLE, str(error)) from error
+            raise self._counted(RejectedRequest(503, UNAVAILABLE, str(error))) from error
+        self._spans.inc(len(parsed.rows))
+        self._requests.labels("200").inc()
         return _response(parsed)
+
+    def _counted(self, rejected: RejectedRequest) -> RejectedRequest:
+        self._requests.labels(str(rejected.http_status)).inc()
+        return rejected
 
     def _decode(self, body: bytes, encoding: str, reservation: Reservation) -> bytes:
         """The plain body. Memory for each piece is reserved before the next one is decoded."""

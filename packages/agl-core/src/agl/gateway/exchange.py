@@ -22,7 +22,7 @@ from agl.gateway.dispatch import Dispatch, Routes
 from agl.gateway.drift_kind import find_drift
 from agl.gateway.engine import EVENT_STREAM, UpstreamResponse, forwarded
 from agl.gateway.exact_prefix import exact_prompt
-from agl.gateway.record import CallRecord, Recorder
+from agl.gateway.record import CallMetrics, CallRecord, Recorder
 from agl.gateway.request import (
     CallerLookup,
     Seeds,
@@ -77,6 +77,7 @@ class GatewayParts:
     """For the bodies of calls, until the calls end."""
     seeds: Seeds = field(default_factory=Seeds)
     conversations: Conversations = field(default_factory=Conversations)
+    metrics: CallMetrics = field(default_factory=CallMetrics)
     session: aiohttp.ClientSession = field(init=False)
     recorder: Recorder = field(init=False)
 
@@ -343,6 +344,7 @@ class Exchange:
         spans = await long_work(self._size, self._record.spans, self._parts.config.content_max_bytes)
         rows = await long_work(self._size, lambda: [row for span in spans for row in rows_of(span)])
         await self._parts.recorder.commit(rows)
+        self._parts.metrics.count(self._record, spans)
         return spans
 
     def _fail(self, error: ApiError) -> ASGIApp:

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import aiohttp
+from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -84,6 +85,16 @@ class Gateway:
         )
         app.router.redirect_slashes = False  # A redirect would lead to the path without the rollout.
         return app
+
+    @property
+    def metrics(self) -> CollectorRegistry:
+        """Counts of the calls, for Prometheus."""
+        return self._parts.metrics.registry
+
+    @property
+    def live_versions(self) -> Mapping[str, str]:
+        """By role the policy version to which its calls go, where the API has set one."""
+        return dict(self._routes.versions)
 
     async def engine_states(self) -> list[Json]:
         """For each engine its URL, whether it lists its models within 1.5 s, and its active and waiting calls."""

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
 from agl import semconv
 from agl.content.media import MIN_CHARACTERS, note_stored, referenced
 from agl.gateway.conversation import Position
@@ -22,6 +24,8 @@ from agl.tokens.capture import Capture, Choice, Json
 from agl.tokens.drift import Drifted
 
 _CLIENT_KIND = 3
+_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_MAX_ROLES = 100
 _SCOPE = "agl.gateway"
 _PendingCall = tuple[list[SpanRow], asyncio.Future[None]]
 
@@ -175,6 +179,37 @@ class CallRecord:
         if version is None or self.capture.model != self.engine_model:
             return version
         return f"{self.policy.partition('@')[0]}@{version.partition('@')[2]}"
+
+
+class CallMetrics:
+    """Counts the calls of a gateway for Prometheus."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        by = {"labelnames": ("engine", "role"), "registry": self.registry}
+        self._seconds = Histogram("agl_gateway_call_seconds", "Duration of model calls.", buckets=_BUCKETS_S, **by)
+        self._calls = Counter(
+            "agl_gateway_calls", "Model calls by HTTP status.", ("engine", "role", "status"), registry=self.registry
+        )
+        self._tokens = Counter("agl_gateway_tokens", "Tokens of model calls.", ("role", "kind"), registry=self.registry)
+        self._roles: set[str] = set()
+
+    def count(self, record: CallRecord, spans: Sequence[Span]) -> None:
+        """Count a call that ended; its engine is the one that answered."""
+        engine, role = record.engine.url if record.engine else "none", self._label(record)
+        self._seconds.labels(engine, role).observe((spans[0].end_ns - spans[0].start_ns) / 1e9)
+        self._calls.labels(engine, role, record.error_type or str(record.http_status)).inc()
+        names = {"prompt": semconv.GEN_AI_USAGE_INPUT_TOKENS, "response": semconv.GEN_AI_USAGE_OUTPUT_TOKENS}
+        for kind, name in names.items():
+            self._tokens.labels(role, kind).inc(sum(span.number(name) or 0 for span in spans))
+
+    def _label(self, record: CallRecord) -> str:
+        """The role of the call; `other` for new ones after the first 100, which clients name as they like."""
+        role = record.caller.role or record.policy.partition("@")[0] or "none"
+        if role not in self._roles and len(self._roles) >= _MAX_ROLES:
+            return "other"
+        self._roles.add(role)
+        return role
 
 
 class Recorder:

@@ -7,6 +7,7 @@ from operator import ge, gt, le, lt
 from typing import Final, Self
 
 from agl.errors import InputError
+from agl.inspection.report import CallReport, report_calls
 from agl.span import Span
 from agl.store import Store
 from agl.trajectory import Trajectory, build_trajectory, collect_trained
@@ -49,6 +50,10 @@ class ListedRollout:
         """Policy versions that answered its calls."""
         return list(dict.fromkeys(call.policy_version for call in self.trajectory.calls if call.policy_version))
 
+    @property
+    def reports(self) -> list[CallReport]:
+        return report_calls(self.trajectory, collect_trained(self.spans))
+
     def is_of_run(self, run: str) -> bool:
         trained = (each.run for steps in collect_trained(self.spans).values() for each in steps)
         return run == self.run or run in trained
@@ -65,6 +70,8 @@ class Selection:
     error: str | None = None
     """It failed, with an error that contains this."""
     version: str | None = None
+    outcome: str | None = None
+    """One of its calls has this outcome: `trained`, `pending`, or a reason."""
     text: str | None = None
     """A text attribute of one of its spans contains this, in any case."""
     since_ns: float | None = None
@@ -78,6 +85,7 @@ class Selection:
             and (self.version is None or self.version in listed.versions)
             and (self.reward is None or self.reward(listed.reward))
             and (self.error is None or (trajectory.error is not None and self.error in trajectory.error))
+            and (self.outcome is None or any(report.outcome == self.outcome for report in listed.reports))
             and (self.since_ns is None or listed.start_ns >= self.since_ns)
             and (self.text is None or _contains(listed.spans, self.text.casefold()))
         )

@@ -25,7 +25,7 @@ _MAX_SPANS: Final = 400
 _MAX_CHARS: Final = 12_000
 _TIMELINE: Final = 1000
 _MIN_WIDTH: Final = 3.0
-_NAMES: Final = ("run", "mode", "role", "reward", "version", "error", "text")
+_NAMES: Final = ("run", "mode", "role", "reward", "version", "outcome", "error", "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Filters:
         reward = reward_filter(given["reward"]) if "reward" in given else None
         error = given.get("error")
         return Selection(
-            **{name: given.get(name) for name in ("run", "mode", "role", "version", "text")},
+            **{name: given.get(name) for name in ("run", "mode", "role", "version", "outcome", "text")},
             reward=reward,
             error="" if error == "any" else error,
         )
@@ -73,7 +73,7 @@ def list_page(store: Store, filters: Filters, cursor: str | None) -> ListPage:
     found: list[ListedRollout] = []
     searched = 0
     while True:
-        page = store.list_rollouts(PAGE_ROLLOUTS if filters.is_empty else 1, cursor)
+        page = store.list_rollouts(PAGE_ROLLOUTS, cursor)
         for rollout_id in page.rollout_ids:
             listed = ListedRollout.of(store, store.query_spans(rollout_id), selection.role)
             searched += 1

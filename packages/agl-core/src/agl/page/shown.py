@@ -1,6 +1,7 @@
 """How values are written on the page. Everything here is text; the templates escape it."""
 
 import hashlib
+import json
 import shlex
 import time
 from typing import Any, Final
@@ -18,6 +19,9 @@ _INVISIBLE: Final = (
 _VISIBLE: Final = _PICTURES | {code: f"⟨U+{code:04X}⟩" for codes in _INVISIBLE for code in codes}
 """Characters that a browser does not show, that reorder the text around them, or that UTF-8 cannot encode."""
 _COLOURS: Final = 8
+_MAX_CHARS: Final = 2000
+_MAX_BRIEF: Final = 120
+_QUESTIONS: Final = ("question", "prompt", "task", "input", "text")
 _UNITS: Final = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 
 
@@ -65,7 +69,28 @@ def quoted(text: str) -> str:
     return shlex.quote(text)
 
 
+def cut(text: str) -> str:
+    """At most the first 2,000 characters."""
+    return text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]}… ({len(text) - _MAX_CHARS:,} more characters)"
+
+
+def pretty(value: Any) -> str:
+    """A JSON value in lines; a text as it is."""
+    return cut(value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def brief(value: Any) -> str:
+    """A JSON value on one line; of an object that has a question or the like, that."""
+    if isinstance(value, dict):
+        value = next((value[name] for name in _QUESTIONS if isinstance(value.get(name), str)), value)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _MAX_BRIEF else f"{text[:_MAX_BRIEF]}…"
+
+
 FILTERS: Final = {
+    "cut": cut,
+    "pretty": pretty,
+    "brief": brief,
     "quoted": quoted,
     "colour": colour,
     "number": number,

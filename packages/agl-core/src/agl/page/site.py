@@ -3,20 +3,25 @@
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from importlib.metadata import version
-from typing import Any, Final
+from typing import Any, Final, Protocol
 from urllib.parse import parse_qs
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from agl.errors import AglError, InputError, TrajectoryError, UnknownIdError
+from agl.page.adapters import list_adapters
+from agl.page.comparison import Comparison, evaluations
+from agl.page.groups import Group, list_groups
 from agl.page.rollouts import Filters, RolloutView, full_text, list_page, token_view
+from agl.page.runs import RUN, RunView, list_runs
 from agl.page.shown import FILTERS, visible
 from agl.server.auth import COOKIE, LOGIN, STATIC, BearerTokens
-from agl.store import Store
+from agl.store import Store, sqlite_path
 
 _POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
@@ -28,18 +33,34 @@ _HEADERS: Final = {
     "referrer-policy": "same-origin",  # Without a referrer, the login form would have no origin.
     "cache-control": "no-store",
 }
-_PAGES: Final = (("Rollouts", "/rollouts"),)
+_PAGES: Final = (
+    *(("Runs", "/runs"), ("Groups", "/groups"), ("Compare", "/compare"), ("Rollouts", "/rollouts")),
+    *(("Adapters", "/adapters"), ("Health", "/health")),
+)
 _MAX_LOGIN_BYTES: Final = 4096
 _COOKIE_S: Final = 30 * 86_400
 
 Answer = Callable[[Request], Response]
 
 
-class Page:
-    """The page over `store`. A token of `tokens` that may read logs in."""
+class Server(Protocol):
+    """The server that the page is of."""
 
-    def __init__(self, store: Store, tokens: BearerTokens) -> None:
+    async def health(self) -> dict[str, Any]:
+        """The number of spans, the states of the engines, and the length of the queue if there is one."""
+        ...
+
+    def live_versions(self) -> Mapping[str, str]:
+        """By role the policy version to which the gateway sends its calls, where it was set."""
+        ...
+
+
+class Page:
+    """The page over `store` on `server`. A token of `tokens` that may read logs in."""
+
+    def __init__(self, store: Store, tokens: BearerTokens, server: Server) -> None:
         self._store = store
+        self._server = server
         self._tokens = tokens
         self._templates = Environment(
             loader=PackageLoader("agl.page"),
@@ -59,14 +80,22 @@ class Page:
 
     def routes(self) -> list[BaseRoute]:
         answers: Mapping[str, Answer] = {
-            "/": lambda _: RedirectResponse("/rollouts"),
+            "/": lambda _: RedirectResponse("/runs" if self._store.query_resources(RUN) else "/rollouts"),
             "/favicon.ico": lambda _: RedirectResponse(f"{STATIC}/icon.svg"),
+            "/runs": self._runs,
+            "/runs/view": self._run,
+            "/runs/charts": self._charts,
+            "/groups": self._groups,
+            "/groups/view": self._group,
+            "/compare": self._compare,
+            "/adapters": self._adapters,
             "/rollouts": self._rollouts,
             "/rollouts/view": self._rollout,
             "/rollouts/tokens": self._call_tokens,
             "/rollouts/text": self._text,
         }
         pages = [Route(path, self._endpoint(answer)) for path, answer in answers.items()]
+        pages.append(Route("/health", self._health))
         login = Route(LOGIN, self._login, methods=["GET", "POST"])
         logout = Route("/logout", self._log_out)
         return [*pages, login, logout, Mount(STATIC, StaticFiles(packages=[("agl.page", "static")]))]
@@ -92,11 +121,49 @@ class Page:
         text = self._templates.get_template(template).render(values)
         return HTMLResponse(text.encode(errors="replace"), status)
 
+    def _adapters(self, _: Request) -> Response:
+        return self._show("adapters.html", adapters=list(list_adapters(self._store, self._server.live_versions())))
+
+    async def _health(self, request: Request) -> Response:
+        health = await self._server.health()
+        return await run_in_threadpool(self._endpoint(lambda _: self._show_health(health)), request)
+
+    def _show_health(self, health: Mapping[str, Any]) -> Response:
+        path = sqlite_path(self._store.uri)
+        size = path.stat().st_size if path and path.exists() else None
+        return self._show("health.html", health=health, rollouts=self._store.count_rollouts(), size=size)
+
     def _rollouts(self, request: Request) -> Response:
         filters = Filters.of(request.query_params)
         page = list_page(self._store, filters, request.query_params.get("cursor"))
         is_part = request.headers.get("hx-request") == "true" and "cursor" in request.query_params
         return self._show("rollout_rows.html" if is_part else "rollouts.html", page=page, filters=filters)
+
+    def _runs(self, _: Request) -> Response:
+        return self._show("runs.html", runs=list_runs(self._store))
+
+    def _run(self, request: Request) -> Response:
+        run = RunView.of(self._store, _required(request, "id"))
+        part = "run_state.html" if request.headers.get("hx-request") == "true" else "run.html"
+        return self._show(part, run=run, findings=run.findings(self._store))
+
+    def _charts(self, request: Request) -> Response:
+        return JSONResponse(RunView.of(self._store, _required(request, "id")).charts())
+
+    def _groups(self, request: Request) -> Response:
+        run, cursor = request.query_params.get("run", ""), request.query_params.get("cursor")
+        page = list_groups(self._store, run, cursor)
+        is_part = request.headers.get("hx-request") == "true" and cursor is not None
+        return self._show("group_rows.html" if is_part else "groups.html", page=page, run=run)
+
+    def _group(self, request: Request) -> Response:
+        return self._show("group.html", group=Group.of(self._store, _required(request, "id")))
+
+    def _compare(self, request: Request) -> Response:
+        runs = [view.run for view in list_runs(self._store)]
+        run, left, right = (request.query_params.get(name, "") for name in ("run", "left", "right"))
+        run = run or next((name for name in runs if len(evaluations(self._store, name)) > 1), next(iter(runs), ""))
+        return self._show("compare.html", runs=runs, comparison=Comparison.of(self._store, run, left, right))
 
     def _rollout(self, request: Request) -> Response:
         shows_all = request.query_params.get("all") == "1"

@@ -178,6 +178,10 @@ class Store(Protocol):
         """A version of a resource, the newest by default."""
         ...
 
+    def query_resources(self, prefix: str = "") -> list[Resource]:
+        """All versions of the resources whose names begin with `prefix`, by name and version."""
+        ...
+
     def lease_resource(
         self, name: str, holder: str, ttl_s: float, version: int | None = None, *, now_ns: int | None = None
     ) -> Resource | None:

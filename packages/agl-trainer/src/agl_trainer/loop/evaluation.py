@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from agl.errors import ConfigError, TrainingError
+from agl.inspection.evaluation import evaluation_record
 from agl.runner.runner import Outcome
 from agl.seeds import derive
 from agl.trajectory import Trajectory, build_trajectory
@@ -51,6 +52,8 @@ def evaluate(training: Training, label: str, sampling: Sampling | None = None) -
             raise TrainingError(f"{name}: no rollout has a reward; set train.reward or call agl.emit_reward")
         by_task = task_scores(names, scores, sampling)
         result = EvalResult(label, by_task, commonest_answers(filter(None, trajectories)), len(missing))
+        ids = {task: wanted[index * sampling.samples].rollout_id for index, task in enumerate(names)}
+        training.store.put_resource(evaluation_record(training.run, label, str(training.folder / "eval"), ids))
         training.progress.update(reward=result.mean())
     return result
 

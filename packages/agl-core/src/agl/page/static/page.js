@@ -28,3 +28,73 @@ function localTimes(root) {
 }
 localTimes(document);
 document.addEventListener("htmx:afterSettle", () => localTimes(document));
+
+// --- Curves of a run -------------------------------------------------------------------------------------------------
+
+const HUES = [165, 212, 268, 330, 14, 40, 95, 190];
+const charts = document.querySelector("[data-charts]");
+let drawn = "";
+let plots = [];
+
+/** One row of values for each step of any series. */
+function aligned(series) {
+  const steps = [...new Set(series.flatMap((one) => one.x))].sort((a, b) => a - b);
+  const row = new Map(steps.map((step, index) => [step, index]));
+  const column = (one, values) => {
+    const filled = new Array(steps.length).fill(null);
+    one.x.forEach((step, index) => { filled[row.get(step)] = values[index]; });
+    return filled;
+  };
+  return [steps, series.flatMap((one) => [column(one, one.y), ...(one.low ? [column(one, one.low), column(one, one.high)] : [])])];
+}
+
+function options(chart, width) {
+  const style = getComputedStyle(document.documentElement);
+  const axis = { stroke: style.getPropertyValue("--muted"), grid: { stroke: style.getPropertyValue("--line"), width: 1 }, ticks: { show: false }, font: "12px system-ui" };
+  const shown = [{ label: "step" }];
+  const bands = [];
+  chart.series.forEach((one, index) => {
+    const colour = `hsl(${HUES[index % HUES.length]} 50% ${isDark() ? 62 : 38}%)`;
+    const shade = `hsl(${HUES[index % HUES.length]} 50% 50% / 0.14)`;
+    const number = (_, value) => (value === null || value === undefined ? "–" : value.toPrecision(3));
+    shown.push({ label: one.label, stroke: colour, width: 1.75, value: number, spanGaps: true, points: { show: one.points ?? one.x.length < 3, size: 6, fill: colour }, ...(one.points ? { paths: () => null } : {}) });
+    if (!one.low) return;
+    const edge = { stroke: "transparent", points: { show: false }, class: "edge", value: number };
+    shown.push({ ...edge, label: `${one.label} low` }, { ...edge, label: `${one.label} high` });
+    bands.push({ series: [shown.length - 1, shown.length - 2], fill: shade });
+  });
+  return { width, height: 220, series: shown, bands, scales: { x: { time: false } }, axes: [axis, { ...axis, size: 52 }], legend: { live: true }, cursor: { drag: { x: true, y: false } } };
+}
+
+function draw(found) {
+  for (const plot of plots) plot.destroy();
+  charts.replaceChildren();
+  plots = found.map((chart) => {
+    const card = document.createElement("section");
+    card.className = "card";
+    const title = document.createElement("h2");
+    title.textContent = chart.title;
+    card.append(title);
+    charts.append(card);
+    const [steps, values] = aligned(chart.series);
+    return new uPlot(options(chart, card.clientWidth - 32), [steps, ...values], card);
+  });
+  if (!found.length) charts.textContent = "No step has ended yet.";
+}
+
+async function update(again) {
+  if (document.hidden && !again) return;
+  const response = await fetch(charts.dataset.charts);
+  if (!response.ok) return;
+  const text = await response.text();
+  if (text === drawn && !again) return;
+  drawn = text;
+  draw(JSON.parse(text));
+}
+
+if (charts) {
+  update(true);
+  setInterval(() => update(false).catch(() => {}), 5000); // The server may be gone for a while.
+  addEventListener("resize", () => update(true));
+  document.addEventListener("theme", () => update(true));
+}

@@ -16,6 +16,7 @@ from agl.store.protocol import Resource
 Result = TypeVar("Result")
 
 _READ: Final = "SELECT revision, version, holder, uri, metadata, expires_ns FROM resources WHERE name = ?"
+_QUERY: Final = "SELECT holder, name, version, uri, metadata FROM resources"
 _BEGIN: Final = "INSERT INTO resources (name, revision) VALUES (?, ?) IF NOT EXISTS"
 _CHANGE: Final = "UPDATE resources SET revision = ? WHERE name = ? IF revision = ?"
 _PUT: Final = "INSERT INTO resources (name, version, holder, uri, metadata) VALUES (?, ?, '', ?, ?)"
@@ -50,6 +51,11 @@ class CassandraResources:
 
     def get_resource(self, name: str, version: int | None = None) -> Resource | None:
         return _read(self._keyspace, name).get(version)
+
+    def query_resources(self, prefix: str = "") -> list[Resource]:
+        rows = self._keyspace.scan(_QUERY)
+        found = [to_resource(row) for holder, *row in rows if holder == "" and row[0].startswith(prefix)]
+        return sorted(found, key=lambda resource: (resource.name.encode(), resource.version))
 
     def lease_resource(
         self, name: str, holder: str, ttl_s: float, version: int | None = None, *, now_ns: int | None = None

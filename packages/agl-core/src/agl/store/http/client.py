@@ -90,6 +90,7 @@ class HttpStore(Store):
     query_attempts = _remote(Store.query_attempts)
     count_rollouts = _remote(Store.count_rollouts)
     get_resource = _remote(Store.get_resource)
+    query_resources = _remote(Store.query_resources)
     lease_resource = _remote(Store.lease_resource)
     release_resource = _remote(Store.release_resource)
     collect_resources = _remote(Store.collect_resources)

@@ -155,6 +155,7 @@ VERBS: Final = {
         Verb("count_rollouts", "GET"),
         Verb("put_resource"),
         Verb("get_resource", "GET"),
+        Verb("query_resources", "GET"),
         Verb("lease_resource"),
         Verb("release_resource"),
         # A repetition would return nothing; nobody would delete the files of the collected versions.

@@ -16,6 +16,10 @@ _GET = f"""
 SELECT {RESOURCE_COLUMNS} FROM resources
 WHERE name = :name AND version = coalesce(CAST(:version AS integer), version) ORDER BY version DESC LIMIT 1
 """
+_QUERY = f"""
+SELECT {RESOURCE_COLUMNS} FROM resources
+WHERE substr(name, 1, length(CAST(:prefix AS text))) = :prefix ORDER BY name, version
+"""
 _COLLECT = f"""
 DELETE FROM resources
 WHERE name = :name
@@ -49,6 +53,10 @@ class SqlResources(Generic[DatabaseT]):
 
     def get_resource(self, name: str, version: int | None = None) -> Resource | None:
         return self._database.read(lambda db: _get(db, name, version))
+
+    def query_resources(self, prefix: str = "") -> list[Resource]:
+        rows = self._database.read(lambda db: db.execute(_QUERY, {"prefix": prefix}).fetchall())
+        return list(map(to_resource, rows))
 
     def lease_resource(
         self, name: str, holder: str, ttl_s: float, version: int | None = None, *, now_ns: int | None = None

@@ -1,0 +1,144 @@
+"""Groups: the rollouts of one task side by side."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Any, Final, Self
+
+from agl.errors import UnknownIdError
+from agl.inspection.conversation import read_conversation, text_of
+from agl.inspection.listing import ListedRollout
+from agl.store import Store
+
+_GROUPS: Final = 15
+_SEARCH_S: Final = 0.5
+_PAGE: Final = 20
+_EQUAL: Final = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A role's answer in a rollout: what it has in common with the others of its place in the group, and the rest."""
+
+    role: str
+    common: str
+    rest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A rollout of a group."""
+
+    listed: ListedRollout
+    answers: list[Answer]
+    advantages: Mapping[str, float]
+    """By role, from the last step that trained it."""
+
+    @property
+    def parts(self) -> Mapping[str, float]:
+        rewards = self.listed.trajectory.rewards
+        whole = [reward.dimensions for reward in rewards if reward.target is None and reward.role is None]
+        return whole[-1] if whole else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The rollouts of a group that have spans, the best first."""
+
+    group_id: str
+    task: Any
+    queued: int
+    members: list[Member]
+
+    @classmethod
+    def of(cls, store: Store, group_id: str) -> Self:
+        """Raises UnknownIdError if no rollout of the group was queued."""
+        queued = store.query_rollouts(group_id)
+        if not queued:
+            raise UnknownIdError(f"no rollout of group {group_id!r} was queued in {store.uri}")
+        found = [store.query_spans(rollout.rollout_id) for rollout in queued]
+        listed = [ListedRollout.of(store, spans) for spans in found if spans]
+        listed.sort(key=lambda one: -(one.reward if one.reward is not None else float("-inf")))
+        return cls(group_id, queued[0].input, len(queued), _members(listed))
+
+    @property
+    def rewards(self) -> list[float]:
+        return [member.listed.reward for member in self.members if member.listed.reward is not None]
+
+    @property
+    def mean(self) -> float | None:
+        return sum(self.rewards) / len(self.rewards) if self.rewards else None
+
+    @property
+    def is_equal(self) -> bool:
+        """All rollouts earned the same: nothing to learn from."""
+        return len(self.rewards) > 1 and max(self.rewards) - min(self.rewards) < _EQUAL
+
+    def verdict(self) -> str:
+        """Why the best rollout won."""
+        if len(self.rewards) < 2:
+            return "Fewer than two rollouts have a reward, so there is nothing to compare."
+        if self.is_equal:
+            return f"All {len(self.rewards)} rollouts earned {self.rewards[0]:.3g}, so this group taught nothing."
+        best, others = self.members[0], [m for m in self.members[1:] if m.listed.reward is not None]
+        gaps = {
+            name: value - sum(other.parts.get(name, 0.0) for other in others) / len(others)
+            for name, value in best.parts.items()
+        }
+        ordered = sorted(gaps.items(), key=lambda item: -abs(item[1]))
+        told = ", ".join(f"{name} {gap:+.3g}" for name, gap in ordered if abs(gap) > _EQUAL)
+        against = f": {told} against the mean of the others" if told else ""
+        mean = sum(self.rewards[1:]) / len(others)
+        return f"The best rollout earned {self.rewards[0]:.3g}, the others {mean:.3g}{against}."
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPage:
+    groups: list[Group]
+    cursor: str | None
+
+
+def list_groups(store: Store, run: str, cursor: str | None) -> GroupPage:
+    """The next groups whose first rollout is of `run`, or any if it is empty; as many as half a second finds."""
+    deadline, found = time.monotonic() + _SEARCH_S, list[Group]()
+    while True:
+        page = store.list_rollouts(_PAGE, cursor)
+        found += _groups_that_begin_with(store, page.rollout_ids, run)
+        cursor = page.cursor
+        if cursor is None or len(found) >= _GROUPS or time.monotonic() > deadline:
+            return GroupPage(found, cursor)
+
+
+def _groups_that_begin_with(store: Store, rollout_ids: Sequence[str], run: str) -> Iterator[Group]:
+    """The groups of which one of these is the first rollout: so each group is in one page."""
+    for rollout_id in rollout_ids:
+        rollout = store.get_rollout(rollout_id)
+        if rollout is None or rollout.group_id is None or (run and rollout.metadata.get("run") != run):
+            continue
+        if store.query_rollouts(rollout.group_id)[0].rollout_id == rollout_id:
+            yield Group.of(store, rollout.group_id)
+
+
+def _members(listed: Sequence[ListedRollout]) -> list[Member]:
+    """The rollouts with their answers, each compared with those of the same place in the other rollouts."""
+    said = [list(_answers(one)) for one in listed]
+    members = []
+    for one, answers in zip(listed, said, strict=True):
+        shown = []
+        for place, (role, text) in enumerate(answers):
+            same_place = [other[place][1] for other in said if len(other) > place and other[place][0] == role]
+            common = len(commonprefix(same_place)) if len(same_place) > 1 else 0  # noqa: RUF071 - texts, no paths
+            shown.append(Answer(role, text[:common], text[common:]))
+        trained = (report for report in one.reports if report.trained and report.trained[-1].advantage is not None)
+        members.append(Member(one, shown, {r.call.role: r.trained[-1].advantage or 0.0 for r in trained}))
+    return members
+
+
+def _answers(listed: ListedRollout) -> Iterator[tuple[str, str]]:
+    """Role and text of each answer of the last attempt."""
+    spans = {span.span_id: span for span in listed.spans}
+    for call in listed.trajectory.calls:
+        if call.attempt_id in (None, listed.trajectory.attempt_id):
+            answer = read_conversation(call, spans).answer
+            yield call.role, text_of(answer) if answer else call.error or ""
