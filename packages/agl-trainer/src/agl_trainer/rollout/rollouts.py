@@ -94,7 +94,8 @@ class Rollouts:
             after, speed = engine.tokens_sampled, None
             if before is not None and after is not None:
                 speed = (after - before) / (time.monotonic() - started)
-            done = {"step": count - left} if counts_steps else {"waiting_for": f"{left} of {count} rollouts"}
+            waiting_for = f"{left} of {count} rollouts" if left else None
+            done = {"step": count - left} if counts_steps else {"waiting_for": waiting_for}
             self.progress.update(tokens_per_s=speed, **done)
 
         return on_done
