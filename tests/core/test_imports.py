@@ -23,12 +23,14 @@ ALLOWED = {
 ROOMS = {
     "agl": {
         "__main__": "cli",
-        "cli": "server_thread queue inspection trajectory store server config secret_url otlp span semconv errors",
+        "cli": "server_thread canary queue inspection trajectory store server config secret_url otlp span semconv "
+        "errors",
         "server_thread": "page collector gateway queue store server config secret_url errors",
         "page": "inspection trajectory store server span errors",
         "collector": "store server config errors",
-        "gateway": "store server config context content span tokens seeds semconv errors",
+        "gateway": "canary store server config context content span tokens seeds semconv errors",
         "runner": "agl store context emit semconv errors",
+        "canary": "trajectory store config span semconv errors",
         "queue": "store config secret_url errors",
         "inspection": "trajectory store span tokens semconv errors",
         "trajectory": "role_map span tokens semconv errors",

@@ -23,12 +23,15 @@ from pydantic import BaseModel
 from agl.cli import _parser
 from agl.config import (
     AgentRoles,
+    CanaryConfig,
     CollectorConfig,
     Config,
     EngineConfig,
     GatewayConfig,
+    GuardConfig,
     JudgeConfig,
     LaunchConfig,
+    PromoteConfig,
     QueueConfig,
     RoleConfig,
     SamplingConfig,
@@ -228,6 +231,9 @@ def test_the_configuration_table_has_every_key_with_its_default() -> None:
         "sft.": SftConfig,
         "sft.traces.": SftTracesConfig,
         "judge.": JudgeConfig,
+        "canary.": CanaryConfig,
+        "canary.promote.": PromoteConfig,
+        "canary.guard.": GuardConfig,
     }
     known = {prefix + name: default for prefix, section in sections.items() for name, default in _defaults(section)}
     groups = {"agent_roles.roles", *(prefix.rstrip(".") for prefix in sections)}

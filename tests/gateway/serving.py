@@ -35,7 +35,13 @@ class Store(SqliteStore):
         self.delay_s = 0.0
         self.refusing = False
         self.refused_rollout = ""
+        self.unreadable = False
         self.appended: list[Span] = []
+
+    def query_rows(self, rollout_id: str) -> list[bytes]:
+        if self.unreadable:
+            raise StoreError("the disk does not answer")
+        return super().query_rows(rollout_id)
 
     def append_rows(self, rows: Sequence[SpanRow]) -> int:
         time.sleep(self.delay_s)

@@ -30,7 +30,7 @@ def control(setup: Setup, verb: str, **body: Any) -> Any:
 
 def test_a_paused_gateway_answers_429_until_it_resumes() -> None:
     with gateway() as setup:
-        assert control(setup, "pause") == {"paused": True, "calls": 0, "models": {}, "versions": {}}
+        assert control(setup, "pause") == {"paused": True, "calls": 0, "models": {}, "versions": {}, "production": {}}
         answer = setup.post(chat_body())
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
         assert answer.json()["error"]["code"] == "paused"

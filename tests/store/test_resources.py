@@ -1,6 +1,7 @@
 """The store's contract: versioned resources with leases, and metrics."""
 
 import math
+import threading
 import time
 
 import pytest
@@ -18,6 +19,21 @@ def test_resources_have_versions_and_the_newest_is_the_default(store: Store) -> 
     assert store.get_resource("writer", 0) == Resource("writer", 0, "adapters/writer/0")
     assert store.get_resource("writer", 2) is None
     assert store.get_resource("fixer") is None
+
+
+def test_of_several_who_add_a_version_one_succeeds_and_all_learn_which(store: Store) -> None:
+    added: list[Resource] = []
+    callers = [
+        threading.Thread(target=lambda by=by: added.append(store.add_resource(Resource("claim", 3, "", {"by": by}))))
+        for by in range(4)
+    ]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert added == [store.get_resource("claim", 3)] * 4
+    store.put_resource(Resource("claim", 3, "", {"by": "put"}))
+    assert store.add_resource(Resource("claim", 3, "late")).metadata == {"by": "put"}
 
 
 def test_metrics_come_back_by_name_and_step(store: Store) -> None:

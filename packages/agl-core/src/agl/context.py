@@ -31,7 +31,7 @@ TRACER = trace.get_tracer("agl")
 _SPAN_ATTRIBUTES = (semconv.ROLLOUT_ID, semconv.ATTEMPT_ID, semconv.GROUP_ID, semconv.MODE, semconv.ROLE)
 _INFERRED = "agl.role.inferred"
 """Baggage entry that marks the role as a plug-in's guess from the current agent's name, not one set by `agl.role`."""
-ENTRIES = (*_SPAN_ATTRIBUTES, _INFERRED)
+ENTRIES = (*_SPAN_ATTRIBUTES, _INFERRED, semconv.USER)
 """All baggage entries of ours."""
 
 
@@ -51,6 +51,7 @@ def rollout(
     group_id: str | None = None,
     attempt_id: str | None = None,
     mode: Mode = "train",
+    user: str | None = None,
 ) -> Scope[ActiveRollout]:
     """Run the block as one rollout: every span started in it carries the ids. `with` or `async with`.
 
@@ -58,6 +59,7 @@ def rollout(
             agent.invoke(task)
             agl.emit_reward(1.0)
 
+    `user` is whom the agent serves: a gateway reads it, and no span has it.
     Default ids: a random `rollout_id`, and `<rollout_id>-a1` for `attempt_id`. The rollout starts a new trace, linked
     to the current span, so two rollouts never share a trace. An exception sets the status ERROR on the rollout's span
     and propagates. Raises TelemetryError for an empty id or an unknown mode.
@@ -68,7 +70,8 @@ def rollout(
     attempt_id = non_empty("attempt_id", f"{rollout_id}-a1" if attempt_id is None else attempt_id)
     if group_id is not None:
         non_empty("group_id", group_id)
-    return Scope(_run_rollout(ActiveRollout(rollout_id, attempt_id, group_id, mode)))
+    served = {} if user is None else {semconv.USER: non_empty("user", user)}
+    return Scope(_run_rollout(ActiveRollout(rollout_id, attempt_id, group_id, mode), served))
 
 
 def role(name: str) -> Scope[str]:
@@ -199,8 +202,9 @@ def with_baggage(entries: Mapping[str, str | None], context: Context) -> Context
 
 
 @contextmanager
-def _run_rollout(active: ActiveRollout) -> Iterator[ActiveRollout]:
+def _run_rollout(active: ActiveRollout, served: Mapping[str, str]) -> Iterator[ActiveRollout]:
     entries = {
+        **served,
         semconv.ROLLOUT_ID: active.rollout_id,
         semconv.ATTEMPT_ID: active.attempt_id,
         semconv.GROUP_ID: active.group_id,

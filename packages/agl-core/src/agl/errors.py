@@ -60,6 +60,10 @@ class GatewayError(AglError):
     """The gateway cannot answer a request: there is no engine, the engine failed, or the request is invalid."""
 
 
+class CanaryError(AglError):
+    """A canary cannot start or be decided: its versions are wrong, another one runs, or a reward is out of range."""
+
+
 class AgentError(AglError):
     """An agent function raised or timed out. It is data: the rollout is marked as failed with it."""
 

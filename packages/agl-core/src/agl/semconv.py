@@ -80,6 +80,8 @@ MODE: Final = "agl.mode"
 """str: `train`, `eval` or `prod`."""
 ROLE: Final = "agl.role"
 """str: role of the agent, e.g. `planner`."""
+USER: Final = "agl.user"
+"""str: entry of the baggage, on no span: whom the agent serves. A canary gives a user's rollouts to one version."""
 PROJECT: Final = "agl.project"
 """str: project of the token with which the call was made."""
 POLICY_VERSION: Final = "agl.policy.version"
@@ -158,6 +160,19 @@ GATEWAY_PREFIX: Final = "agl.gateway.prefix"
 call's tokens, else the reason why the engine's chat template rendered it."""
 GATEWAY_CHOICE: Final = "agl.gateway.choice"
 """int: index of the choice whose tokens the span has; each choice after the first has its own span."""
+
+# --- Recorded by the gateway for a call in production, once the store has a canary -----------------------------------
+
+CANARY_EVENT: Final = "agl.canary.event"
+"""int: number of the event in the history of canaries whose versions answer the rollout."""
+CANARY_ID: Final = "agl.canary.id"
+"""str: the canary that ran when the rollout began. Absent if none did."""
+CANARY_ARM: Final = "agl.canary.arm"
+"""str: `candidate` or `current`."""
+CANARY_KEY: Final = "agl.canary.key"
+"""str: hash of the user, or of the rollout, by which the arm was chosen."""
+CANARY_VERSION: Final = "agl.canary.version"
+"""str: the version that should answer the call, as `agl.policy.version` names it."""
 
 # --- Recorded by a training step for a call --------------------------------------------------------------------------
 

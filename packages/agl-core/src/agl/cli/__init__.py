@@ -51,6 +51,7 @@ _OWN: Mapping[str, str] = {
     "rollouts": "list rollouts, newest first, by mode, role, reward or error, and write SFT examples",
     "trajectories": "print the training rows of rollouts, and a reason for each call that cannot train",
     "spans": "export and import spans as OTLP JSON lines",
+    "canary": "give a candidate a share of production, and promote it or roll it back by evidence",
     "store": "count, delete, back up and check the contents of a store",
     "config": "check a configuration file and print it with all defaults",
     "doctor": "check packages, store, ports and engine, and say how to fix each problem",

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
+from agl.canary.watch import deciding
 from agl.cli.command import add_command
 from agl.cli.open_files import raise_file_limit
 from agl.config import Config, QueueConfig, UpstreamConfig
@@ -96,6 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     with (
         opened_store(store_uri) as store,
         watching(store),
+        deciding(store),
         _queue(arguments.queue or config.queue_uri, store_uri, config.queue) as queue,
         _engine(upstream, config, store) as engine,
         _server_class()(

@@ -1,5 +1,6 @@
 """The configuration as a typed tree: one module per section of the YAML file, and `file` for the whole."""
 
+from agl.config.canary import CanaryConfig, GuardConfig, PromoteConfig
 from agl.config.collector import CollectorConfig
 from agl.config.engine import EngineConfig, LaunchConfig
 from agl.config.file import DEFAULT_STORE_URI, Config
@@ -26,10 +27,12 @@ __all__ = [
     "AdvantageName",
     "AgentRoles",
     "Appendfsync",
+    "CanaryConfig",
     "CollectorConfig",
     "Config",
     "EngineConfig",
     "GatewayConfig",
+    "GuardConfig",
     "JudgeConfig",
     "LaunchConfig",
     "LogprobsMode",
@@ -37,6 +40,7 @@ __all__ = [
     "LossName",
     "Normalization",
     "PolicyLossConfig",
+    "PromoteConfig",
     "QueueConfig",
     "RecordMode",
     "RewardScale",

@@ -7,6 +7,7 @@ from typing import Any, Final, Self
 import yaml
 from pydantic import AliasChoices, BaseModel, Field, ValidationError, model_validator
 
+from agl.config.canary import CanaryConfig, GuardConfig, PromoteConfig
 from agl.config.collector import CollectorConfig
 from agl.config.engine import EngineConfig, LaunchConfig
 from agl.config.gateway import GatewayConfig, TimeoutsConfig, UpstreamConfig
@@ -45,6 +46,7 @@ class Config(Section):
     train: TrainConfig | None = None
     sft: SftConfig | None = None
     judge: JudgeConfig | None = None
+    canary: CanaryConfig = Field(default_factory=CanaryConfig)
 
     @model_validator(mode="after")
     def _weighs_its_judge(self) -> Self:
@@ -143,4 +145,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "sft": SftConfig,
     "traces": SftTracesConfig,
     "judge": JudgeConfig,
+    "canary": CanaryConfig,
+    "promote": PromoteConfig,
+    "guard": GuardConfig,
 }

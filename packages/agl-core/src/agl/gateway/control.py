@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import BaseRoute, Route
 
+from agl.gateway.arms import Arms
 from agl.gateway.dispatch import PauseGate, Routes
 from agl.server.api_error import ApiError
 from agl.server.receiving import MemoryBudget, Reservation, peer_of, read_body
@@ -40,7 +41,8 @@ class Control:
     """`GET /api/gateway`, `POST /api/gateway/pause`, `POST .../resume`, `PUT .../models/{name}`,
     `PATCH .../versions`."""
 
-    def __init__(self, gate: PauseGate, routes: Routes, budget: MemoryBudget) -> None:
+    def __init__(self, gate: PauseGate, routes: Routes, arms: Arms, budget: MemoryBudget) -> None:
+        self._arms = arms
         self._budget = budget
         self._gate = gate
         self._routes = routes
@@ -80,7 +82,8 @@ class Control:
 
     def _state(self) -> JSONResponse:
         gate, routes = self._gate, self._routes
-        tables = {"models": routes.names, "versions": dict(routes.versions)}
+        production = dict(self._arms.versions)
+        tables = {"models": routes.names, "versions": dict(routes.versions), "production": production}
         return JSONResponse({"paused": gate.is_paused, "calls": gate.active_calls, **tables})
 
     async def _read(self, request: Request, kind: type[Body]) -> Body:

@@ -49,14 +49,15 @@ class Routes:
         """Change `versions` in one step; None removes a role. Pinned rollouts keep those that they began with."""
         self.versions = {role: name for role, name in {**self.versions, **versions}.items() if name is not None}
 
-    def resolve(self, model: str, pinned: Hashable | None = None) -> str:
+    def resolve(self, model: str, production: Mapping[str, str], pinned: Hashable | None = None) -> str:
         """The engines' name for what a client calls `model`.
 
-        `pinned` is a rollout whose calls all use the versions of its first call.
+        `pinned` is a rollout whose calls all use the versions of its first call. For others `production` precedes
+        `versions`.
         """
-        policy, versions = self.policy(model), self.versions
+        policy, versions = self.policy(model), {**self.versions, **production}
         if pinned is not None:
-            versions = self._pinned[pinned] = self._pinned.pop(pinned, versions)
+            versions = self._pinned[pinned] = self._pinned.pop(pinned, self.versions)
             if len(self._pinned) > _ROLLOUTS_PINNED:
                 self._pinned.popitem(last=False)
         return versions.get(policy, policy)

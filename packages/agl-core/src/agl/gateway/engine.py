@@ -13,15 +13,16 @@ from agl.gateway.engine_kind import ENGINE_KINDS
 from agl.server.api_error import ApiError, error_text
 
 _CREDENTIALS: Final = frozenset({"authorization", "x-api-key"})
+USER_HEADER: Final = "x-agl-user"
 EVENT_STREAM: Final = "text/event-stream"
 _FINISH_S: Final = 0.5
 _NOT_FORWARDED: Final = frozenset(
     {"host", "content-length", "transfer-encoding", "connection", "keep-alive", "te", "trailer", "upgrade", "expect"}
     | {"accept-encoding", "content-encoding", "date", "server", "proxy-authorization", "proxy-authenticate"}
-    | {"proxy-connection", "cookie", "set-cookie", "api-key", "origin"}
+    | {"proxy-connection", "cookie", "set-cookie", "api-key", "origin", USER_HEADER}
 )
 """Headers that apply to one hop only, describe a body that the gateway rewrites, hold credentials for the gateway, or
-are its to check."""
+are its to check or to use."""
 
 
 class Engine:

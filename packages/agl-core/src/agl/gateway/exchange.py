@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from agl import semconv
 from agl.config import GatewayConfig
 from agl.errors import AglError, OtlpError
+from agl.gateway.arms import Arms
 from agl.gateway.conversation import Conversations, conversation_key
 from agl.gateway.dialect.dialect import DONE, Dialect, EventSplitter, event_data
 from agl.gateway.dispatch import Dispatch, Routes
@@ -73,6 +74,7 @@ class GatewayParts:
     callers: CallerLookup
     routes: Routes
     dispatch: Dispatch
+    arms: Arms
     budget: MemoryBudget
     """For the bodies of calls, until the calls end."""
     seeds: Seeds = field(default_factory=Seeds)
@@ -125,7 +127,8 @@ class CallEndpoint:
         text, body = await long_work(size, read_json, data)
         model = body["model"] if isinstance(body.get("model"), str) else None
         caller = await parts.callers.identify(request)
-        engine_model = model and parts.routes.resolve(model, caller.pinned)
+        arm = await parts.arms.arm(caller, body)
+        engine_model = model and parts.routes.resolve(model, arm.versions if arm else {}, caller.pinned)
         dialect = await long_work(size, kind, body, engine_model)
         engine_kind = parts.routes.kind(engine_model or "")
         forced = parts.overrides.get(caller.mode or "prod", {})
@@ -154,6 +157,7 @@ class CallEndpoint:
             constraints=constraints(sent, engine_kind, declared),
             sampling=declared,
             project=project_of(request.scope),
+            canary=arm.attributes(parts.routes.policy(model), engine_model) if arm and model and engine_model else {},
             capture=dialect.capture,
         )
         await long_work(size, record.check)
@@ -336,6 +340,7 @@ class Exchange:
             logger.error("a call could not be recorded (gateway.record: %s): %s", self._parts.config.record, error)
             return ApiError(500, "not_recorded", f"the call could not be recorded, its answer is withheld: {error}")
         record.note_committed()
+        await self._parts.arms.prove(spans)
         if record.position is not None and not record.error_type:
             self._parts.conversations.remember(record.position, record.capture.choices(), spans)
         return failure

@@ -16,6 +16,7 @@ from starlette.routing import BaseRoute, Route
 
 from agl.config import GatewayConfig
 from agl.errors import AglError
+from agl.gateway.arms import Arms
 from agl.gateway.control import Control
 from agl.gateway.dialect.dialect import ChatCompletion, Dialect, TextCompletion
 from agl.gateway.dialect.messages import Messages
@@ -64,7 +65,8 @@ class Gateway:
         self._gate = PauseGate()
         dispatch = Dispatch(self._routes, self._gate, config)
         budget = MemoryBudget(config.max_pending_bytes, config.max_body_bytes, "gateway")
-        self._parts = GatewayParts(config, overrides or {}, CallerLookup(store), self._routes, dispatch, budget)
+        arms = Arms(store)
+        self._parts = GatewayParts(config, overrides or {}, CallerLookup(store), self._routes, dispatch, arms, budget)
 
     def app(self, more_routes: Sequence[BaseRoute] = ()) -> Starlette:
         """The ASGI app, with `more_routes` after its own."""
@@ -79,7 +81,11 @@ class Gateway:
         routes.append(Route(f"{_PREFIX}/embeddings", self._embeddings, methods=["POST"]))
         app = Starlette(
             middleware=[Middleware(RolloutUrls)],
-            routes=[*routes, *Control(self._gate, self._routes, self._parts.budget).routes(), *more_routes],
+            routes=[
+                *routes,
+                *Control(self._gate, self._routes, self._parts.arms, self._parts.budget).routes(),
+                *more_routes,
+            ],
             lifespan=self._lifespan,
             exception_handlers={HTTPException: unknown_route, AglError: _error_response},
         )
@@ -93,8 +99,8 @@ class Gateway:
 
     @property
     def live_versions(self) -> Mapping[str, str]:
-        """By role the policy version to which its calls go, where the API has set one."""
-        return dict(self._routes.versions)
+        """By role the policy version to which its calls go, where the API or a promotion has set one."""
+        return {**self._routes.versions, **self._parts.arms.versions}
 
     async def engine_states(self) -> list[Json]:
         """For each engine its URL, whether it lists its models within 1.5 s, and its active and waiting calls."""
@@ -115,7 +121,7 @@ class Gateway:
             return await self._embed(request, body)
 
     async def _embed(self, request: Request, body: Json) -> Response:
-        model = self._routes.resolve(str(body.get("model", "")))
+        model = self._routes.resolve(str(body.get("model", "")), self._parts.arms.versions)
         sent = body | {"model": model} if model else body
         caller = Caller(rollout_id=url_ids(request.scope).get("rollout_id"))
         headers = forwarded(request.headers)
@@ -135,7 +141,7 @@ class Gateway:
             cookie_jar=aiohttp.DummyCookieJar(),
         ) as self._parts.session:
             self._health = Health(self._parts.session, self._routes, self._config.health_s)
-            async with self._health.watching():
+            async with self._health.watching(), self._parts.arms.following():
                 yield
         await self._parts.recorder.close()
 

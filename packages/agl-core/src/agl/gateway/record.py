@@ -80,6 +80,8 @@ class CallRecord:
     drifted: Drifted | None = None
     prefix: str | None = None
     """`exact`, or the reason for which the prompt was not built from sampled tokens."""
+    canary: Mapping[str, AttributeValue] = field(default_factory=dict)
+    """Attributes of a call of a canary."""
     media: dict[str, bytes] = field(default_factory=dict)
     """Attributes with the bytes of the request's media that are not known to be stored for the rollout."""
 
@@ -171,14 +173,18 @@ class CallRecord:
             semconv.GATEWAY_PREFIX: self.prefix,
             semconv.PROJECT: self.project,
         }
-        return {name: value for name, value in attributes.items() if value is not None} | self.caller.attributes()
+        return (
+            {name: value for name, value in attributes.items() if value is not None}
+            | {**self.canary}
+            | self.caller.attributes()
+        )
 
     def _policy_version(self) -> str | None:
         """The version that answered, under the name of the role that was asked: several may share an adapter."""
         version = policy_version(self.capture.model)
         if version is None or self.capture.model != self.engine_model:
             return version
-        return f"{self.policy.partition('@')[0]}@{version.partition('@')[2]}"
+        return version_under(self.policy, version)
 
 
 class CallMetrics:
@@ -266,6 +272,11 @@ def _not_recordable(reason: str) -> ApiError:
 def policy_version(model: str | None) -> str | None:
     """`<name>@<n>` from the engine's model name; version 0 for an engine without versions."""
     return model if model is None or "@" in model else f"{model}@0"
+
+
+def version_under(policy: str, engine_model: str) -> str:
+    """The version that the engine calls `engine_model`, under the name of `policy`."""
+    return f"{policy.partition('@')[0]}@{(policy_version(engine_model) or '').partition('@')[2]}"
 
 
 def _only(kind: type[int] | type[float], value: Any) -> AttributeValue | None:

@@ -23,7 +23,8 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from agl import semconv
-from agl.context import carried_attributes, read_baggage
+from agl.context import carried_attributes, carried_entries, read_baggage
+from agl.gateway.engine import USER_HEADER
 from agl.gateway.engine_kind import EngineKind
 from agl.seeds import derive
 from agl.server.api_error import ApiError
@@ -74,11 +75,14 @@ class Caller:
     parent_id: str | None = None
     seed: int | None = None
     """Seed of the rollout."""
+    user: str | None = None
+    """Whom the agent serves, if the headers name somebody. No span has it."""
 
     @classmethod
     def read(cls, headers: Headers, url: Mapping[str, str]) -> Self:
         """From `traceparent`, `baggage` and the URL; the URL's `rollout_id` and `attempt_id` override the baggage."""
-        carried = carried_attributes(read_baggage(",".join(headers.getlist("baggage"))))
+        baggage = read_baggage(",".join(headers.getlist("baggage")))
+        carried = carried_attributes(baggage)
         parents = set(headers.getlist("traceparent"))  # Of several none is known to be right.
         context = _TRACE_CONTEXT.extract(headers, Context()) if len(parents) == 1 else Context()
         parent = trace.get_current_span(context).get_span_context()
@@ -90,6 +94,7 @@ class Caller:
             role=carried.get(semconv.ROLE),
             trace_id=trace.format_trace_id(parent.trace_id) if parent.is_valid else None,
             parent_id=trace.format_span_id(parent.span_id) if parent.is_valid else None,
+            user=carried_entries((semconv.USER,), baggage).get(semconv.USER) or headers.get(USER_HEADER),
         )
 
     def with_defaults(self, rollout: Rollout | None) -> Self:

@@ -49,7 +49,7 @@ class TokenCount:
     async def _count_body(self, request: Request, data: bytes) -> int:
         parts = self._parts
         _, body = await long_work(len(data), read_json, data)
-        model = parts.routes.resolve(str(body.get("model") or ""))
+        model = parts.routes.resolve(str(body.get("model") or ""), parts.arms.versions)
         chat = (await long_work(len(data), self.dialect, body, model)).request
         engine = parts.routes.choose(model, None)
         tokenizer = Tokenizer(parts.session, engine, forwarded(request.headers), _TIMEOUT_S)

@@ -174,6 +174,13 @@ class Store(Protocol):
         """Store a resource. The same name and version replaces it: a resumed run repeats its last step."""
         ...
 
+    def add_resource(self, resource: Resource) -> Resource:
+        """Store a resource unless its name and version exist; returns the one that is stored.
+
+        Of several callers that add the same version one succeeds, and all learn which.
+        """
+        ...
+
     def get_resource(self, name: str, version: int | None = None) -> Resource | None:
         """A version of a resource, the newest by default."""
         ...

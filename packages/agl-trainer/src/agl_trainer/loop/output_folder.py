@@ -80,10 +80,7 @@ def claim_run(folder: Path, store: Store) -> str:
     file, run = folder / _RUN, run_of(folder)
     if not file.exists():
         claim = Resource(f"run {run}", 0, str(folder.resolve()), {"token": secrets.token_hex(8)})
-        if store.get_resource(claim.name) is None:
-            store.put_resource(claim)
-        holder = store.get_resource(claim.name)
-        if holder is None or holder.metadata != claim.metadata:
+        if store.add_resource(claim).metadata != claim.metadata:
             run = f"{run[:57]}-{secrets.token_hex(3)}"
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(run, encoding="utf-8")

@@ -49,6 +49,15 @@ class CassandraResources:
         row = from_resource(resource)
         _change(self._keyspace, resource.name, lambda _: ([(_PUT, row)], None))
 
+    def add_resource(self, resource: Resource) -> Resource:
+        row = from_resource(resource)
+
+        def add(versions: _Versions) -> tuple[list[Statement], Resource]:
+            found = versions.get(resource.version)
+            return ([], found) if found else ([(_PUT, row)], to_resource(row))
+
+        return _change(self._keyspace, resource.name, add)
+
     def get_resource(self, name: str, version: int | None = None) -> Resource | None:
         return _read(self._keyspace, name).get(version)
 

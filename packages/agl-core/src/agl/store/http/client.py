@@ -129,8 +129,10 @@ class HttpStore(Store):
                 return rollouts
 
     def put_resource(self, resource: Resource) -> None:
-        to_json(resource.metadata, f"the metadata of {resource.name}@{resource.version}")
-        self._call("put_resource", {"resource": resource})
+        self._write_resource("put_resource", resource)
+
+    def add_resource(self, resource: Resource) -> Resource:
+        return self._write_resource("add_resource", resource)
 
     def close(self) -> None:
         self._closed = True
@@ -141,6 +143,10 @@ class HttpStore(Store):
     def _call(self, name: str, arguments: Mapping[str, Any]) -> Any:
         verb = VERBS[name]
         return verb.read_result(self._send(verb, verb.write_arguments(arguments)))
+
+    def _write_resource(self, verb: str, resource: Resource) -> Any:
+        to_json(resource.metadata, f"the metadata of {resource.name}@{resource.version}")
+        return self._call(verb, {"resource": resource})
 
     def _query(self, rollout_id: str) -> bytes:
         verb = VERBS["query_rows"]

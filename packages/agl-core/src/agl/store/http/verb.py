@@ -154,6 +154,7 @@ VERBS: Final = {
         Verb("query_attempts", "GET"),
         Verb("count_rollouts", "GET"),
         Verb("put_resource"),
+        Verb("add_resource"),
         Verb("get_resource", "GET"),
         Verb("query_resources", "GET"),
         Verb("lease_resource"),

@@ -12,6 +12,7 @@ _PUT = f"""
 INSERT INTO resources ({RESOURCE_COLUMNS}) VALUES (?, ?, ?, ?)
 ON CONFLICT (name, version) DO UPDATE SET uri = excluded.uri, metadata = excluded.metadata
 """
+_ADD = f"INSERT INTO resources ({RESOURCE_COLUMNS}) VALUES (?, ?, ?, ?) ON CONFLICT (name, version) DO NOTHING"
 _GET = f"""
 SELECT {RESOURCE_COLUMNS} FROM resources
 WHERE name = :name AND version = coalesce(CAST(:version AS integer), version) ORDER BY version DESC LIMIT 1
@@ -50,6 +51,13 @@ class SqlResources(Generic[DatabaseT]):
 
     def put_resource(self, resource: Resource) -> None:
         write_many(self._database, _PUT, [from_resource(resource)])
+
+    def add_resource(self, resource: Resource) -> Resource:
+        def add(db: Connection) -> Resource:
+            db.execute(_ADD, from_resource(resource))
+            return _get(db, resource.name, resource.version) or resource
+
+        return self._database.write(add)
 
     def get_resource(self, name: str, version: int | None = None) -> Resource | None:
         return self._database.read(lambda db: _get(db, name, version))
