@@ -23,13 +23,13 @@ ALLOWED = {
 ROOMS = {
     "agl": {
         "__main__": "cli",
-        "cli": "server_thread canary queue inspection trajectory store server config secret_url otlp span semconv "
-        "errors",
+        "cli": "server_thread runner agl canary queue inspection trajectory store server config secret_url otlp span "
+        "semconv errors",
         "server_thread": "page collector gateway queue store server config secret_url errors",
         "page": "inspection trajectory store server span errors",
         "collector": "store server config errors",
         "gateway": "canary store server config context content span tokens seeds semconv errors",
-        "runner": "agl store context emit semconv errors",
+        "runner": "agl store config context emit semconv errors",
         "canary": "trajectory store config span semconv errors",
         "queue": "store config secret_url errors",
         "inspection": "trajectory store span tokens semconv errors",

@@ -22,7 +22,7 @@ from agl import semconv
 from agl.cli import main
 from agl.cli.inspection import Inspection
 from agl.config import Config
-from agl.errors import ConfigError, NothingTrainedError, TrainingError
+from agl.errors import ConfigError, NothingTrainedError, RunnerError, TrainingError
 from agl.inspection.token_text import token_texts, tokenizer_in
 from agl.page.comparison import Comparison
 from agl.span import Span
@@ -892,3 +892,29 @@ def test_torchrun_trains_with_the_same_configuration_to_the_same_adapters(tmp_pa
     # Adam's first step goes by the sign of a gradient: where that is rounding alone, the two may part.
     off = torch.cat([(other[name] - tensor).abs().flatten() for name, tensor in weights.items()])
     assert (off > 1e-5).double().mean() < 1e-3, f"{int((off > 1e-5).sum())} of {len(off)}"
+
+
+# --- runners --------------------------------------------------------------------------------------------------------
+
+
+def test_agents_in_runner_processes_train_as_in_threads_and_a_killed_one_costs_nothing(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AGL_TEST_FOLDER", str(tmp_path))
+    config = config_in(tmp_path, runners=2, unresponsive_s=2, steps=2, agent=f"{TOY}:answer_or_kill_the_runner_once")
+    with Trainer(config).open() as trainer:
+        trainer.grpo()
+    assert [(step["rollouts"], step["rollouts/failed"]) for step in metrics_of(tmp_path)] == [(16.0, 0.0)] * 2
+    attempts = {name: store.query_attempts(name) for name in rollout_names(range(1, 3))}
+    assert {attempt.worker_id.rpartition("-")[2] for each in attempts.values() for attempt in each} != {
+        str(os.getpid())
+    }
+    again = [each for each in attempts.values() if len(each) > 1]
+    assert again and all([attempt.state for attempt in each] == ["unresponsive", "succeeded"] for each in again)
+    assert (tmp_path / "run" / "runners.log").exists()
+
+
+def test_runners_that_cannot_run_end_the_training_with_their_message(tmp_path: Path) -> None:
+    config = config_in(tmp_path, runners=1, instrument=["agl_nothing"])
+    with pytest.raises(RunnerError, match=r"(?s)ended with exit code 2.*no package offers 'agl_nothing'"):
+        Trainer(config).fit()

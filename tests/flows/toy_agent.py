@@ -3,6 +3,8 @@
 import os
 import signal
 import threading
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -107,6 +109,14 @@ def moody_answer(task: Task) -> str:
     if task["mood"] == "raise":
         raise RuntimeError(f"no {task['id']} today")
     return text
+
+
+def answer_or_kill_the_runner_once(task: Task) -> str:
+    """The first runner that comes here is killed."""
+    with suppress(FileExistsError):
+        (Path(os.environ["AGL_TEST_FOLDER"]) / "killed").open("x").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return answer(task)
 
 
 def judge_answer(task: Task) -> str:

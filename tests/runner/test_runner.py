@@ -15,7 +15,7 @@ import pytest
 import agl
 from agl import semconv
 from agl.errors import StoreError, TrainingError
-from agl.runner import runner as runner_module
+from agl.runner import execution
 from agl.runner.runner import Outcome, Runner
 from agl.store import AttemptState, Rollout, RolloutState, Store, open_store
 from tests.runner import agents
@@ -221,7 +221,7 @@ def test_a_rollout_whose_spans_are_lost_is_cancelled(store: Store, make: Make) -
 
 
 def test_a_long_rollout_keeps_its_heartbeat(store: Store, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_module, "_HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(execution, "HEARTBEAT_S", 0.05)
     make(lambda task: time.sleep(0.5)).run(rollouts(1))
     (attempt,) = store.query_attempts("r1")
     assert attempt.heartbeat_ns - attempt.started_ns > 0.3e9
@@ -230,7 +230,7 @@ def test_a_long_rollout_keeps_its_heartbeat(store: Store, make: Make, monkeypatc
 def test_a_rollout_that_another_process_cancels_is_given_up(
     store: Store, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner_module, "_HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(execution, "HEARTBEAT_S", 0.05)
     timer = threading.Timer(0.2, store.cancel_rollouts, (["r1", "r2"],))
     timer.start()
     outcomes = make(agents.hang_on_odd).run(rollouts(1, 2, 4))
@@ -243,7 +243,7 @@ def test_a_rollout_that_another_process_cancels_is_given_up(
 def test_a_rollout_that_the_watchdog_ends_is_tried_again(
     store: Store, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner_module, "_HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(execution, "HEARTBEAT_S", 0.05)
     outcomes = make(hang_first([])).run(rollouts(1, max_attempts=2, timeout_s=0.3))
     assert states(outcomes) == ["succeeded"]
     assert [attempt.state.value for attempt in store.query_attempts("r1")] == ["timeout", "succeeded"]

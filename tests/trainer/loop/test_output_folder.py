@@ -13,8 +13,9 @@ import pytest
 from agl.cli.doctor import check_folder
 from agl.config import Config
 from agl.errors import TrainingError
+from agl.runner.run_id import run_of
 from agl.store import Store, open_store
-from agl_trainer.loop.output_folder import claim_run, locked, run_of
+from agl_trainer.loop.output_folder import claim_run, locked
 from agl_trainer.loop.trainer import Trainer
 
 HOLDER = """

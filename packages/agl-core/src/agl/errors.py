@@ -32,6 +32,10 @@ class InputError(StoreError):
     """The store can never accept the input, so repeating the call is of no use."""
 
 
+class RefusedError(StoreError):
+    """The server of the store does not let this client do it, e.g. for want of a token. Repeating it is of no use."""
+
+
 class DamageError(StoreError):
     """What the store has is not what it acknowledged. Repeating the call is of no use."""
 
@@ -66,6 +70,10 @@ class CanaryError(AglError):
 
 class AgentError(AglError):
     """An agent function raised or timed out. It is data: the rollout is marked as failed with it."""
+
+
+class RunnerError(AglError):
+    """A runner cannot go on: store or collector have been away for too long, or its processes keep ending."""
 
 
 class TrainingError(AglError):

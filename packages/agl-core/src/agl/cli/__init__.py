@@ -47,6 +47,7 @@ class _Command:
 _OWN: Mapping[str, str] = {
     "init": "write a small example into a new folder: agent, tasks, reward and configuration",
     "serve": "run collector, store and gateway in one process",
+    "runner": "run the queued rollouts of a training, on any machine",
     "inspect": "show a rollout as a tree: roles, rewards, tokens, and whether each model call trained",
     "rollouts": "list rollouts, newest first, by mode, role, reward or error, and write SFT examples",
     "trajectories": "print the training rows of rollouts, and a reason for each call that cannot train",

@@ -81,6 +81,20 @@ class TrainConfig(LossConfig):
     """Jinja file of the chat template; none: the model's own."""
     agent: Reference | None = None
     """Agent function, sync or async: receives the task, returns its answer. Not needed with `--from-store`."""
+    command: str | None = None
+    """Command line of a program that is the agent, in place of `agent`: it reads the task, and prints its answer."""
+    max_memory_mb: Count | None = None
+    """Memory in MiB that a process of `command`, or of a runner, may reserve; none: no limit."""
+    runners: Annotated[int, Field(ge=0)] | Literal["external"] = 0
+    """Where agents run. 0: in threads of the training; N: in N processes of it; `external`: in `agl runner`."""
+    unresponsive_s: Positive = 30.0
+    """Seconds without a sign of life of its runner after which a rollout is given to another runner."""
+    host: str = "127.0.0.1"
+    """Address on which gateway, API and collector of the training listen, for external runners."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port of gateway and API; 0: any free port."""
+    otlp_http_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port of the collector; 0: any free port."""
     tasks: Reference | None = None
     """Function without arguments that returns the training tasks, a list of JSON values; not for `--from-store`."""
     traces: TracesConfig = Field(default_factory=TracesConfig)
@@ -163,6 +177,16 @@ class TrainConfig(LossConfig):
     """Folder of checkpoints, adapters and metrics."""
     report_to: list[Literal["wandb", "mlflow"]] = Field(default_factory=list)
     """Trackers that receive the metrics in addition to the store, `metrics.jsonl` and TensorBoard."""
+
+    @model_validator(mode="after")
+    def _runs_its_agent(self) -> Self:
+        if self.agent is not None and self.command is not None:
+            raise ValueError("agent and command both name the agent: leave out one")
+        if self.runners == "external" and not (self.port and self.otlp_http_port):
+            raise ValueError("runners: external needs port and otlp_http_port, at which runners reach the training")
+        if self.runners and self.deterministic:
+            raise ValueError("runners and deterministic exclude each other: several processes answer in any order")
+        return self
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:

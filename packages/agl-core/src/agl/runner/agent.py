@@ -14,6 +14,7 @@ from agl.context import Mode
 from agl.emit.reward import reward_attributes
 from agl.errors import AgentError
 from agl.runner.agent_loop import AgentLoop
+from agl.runner.log_events import logs_recorded
 from agl.store import Attempt, Rollout
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ class AgentRun:
 
     rollout: Rollout
     attempt: Attempt
+    limit_s: float
+    """Time that the attempt may take."""
     deadline: float
     """On the clock of `time.monotonic`, in seconds."""
     answer: Any = None
@@ -61,13 +64,14 @@ class Agent:
     def execute(self, run: AgentRun) -> None:
         """Call the function in the calling thread, inside `agl.rollout`. Never raises: an error is kept in `run`."""
         rollout = run.rollout
+        current = agl.rollout(
+            rollout.rollout_id,
+            group_id=rollout.group_id,
+            attempt_id=run.attempt.attempt_id,
+            mode=cast(Mode, rollout.mode),
+        )
         try:
-            with agl.rollout(
-                rollout.rollout_id,
-                group_id=rollout.group_id,
-                attempt_id=run.attempt.attempt_id,
-                mode=cast(Mode, rollout.mode),
-            ):
+            with current, logs_recorded():
                 run.answer = self._resolve(run, self._function(rollout.input))
                 if self._reward is not None and not run.abandoned:
                     self._score(run, self._reward)

@@ -13,6 +13,7 @@ from agl.cli.doctor import Check, check_engines, check_folder, check_store, dema
 from agl.cli.terminal import counted
 from agl.config import Config, JudgeConfig, TrainConfig
 from agl.errors import AglError, ConfigError
+from agl.runner.command import Addresses, Command
 from agl.runner.import_function import load_function
 from agl.runner.instrumentors import load_instrumentor
 from agl_trainer.engine.vllm.launch import vllm_program
@@ -23,7 +24,7 @@ from agl_trainer.rollout.task_list import load_list
 _TIMEOUT_S = 5.0
 
 _ALWAYS = ("agent_roles", "train.model", "train.report_to", "train.output_dir", "store")
-_ROLLOUTS = ("train.agent", "train.reward", "train.instrument", "engine", "engine.launch")
+_ROLLOUTS = ("train.agent", "train.command", "train.reward", "train.instrument", "engine", "engine.launch")
 NEEDS: Final = {
     "train": (*_ALWAYS, *_ROLLOUTS, "train.tasks", "train.eval_tasks", "judge"),
     "train --from-store": (*_ALWAYS, "judge"),
@@ -32,8 +33,8 @@ NEEDS: Final = {
     "eval": (*_ALWAYS, *_ROLLOUTS, "train.eval_tasks"),
 }
 """What each command checks."""
-_REQUIRED: Final = {"train": ("agent", "tasks"), "eval": ("agent", "eval_tasks")}
-"""Keys of `train` that a command needs."""
+_REQUIRED: Final = {"train": "tasks", "eval": "eval_tasks"}
+"""Key of `train` that a command needs, besides that of the agent."""
 
 
 def check_model(config: Config) -> Iterator[Check]:
@@ -46,9 +47,10 @@ def check_model(config: Config) -> Iterator[Check]:
 def demand_for(command: str, config: Config) -> None:
     """Check what `command` uses. Raises CommandError with a line for each problem, ConfigError for a missing key."""
     train = config.require_train()
-    for key in _REQUIRED.get(command, ()):
-        if getattr(train, key) is None:
-            raise ConfigError(f"train.{key} is not set; name a function as module:function")
+    if command in _REQUIRED:
+        for key in ("command" if train.command else "agent", _REQUIRED[command]):
+            if getattr(train, key) is None:
+                raise ConfigError(f"train.{key} is not set; name a function as module:function")
     if command == "sft" and config.sft is None:
         raise ConfigError("the configuration has no `sft` section; `agl sft` needs sft.examples or sft.traces")
     demand(_checks(config, train, NEEDS[command], downloads=True))
@@ -59,6 +61,7 @@ def _checks(config: Config, train: TrainConfig, keys: Collection[str], *, downlo
         ("agent_roles", ", ".join(config.agent_roles.roles), config.require_roles),
         ("train.model", train.model, partial(_find_model, train, downloads=downloads)),
         ("train.agent", train.agent, partial(load_function, train.agent, "train.agent")),
+        ("train.command", train.command, partial(Command.parse, train.command or "", Addresses("", ""))),
         ("train.reward", train.reward, partial(load_function, train.reward, "train.reward")),
         ("train.instrument", train.instrument, partial(_load_instrumentors, train.instrument)),
         ("train.report_to", train.report_to, partial(_find_trackers, train.report_to)),

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Self
 
 from agl.config import Config
 from agl.errors import ConfigError
+from agl.runner.run_id import run_of
 from agl.secret_url import SecretUrl
 from agl.store import opened_store
-from agl_trainer.loop.output_folder import locked, run_of
+from agl_trainer.loop.output_folder import locked
 from agl_trainer.report.curve import save_curve, terminal_curve
 from agl_trainer.report.evaluation import EvalResult, comparison_table
 

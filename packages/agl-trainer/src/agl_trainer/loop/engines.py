@@ -1,6 +1,7 @@
 """Opens the engine that samples the rollouts of a training, behind a gateway: in this process, or vLLM servers."""
 
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from http import HTTPStatus
@@ -10,9 +11,11 @@ from typing import Any
 import urllib3
 from starlette.types import ASGIApp
 
-from agl.config import Config, GatewayConfig, LaunchConfig, UpstreamConfig
+from agl.config import Config, GatewayConfig, LaunchConfig, TrainConfig, UpstreamConfig
+from agl.config.collector import TOKEN_VARIABLE
 from agl.errors import ConfigError, TrainingError
 from agl.secret_url import SecretUrl
+from agl.server.auth import BearerTokens, is_loopback
 from agl.server_thread import ServerThread
 from agl.store import Store
 from agl_trainer.compute.devices import device_count
@@ -145,7 +148,29 @@ def _server(config: Config, gateway: GatewayConfig, store: Store, app: ASGIApp |
     train = config.require_train()
     sampling = {"temperature": train.temperature} | train.sampling.settings()
     overrides = {"train": sampling, "eval": {"temperature": train.eval_temperature}}
-    return ServerThread(store, port=0, otlp_http_port=0, upstream=app, gateway=gateway, overrides=overrides)
+    return ServerThread(
+        store,
+        host=train.host,
+        port=train.port,
+        otlp_http_port=train.otlp_http_port,
+        tokens=BearerTokens.read(token_of(train) or None, None),
+        upstream=app,
+        gateway=gateway,
+        overrides=overrides,
+        allowed_hosts=config.server.allowed_hosts,
+    )
+
+
+def token_of(train: TrainConfig) -> str:
+    """The token that the servers of the training ask for; empty on loopback, where they ask for none.
+
+    Raises ConfigError if others can reach them and the environment has no token.
+    """
+    if is_loopback(train.host):
+        return ""
+    if token := os.environ.get(TOKEN_VARIABLE, "").strip():
+        return token
+    raise ConfigError(f"others can reach train.host {train.host}: set {TOKEN_VARIABLE} to a secret, also for runners")
 
 
 def _route(gateway: str, versions: Mapping[str, str]) -> None:
@@ -169,6 +194,8 @@ def _asleep(gateway: str, servers: Sequence[VllmServer]) -> Iterator[None]:
 
 
 def _control(gateway: str, method: str, path: str, body: Mapping[str, Any]) -> None:
-    response = urllib3.request(method, f"{gateway}/api/gateway/{path}", json=body, timeout=_DRAIN_S + _ROUTE_S)
+    headers = {"authorization": f"Bearer {os.environ.get(TOKEN_VARIABLE, '')}"}
+    url, timeout_s = f"{gateway}/api/gateway/{path}", _DRAIN_S + _ROUTE_S
+    response = urllib3.request(method, url, json=body, headers=headers, timeout=timeout_s)
     if response.status != HTTPStatus.OK:
         raise TrainingError(f"the gateway refused {path} {body}: {response.status} {response.data.decode()}")

@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from agl.config.section import NAME_RULE, is_name
 from agl.errors import TrainingError
+from agl.runner.run_id import RUN_FILE, run_of
 from agl.store import Resource, Store
 
-_RUN = "run-id"
 _held: set[TextIO] = set()
 
 
@@ -63,21 +62,9 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
-def run_of(folder: Path) -> str:
-    """The id of the run in `folder`; before its first training the folder's name. Raises TrainingError for no name."""
-    file = folder / _RUN
-    run = file.read_text(encoding="utf-8") if file.exists() else folder.resolve().name
-    if not is_name(run):
-        raise TrainingError(
-            f"{file if file.exists() else 'train.output_dir'} names the run {run!r}, expected {NAME_RULE}; "
-            "choose another train.output_dir"
-        )
-    return run
-
-
 def claim_run(folder: Path, store: Store) -> str:
     """`run_of(folder)`, with a suffix if `store` already has a run of this id. The folder keeps the id."""
-    file, run = folder / _RUN, run_of(folder)
+    file, run = folder / RUN_FILE, run_of(folder)
     if not file.exists():
         claim = Resource(f"run {run}", 0, str(folder.resolve()), {"token": secrets.token_hex(8)})
         if store.add_resource(claim).metadata != claim.metadata:

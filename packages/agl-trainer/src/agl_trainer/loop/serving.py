@@ -9,8 +9,9 @@ from starlette.types import ASGIApp
 
 from agl.config import Config
 from agl.errors import ConfigError
+from agl.runner.run_id import run_of
 from agl.store import Store
-from agl_trainer.loop.output_folder import adapter_name, run_of
+from agl_trainer.loop.output_folder import adapter_name
 from agl_trainer.model.adapter_files import WEIGHTS
 from agl_trainer.model.model_folder import find_model
 

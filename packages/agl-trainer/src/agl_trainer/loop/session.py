@@ -1,21 +1,27 @@
 """Opens the components of a training: store, policy, engine, gateway, collector and runner."""
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import agl
 from agl.config import Config
-from agl.runner.import_function import load_function
+from agl.runner.command import Addresses
+from agl.runner.configured import configured_agent, configured_reward
 from agl.runner.instrumentors import instrumented
+from agl.runner.processes import RunnerProcesses
 from agl.runner.runner import Runner
 from agl.store import Store, opened_store
 from agl_trainer.data.chat import ChatTemplate
-from agl_trainer.loop.engines import serve_policy
+from agl_trainer.loop.engines import serve_policy, token_of
+from agl_trainer.loop.output_folder import claim_run
 from agl_trainer.loop.policy_setup import open_policy
 from agl_trainer.model.policy import Policy
-from agl_trainer.rollout.serving import Serving, ShownProgress
+from agl_trainer.rollout.queued_runner import QueuedRunner
+from agl_trainer.rollout.serving import RolloutRunner, Serving, ShownProgress
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,25 +44,59 @@ def open_session(config: Config, progress: ShownProgress | None = None) -> Itera
     Raises AglError if the store, the model, the engine, or a function named in the configuration cannot be opened.
     """
     train = config.require_train()
-    agent = load_function(train.agent, "train.agent")
-    reward = load_function(train.reward, "train.reward") if train.reward else None
     with ExitStack() as stack:
         store = stack.enter_context(opened_store(config.store_uri))
         policy, engine, server = stack.enter_context(serve_policy(config, store, progress))
-        stack.enter_context(_environment(OPENAI_BASE_URL=f"{server.base_url}/v1", OPENAI_API_KEY="agl"))
+        addresses = Addresses(server.base_url, server.otlp_url, token_of(train))
+        stack.enter_context(_environment(addresses.variables()))
         agl.init(endpoint=server.otlp_url, reward_weights=config.rewards)
         stack.callback(agl.shutdown)
-        stack.enter_context(instrumented(train.instrument))
-        runner = Runner(
+        opened = _runners(config, store, addresses) if train.runners else _threads(config, store, addresses)
+        runner = stack.enter_context(opened)
+        yield Session(store, policy, ChatTemplate(policy.tokenizer), Serving(engine, runner), f"{server.base_url}/")
+
+
+@contextmanager
+def _threads(config: Config, store: Store, addresses: Addresses) -> Iterator[RolloutRunner]:
+    """Agents in threads of this process."""
+    train = config.require_train()
+    agent, reward = configured_agent(train, addresses), configured_reward(train)
+    with (
+        instrumented(train.instrument),
+        Runner(
             store,
             agent,
             reward=reward,
             reward_weights=config.rewards,
             concurrency=1 if train.deterministic else train.concurrency,
             timeout_s=train.timeout_s,
-        )
-        stack.enter_context(runner)
-        yield Session(store, policy, ChatTemplate(policy.tokenizer), Serving(engine, runner), f"{server.base_url}/")
+        ) as runner,
+    ):
+        yield runner
+
+
+@contextmanager
+def _runners(config: Config, store: Store, addresses: Addresses) -> Iterator[RolloutRunner]:
+    """Agents in processes that this one starts, or that are started elsewhere."""
+    train = config.require_train()
+    folder = Path(train.output_dir).absolute()
+    run = claim_run(folder, store)
+    limits = (train.timeout_s, train.unresponsive_s)
+    if train.runners == "external":
+        start = f"agl runner CONFIG --store http://HOST:{train.port} --run {run}"
+        yield QueuedRunner(store, *limits, lambda: None, start)
+        return
+    settings = folder / "runner.yaml"
+    settings.write_text(config.to_yaml(), encoding="utf-8")
+    options = {
+        "--store": addresses.gateway,
+        "--run": run,
+        "--concurrency": str(math.ceil(train.concurrency / int(train.runners))),
+        "--drain": "0s",
+    }
+    command = [str(settings), *(part for option in options.items() for part in option)]
+    with RunnerProcesses(command, int(train.runners), drain_s=0.0, log=folder / "runners.log") as processes:
+        yield QueuedRunner(store, *limits, processes.check, f"agl runner {settings}")
 
 
 @contextmanager
@@ -68,7 +108,7 @@ def open_store_session(config: Config) -> Iterator[Session]:
 
 
 @contextmanager
-def _environment(**variables: str) -> Iterator[None]:
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -76,6 +116,6 @@ def _environment(**variables: str) -> Iterator[None]:
     finally:
         for name, value in before.items():
             if value is None:
-                os.environ.pop(name)
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value

@@ -9,9 +9,10 @@ import torch
 
 from agl.config import Config
 from agl.errors import TrainingError
+from agl.runner.run_id import run_of
 from agl_trainer.loop.evaluation import evaluate, load_best
 from agl_trainer.loop.grpo import run_grpo
-from agl_trainer.loop.output_folder import locked, run_of
+from agl_trainer.loop.output_folder import locked
 from agl_trainer.loop.session import Session, open_session, open_store_session
 from agl_trainer.loop.sft import run_sft
 from agl_trainer.loop.training import Training

@@ -1,11 +1,13 @@
 """The engine and the runner that produce rollouts during a training."""
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from agl.config import LogprobsMode
-from agl.runner.runner import Runner
+from agl.runner.runner import Outcome
+from agl.store import Rollout
 
 
 class TrainingEngine(Protocol):
@@ -46,9 +48,20 @@ class ShownProgress(Protocol):
         ...
 
 
+class RolloutRunner(Protocol):
+    """Runs agents: in threads of this process (`Runner`), or in other processes (`QueuedRunner`)."""
+
+    def run(self, rollouts: Sequence[Rollout], *, on_done: Callable[[Outcome], None] = ...) -> list[Outcome]:
+        """Outcomes in the same order, once all spans are in the store; `on_done` is called as each ends.
+
+        Any exception cancels the rollouts that have not ended.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Serving:
     """Engine and runner of a training."""
 
     engine: TrainingEngine
-    runner: Runner
+    runner: RolloutRunner

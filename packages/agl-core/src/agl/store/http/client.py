@@ -17,7 +17,7 @@ from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionErro
 
 from agl import otlp
 from agl.config.collector import TOKEN_VARIABLE
-from agl.errors import StoreError
+from agl.errors import RefusedError, StoreError
 from agl.secret_url import SecretUrl
 from agl.span import Span
 from agl.store.http.verb import ERRORS, MAX_WAIT_S, VERBS, Verb
@@ -38,6 +38,7 @@ _CONNECTIONS: Final = 32
 _OK: Final = 200
 _UNAUTHORIZED: Final = 401
 _BUSY: Final = (429, 503)
+_SERVER_ERRORS: Final = 500
 _PROXY_ERRORS: Final = (502, 504)
 
 
@@ -196,10 +197,11 @@ class HttpStore(Store):
         if response.status in _PROXY_ERRORS:
             return self._lost_response(verb, message)
         if response.status == _UNAUTHORIZED:
-            return StoreError(f"{self.uri} does not take this token, or needs one: set {TOKEN_VARIABLE} ({message})")
+            return RefusedError(f"{self.uri} does not take this token, or needs one: set {TOKEN_VARIABLE} ({message})")
         if code in ERRORS:
             return ERRORS[code][1](message)
-        return StoreError(f"{self.uri} refused {verb.name} with {response.status}: {message}")
+        refused = RefusedError if response.status < _SERVER_ERRORS else StoreError
+        return refused(f"{self.uri} refused {verb.name} with {response.status}: {message}")
 
 
 def _split_token(uri: SecretUrl) -> tuple[str, str | None]:

@@ -5,7 +5,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +16,7 @@ import urllib3
 
 from agl.config import LaunchConfig
 from agl.errors import ConfigError, TrainingError
+from agl.runner.child import child_command
 
 _RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts for `--max-lora-rank`."""
@@ -26,10 +26,6 @@ _ENVIRONMENT: Final = {
 }
 _SLEEP_ENVIRONMENT: Final = {"VLLM_SERVER_DEV_MODE": "1"}
 """With it, vLLM has /sleep and /wake_up."""
-_DIES_WITH_PARENT: Final = (
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
-)
-"""Linux sends SIGTERM (15) when the parent has ended, however it ended (PR_SET_PDEATHSIG is 1). Others lack `prctl`."""
 _LAST_LINES, _STOP_S, _POLL_S = 20, 30.0, 0.5
 
 
@@ -112,11 +108,10 @@ def running_vllm(
     """
     given = {name: value.get_secret_value() for name, value in launch.environment.items()}
     environment = {**os.environ, **_ENVIRONMENT, **(_SLEEP_ENVIRONMENT if launch.sleep else {}), **given}
-    started = [sys.executable, "-c", _DIES_WITH_PARENT, *command] if sys.platform == "linux" else command
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         process = subprocess.Popen(
-            started,
+            child_command(command, at_end=signal.SIGTERM),
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,

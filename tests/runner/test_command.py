@@ -1,0 +1,105 @@
+"""Unmodified programs as agents: what they are told, how they answer, fail, hang and leave processes behind."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agl import semconv
+from agl.errors import ConfigError
+from agl.runner.command import Addresses, Command
+from agl.runner.runner import Outcome, Runner
+from agl.server_thread import ServerThread
+from agl.store import Rollout, Store
+from agl.trajectory import build_trajectory
+from tests.core.fake_engine import FakeEngine
+from tests.waiting import is_alive, wait_until
+
+PROGRAM = """
+import json, os, subprocess, sys, time, urllib.request
+
+task = json.load(sys.stdin)
+print("working on", task["do"][:20], flush=True)
+if task["do"] == "call":
+    assert json.loads(os.environ["AGL_TASK"]) == task and os.environ["TRACEPARENT"]
+    body = json.dumps({"model": "base", "messages": [{"role": "user", "content": "hi"}]}).encode()
+    headers = {"content-type": "application/json", "authorization": "Bearer " + os.environ["OPENAI_API_KEY"]}
+    request = urllib.request.Request(os.environ["OPENAI_BASE_URL"] + "/chat/completions", body, headers)
+    print(json.load(urllib.request.urlopen(request))["choices"][0]["message"]["content"])
+elif task["do"] == "fail":
+    sys.exit("no such table")
+elif task["do"] == "eat":
+    bytes(2 ** 33)
+elif task["do"] == "hang":
+    open(task["file"], "w").write(str(os.getpid()))
+    time.sleep(600)
+elif task["do"] == "leave":
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    print(child.pid)
+elif task["do"].startswith("large"):
+    print("AGL_TASK" in os.environ, len(task["do"]))
+elif task["do"] == "nothing":
+    pass
+"""
+
+
+@pytest.fixture
+def runner(store: Store, tmp_path: Path) -> Iterator[Runner]:
+    """Runs PROGRAM, whose model calls a gateway before a fake engine answers."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    with ServerThread(store, port=0, otlp_http_port=0, upstream=FakeEngine().app) as server:
+        command = f"{sys.executable} {tmp_path / 'program.py'}"
+        agent = Command.parse(command, Addresses(server.base_url, server.otlp_url), 2**32)
+        with Runner(store, agent, reward=lambda task, answer: float(len(answer or "")), timeout_s=20) as runner:
+            yield runner
+
+
+def run(runner: Runner, **tasks: Any) -> dict[str, Outcome]:
+    """Run a rollout for each task, in mode eval."""
+    made = [Rollout(name, {"do": name} | task, group_id="g", mode="eval") for name, task in tasks.items()]
+    return dict(zip(tasks, runner.run(made), strict=True))
+
+
+def test_a_program_is_an_agent_as_it_is(runner: Runner, store: Store) -> None:
+    large = "large" + "x" * 200_000
+    found = run(runner, call={}, fail={}, eat={}, large={"do": large}, nothing={"do": "nothing"})
+    assert (found["call"].answer, found["call"].reward) == ("Hello there!", 12.0)
+    trajectory = build_trajectory(store.query_spans("call"))
+    (call,) = trajectory.calls  # The request had no header of ours: the URL names its rollout.
+    assert (call.attempt_id, trajectory.group_id, trajectory.mode, trajectory.reward) == ("call-a1", "g", "eval", 12.0)
+    assert found["fail"].error == f"agl.errors.AgentError: {sys.executable} exited with 1: no such table"
+    assert found["eat"].error is not None and "MemoryError" in found["eat"].error
+    assert found["large"].answer == f"False {len(large)}"
+    assert found["nothing"].answer == "working on nothing"
+    (root,) = (span for span in store.query_spans("fail") if span.name == semconv.SPAN_ROLLOUT)
+    logs = [event.attributes for event in root.events if event.name == semconv.EVENT_LOG]
+    assert [(log[semconv.LOG_SOURCE], log[semconv.LOG_BODY]) for log in logs] == [
+        ("stdout", "working on fail"),
+        ("stderr", "no such table"),
+    ]
+
+
+def test_a_program_and_what_it_started_end_with_their_attempt(runner: Runner, store: Store, tmp_path: Path) -> None:
+    runner.timeout_s = 5.0
+    file = tmp_path / "pid"
+    found = run(runner, leave={}, hang={"file": str(file)})
+    assert found["hang"].error == "no answer within 5 s"
+    processes = [int(found["leave"].answer), int(file.read_text())]
+    wait_until(lambda: not any(map(is_alive, processes)))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("pyhton my_agent.py", "there is no program 'pyhton' on PATH"),
+        ("./no_such_file --fast", "there is no program './no_such_file'"),
+        (f"{sys.executable} no_such_agent.py", "there is no file 'no_such_agent.py'"),
+        ("python 'my_agent.py", "No closing quotation"),
+        (" ", "train.command is empty"),
+    ],
+)
+def test_a_command_that_cannot_run_is_named(command: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Command.parse(command, Addresses("", ""))
