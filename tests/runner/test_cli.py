@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from agl.cli import main
+from agl.cli import _parser, main
+from agl.cli.runner import _addresses
+from agl.config import TrainConfig
+from agl.secret_url import SecretUrl
 from agl.server_thread import ServerThread
 from agl.store import Rollout, Store, open_store
 from agl.trajectory import build_trajectory
@@ -93,7 +96,7 @@ def test_a_runner_that_is_killed_costs_its_leases_and_one_that_stops_nothing(
     trajectory = build_trajectory(store.query_spans("first"))
     assert (trajectory.reward, len(trajectory.calls)) == (0.5 * len("Hello there!"), 1)
     (second,) = store.query_attempts("second")
-    (ended,) = store.end_overdue_attempts(second.started_ns + 61 * 10**9)
+    (ended,) = store.end_overdue_attempts(second.started_ns + 10**12)  # Long after its last sign of life.
     assert ended.state == "unresponsive"
     (tmp_path / "go").touch()
     with agl_runner(tmp_path, server) as other:
@@ -157,3 +160,25 @@ def test_what_cannot_run_ends_with_a_sentence_and_exit_code_2(
     assert main(["runner", "config.yaml", *options]) == 2
     output = capsys.readouterr()
     assert message in output.err and "Traceback" not in output.err
+
+
+@pytest.mark.parametrize(
+    ("store", "gateway", "train", "expected"),
+    [
+        ("http://T@trainer:8400", None, {}, ("http://trainer:8400", "http://elsewhere:1", "T")),
+        ("http://trainer:8400", None, {"otlp_http_port": 5}, ("http://trainer:8400", "http://trainer:5", "")),
+        ("sqlite:///a.db", None, {"port": 7}, ("http://127.0.0.1:7", "http://elsewhere:1", "")),
+        ("sqlite:///a.db", None, {}, ("https://api.example.com", "http://elsewhere:1", "")),
+        ("sqlite:///a.db", "http://g:9/v1/", {}, ("http://g:9", "http://elsewhere:1", "")),
+    ],
+)
+def test_the_store_says_where_gateway_and_collector_are_before_the_environment(
+    store: str, gateway: str | None, train: dict[str, Any], expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's OPENAI_BASE_URL may name a provider that the agent's other tools use."""
+    environment = {"OPENAI_BASE_URL": "https://api.example.com/v1", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://elsewhere:1"}
+    monkeypatch.setattr(os, "environ", environment)
+    options = ["config.yaml", *(["--gateway", gateway] if gateway else [])]
+    parsed = _parser(["runner", *options]).parse_args(["runner", *options])
+    found = _addresses(parsed, TrainConfig(model="tiny", **train), SecretUrl(store))
+    assert (found.gateway, found.collector, found.token) == expected

@@ -51,14 +51,14 @@ def register(subparsers: Any) -> None:
         "--gateway",
         type=SecretUrl,
         metavar="URL",
-        help="for model calls (default: $OPENAI_BASE_URL, else the address of an http store, else train.port)",
+        help="for model calls (default: the address of an http store, else train.port, else $OPENAI_BASE_URL)",
     )
     parser.add_argument(
         "--collector",
         type=SecretUrl,
         metavar="URL",
-        help="for spans (default: $OTEL_EXPORTER_OTLP_ENDPOINT, else "
-        f"train.otlp_http_port, else port {_OTLP_PORT} beside the gateway)",
+        help="for spans (default: train.otlp_http_port beside the gateway, else $OTEL_EXPORTER_OTLP_ENDPOINT, else "
+        f"port {_OTLP_PORT} beside the gateway)",
     )
     parser.add_argument("--processes", type=_count, default=1, metavar="N", help="processes (default: %(default)s)")
     parser.add_argument(
@@ -139,20 +139,21 @@ def _run_processes(arguments: argparse.Namespace) -> int:
 def _addresses(arguments: argparse.Namespace, train: TrainConfig, store_uri: SecretUrl) -> Addresses:
     """Raises CommandError if nothing names the gateway."""
     is_http = store_uri.startswith(("http://", "https://"))
-    given = arguments.gateway or os.environ.get("OPENAI_BASE_URL")
-    gateway = given or (is_http and store_uri) or (train.port and f"http://{train.host}:{train.port}")
+    configured = (is_http and store_uri) or (train.port and f"http://{train.host}:{train.port}")
+    gateway = arguments.gateway or configured or os.environ.get("OPENAI_BASE_URL")
     if not gateway:
         raise CommandError(
             f"nothing names the gateway for the agent's model calls: pass --gateway URL, or --store http://HOST:PORT "
             f"of `agl serve` or of the training (the store is {store_uri})"
         )
     gateway = SecretUrl(gateway).without_login.rstrip("/").removesuffix("/v1")
-    collector = arguments.collector or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
-    if not collector:
-        collector = f"http://{urlsplit(gateway).hostname}:{train.otlp_http_port or _OTLP_PORT}"
+    beside = f"http://{urlsplit(gateway).hostname}"
+    configured = train.otlp_http_port and f"{beside}:{train.otlp_http_port}"
+    collector = arguments.collector or configured or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+    collector = SecretUrl(collector or f"{beside}:{_OTLP_PORT}")
     user, password = (store_uri.login if is_http else None) or ("", "")
     token = password or user or os.environ.get(TOKEN_VARIABLE, "").strip()
-    return Addresses(gateway, SecretUrl(collector).secret, token)
+    return Addresses(gateway, collector.secret, token)
 
 
 def _set_environment(addresses: Addresses) -> None:

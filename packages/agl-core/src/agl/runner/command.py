@@ -39,18 +39,19 @@ class Addresses:
     """That gateway and collector ask for, if they do."""
 
     def variables(self, path: str = "") -> dict[str, str]:
-        """Environment variables in which client libraries look, with `path` after the gateway's address."""
-        base, key = self.gateway + path, self.token or "agl"
-        variables = {
-            "OPENAI_BASE_URL": f"{base}/v1",
-            "OPENAI_API_BASE": f"{base}/v1",
-            "OPENAI_API_KEY": key,
-            "ANTHROPIC_BASE_URL": base,
-            "ANTHROPIC_API_KEY": key,
+        """Environment variables for the process of an agent function; `path` is that of the rollout in the gateway."""
+        base_url = f"{self.gateway}{path}/v1"
+        headers = {"OTEL_EXPORTER_OTLP_HEADERS": f"authorization=Bearer%20{self.token}"} if self.token else {}
+        return {"OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": self.token or "agl", **headers}
+
+    def all_variables(self, path: str) -> dict[str, str]:
+        """Those for a program of its own, which may have an old client, and its own exporter of spans."""
+        variables = self.variables(path)
+        return variables | {
+            "OPENAI_API_BASE": variables["OPENAI_BASE_URL"],
             "OTEL_EXPORTER_OTLP_ENDPOINT": self.collector,
             "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
         }
-        return variables | ({"OTEL_EXPORTER_OTLP_HEADERS": f"authorization=Bearer%20{key}"} if self.token else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,7 @@ class Command:
         active = current_rollout()
         ids = (active.rollout_id, active.attempt_id) if active else ()
         path = "/rollout/{}/attempt/{}".format(*(quote(name, safe="") for name in ids)) if ids else ""
-        variables = self.addresses.variables(path) | agl.environment()
+        variables = self.addresses.all_variables(path) | agl.environment()
         if len(task.encode()) < _MAX_VARIABLE:
             return variables | {"AGL_TASK": task}
         record_line("agl", "warning", f"AGL_TASK is not set: the task has {len(task)} characters; read standard input")

@@ -90,9 +90,11 @@ def _runners(config: Config, store: Store, addresses: Addresses) -> Iterator[Rol
     settings.write_text(config.to_yaml(), encoding="utf-8")
     options = {
         "--store": addresses.gateway,
+        "--collector": addresses.collector,
         "--run": run,
         "--concurrency": str(math.ceil(train.concurrency / int(train.runners))),
         "--drain": "0s",
+        "--patience": "1m",
     }
     command = [str(settings), *(part for option in options.items() for part in option)]
     with RunnerProcesses(command, int(train.runners), drain_s=0.0, log=folder / "runners.log") as processes:
