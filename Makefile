@@ -2,6 +2,7 @@
 # make test        lint, types and tests, side by side
 # make screenshots takes the pictures of the page in docs/images, of a demo, which it runs if there is none
 # make test-vllm   the tests with real vLLM, which they install in an environment of its own; CI runs both
+# make docs        builds the site of the documentation in build/site
 # make dist        builds wheels and source distributions of the four packages in dist/
 # make test-gpu    checks and measures training on the accelerator of this machine
 # make gpu-folder  writes build/gpu, with which `python build/gpu/gpu.py` does the same on another machine, without network
@@ -21,7 +22,7 @@ SERVERS := faketime:faketime postgresql:initdb redis-server:redis-server nodejs:
 PYTHONS := 3.11 3.12 3.13
 LIGHT := pydantic orjson rich opentelemetry-sdk opentelemetry-exporter-otlp-proto-http
 
-.PHONY: demo test lint pytest screenshots test-vllm test-gpu gpu-folder dist servers
+.PHONY: demo test lint pytest screenshots test-vllm test-gpu gpu-folder docs dist servers
 
 demo: .venv/installed
 	$(BIN)/agl demo
@@ -58,6 +59,10 @@ gpu-folder: .venv/installed
 		$(BIN)/pip download --quiet --only-binary :all: --python-version $$version --dest build/gpu/wheels $(LIGHT) || exit; \
 	done
 	cp benchmarks/gpu.py build/gpu
+
+docs: .venv/installed-dev
+	$(BIN)/python -m docs.generate
+	$(BIN)/zensical build --strict
 
 # Each wheel is built from the source distribution, which is therefore complete.
 dist: .venv/installed-dev

@@ -189,7 +189,7 @@ def _leads(target: Path, anchor: str) -> bool:
 
 
 def test_files_that_are_named_exist() -> None:
-    folders = [ROOT / name for name in ("benchmarks", "docs", "examples", "packages", "tests")]
+    folders = [ROOT / name for name in ("benchmarks", "deploy", "docs", "examples", "packages", "tests")]
     files = [*ROOT.glob("*.*"), *(file for folder in folders for file in folder.rglob("*.*"))]
     missing = {
         f"{page.relative_to(ROOT)}: {name}"

@@ -56,6 +56,8 @@ def test_each_package_has_a_wheel_and_a_source_distribution_that_name_the_others
             set() if name == "agl_core" else {("agl-core", None, f"=={version}")}
         )
         assert metadata["License-File"] == "LICENSE"
+        with zipfile.ZipFile(built / f"{name}-{version}-py3-none-any.whl") as files:
+            assert sources_of(name.replace("_", "-")) <= {*files.namelist()}
         with tarfile.open(built / f"{name}-{version}.tar.gz") as source:
             licence = source.extractfile(f"{name}-{version}/LICENSE")
             assert licence and licence.read() == (ROOT / "LICENSE").read_bytes()
@@ -96,6 +98,13 @@ def trace(folder: Path, tmp_path: Path) -> None:
 def pip(folder: Path, *arguments: str) -> None:
     command = [sys.executable, "-m", "pip", "--python", str(folder / "bin/python"), "--quiet", *arguments]
     subprocess.run(command, check=True)
+
+
+def sources_of(package: str) -> set[str]:
+    """Every file of a package, code or not."""
+    folder = ROOT / "packages" / package / "src"
+    files = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return {path.relative_to(folder).as_posix() for path in files}
 
 
 def metadata_of(wheel: Path) -> Message:

@@ -39,8 +39,9 @@ class CanaryConfig(Section):
     key: Literal["user", "rollout"] = "user"
     """What the arm is chosen by: `user`, else the rollout if the request names none; or always the rollout."""
     lowest_reward: float = 0.0
+    """Least reward of a rollout. A reward outside of the range is an error."""
     highest_reward: float = 1.0
-    """Limits of a rollout's reward. One outside is an error."""
+    """Greatest reward of a rollout."""
     promote: PromoteConfig = Field(default_factory=PromoteConfig)
     guard: GuardConfig = Field(default_factory=GuardConfig)
     auto: bool = False

@@ -33,10 +33,11 @@ class Config(Section):
     store_uri: SecretUrl = Field(
         default=DEFAULT_STORE_URI, validation_alias=AliasChoices("store_uri", "lightning_store_uri")
     )
+    """The store; `lightning_store_uri` is another name for this key."""
     queue_uri: SecretUrl | None = None
     """`redis://host:port` of a durable queue between receivers and store."""
     rewards: dict[str, float] = Field(default_factory=dict)
-    """Weight of each reward dimension in the scalar reward."""
+    """Weight of each reward dimension in the scalar reward; empty: the mean of the dimensions."""
     agent_roles: AgentRoles = Field(default_factory=AgentRoles)
     server: ServerConfig = Field(default_factory=ServerConfig)
     collector: CollectorConfig = Field(default_factory=CollectorConfig)

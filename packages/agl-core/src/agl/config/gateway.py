@@ -26,6 +26,7 @@ class TimeoutsConfig(Section):
     """Time limits for each stage of a call."""
 
     connect_s: Positive = 10.0
+    """To connect to the engine."""
     queue_s: Positive = 300.0
     """Until the engine has fewer than `max_concurrent` calls."""
     first_byte_s: Positive = 300.0
@@ -45,7 +46,8 @@ class GatewayConfig(Section):
     """The OpenAI-compatible proxy in front of the engines (`agl serve`, `agl train`)."""
 
     upstream: SecretUrl = SecretUrl("local")
-    """`local` for the in-process engine, else the base URL of an OpenAI-compatible server (ending in `/v1`)."""
+    """`local` for the in-process engine, which a training needs, else the base URL of an OpenAI-compatible server
+    (ending in `/v1`)."""
     engines: list[UpstreamConfig] = Field(default_factory=list)
     """Engines in place of `upstream`, if there are several or if one needs a key."""
     models: dict[str, str] = Field(default_factory=dict)

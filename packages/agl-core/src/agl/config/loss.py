@@ -25,7 +25,8 @@ class PolicyLossConfig(Section):
     """Options of a policy loss, named as in TRL's GRPOConfig, where `importance_sampling_*` begins with `vllm_`."""
 
     loss: LossName = "grpo"
-    """Policy loss, a function of advantage and importance ratio (agl_trainer.algo.losses)."""
+    """Policy loss, a function of advantage and importance ratio (agl_trainer.algo.losses). Its options are named as in
+    TRL."""
     normalization: Normalization | None = None
     """What the sum of the losses of all tokens is divided by: one weight per `rollout`, or as TRL divides a loss; none:
     what the definition of `loss` divides by (agl_trainer.algo.normalization)."""
@@ -36,11 +37,12 @@ class PolicyLossConfig(Section):
     delta: Positive | None = None
     """Upper bound of the importance ratio at negative advantages (dual clip)."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
-    """One importance ratio per token, or per row (GSPO)."""
+    """One importance ratio per `token`, or per row (`sequence`, GSPO)."""
     beta: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the KL divergence from the reference policy."""
     reference: Literal["start", "base"] = "start"
-    """Reference policy: the adapters as GRPO began, e.g. after SFT, or the base model without adapter."""
+    """Reference policy: the adapters as GRPO began (`start`, e.g. after SFT), or the base model without adapter
+    (`base`)."""
     use_bias_correction_kl: bool = True
     """Multiply the KL divergence by the importance ratio."""
     entropy_coef: Annotated[float, Field(ge=0)] = 0.0
@@ -48,19 +50,27 @@ class PolicyLossConfig(Section):
     top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the tokens, those of highest entropy, that the policy loss includes."""
     off_policy_mask_threshold: Positive | None = None
-    """KL divergence above which a row with a negative advantage is masked out as off-policy."""
+    """KL divergence from the sampling policy above which a row with a negative advantage is masked out."""
     importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None = (
         None
     )
     """How to correct for an engine whose probabilities differ from the policy's; none: no correction."""
     importance_sampling_clip_max: Positive | None = 3.0
+    """Upper bound of the correction's weights."""
     importance_sampling_clip_min: Positive | None = None
+    """Lower bound of the correction's weights."""
     sapo_temperature_pos: Positive = 1.0
+    """Loss sapo: temperature at positive advantages."""
     sapo_temperature_neg: Positive = 1.05
+    """Loss sapo: temperature at the other advantages."""
     vespo_k_pos: Positive = 2.0
+    """Loss vespo: k at advantages of at least 0."""
     vespo_lambda_pos: Positive = 3.0
+    """Loss vespo: lambda at advantages of at least 0."""
     vespo_k_neg: Positive = 3.0
+    """Loss vespo: k at negative advantages."""
     vespo_lambda_neg: Positive = 2.0
+    """Loss vespo: lambda at negative advantages."""
 
     @property
     def effective_normalization(self) -> Normalization:
@@ -108,9 +118,9 @@ class LossConfig(PolicyLossConfig):
     """The policy loss, the advantages that it weighs tokens with, and the calls that it leaves out."""
 
     advantage: AdvantageName = "grpo"
-    """How a rollout's reward is compared with others (agl_trainer.algo.advantages)."""
+    """How a rollout's reward is compared with others: the estimator of the advantage (agl_trainer.algo.advantages)."""
     scale_rewards: RewardScale = "group"
-    """Divisor of the advantages of grpo: the standard deviation of their group, of the whole step, or none."""
+    """Divisor of the advantages of grpo: the standard deviation of their `group`, of the whole `batch`, or `none`."""
     max_at_k: Annotated[int, Field(ge=2)] = 4
     """The k of advantage max@k."""
     ema_decay: Fraction = 0.95
@@ -120,7 +130,7 @@ class LossConfig(PolicyLossConfig):
     overlong_buffer: Annotated[int, Field(ge=0)] = 0
     """Tokens before `max_tokens` within which a response is penalised (DAPO, arXiv 2503.14476, eq. 13); 0: never."""
     overlong_penalty: Positive = 1.0
-    """Reward that a response of `max_tokens` loses."""
+    """Reward that a response of `max_tokens`, or a truncated one, loses."""
     max_staleness: Annotated[int, Field(ge=0)] | None = None
     """Versions by which the policy that sampled a call may be older than the current one; older calls are dropped."""
     logprobs_mode: LogprobsMode | None = None

@@ -21,8 +21,9 @@ class QueueConfig(Section):
     hard_limit: Count = 100_000
     """Number of queued spans from which on senders are asked to retry."""
     min_writers: Count = 1
+    """Minimum number of processes that move spans into the store."""
     max_writers: Count = 4
-    """Writer processes."""
+    """Maximum number of such processes."""
     shrink_after_s: Positive = 30.0
     """One writer ends each time that the queue has been shorter than half of `high` for this long."""
     check_s: Positive = 1.0

@@ -11,7 +11,9 @@ class RoleConfig(Section):
     """One role, with its own LoRA adapter on the shared base model."""
 
     lora_r: Count = 16
+    """Rank of the role's adapter."""
     lora_alpha: Count = 32
+    """Scale of the role's adapter."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs that training passes zero."""
     lora_target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
@@ -21,7 +23,7 @@ class RoleConfig(Section):
     adapter: Name | None = None
     """Another role whose adapter this one shares, with that role's LoRA keys and `frozen`."""
     frozen: bool = False
-    """The adapter is used but not trained."""
+    """The adapter samples but is not trained."""
     rewards: dict[str, float] = Field(default_factory=dict)
     """Weights of reward dimensions for this role, 0 for others; empty: the scalar reward as emitted."""
 
@@ -37,9 +39,9 @@ class AgentRoles(Section):
     """The roles to train: each is a key in this section, beside `gamma` and `turn_gamma`."""
 
     gamma: Fraction = 0.85
-    """Discount per hand-off between roles from a call to the reward."""
+    """Discount of a rollout's reward for each hand-off between roles after a call."""
     turn_gamma: Fraction = 1.0
-    """Discount per call from a call to the reward."""
+    """Discount of a rollout's reward for each call after a call."""
     roles: dict[Name, RoleConfig] = Field(default_factory=dict)
 
     @model_validator(mode="before")

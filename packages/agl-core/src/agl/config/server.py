@@ -20,4 +20,5 @@ class ServerConfig(Section):
     """Gateway, API and OTLP receivers together."""
 
     allowed_hosts: list[Annotated[str, AfterValidator(_check_host)]] = Field(default_factory=list)
-    """Host names and addresses under which clients may address the server, besides those of loopback and `--host`."""
+    """Names and addresses, without ports, under which clients may address any port of `agl serve`, besides those of
+    loopback and `--host`."""

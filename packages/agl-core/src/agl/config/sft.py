@@ -29,12 +29,17 @@ class SftConfig(Section):
     """Supervised fine-tuning (`agl sft`), on examples or on rollouts of the store."""
 
     examples: Reference | None = None
-    """Function without arguments that returns a list of `{"role", "messages", "completion"}`."""
+    """Function without arguments that returns a list of `{"role", "messages", "completion"}`, each optionally with
+    `tools`. The completion is text as the model samples it, or an assistant message, also with `tool_calls`, which the
+    chat template writes. Either this or `traces`."""
     traces: SftTracesConfig | None = None
     """Rollouts of the store, instead of examples."""
     epochs: Count = 3
+    """Passes over the examples."""
     batch_size: Count = 8
+    """Examples per step, all of one role."""
     learning_rate: Positive = 1e-3
+    """Highest learning rate of the supervised steps."""
 
     @model_validator(mode="after")
     def _has_one_source(self) -> Self:
