@@ -180,7 +180,18 @@ CANARY_ARM: Final = "agl.canary.arm"
 CANARY_KEY: Final = "agl.canary.key"
 """str: hash of the user, or of the rollout, by which the arm was chosen."""
 CANARY_VERSION: Final = "agl.canary.version"
-"""str: the version that should answer the call, as `agl.policy.version` names it."""
+"""str: the version that should answer the call, as `agl.policy.version` names it. Absent for other roles."""
+CANARY_BEGAN_NS: Final = "agl.canary.began_ns"
+"""int: time of the rollout's first call of a role with a candidate. This and the next ones are on a record of the
+rollout, in place of its spans."""
+CANARY_ENDED_NS: Final = "agl.canary.ended_ns"
+"""int: end of its last such call."""
+CANARY_LATENCY_NS: Final = "agl.canary.latency_ns"
+"""int: duration of the rollout."""
+CANARY_FAILED: Final = "agl.canary.failed"
+"""bool: whether one of these calls failed."""
+CANARY_REWARDED_NS: Final = "agl.canary.rewarded_ns"
+"""int: time of the reward of the rollout as a whole; 0 if it had none."""
 
 # --- Recorded by a training step for a call --------------------------------------------------------------------------
 

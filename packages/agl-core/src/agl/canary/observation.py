@@ -1,14 +1,15 @@
 """The rollouts of a canary, read from their spans: their arm, what they earned, and which version answered them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Any
 
 from agl import semconv
 from agl.canary.history import Canary
 from agl.canary.table import Sample
 from agl.errors import CanaryError
-from agl.span import Span
+from agl.span import AttributeValue, Span
 from agl.store import Store
 from agl.trajectory import build_trajectory
 from agl.trajectory.reward import last_reward, read_reward
@@ -44,10 +45,12 @@ def observe(store: Store, canary: Canary) -> Observed:
     unproved: list[Unproved] = []
     for rollout_id in store.rollout_ids():
         spans = store.query_spans(rollout_id)
-        calls = [span for span in spans if _is_of(canary, span)]
-        if calls:
-            samples.append(_sample(rollout_id, spans, calls, canary))
-            unproved += [found for call in calls if (found := unproved_call(rollout_id, call))]
+        found = measured(spans) or next(
+            (span.attributes for span in spans if semconv.CANARY_BEGAN_NS in span.attributes), {}
+        )
+        if found.get(semconv.CANARY_ID) == canary.id:
+            samples.append(_sample(rollout_id, spans, found, canary))
+            unproved += [call for span in spans if (call := unproved_call(rollout_id, span))]
     arms: dict[str, set[bool]] = {}
     for sample in samples:
         arms.setdefault(sample.key, set()).add(sample.is_candidate)
@@ -55,9 +58,26 @@ def observe(store: Store, canary: Canary) -> Observed:
     return Observed(sorted(kept, key=lambda sample: sample.ended_ns), len(samples) - len(kept), unproved)
 
 
-def _is_of(canary: Canary, span: Span) -> bool:
-    """Whether `span` is a call that the canary gave to the candidate or the current version of one of its roles."""
-    return span.text(semconv.CANARY_ID) == canary.id and span.text(semconv.CANARY_VERSION) is not None
+def measured(spans: Sequence[Span]) -> dict[str, AttributeValue]:
+    """What a canary counts of a rollout, as attributes of a span in which it outlives the others; empty if no role of a
+    canary was called. Its reward and the error of the rollout as a whole are not among them.
+    """
+    calls = sorted((span for span in spans if span.text(semconv.CANARY_VERSION)), key=lambda call: call.start_ns)
+    if not calls:
+        return {}
+    began, ended = calls[0].start_ns, max(call.end_ns for call in calls)
+    root = next((span for span in spans if span.name == semconv.SPAN_ROLLOUT), None)
+    arm = {name: calls[0].text(name) or "" for name in (semconv.CANARY_ID, semconv.CANARY_ARM, semconv.CANARY_KEY)}
+    return {
+        **arm,
+        semconv.CANARY_BEGAN_NS: began,
+        semconv.CANARY_ENDED_NS: ended,
+        semconv.CANARY_LATENCY_NS: root.end_ns - root.start_ns if root else ended - began,
+        semconv.CANARY_FAILED: any(
+            call.status == "error" and call.text(semconv.ERROR_TYPE) != _CLIENT_LEFT for call in calls
+        ),
+        semconv.CANARY_REWARDED_NS: _rewarded_ns(spans),
+    }
 
 
 def unproved_call(rollout_id: str, call: Span) -> Unproved | None:
@@ -68,26 +88,24 @@ def unproved_call(rollout_id: str, call: Span) -> Unproved | None:
     return Unproved(rollout_id, call.span_id, expected, answered or "a model that the engine did not name")
 
 
-def _sample(rollout_id: str, spans: Sequence[Span], calls: Sequence[Span], canary: Canary) -> Sample:
+def _sample(rollout_id: str, spans: Sequence[Span], found: Mapping[str, Any], canary: Canary) -> Sample:
+    """`found` is `measured`, now or earlier."""
     trajectory = build_trajectory(spans)
-    began, ended = min(call.start_ns for call in calls), max(call.end_ns for call in calls)
-    root = next((span for span in spans if span.name == semconv.SPAN_ROLLOUT), None)
-    latency_ns = root.end_ns - root.start_ns if root else ended - began
-    failed_call = any(call.status == "error" and call.text(semconv.ERROR_TYPE) != _CLIENT_LEFT for call in calls)
+    began = found[semconv.CANARY_BEGAN_NS]
     sample = Sample(
         rollout_id=rollout_id,
-        key=calls[0].text(semconv.CANARY_KEY) or rollout_id,
-        is_candidate=calls[0].text(semconv.CANARY_ARM) == CANDIDATE,
+        key=found[semconv.CANARY_KEY],
+        is_candidate=found[semconv.CANARY_ARM] == CANDIDATE,
         fraction=canary.fraction_at(began),
         day=datetime.fromtimestamp(began / 1e9, UTC).date().isoformat(),
-        ended_ns=ended,
-        latency_s=latency_ns / 1e9,
-        failed=failed_call or trajectory.error is not None,
+        ended_ns=found[semconv.CANARY_ENDED_NS],
+        latency_s=found[semconv.CANARY_LATENCY_NS] / 1e9,
+        failed=found[semconv.CANARY_FAILED] or trajectory.error is not None,
     )
     if trajectory.reward is None:
         return sample
     reward = scaled(trajectory.reward, rollout_id, canary)
-    return replace(sample, reward=reward, rewarded_ns=_rewarded_ns(spans))
+    return replace(sample, reward=reward, rewarded_ns=found[semconv.CANARY_REWARDED_NS] or _rewarded_ns(spans))
 
 
 def scaled(reward: float, rollout_id: str, canary: Canary) -> float:
@@ -102,6 +120,7 @@ def scaled(reward: float, rollout_id: str, canary: Canary) -> float:
 
 
 def _rewarded_ns(spans: Iterable[Span]) -> int:
-    """When the rollout as a whole got its last reward."""
+    """When the rollout as a whole got its last reward; 0 if it has none."""
     rewards = ((span.start_ns, read_reward(span)) for span in spans)
-    return max(start_ns for start_ns, reward in rewards if reward and last_reward([reward], None) is not None)
+    found = (start_ns for start_ns, reward in rewards if reward and last_reward([reward], None) is not None)
+    return max(found, default=0)

@@ -1,0 +1,83 @@
+"""The rollouts of a canary as its spans have them, and as a record has them when the spans are gone."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from agl import semconv
+from agl.canary.history import Canary, Share
+from agl.canary.observation import measured, observe
+from agl.canary.table import Sample
+from agl.config import CanaryConfig
+from agl.span import Span
+from agl.store import open_store
+from tests.core.span_maker import gateway_call, reward, span
+
+SECOND = 10**9
+CANARY = Canary(
+    id="c",
+    candidate={"writer": "writer@4"},
+    current={"writer": "writer@3"},
+    shares=[Share(since_ns=0, fraction=0.1), Share(since_ns=50 * SECOND, fraction=0.3)],
+    settings=CanaryConfig(),
+)
+ARM = {
+    semconv.CANARY_ID: "c",
+    semconv.CANARY_ARM: "candidate",
+    semconv.CANARY_KEY: "00ff",
+    semconv.CANARY_VERSION: "writer@4",
+}
+
+
+def rollout() -> list[Span]:
+    """A root of 1.5 s, two calls of which one failed, a call of a role without candidate, and two rewards."""
+    prod = {semconv.MODE: "prod"}
+    root = replace(span(semconv.SPAN_ROLLOUT, prod, start=60 * SECOND), end_ns=60 * SECOND + 3 * SECOND // 2)
+    of = {semconv.CANARY_ID: "c", semconv.CANARY_ARM: "candidate", semconv.CANARY_KEY: "00ff"}
+    return [
+        root,
+        gateway_call(parent=root, start=60 * SECOND, version="judge@1", attributes=of),
+        gateway_call(parent=root, start=61 * SECOND, version="writer@4", attributes=ARM),
+        gateway_call(parent=root, start=62 * SECOND, version="writer@4", attributes=ARM, status="error"),
+        reward(0.25, parent=root, start=63 * SECOND),
+        reward(0.75, parent=root, start=64 * SECOND),
+    ]
+
+
+def seen(spans: Sequence[Span]) -> list[Sample]:
+    store = open_store("memory://")
+    store.append_spans(spans)
+    found = observe(store, CANARY)
+    store.close()
+    assert not found.unproved
+    return found.samples
+
+
+def test_a_rollout_is_counted_alike_by_its_spans_and_by_a_record_in_their_place() -> None:
+    spans = rollout()
+    expected = Sample(
+        rollout_id="r-1",
+        key="00ff",
+        is_candidate=True,
+        fraction=0.3,
+        day="1970-01-01",
+        ended_ns=62 * SECOND + SECOND // 4,
+        latency_s=1.5,
+        failed=True,
+        reward=0.75,
+        rewarded_ns=64 * SECOND,
+    )
+    record = span("agl.record", {**measured(spans), semconv.MODE: "prod", semconv.REWARD_VALUE: 0.75})
+    assert seen(spans) == seen([record]) == seen([*spans, record]) == [expected]
+
+
+@pytest.mark.parametrize("other", [{semconv.CANARY_ID: "an earlier one"}, {semconv.CANARY_VERSION: None}])
+def test_rollouts_of_other_canaries_and_without_a_role_of_this_one_do_not_count(other: dict[str, str | None]) -> None:
+    attributes = {name: value for name, value in (ARM | other).items() if value is not None}
+    assert seen([gateway_call(version="writer@4", attributes=attributes)]) == []
+
+
+def test_a_client_that_left_is_no_failure_of_the_version() -> None:
+    left = gateway_call(version="writer@4", attributes=ARM | {semconv.ERROR_TYPE: "cancelled"}, status="error")
+    assert [sample.failed for sample in seen([left])] == [False]
