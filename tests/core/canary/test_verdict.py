@@ -44,8 +44,10 @@ def test_a_promotion_needs_rule_evidence_and_enough_rollouts() -> None:
     better = samples({"reward": 0.9}, {})
     assert verdict(better).action == "promoted"
     assert verdict(better).wealth.better == pytest.approx((1.06**40 + 1.12**40 + 1.24**40) / 3)
-    assert "1 of 3 days" in verdict(better, on_day=1).reason and verdict(better, on_day=1).action == "wait"
-    assert "40 of 50 rewarded" in verdict(better, promote={}).reason
+    assert (
+        "above 0.15: 1 (needed: 3)" in verdict(better, on_day=1).reason and verdict(better, on_day=1).action == "wait"
+    )
+    assert "rewarded rollouts: 40 (needed: 50)" in verdict(better, promote={}).reason
     few = verdict(samples({"reward": 0.6}, {}, a_day=7))
     assert few.action == "wait" and "still lacks evidence that it earns more: K" in few.reason
 

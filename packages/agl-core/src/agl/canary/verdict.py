@@ -111,12 +111,12 @@ def _decide(observed: Observed, canary: Canary, running: int, reached: Wealth) -
         )
     rewarded = sum(sample.is_candidate and sample.reward is not None for sample in observed.samples)
     conditions = [
-        (reached.better >= needed, f"evidence that it earns more: K {reached.better:.1f} of {needed:g}"),
+        (reached.better >= needed, f"evidence that it earns more: K {reached.better:.1f} (needed: {needed:g})"),
         (
             running >= promote.days,
-            f"{running} of {promote.days} days running with a ratio above {promote.policy_improvement_ratio:g}",
+            f"days running with a ratio above {promote.policy_improvement_ratio:g}: {running} (needed: {promote.days})",
         ),
-        (rewarded >= promote.min_rollouts, f"{rewarded} of {promote.min_rollouts} rewarded rollouts"),
+        (rewarded >= promote.min_rollouts, f"rewarded rollouts: {rewarded} (needed: {promote.min_rollouts})"),
     ]
     if all(is_met for is_met, _ in conditions):
         return "promoted", "the candidate has " + ", ".join(text for _, text in conditions)

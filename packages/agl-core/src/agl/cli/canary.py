@@ -132,7 +132,7 @@ def _decide(store: Store, last: Event, kind: str, arguments: argparse.Namespace)
         evidence = judge(store, last, now_ns).evidence()
     except CanaryError as error:
         evidence = {"because": str(error)}
-    reason = arguments.reason or f"a decision of theirs; {evidence['because']}"
+    reason = arguments.reason or f"decided by hand; the verdict then: {evidence['because']}"
     event = end(store, last, kind, _person(), reason, now_ns, evidence)  # pyright: ignore[reportArgumentType]
     print(f"canary {event.canary.id} {event.summary()}")
     print("gateways of this store follow within a second; running rollouts stay on their versions")
@@ -188,9 +188,9 @@ def _status(last: Event, verdict: Verdict) -> list[str]:
     lines += [*align(rows), ""] if verdict.days else []
     promote, guard = canary.settings.promote, canary.settings.guard
     lines += [
-        f"rule      {verdict.days_running} of {promote.days} days running with a ratio above "
-        f"{promote.policy_improvement_ratio:g}",
-        f"evidence  K reached, of {verdict.needed:g}: earns more {wealth.better:.3g}, earns less {wealth.worse:.3g}, "
+        f"rule      days running with a ratio above {promote.policy_improvement_ratio:g}: {verdict.days_running} "
+        f"(needed: {promote.days})",
+        f"evidence  K reached (needed: {verdict.needed:g}): earns more {wealth.better:.3g}, earns less {wealth.worse:.3g}, "
         f"fails more (by {guard.errors:.0%}) {wealth.errors:.3g}, slower (p95 x {guard.p95_latency:g}) "
         f"{wealth.slow:.3g}",
     ]
