@@ -190,9 +190,9 @@ def _status(last: Event, verdict: Verdict) -> list[str]:
     lines += [
         f"rule      days running with a ratio above {promote.policy_improvement_ratio:g}: {verdict.days_running} "
         f"(needed: {promote.days})",
-        f"evidence  K reached (needed: {verdict.needed:g}): earns more {wealth.better:.3g}, earns less {wealth.worse:.3g}, "
-        f"fails more (by {guard.errors:.0%}) {wealth.errors:.3g}, slower (p95 x {guard.p95_latency:g}) "
-        f"{wealth.slow:.3g}",
+        f"evidence  K reached (needed: {verdict.needed:g}): earns more {wealth.better:.3g}, "
+        f"earns less {wealth.worse:.3g}, fails more (by {guard.errors:.0%}) {wealth.errors:.3g}, "
+        f"slower (p95 x {guard.p95_latency:g}) {wealth.slow:.3g}",
     ]
     if verdict.observed.in_both_arms:
         lines.append(f"left out  {verdict.observed.in_both_arms} rollouts of users who were in both arms")
