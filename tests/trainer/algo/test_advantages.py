@@ -27,6 +27,9 @@ BATCH = math.sqrt(21.2 / 4) + 1e-4
 # 0.5, -0.5 and three zeros have the squares' sum 0.5.
 CENTRED = math.sqrt(0.5 / 4) + 1e-4
 
+# grpo gives 0.5 / STD twice, whose squares' sum is divided by 4.
+SCALED = math.sqrt(2 * (0.5 / STD) ** 2 / 4) + 1e-4
+
 
 def advantages(name: str, **options: Any) -> list[float]:
     """Of VALUES, whose groups are given mixed."""
@@ -46,6 +49,7 @@ def advantages(name: str, **options: Any) -> list[float]:
         ("rloo", {}, [1.0, -1.0, 0, 0, 0]),
         ("reinforce++", {}, [(value - 2.6) / BATCH for value in (1, 0, 5, 5, 2)]),
         ("reinforce++_baseline", {}, [0.5 / CENTRED, -0.5 / CENTRED, 0, 0, 0]),
+        ("gdpo", {}, [0.5 / STD / SCALED, -0.5 / STD / SCALED, 0, 0, 0]),
         ("max@k", {"k": 2}, [2.0, 0, 0, 0, 0]),
         ("ema", {"baseline": 2.0}, [-1.0, -2.0, 3.0, 3.0, 0.0]),
     ],
@@ -62,6 +66,21 @@ def test_grpo_is_that_of_trl_also_where_rewards_are_missing(case: dict[str, Any]
     rewards[values.isnan().all(1)] = math.nan
     found = group_advantages("grpo", rewards, list("aaabbb"), scale_rewards=case["scale_rewards"])
     assert found.tolist() == pytest.approx(case["advantages"], abs=1e-6)
+
+
+BY_DIMENSION = [case for case in TRL["advantage_cases"] if case["multi_objective_aggregation"] == "normalize_then_sum"]
+
+
+@pytest.mark.parametrize("case", BY_DIMENSION, ids=lambda case: str(case["reward_weights"]))
+def test_gdpo_is_that_of_trl_also_where_dimensions_are_missing(case: dict[str, Any]) -> None:
+    rewards = [[math.nan if part is None else part for part in row] for row in TRL["rewards"]]
+    found = group_advantages("gdpo", rewards, list("aaabbb"), weights=case["reward_weights"])
+    assert found.tolist() == pytest.approx(case["advantages"], abs=1e-6)
+
+
+def test_gdpo_refuses_weights_that_do_not_fit() -> None:
+    with pytest.raises(TrainingError, match="1 weights, expected one for each of 2 dimensions"):
+        group_advantages("gdpo", [[1.0, 0.0]], ["a"], weights=[1.0])
 
 
 @pytest.mark.parametrize("k", [2, 3, 5, 6])

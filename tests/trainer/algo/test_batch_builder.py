@@ -14,6 +14,7 @@ from agl import semconv
 from agl.config import PolicyLossConfig
 from agl.span import Span
 from agl.trajectory import DropReason, Trajectory
+from agl_trainer.algo.advantages import group_advantages
 from agl_trainer.algo.batch import CallOutcome, GrpoBatch
 from agl_trainer.algo.batch_builder import grpo_batch
 from agl_trainer.algo.losses import policy_loss
@@ -167,6 +168,14 @@ def test_a_discount_alone_tells_no_rollouts_apart(scale: str) -> None:
     assert advantages(batch_of(*made, gamma=0.5, scale_rewards=scale), "writer") == [None] * 4
 
 
+def test_gdpo_does_not_magnify_a_difference_of_discounts() -> None:
+    roles = [["writer"]] * 7 + [["writer", "fixer", "judge"]]
+    made = [trajectory(f"r{i}", *map(call, names), reward_on(None, 1.0)) for i, names in enumerate(roles)]
+    found = advantages(batch_of(*made, gamma=0.85, advantage="gdpo", scale_rewards="group"), "writer")
+    difference = 1 - 0.85**2
+    assert found == pytest.approx([difference / 8] * 7 + [-difference * 7 / 8])
+
+
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_a_shorter_way_is_preferred_by_its_discount_at_its_natural_size(scale: str) -> None:
     """All earned 1; the last took two more hand-offs, which cost its writer 1 - 0.85^2 = 0.28."""
@@ -199,6 +208,58 @@ def test_rewards_on_calls_are_scaled_by_what_they_differ() -> None:
 
     found = advantages(batch_of(judged("r1"), judged("r2"), scale_rewards="group"), "writer")
     assert found == pytest.approx([-1.0, 1.0] * 2, rel=1e-3)
+
+
+def parts_on(target: Span | None, **parts: float) -> Span:
+    made = reward_on(target, sum(parts.values()))
+    made.attributes.update({semconv.REWARD_PREFIX + name: value for name, value in parts.items()})
+    return made
+
+
+def test_gdpo_compares_each_dimension_of_a_role_by_itself() -> None:
+    """For rollouts of one call it is `group_advantages`, also where a dimension is missing or has the weight 0."""
+    nan = math.nan
+    values = [[1.0, 0.2, 7.0], [0.0, nan, 1.0], [0.5, 0.1, 2.0], [1.0, 0.3, 0.0], [1.0, 0.3, 5.0]]
+    names, groups, weights = ("goal", "style", "metric"), "aaabb", {"goal": 1.0, "style": 0.5, "metric": 0.0}
+    made = [
+        trajectory(
+            f"r{index}",
+            call("writer"),
+            parts_on(None, **{name: part for name, part in zip(names, row, strict=True) if not math.isnan(part)}),
+            group_id=groups[index],
+        )
+        for index, row in enumerate(values)
+    ]
+    options = batch_options(advantage="gdpo", reward_weights=weights)
+    batch = grpo_batch(made, {"writer": RoleState()}, options)
+    expected = group_advantages(
+        "gdpo", torch.tensor(values, dtype=torch.float64), groups, weights=list(weights.values())
+    ).tolist()
+    assert advantages(batch, "writer") == [*(pytest.approx(value, rel=1e-12) for value in expected[:3]), None, None]
+    assert batch.zero_variance_groups == ["b"]
+    # The role's own weights replace those of the configuration.
+    batch = grpo_batch(made, {"writer": RoleState(weights={"metric": 1.0})}, options)
+    expected = group_advantages("gdpo", torch.tensor(values, dtype=torch.float64)[:, 2], groups).tolist()
+    assert advantages(batch, "writer") == pytest.approx(expected, rel=1e-12)
+
+
+def test_gdpo_of_calls() -> None:
+    """A reward on a call, a discount and the penalty of overlong responses, each in its own dimension."""
+
+    def judged(rollout_id: str, goal: float, style: float) -> Trajectory:
+        turns = call("writer", [3], prompt=[1]), call("writer", [5], prompt=[1, 3, 4])
+        return trajectory(rollout_id, *turns, parts_on(None, goal=goal), parts_on(turns[1], style=style))
+
+    made = [judged("r1", 1.0, 0.0), judged("r2", 0.0, 0.5)]
+    found = advantages(batch_of(*made, advantage="gdpo", scale_rewards="group"), "writer")
+    goal, style = (0.5 * size / (size * math.sqrt(0.5) + 1e-4) for size in (1.0, 0.5))
+    # Only the second call has a style. Each rollout's is goal - style or its negative.
+    divisor = math.sqrt(2) * (goal - style) + 1e-4
+    assert found == pytest.approx([goal / divisor, (goal - style) / divisor, -goal / divisor, (style - goal) / divisor])
+    long = call("writer", range(10, 14)), call("writer", [10])
+    made = [trajectory(f"r{index}", each, reward_on(None, 1.0)) for index, each in enumerate(long)]
+    batch = batch_of(*made, advantage="gdpo", scale_rewards="group", overlong_buffer=2, max_tokens=4)
+    assert advantages(batch, "writer") == pytest.approx([-math.sqrt(0.5), math.sqrt(0.5)], rel=1e-3)
 
 
 def test_only_calls_that_a_reward_reaches_train() -> None:

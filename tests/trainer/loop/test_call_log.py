@@ -200,8 +200,8 @@ def test_a_role_whose_weights_name_no_dimension_of_its_rewards_is_warned_of(capl
     warn_of_unused_weights(made, weights)
     (message,) = (record.getMessage() for record in caplog.records)
     assert message == (
-        "agent_roles.fixer.rewards has weights for brevity, gaol, but the rewards that reach the role in this step "
-        "have the dimensions goal, style; a dimension without a weight counts 0"
+        "role fixer has weights for brevity, gaol (agent_roles.<role>.rewards, or rewards), but the rewards that reach "
+        "it in this step have the dimensions goal, style; a dimension without a weight counts 0"
     )
     caplog.clear()
     warn_of_unused_weights([trajectory("r1", call("writer"), reward_on(None, 1.0))], {"writer": {"goal": 1.0}})

@@ -8,7 +8,7 @@ from agl.config.section import Fraction, Positive, Section
 
 LossName = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 Normalization = Literal["rollout", "grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
-AdvantageName = Literal["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "max@k", "ema"]
+AdvantageName = Literal["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "gdpo", "max@k", "ema"]
 RewardScale = Literal["group", "batch", "none"]
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 """In vLLM's terms: those of the model, or those of the distribution that tokens are sampled from."""

@@ -1,4 +1,7 @@
-"""Advantages: how much better a rollout did than others. Pure functions of the rewards [R] of R rollouts."""
+"""Advantages: how much better a rollout did than others. Pure functions of the rewards [R] of R rollouts.
+
+Advantage gdpo compares each of D reward dimensions by itself: its rewards are [R, D].
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,7 +15,7 @@ from agl.config import AdvantageName, RewardScale
 from agl.errors import TrainingError
 
 ADVANTAGES: tuple[AdvantageName, ...] = get_args(AdvantageName)
-_OPTIONS = {"grpo": {"scale_rewards"}, "max@k": {"k"}, "ema": {"baseline"}}
+_OPTIONS = {"grpo": {"scale_rewards"}, "gdpo": {"weights"}, "max@k": {"k"}, "ema": {"baseline"}}
 
 EPSILON = 1e-4
 """Added to a standard deviation before dividing by it, as in TRL."""
@@ -23,6 +26,7 @@ class AdvantageEstimate:
     """Advantages [R] and, of those with a divisor, the standard deviations [R] and the rollouts that share one."""
 
     advantages: Tensor
+    divisors: Tensor | None = None
     deviations: Tensor | None = None
     scaled_together: Sequence[Tensor] = ()
 
@@ -36,18 +40,22 @@ def group_advantages(name: str, rewards: Tensor | Sequence[float], group_ids: Se
     rloo: R - mean of the other rollouts of the group (arXiv 2402.14740, section 2.2).
     reinforce++: (R - mean) / (std + 1e-4), both of the batch; reinforce++_baseline: the same of R - mean of the group
     (arXiv 2501.03262).
+    gdpo: `rewards` is [R, D] or [R]; grpo of each of the D dimensions, then reinforce++ of their sum, with a weight for
+    each as option `weights`, 1 by default (arXiv 2601.05242; `normalize_then_sum` in TRL). A missing dimension adds 0.
     max@k: see `max_at_k`, option `k`.
     ema: R - `baseline`, a running mean of earlier rewards (SPIRAL, arXiv 2506.24119, section 3.3): `next_baseline`.
     Raises TrainingError for an unknown name or option, an infinite reward, or a wrong number of group ids.
     """
     values = torch.as_tensor(rewards)
     values = values if values.is_floating_point() else values.double()
-    _check(values, group_ids)
+    _check(values, group_ids, dimensions=2 if name == "gdpo" and values.dim() == 2 else 1)
     allowed = _OPTIONS.get(name, set())
     if unknown := sorted(set(options) - allowed):
         raise TrainingError(
             f"advantage {name} has no option {', '.join(unknown)}; it has {', '.join(allowed) or 'none'}"
         )
+    if name == "gdpo":
+        return _gdpo_advantages(values, group_ids, **options)
     is_known = ~values.isnan()
     known_groups = [group for group, known in zip(group_ids, is_known.tolist(), strict=True) if known]
     advantages = torch.zeros_like(values)
@@ -93,10 +101,26 @@ def estimate_advantages(
         case "reinforce++_baseline":
             centred, of_earned = _centred(rewards, groups), _centred(earned, groups)
             return _divided(centred - centred.mean(), of_earned, of_earned - centred, batch)
+        case "gdpo":
+            of_group = estimate_advantages("grpo", rewards, group_ids, undiscounted=undiscounted).advantages
+            of_earned = estimate_advantages("grpo", earned, group_ids).advantages
+            return estimate_advantages("reinforce++", of_group, group_ids, undiscounted=of_earned)
         case "max@k":
             return AdvantageEstimate(_over_groups(rewards, groups, lambda values: max_at_k(values, k)))
         case _:
             return AdvantageEstimate(rewards - baseline)
+
+
+def _gdpo_advantages(rewards: Tensor, group_ids: Sequence[str], weights: Sequence[float] | None = None) -> Tensor:
+    """Advantages [R] of `rewards` [R, D], or [R] for one dimension."""
+    columns = rewards.reshape(len(rewards), -1).unbind(1)
+    weights = [1.0] * len(columns) if weights is None else weights
+    if len(weights) != len(columns):
+        raise TrainingError(f"gdpo has {len(weights)} weights, expected one for each of {len(columns)} dimensions")
+    of_groups = [group_advantages("grpo", column, group_ids) for column in columns]
+    total = torch.stack([weight * each for weight, each in zip(weights, of_groups, strict=True)]).sum(0)
+    total[rewards.reshape(len(rewards), -1).isnan().all(1)] = math.nan
+    return group_advantages("reinforce++", total, group_ids)
 
 
 def max_at_k(rewards: Tensor, k: int) -> Tensor:
@@ -148,7 +172,7 @@ def _divided(
     deviations = _over_groups(earned, scaled_together, _deviations)
     of_discounts = _over_groups(discounted_by, scaled_together, _deviations)
     divisors = torch.where(deviations < of_discounts, 1.0, deviations + EPSILON)
-    return AdvantageEstimate(centred / divisors, deviations, scaled_together)
+    return AdvantageEstimate(centred / divisors, divisors, deviations, scaled_together)
 
 
 def _over_groups(rewards: Tensor, groups: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -163,9 +187,9 @@ def _deviations(values: Tensor) -> Tensor:
     return values.std().expand(len(values)) if len(values) > 1 else torch.zeros_like(values)
 
 
-def _check(rewards: Tensor, group_ids: Sequence[str]) -> None:
-    if rewards.dim() != 1 or len(rewards) != len(group_ids):
+def _check(rewards: Tensor, group_ids: Sequence[str], dimensions: int) -> None:
+    if rewards.dim() != dimensions or len(rewards) != len(group_ids):
         raise TrainingError(f"got rewards of shape {list(rewards.shape)} for {len(group_ids)} group ids")
     if rewards.isinf().any():
-        index = int(rewards.isinf().nonzero()[0])
+        index = int(rewards.isinf().nonzero()[0, 0])
         raise TrainingError(f"group {group_ids[index]}: reward {rewards[index]} is not finite")

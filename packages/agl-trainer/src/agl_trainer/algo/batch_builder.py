@@ -15,17 +15,19 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from agl.trajectory import Call, DropReason, Row, Trajectory, Turn, sampling_fault
-from agl_trainer.algo.advantages import estimate_advantages
 from agl_trainer.algo.batch import CallOutcome, GrpoBatch, version_number
-from agl_trainer.algo.call_advantages import CallMeans, call_scales
-from agl_trainer.algo.credit import Credit, call_credits, role_credit, undiscounted_credit
+from agl_trainer.algo.call_advantages import (
+    CallAdvantage,
+    CallCredits,
+    RolloutAdvantage,
+    call_advantages,
+    gdpo_call_advantages,
+)
+from agl_trainer.algo.credit import OVERLONG, PLAIN, Credit, call_credits, dimension_credits, role_credit
 from agl_trainer.algo.normalization import row_weights
 from agl_trainer.algo.options import BatchOptions, RoleState
 from agl_trainer.data.rows import SampledRow
 from agl_trainer.data.truncation import Truncation
-
-_ROUNDING = 1e-8
-"""Differences below this, times the largest credit of the group, are rounding errors of equal rewards."""
 
 
 def grpo_batch(
@@ -41,12 +43,18 @@ def grpo_batch(
         call_credits(made, options.gamma, turn_gamma=options.turn_gamma, weights=weights, overlong=options.overlong)
         for made in trajectories
     ]
+    by_dimension: Sequence[Mapping[str, CallCredits]] = [{}] * len(trajectories)
+    if options.loss.advantage == "gdpo":
+        by_dimension = [
+            dimension_credits(made, options.gamma, turn_gamma=options.turn_gamma, overlong=options.overlong)
+            for made in trajectories
+        ]
     batch = GrpoBatch()
     batch.outcomes += [CallOutcome(drop.call, None, drop.reason) for made in trajectories for drop in made.drops]
     trainable: set[str] = set()
     for role in dict.fromkeys(row.role for made in trajectories for row in made.rows):
         builder = _RoleBuilder(batch, role, roles.get(role), options, trainable)
-        parts = map(_RolePart.of, [role] * len(trajectories), trajectories, credits)
+        parts = map(_RolePart.of, [role] * len(trajectories), trajectories, credits, by_dimension)
         builder.add([part for part in parts if part.rows], replaced_groups)
     groups = dict.fromkeys(_group_of(made) for made in trajectories)
     batch.zero_variance_groups = [group for group in groups if group not in trainable]
@@ -67,15 +75,27 @@ class _RolePart:
     rows: list[Row]
     credits: Mapping[str, Credit | None]
     """Span id to the credit of the call."""
-    rewarded: list[Credit]
+    rewarded: CallCredits
     """Credits of the calls that a reward reaches."""
+    by_dimension: Mapping[str, CallCredits]
+    """For advantage gdpo, the same of each reward dimension."""
 
     @classmethod
-    def of(cls, role: str, trajectory: Trajectory, credits: Mapping[str, Credit | None]) -> "_RolePart":
+    def of(
+        cls,
+        role: str,
+        trajectory: Trajectory,
+        credits: Mapping[str, Credit | None],
+        by_dimension: Mapping[str, CallCredits],
+    ) -> "_RolePart":
         rows = [row for row in trajectory.rows if row.role == role]
-        found = [credits[turn.call.span_id] for row in rows for turn in row.turns]
-        rewarded = [credit for credit in found if credit is not None]
-        return cls(_group_of(trajectory), trajectory.error is not None, rows, credits, rewarded)
+        ids = [turn.call.span_id for row in rows for turn in row.turns]
+        rewarded = {span_id: credit for span_id in ids if (credit := credits[span_id]) is not None}
+        of_role = {
+            name: {span_id: found[span_id] for span_id in ids if span_id in found}
+            for name, found in by_dimension.items()
+        }
+        return cls(_group_of(trajectory), trajectory.error is not None, rows, credits, rewarded, of_role)
 
     def drop(self, reason: DropReason) -> Iterator[CallOutcome]:
         """Outcomes of the calls when none of them trains."""
@@ -170,73 +190,60 @@ class _RoleBuilder:
 
     def _drafts(self, members: Sequence[_RolePart], state: RoleState) -> list[_RowDraft]:
         """Rows of all members, with the advantages of their calls."""
-        loss, group_ids = self.options.loss, [member.group_id for member in members]
-        credits = [role_credit(member.rewarded) for member in members]
-        earned = [undiscounted_credit(member.rewarded) for member in members]
+        group_ids = [member.group_id for member in members]
+        credits = [role_credit([*member.rewarded.values()]) for member in members]
         self.batch.credits[self.role] = credits
-        values = torch.tensor(credits, dtype=torch.float64)
-        found = estimate_advantages(
-            loss.advantage,
-            values,
-            group_ids,
-            scale_rewards=loss.scale_rewards,
-            k=loss.max_at_k,
-            baseline=state.baseline,
-            undiscounted=torch.tensor(earned, dtype=torch.float64),
-        )
-        centred = estimate_advantages("dr_grpo", values, group_ids).advantages.tolist()
-        scales = call_scales([member.rewarded for member in members], found)
+        advantages = self._advantages(members, group_ids, state)
         groups = list(dict.fromkeys(group_ids))
         kept = self.options.rejection.kept(credits, group_ids) if self.options.rejection else [True] * len(members)
-        sizes: dict[str, float] = {}
-        for member in members:
-            sizes[member.group_id] = max(sizes.get(member.group_id, 0.0), *(credit.size for credit in member.rewarded))
         drafts = []
         for index, member in enumerate(members):
             if not kept[index]:
                 self.batch.outcomes += member.drop(DropReason.REJECTED)
                 continue
             minibatch = groups.index(member.group_id) % self.options.minibatches
-            advantage = found.advantages[index].item()
-            tolerance = _ROUNDING * sizes[member.group_id]
-            drafts += self._member_drafts(member, advantage, centred[index], scales[index], minibatch, tolerance)
+            drafts += self._member_drafts(member, advantages[index].calls, minibatch)
         return drafts
 
-    def _member_drafts(
-        self, member: _RolePart, advantage: float, centred: float, scale: float, minibatch: int, tolerance: float
-    ) -> Iterator[_RowDraft]:
-        """A draft of each row of `member`; `centred` is its credit minus the mean of the group.
+    def _advantages(
+        self, members: Sequence[_RolePart], group_ids: Sequence[str], state: RoleState
+    ) -> list[RolloutAdvantage]:
+        loss, weights = self.options.loss, state.weights or self.options.reward_weights
+        if loss.advantage != "gdpo":
+            return call_advantages([member.rewarded for member in members], group_ids, loss, state.baseline)
+        dimensions = [
+            (
+                weights.get(name, float(not weights or name in (PLAIN, OVERLONG))),
+                [member.by_dimension.get(name, {}) for member in members],
+            )
+            for name in dict.fromkeys(name for member in members for name in member.by_dimension)
+        ]
+        return gdpo_call_advantages(dimensions, group_ids)
 
-        A call trains if its advantage, times `scale`, is more than `tolerance`, in units of the reward.
-        """
-        means, size = CallMeans.of(member.rewarded), self.options.vocabulary_size
+    def _member_drafts(
+        self, member: _RolePart, advantages: Mapping[str, CallAdvantage], minibatch: int
+    ) -> Iterator[_RowDraft]:
+        """A draft of each row of `member`, whose calls have `advantages` by span id."""
+        rejects, size = self.options.rejection is not None, self.options.vocabulary_size
         for row in member.rows:
             draft = _RowDraft(row, minibatch, [0] * len(row.ids), [0.0] * len(row.ids))
             has_unknown_tokens = size is not None and max(row.ids) >= size
             for turn in row.turns:
-                credit = member.credits[turn.call.span_id]
-                reason = self._call_drop_reason(turn, credit)
-                if (
-                    credit is not None
-                    and reason is None
-                    and self._differs(means.advantage(credit, centred, 1.0), tolerance)
-                ):
+                found = advantages.get(turn.call.span_id, CallAdvantage(0.0, trains=False, differs=False))
+                reason = self._call_drop_reason(turn, member.credits[turn.call.span_id])
+                if reason is None and (rejects or found.differs):
                     self.trainable.add(member.group_id)
                 if has_unknown_tokens:
                     reason = DropReason.UNKNOWN_TOKENS
-                if credit is None or reason is not None:
-                    draft.drop(turn.call, reason or DropReason.NO_REWARD)
+                if reason is not None:
+                    draft.drop(turn.call, reason)
                     continue
                 draft.mask[turn.start : turn.end] = [1] * (turn.end - turn.start)
-                of_call = 1.0 if self.options.rejection else means.advantage(credit, advantage, scale)
-                if self._differs(of_call * scale, tolerance) or self.options.loss.trains_without_advantage:
-                    draft.train_on(turn, of_call)
+                if rejects or found.trains or self.options.loss.trains_without_advantage:
+                    draft.train_on(turn, 1.0 if rejects else found.value)
                 else:
                     draft.drop(turn.call, DropReason.ZERO_ADVANTAGE)
             yield draft
-
-    def _differs(self, advantage: float, tolerance: float) -> bool:
-        return self.options.rejection is not None or abs(advantage) > tolerance
 
     def _call_drop_reason(self, turn: Turn, credit: Credit | None) -> DropReason | None:
         """Why a call of a rollout that trains does not train."""

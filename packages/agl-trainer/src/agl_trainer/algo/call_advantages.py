@@ -6,17 +6,47 @@ A_r is the advantage of the role in rollout r, d_c the discount of the reward th
 call itself; means are over the role's calls in r. std is the standard deviation that divides A_r, within that of
 e_c - mean(e) over the same rollouts; if A_r was not divided, the divisor is 1. So calls of a rollout differ by their
 discounts and their own rewards, while rollouts differ by their credit as a whole. For a single call A_c is A_r.
+
+For advantage gdpo, A_c is computed with advantage grpo for each reward dimension; see `gdpo_call_advantages`.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Self
 
+import torch
 from torch import Tensor
 
-from agl_trainer.algo.advantages import EPSILON, AdvantageEstimate
-from agl_trainer.algo.credit import Credit
+from agl.config import LossConfig
+from agl_trainer.algo.advantages import EPSILON, AdvantageEstimate, estimate_advantages
+from agl_trainer.algo.credit import Credit, role_credit, undiscounted_credit
+
+_ROUNDING = 1e-8
+"""Differences below this, times the largest credit of the group, are rounding errors of equal rewards."""
+CallCredits = Mapping[str, Credit]
+"""Span id of a call that a reward reaches to its credit."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallAdvantage:
+    """Advantage of a call."""
+
+    value: float
+    trains: bool
+    """It is more than a rounding error."""
+    differs: bool
+    """The call earned something else than its group, whatever the advantage divides or subtracts."""
+
+
+@dataclass(slots=True)
+class RolloutAdvantage:
+    """Advantage of a role in a rollout, and of its calls by span id."""
+
+    value: float = 0.0
+    undiscounted: float = 0.0
+    """The value if no reward were discounted."""
+    calls: dict[str, CallAdvantage] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +79,64 @@ def call_scales(credits: Sequence[Sequence[Credit]], found: AdvantageEstimate) -
         for index in indices:
             scales[index] = math.sqrt(float(found.deviations[index]) ** 2 + variance) + EPSILON
     return scales
+
+
+def call_advantages(
+    credits: Sequence[CallCredits], group_ids: Sequence[str], loss: LossConfig, baseline: float = 0.0
+) -> list[RolloutAdvantage]:
+    """Advantages of rollouts, none of which is without a credit, and of their calls. `baseline`: of advantage ema."""
+    rewarded = [list(of_rollout.values()) for of_rollout in credits]
+    values = torch.tensor([role_credit(of_rollout) for of_rollout in rewarded], dtype=torch.float64)
+    earned = torch.tensor([undiscounted_credit(of_rollout) for of_rollout in rewarded], dtype=torch.float64)
+    options = {"scale_rewards": loss.scale_rewards, "k": loss.max_at_k, "baseline": baseline}
+    found = estimate_advantages(loss.advantage, values, group_ids, undiscounted=earned, **options)
+    of_earned = estimate_advantages(loss.advantage, earned, group_ids, **options)
+    centred = estimate_advantages("dr_grpo", values, group_ids).advantages.tolist()
+    scales = call_scales(rewarded, found)
+    sizes: dict[str, float] = {}
+    for group, of_rollout in zip(group_ids, rewarded, strict=True):
+        sizes[group] = max(sizes.get(group, 0.0), *(credit.size for credit in of_rollout))
+    rollouts = list(map(RolloutAdvantage, found.advantages.tolist(), of_earned.advantages.tolist()))
+    for index, rollout in enumerate(rollouts):
+        means, tolerance = CallMeans.of(rewarded[index]), _ROUNDING * sizes[group_ids[index]]
+        for span_id, credit in credits[index].items():
+            value = means.advantage(credit, rollout.value, scales[index])
+            differs = abs(means.advantage(credit, centred[index], 1.0)) > tolerance
+            rollout.calls[span_id] = CallAdvantage(value, abs(value * scales[index]) > tolerance, differs)
+    return rollouts
+
+
+def gdpo_call_advantages(
+    dimensions: Sequence[tuple[float, Sequence[CallCredits]]], group_ids: Sequence[str]
+) -> list[RolloutAdvantage]:
+    """Advantages gdpo of rollouts and their calls, from the weight of each dimension and its credits by rollout.
+
+    A_c = (sum over dimensions of  weight * A_c of grpo  - mean) / (std + 1e-4), with mean and std of the same sums of
+    the rollouts of the batch (arXiv 2601.05242). A dimension without a credit in a rollout or call adds 0 there.
+    """
+    totals = [RolloutAdvantage() for _ in group_ids]
+    for weight, credits in dimensions:
+        known = [index for index, of_rollout in enumerate(credits) if of_rollout and weight]
+        grpo = LossConfig(advantage="grpo")
+        found = call_advantages([credits[i] for i in known], [group_ids[i] for i in known], grpo) if known else []
+        for index, rollout in zip(known, found, strict=True):
+            totals[index].value += weight * rollout.value
+            totals[index].undiscounted += weight * rollout.undiscounted
+            for span_id, call in rollout.calls.items():
+                total = totals[index].calls.get(span_id, CallAdvantage(0.0, False, False))
+                value = total.value + weight * call.value
+                totals[index].calls[span_id] = CallAdvantage(
+                    value, total.trains or call.trains, total.differs or call.differs
+                )
+    sums, undiscounted = torch.tensor([(one.value, one.undiscounted) for one in totals], dtype=torch.float64).unbind(1)
+    of_batch = estimate_advantages("reinforce++", sums, group_ids, undiscounted=undiscounted)
+    divisors = [1.0] * len(totals) if of_batch.divisors is None else of_batch.divisors.tolist()
+    return [_normalised(total, sums.mean().item(), divisor) for total, divisor in zip(totals, divisors, strict=True)]
+
+
+def _normalised(total: RolloutAdvantage, mean: float, divisor: float) -> RolloutAdvantage:
+    calls = {
+        span_id: CallAdvantage((call.value - mean) / divisor, call.trains and abs(call.value) > _ROUNDING, call.differs)
+        for span_id, call in total.calls.items()
+    }
+    return RolloutAdvantage((total.value - mean) / divisor, calls=calls)

@@ -12,8 +12,9 @@ reward on the rollout and turn_gamma 1, credit is that reward: plain GRPO.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 from agl.trajectory import Call, Reward, Trajectory
@@ -22,6 +23,8 @@ from agl_trainer.algo.succession import distances
 Weights = Mapping[str, float]
 """Reward dimension to its weight."""
 _NO_WEIGHTS: Mapping[str, Weights] = MappingProxyType({})
+PLAIN, OVERLONG = "reward", "overlong"
+"""Dimensions in `dimension_credits` of a reward that is a plain number, and of the penalty of overlong responses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +74,35 @@ def call_credits(
     `gamma` and `turn_gamma` are in [0, 1]. `weights` holds the roles that weigh reward dimensions differently from the
     configuration; a dimension that a role does not name has weight 0 there.
     """
-    calls = [call for call in trajectory.calls if call.attempt_id in (None, trajectory.attempt_id)]
     credits: dict[str, Credit | None] = {}
-    for call, after in zip(calls, distances(calls), strict=True):
-        discount = gamma**after.handoffs * turn_gamma**after.calls
-        credit = _credit(call, trajectory.rewards, discount, weights.get(call.role, {}))
+    for call, discount in _discounts(trajectory, gamma, turn_gamma):
+        credit = _credit(call, trajectory.rewards, discount, partial(_value, weights=weights.get(call.role, {})))
         if credit is not None and overlong is not None:
             credit = Credit(credit.shared, credit.own + overlong.of(call), credit.discount)
         credits[call.span_id] = credit
     return credits
+
+
+def dimension_credits(
+    trajectory: Trajectory, gamma: float, *, turn_gamma: float = 1.0, overlong: OverlongPenalty | None = None
+) -> dict[str, dict[str, Credit]]:
+    """For each reward dimension the credits of `call_credits`, of the calls that the dimension reaches.
+
+    A reward that is a plain number has the dimension PLAIN, the penalty of overlong responses the dimension OVERLONG.
+    """
+    rewards = [*trajectory.rewards, *(reward for call in trajectory.calls for reward in call.rewards)]
+    names = dict.fromkeys(name for reward in rewards for name in _dimensions(reward))
+    found: dict[str, dict[str, Credit]] = {name: {} for name in names} | ({OVERLONG: {}} if overlong else {})
+    for call, discount in _discounts(trajectory, gamma, turn_gamma):
+        for name in names:
+            credit = _credit(
+                call, trajectory.rewards, discount, lambda reward, name=name: _dimensions(reward).get(name)
+            )
+            if credit is not None:
+                found[name][call.span_id] = credit
+                if overlong is not None:
+                    found[OVERLONG][call.span_id] = Credit(0.0, overlong.of(call))
+    return found
 
 
 def role_credit(credits: Sequence[Credit]) -> float:
@@ -92,16 +115,31 @@ def undiscounted_credit(credits: Sequence[Credit]) -> float:
     return sum(credit.shared + credit.own for credit in credits) / len(credits)
 
 
-def _credit(call: Call, rewards: Sequence[Reward], discount: float, weights: Weights) -> Credit | None:
-    own = [_value(reward, weights) for reward in call.rewards]
+def _discounts(trajectory: Trajectory, gamma: float, turn_gamma: float) -> list[tuple[Call, float]]:
+    """The calls of the last attempt, each with the discount of the rollout's reward."""
+    calls = [call for call in trajectory.calls if call.attempt_id in (None, trajectory.attempt_id)]
+    return [
+        (call, gamma**after.handoffs * turn_gamma**after.calls)
+        for call, after in zip(calls, distances(calls), strict=True)
+    ]
+
+
+def _credit(
+    call: Call, rewards: Sequence[Reward], discount: float, value_of: Callable[[Reward], float | None]
+) -> Credit | None:
+    """Credit of `call`; `value_of` is None for a reward that does not count."""
+    own = [value for reward in call.rewards if (value := value_of(reward)) is not None]
     of_role = [reward for reward in rewards if reward.target is None and reward.role == call.role]
     of_rollout = [reward for reward in rewards if reward.target is None and reward.role is None]
-    if of_role:
-        return Credit(_value(of_role[-1], weights), sum(own))
-    if of_rollout:
-        value = _value(of_rollout[-1], weights)
-        return Credit(value, sum(own), discount if value >= 0 else 1.0)
-    return Credit(0.0, sum(own)) if own else None
+    last = (of_role or of_rollout)[-1:]
+    shared = value_of(last[0]) if last else None
+    if shared is None:
+        return Credit(0.0, sum(own)) if own else None
+    return Credit(shared, sum(own), 1.0 if of_role or shared < 0 else discount)
+
+
+def _dimensions(reward: Reward) -> Mapping[str, float]:
+    return reward.dimensions or {PLAIN: reward.value}
 
 
 def _value(reward: Reward, weights: Weights) -> float:

@@ -42,6 +42,8 @@ class BatchOptions:
     vocabulary_size: int | None = None
     logprobs_mode: LogprobsMode = "processed_logprobs"
     """Which logprobs calls have."""
+    reward_weights: Weights = field(default_factory=dict)
+    """Weights of reward dimensions for roles without their own; empty: all alike."""
     from_store: bool = False
     """Any policy may have sampled the calls, also if its version has the number of the current one."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -68,6 +70,7 @@ class BatchOptions:
             max_row_tokens=config.engine.max_model_len,
             vocabulary_size=vocabulary_size,
             logprobs_mode=logprobs_mode,
+            reward_weights=config.rewards,
             from_store=from_store,
             sampling=train.sampling.settings(),
         )

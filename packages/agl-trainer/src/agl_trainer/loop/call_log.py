@@ -108,14 +108,14 @@ def _named(rollout_ids: Sequence[str]) -> str:
 
 
 def warn_of_unused_weights(trajectories: Sequence[Trajectory], weights: Mapping[str, Weights]) -> None:
-    """Log a warning for each role whose own `weights` name no dimension of the rewards that reach the role."""
+    """Log a warning for each role whose `weights` name no dimension of the rewards that reach the role."""
     for role, of_role in weights.items():
         rewards = [reward for trajectory in trajectories for reward in _reaching(role, trajectory)]
         emitted = {name for reward in rewards for name in reward.dimensions}
         if of_role and rewards and not emitted & of_role.keys():
             logger.warning(
-                "agent_roles.%s.rewards has weights for %s, but the rewards that reach the role in this step have %s; "
-                "a dimension without a weight counts 0",
+                "role %s has weights for %s (agent_roles.<role>.rewards, or rewards), but the rewards that reach it in "
+                "this step have %s; a dimension without a weight counts 0",
                 role,
                 ", ".join(sorted(of_role)),
                 f"the dimensions {', '.join(sorted(emitted))}" if emitted else "no dimensions",

@@ -107,7 +107,10 @@ class _GrpoStep:
         roles = role_states(training.config, training.policy, self.number, state.baselines)
         rollouts = self._draw(source, roles, clock)
         warn_of_shared_seeds(rollouts.trajectories)
-        warn_of_unused_weights(rollouts.trajectories, {name: role.weights for name, role in roles.items()})
+        by_default = self.options.reward_weights if self.options.loss.advantage == "gdpo" else {}
+        warn_of_unused_weights(
+            rollouts.trajectories, {name: role.weights or by_default for name, role in roles.items()}
+        )
         state.open_groups = source.prefetch(self.number)
         clock.lap("rollouts")
         rate = learning_rate(training.train, training.train.learning_rate, self.number, training.train.steps)
