@@ -68,6 +68,11 @@ def closeness(task: int, answer: int) -> dict[str, float]:
     return {"goal": float(answer == 2 * task), "speed": 0.5}
 
 
+async def judge_forever(task: int, answer: int) -> float:
+    await asyncio.Event().wait()
+    return 0.0
+
+
 async def judge(task: int, answer: int) -> float:
     await asyncio.sleep(0)
     return answer / 10

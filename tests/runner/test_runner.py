@@ -14,10 +14,12 @@ import pytest
 
 import agl
 from agl import semconv
+from agl.cli.inspection import Inspection
 from agl.errors import StoreError, TrainingError
 from agl.runner import execution
 from agl.runner.runner import Outcome, Runner
 from agl.store import AttemptState, Rollout, RolloutState, Store, open_store
+from agl.trajectory import build_trajectory
 from tests.runner import agents
 
 Make = Callable[..., Runner]
@@ -109,17 +111,49 @@ def test_an_agent_that_exits_does_not_end_the_runner(make: Make) -> None:
     ("score", "message"),
     [
         (lambda task, answer: answer / 0, "ZeroDivisionError"),
-        (lambda task, answer: None, "reward is NoneType, expected a number"),
+        (lambda task, answer: None, "the scorer returned None"),
+        (lambda task, answer: {"goal": None}, "parts are missing: goal"),
+        (lambda task, answer: sys.exit(3), "SystemExit: 3"),
         (lambda task, answer: {"goal": float("nan")}, "reward dimension 'goal' is nan"),
         (lambda task, answer: {"style": 1.0}, "reward dimension style has no weight"),
     ],
 )
-def test_the_error_names_a_reward_function_that_fails(
-    make: Make, score: Callable[[Any, Any], Any], message: str
+def test_a_reward_function_that_fails_makes_a_missing_reward_and_says_why(
+    store: Store, make: Make, score: Callable[[Any, Any], Any], message: str
 ) -> None:
     (outcome,) = make(agents.double, reward=score, reward_weights={"goal": 1.0}).run(rollouts(1))
-    assert outcome.state is RolloutState.FAILED
-    assert outcome.error is not None and "the reward function failed" in outcome.error and message in outcome.error
+    assert (outcome.state, outcome.error, outcome.answer) == (RolloutState.SUCCEEDED, None, 2)
+    assert (outcome.reward, outcome.parts) == (None, {})
+    assert outcome.missing is not None and message in outcome.missing
+    spans = store.query_spans("r1")
+    assert [span.text(semconv.REWARD_MISSING) for span in spans if span.name == semconv.SPAN_REWARD] == [
+        outcome.missing
+    ]
+    trajectory = build_trajectory(spans)
+    assert (trajectory.error, trajectory.rewards) == (None, [])
+    assert f"reward missing: {outcome.missing}" in Inspection(spans).text()
+
+
+@pytest.mark.parametrize("score", [lambda task, answer: agents.release.wait(), agents.judge_forever])
+def test_a_reward_function_that_hangs_makes_a_missing_reward(store: Store, make: Make, score: Any) -> None:
+    outcomes = make(agents.double, reward=score, timeout_s=0.2, concurrency=2).run(rollouts(1, 2))
+    assert [(one.state, one.reward, one.missing) for one in outcomes] == [
+        (RolloutState.SUCCEEDED, None, "no reward within 0.2 s")
+    ] * 2
+    assert [attempt.state for attempt in store.query_attempts("r1")] == [AttemptState.SUCCEEDED]
+
+
+def test_the_answer_is_recorded_for_later_scorers(store: Store, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(lambda task: {"sql": "SELECT 1", "n": task}).run(rollouts(1))
+    monkeypatch.setenv("OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT", "false")
+    make(agents.double).run(rollouts(2))
+    answers = [
+        span.text(semconv.ROLLOUT_ANSWER)
+        for name in ("r1", "r2")
+        for span in store.query_spans(name)
+        if span.name == semconv.SPAN_ROLLOUT
+    ]
+    assert answers == ['{"sql":"SELECT 1","n":1}', None]
 
 
 @pytest.mark.parametrize("agent", [getattr(agents, name) for name in HANGING])

@@ -56,6 +56,10 @@ class TrajectoryError(AglError):
     """The spans are not those of exactly one rollout."""
 
 
+class RewardError(AglError):
+    """A scorer cannot be built, or has no reward for an answer: that reward is missing, and never counts as 0."""
+
+
 class CommandError(AglError):
     """The arguments of a command name something that does not exist or cannot be used."""
 

@@ -103,7 +103,8 @@ class TrainConfig(LossConfig):
     eval_tasks: Reference | None = None
     """Function without arguments that returns the held-out tasks."""
     reward: Reference | None = None
-    """Function of (task, answer) that returns a number or `{dimension: number}`. None: the agent emits its rewards."""
+    """Scorer (`agl.rewards`): a function of (task, answer, rollout) that returns a number, `{dimension: number}`, or
+    None for a missing reward. If not set, the agent emits its rewards."""
     instrument: list[str] = Field(default_factory=list)
     """Entry points of the instrumentors to enable for the agent: `agl_langchain`, `agl_autogen`."""
     group_size: Annotated[int, Field(ge=2)] = 8
@@ -156,7 +157,7 @@ class TrainConfig(LossConfig):
     concurrency: Count = 32
     """Maximum number of rollouts that run at the same time."""
     timeout_s: Positive = 120.0
-    """Seconds after which a rollout whose agent has not returned fails."""
+    """Seconds after which a rollout whose agent has not returned fails; the reward function has as long again."""
     asynchronous: bool = False
     """Run the rollouts of later steps while a step trains, up to `max_staleness` steps ahead."""
     engine_retries: Annotated[int, Field(ge=0)] = 2

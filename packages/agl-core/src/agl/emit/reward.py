@@ -40,6 +40,11 @@ def emit_reward(
     )
 
 
+def record_missing_reward(reason: str) -> str | None:
+    """Record that the rollout has no reward, because of `reason`."""
+    return record(semconv.SPAN_REWARD, lambda: {semconv.REWARD_MISSING: reason}, None)
+
+
 def use_weights(weights: Mapping[str, float]) -> None:
     """Set the weights of reward dimensions in this process. Raises TelemetryError for a weight that is not finite."""
     checked = {name: _number(f"weight of {name!r}", weight) for name, weight in weights.items()}

@@ -84,6 +84,8 @@ def _notes(span: Span, report: CallReport | None, mode: str) -> Iterator[str]:
         yield f"error: {error_of(span)}"
     if reward := read_reward(span):
         yield format_reward(reward)
+    if reason := span.text(semconv.REWARD_MISSING):
+        yield f"reward missing: {reason}"
     source, target = span.text(semconv.HANDOFF_SOURCE), span.text(semconv.HANDOFF_TARGET)
     if source and target:
         yield f"{source} → {target}"

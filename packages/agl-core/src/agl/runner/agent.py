@@ -2,17 +2,21 @@
 
 import inspect
 import logging
-import traceback
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from opentelemetry import trace
+
 import agl
 from agl import semconv
+from agl.content.filter import ContentFilter, content_json
 from agl.context import Mode
-from agl.emit.reward import reward_attributes
-from agl.errors import AgentError
+from agl.emit.reward import record_missing_reward
+from agl.rewards import Score, read_score
+from agl.rewards.score import call_scorer, describe_error
 from agl.runner.agent_loop import AgentLoop
 from agl.runner.log_events import logs_recorded
 from agl.store import Attempt, Rollout
@@ -27,16 +31,31 @@ class AgentRun:
     rollout: Rollout
     attempt: Attempt
     limit_s: float
-    """Time that the attempt may take."""
-    deadline: float
+    """Time that the agent may take, and once more the reward function, unless the rollout has a limit of its own."""
+    deadline: float = 0.0
     """On the clock of `time.monotonic`, in seconds."""
     answer: Any = None
-    reward: float | None = None
-    parts: dict[str, float] = field(default_factory=dict)
+    answered: bool = False
+    """The agent has returned; the reward function may still run."""
+    score: Score = field(default_factory=Score)
     error: str | None = None
     awaited: Future[Any] | None = None
     """Future of an async agent (or reward function) that the thread waits for."""
     abandoned: bool = False
+
+    def __post_init__(self) -> None:
+        self.deadline = time.monotonic() + self.limit_s
+
+    def take_answer(self, answer: Any) -> None:
+        """Keep the agent's answer, and give the reward function its time."""
+        self.answer = answer
+        if self.rollout.timeout_s is None:
+            self.deadline = time.monotonic() + self.limit_s
+        self.answered = True
+
+    @property
+    def is_late(self) -> bool:
+        return self.deadline <= time.monotonic()
 
     def abandon(self) -> None:
         """Discard the run's result and cancel its coroutine. A thread cannot be cancelled and may go on running."""
@@ -48,13 +67,13 @@ class AgentRun:
 class Agent:
     """The agent `function` and the `reward` function, each sync or async.
 
-    `function` receives the task. `reward` receives the task and the answer and returns a number or
-    `{dimension: number}`, combined by `agl.emit.reward.weighted_sum` with `weights`. If `reward` is None, the agent
-    emits its rewards itself.
+    `function` receives the task. `reward` is a scorer (`agl.rewards`), whose parts are combined with `weights`. If it
+    has no reward, raises or does not return in time, the reward of the rollout is missing. If `reward` is None, the
+    agent emits its rewards itself.
     """
 
     def __init__(
-        self, function: Callable[[Any], Any], reward: Callable[[Any, Any], Any] | None, weights: Mapping[str, float]
+        self, function: Callable[[Any], Any], reward: Callable[..., Any] | None, weights: Mapping[str, float]
     ) -> None:
         self._function = function
         self._reward = reward
@@ -72,11 +91,13 @@ class Agent:
         )
         try:
             with current, logs_recorded():
-                run.answer = self._resolve(run, self._function(rollout.input))
+                run.take_answer(self._resolve(run, self._function(rollout.input)))
+                answer = {semconv.ROLLOUT_ANSWER: content_json(run.answer)}
+                ContentFilter.of().set_content(trace.get_current_span(), lambda: answer)
                 if self._reward is not None and not run.abandoned:
                     self._score(run, self._reward)
         except BaseException as error:  # noqa: BLE001 - any failure of the agent, sys.exit included, ends the attempt only
-            run.error = _describe(error)
+            run.error = describe_error(error)
 
     def renew_blocked_loop(self) -> None:
         """Start a new event loop for later runs if an async agent blocks the current one."""
@@ -87,15 +108,20 @@ class Agent:
     def close(self) -> None:
         self._loop.close()
 
-    def _score(self, run: AgentRun, reward: Callable[[Any, Any], Any]) -> None:
+    def _score(self, run: AgentRun, reward: Callable[..., Any]) -> None:
         try:
-            score = self._resolve(run, reward(run.rollout.input, run.answer))
-            attributes = reward_attributes(score, weights=self._weights)
-        except Exception as error:  # the reward function is the user's: any error of it must name it
-            raise AgentError(f"the reward function failed: {_describe(error)}") from error
-        run.reward = float(attributes.pop(semconv.REWARD_VALUE))
-        run.parts = {name.removeprefix(semconv.REWARD_PREFIX): float(part) for name, part in attributes.items()}
-        agl.emit_reward(run.reward, attributes=attributes)
+            result = self._resolve(run, call_scorer(reward, run.rollout.input, run.answer, run.rollout))
+            score = read_score(result, self._weights)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - any error of the scorer means that there is no reward
+            score = Score(None, missing=describe_error(error))
+        if run.abandoned:
+            return
+        run.score = score
+        if score.value is None:
+            record_missing_reward(score.missing or "")
+        else:
+            parts = {semconv.REWARD_PREFIX + name: part for name, part in score.parts.items()}
+            agl.emit_reward(score.value, attributes=parts)
 
     def _resolve(self, run: AgentRun, result: Any) -> Any:
         """`result`, or the value of an awaitable `result`, which runs on the agents' event loop."""
@@ -103,8 +129,3 @@ class Agent:
             return result
         run.awaited = self._loop.submit(result)
         return run.awaited.result()
-
-
-def _describe(error: BaseException) -> str:
-    """Type and message of `error`; the rollout's span has its traceback."""
-    return traceback.format_exception_only(error)[-1].strip()

@@ -10,6 +10,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 
+from agl.rewards import Score
 from agl.runner.agent import Agent, AgentRun
 from agl.store import Attempt, AttemptState, Rollout, Store
 
@@ -49,7 +50,7 @@ class Execution(ABC):
 
     def _start(self, rollout: Rollout, attempt: Attempt) -> None:
         limit_s = min(self._timeout_s, rollout.timeout_s or self._timeout_s)
-        run = AgentRun(rollout, attempt, limit_s, deadline=time.monotonic() + limit_s)
+        run = AgentRun(rollout, attempt, limit_s)
         self._running[attempt.attempt_id] = run
         self._beat_within(run)
         in_context, name = contextvars.copy_context().run, f"agl {attempt.attempt_id}"
@@ -83,8 +84,14 @@ class Execution(ABC):
             self._report(run, AttemptState.FAILED, run.error)
 
     def _expire(self) -> None:
-        late = [run for run in self._running.values() if run.deadline <= time.monotonic()]
+        late = [run for run in self._running.values() if run.is_late]
         for run in late:
+            if run.answered:
+                if run.is_late:  # it may have answered after the first look
+                    run.score = Score(None, missing=f"no reward within {run.limit_s:g} s")
+                    self._take(run)
+                    run.abandon()
+                continue
             run.abandon()
             self._report(run, AttemptState.TIMEOUT, f"no answer within {run.limit_s:g} s")
         if any(run.awaited is not None for run in late):

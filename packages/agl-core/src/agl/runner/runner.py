@@ -17,7 +17,7 @@ _FLUSH_AT_STOP_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a rollout ended. `reward` and its `parts` are set if the runner has a reward function."""
+    """How a rollout ended. `reward` and its `parts`, or why it is `missing`, are set if there is a reward function."""
 
     rollout_id: str
     state: RolloutState
@@ -25,14 +25,15 @@ class Outcome:
     answer: Any = None
     reward: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
+    missing: str | None = None
 
 
 class Runner:
     """Runs `agent` (sync or async; it receives the task) for rollouts, each in its own daemon thread.
 
-    `reward` and `reward_weights`: see `Agent`. If the agent or the reward function raises, or does not finish within
-    `timeout_s`, the rollout fails; the runner raises nothing. With `concurrency` 1 the rollouts run one by one in the
-    given order. Spans reach the store through the exporter of `agl.init()`.
+    `reward` and `reward_weights`: see `Agent`. If the agent raises, or does not finish within `timeout_s`, the rollout
+    fails; if the reward function does, the reward is missing. The runner raises nothing. With `concurrency` 1 the
+    rollouts run one by one in the given order. Spans reach the store through the exporter of `agl.init()`.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Runner:
         store: Store,
         agent: Callable[[Any], Any],
         *,
-        reward: Callable[[Any, Any], Any] | None = None,
+        reward: Callable[..., Any] | None = None,
         reward_weights: Mapping[str, float] = MappingProxyType({}),
         concurrency: int = 32,
         timeout_s: float = 120.0,
@@ -131,7 +132,9 @@ class _Batch(Execution):
 
     def _answered(self, run: AgentRun) -> None:
         self._answers[run.attempt.attempt_id] = self._running.pop(run.attempt.attempt_id)
-        self._done(Outcome(run.rollout.rollout_id, RolloutState.SUCCEEDED, None, run.answer, run.reward, run.parts))
+        score = run.score
+        outcome = Outcome(run.rollout.rollout_id, RolloutState.SUCCEEDED, None, run.answer, score.value, score.parts)
+        self._done(replace(outcome, missing=score.missing))
 
     def _failed(self, run: AgentRun, state: AttemptState, error: str) -> None:
         try:

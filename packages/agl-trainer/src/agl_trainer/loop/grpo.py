@@ -25,6 +25,7 @@ from agl_trainer.loop.schedule import learning_rate
 from agl_trainer.loop.state import GRPO
 from agl_trainer.loop.step_rollouts import StepRollouts, draw_rollouts
 from agl_trainer.loop.training import Training
+from agl_trainer.report.scoring import describe_missing
 from agl_trainer.report.step_metrics import Stopwatch, answer_metrics, batch_metrics, reward_metrics, update_metrics
 from agl_trainer.rollout.judge import Judge
 from agl_trainer.rollout.judged_source import JudgedSource
@@ -150,6 +151,8 @@ class _GrpoStep:
         )
         if failures := rollouts.many_failures():
             training.progress.note(failures)
+        if missing := describe_missing(rollouts.outcomes):
+            training.progress.note(missing)
         rollouts.check_calls()
         rollouts.batch.outcomes += training.call_log.late_calls()
         training.call_log.warn_of_late_rewards()

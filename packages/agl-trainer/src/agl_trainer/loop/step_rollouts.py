@@ -11,6 +11,7 @@ from agl.trajectory import ADVICE, DropReason, Reward, Trajectory
 from agl_trainer.algo.batch import GrpoBatch
 from agl_trainer.algo.batch_builder import grpo_batch
 from agl_trainer.algo.options import BatchOptions, RoleState
+from agl_trainer.report.scoring import describe_missing
 from agl_trainer.report.step_metrics import Stopwatch
 from agl_trainer.rollout.sources import RolloutBatch, RolloutSource
 
@@ -77,6 +78,7 @@ class StepRollouts:
             return f"no call trained: {failures or 'there is none'}"
         found = {drop.reason: drop.detail for trajectory in self.trajectories for drop in trajectory.drops}
         details = {**ADVICE, **found} | ({DropReason.FAILED_ROLLOUT: failures} if failures else {})
+        details |= {DropReason.NO_REWARD: missing} if (missing := describe_missing(self.outcomes)) else {}
         counts = Counter(outcome.reason for outcome in outcomes if outcome.reason)
         reasons = [f"{number} {reason} ({details[reason]})" for reason, number in counts.most_common(_MAX_REASONS)]
         return f"none of {len(outcomes)} calls trained: {'; '.join(reasons)}"
@@ -86,6 +88,7 @@ class StepRollouts:
         return {
             "rollouts": float(len(errors)),
             "rollouts/failed": float(sum(error is not None for error in errors)),
+            "rewards/missing": float(sum(outcome.missing is not None for outcome in self.outcomes)),
             "groups": float(self.groups),
             "groups/replaced": float(len(self.replaced)),
             "groups/zero_variance": float(len(self.batch.zero_variance_groups)),

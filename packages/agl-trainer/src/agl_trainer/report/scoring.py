@@ -10,6 +10,8 @@ from agl.runner.runner import Outcome
 from agl.trajectory import Trajectory
 from agl_trainer.report.evaluation import Answers, TaskScore
 
+_MANY_MISSING = 0.05
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -47,6 +49,19 @@ def rollout_score(outcome: Outcome, trajectory: Trajectory | None) -> TaskScore 
             reward, parts = whole[-1].value, dict(whole[-1].dimensions)
         parts |= _role_rewards(trajectory)
     return None if reward is None else TaskScore(reward, parts)
+
+
+def describe_missing(outcomes: Sequence[Outcome]) -> str | None:
+    """A line with the number of rewards that the reward function did not give, and the commonest reason."""
+    reasons = Counter(outcome.missing for outcome in outcomes if outcome.missing is not None)
+    if not reasons:
+        return None
+    (reason, count), *_ = reasons.most_common(1)
+    answered = sum(outcome.error is None for outcome in outcomes)
+    line = f"{reasons.total()} of {answered} rewards are missing, {count} of them with: {reason}"
+    if reasons.total() <= _MANY_MISSING * answered:
+        return line
+    return f"{line}. More than 5 % are missing, perhaps those of the hardest answers: look at the reward function"
 
 
 def commonest_answers(trajectories: Iterable[Trajectory]) -> dict[str, Answers]:
