@@ -23,8 +23,8 @@ ALLOWED = {
 ROOMS = {
     "agl": {
         "__main__": "cli",
-        "cli": "server_thread runner agl canary queue inspection trajectory store server config rewards secret_url otlp "
-        "span semconv errors",
+        "cli": "server_thread runner agl canary queue inspection trajectory store server config rewards secret_url "
+        "otlp span semconv errors",
         "server_thread": "page collector gateway queue store server config secret_url errors",
         "page": "inspection trajectory store server span errors",
         "collector": "store server config errors",
