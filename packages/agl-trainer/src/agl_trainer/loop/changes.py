@@ -59,6 +59,7 @@ STEERING = frozenset(
         "queue",
         "gateway",
         "server",
+        "canary",
         "judge",
         "engine.kind",
         "engine.launch",
