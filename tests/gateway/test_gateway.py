@@ -223,9 +223,10 @@ def test_the_client_gets_the_response_that_the_engine_would_send(
     content, more = asked.get("content", "hi"), {name: value for name, value in asked.items() if name != "content"}
     body = {"model": "writer@3", "stream": stream} | more
     body |= {"messages": [{"role": "user", "content": content}]} if "chat" in path else {"prompt": content}
-    through = setup.post(body, path, **{"x-request-id": "x"})
+    through = setup.post(body, path)
     engine_url = setup.store.appended[0].text(semconv.GATEWAY_UPSTREAM) or ""
-    direct = httpx.post(engine_url.removesuffix("/v1") + path, json=body, headers={"x-request-id": "x"})
+    chosen = {"x-request-id": setup.engine.headers[0]["x-request-id"]}
+    direct = httpx.post(engine_url.removesuffix("/v1") + path, json=body, headers=chosen)
     assert through.status_code == direct.status_code == 200
     assert through.headers["content-type"] == direct.headers["content-type"]
     assert parsed(through, stream) == parsed(direct, stream)
@@ -245,12 +246,23 @@ def test_models_are_passed_on(setup: Setup) -> None:
 
 
 def test_the_engine_gets_the_request_with_the_fields_for_the_capture(setup: Setup) -> None:
-    setup.post(chat_body(top_p=0.5), **{"x-request-id": "abc", "authorization": "Bearer key"})
+    setup.post(chat_body(top_p=0.5), **{"x-agent": "abc", "authorization": "Bearer key"})
     added = {"return_token_ids": True, "logprobs": True, "top_k": 50, "max_tokens": 77}
     assert setup.engine.seen == [chat_body(top_p=0.5) | added]
     headers = setup.engine.headers[0]
-    assert (headers["x-request-id"], headers["authorization"]) == ("abc", "Bearer key")
+    assert (headers["x-agent"], headers["authorization"]) == ("abc", "Bearer key")
     assert "key" not in json.dumps({name: str(value) for name, value in setup.span().attributes.items()})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("header", ["X-Request-Id", "x-client-request-id", "X-Correlation-ID", "x-litellm-call-id"])
+def test_a_client_cannot_choose_the_id_of_its_response(setup: Setup, header: str, stream: bool) -> None:
+    for _ in range(2):
+        setup.post(chat_body(stream=stream, request_id="mine", rid="mine"), **{header: "mine"})
+    for headers, sent in zip(setup.engine.headers, setup.engine.seen, strict=True):
+        assert "mine" not in f"{headers} {sent}"
+    ids = {span.text(semconv.GEN_AI_RESPONSE_ID) for span in setup.store.appended}
+    assert len(ids) == 2 and not [each for each in ids if "mine" in str(each)]
 
 
 def test_fields_that_the_client_set_stay(setup: Setup) -> None:
@@ -541,18 +553,18 @@ async def test_many_streams_at_once_keep_their_tokens_apart(setup: Setup) -> Non
     client = openai.AsyncOpenAI(base_url=f"{setup.url}/v1", api_key="none", max_retries=0)
 
     async def call(number: int) -> str:
-        stream = await client.chat.completions.create(
-            **chat_body(f"question {number}", stream=True), extra_headers={"x-request-id": str(number)}
-        )
+        stream = await client.chat.completions.create(**chat_body(f"question {number}", stream=True))
         return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
 
     assert await asyncio.gather(*map(call, range(50))) == ["".join(WORDS)] * 50
     await client.close()
-    assert len(setup.store.appended) == 50
+    seen = zip(setup.engine.headers, setup.engine.seen, strict=True)
+    asked = {f"chatcmpl-{headers['x-request-id']}": body["messages"][0]["content"] for headers, body in seen}
+    assert len(setup.store.appended) == len(asked) == 50
     for span in setup.store.appended:
         assert_tokens(span)
-        number = (span.text(semconv.GEN_AI_RESPONSE_ID) or "").removeprefix("chatcmpl-")
-        assert f'"question {number}"' in (span.text(semconv.GATEWAY_REQUEST) or "")
+        question = asked[span.text(semconv.GEN_AI_RESPONSE_ID) or ""]
+        assert f'"{question}"' in (span.text(semconv.GATEWAY_REQUEST) or "")
 
 
 # --- The wire, as pure functions -------------------------------------------------------------------------------------

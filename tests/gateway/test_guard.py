@@ -3,6 +3,7 @@
 import socket
 import ssl
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -10,6 +11,7 @@ import openai
 import pytest
 import trustme
 
+import agl.store
 from agl import semconv
 from agl.config import GatewayConfig, TlsConfig
 from agl.errors import ConfigError
@@ -19,17 +21,23 @@ from agl.server_thread import ServerThread
 from tests.core.fake_engine import WORDS, FakeEngine
 from tests.gateway.serving import Setup, Store, chat_body, gateway
 
-TOKENS = "all-of-it\nan-agent agent shop\na-reader read\nboth read,agent shop\n"
+TOKENS = "all-of-it\nan-agent agent shop\na-reader read\nboth read,agent\nall-of-shop trainer shop\n"
+
+
+@dataclass
+class Guarded(Setup):
+    stores: dict[str, agl.store.Store]
+    """By project."""
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Guarded"]:
     path = tmp_path_factory.mktemp("guard") / "tokens"
     path.write_text(TOKENS)
     store, engine = Store(), FakeEngine()
     tokens = BearerTokens.read("from-the-command", path)
     with ServerThread(store, port=0, otlp_http_port=0, upstream=engine.app, tokens=tokens) as server:
-        yield Setup(store, engine, server.base_url)
+        yield Guarded(store, engine, server.base_url, server.stores)
     store.close()
 
 
@@ -56,21 +64,39 @@ def test_a_token_allows_what_its_scopes_say(guarded: Setup, token: str, calls: i
     assert httpx.get(f"{guarded.url}/api/health").status_code == 200
 
 
+def test_what_is_about_all_projects_takes_a_token_without_one(guarded: Guarded) -> None:
+    headers = {"authorization": "Bearer all-of-shop"}
+    assert httpx.get(f"{guarded.url}/api/v1/count_spans", headers=headers).status_code == 200
+    shared = [
+        ("GET", "/api/gateway"),
+        ("GET", "/metrics"),
+        ("POST", "/api/gateway/resume"),
+        ("PATCH", "/api/gateway/x"),
+    ]
+    for method, path in shared:
+        refused = httpx.request(method, guarded.url + path, headers=headers)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "insufficient_scope")
+        assert "needs a token without a project" in refused.json()["error"]["message"]
+
+
 def test_an_error_names_the_missing_scope(guarded: Setup) -> None:
     with pytest.raises(openai.PermissionDeniedError, match="POST /v1/chat/completions needs the scope agent"):
         guarded.client().with_options(api_key="a-reader").chat.completions.create(**chat_body())
 
 
 def test_the_call_has_the_project_of_the_token_and_never_the_token(
-    guarded: Setup, caplog: pytest.LogCaptureFixture
+    guarded: Guarded, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG")
-    for headers in ({"authorization": "Bearer an-agent"}, {"x-api-key": "an-agent"}):
-        guarded.store.appended.clear()
+    guarded.store.appended.clear()
+    for name, value in (("authorization", "Bearer an-agent"), ("x-api-key", "an-agent")):
         guarded.engine.headers.clear()
-        assert guarded.post(chat_body(), **headers).status_code == 200
-        assert guarded.span().text(semconv.PROJECT) == "shop"
-        assert "an-agent" not in f"{guarded.span()} {guarded.engine.headers}"
+        path = f"/rollout/{name}/attempt/a/v1/chat/completions"
+        assert guarded.post(chat_body(), path, **{name: value}).is_success
+        (span,) = guarded.stores["shop"].query_spans(name)
+        assert span.text(semconv.PROJECT) == "shop"
+        assert "an-agent" not in f"{span} {guarded.engine.headers}"
+    assert guarded.store.appended == []
     ours = [record for record in caplog.records if record.name.startswith(("agl", "uvicorn", "aiohttp", "asyncio"))]
     assert not [record for record in ours if "an-agent" in record.getMessage()]
 
@@ -80,6 +106,7 @@ def test_the_call_has_the_project_of_the_token_and_never_the_token(
     [
         ("secret-token secret-other", r"line 2: expected a token, then scopes \(some of agent, trainer, read, .*other"),
         ("secret-token agent secret-shop more", r"line 2: expected a token, then scopes .* got more words"),
+        ("secret-token agent secret-shop/../up", r"line 2: expected as the project a name of letters, digits"),
     ],
 )
 def test_the_error_for_an_invalid_line_does_not_show_its_token(tmp_path: Path, line: str, reason: str) -> None:

@@ -30,8 +30,9 @@ def events(answer: httpx.Response) -> list[Any]:
 
 def test_a_text_is_answered_and_recorded_with_ids(setup: Setup) -> None:
     answer = post(setup, stop_sequences=["END"], top_k=3, metadata={"user_id": "u"})
+    assert_tokens(setup.span())
     assert answer.json() == {
-        "id": "chatcmpl-none",
+        "id": setup.span().text(semconv.GEN_AI_RESPONSE_ID),
         "type": "message",
         "role": "assistant",
         "model": "writer@3",
@@ -40,7 +41,6 @@ def test_a_text_is_answered_and_recorded_with_ids(setup: Setup) -> None:
         "stop_sequence": None,
         "usage": {"input_tokens": 3, "output_tokens": 3},
     }
-    assert_tokens(setup.span())
     (sent,) = setup.engine.seen
     assert (sent["stop"], sent["top_k"], sent["max_tokens"]) == (["END"], 3, 9)
     assert not {"stop_sequences", "metadata"} & sent.keys()

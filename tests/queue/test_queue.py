@@ -14,7 +14,7 @@ from agl.config import Config, QueueConfig
 from agl.errors import ConfigError, InputError, QueueError, StoreError
 from agl.queue import SpanQueue, WriterPool
 from agl.queue.writer import Writer
-from agl.store import open_store
+from agl.store import open_store, opened_projects
 from agl.store.span_row import SpanRow
 from tests.ports import free_port
 from tests.queue.collecting import make_rows, numbers_in
@@ -109,6 +109,18 @@ def test_an_entry_that_is_not_otlp_is_set_aside_with_the_reason(
         ((_, fields),) = client.xrange(f"{{{new_config().name}}}:spans:refused")
         assert fields[b"otlp"] == b"\xff\xff" and b"protobuf" in fields[b"reason"]
         assert (numbers_in(store), queue.length()) == ([1], 0)
+
+
+def test_spans_of_each_project_go_to_its_store(queue: SpanQueue, new_config: NewConfig, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/agl.db"
+    queue.append_rows(make_rows(1, 1))
+    for number, project in ((2, "blue"), (3, "red"), (4, "blue")):
+        queue.of_project(project).append_rows(make_rows(number, 1))
+    with closing(open_store(uri)) as store, closing(Writer("a", queue, store, new_config())) as writer:
+        assert (writer.move(), queue.length()) == (4, 0)
+        with opened_projects(store, ["blue", "red"]) as stores:
+            found = {project: numbers_in(each) for project, each in stores.items()}
+    assert found == {"default": [1], "blue": [2, 4], "red": [3]}
 
 
 class PickyStore:

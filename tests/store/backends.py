@@ -9,6 +9,7 @@ from pathlib import Path
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
+from agl.config.section import DEFAULT_PROJECT
 from agl.server.app_thread import AppThread
 from agl.store import open_store
 from agl.store.http.routes import StoreApi
@@ -65,7 +66,7 @@ def start_http(folder: Path) -> Iterator[NewUri]:
     def new_uri() -> str:
         number = next(numbers)
         store = opened.enter_context(closing(open_store(f"sqlite:///{folder}/{number}.db")))
-        api = opened.enter_context(closing(StoreApi(store)))
+        api = opened.enter_context(closing(StoreApi({DEFAULT_PROJECT: store})))
         app.router.routes.append(Mount(f"/{number}", routes=api.routes()))
         return f"{url}/{number}"
 

@@ -19,6 +19,7 @@ from starlette.applications import Starlette
 from agl import otlp
 from agl.config import CollectorConfig, TlsConfig
 from agl.config.collector import TOKEN_VARIABLE
+from agl.config.section import DEFAULT_PROJECT
 from agl.errors import StoreError, TransitionError, UnknownIdError
 from agl.server.app_thread import AppThread
 from agl.server.auth import BearerTokens
@@ -208,7 +209,7 @@ def test_a_verb_is_retried_while_the_store_is_unavailable(
 
 def test_a_verb_is_retried_while_the_server_is_down() -> None:
     with closing(open_store("memory://")) as store:
-        api = StoreApi(store)
+        api = StoreApi({DEFAULT_PROJECT: store})
         with closing(api), closing(HttpStore(f"http://127.0.0.1:{free_port()}")) as remote:
             waiter = threading.Timer(0.5, serve_once, (api, remote))
             waiter.start()
@@ -398,7 +399,7 @@ def test_tls_servers_are_accepted_if_their_certificate_is(tmp_path: Path, monkey
     issued.private_key_pem.write_to_path(str(files[1]))
     authority.cert_pem.write_to_path(str(files[2]))
     server = AppThread()
-    with closing(open_store("memory://")) as store, closing(StoreApi(store)) as api:
+    with closing(open_store("memory://")) as store, closing(StoreApi({DEFAULT_PROJECT: store})) as api:
         url = server.add(starlette(api), tls=TlsConfig(certificate=files[0], key=files[1]))
         with server:
             began = time.monotonic()

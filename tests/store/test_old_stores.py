@@ -24,7 +24,7 @@ def make(name: str, uri: str) -> str:
             for statement in statements(name):
                 connection.execute(statement.encode())
     else:
-        uri = uri.replace("/reused?", "/old?")
+        uri = uri.replace("/reused?", f"/old_{name.replace('-', '_')}?")
         address = Address.of(uri)
         with Cluster(address.hosts, port=address.port, protocol_version=PROTOCOL) as cluster:
             session = cluster.connect()

@@ -146,12 +146,25 @@ def test_spans_that_name_another_rollout_never_join_by_response_id(store: Store)
 
 def test_a_request_served_from_a_cache_joins_nothing(store: Store) -> None:
     """The second request got the response of the first: the gateway call joins the trace of the first only."""
-    store.append_spans([asked(1, "a", trace=OTHER_TRACE, start_ns=2), asked(2, "a", start_ns=1), answered(3, "a")])
+    store.append_spans([asked(2, "a", start_ns=2), asked(1, "a", trace=OTHER_TRACE, start_ns=2), answered(3, "a")])
     assert numbers(store.query_spans(TRACE)) == [2, 3]
     assert numbers(store.query_spans(OTHER_TRACE)) == [1]
     store.append_spans([asked(4, "b"), answered(5, "b", trace=TRACE, parent=f"{4:016x}", rollout="r1")])
     store.append_spans([asked(6, "b", trace="3" * 32)])
     assert 6 not in numbers(store.query_spans("r1"))  # A call with a parent is in the right trace already.
+
+
+@pytest.mark.parametrize("answer_first", [True, False])
+def test_a_response_belongs_to_the_request_that_arrived_first_whatever_start_it_states(
+    store: Store, answer_first: bool
+) -> None:
+    answer, own = answered(1, "a", start_ns=50), asked(2, "a", rollout="own", start_ns=49)
+    for span in (answer, own) if answer_first else (own, answer):
+        store.append_spans([span])
+    claims = [asked(n, "a", trace=f"{n:032x}", rollout=f"claims {n}", start_ns=start) for n, start in ((3, 0), (4, 49))]
+    store.append_spans([*claims, own])  # Sent again, it does not arrive later.
+    assert numbers(store.query_spans("own")) == [1, 2]
+    assert [numbers(store.query_spans(f"claims {n}")) for n in (3, 4)] == [[3], [4]]
 
 
 def test_the_last_rollout_is_that_of_the_span_that_arrived_last(store: Store) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 import agl
 from agl.collector import HttpReceiver, Receiver
+from agl.config.section import DEFAULT_PROJECT
 from agl.server.app_thread import AppThread
 from agl.store import Store, open_store
 
@@ -16,7 +17,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
     """A SQLite store that receives the spans of this process over OTLP/HTTP."""
     store = open_store(f"sqlite:///{tmp_path / 'agl.db'}")
     server = AppThread()
-    receiver = HttpReceiver(Receiver(store))
+    receiver = HttpReceiver(Receiver({DEFAULT_PROJECT: store}))
     url = server.add(receiver, name="collector")
     with server:
         agl.init(endpoint=url)

@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 
 from agl.errors import ConfigError
-from agl.server.auth import BearerTokens, is_loopback
+from agl.server.auth import BearerTokens, Grant, is_loopback
 
 
 def test_the_token_and_those_of_the_file_are_accepted(tmp_path: Path) -> None:
     (tmp_path / "tokens").write_text("one\n\n# zero trainer\n#zero\n  two  # zero\n")
     tokens = BearerTokens.read("three", tmp_path / "tokens")
-    assert [tokens.admit(f"Bearer {token}".encode()) for token in ("one", "two", "three", "#zero", "zero", "")] == [
+    assert [
+        bool(tokens.grant(f"Bearer {token}".encode())) for token in ("one", "two", "three", "#zero", "zero", "")
+    ] == [
         *[True] * 3,
         *[False] * 3,
     ]
@@ -19,17 +21,17 @@ def test_the_token_and_those_of_the_file_are_accepted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("header", [None, b"", b"one", b"Basic one", b"Bearer", b"Bearer on", b"Bearer one two"])
 def test_other_headers_are_rejected(header: bytes | None) -> None:
-    assert not BearerTokens(["one"]).admit(header)
+    assert BearerTokens(["one"]).grant(header) is None
 
 
 def test_the_scheme_is_case_insensitive() -> None:
-    assert BearerTokens(["one"]).admit(b"bEARER  one")
+    assert BearerTokens(["one"]).grant(b"bEARER  one") == Grant()
 
 
 def test_without_tokens_every_request_is_accepted() -> None:
     tokens = BearerTokens.read(None, None)
     assert not tokens
-    assert tokens.admit(None)
+    assert tokens.grant(None) == Grant()
 
 
 def test_an_empty_token_is_an_error(tmp_path: Path) -> None:

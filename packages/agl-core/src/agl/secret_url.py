@@ -10,6 +10,8 @@ _SCHEME = r"(?:[a-z][a-z\d+.-]*://)?"
 _URL = re.compile(rf"({_SCHEME})(?:([^@/?#]*)@)?([^@?#]*)(?:[?#]([^@]*))?", re.IGNORECASE)
 _FILES = ("sqlite:", "memory:")
 """Schemes of URLs that name a file, or nothing, and no server."""
+_PROJECT = re.compile(r"project=[\w.-]{1,64}", re.ASCII)
+"""The option of a store's URL that is shown: it is no secret, and tells stores apart."""
 _SECRET_OPTION = re.compile(r"[^&=]*(?:pass|pwd|token|key|secret|auth|sig)[^&=]*=([^&]*)", re.IGNORECASE)
 
 
@@ -82,7 +84,12 @@ def _shown(url: str) -> str:
     if url.startswith(_FILES):
         return url
     scheme, login, place, options = _split(url)
-    return scheme + ("" if login is None else "***@") + place + ("?***" if options else "")
+    return scheme + ("" if login is None else "***@") + place + _shown_options(options or "")
+
+
+def _shown_options(options: str) -> str:
+    parts = dict.fromkeys(part if _PROJECT.fullmatch(part) else "***" for part in options.split("&"))
+    return "?" + "&".join(parts) if options else ""
 
 
 def _split(url: str) -> tuple[str, str | None, str, str | None]:

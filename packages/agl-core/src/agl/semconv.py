@@ -83,7 +83,7 @@ ROLE: Final = "agl.role"
 USER: Final = "agl.user"
 """str: entry of the baggage, on no span: whom the agent serves. A canary gives a user's rollouts to one version."""
 PROJECT: Final = "agl.project"
-"""str: project of the token with which the call was made."""
+"""str: project of the token with which the call was made, unless it is the default one."""
 POLICY_VERSION: Final = "agl.policy.version"
 """str: `<role-or-model>@<n>` that sampled the response."""
 

@@ -4,6 +4,7 @@ import asyncio
 import secrets
 from base64 import b64encode
 from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -23,7 +24,7 @@ from agl.secret_url import SecretUrl
 from agl.server.app_thread import GRACE_S, AppThread, base_url, listen
 from agl.server.auth import HEALTH, AllowedHosts, AuthMiddleware, BearerTokens, is_loopback
 from agl.server.receiving import BodyMiddleware, MemoryBudget
-from agl.store import Store
+from agl.store import Store, opened_projects
 from agl.store.http.routes import StoreApi
 
 if TYPE_CHECKING:
@@ -43,8 +44,9 @@ class ServerThread(AppThread):
     it the engines are those of `gateway`; if there are none, calls are rejected. Port 0 is any free port; without
     `otlp_grpc_port` there is no gRPC receiver.
     With a `queue` the receivers append spans to it, for its writers to move to `store`, and `/metrics` reports its
-    length. With `tokens` every request except `/api/health` needs a token that has the right to it. Every request must
-    name loopback, `host` or one of `allowed_hosts` as its host.
+    length. With `tokens` every request except `/api/health` needs a token that has the right to it, and has to do with
+    the rollouts of the token's project only: `store` is that of the default project, `stores` has all. Every request
+    must name loopback, `host` or one of `allowed_hosts` as its host.
     Raises AglError naming a port in use; ConfigError if others reach `host` without token or engines are named twice.
     """
 
@@ -69,16 +71,19 @@ class ServerThread(AppThread):
         super().__init__()
         if not tokens and not is_loopback(host):
             raise ConfigError(f"others can reach {host}: pass --token, or listen on 127.0.0.1")
-        receiver = Receiver(queue or store, collector, tokens)
+        self._opened = ExitStack()
+        self.stores = self._opened.enter_context(opened_projects(store, tokens.projects if tokens else ()))
+        sinks = {name: queue.of_project(name) if queue else each for name, each in self.stores.items()}
+        receiver = Receiver(sinks, collector, tokens)
         self._http = HttpReceiver(receiver)
-        self._api = StoreApi(store, receiver.config)
+        self._api = StoreApi(self.stores, receiver.config)
         hosts = AllowedHosts(host, allowed_hosts)
         self._grpc = GrpcReceiver(receiver, hosts) if otlp_grpc_port is not None else None
         try:
             config = self._with_engine(gateway or GatewayConfig(), upstream, guarded=bool(tokens))
-            self.gateway = Gateway(store, config, overrides=overrides)
+            self.gateway = Gateway(self.stores, config, overrides=overrides)
             running = _Running(store, self.gateway, receiver, queue)
-            page = Page(store, tokens or BearerTokens(), running)
+            page = Page(self.stores, tokens or BearerTokens(), running)
             routes = [*self._api.routes(), Route(HEALTH, running.show)]
             routes.append(Route("/metrics", running.metrics))
             routes += page.routes()
@@ -105,6 +110,7 @@ class ServerThread(AppThread):
         super().stop()
         self._http.close()
         self._api.close()
+        self._opened.close()
 
     def _with_engine(self, config: GatewayConfig, upstream: str | ASGIApp | None, guarded: bool) -> GatewayConfig:
         """`config` with `upstream`, if given, as its only engine; an app, if `guarded`, answers the gateway only."""

@@ -96,7 +96,6 @@ def run(arguments: argparse.Namespace) -> int:
     store_uri = arguments.store or config.store_uri
     with (
         opened_store(store_uri) as store,
-        watching(store),
         deciding(store),
         _queue(arguments.queue or config.queue_uri, store_uri, config.queue) as queue,
         _engine(upstream, config, store) as engine,
@@ -113,6 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
             gateway=gateway,
             allowed_hosts=config.server.allowed_hosts,
         ) as server,
+        watching(*server.stores.values()),
     ):
         destination = f"{queue.uri} -> {store.uri}" if queue else store.uri
         print(f"spans    {server.otlp_url}/v1/traces, {server.otlp_grpc_url} (gRPC) -> {destination}")

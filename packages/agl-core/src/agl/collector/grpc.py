@@ -105,11 +105,11 @@ class GrpcReceiver(grpc.GenericRpcHandler):
     def _receive_traces(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         try:
             self._check_host(context)
-            with self._receiver.admit(_authorization(context), context.peer()) as reservation:
+            with self._receiver.admit(_authorization(context), context.peer()) as admitted:
                 message = self._arriving.receive(requests, context)
                 if message is None:
                     raise RejectedRequest(400, INVALID_ARGUMENT, "the call ended without a message")
-                response = self._receiver.commit(message, _encoding(message), parse_protobuf, reservation)
+                response = self._receiver.commit(message, _encoding(message), parse_protobuf, admitted)
         except RejectedRequest as rejected:
             _abort(context, rejected)
         return response.SerializeToString()

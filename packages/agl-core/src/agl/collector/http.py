@@ -67,12 +67,12 @@ class HttpReceiver:
 
     async def _handle(self, scope: Scope, headers: Headers, content_type: str, receive: Receive) -> Message:
         _check_route(scope)
-        with self._receiver.admit(headers.get(b"authorization"), peer_of(scope)) as reservation:
+        with self._receiver.admit(headers.get(b"authorization"), peer_of(scope)) as admitted:
             if scope["path"] in _OTHER_PATHS:
                 return ExportTraceServiceResponse()
             parse, encoding = _parser(content_type), _encoding(headers)
-            body = await self._read_body(scope, receive, reservation)
-            return await self._commit(body, encoding, parse, reservation)
+            body = await self._read_body(scope, receive, admitted)
+            return await self._commit(body, encoding, parse, admitted)
 
     async def _commit(self, *request: Any) -> ExportTraceServiceResponse:
         """`Receiver.commit` in a thread. A request that gets none in time may be repeated: its sender does not wait."""

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter
 from agl.config.collector import CollectorConfig
 from agl.errors import InputError, OtlpError, StoreError
 from agl.server.api_error import ApiError
-from agl.server.auth import BearerTokens
+from agl.server.auth import BearerTokens, Right
 from agl.server.receiving import MemoryBudget, Reservation, check_json, decode_body
 from agl.store import span_row
 from agl.store.span_row import ParsedSpans, SpanRow
@@ -73,22 +73,36 @@ class RejectedRequest(Exception):
 
 
 class Sink(Protocol):
-    """The store, or the queue in front of it."""
+    """The store of a project, or the queue in front of it."""
 
     def append_rows(self, rows: Sequence[SpanRow]) -> int:
         """Persist all of `rows` or none. Raises StoreError; InputError if repeating the call cannot help."""
         ...
 
 
-class Receiver:
-    """Commits spans to `sink`, within the limits of `config`, from senders that have one of `tokens`.
+class Admitted(Reservation):
+    """A request that was authorized for `project`, and the memory that its body takes."""
 
-    A request succeeds only after the commit. Above `max_pending_bytes` requests take no memory, and senders must retry.
+    def __init__(self, budget: MemoryBudget, peer: str, project: str) -> None:
+        super().__init__(budget, peer)
+        self.project = project
+
+
+class Receiver:
+    """Commits spans to that of `sinks` which is of the sender's project, within the limits of `config`.
+
+    The sender must have one of `tokens`. A request succeeds only after the commit. Above `max_pending_bytes` requests
+    take no memory, and senders must retry.
     """
 
-    def __init__(self, sink: Sink, config: CollectorConfig | None = None, tokens: BearerTokens | None = None) -> None:
+    def __init__(
+        self,
+        sinks: Mapping[str, Sink],
+        config: CollectorConfig | None = None,
+        tokens: BearerTokens | None = None,
+    ) -> None:
         self.config = config or CollectorConfig()
-        self._sink = sink
+        self._sinks = sinks
         self._tokens = tokens or BearerTokens()
         self._budget = MemoryBudget(self.config.max_pending_bytes, self.config.max_body_bytes, "collector")
         self._parsing = threading.Lock()
@@ -98,26 +112,27 @@ class Receiver:
         text = "OTLP requests by HTTP status, also those over gRPC."
         self._requests = Counter("agl_otlp_requests", text, ("status",), registry=self.metrics)
 
-    def admit(self, authorization: bytes | None, peer: str) -> Reservation:
-        """Authorize a request of `peer`; returns the memory that its body will take. Raises RejectedRequest."""
-        if not self._tokens.admit(authorization):
+    def admit(self, authorization: bytes | None, peer: str) -> "Admitted":
+        """Authorize a request of `peer`. Raises RejectedRequest."""
+        grant = self._tokens.grant(authorization)
+        if grant is None or not grant.allows(Right.AGENT):
             raise RejectedRequest(
                 401, UNAUTHENTICATED, "a bearer token is needed: send the header `Authorization: Bearer ...`"
             )
-        return Reservation(self._budget, peer)
+        return Admitted(self._budget, peer, grant.project)
 
-    def commit(self, body: bytes, encoding: str, parse: Parse, reservation: Reservation) -> ExportTraceServiceResponse:
+    def commit(self, body: bytes, encoding: str, parse: Parse, admitted: "Admitted") -> ExportTraceServiceResponse:
         """Commit the spans of a body with one of the content encodings ENCODINGS. Raises RejectedRequest.
 
         The response is empty if all spans were committed, and a partial success if some of them are invalid.
         """
         try:
-            plain = self._decode(body, encoding, reservation)
+            plain = self._decode(body, encoding, admitted)
             with self._parsing if len(plain) > _PARSE_ALONE_BYTES else nullcontext():
-                parsed = parse(plain, reservation)
+                parsed = parse(plain, admitted)
             if parsed.rejected and not parsed.rows:
                 raise OtlpError(parsed.reason)
-            self._sink.append_rows(parsed.rows)
+            self._sinks[admitted.project].append_rows(parsed.rows)
         except ApiError as error:
             raise self._counted(RejectedRequest.of(error)) from error
         except (OtlpError, InputError) as error:

@@ -3,7 +3,7 @@
 import os
 import re
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Final, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -21,11 +21,14 @@ def expand_home(path: AnyPath) -> AnyPath:
 TextPath = Annotated[str, AfterValidator(expand_home)]
 FilePath = Annotated[Path, AfterValidator(expand_home)]
 
+DEFAULT_PROJECT: Final = "default"
+"""Project of a token that names none, and of a server without tokens."""
+
 NAME_RULE = "letters, digits, `.`, `_` and `-`, at most 64 characters, and not `.` or `..`"
 
 
 def is_name(text: str) -> bool:
-    """Whether `text` may name a role, a run or a label, and so folders, files and models: NAME_RULE, in ASCII."""
+    """Whether `text` may name a role, run, label or project, and so folders, files and models: NAME_RULE, in ASCII."""
     return re.fullmatch(r"[\w.-]{1,64}", text, re.ASCII) is not None and text not in (".", "..")
 
 

@@ -18,6 +18,7 @@ from agl.canary.assignment import hash_key, is_candidate
 from agl.canary.decision import end
 from agl.canary.history import Event, event_at, last_event
 from agl.canary.observation import CANDIDATE, CURRENT, Unproved, unproved_call
+from agl.config.section import DEFAULT_PROJECT
 from agl.errors import AglError
 from agl.gateway.record import version_under
 from agl.gateway.request import Caller
@@ -58,7 +59,10 @@ class Arm:
 
 
 class Arms:
-    """The arms of the rollouts in production. It follows the events of the store a second behind."""
+    """The arms of the rollouts in production of the default project, whose store is `store`.
+
+    It follows the events of the store a second behind.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -84,9 +88,11 @@ class Arms:
                 await poll
 
     async def arm(self, caller: Caller, body: Json) -> Arm | None:
-        """The arm of a call; None outside of production, without canaries, or if its rollout began before the first."""
+        """The arm of a call; None outside of production, for another project, without canaries, or if its rollout began
+        before the first.
+        """
         last, rollout_id = self._last, caller.rollout_id or caller.trace_id
-        if last is None or caller.mode != "prod":
+        if last is None or caller.mode != "prod" or caller.project != DEFAULT_PROJECT:
             return None
         chosen = _choose(last, caller, body, rollout_id or uuid.uuid4().hex)
         if rollout_id is None:

@@ -185,13 +185,13 @@ class Conversations:
 
 
 def conversation_key(
-    project: str | None, rollout_id: str | None, attempt_id: str | None, trace_id: str | None, model: str
+    project: str, rollout_id: str | None, attempt_id: str | None, trace_id: str | None, model: str
 ) -> Key | None:
     """The conversation of a call; None for a call without rollout and trace."""
     name = model.partition("@")[0]  # Tokens are the same under every version of a policy.
     if rollout_id:
-        return project or "", rollout_id, attempt_id or "", name
-    return (project or "", "", trace_id, name) if trace_id else None
+        return project, rollout_id, attempt_id or "", name
+    return (project, "", trace_id, name) if trace_id else None
 
 
 def _advance(position: Position, index: int, turns: Sequence[SampledTurn]) -> None:

@@ -140,7 +140,7 @@ class Dispatch:
     def choose_engine(self, record: CallRecord, tried: Collection[Engine] = ()) -> Engine:
         """The engine for a call. Raises ApiError if none serves its model, or the gateway is paused."""
         self._gate.check()
-        return self._routes.choose(record.engine_model, record.caller.rollout_id, tried)
+        return self._routes.choose(record.engine_model, record.caller.rollout, tried)
 
     @asynccontextmanager
     async def response(self, session: aiohttp.ClientSession, record: CallRecord) -> AsyncIterator[UpstreamResponse]:
@@ -224,7 +224,7 @@ class Dispatch:
         before, queue_s = time.perf_counter_ns(), self._config.timeouts.queue_s
         try:
             async with asyncio.timeout(queue_s):
-                await engine.queue.acquire(record.caller.rollout_id or "")
+                await engine.queue.acquire(record.caller.rollout or "")
         except TimeoutError as error:
             raise ApiError(
                 429,

@@ -5,6 +5,7 @@ import contextlib
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Final
+from uuid import uuid4
 
 import aiohttp
 
@@ -14,6 +15,10 @@ from agl.server.api_error import ApiError, error_text
 
 _CREDENTIALS: Final = frozenset({"authorization", "x-api-key"})
 USER_HEADER: Final = "x-agl-user"
+_REQUEST_ID: Final = "x-request-id"
+"""Engines make the id of a response of it."""
+_IDS_OF_REQUESTS: Final = ("request-id", "requestid", "correlation-id", "call-id")
+"""Ends of the names of such headers."""
 EVENT_STREAM: Final = "text/event-stream"
 _FINISH_S: Final = 0.5
 _NOT_FORWARDED: Final = frozenset(
@@ -42,11 +47,14 @@ class Engine:
         return not self._models or model in self._models or model.partition("@")[0] in self._models
 
     def headers(self, client_headers: Mapping[str, str]) -> dict[str, str]:
-        """`client_headers`, in which the engine's own credentials, if it has any, replace the client's."""
-        if not self._authorization:
-            return dict(client_headers)
-        kept = {name: value for name, value in client_headers.items() if name.lower() not in _CREDENTIALS}
-        return kept | self._authorization
+        """`client_headers`, in which the engine's own credentials, if it has any, replace the client's.
+
+        So does a new id of the request: with the id of another response, a client could claim that response.
+        """
+        replaced = _CREDENTIALS if self._authorization else ()
+        kept = {name: value for name, value in client_headers.items() if name.lower() not in replaced}
+        kept = {name: value for name, value in kept.items() if not name.lower().endswith(_IDS_OF_REQUESTS)}
+        return kept | self._authorization | {_REQUEST_ID: uuid4().hex}
 
     async def post(
         self,

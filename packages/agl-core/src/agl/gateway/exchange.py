@@ -35,7 +35,6 @@ from agl.gateway.request import (
     with_full_distribution,
 )
 from agl.server.api_error import ApiError, error_in, error_text
-from agl.server.auth import project_of
 from agl.server.receiving import (
     ENCODINGS,
     IDENTITY,
@@ -156,14 +155,14 @@ class CallEndpoint:
             changed=changes(body, sent) if kind.is_native else changes({}, sent),
             constraints=constraints(sent, engine_kind, declared),
             sampling=declared,
-            project=project_of(request.scope),
             canary=arm.attributes(parts.routes.policy(model), engine_model) if arm and model and engine_model else {},
             capture=dialect.capture,
         )
         await long_work(size, record.check)
         dialect.capture.expected_choices, dialect.capture.echoes = requested_choices(sent), bool(sent.get("echo"))
-        ids = caller.rollout_id, caller.attempt_id, caller.trace_id
-        key = conversation_key(record.project, *ids, record.engine_model)
+        key = conversation_key(
+            caller.project, caller.rollout_id, caller.attempt_id, caller.trace_id, engine_model or ""
+        )
         if key is not None and kind.operation == semconv.OPERATION_CHAT:
             agent = caller.role, caller.parent_id
             record.position = await long_work(size, parts.conversations.locate, key, sent, agent)
@@ -348,7 +347,7 @@ class Exchange:
     async def _commit_spans(self) -> list[Span]:
         spans = await long_work(self._size, self._record.spans, self._parts.config.content_max_bytes)
         rows = await long_work(self._size, lambda: [row for span in spans for row in rows_of(span)])
-        await self._parts.recorder.commit(rows)
+        await self._parts.recorder.commit(rows, self._record.caller.project)
         self._parts.metrics.count(self._record, spans)
         return spans
 

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from agl.config import GatewayConfig
+from agl.config.section import DEFAULT_PROJECT
 from agl.errors import AglError
 from agl.gateway.arms import Arms
 from agl.gateway.control import Control
@@ -29,6 +30,7 @@ from agl.gateway.record import CallRecord, Recorder
 from agl.gateway.request import Caller, CallerLookup, RolloutUrls, read_json, url_ids
 from agl.gateway.token_count import MessagesCount, ResponsesCount, TokenCount
 from agl.server.api_error import ApiError, unknown_route
+from agl.server.auth import project_of
 from agl.server.receiving import MemoryBudget, Reservation, long_work, peer_of
 from agl.store import Store
 from agl.tokens.capture import Json
@@ -57,16 +59,20 @@ class Gateway:
     """
 
     def __init__(
-        self, store: Store, config: GatewayConfig, *, overrides: Mapping[str, Mapping[str, Any]] | None = None
+        self,
+        stores: Mapping[str, Store],
+        config: GatewayConfig,
+        *,
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        self._store = store
+        self._stores = stores
         self._config = config
         self._routes = Routes([Engine(engine) for engine in config.engines], config.models)
         self._gate = PauseGate()
         dispatch = Dispatch(self._routes, self._gate, config)
         budget = MemoryBudget(config.max_pending_bytes, config.max_body_bytes, "gateway")
-        arms = Arms(store)
-        self._parts = GatewayParts(config, overrides or {}, CallerLookup(store), self._routes, dispatch, arms, budget)
+        arms, callers = Arms(stores[DEFAULT_PROJECT]), CallerLookup(stores)
+        self._parts = GatewayParts(config, overrides or {}, callers, self._routes, dispatch, arms, budget)
 
     def app(self, more_routes: Sequence[BaseRoute] = ()) -> Starlette:
         """The ASGI app, with `more_routes` after its own."""
@@ -123,7 +129,7 @@ class Gateway:
     async def _embed(self, request: Request, body: Json) -> Response:
         model = self._routes.resolve(str(body.get("model", "")), self._parts.arms.versions)
         sent = body | {"model": model} if model else body
-        caller = Caller(rollout_id=url_ids(request.scope).get("rollout_id"))
+        caller = Caller(rollout_id=url_ids(request.scope).get("rollout_id"), project=project_of(request.scope))
         headers = forwarded(request.headers)
         record = CallRecord(caller, "embeddings", "/embeddings", headers, model, sent, body=json.dumps(sent).encode())
         async with self._parts.dispatch.response(self._parts.session, record) as response:
@@ -133,7 +139,7 @@ class Gateway:
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
         # No total timeout and no connection limit: `gateway.timeouts` and `max_concurrent` set these for each call.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._config.timeouts.connect_s)
-        self._parts.recorder = Recorder(self._store)
+        self._parts.recorder = Recorder(self._stores)
         async with aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
             timeout=timeout,

@@ -12,6 +12,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from agl import semconv
+from agl.config.section import DEFAULT_PROJECT
 from agl.content.media import MIN_CHARACTERS, note_stored, referenced
 from agl.gateway.conversation import Position
 from agl.gateway.engine import Engine
@@ -27,7 +28,8 @@ _CLIENT_KIND = 3
 _BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _MAX_ROLES = 100
 _SCOPE = "agl.gateway"
-_PendingCall = tuple[list[SpanRow], asyncio.Future[None]]
+_PendingCall = tuple[str, list[SpanRow], asyncio.Future[None]]
+"""Its project, its rows, and what waits for their commit."""
 
 
 @dataclass(slots=True)
@@ -56,8 +58,6 @@ class CallRecord:
     """Fields of `sent` due to which the engine does not sample from the full distribution."""
     sampling: Json = field(default_factory=dict)
     """Fields of `sent` that shape the distribution, and that the training accounts for."""
-    project: str | None = None
-    """Project of the client's token."""
     position: Position | None = None
     """Position in a conversation, for a chat of a known rollout or trace."""
     capture: Capture = field(default_factory=Capture)
@@ -118,7 +118,8 @@ class CallRecord:
         trace_id = self.caller.trace_id or f"{random.getrandbits(128):032x}"
         shared: Mapping[str, AttributeValue] = self._attributes()
         if len(self.client_body) >= MIN_CHARACTERS:
-            shared, new = referenced(shared, lambda: self.caller.rollout_id or trace_id, content_max_bytes)
+            within = self.caller.project, self.caller.rollout_id or trace_id
+            shared, new = referenced(shared, lambda: within, content_max_bytes)
             self.media = new
         choices = self.capture.choices()
         spans = [
@@ -130,7 +131,8 @@ class CallRecord:
 
     def note_committed(self) -> None:
         """The media need not be sent again for the rollout."""
-        note_stored(self.caller.rollout_id or self.caller.trace_id, self.media)
+        within = self.caller.rollout_id or self.caller.trace_id
+        note_stored(within and (self.caller.project, within), self.media)
 
     def _span(self, trace_id: str, attributes: Mapping[str, AttributeValue]) -> Span:
         return Span(
@@ -171,7 +173,7 @@ class CallRecord:
             semconv.GATEWAY_RETRIES: self.retries or None,
             semconv.GATEWAY_DRIFT: self.drifted.to_json() if self.drifted else None,
             semconv.GATEWAY_PREFIX: self.prefix,
-            semconv.PROJECT: self.project,
+            semconv.PROJECT: self.caller.project if self.caller.project != DEFAULT_PROJECT else None,
         }
         return (
             {name: value for name, value in attributes.items() if value is not None}
@@ -219,24 +221,24 @@ class CallMetrics:
 
 
 class Recorder:
-    """Appends spans to `store` in a thread, one batch at a time; calls that end meanwhile share the next batch.
+    """Appends spans to `stores`, by project, in a thread, one batch at a time. Calls that end meanwhile share the next.
 
     For one event loop; `close` it at the end.
     """
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, stores: Mapping[str, Store]) -> None:
+        self._stores = stores
         self._waiting: list[_PendingCall] = []
         self._writing: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, "agl-recorder")
 
-    async def commit(self, rows: list[SpanRow]) -> None:
+    async def commit(self, rows: list[SpanRow], project: str) -> None:
         """Returns when `rows` are committed. If the caller is cancelled meanwhile they are committed all the same.
 
         Raises AglError if the store refuses them.
         """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((rows, done))
+        self._waiting.append((project, rows, done))
         if self._writing is None:
             self._writing = asyncio.create_task(self._write())
         await done
@@ -251,15 +253,19 @@ class Recorder:
         while self._waiting:
             batch, self._waiting = self._waiting, []
             errors = await asyncio.get_running_loop().run_in_executor(self._thread, self._append, batch)
-            for (_, done), error in zip(batch, errors, strict=True):
+            for (*_, done), error in zip(batch, errors, strict=True):
                 if not done.done():
                     done.set_result(None) if error is None else done.set_exception(error)
         self._writing = None
 
     def _append(self, batch: list[_PendingCall]) -> list[Exception | None]:
         """The error of each call, or None. If the batch fails, its calls are appended one by one."""
+        of_project: dict[str, list[SpanRow]] = {}
+        for project, rows, _ in batch:
+            of_project.setdefault(project, []).extend(rows)
         try:
-            self._store.append_rows([row for rows, _ in batch for row in rows])
+            for project, rows in of_project.items():
+                self._stores[project].append_rows(rows)
         except Exception as error:  # noqa: BLE001 - handed to the callers; the next batch must be written
             return [error] if len(batch) == 1 else [self._append([one])[0] for one in batch]
         return [None] * len(batch)

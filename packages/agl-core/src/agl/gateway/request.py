@@ -23,11 +23,13 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from agl import semconv
+from agl.config.section import DEFAULT_PROJECT
 from agl.context import carried_attributes, carried_entries, read_baggage
 from agl.gateway.engine import USER_HEADER
 from agl.gateway.engine_kind import EngineKind
 from agl.seeds import derive
 from agl.server.api_error import ApiError
+from agl.server.auth import project_of
 from agl.store import Rollout, Store
 from agl.store.span_row import MAX_ID_LENGTH
 from agl.tokens.capture import Json, RequestedFields
@@ -53,6 +55,8 @@ _SHAPING: Final[Mapping[str, tuple[int, ...]]] = {
     "use_beam_search": (),
 }
 """Fields of vLLM and SGLang that shape or select, each with the numbers that change nothing."""
+_IDS: Final = frozenset({"request_id", "rid"})
+"""Fields of vLLM and SGLang that choose the id of the response: a client could take the id of another one's."""
 _CONSTRAINING: Final = (
     *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),  # vLLM
     *("json_schema", "regex", "ebnf", "custom_logit_processor"),  # SGLang
@@ -77,9 +81,11 @@ class Caller:
     """Seed of the rollout."""
     user: str | None = None
     """Whom the agent serves, if the headers name somebody. No span has it."""
+    project: str = DEFAULT_PROJECT
+    """That of the request's token: a rollout of this id in another project is another rollout."""
 
     @classmethod
-    def read(cls, headers: Headers, url: Mapping[str, str]) -> Self:
+    def read(cls, headers: Headers, url: Mapping[str, str], project: str = DEFAULT_PROJECT) -> Self:
         """From `traceparent`, `baggage` and the URL; the URL's `rollout_id` and `attempt_id` override the baggage."""
         baggage = read_baggage(",".join(headers.getlist("baggage")))
         carried = carried_attributes(baggage)
@@ -95,6 +101,7 @@ class Caller:
             trace_id=trace.format_trace_id(parent.trace_id) if parent.is_valid else None,
             parent_id=trace.format_span_id(parent.span_id) if parent.is_valid else None,
             user=carried_entries((semconv.USER,), baggage).get(semconv.USER) or headers.get(USER_HEADER),
+            project=project,
         )
 
     def with_defaults(self, rollout: Rollout | None) -> Self:
@@ -112,9 +119,14 @@ class Caller:
                 raise ApiError(400, "not_recordable", message)
 
     @property
+    def rollout(self) -> str | None:
+        """A key for the rollout: its id and its project."""
+        return f"{self.project}/{self.rollout_id}" if self.rollout_id else None
+
+    @property
     def pinned(self) -> tuple[str, str | None] | None:
         """Rollout and attempt of a call whose policy must not change within the rollout; None in mode `prod`."""
-        return (self.rollout_id, self.attempt_id) if self.rollout_id and self.mode != "prod" else None
+        return (self.rollout, self.attempt_id) if self.rollout and self.mode != "prod" else None
 
     def attributes(self) -> dict[str, str]:
         """Attributes of every span of the call."""
@@ -151,24 +163,24 @@ def url_ids(scope: Scope) -> Mapping[str, str]:
 
 
 class CallerLookup:
-    """Identifies callers. Rollouts found in `store` are remembered: their mode, group and seed never change."""
+    """Identifies callers. Rollouts found in `stores` are remembered: their mode, group and seed never change."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, stores: Mapping[str, Store]) -> None:
+        self._stores = stores
         self._known: OrderedDict[bytes, Rollout] = OrderedDict()
 
     async def identify(self, request: Request) -> Caller:
-        caller = Caller.read(request.headers, url_ids(request.scope))
+        caller = Caller.read(request.headers, url_ids(request.scope), project_of(request.scope))
         caller.check()
         if caller.rollout_id is None or caller.mode == "prod":
             return caller.with_defaults(None)
-        return caller.with_defaults(await self._rollout(caller.rollout_id))
+        return caller.with_defaults(await self._rollout(caller.project, caller.rollout_id))
 
-    async def _rollout(self, rollout_id: str) -> Rollout | None:
-        if (key := _digest(rollout_id)) in self._known:
+    async def _rollout(self, project: str, rollout_id: str) -> Rollout | None:
+        if (key := _digest(f"{project}/{rollout_id}")) in self._known:
             self._known.move_to_end(key)
             return self._known[key]
-        rollout = await asyncio.to_thread(self._store.get_rollout, rollout_id)
+        rollout = await asyncio.to_thread(self._stores[project].get_rollout, rollout_id)
         if rollout is not None:
             self._known[key] = replace(rollout, input=None, metadata={"seed": rollout.seed})
             if len(self._known) > _ROLLOUTS_REMEMBERED:
@@ -190,7 +202,7 @@ class Seeds:
         if caller.rollout_id is None or (caller.seed is None and caller.mode != "train"):
             return None
         attempt = (caller.attempt_id or "").removeprefix(caller.rollout_id)
-        key = _digest(f"{caller.rollout_id}\0{attempt}")
+        key = _digest(f"{caller.rollout}\0{attempt}")
         index = self._calls.pop(key, 0)
         self._calls[key] = index + 1
         if len(self._calls) > _ATTEMPTS_REMEMBERED:
@@ -242,7 +254,7 @@ def prepare(
     engines that refuse the field. `forced` replaces the client's values. `seed` is used if nothing else sets one.
     """
     has_value = {name: bool(body.get(name)) for name in capture} | {"logprobs": requested.logprobs}
-    sent = dict(body)
+    sent = {name: value for name, value in body.items() if name not in _IDS}
     for name, value in ({**capture, "seed": seed} | dict(extra_body)).items():
         if value is not None and not has_value.get(name, _sets(body, name)):
             sent[name] = value

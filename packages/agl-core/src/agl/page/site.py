@@ -20,7 +20,7 @@ from agl.page.groups import Group, list_groups
 from agl.page.rollouts import Filters, RolloutView, full_text, list_page, token_view
 from agl.page.runs import RUN, RunView, list_runs
 from agl.page.shown import FILTERS, visible
-from agl.server.auth import COOKIE, LOGIN, STATIC, BearerTokens
+from agl.server.auth import COOKIE, LOGIN, STATIC, BearerTokens, project_of
 from agl.store import Store, sqlite_path
 
 _POLICY: Final = (
@@ -56,10 +56,10 @@ class Server(Protocol):
 
 
 class Page:
-    """The page over `store` on `server`. A token of `tokens` that may read logs in."""
+    """The page over `stores`, by project, on `server`. A token of `tokens` that may read logs in, to its project."""
 
-    def __init__(self, store: Store, tokens: BearerTokens, server: Server) -> None:
-        self._store = store
+    def __init__(self, stores: Mapping[str, Store], tokens: BearerTokens, server: Server) -> None:
+        self._stores = stores
         self._server = server
         self._tokens = tokens
         self._templates = Environment(
@@ -72,7 +72,6 @@ class Page:
         )
         self._templates.filters |= FILTERS
         self._templates.globals |= {
-            "store_uri": str(store.uri),
             "version": version("agl-core"),
             "can_leave": bool(tokens),
             "pages": _PAGES,
@@ -80,7 +79,9 @@ class Page:
 
     def routes(self) -> list[BaseRoute]:
         answers: Mapping[str, Answer] = {
-            "/": lambda _: RedirectResponse("/runs" if self._store.query_resources(RUN) else "/rollouts"),
+            "/": lambda request: RedirectResponse(
+                "/runs" if self._store(request).query_resources(RUN) else "/rollouts"
+            ),
             "/favicon.ico": lambda _: RedirectResponse(f"{STATIC}/icon.svg"),
             "/runs": self._runs,
             "/runs/view": self._run,
@@ -107,75 +108,87 @@ class Page:
             try:
                 response = answer(request)
             except (UnknownIdError, TrajectoryError) as error:
-                response = self._show("error.html", HTTPStatus.NOT_FOUND, message=str(error))
+                response = self._show("error.html", request, HTTPStatus.NOT_FOUND, message=str(error))
             except InputError as error:
-                response = self._show("error.html", HTTPStatus.BAD_REQUEST, message=str(error))
+                response = self._show("error.html", request, HTTPStatus.BAD_REQUEST, message=str(error))
             except AglError as error:
-                response = self._show("error.html", HTTPStatus.SERVICE_UNAVAILABLE, message=str(error))
+                response = self._show("error.html", request, HTTPStatus.SERVICE_UNAVAILABLE, message=str(error))
             response.headers.update(_HEADERS)
             return response
 
         return respond
 
-    def _show(self, template: str, status: int = HTTPStatus.OK, **values: Any) -> Response:
-        text = self._templates.get_template(template).render(values)
+    def _show(self, template: str, request: Request, status: int = HTTPStatus.OK, **values: Any) -> Response:
+        text = self._templates.get_template(template).render(values, store_uri=self._store(request).uri)
         return HTMLResponse(text.encode(errors="replace"), status)
 
-    def _adapters(self, _: Request) -> Response:
-        return self._show("adapters.html", adapters=list(list_adapters(self._store, self._server.live_versions())))
+    def _store(self, request: Request) -> Store:
+        return self._stores[project_of(request.scope)]
+
+    def _adapters(self, request: Request) -> Response:
+        adapters = list_adapters(self._store(request), self._server.live_versions())
+        return self._show("adapters.html", request, adapters=list(adapters))
 
     async def _health(self, request: Request) -> Response:
         health = await self._server.health()
-        return await run_in_threadpool(self._endpoint(lambda _: self._show_health(health)), request)
+        return await run_in_threadpool(self._endpoint(lambda request: self._show_health(request, health)), request)
 
-    def _show_health(self, health: Mapping[str, Any]) -> Response:
-        path = sqlite_path(self._store.uri)
+    def _show_health(self, request: Request, health: Mapping[str, Any]) -> Response:
+        store = self._store(request)
+        path = sqlite_path(store.uri)
         size = path.stat().st_size if path and path.exists() else None
-        return self._show("health.html", health=health, rollouts=self._store.count_rollouts(), size=size)
+        return self._show("health.html", request, health=health, rollouts=store.count_rollouts(), size=size)
 
     def _rollouts(self, request: Request) -> Response:
         filters = Filters.of(request.query_params)
-        page = list_page(self._store, filters, request.query_params.get("cursor"))
+        store = self._store(request)
+        page = list_page(store, filters, request.query_params.get("cursor"))
         is_part = request.headers.get("hx-request") == "true" and "cursor" in request.query_params
-        return self._show("rollout_rows.html" if is_part else "rollouts.html", page=page, filters=filters)
+        template = "rollout_rows.html" if is_part else "rollouts.html"
+        return self._show(template, request, page=page, filters=filters)
 
-    def _runs(self, _: Request) -> Response:
-        return self._show("runs.html", runs=list_runs(self._store))
+    def _runs(self, request: Request) -> Response:
+        return self._show("runs.html", request, runs=list_runs(self._store(request)))
 
     def _run(self, request: Request) -> Response:
-        run = RunView.of(self._store, _required(request, "id"))
+        run = RunView.of(self._store(request), _required(request, "id"))
         part = "run_state.html" if request.headers.get("hx-request") == "true" else "run.html"
-        return self._show(part, run=run, findings=run.findings(self._store))
+        return self._show(part, request, run=run, findings=run.findings(self._store(request)))
 
     def _charts(self, request: Request) -> Response:
-        return JSONResponse(RunView.of(self._store, _required(request, "id")).charts())
+        return JSONResponse(RunView.of(self._store(request), _required(request, "id")).charts())
 
     def _groups(self, request: Request) -> Response:
         run, cursor = request.query_params.get("run", ""), request.query_params.get("cursor")
-        page = list_groups(self._store, run, cursor)
+        page = list_groups(self._store(request), run, cursor)
         is_part = request.headers.get("hx-request") == "true" and cursor is not None
-        return self._show("group_rows.html" if is_part else "groups.html", page=page, run=run)
+        return self._show("group_rows.html" if is_part else "groups.html", request, page=page, run=run)
 
     def _group(self, request: Request) -> Response:
-        return self._show("group.html", group=Group.of(self._store, _required(request, "id")))
+        return self._show("group.html", request, group=Group.of(self._store(request), _required(request, "id")))
 
     def _compare(self, request: Request) -> Response:
-        runs = [view.run for view in list_runs(self._store)]
+        runs = [view.run for view in list_runs(self._store(request))]
         run, left, right = (request.query_params.get(name, "") for name in ("run", "left", "right"))
-        run = run or next((name for name in runs if len(evaluations(self._store, name)) > 1), next(iter(runs), ""))
-        return self._show("compare.html", runs=runs, comparison=Comparison.of(self._store, run, left, right))
+        run = run or next(
+            (name for name in runs if len(evaluations(self._store(request), name)) > 1), next(iter(runs), "")
+        )
+        return self._show(
+            "compare.html", request, runs=runs, comparison=Comparison.of(self._store(request), run, left, right)
+        )
 
     def _rollout(self, request: Request) -> Response:
-        shows_all = request.query_params.get("all") == "1"
-        return self._show("rollout.html", view=RolloutView.of(self._store, _required(request, "id"), shows_all))
+        store, shows_all = self._store(request), request.query_params.get("all") == "1"
+        view = RolloutView.of(store, _required(request, "id"), shows_all)
+        return self._show("rollout.html", request, view=view)
 
     def _call_tokens(self, request: Request) -> Response:
-        tokens = token_view(self._store, _required(request, "id"), _required(request, "call"))
-        return self._show("tokens.html", tokens=tokens)
+        tokens = token_view(self._store(request), _required(request, "id"), _required(request, "call"))
+        return self._show("tokens.html", request, tokens=tokens)
 
     def _text(self, request: Request) -> Response:
         number = _required(request, "number")
-        text = full_text(self._store, _required(request, "id"), _required(request, "span"), number)
+        text = full_text(self._store(request), _required(request, "id"), _required(request, "span"), number)
         return PlainTextResponse(visible(text).encode(errors="replace"))
 
     async def _login(self, request: Request) -> Response:
@@ -192,7 +205,7 @@ class Page:
         session = self._tokens.session(given) if given else None
         if session is None and self._tokens:
             status = HTTPStatus.UNAUTHORIZED if request.method == "POST" else HTTPStatus.OK
-            response = self._show("login.html", status, target=target, was_refused=request.method == "POST")
+            response = self._show("login.html", request, status, target=target, was_refused=request.method == "POST")
         else:
             response = RedirectResponse(target, HTTPStatus.SEE_OTHER)
         if session is not None:

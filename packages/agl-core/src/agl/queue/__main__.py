@@ -22,8 +22,12 @@ def main() -> None:
     threading.Thread(target=_wait_for_close, args=(stop,), daemon=True).start()
     config = QueueConfig.model_validate(settings["config"])
     try:
-        with closing(SpanQueue(settings["queue"], config)) as queue, closing(open_store(settings["store"])) as store:
-            Writer(settings["name"], queue, store, config).run(stop)
+        with (
+            closing(SpanQueue(settings["queue"], config)) as queue,
+            closing(open_store(settings["store"])) as store,
+            closing(Writer(settings["name"], queue, store, config)) as writer,
+        ):
+            writer.run(stop)
     except AglError as error:
         sys.exit(f"agl.queue: the writer {settings['name']} ends: {error}")
 

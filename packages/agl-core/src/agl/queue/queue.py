@@ -12,6 +12,7 @@ from typing import Any, Final
 from redis.exceptions import ResponseError
 
 from agl.config.queue import QueueConfig
+from agl.config.section import DEFAULT_PROJECT
 from agl.errors import QueueError
 from agl.queue.connection import BLOCK_MS, connect, node_of, redis_errors
 from agl.queue.durability import check_durability
@@ -28,8 +29,8 @@ MAX_ENTRIES: Final = 64
 _APPEND: Final = """
 if tonumber(redis.call('GET', KEYS[2]) or '0') >= tonumber(ARGV[1]) then return -1 end
 local spans = 0
-for i = 2, #ARGV, 2 do
-  redis.call('XADD', KEYS[1], '*', 'spans', ARGV[i], 'otlp', ARGV[i + 1])
+for i = 3, #ARGV, 2 do
+  redis.call('XADD', KEYS[1], '*', 'project', ARGV[2], 'spans', ARGV[i], 'otlp', ARGV[i + 1])
   spans = spans + ARGV[i]
 end
 return redis.call('INCRBY', KEYS[2], spans)
@@ -47,9 +48,10 @@ return redis.call('DECRBY', KEYS[2], spans)
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """`spans` spans as one OTLP request; `entry_id` is the id in the stream."""
+    """`spans` spans of a project as one OTLP request; `entry_id` is the id in the stream."""
 
     entry_id: bytes
+    project: str
     spans: int
     otlp: bytes
 
@@ -74,13 +76,18 @@ class SpanQueue:
         with redis_errors():
             check_durability(node_of(self._redis, self._stream), self._config.appendfsync)
 
-    def append_rows(self, rows: Sequence[SpanRow]) -> int:
-        """Append all spans or none; returns their number, whether or not the store has them already."""
+    def append_rows(self, rows: Sequence[SpanRow], project: str = DEFAULT_PROJECT) -> int:
+        """Append all spans or none, for `project`; returns their number, whether or not the store has them already."""
         if not rows:
             return 0
-        if self._run(_APPEND, self._config.hard_limit, *itertools.chain.from_iterable(_to_entries(rows))) < 0:
+        entries = itertools.chain.from_iterable(_to_entries(rows))
+        if self._run(_APPEND, self._config.hard_limit, project, *entries) < 0:
             raise QueueError(f"{self._config.hard_limit} spans wait for the store, the limit of the queue; retry")
         return len(rows)
+
+    def of_project(self, project: str) -> "ProjectQueue":
+        """`append_rows` for `project`."""
+        return ProjectQueue(self, project)
 
     def take(self, consumer: str) -> list[Entry]:
         """Assign new entries to `consumer`, which moves and finishes them; waits half a second for the first."""
@@ -104,8 +111,9 @@ class SpanQueue:
 
     def set_aside(self, entry: Entry, reason: str) -> None:
         """Move an entry that can never be stored to the stream `...:refused`, with the reason."""
+        fields = {"project": entry.project, "spans": entry.spans, "otlp": entry.otlp, "reason": reason}
         with redis_errors():
-            self._redis.xadd(self._refused, {"spans": entry.spans, "otlp": entry.otlp, "reason": reason})
+            self._redis.xadd(self._refused, fields)
         self.finish([entry])
 
     def length(self) -> int:
@@ -141,6 +149,17 @@ class SpanQueue:
                     raise
 
 
+@dataclass(frozen=True, slots=True)
+class ProjectQueue:
+    """Where spans of one project are appended."""
+
+    queue: SpanQueue
+    project: str
+
+    def append_rows(self, rows: Sequence[SpanRow]) -> int:
+        return self.queue.append_rows(rows, self.project)
+
+
 def _to_entries(rows: Sequence[SpanRow]) -> Iterator[tuple[int, bytes]]:
     """Split the spans into entries of about `_ENTRY_BYTES` at most; yields number of spans and OTLP request."""
     requests: list[bytes] = []
@@ -155,8 +174,16 @@ def _to_entries(rows: Sequence[SpanRow]) -> Iterator[tuple[int, bytes]]:
 
 
 def _entries(found: Sequence[tuple[bytes, dict[bytes, bytes] | None]]) -> list[Entry]:
-    """Entries from a reply of Redis. An entry that is deleted from the stream has no fields, and no spans."""
+    """Entries from a reply of Redis. An entry that is deleted from the stream has no fields, and no spans.
+
+    One that was queued before there were projects names none.
+    """
     return [
-        Entry(entry_id, int(fields[b"spans"]), fields[b"otlp"]) if fields else Entry(entry_id, 0, b"")
-        for entry_id, fields in found
+        Entry(
+            entry_id,
+            fields.get(b"project", DEFAULT_PROJECT.encode()).decode(),
+            int(fields.get(b"spans", 0)),
+            fields.get(b"otlp", b""),
+        )
+        for entry_id, fields in ((entry_id, fields or {}) for entry_id, fields in found)
     ]

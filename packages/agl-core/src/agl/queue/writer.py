@@ -4,13 +4,14 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from itertools import chain
 from typing import Final
 
 from agl.config.queue import QueueConfig
+from agl.config.section import DEFAULT_PROJECT
 from agl.errors import AglError, InputError, OtlpError, StoreError
 from agl.queue.queue import MAX_ENTRIES, Entry, SpanQueue
-from agl.store.protocol import Store
+from agl.store import Store, open_store
+from agl.store.project import uri_of_project
 from agl.store.span_row import SpanRow, parse
 
 logger = logging.getLogger(__name__)
@@ -21,12 +22,15 @@ _GROUP_COMMIT_S: Final = 0.05
 
 
 class Writer:
-    """The consumer `name` of `queue`. It goes on with the unfinished entries of an earlier consumer of that name."""
+    """The consumer `name` of `queue`. It goes on with the unfinished entries of an earlier consumer of that name.
+
+    `store` is that of the default project; those of others, beside it, are opened when a span of theirs comes.
+    """
 
     def __init__(self, name: str, queue: SpanQueue, store: Store, config: QueueConfig) -> None:
         self._name = name
         self._queue = queue
-        self._store = store
+        self._stores = {DEFAULT_PROJECT: store}
         self._claim_after_s = config.claim_after_s
         self._claimed_at = time.monotonic()
         self._has_unfinished = True
@@ -44,24 +48,41 @@ class Writer:
                 logger.warning("spans stay in the queue, and are written again later: %s", error)
                 stop.wait(_RETRY_S)
 
+    def close(self) -> None:
+        """Close the stores that it opened."""
+        for project, store in self._stores.items():
+            if project != DEFAULT_PROJECT:
+                store.close()
+
+    def _store_of(self, project: str) -> Store:
+        if project not in self._stores:
+            self._stores[project] = open_store(uri_of_project(self._stores[DEFAULT_PROJECT].uri, project).secret)
+        return self._stores[project]
+
     def move(self) -> int:
-        """Move the entries of one read of the queue in one commit; returns the number of spans. Raises StoreError."""
+        """Move the entries of one read of the queue in one commit for each project; returns the number of spans.
+
+        Raises StoreError.
+        """
         entries = self._take()
         self._keeps_up = len(entries) < MAX_ENTRIES
         rows_of = {entry: self._rows(entry) for entry in entries}
-        rows = list(chain.from_iterable(rows_of.values()))
+        of_project: dict[str, list[SpanRow]] = {}
+        for entry, rows in rows_of.items():
+            of_project.setdefault(entry.project, []).extend(rows)
+        try:
+            for project, rows in of_project.items():
+                self._store_of(project).append_rows(rows)
+        except InputError:
+            return sum(self._move_entry(entry, rows) for entry, rows in rows_of.items())
         if entries:
-            try:
-                self._store.append_rows(rows)
-            except InputError:
-                return sum(self._move_entry(entry, rows) for entry, rows in rows_of.items())
             self._queue.finish(entries)
-        return len(rows)
+        return sum(map(len, rows_of.values()))
 
     def _move_entry(self, entry: Entry, rows: Sequence[SpanRow]) -> int:
         """Move one entry after the store rejected several of them together."""
         try:
-            self._store.append_rows(rows)
+            self._store_of(entry.project).append_rows(rows)
         except InputError as error:
             self._set_aside(entry, error)
             return 0

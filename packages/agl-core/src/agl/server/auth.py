@@ -16,6 +16,7 @@ from starlette.requests import cookie_parser
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from agl.config.section import DEFAULT_PROJECT, NAME_RULE, is_name
 from agl.errors import ConfigError
 from agl.server.api_error import ApiError
 
@@ -30,6 +31,8 @@ STATIC: Final = "/static"
 COOKIE: Final = "agl_session"
 _MODEL_PATHS: Final = ("/v1/", "/rollout/")
 _READING: Final = ("GET", "HEAD")
+_SHARED_PATHS: Final = ("/api/gateway", "/metrics")
+"""They are about the server and the engines of all projects."""
 
 
 class Right(StrEnum):
@@ -38,17 +41,17 @@ class Right(StrEnum):
     AGENT = "agent"
     """Call models and send spans."""
     TRAINER = "trainer"
-    """Everything."""
+    """Everything in its project, and steer the gateway if that is the default one."""
     READ = "read"
     """Read from the API."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """The rights of a token, and its project; None: all projects."""
+    """The rights of a token in its project."""
 
     rights: frozenset[Right] = frozenset({Right.TRAINER})
-    project: str | None = None
+    project: str = DEFAULT_PROJECT
 
     def allows(self, right: Right) -> bool:
         return right in self.rights or Right.TRAINER in self.rights
@@ -76,6 +79,11 @@ class BearerTokens:
     def __bool__(self) -> bool:
         return bool(self._grants)
 
+    @property
+    def projects(self) -> frozenset[str]:
+        """The projects of the tokens."""
+        return frozenset(grant.project for grant in self._grants.values())
+
     def grant(self, authorization: bytes | None) -> Grant | None:
         """The grant of an `Authorization` header; None if its token is unknown. Takes the same time for every token."""
         if not self._grants:
@@ -97,11 +105,6 @@ class BearerTokens:
             if hmac.compare_digest(session.encode(), _session(token).encode())
         ]
         return Grant(frozenset({Right.READ}), matches[0].project) if matches and matches[0].allows(Right.READ) else None
-
-    def admit(self, authorization: bytes | None, right: Right = Right.AGENT) -> bool:
-        """Whether this `Authorization` header grants `right`."""
-        grant = self.grant(authorization)
-        return grant is not None and grant.allows(right)
 
 
 def _session(token: bytes) -> str:
@@ -148,13 +151,16 @@ class AuthMiddleware:
             raise ApiError(401, "invalid_api_key", "a token is needed: set the client's api_key to it")
         if not grant.allows(right):
             raise ApiError(403, "insufficient_scope", f"{scope['method']} {scope['path']} needs the scope {right}")
+        if grant.project != DEFAULT_PROJECT and scope["path"].startswith(_SHARED_PATHS):
+            message = f"{scope['path']} is about all projects, and needs a token without a project"
+            raise ApiError(403, "insufficient_scope", message)
         kept = [(name, value) for name, value in scope["headers"] if name not in (_AUTHORIZATION, _API_KEY)]
         return {**scope, "headers": kept, _PROJECT: grant.project}
 
 
-def project_of(scope: Scope) -> str | None:
+def project_of(scope: Scope) -> str:
     """The project of the request's token."""
-    return scope.get(_PROJECT)
+    return scope.get(_PROJECT, DEFAULT_PROJECT)
 
 
 def _needed_right(scope: Scope) -> Right:
@@ -250,7 +256,9 @@ def _read_lines(path: Path) -> dict[str, Grant]:
     return grants
 
 
-def _read_line(place: str, token: str, scopes: str = "", project: str | None = None, *more: str) -> tuple[str, Grant]:
+def _read_line(
+    place: str, token: str, scopes: str = "", project: str = DEFAULT_PROJECT, *more: str
+) -> tuple[str, Grant]:
     # An error shows no word of the line: each may be a token.
     try:
         rights = frozenset(map(Right, scopes.split(","))) if scopes else Grant().rights
@@ -261,4 +269,6 @@ def _read_line(place: str, token: str, scopes: str = "", project: str | None = N
             f"{place}: expected a token, then scopes (some of {', '.join(Right)}, with commas and no blanks), then a "
             f"project; got {'more words' if more else 'other scopes'}"
         )
+    if not is_name(project):
+        raise ConfigError(f"{place}: expected as the project a name of {NAME_RULE}")
     return token, Grant(rights, project)

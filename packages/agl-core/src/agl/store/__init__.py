@@ -6,17 +6,19 @@ span_row               OTLP requests, parsed into one row for each span, and the
 membership, retention   which spans belong to a rollout, and which rollouts `gc` deletes
 mapping, migration   database rows and schema versions
 clock                  elapsed time, whatever the clock of the machine is set to
+project                a database for each project
 end_notifier, watchdog   waiting for rollouts, and ending overdue attempts
 sql, sqlite, postgres, cassandra, http   the backends
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from agl.config.section import expand_home
+from agl.config.section import DEFAULT_PROJECT, expand_home
 from agl.errors import StoreError
 from agl.secret_url import SecretUrl
+from agl.store.project import database_name, split_project, uri_of_project
 from agl.store.protocol import Collected, Resource, RolloutPage, Store
 from agl.store.rollout import Attempt, Rollout
 from agl.store.states import AttemptState, RolloutState
@@ -31,6 +33,7 @@ __all__ = [
     "RolloutState",
     "Store",
     "open_store",
+    "opened_projects",
     "opened_store",
     "sqlite_path",
 ]
@@ -38,7 +41,8 @@ __all__ = [
 
 def open_store(uri: str) -> Store:
     """Open the store at `uri`: `sqlite:///path.db`, `postgresql://`, `cassandra://`, `memory://`, or `http://HOST:PORT`
-    for the store that `agl serve` serves. Creates the database's tables if they do not exist.
+    for the store that `agl serve` serves. `?project=NAME` is the store of a project. Creates the database's tables if
+    they do not exist.
 
     Raises StoreError for an unknown scheme, a file that is not a store, or a server that cannot be reached.
     """
@@ -64,6 +68,20 @@ def open_store(uri: str) -> Store:
 
 
 @contextmanager
+def opened_projects(store: Store, names: Iterable[str]) -> Iterator[dict[str, Store]]:
+    """The store of each of the projects `names`, closed at the end, and `store`, which is that of the default project.
+
+    Raises StoreError if one cannot be opened.
+    """
+    with ExitStack() as opened:
+        stores = {DEFAULT_PROJECT: store}
+        for name in sorted({*names} - stores.keys()):
+            stores[name] = open_store(uri_of_project(store.uri, name).secret)
+            opened.callback(stores[name].close)
+        yield stores
+
+
+@contextmanager
 def opened_store(uri: str) -> Iterator[Store]:
     """`open_store`, closed at the end. If the block fails, a new file that is still empty is removed."""
     path = sqlite_path(uri)
@@ -84,15 +102,19 @@ def opened_store(uri: str) -> Iterator[Store]:
 
 def sqlite_path(uri: str) -> Path | None:
     """The file of a SQLite store, None for other stores. Raises StoreError if the URI names no file."""
-    scheme, _, path = uri.partition("://")
+    base, project = split_project(uri)
+    scheme, _, path = base.partition("://")
     if scheme != "sqlite":
         return None
     if not (name := path.removeprefix("/")):
         raise StoreError(f"store URI {uri!r} names no file; write sqlite:///path.db")
     try:
-        return expand_home(Path(name)).absolute()
+        file = expand_home(Path(name)).absolute()
     except ValueError as error:
         raise StoreError(f"store URI {uri!r}: {error}") from error
+    if project == DEFAULT_PROJECT:
+        return file
+    return file.with_name(database_name(file.stem, project, ".") + file.suffix)
 
 
 def _open_postgres(uri: SecretUrl) -> Store:

@@ -6,7 +6,8 @@
 3. The spans that name no rollout, in the traces that share a model response with a span found so far. One side is
    the framework's span of a request (`SpanRow.asked`), the other side is a gateway call without a parent, which is in
    a trace of its own because the request had no `traceparent` (`SpanRow.answered`). A response belongs to the request
-   that started first: later requests with the same response id were served from a cache.
+   whose span arrived first: later requests with the same response id were served from a cache, or claim what they were
+   not given. Arrival is what the store knows itself; a sender chooses the start time.
 
 Rules 2 and 3 repeat until they find nothing new. A span that names another rollout never joins.
 

@@ -70,7 +70,7 @@ class Store(Protocol):
 
         These are the spans that name the rollout, and the spans of its traces that name no rollout. A gateway call
         without a parent is in a trace of its own, because its request had no `traceparent`: that trace and the trace
-        of the first span with the same `Span.response_id` count as one. `agl.store.membership` has the exact rule.
+        of the first span to arrive with the same `Span.response_id` count as one. `agl.store.membership` has the rule.
         """
         ...
 

@@ -8,6 +8,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from agl.errors import StoreError
 from agl.secret_url import SecretUrl
+from agl.store.project import database_name, split_project
 
 OPTIONS: Final = ("port", "replication_factor", "datacenter", "protocol_version")
 _PORT: Final = 9042
@@ -32,13 +33,14 @@ class Address:
     def of(cls, uri: str) -> Self:
         """Parse `uri`. Raises StoreError, without the password, if it is invalid."""
         name = SecretUrl(uri)
-        parts, (user, password) = urlsplit(name.without_login), name.login or ("", "")
+        base, project = split_project(name)
+        parts, (user, password) = urlsplit(base.without_login), name.login or ("", "")
         options = dict(parse_qsl(parts.query, keep_blank_values=True))
         unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
             raise StoreError(f"{name} has the option {unknown[0]!r}; known are {', '.join(OPTIONS)}")
         names, port = _hosts(name, parts.netloc, _number(name, options, "port") or _PORT)
-        keyspace = parts.path.removeprefix("/")
+        keyspace = database_name(parts.path.removeprefix("/"), project)
         if not _KEYSPACE.fullmatch(keyspace):
             raise StoreError(f"{name} names the keyspace {keyspace!r}; expected cassandra://h1,h2,h3/keyspace")
         copies, version = (_number(name, options, option) for option in ("replication_factor", "protocol_version"))

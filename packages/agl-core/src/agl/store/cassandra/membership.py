@@ -8,7 +8,7 @@ from agl.store.cassandra.keyspace import Keyspace
 from agl.store.cassandra.span_partition import IndexedSpan, Located
 from agl.store.membership import trace_id_of
 
-_RESPONSES = "SELECT is_answer, start_ns, span, home FROM responses WHERE response_id = ?"
+_RESPONSES = "SELECT is_answer, start_ns, span, home, arrived_ns FROM responses WHERE response_id = ?"
 _TRACES = "SELECT home FROM traces WHERE trace_id = ?"
 
 
@@ -20,6 +20,12 @@ class ResponseEntry(Located):
     start_ns: int
     span: bytes
     home: str
+    arrived_ns: int | None
+
+    @property
+    def order(self) -> int:
+        """Time of arrival; the start, which the sender chose, where an earlier version did not keep it."""
+        return self.start_ns if self.arrived_ns is None else self.arrived_ns
 
 
 @dataclass
@@ -76,11 +82,11 @@ def _joined_traces(db: Keyspace, spans: Sequence[IndexedSpan]) -> set[str]:
     traces: set[str] = set()
     for span in spans:
         found = entries.get(span.response_id or "", [])
-        first_ns = min((entry.start_ns for entry in found if not entry.is_answer), default=None)
+        first = min((entry for entry in found if not entry.is_answer), key=lambda entry: entry.order, default=None)
         for entry in found:
             if entry.is_named or entry.is_answer == span.is_answer:
                 continue
-            request_ns = span.start_ns if entry.is_answer else entry.start_ns
-            if request_ns == first_ns:
+            request = span if entry.is_answer else entry
+            if first is not None and request.span == first.span:
                 traces.add(entry.trace)
     return traces

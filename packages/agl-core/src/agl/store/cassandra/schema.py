@@ -79,7 +79,10 @@ _FIRST = (
 
 _CHECKSUMS = ("ALTER TABLE span_bodies ADD checksum bigint",)
 
-MIGRATIONS: Final[Migrations] = (_FIRST, _CHECKSUMS)
+# NULL for the requests of earlier versions.
+_ARRIVALS = ("ALTER TABLE responses ADD arrived_ns bigint",)
+
+MIGRATIONS: Final[Migrations] = (_FIRST, _CHECKSUMS, _ARRIVALS)
 
 _ADD: Final = re.compile(r"ALTER TABLE (\w+) ADD (\w+)")
 

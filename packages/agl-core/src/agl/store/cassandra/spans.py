@@ -32,7 +32,9 @@ INSERT INTO spans (home, bucket, span, start_ns, arrived_ns, size, response_id, 
 VALUES (?, ?, ?, ?, ?, ?, ?, ?)
 """
 _INSERT_BODY = "INSERT INTO span_bodies (home, bucket, span, checksum, otlp) VALUES (?, ?, ?, ?, ?)"
-_INSERT_RESPONSE = "INSERT INTO responses (response_id, is_answer, start_ns, span, home) VALUES (?, ?, ?, ?, ?)"
+_INSERT_RESPONSE = """
+INSERT INTO responses (response_id, is_answer, start_ns, span, home, arrived_ns) VALUES (?, ?, ?, ?, ?, ?)
+"""
 _INSERT_TRACE = "INSERT INTO traces (trace_id, home) VALUES (?, ?)"
 _INSERT_LATEST = "INSERT INTO latest (place, named, home) VALUES (0, false, ?)"
 _BODIES = "SELECT span, otlp, checksum FROM span_bodies WHERE home = ? AND bucket = ?"
@@ -171,7 +173,7 @@ def _index_entries(spans: Iterable[_NewSpan]) -> Iterator[tuple[tuple[str | byte
     for span in spans:
         row, home = span.row, home_of(span.row)
         if span.response_id:
-            values = (span.response_id, row.asked is None, row.start_ns, span.span, home)
+            values = (span.response_id, row.asked is None, row.start_ns, span.span, home, span.arrived_ns)
             yield (span.response_id,), (_INSERT_RESPONSE, values)
         if row.rollout_id is not None and (row.trace_id, home) not in traces:
             traces.add((row.trace_id, home))

@@ -17,11 +17,13 @@ from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionErro
 
 from agl import otlp
 from agl.config.collector import TOKEN_VARIABLE
+from agl.config.section import DEFAULT_PROJECT
 from agl.errors import RefusedError, StoreError
 from agl.secret_url import SecretUrl
 from agl.span import Span
 from agl.store.http.verb import ERRORS, MAX_WAIT_S, VERBS, Verb
 from agl.store.mapping import to_json
+from agl.store.project import split_project
 from agl.store.protocol import Resource, Store
 from agl.store.rollout import Rollout
 from agl.store.span_row import SpanRow, parse
@@ -70,7 +72,8 @@ def _remote(function: Function) -> Function:
 class HttpStore(Store):
     """The store that `agl serve` serves at `uri`, `http://HOST:PORT` or https, safe for several threads.
 
-    The token is that of `https://TOKEN@HOST:PORT`, else `$AGL_TOKEN`; `self.uri` is without it. A verb retries for 30 s
+    The token is that of `https://TOKEN@HOST:PORT`, else `$AGL_TOKEN`; `self.uri` is without it. The project is that of
+    the token. A verb retries for 30 s
     while the server is down or busy, and then raises StoreError. It also retries if only the response was lost: verbs
     may be repeated, except `lease_rollout` and `collect_resources`, which raise StoreError at once. (The limits of its
     rollout end a lease whose response was lost.) A `finish_attempt` that is repeated after it succeeded raises
@@ -100,7 +103,10 @@ class HttpStore(Store):
     gc = _remote(Store.gc)
 
     def __init__(self, uri: str) -> None:
-        self.uri, token = _split_token(SecretUrl(uri))
+        url, project = split_project(uri)
+        if project != DEFAULT_PROJECT:
+            raise StoreError(f"{url} is a server, whose token decides the project: pass a token of {project!r} to it")
+        self.uri, token = _split_token(url)
         self._headers = {"authorization": f"Bearer {token}"} if token else {}
         self._pool = urllib3.PoolManager(num_pools=1, maxsize=_CONNECTIONS)
         self._closed = False

@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute, Route
 from agl.config.collector import CollectorConfig
 from agl.errors import AglError, StoreError
 from agl.server.api_error import ApiError
+from agl.server.auth import project_of
 from agl.server.receiving import MemoryBudget, Reservation, check_json, long_work, peer_of, read_body
 from agl.store.http.openapi import document
 from agl.store.http.verb import ERRORS, INVALID, JSON, MAX_WAIT_S, PREFIX, PROTOBUF, UNAVAILABLE, VERBS, Verb
@@ -31,10 +32,13 @@ _RETRY_AFTER_S: Final = 1
 
 
 class StoreApi:
-    """Routes of the verbs of `store`, within the limits of `config` for request bodies."""
+    """Routes of the verbs, on the one of `stores` that is of the project of the request's token.
 
-    def __init__(self, store: Store, config: CollectorConfig | None = None) -> None:
-        self._store = store
+    `config` has the limits for request bodies.
+    """
+
+    def __init__(self, stores: Mapping[str, Store], config: CollectorConfig | None = None) -> None:
+        self._stores = stores
         config = config or CollectorConfig()
         self._budget = MemoryBudget(config.max_pending_bytes, config.max_body_bytes, "collector")
         self._pool = ThreadPoolExecutor(_VERB_THREADS, "agl-api")
@@ -63,10 +67,11 @@ class StoreApi:
 
     async def _respond(self, verb: Verb, request: Request, reservation: Reservation) -> Response:
         sent = dict(request.query_params) if verb.method == "GET" else await self._read_body(verb, request, reservation)
+        project = project_of(request.scope)
         if verb.waits:
-            body = await self._wait(verb, await long_work(len(sent), _read_arguments, verb, sent), request)
+            body = await self._wait(project, verb, await long_work(len(sent), _read_arguments, verb, sent), request)
         else:
-            body = await asyncio.get_running_loop().run_in_executor(self._pool, self._perform, verb, sent)
+            body = await asyncio.get_running_loop().run_in_executor(self._pool, self._perform, project, verb, sent)
         return Response(body, media_type=PROTOBUF if verb.returns_spans else JSON)
 
     async def _read_body(self, verb: Verb, request: Request, reservation: Reservation) -> bytes:
@@ -79,23 +84,24 @@ class StoreApi:
             await long_work(len(body), check_json, body, reservation)
         return body
 
-    def _perform(self, verb: Verb, sent: bytes | Mapping[str, str]) -> bytes:
-        return verb.write_result(self._call(verb, _read_arguments(verb, sent)))
+    def _perform(self, project: str, verb: Verb, sent: bytes | Mapping[str, str]) -> bytes:
+        return verb.write_result(self._call(project, verb, _read_arguments(verb, sent)))
 
-    def _call(self, verb: Verb, arguments: Mapping[str, Any]) -> Any:
+    def _call(self, project: str, verb: Verb, arguments: Mapping[str, Any]) -> Any:
         try:
-            return getattr(self._store, verb.name)(**arguments)
+            return getattr(self._stores[project], verb.name)(**arguments)
         except StoreError as error:
             raise _api_error(error) from error
 
-    async def _wait(self, verb: Verb, arguments: dict[str, Any], request: Request) -> bytes:
+    async def _wait(self, project: str, verb: Verb, arguments: dict[str, Any], request: Request) -> bytes:
         timeout_s = arguments.pop("timeout_s")
         deadline = time.monotonic() + (MAX_WAIT_S if timeout_s is None else min(timeout_s, MAX_WAIT_S))
         loop = asyncio.get_running_loop()
         while True:
             left_s = deadline - time.monotonic()
             slice_arguments = {**arguments, "timeout_s": min(left_s, _SLICE_S)}
-            rollouts: list[Rollout] = await loop.run_in_executor(self._wait_pool, self._call, verb, slice_arguments)
+            waiting = loop.run_in_executor(self._wait_pool, self._call, project, verb, slice_arguments)
+            rollouts: list[Rollout] = await waiting
             over = all(rollout.state.is_over for rollout in rollouts)
             if over or left_s <= _SLICE_S or await request.is_disconnected():
                 return verb.write_result(rollouts)

@@ -14,9 +14,11 @@ from agl.errors import InputError, StoreError
 from agl.secret_url import SecretUrl
 from agl.store.clock import Clock
 from agl.store.migration import Migrations, pending_statements
+from agl.store.project import database_name, split_project
 from agl.store.sql.database import Rows
 
 SCHEMA: Final = "agl"
+"""That of the default project; other projects have one each beside it."""
 ENDS_CHANNEL: Final = "agl_endings"
 """NOTIFY channel for rollouts that may have ended."""
 LOCK: Final = 0x41474C31
@@ -28,8 +30,8 @@ _POOL_TIMEOUT_S = 5.0
 """Shorter than the 10 s that an exporter waits: later it would not receive the request to retry."""
 _MAX_TRIES = 5
 
-_SESSION = f"""
-SET search_path TO {SCHEMA};
+_SESSION = """
+SET search_path TO {schema};
 SET synchronous_commit TO on;
 SET jit TO off;
 CREATE TEMPORARY TABLE incoming (
@@ -107,6 +109,8 @@ class PostgresDatabase:
 
     def __init__(self, uri: SecretUrl, migrations: Migrations) -> None:
         self.name = uri
+        self._address, project = split_project(uri)
+        self._schema = database_name(SCHEMA, project)
         self._closed = False
         with self._errors("cannot open"), self.connect() as connection:
             db = PostgresConnection(connection)
@@ -114,13 +118,13 @@ class PostgresDatabase:
                 self._migrate(db, migrations)
             self._clock = Clock(self.name, _one(db, _CLOCK_NS)[0])
         self._pool = ConnectionPool(
-            uri.secret,
+            self._address.secret,
             min_size=1,
             max_size=_MAX_CONNECTIONS,
             timeout=_POOL_TIMEOUT_S,
             reconnect_timeout=_POOL_TIMEOUT_S,  # Then the next call starts over with short pauses.
             kwargs={"autocommit": True, "connect_timeout": _CONNECT_TIMEOUT_S},
-            configure=_configure,
+            configure=self._configure,
             check=ConnectionPool.check_connection,  # A restart of the server closes all.
             name=f"agl-store {self.name}",
             open=True,
@@ -150,7 +154,7 @@ class PostgresDatabase:
 
     def connect(self) -> psycopg.Connection[tuple[Any, ...]]:
         """A new connection that is not of the pool."""
-        return psycopg.connect(self.name.secret, autocommit=True, connect_timeout=_CONNECT_TIMEOUT_S)
+        return psycopg.connect(self._address.secret, autocommit=True, connect_timeout=_CONNECT_TIMEOUT_S)
 
     def close(self) -> None:
         """Close all connections that are not in use, without waiting for the others. May be called twice."""
@@ -164,7 +168,7 @@ class PostgresDatabase:
     def _migrate(self, db: PostgresConnection, migrations: Migrations) -> None:
         db.execute("SELECT pg_advisory_xact_lock(?, 0)", (LOCK,))
         version = self._version(db)
-        db.execute(f"SET LOCAL search_path TO {SCHEMA}")
+        db.execute(f"SET LOCAL search_path TO {self._schema}")
         for statement in pending_statements(self.name, version, migrations):
             db.execute(statement)
         if version < len(migrations):
@@ -172,15 +176,21 @@ class PostgresDatabase:
 
     def _version(self, db: PostgresConnection) -> int:
         """Version of the schema, which is created if it does not exist."""
-        query = f"SELECT to_regnamespace('{SCHEMA}') IS NOT NULL, to_regclass('{SCHEMA}.version') IS NOT NULL"
+        schema = self._schema
+        query = f"SELECT to_regnamespace('{schema}') IS NOT NULL, to_regclass('{schema}.version') IS NOT NULL"
         exists, is_ours = _one(db, query)
         if exists and not is_ours:
-            raise StoreError(f"another program owns the schema {SCHEMA!r} of {self.name}; name another database")
+            raise StoreError(f"another program owns the schema {schema!r} of {self.name}; name another database")
         if not exists:
-            db.execute(f"CREATE SCHEMA {SCHEMA}")
-            db.execute(f"CREATE TABLE {SCHEMA}.version (version integer NOT NULL)")
-            db.execute(f"INSERT INTO {SCHEMA}.version VALUES (0)")
-        return _one(db, f"SELECT version FROM {SCHEMA}.version")[0]
+            db.execute(f"CREATE SCHEMA {schema}")
+            db.execute(f"CREATE TABLE {schema}.version (version integer NOT NULL)")
+            db.execute(f"INSERT INTO {schema}.version VALUES (0)")
+        return _one(db, f"SELECT version FROM {schema}.version")[0]
+
+    def _configure(self, connection: psycopg.Connection[tuple[Any, ...]]) -> None:
+        connection.adapters.register_dumper(str, _BinaryText)
+        connection.adapters.register_dumper(str, _Text)  # Last, so that it is preferred.
+        connection.execute(_SESSION.format(schema=self._schema).encode())
 
     @contextmanager
     def _errors(self, action: str) -> Iterator[None]:
@@ -193,12 +203,6 @@ class PostgresDatabase:
         except psycopg.Error as error:
             # From None: the cause may quote the URI with its password.
             raise StoreError(f"{action} the store {self.name}: {self.name.hide(str(error)).strip()}") from None
-
-
-def _configure(connection: psycopg.Connection[tuple[Any, ...]]) -> None:
-    connection.adapters.register_dumper(str, _BinaryText)
-    connection.adapters.register_dumper(str, _Text)  # Last, so that it is preferred.
-    connection.execute(_SESSION)
 
 
 def _one(db: PostgresConnection, query: str) -> tuple[Any, ...]:

@@ -88,4 +88,10 @@ _FIRST = (
 # NULL for the spans of version 1. Not in `span_bodies`: a body that is missing is found too.
 _CHECKSUMS = ("ALTER TABLE spans ADD COLUMN checksum bigint",)
 
-MIGRATIONS: Final[Migrations] = (_FIRST, _CHECKSUMS)
+# A response belongs to the request that arrived first.
+_ASKED_BY_ARRIVAL = (
+    "DROP INDEX spans_by_asked",
+    "CREATE INDEX spans_by_asked ON spans (asked, arrival) WHERE asked IS NOT NULL",
+)
+
+MIGRATIONS: Final[Migrations] = (_FIRST, _CHECKSUMS, _ASKED_BY_ARRIVAL)

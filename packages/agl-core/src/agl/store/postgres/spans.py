@@ -53,11 +53,11 @@ WITH RECURSIVE member (rollout, trace) AS (
         UNION ALL
         SELECT answer.trace_id FROM spans answer
         WHERE answer.answered = span.asked AND answer.rollout_id IS NULL
-          AND span.start_ns = (SELECT min(start_ns) FROM spans WHERE asked = span.asked)
+          AND span.arrival = (SELECT min(arrival) FROM spans WHERE asked = span.asked)
         UNION ALL
         SELECT request.trace_id FROM spans request
         WHERE request.asked = span.answered AND request.rollout_id IS NULL
-          AND request.start_ns = (SELECT min(start_ns) FROM spans WHERE asked = span.answered)
+          AND request.arrival = (SELECT min(arrival) FROM spans WHERE asked = span.answered)
     ) next
 )
 """

@@ -20,7 +20,7 @@ _POLL_S: Final = 1.0
 
 
 class PostgresStore(SqlStore[PostgresDatabase]):
-    """A store in the schema `agl` of the database at `uri`, shared by any number of machines.
+    """A store in the schema `agl`, or that of a project, of the database at `uri`, shared by any number of machines.
 
     Raises StoreError if the server cannot be reached or another program owns the schema. While the server restarts,
     verbs raise StoreError; afterwards they work again.

@@ -10,6 +10,7 @@ from agl.errors import AglError
 from agl.store.mapping import ROLLOUT_COLUMNS, to_rollout
 from agl.store.span_row import checksum, row_of
 from agl.store.sqlite.database import SqliteConnection, is_damage
+from agl.store.sqlite.spans import NEW_ASKS
 
 _MAX_ERRORS: Final = 20
 _ROWS_PER_READ: Final = 256
@@ -24,9 +25,9 @@ _BY_ID: Final = "SELECT arrival, trace_id FROM spans INDEXED BY spans_by_id"
 _BY_ROLLOUT: Final = (
     "SELECT arrival, rollout_id FROM spans INDEXED BY spans_by_rollout WHERE rollout_id IS NOT NULL ORDER BY rollout_id"
 )
-_MISSING_ASKS: Final = """
-SELECT asked, start_ns, trace_id, span_id FROM spans WHERE asked IS NOT NULL
-EXCEPT SELECT * FROM asks EXCEPT SELECT * FROM new_asks
+_MISSING_ASKS: Final = f"""
+SELECT asked, arrival FROM spans WHERE asked IS NOT NULL
+EXCEPT SELECT * FROM asks EXCEPT {NEW_ASKS}
 """
 
 Record = tuple[Any, ...]

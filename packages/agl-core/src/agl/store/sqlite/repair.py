@@ -40,7 +40,7 @@ _OTHER_TABLES: Final = {
     "clock": "boot_id",
 }
 """Table to its primary key."""
-_INDEX_ASKS: Final = "INSERT INTO asks SELECT asked, start_ns, trace_id, span_id FROM spans WHERE asked IS NOT NULL"
+_INDEX_ASKS: Final = "INSERT INTO asks SELECT asked, arrival FROM spans WHERE asked IS NOT NULL"
 
 
 @dataclass(frozen=True, slots=True)

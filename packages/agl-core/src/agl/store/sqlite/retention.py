@@ -13,8 +13,7 @@ from agl.store.sqlite.database import SqliteDatabase, pragma
 _PAGES_PER_STEP: Final = 500
 
 _DELETE_ASKS = f"""
-DELETE FROM asks WHERE (response_id, start_ns, trace_id, span_id)
-IN (SELECT asked, start_ns, trace_id, span_id FROM spans WHERE {SPANS_OF_KEY})
+DELETE FROM asks WHERE (response_id, arrival) IN (SELECT asked, arrival FROM spans WHERE {SPANS_OF_KEY})
 """
 _DELETE = f"DELETE FROM spans WHERE {SPANS_OF_KEY} AND arrived_ns <= :last_ns RETURNING arrival"
 
@@ -23,8 +22,7 @@ class SqliteRetention(Retention[SqliteDatabase]):
     POSITION = "arrival"
     MEMBERS = spans.MEMBERS
     OWNERS = owners_query(
-        "JOIN asks ask ON ask.response_id = own.answered"
-        " JOIN spans requester ON (requester.trace_id, requester.span_id) = (ask.trace_id, ask.span_id)"
+        "JOIN asks ask ON ask.response_id = own.answered JOIN spans requester ON requester.arrival = ask.arrival"
     )
     ROLLOUTS_PER_TRANSACTION = 200
 

@@ -149,7 +149,24 @@ _CHECKSUMS = (
 # `Clock.offset_ns` of the machine's current run: all processes that have the file open share one clock.
 _CLOCK = ("CREATE TABLE clock (boot_id TEXT PRIMARY KEY, offset_ns INTEGER NOT NULL) WITHOUT ROWID",)
 
-MIGRATIONS: Final[Migrations] = (_FIRST, _JOIN_BY_ANSWER, (*_LEAN_SPANS, *_LIMITS_AND_LEASES), (*_CHECKSUMS, *_CLOCK))
+# A response belongs to the request that arrived first. `new_asks` stays as it is, for programs of version 4.
+_ASKS_BY_ARRIVAL = (
+    "DROP TABLE asks",
+    """CREATE TABLE asks (
+        response_id TEXT NOT NULL,
+        arrival INTEGER NOT NULL,
+        PRIMARY KEY (response_id, arrival)) WITHOUT ROWID""",
+    "INSERT INTO asks SELECT asked, arrival FROM spans WHERE asked IS NOT NULL ORDER BY asked",
+    "DELETE FROM new_asks",
+)
+
+MIGRATIONS: Final[Migrations] = (
+    _FIRST,
+    _JOIN_BY_ANSWER,
+    (*_LEAN_SPANS, *_LIMITS_AND_LEASES),
+    (*_CHECKSUMS, *_CLOCK),
+    _ASKS_BY_ARRIVAL,
+)
 
 
 @lru_cache(maxsize=1)

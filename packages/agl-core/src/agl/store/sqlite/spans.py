@@ -33,13 +33,12 @@ WITH RECURSIVE member (rollout, trace) AS (
     SELECT NULL, answer.trace_id
     FROM member JOIN spans span ON {_SPANS_OF_MEMBER} JOIN spans answer ON answer.answered = span.asked
     WHERE answer.rollout_id IS NULL
-      AND span.start_ns = (SELECT min(start_ns) FROM asks WHERE response_id = span.asked)
+      AND span.arrival = (SELECT min(arrival) FROM asks WHERE response_id = span.asked)
     UNION
     SELECT NULL, request.trace_id
-    FROM member JOIN spans span ON {_SPANS_OF_MEMBER} JOIN asks ask ON ask.response_id = span.answered
-    JOIN spans request ON (request.trace_id, request.span_id) = (ask.trace_id, ask.span_id)
+    FROM member JOIN spans span ON {_SPANS_OF_MEMBER}
+    JOIN spans request ON request.arrival = (SELECT min(arrival) FROM asks WHERE response_id = span.answered)
     WHERE request.rollout_id IS NULL
-      AND ask.start_ns = (SELECT min(start_ns) FROM asks WHERE response_id = span.answered)
 )
 """
 """The keys of a rollout by the rule of `agl.store.membership`; parameters are `first_keys`."""
@@ -55,9 +54,14 @@ LAST_SPAN: Final = "SELECT rollout_id, trace_id FROM spans ORDER BY arrival DESC
 
 _ASKS_PER_STEP = 100_000
 
+NEW_ASKS: Final = """
+SELECT new.response_id, span.arrival
+FROM main.new_asks new JOIN main.spans span ON (span.trace_id, span.span_id) = (new.trace_id, new.span_id)
+"""
+"""The rows of `new_asks` as rows of `asks`."""
 
 _SHADOWS: Final = (
-    "CREATE TEMP VIEW IF NOT EXISTS asks AS SELECT * FROM main.asks UNION ALL SELECT * FROM main.new_asks",
+    f"CREATE TEMP VIEW IF NOT EXISTS asks AS SELECT * FROM main.asks UNION ALL {NEW_ASKS}",
     "CREATE TEMP TABLE IF NOT EXISTS new_asks AS SELECT * FROM main.new_asks LIMIT 0",
 )
 """In a file that cannot be written, the rows of `new_asks` are read where they are."""
@@ -108,7 +112,7 @@ def index_new_asks(db: Connection) -> bool:
     last, end = db.execute("SELECT min(rowid) + ?, max(rowid) FROM new_asks", (_ASKS_PER_STEP,)).fetchone()
     if end is None:
         return False
-    db.execute("INSERT OR IGNORE INTO asks SELECT * FROM new_asks WHERE rowid <= ? ORDER BY response_id", (last,))
+    db.execute(f"INSERT OR IGNORE INTO asks {NEW_ASKS} WHERE new.rowid <= ? ORDER BY new.response_id", (last,))
     db.execute("DELETE FROM new_asks WHERE rowid <= ?", (last,))
     return last < end
 
