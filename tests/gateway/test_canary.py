@@ -28,7 +28,13 @@ from tests.gateway.serving import Store, chat_body, wait_until
 
 DAY_NS = 86_400 * 10**9
 OLD, NEW = {"planner": "planner@12", "writer": "writer@12"}, {"planner": "planner@13", "writer": "writer@13"}
-SETTINGS: dict[str, Any] = {"fraction": 0.5, "auto": True, "promote": {"min_rollouts": 20}}
+SETTINGS: dict[str, Any] = {
+    "fraction": 0.5,
+    "auto": True,
+    "promote": {"min_rollouts": 20},
+    "guard": {"p95_latency": 1e6},
+}
+"""The latencies are those of a machine that may be busy."""
 
 
 @dataclass

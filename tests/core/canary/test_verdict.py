@@ -57,6 +57,7 @@ def test_a_candidate_that_earns_less_fails_more_or_is_slower_is_rolled_back() ->
     assert "fails more often" in verdict(samples({"failed": True, "reward": None}, {})).reason
     assert "p95 latency" in verdict(samples({"latency_s": 2.0}, {})).reason
     assert verdict(samples({"latency_s": 1.4}, {})).action == "wait"
+    assert verdict(samples({"latency_s": 2.0}, {}, a_day=4)).wealth.slow < 1
     assert verdict(samples({"failed": True}, {"failed": True})).action == "wait"
     for fields in ({"reward": 0.1}, {"failed": True}, {"latency_s": 2.0}):
         assert verdict(samples(fields, {})).action == "rolled_back"

@@ -1,5 +1,6 @@
 """What the plain rule, the evidence and the guards say together about a canary."""
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -124,17 +125,16 @@ def _decide(observed: Observed, canary: Canary, running: int, reached: Wealth) -
 
 
 def _wealth(samples: Sequence[Sample], canary: Canary) -> Wealth:
-    guard = canary.settings.guard
+    guard, enough = canary.settings.guard, canary.settings.promote.min_rollouts
     rewarded = sorted(
         (sample for sample in samples if sample.reward is not None), key=lambda sample: sample.rewarded_ns
     )
     gains = list(differences(_outcomes(rewarded, lambda sample: sample.reward or 0.0)))
     failures = differences(_outcomes(samples, lambda sample: float(sample.failed)))
-    slowest = quantile([sample.latency_s for sample in samples if not sample.is_candidate], 1 - _SLOW_SHARE)
+    current = [sample.latency_s for sample in samples if not sample.is_candidate]
+    slowest = (quantile(current, 1 - _SLOW_SHARE) if len(current) >= enough else None) or math.inf
     late = (
-        float(slowest is not None and sample.latency_s > guard.p95_latency * slowest) - _SLOW_SHARE
-        for sample in samples
-        if sample.is_candidate
+        float(sample.latency_s > guard.p95_latency * slowest) - _SLOW_SHARE for sample in samples if sample.is_candidate
     )
     return Wealth(
         better=max(wealth(gains), default=1.0),

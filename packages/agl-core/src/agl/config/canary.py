@@ -19,7 +19,8 @@ class PromoteConfig(Section):
     alpha: OpenFraction = 0.05
     """Limit on the probability that an equal candidate is ever promoted; likewise for each condition of a rollback."""
     min_rollouts: Count = 50
-    """Rewarded rollouts of the candidate before it may be promoted."""
+    """Rewarded rollouts of the candidate before it may be promoted; rollouts of the current version before latencies
+    are compared."""
 
 
 class GuardConfig(Section):
