@@ -26,7 +26,7 @@ ROOMS = {
         "cli": "server_thread runner agl canary queue inspection trajectory store server config rewards secret_url "
         "otlp span semconv errors",
         "server_thread": "page collector gateway queue store server config secret_url errors",
-        "page": "inspection trajectory store server span errors",
+        "page": "inspection canary trajectory store server span errors",
         "collector": "store server config errors",
         "gateway": "canary store server config context content span tokens seeds semconv errors",
         "runner": "agl rewards store config context emit content semconv errors",

@@ -59,8 +59,10 @@ def page(browser: Browser) -> Iterator[Page]:
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("dialog", lambda dialog: errors.append(f"dialog: {dialog.message}"))
     yield page
+    # A page asks its server every few seconds, and going to another page aborts that.
+    found = [error for error in errors if not error.startswith(("htmx:sendAbort", "htmx:sendError"))]
     context.close()
-    assert not errors
+    assert not found
 
 
 @pytest.fixture(scope="module")

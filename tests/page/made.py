@@ -2,11 +2,16 @@
 
 import hashlib
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from agl import semconv
+from agl.canary.decision import start
+from agl.canary.history import last_event
+from agl.config import CanaryConfig
 from agl.inspection.evaluation import evaluation_record
 from agl.span import Span
 from agl.store import Resource, Rollout, Store
@@ -29,6 +34,8 @@ def fill(store: Store, folder: Path) -> None:
     store.put_resource(Resource("run toy", 0, str(folder)))
     for version in (2, 4):
         store.put_resource(Resource("toy/writer", version, f"/adapters/writer@{version}"))
+    start(store, {"writer": "writer@4"}, {"writer": "writer@2"}, CanaryConfig(fraction=0.25), "Ada", time.time_ns())
+    _add_arms(store)
     for number in range(60):
         name = f"plain-{number}"
         store.enqueue_rollouts([Rollout(name, number, mode="eval", metadata={"run": "toy"})])
@@ -46,6 +53,17 @@ def fill(store: Store, folder: Path) -> None:
     store.append_spans(evil())
 
 
+def _add_arms(store: Store) -> None:
+    """Two rollouts of each arm of the canary; the candidate earns 0.9, the current version 0.6."""
+    event = last_event(store)
+    assert event is not None
+    for number, (arm, version, value) in enumerate([("candidate", "writer@4", 0.9), ("current", "writer@2", 0.6)] * 2):
+        root, call, given = rollout(f"arm-{number}", "prod", value, version=version)
+        names = {semconv.CANARY_ID: event.canary.id, semconv.CANARY_ARM: arm, semconv.CANARY_VERSION: version}
+        call = replace(call, attributes={**call.attributes, **names, semconv.CANARY_KEY: f"user {number}"})
+        store.append_spans([root, call, given])
+
+
 def _add_metrics(store: Store) -> None:
     """Ten steps in which 15 of 20 groups are equal, 8 of 40 rollouts fail, and half of the calls are stale; then
     evaluations: the right one is worse in one task of three, and better in one."""
@@ -59,10 +77,19 @@ def _add_metrics(store: Store) -> None:
         store.put_resource(evaluation_record("toy", label, "/eval", tasks))
 
 
-def rollout(name: str, mode: str, value: float | None, *, role: str = "writer", error: str | None = None) -> list[Span]:
+def rollout(
+    name: str,
+    mode: str,
+    value: float | None,
+    *,
+    role: str = "writer",
+    version: str = "writer@3",
+    error: str | None = None,
+) -> list[Span]:
     """A rollout with a call of `role`, and a reward if there is a `value`."""
+    said = _said("count the orders", "SELECT 1")
     root = _root(name, hashlib.md5(name.encode()).hexdigest(), mode, error)
-    call = gateway_call((0, 1, 2), (3, 4), parent=root, role=role, attributes=_said("count the orders", "SELECT 1"))
+    call = gateway_call((0, 1, 2), (3, 4), parent=root, role=role, version=version, attributes=said)
     given = [reward(value, {"agl.reward.goal": value}, parent=root)] if value is not None else []
     return [_named(each, name) for each in (root, call, *given)]
 

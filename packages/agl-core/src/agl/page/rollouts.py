@@ -44,7 +44,12 @@ class Filters:
         reward = reward_filter(given["reward"]) if "reward" in given else None
         error = given.get("error")
         return Selection(
-            **{name: given.get(name) for name in ("run", "mode", "role", "version", "outcome", "text")},
+            run=given.get("run"),
+            mode=given.get("mode"),
+            role=given.get("role"),
+            version=given.get("version"),
+            outcome=given.get("outcome"),
+            text=given.get("text"),
             reward=reward,
             error="" if error == "any" else error,
         )
@@ -74,11 +79,9 @@ def list_page(store: Store, filters: Filters, cursor: str | None) -> ListPage:
     searched = 0
     while True:
         page = store.list_rollouts(PAGE_ROLLOUTS, cursor)
-        for rollout_id in page.rollout_ids:
-            listed = ListedRollout.of(store, store.query_spans(rollout_id), selection.role)
-            searched += 1
-            if selection.admits(listed):
-                found.append(listed)
+        read = [ListedRollout.of(store, store.query_spans(name), selection.role) for name in page.rollout_ids]
+        found += filter(selection.admits, read)
+        searched += len(read)
         cursor = page.cursor
         if cursor is None or len(found) >= PAGE_ROLLOUTS or time.monotonic() > deadline:
             return ListPage(found, cursor, searched)

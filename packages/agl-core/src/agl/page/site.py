@@ -15,6 +15,7 @@ from starlette.staticfiles import StaticFiles
 
 from agl.errors import AglError, InputError, TrajectoryError, UnknownIdError
 from agl.page.adapters import list_adapters
+from agl.page.canary import CanaryView
 from agl.page.comparison import Comparison, evaluations
 from agl.page.groups import Group, list_groups
 from agl.page.rollouts import Filters, RolloutView, full_text, list_page, token_view
@@ -90,6 +91,7 @@ class Page:
             "/groups/view": self._group,
             "/compare": self._compare,
             "/adapters": self._adapters,
+            "/adapters/canary": self._canary,
             "/rollouts": self._rollouts,
             "/rollouts/view": self._rollout,
             "/rollouts/tokens": self._call_tokens,
@@ -126,8 +128,12 @@ class Page:
         return self._stores[project_of(request.scope)]
 
     def _adapters(self, request: Request) -> Response:
-        adapters = list_adapters(self._store(request), self._server.live_versions())
-        return self._show("adapters.html", request, adapters=list(adapters))
+        store = self._store(request)
+        adapters = list(list_adapters(store, self._server.live_versions()))
+        return self._show("adapters.html", request, adapters=adapters, canary=CanaryView.of(store))
+
+    def _canary(self, request: Request) -> Response:
+        return self._show("canary.html", request, canary=CanaryView.now(self._store(request)))
 
     async def _health(self, request: Request) -> Response:
         health = await self._server.health()

@@ -23,6 +23,17 @@ document.addEventListener("click", async (event) => {
   setTimeout(() => { button.textContent = before; }, 1500);
 });
 
+/** `/` goes to the first field, `j` and `k` to the next and the previous row of a list. */
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, select, textarea")) return;
+  const rows = [...document.querySelectorAll("table.list tbody td:first-child a, .columns .card > header a")];
+  const place = rows.indexOf(document.activeElement);
+  const found = { "/": document.querySelector(".filters input"), j: rows[place + 1], k: rows[Math.max(place - 1, 0)] }[event.key];
+  if (!found) return;
+  event.preventDefault();
+  found.focus();
+});
+
 function localTimes(root) {
   for (const time of root.querySelectorAll("time[datetime]")) time.title = new Date(time.dateTime).toLocaleString();
 }
@@ -93,8 +104,11 @@ async function update(again) {
 }
 
 if (charts) {
-  update(true);
-  setInterval(() => update(false).catch(() => {}), 5000); // The server may be gone for a while.
-  addEventListener("resize", () => update(true));
-  document.addEventListener("theme", () => update(true));
+  const refresh = (again) => update(again).catch(() => { // The server may be gone for a while.
+    if (!plots.length) charts.textContent = "The server does not answer.";
+  });
+  refresh(true);
+  setInterval(() => refresh(false), 5000);
+  addEventListener("resize", () => refresh(true));
+  document.addEventListener("theme", () => refresh(true));
 }

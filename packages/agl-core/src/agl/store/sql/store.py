@@ -50,7 +50,7 @@ class SqlStore(SqlRollouts[DatabaseT], SqlResources[DatabaseT], Store):
         last = self._database.read(lambda db: db.execute(self.LAST_SPAN).fetchone())
         if last is None or last[0] is not None:
             return last and last[0]
-        return min(self._owners(last[1]), default=last[1].hex())
+        return min(self._owners([last[1]])[last[1]], default=last[1].hex())
 
     def rollout_ids(self) -> list[str]:
         rows = self._database.read(lambda db: db.execute(_ROLLOUT_IDS).fetchall())
@@ -63,10 +63,12 @@ class SqlStore(SqlRollouts[DatabaseT], SqlResources[DatabaseT], Store):
         found: list[str] = []
         while True:
             spans = self._database.read(partial(_newest_spans, position, place))
+            unnamed = [trace_id for *_, rollout_id, trace_id, is_first in spans if is_first and not rollout_id]
+            owners = self._owners(unnamed[: limit - len(found)])
             for *at, rollout_id, trace_id, is_first in spans:
-                if len(found) == limit:
+                if len(found) == limit or (is_first and not rollout_id and trace_id not in owners):
                     return RolloutPage(found, to_cursor(place))
-                if is_first and (rollout_id or not self._owners(trace_id)):
+                if is_first and (rollout_id or not owners[trace_id]):
                     found.append(rollout_id or trace_id.hex())
                 place = at
             if len(spans) < _SPANS_PER_LISTING:
@@ -81,11 +83,19 @@ class SqlStore(SqlRollouts[DatabaseT], SqlResources[DatabaseT], Store):
     def close(self) -> None:
         self._database.close()
 
-    def _owners(self, trace_id: bytes) -> list[str]:
-        """The rollouts to which the spans of a trace belong that name none."""
-        self.query_rows(trace_id.hex())  # Indexes what the trace is joined by.
-        rows = self._database.read(lambda db: db.execute(self.RETENTION.OWNERS, {"trace": trace_id}).fetchall())
-        return [rollout_id for (rollout_id,) in rows]
+    def _owners(self, traces: Sequence[bytes]) -> dict[bytes, list[str]]:
+        """For each trace the rollouts to which its spans belong that name none."""
+        for trace_id in traces:
+            self._index_trace(trace_id)
+
+        def read(db: Connection) -> dict[bytes, list[str]]:
+            query = self.RETENTION.OWNERS
+            return {trace: [name for (name,) in db.execute(query, {"trace": trace}).fetchall()] for trace in traces}
+
+        return self._database.read(read)
+
+    def _index_trace(self, trace_id: bytes) -> None:
+        """Make sure that the query for the owners of this trace finds all that it is joined by."""
 
 
 def _newest_spans(position: Sequence[str], before: Sequence[int], db: Connection) -> Rows:

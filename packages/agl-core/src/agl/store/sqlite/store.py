@@ -54,6 +54,9 @@ class SqliteStore(SqlStore[SqliteDatabase]):
 
         return self._database.write(append) if rows else 0
 
+    def _index_trace(self, trace_id: bytes) -> None:
+        self.query_rows(trace_id.hex())
+
     def query_rows(self, rollout_id: str) -> list[bytes]:
         found = self._database.read(lambda db: spans.query(db, rollout_id))
         if found is None and self._database.is_read_only:
