@@ -23,8 +23,8 @@ ALLOWED = {
 ROOMS = {
     "agl": {
         "__main__": "cli",
-        "cli": "server_thread runner agl canary queue inspection trajectory store server config rewards secret_url "
-        "otlp span semconv errors",
+        "cli": "server_thread runner agl canary queue sampling inspection trajectory store server config rewards "
+        "secret_url otlp span semconv errors",
         "server_thread": "page collector gateway queue store server config secret_url errors",
         "page": "inspection canary trajectory store server span errors",
         "collector": "store server config errors",
@@ -32,6 +32,7 @@ ROOMS = {
         "runner": "agl rewards store config context emit content semconv errors",
         "canary": "trajectory store config span semconv errors",
         "queue": "store config secret_url errors",
+        "sampling": "trajectory store config otlp span semconv errors",
         "inspection": "trajectory store span tokens semconv errors",
         "trajectory": "role_map span tokens semconv errors",
         "store": "server config otlp span secret_url semconv errors",

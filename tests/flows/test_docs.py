@@ -41,6 +41,7 @@ from agl.config import (
     TimeoutsConfig,
     TlsConfig,
     TracesConfig,
+    TrafficSamplingConfig,
     TrainConfig,
     UpstreamConfig,
 )
@@ -223,6 +224,7 @@ def test_the_configuration_table_has_every_key_with_its_default() -> None:
         "gateway.timeouts.": TimeoutsConfig,
         "gateway.tls.": TlsConfig,
         "queue.": QueueConfig,
+        "sampling.": TrafficSamplingConfig,
         "engine.": EngineConfig,
         "engine.launch.": LaunchConfig,
         "train.": TrainConfig,

@@ -14,6 +14,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         parametrise(metafunc, [backend for backend in BACKENDS if backend.is_shared])
     elif "old" in metafunc.fixturenames:
         parametrise(metafunc, [backend for backend in BACKENDS if backend.past])
+    elif "traffic" in metafunc.fixturenames:  # Where traffic is sampled: by the process that opens the database.
+        parametrise(metafunc, [backend for backend in BACKENDS if backend.name != "http"])
     elif "store" in metafunc.fixturenames:
         parametrise(metafunc, list(BACKENDS))
 

@@ -17,7 +17,11 @@ from agl.store.sqlite import schema as sqlite
 from agl.tokens.packing import pack_ids, pack_logprobs
 
 FOLDER = Path(__file__).with_name("old")
-PAST = ("sqlite-1", "sqlite-2", "sqlite-3", "sqlite-4", "postgres-1", "postgres-2", "cassandra-1", "cassandra-2")
+PAST = (
+    *("sqlite-1", "sqlite-2", "sqlite-3", "sqlite-4", "sqlite-5"),
+    *("postgres-1", "postgres-2", "postgres-3"),
+    *("cassandra-1", "cassandra-2", "cassandra-3"),
+)
 _Columns = dict[str, Any]
 
 ROLLOUTS = ("named", f"{3:032x}")
@@ -119,7 +123,8 @@ def _cassandra(version: int) -> Iterator[str]:
             is_answer = {"is_answer": row.asked is None}
             columns |= {"response_id": response} | is_answer
             entry = {"response_id": response, "start_ns": row.start_ns, "span": key["span"], "home": home}
-            yield _insert("responses", entry | is_answer, "0x{}")
+            arrived = {"arrived_ns": 10**18 + place} if version > 2 else {}
+            yield _insert("responses", entry | is_answer | arrived, "0x{}")
         yield _insert("spans", key | columns, "0x{}")
         sums = {"checksum": checksum(row.otlp)} if version > 1 else {}
         yield _insert("span_bodies", key | sums | {"otlp": row.otlp}, "0x{}")

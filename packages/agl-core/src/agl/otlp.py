@@ -123,6 +123,16 @@ def to_json(bodies: Iterable[bytes]) -> str:
     return _write_json(whole)
 
 
+def with_trace_state(body: bytes, change: Callable[[str], str]) -> bytes:
+    """The protobuf request `body` with the trace state of each of its spans changed."""
+    request = parse(body)
+    for resource_spans in request.resource_spans:
+        for scope_spans in resource_spans.scope_spans:
+            for span in scope_spans.spans:
+                span.trace_state = change(span.trace_state)
+    return request.SerializeToString()
+
+
 def _add_spans(
     request: ExportTraceServiceRequest, resource_spans: trace_pb2.ResourceSpans, scope_spans: trace_pb2.ScopeSpans
 ) -> None:

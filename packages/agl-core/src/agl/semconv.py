@@ -212,6 +212,31 @@ TRAINED_WEIGHT: Final = "agl.trained.weight"
 TRAINED_REASON: Final = "agl.trained.reason"
 """str: why the call did not train."""
 
+# --- Recorded by sampling for a production rollout -------------------------------------------------------------------
+
+SAMPLED_UNIT: Final = "agl.sampled.unit"
+"""str: id of the group that was decided as a whole, or of the rollout."""
+SAMPLED_KEPT: Final = "agl.sampled.kept"
+"""bool: whether the spans of the rollout are kept."""
+SAMPLED_REASON: Final = "agl.sampled.reason"
+"""str: why."""
+SAMPLED_THRESHOLD: Final = "agl.sampled.threshold"
+"""str: rejection threshold of consistent probability sampling, 14 hexadecimal digits."""
+SAMPLED_SPANS: Final = "agl.sampled.spans"
+"""int: number of spans. Absent if another record of the rollout counts them."""
+SAMPLED_CALLS: Final = "agl.sampled.calls"
+"""int: number of model calls."""
+SAMPLED_INPUT_TOKENS: Final = "agl.sampled.input_tokens"
+"""int: tokens of their prompts."""
+SAMPLED_OUTPUT_TOKENS: Final = "agl.sampled.output_tokens"
+"""int: tokens of their responses."""
+SAMPLED_ROLES: Final = "agl.sampled.roles"
+"""Array of str: roles of its calls."""
+SAMPLED_VERSIONS: Final = "agl.sampled.versions"
+"""Array of str: policy versions that sampled its calls."""
+SAMPLED_ERROR: Final = "agl.sampled.error"
+"""str: error of the rollout."""
+
 # --- Recorded by the judge -------------------------------------------------------------------------------------------
 
 JUDGE_DISAGREEMENT: Final = "agl.judge.disagreement"
@@ -231,7 +256,8 @@ SPAN_OPERATION: Final = "agl.operation"
 SPAN_HANDOFF: Final = "agl.handoff"
 SPAN_TRAINED: Final = "agl.trained"
 SPAN_MEDIA: Final = "agl.media"
-NOT_IN_TREE: Final = (SPAN_TRAINED, SPAN_MEDIA)
+SPAN_SAMPLED: Final = "agl.sampled"
+NOT_IN_TREE: Final = (SPAN_TRAINED, SPAN_MEDIA, SPAN_SAMPLED)
 """Spans that record something about a rollout, and are no part of its run."""
 SPAN_JUDGE: Final = "agl.judge"
 SPAN_DAMAGED: Final = "agl.damaged"

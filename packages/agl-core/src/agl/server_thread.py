@@ -26,6 +26,7 @@ from agl.server.auth import HEALTH, AllowedHosts, AuthMiddleware, BearerTokens, 
 from agl.server.receiving import BodyMiddleware, MemoryBudget
 from agl.store import Store, opened_projects
 from agl.store.http.routes import StoreApi
+from agl.store.traffic import intake_of
 
 if TYPE_CHECKING:
     from agl.queue import SpanQueue
@@ -47,6 +48,7 @@ class ServerThread(AppThread):
     length. With `tokens` every request except `/api/health` needs a token that has the right to it, and has to do with
     the rollouts of the token's project only: `store` is that of the default project, `stores` has all. Every request
     must name loopback, `host` or one of `allowed_hosts` as its host.
+    With `samples` production spans wait in their store for the decision of sampling.
     Raises AglError naming a port in use; ConfigError if others reach `host` without token or engines are named twice.
     """
 
@@ -67,13 +69,15 @@ class ServerThread(AppThread):
         gateway: GatewayConfig | None = None,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         allowed_hosts: Collection[str] = (),
+        samples: bool = False,
     ) -> None:
         super().__init__()
         if not tokens and not is_loopback(host):
             raise ConfigError(f"others can reach {host}: pass --token, or listen on 127.0.0.1")
         self._opened = ExitStack()
         self.stores = self._opened.enter_context(opened_projects(store, tokens.projects if tokens else ()))
-        sinks = {name: queue.of_project(name) if queue else each for name, each in self.stores.items()}
+        intakes = {name: intake_of(each) if samples else each for name, each in self.stores.items()}
+        sinks = {name: queue.of_project(name) if queue else each for name, each in intakes.items()}
         receiver = Receiver(sinks, collector, tokens)
         self._http = HttpReceiver(receiver)
         self._api = StoreApi(self.stores, receiver.config)
@@ -81,7 +85,7 @@ class ServerThread(AppThread):
         self._grpc = GrpcReceiver(receiver, hosts) if otlp_grpc_port is not None else None
         try:
             config = self._with_engine(gateway or GatewayConfig(), upstream, guarded=bool(tokens))
-            self.gateway = Gateway(self.stores, config, overrides=overrides)
+            self.gateway = Gateway(self.stores, config, overrides=overrides, intakes=intakes)
             running = _Running(store, self.gateway, receiver, queue)
             page = Page(self.stores, tokens or BearerTokens(), running)
             routes = [*self._api.routes(), Route(HEALTH, running.show)]

@@ -15,10 +15,10 @@ _AGENTLIGHTNING_ROLLOUT, _AGENTLIGHTNING_ATTEMPT = "agentlightning.rollout_id", 
 _OPENINFERENCE_KIND, _OPENINFERENCE_RESPONSE = "openinference.span.kind", "output.value"
 
 COLUMN_ATTRIBUTES: Final = frozenset(
-    {semconv.ROLLOUT_ID, semconv.ATTEMPT_ID, semconv.GEN_AI_RESPONSE_ID}
+    {semconv.ROLLOUT_ID, semconv.ATTEMPT_ID, semconv.MODE, semconv.GEN_AI_RESPONSE_ID}
     | {_AGENTLIGHTNING_ROLLOUT, _AGENTLIGHTNING_ATTEMPT, _OPENINFERENCE_KIND, _OPENINFERENCE_RESPONSE}
 )
-"""The attributes from which `rollout_id`, `attempt_id` and `response_id` are read."""
+"""The attributes from which `rollout_id`, `attempt_id`, the mode and `response_id` are read."""
 
 _offset_ns = 0
 """The system's clock minus the monotonic clock: the most that was seen."""

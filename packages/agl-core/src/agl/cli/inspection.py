@@ -12,6 +12,7 @@ from agl.inspection.report import TRAINED, format_reward, format_tokens
 from agl.inspection.rollout import InspectedRollout
 from agl.inspection.tree import LastSiblings
 from agl.span import Span
+from agl.trajectory import Sampled
 from agl.trajectory.attributes import agent_of
 from agl.trajectory.call import error_of
 
@@ -43,6 +44,7 @@ class Inspection(InspectedRollout):
             "mode": trajectory.mode,
             "error": trajectory.error,
             "reward": trajectory.reward,
+            "sampled": trajectory.sampled.to_json() if trajectory.sampled else None,
             "rewards": [asdict(reward) for reward in trajectory.rewards],
             "rewards_without_call": [asdict(reward) for reward in trajectory.rewards_without_call],
             "ends": dict(self.outcomes),
@@ -67,6 +69,8 @@ class Inspection(InspectedRollout):
         lines = ["  ".join(f"{name} {printable(value)}" for name, value in names if value)]
         if trajectory.error:
             lines.append(printable(f"failed: {trajectory.error}"))
+        if trajectory.sampled:
+            lines += map(printable, _format_sampled(trajectory.sampled, trajectory.rollout_id))
         return [*lines, self._format_rewards(), self._format_counts()]
 
     def _format_rewards(self) -> str:
@@ -110,6 +114,20 @@ class Inspection(InspectedRollout):
             for advice in self.advice()
             for line in textwrap.wrap(printable(str(advice)), _LINE_WIDTH, subsequent_indent="  ")
         ]
+
+
+def _format_sampled(sampled: Sampled, rollout_id: str) -> Iterator[str]:
+    """The decision, and the summary of a rollout whose spans are gone."""
+    decision = sampled.decision
+    yield decision.describe() + (f"; decided for its group {decision.unit}" if decision.unit != rollout_id else "")
+    if not decision.kept:
+        roles, versions = ", ".join(sampled.roles), ", ".join(sampled.versions)
+        yield (
+            f"it had {counted(sampled.spans, 'span')} and {counted(sampled.calls, 'model call')}"
+            + (f" of {roles}" if roles else "")
+            + (f" by {versions}" if versions else "")
+            + f", {sampled.input_tokens}+{sampled.output_tokens} tokens"
+        )
 
 
 def _branch(lasts: LastSiblings) -> str:

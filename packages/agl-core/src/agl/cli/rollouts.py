@@ -150,6 +150,7 @@ def _to_json(listed: ListedRollout) -> dict[str, Any]:
         "start_ns": listed.start_ns,
         "roles": listed.roles,
         "calls": len(trajectory.calls),
+        "left_out": listed.is_left_out,
         "reward": listed.reward,
         "error": trajectory.error,
     }
@@ -162,7 +163,7 @@ def _cells(listed: ListedRollout) -> tuple[str, ...]:
         f"{datetime.fromtimestamp(listed.start_ns / 1e9):%m-%d %H:%M:%S}",
         trajectory.mode,
         printable(",".join(listed.roles), 24),
-        str(len(trajectory.calls)),
+        "left out" if listed.is_left_out else str(len(trajectory.calls)),
         "none" if listed.reward is None else f"{listed.reward:.3g}",
         printable(trajectory.error or "", 30),
     )

@@ -5,7 +5,7 @@ import ctypes
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 from agl.canary.watch import deciding
 from agl.cli.command import add_command
 from agl.cli.open_files import raise_file_limit
-from agl.config import Config, QueueConfig, UpstreamConfig
+from agl.config import Config, QueueConfig, TrafficSamplingConfig, UpstreamConfig
 from agl.config.collector import TOKEN_VARIABLE
 from agl.errors import CommandError
+from agl.sampling import KEEP_ALL, sampling
 from agl.secret_url import SecretUrl
 from agl.server.auth import BearerTokens
 from agl.store import Store, opened_store
+from agl.store.traffic import TrafficStore
 from agl.store.watchdog import watching
 
 if TYPE_CHECKING:
@@ -97,7 +99,9 @@ def run(arguments: argparse.Namespace) -> int:
     with (
         opened_store(store_uri) as store,
         deciding(store),
-        _queue(arguments.queue or config.queue_uri, store_uri, config.queue) as queue,
+        _queue(
+            arguments.queue or config.queue_uri, store_uri, config.queue, samples=config.sampling is not None
+        ) as queue,
         _engine(upstream, config, store) as engine,
         _server_class()(
             store,
@@ -111,13 +115,17 @@ def run(arguments: argparse.Namespace) -> int:
             queue=queue,
             gateway=gateway,
             allowed_hosts=config.server.allowed_hosts,
+            samples=config.sampling is not None,
         ) as server,
         watching(*server.stores.values()),
+        _sampling(server.stores.values(), config.sampling),
     ):
         destination = f"{queue.uri} -> {store.uri}" if queue else store.uri
         print(f"spans    {server.otlp_url}/v1/traces, {server.otlp_grpc_url} (gRPC) -> {destination}")
         engines = upstream or ", ".join(engine.url for engine in gateway.engines)
         print(f"gateway  {server.base_url}/v1 -> {engines or 'no engine: model calls are refused (--upstream)'}")
+        if config.sampling is not None:
+            print(f"sampling production rollouts: {config.sampling}")
         print(f"page     {server.base_url}/")
         print("waiting for spans and model calls; Ctrl-C stops", flush=True)
         _wait_for_sigterm()
@@ -140,8 +148,18 @@ def _server_class() -> "type[ServerThread]":
     return ServerThread
 
 
+def _sampling(stores: Collection[Store], config: TrafficSamplingConfig | None) -> AbstractContextManager[None]:
+    """The thread that decides pending rollouts. Without `config` it keeps those that are still pending, if any."""
+    sampled = [store for store in stores if isinstance(store, TrafficStore)]
+    if config is None and not any(store.list_pending().arrived_ns for store in sampled):
+        return nullcontext()
+    return sampling(sampled, config or KEEP_ALL)
+
+
 @contextmanager
-def _queue(uri: SecretUrl | None, store_uri: SecretUrl, config: QueueConfig) -> "Iterator[SpanQueue | None]":
+def _queue(
+    uri: SecretUrl | None, store_uri: SecretUrl, config: QueueConfig, *, samples: bool
+) -> "Iterator[SpanQueue | None]":
     """The queue at `uri`, if any, with the writers that move its spans to the store."""
     if uri is None:
         yield None
@@ -149,7 +167,7 @@ def _queue(uri: SecretUrl | None, store_uri: SecretUrl, config: QueueConfig) -> 
     with queue_of(uri, config) as queue:
         from agl.queue import WriterPool
 
-        with WriterPool(queue, store_uri, config):
+        with WriterPool(queue, store_uri, config, samples=samples):
             yield queue
 
 

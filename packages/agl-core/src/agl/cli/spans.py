@@ -20,6 +20,7 @@ from agl.cli.terminal import counted
 from agl.errors import CommandError, OtlpError
 from agl.store import opened_store
 from agl.store.span_row import SpanRow, parse_json
+from agl.trajectory import read_sampled
 
 _SPANS_PER_LINE = 100
 
@@ -45,7 +46,7 @@ def register(subparsers: Any) -> None:
 
 def run_export(arguments: argparse.Namespace) -> int:
     with existing_store(arguments.store) as store:
-        for rows in rows_of_rollouts(arguments, store):
+        for rows in map(_with_sampling, rows_of_rollouts(arguments, store)):
             for start in range(0, len(rows), _SPANS_PER_LINE):
                 print(otlp.to_json(rows[start : start + _SPANS_PER_LINE]))
     return 0
@@ -63,6 +64,12 @@ def run_import(arguments: argparse.Namespace) -> int:
     else:
         print(f"{counted(read, 'span')} read, {kept} of them new in {arguments.store}")
     return 0
+
+
+def _with_sampling(rows: Sequence[bytes]) -> Sequence[bytes]:
+    """The spans of a rollout with the decision of sampling in their trace state, from which other tools weigh them."""
+    sampled = read_sampled(otlp.decode(b"".join(rows)))
+    return rows if sampled is None else [otlp.with_trace_state(row, sampled.decision.trace_state) for row in rows]
 
 
 def _read(file: str) -> Iterator[Sequence[SpanRow]]:

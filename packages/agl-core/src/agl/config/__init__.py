@@ -17,6 +17,7 @@ from agl.config.loss import (
 )
 from agl.config.queue import Appendfsync, QueueConfig
 from agl.config.roles import AgentRoles, RoleConfig
+from agl.config.sampling import TrafficSamplingConfig
 from agl.config.server import ServerConfig
 from agl.config.sft import SftConfig, SftTracesConfig, TracesConfig
 from agl.config.tls import TlsConfig
@@ -52,6 +53,7 @@ __all__ = [
     "TimeoutsConfig",
     "TlsConfig",
     "TracesConfig",
+    "TrafficSamplingConfig",
     "TrainConfig",
     "UpstreamConfig",
 ]

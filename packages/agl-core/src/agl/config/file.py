@@ -14,12 +14,13 @@ from agl.config.gateway import GatewayConfig, TimeoutsConfig, UpstreamConfig
 from agl.config.judge import JudgeConfig
 from agl.config.queue import QueueConfig
 from agl.config.roles import AgentRoles, RoleConfig
+from agl.config.sampling import TrafficSamplingConfig
 from agl.config.section import Section
 from agl.config.server import ServerConfig
 from agl.config.sft import SftConfig, SftTracesConfig
 from agl.config.source import expand_variables, read_yaml
 from agl.config.tls import TlsConfig
-from agl.config.train import TrainConfig
+from agl.config.train import SamplingConfig, TrainConfig
 from agl.errors import ConfigError
 from agl.secret_url import SecretUrl
 
@@ -43,6 +44,7 @@ class Config(Section):
     collector: CollectorConfig = Field(default_factory=CollectorConfig)
     queue: QueueConfig = Field(default_factory=QueueConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
+    sampling: TrafficSamplingConfig | None = None
     engine: EngineConfig = Field(default_factory=EngineConfig)
     train: TrainConfig | None = None
     sft: SftConfig | None = None
@@ -125,9 +127,10 @@ def _got(value: Any) -> str:
 
 def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
     """Keys of the section that the key at `loc` is in."""
-    section: type[BaseModel] = Config
-    for part in (part for part in loc[:-1] if isinstance(part, str)):
-        section = _SECTIONS.get(part, RoleConfig)
+    parts = [part for part in loc[:-1] if isinstance(part, str)]
+    if not parts:
+        return sorted(Config.model_fields)
+    section = _SECTIONS.get(".".join(parts)) or _SECTIONS.get(parts[-1], RoleConfig)
     return sorted(section.model_fields)
 
 
@@ -140,6 +143,8 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "gateway": GatewayConfig,
     "timeouts": TimeoutsConfig,
     "engines": UpstreamConfig,
+    "sampling": TrafficSamplingConfig,
+    "train.sampling": SamplingConfig,
     "engine": EngineConfig,
     "launch": LaunchConfig,
     "train": TrainConfig,

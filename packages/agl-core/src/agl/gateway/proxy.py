@@ -33,6 +33,7 @@ from agl.server.api_error import ApiError, unknown_route
 from agl.server.auth import project_of
 from agl.server.receiving import MemoryBudget, Reservation, long_work, peer_of
 from agl.store import Store
+from agl.store.traffic import Intake
 from agl.tokens.capture import Json
 
 _KEEPALIVE_S: Final = 4
@@ -64,8 +65,9 @@ class Gateway:
         config: GatewayConfig,
         *,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        intakes: Mapping[str, Store | Intake] | None = None,
     ) -> None:
-        self._stores = stores
+        self._intakes = intakes or stores
         self._config = config
         self._routes = Routes([Engine(engine) for engine in config.engines], config.models)
         self._gate = PauseGate()
@@ -139,7 +141,7 @@ class Gateway:
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
         # No total timeout and no connection limit: `gateway.timeouts` and `max_concurrent` set these for each call.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._config.timeouts.connect_s)
-        self._parts.recorder = Recorder(self._stores)
+        self._parts.recorder = Recorder(self._intakes)
         async with aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
             timeout=timeout,

@@ -21,6 +21,7 @@ from agl.server.api_error import ApiError, error_in
 from agl.span import AttributeValue, Span, now_ns
 from agl.store import Store
 from agl.store.span_row import SpanRow
+from agl.store.traffic import Intake
 from agl.tokens.capture import Capture, Choice, Json
 from agl.tokens.drift import Drifted
 
@@ -226,7 +227,7 @@ class Recorder:
     For one event loop; `close` it at the end.
     """
 
-    def __init__(self, stores: Mapping[str, Store]) -> None:
+    def __init__(self, stores: Mapping[str, Store | Intake]) -> None:
         self._stores = stores
         self._waiting: list[_PendingCall] = []
         self._writing: asyncio.Task[None] | None = None

@@ -42,13 +42,21 @@ class ListedRollout:
         return min(span.start_ns for span in self.spans)
 
     @property
+    def is_left_out(self) -> bool:
+        """Whether sampling left it out: its rewards are known, its spans are not."""
+        sampled = self.trajectory.sampled
+        return sampled is not None and not sampled.decision.kept
+
+    @property
     def roles(self) -> list[str]:
-        return list(dict.fromkeys(call.role for call in self.trajectory.calls))
+        found = [call.role for call in self.trajectory.calls]
+        return list(dict.fromkeys(found or (self.trajectory.sampled.roles if self.trajectory.sampled else ())))
 
     @property
     def versions(self) -> list[str]:
         """Policy versions that answered its calls."""
-        return list(dict.fromkeys(call.policy_version for call in self.trajectory.calls if call.policy_version))
+        found = [call.policy_version for call in self.trajectory.calls if call.policy_version]
+        return list(dict.fromkeys(found or (self.trajectory.sampled.versions if self.trajectory.sampled else ())))
 
     @property
     def reports(self) -> list[CallReport]:

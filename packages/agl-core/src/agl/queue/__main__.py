@@ -25,7 +25,7 @@ def main() -> None:
         with (
             closing(SpanQueue(settings["queue"], config)) as queue,
             closing(open_store(settings["store"])) as store,
-            closing(Writer(settings["name"], queue, store, config)) as writer,
+            closing(Writer(settings["name"], queue, store, config, samples=settings["samples"])) as writer,
         ):
             writer.run(stop)
     except AglError as error:

@@ -34,11 +34,14 @@ def next_size(size: int, length: int, calm_s: float, config: QueueConfig) -> int
 class WriterPool:
     """Writers from `queue` to the store at `store_uri`: `min_writers` at first, adapted every `check_s` seconds.
 
-    A writer that dies is replaced by one with the same name. `stop` leaves unwritten spans in the queue. Raises
-    ConfigError for a store that other processes cannot open.
+    With `samples` production spans wait in the store for the decision of sampling. A writer that dies is replaced by
+    one with the same name. `stop` leaves unwritten spans in the queue. Raises ConfigError for a store that other
+    processes cannot open.
     """
 
-    def __init__(self, queue: SpanQueue, store_uri: str, config: QueueConfig | None = None) -> None:
+    def __init__(
+        self, queue: SpanQueue, store_uri: str, config: QueueConfig | None = None, *, samples: bool = False
+    ) -> None:
         if store_uri.startswith("memory:"):
             raise ConfigError(
                 f"the store {store_uri} is in the memory of this process, and writers are processes of their own;"
@@ -46,6 +49,7 @@ class WriterPool:
             )
         self._queue = queue
         self._store_uri = SecretUrl(store_uri)
+        self._samples = samples
         self._config = config or QueueConfig()
         self._hook = QueueHook(self._config.on_queue_high) if self._config.on_queue_high else None
         self._hook_called_at = -_HOOK_INTERVAL_S
@@ -128,6 +132,7 @@ class WriterPool:
             "name": self._name(slot),
             "queue": self._queue.uri.secret,
             "store": self._store_uri.secret,
+            "samples": self._samples,
             "config": self._config.model_dump(mode="json", exclude={"on_queue_high"}),
         }
         # -P: do not import a `redis.py` of the working directory. A new session: Ctrl-C is for the parent only.

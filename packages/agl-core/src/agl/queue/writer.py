@@ -13,6 +13,7 @@ from agl.queue.queue import MAX_ENTRIES, Entry, SpanQueue
 from agl.store import Store, open_store
 from agl.store.project import uri_of_project
 from agl.store.span_row import SpanRow, parse
+from agl.store.traffic import Intake, intake_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +28,13 @@ class Writer:
     `store` is that of the default project; those of others, beside it, are opened when a span of theirs comes.
     """
 
-    def __init__(self, name: str, queue: SpanQueue, store: Store, config: QueueConfig) -> None:
+    def __init__(
+        self, name: str, queue: SpanQueue, store: Store, config: QueueConfig, *, samples: bool = False
+    ) -> None:
         self._name = name
         self._queue = queue
         self._stores = {DEFAULT_PROJECT: store}
+        self._samples = samples
         self._claim_after_s = config.claim_after_s
         self._claimed_at = time.monotonic()
         self._has_unfinished = True
@@ -54,10 +58,11 @@ class Writer:
             if project != DEFAULT_PROJECT:
                 store.close()
 
-    def _store_of(self, project: str) -> Store:
+    def _sink_of(self, project: str) -> Store | Intake:
         if project not in self._stores:
             self._stores[project] = open_store(uri_of_project(self._stores[DEFAULT_PROJECT].uri, project).secret)
-        return self._stores[project]
+        store = self._stores[project]
+        return intake_of(store) if self._samples else store
 
     def move(self) -> int:
         """Move the entries of one read of the queue in one commit for each project; returns the number of spans.
@@ -72,7 +77,7 @@ class Writer:
             of_project.setdefault(entry.project, []).extend(rows)
         try:
             for project, rows in of_project.items():
-                self._store_of(project).append_rows(rows)
+                self._sink_of(project).append_rows(rows)
         except InputError:
             return sum(self._move_entry(entry, rows) for entry, rows in rows_of.items())
         if entries:
@@ -82,7 +87,7 @@ class Writer:
     def _move_entry(self, entry: Entry, rows: Sequence[SpanRow]) -> int:
         """Move one entry after the store rejected several of them together."""
         try:
-            self._store_of(entry.project).append_rows(rows)
+            self._sink_of(entry.project).append_rows(rows)
         except InputError as error:
             self._set_aside(entry, error)
             return 0

@@ -72,6 +72,8 @@ class SpanRow:
     answered: str | None
     """Response id of a gateway call without a parent: the model response that it returned."""
     otlp: bytes
+    mode: str | None = None
+    """The mode that the span states, which is no column."""
 
     @staticmethod
     def of(span: Span) -> "SpanRow":
@@ -232,7 +234,9 @@ def _rows(span: trace_pb2.Span, resource: _Attributes, encoded: bytes) -> Iterat
     if len(encoded) >= MIN_BYTES and (media := media_of(span)):
         row.otlp = without_media(encoded)
         for digest, data in media.items():
-            yield SpanRow.of(media_span(digest, data, row.rollout_id, row.trace_id, row.start_ns))
+            of_media = SpanRow.of(media_span(digest, data, row.rollout_id, row.trace_id, row.start_ns))
+            of_media.mode = row.mode
+            yield of_media
     yield row
 
 
@@ -262,7 +266,9 @@ def _to_row(
     by_gateway = name == semconv.SPAN_GATEWAY_CALL
     asked = None if by_gateway else response_id
     answered = response_id if by_gateway and not has_parent else None
-    return SpanRow(trace_id, span_id, named_rollout, attempt_id, start_ns, asked, answered, encoded)
+    return SpanRow(
+        trace_id, span_id, named_rollout, attempt_id, start_ns, asked, answered, encoded, names.text(semconv.MODE)
+    )
 
 
 class _UnsupportedEncodingError(Exception):

@@ -6,6 +6,7 @@ from agl.trajectory.drop import ADVICE, Drop, DropReason, sampling_fault
 from agl.trajectory.join import SpanTree
 from agl.trajectory.reward import Reward
 from agl.trajectory.row import Row, Turn
+from agl.trajectory.sampled import Decision, Sampled, SamplingReason, read_sampled
 from agl.trajectory.trained import Trained, collect_trained, late_rewards, trained_span
 from agl.trajectory.trajectory import Trajectory, build_trajectory
 
@@ -13,12 +14,15 @@ __all__ = [
     "ADVICE",
     "Branch",
     "Call",
+    "Decision",
     "Difference",
     "Drift",
     "Drop",
     "DropReason",
     "Reward",
     "Row",
+    "Sampled",
+    "SamplingReason",
     "SpanTree",
     "Trained",
     "Trajectory",
@@ -26,6 +30,7 @@ __all__ = [
     "build_trajectory",
     "collect_trained",
     "late_rewards",
+    "read_sampled",
     "sampling_fault",
     "trained_span",
 ]

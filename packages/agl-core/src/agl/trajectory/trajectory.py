@@ -11,6 +11,7 @@ from agl.trajectory.drop import Drop, find_drops
 from agl.trajectory.join import CallSpans, SpanTree, in_one_clock, join_calls
 from agl.trajectory.reward import Reward, by_target, last_reward, read_reward
 from agl.trajectory.row import Row, build_rows
+from agl.trajectory.sampled import Sampled, read_sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +30,18 @@ class Trajectory:
     """Rewards of the last attempt, by time."""
     rows: list[Row]
     drops: list[Drop]
+    sampled: Sampled | None = None
+    """The decision of sampling. A rollout that it left out has its rewards and no calls."""
 
     @property
     def reward(self) -> float | None:
         """The rollout's scalar reward: the last one with neither target nor role."""
         return last_reward(self.rewards, role=None)
+
+    @property
+    def inclusion(self) -> float:
+        """Probability with which a rollout like this one is kept."""
+        return self.sampled.decision.probability if self.sampled else 1.0
 
     @property
     def failed_by_agent(self) -> bool:
@@ -53,6 +61,10 @@ def build_trajectory(spans: Iterable[Span]) -> Trajectory:
 
     Raises TrajectoryError if there are no spans or if they name several rollouts.
     """
+    spans = list(spans)
+    sampled = read_sampled(spans)
+    if sampled is not None and not sampled.decision.kept:
+        return _left_out(spans, sampled)
     tree = SpanTree(in_one_clock([span for span in spans if span.name not in semconv.NOT_IN_TREE]))
     joined = join_calls(tree)
     rollout_id = _only_rollout(tree.spans)
@@ -75,7 +87,14 @@ def build_trajectory(spans: Iterable[Span]) -> Trajectory:
         rewards=current_rewards,
         rows=build_rows([call for call in calls if id(call) not in dropped], current_rewards),
         drops=drops,
+        sampled=sampled,
     )
+
+
+def _left_out(spans: Sequence[Span], sampled: Sampled) -> Trajectory:
+    rewards = [sampled.reward] if sampled.reward else []
+    named = (_only_rollout(spans), None, sampled.group_id, sampled.mode, sampled.error)
+    return Trajectory(*named, calls=[], rewards=rewards, rows=[], drops=[], sampled=sampled)
 
 
 def _only_rollout(spans: Sequence[Span]) -> str:

@@ -14,6 +14,7 @@ from agl.store.cassandra.keyspace import Keyspace, Statement
 from agl.store.cassandra.membership import RolloutSpans
 from agl.store.cassandra.partition import StoredRollout
 from agl.store.cassandra.span_partition import IndexedSpan
+from agl.store.cassandra.traffic import delete_decisions
 from agl.store.protocol import Collected
 from agl.store.retention import SPAN_OVERHEAD_BYTES, Limits
 from agl.store.states import RolloutState
@@ -170,7 +171,7 @@ class CassandraRetention:
         self._db.run([(_DELETE_FROM_GROUP, key) for key in grouped if key[0] is not None])
 
     def _delete_without_spans(self) -> int:
-        """Delete the rollouts that are over and have no spans; returns how many."""
+        """Delete the rollouts that are over and have no spans, and old decisions; returns the number of rollouts."""
         rollout_ids = [
             rollout_id
             for rollout_id, state, ended_ns in self._db.scan(_ROLLOUTS)
@@ -178,6 +179,7 @@ class CassandraRetention:
             if rollout_id not in self._homes
         ]
         self._delete_rollouts(rollout_ids)
+        delete_decisions(self._db, self._limits.before_ns)
         return len(rollout_ids)
 
 

@@ -9,6 +9,9 @@ rollouts     a rollout in static columns and its attempts in rows, changed by co
 rollout_groups, queue, queue_slots, watched
              indexes of rollouts: by group, queued, running with limits. A reader checks the rollout itself, so an entry
              too many does no harm; an entry is written before the change that it is for, so that none is missing
+pending, pending_minutes
+             spans that are not decided yet (`agl.store.traffic`), and the minutes of arrival that have some
+decisions    the decision on each name, inserted by compare-and-set
 resources    the versions of a name with their leases, changed by compare-and-set on `revision`
 """
 
@@ -82,7 +85,18 @@ _CHECKSUMS = ("ALTER TABLE span_bodies ADD checksum bigint",)
 # NULL for the requests of earlier versions.
 _ARRIVALS = ("ALTER TABLE responses ADD arrived_ns bigint",)
 
-MIGRATIONS: Final[Migrations] = (_FIRST, _CHECKSUMS, _ARRIVALS)
+_TRAFFIC = (
+    f"""CREATE TABLE IF NOT EXISTS pending (
+        minute bigint, shard int, span blob,
+        arrived_ns bigint, otlp blob,
+        PRIMARY KEY ((minute, shard), span)) {_SHORT_LIVED}""",
+    f"""CREATE TABLE IF NOT EXISTS pending_minutes (
+        place int, minute bigint,
+        PRIMARY KEY (place, minute)) {_SHORT_LIVED}""",
+    "CREATE TABLE IF NOT EXISTS decisions (name text PRIMARY KEY, decision text, decided_ns bigint)",
+)
+
+MIGRATIONS: Final[Migrations] = (_FIRST, _CHECKSUMS, _ARRIVALS, _TRAFFIC)
 
 _ADD: Final = re.compile(r"ALTER TABLE (\w+) ADD (\w+)")
 

@@ -123,6 +123,14 @@ class CassandraSpans:
         return find_owners(self._keyspace, find_spans(self._keyspace, home)).get(home, set())
 
 
+def check_size(row: SpanRow) -> None:
+    """Raises InputError for a span that no node accepts."""
+    if len(row.otlp) > _MAX_SPAN_BYTES:
+        raise InputError(
+            f"a span of {len(row.otlp)} bytes; a Cassandra store takes up to {_MAX_SPAN_BYTES}: shorten its content"
+        )
+
+
 def _insert(db: Keyspace, rows: Sequence[SpanRow], now_ns: int, fill: BucketFill) -> int:
     """Insert those of `rows` that the store does not have yet; returns how many.
 
@@ -130,10 +138,7 @@ def _insert(db: Keyspace, rows: Sequence[SpanRow], now_ns: int, fill: BucketFill
     """
     incoming: dict[str, dict[bytes, _NewSpan]] = defaultdict(dict)
     for place, row in enumerate(rows):
-        if len(row.otlp) > _MAX_SPAN_BYTES:
-            raise InputError(
-                f"a span of {len(row.otlp)} bytes; a Cassandra store takes up to {_MAX_SPAN_BYTES}: shorten its content"
-            )
+        check_size(row)
         span = row.trace_id + row.span_id
         incoming[home_of(row)].setdefault(span, _NewSpan(row, span, now_ns + place))
     partitions = _without_known(db, incoming)

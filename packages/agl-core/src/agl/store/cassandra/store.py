@@ -8,6 +8,7 @@ from agl.store.cassandra.retention import CassandraRetention
 from agl.store.cassandra.rollouts import CassandraRollouts
 from agl.store.cassandra.span_partition import BucketFill
 from agl.store.cassandra.spans import CassandraSpans
+from agl.store.cassandra.traffic import CassandraTraffic
 from agl.store.end_notifier import EndNotifier
 from agl.store.protocol import Collected, Store
 from agl.store.retention import Limits
@@ -16,7 +17,7 @@ _POLL_S: Final = 0.25
 """Cassandra sends no notification when another process ends a rollout."""
 
 
-class CassandraStore(CassandraSpans, CassandraRollouts, CassandraResources, Store):
+class CassandraStore(CassandraSpans, CassandraRollouts, CassandraResources, CassandraTraffic, Store):
     """A store in the keyspace at `uri`, shared by any number of machines.
 
     Raises StoreError if no node answers or another program owns the keyspace. With three copies any one node may fail.

@@ -94,4 +94,17 @@ _ASKED_BY_ARRIVAL = (
     "CREATE INDEX spans_by_asked ON spans (asked, arrival) WHERE asked IS NOT NULL",
 )
 
-MIGRATIONS: Final[Migrations] = (_FIRST, _CHECKSUMS, _ASKED_BY_ARRIVAL)
+# `agl.store.traffic` explains both. Bodies are uncompressed, as in `span_bodies`.
+_TRAFFIC = (
+    """CREATE TABLE pending (
+        place bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        arrived_ns bigint NOT NULL,
+        otlp bytea NOT NULL)""",
+    "ALTER TABLE pending ALTER COLUMN otlp SET STORAGE EXTERNAL",
+    """CREATE TABLE decisions (
+        name text COLLATE "C" PRIMARY KEY,
+        decision text NOT NULL,
+        decided_ns bigint NOT NULL)""",
+)
+
+MIGRATIONS: Final[Migrations] = (_FIRST, _CHECKSUMS, _ASKED_BY_ARRIVAL, _TRAFFIC)

@@ -10,6 +10,7 @@ from agl.store.protocol import Collected
 from agl.store.retention import Limits
 from agl.store.sql.database import Connection, DatabaseT
 from agl.store.sql.rollouts import get_rollout
+from agl.store.sql.traffic import DELETE_DECISIONS
 
 _SPANS_PER_READ: Final = 200
 
@@ -134,9 +135,10 @@ class Retention(ABC, Generic[DatabaseT]):
         return set() if key[1] is None else {name for (name,) in db.execute(self.OWNERS, parameters_of(key))}
 
     def _delete_without_spans(self, db: Connection) -> int:
-        """Delete the rollouts that are over and have no spans, and the attempts of all deleted rollouts."""
+        """Delete rollouts that are over and have no spans, the attempts of all deleted rollouts, and old decisions."""
         deleted = db.execute(_DELETE_WITHOUT_SPANS, (self.limits.before_ns,)).rowcount
         db.execute(_DELETE_ATTEMPTS)
+        db.execute(DELETE_DECISIONS, (self.limits.before_ns,))
         return deleted
 
 

@@ -12,6 +12,7 @@ from agl.store.sql.database import Connection, DatabaseT, Rows
 from agl.store.sql.resources import SqlResources
 from agl.store.sql.retention import Retention
 from agl.store.sql.rollouts import SqlRollouts
+from agl.store.sql.traffic import SqlTraffic
 
 _ROLLOUT_IDS = """
 SELECT rollout_id, trace_id FROM (
@@ -31,7 +32,7 @@ _SPANS_PER_LISTING = 512
 _AFTER_ALL = 2**31 - 1
 
 
-class SqlStore(SqlRollouts[DatabaseT], SqlResources[DatabaseT], Store):
+class SqlStore(SqlRollouts[DatabaseT], SqlResources[DatabaseT], SqlTraffic[DatabaseT], Store):
     """All of `Store` except `append_rows` and `query_rows`, which depend on how a backend stores spans."""
 
     LAST_SPAN: ClassVar[str]

@@ -38,6 +38,8 @@ _OTHER_TABLES: Final = {
     "leases": "name, version, holder",
     "metrics": "run, name, step",
     "clock": "boot_id",
+    "pending": "place",
+    "decisions": "name",
 }
 """Table to its primary key."""
 _INDEX_ASKS: Final = "INSERT INTO asks SELECT asked, arrival FROM spans WHERE asked IS NOT NULL"

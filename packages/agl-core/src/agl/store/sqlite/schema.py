@@ -160,12 +160,22 @@ _ASKS_BY_ARRIVAL = (
     "DELETE FROM new_asks",
 )
 
+# `agl.store.traffic` explains both. No index of `pending`: most of its rows are soon deleted.
+_TRAFFIC = (
+    "CREATE TABLE pending (place INTEGER PRIMARY KEY, arrived_ns INTEGER NOT NULL, otlp BLOB NOT NULL)",
+    """CREATE TABLE decisions (
+        name TEXT PRIMARY KEY,
+        decision TEXT NOT NULL,
+        decided_ns INTEGER NOT NULL) WITHOUT ROWID""",
+)
+
 MIGRATIONS: Final[Migrations] = (
     _FIRST,
     _JOIN_BY_ANSWER,
     (*_LEAN_SPANS, *_LIMITS_AND_LEASES),
     (*_CHECKSUMS, *_CLOCK),
     _ASKS_BY_ARRIVAL,
+    _TRAFFIC,
 )
 
 
