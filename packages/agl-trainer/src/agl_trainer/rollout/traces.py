@@ -1,5 +1,6 @@
 """Finds, filters and groups rollouts that a store already holds, to train on them."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,8 @@ from agl.errors import TrainingError
 from agl.span import Span
 from agl.store import Store
 from agl.trajectory import Trajectory, build_trajectory
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +38,22 @@ def read_traces(store: Store, traces: TracesConfig) -> Iterator[Trajectory]:
 def stored_groups(store: Store, traces: TracesConfig) -> list[StoredGroup]:
     """The groups of `read_traces`, ordered by their first rollout. Raises TrainingError if there are none."""
     groups: dict[str, list[str]] = {}
+    sampled = 0
     for trajectory in read_traces(store, traces):
         groups.setdefault(trajectory.group_id or trajectory.rollout_id, []).append(trajectory.rollout_id)
+        sampled += trajectory.inclusion < 1
     if not groups:
         tags = f" with {traces.tags}" if traces.tags else ""
         raise TrainingError(
             f"{store.uri} holds no rollout of mode {' or '.join(traces.modes)}{tags} that made a model call; look at "
             "store_uri and train.traces"
+        )
+    if sampled:
+        logger.warning(
+            "%d rollouts of %s stand for others that sampling left out, and have no weight for that: the training "
+            "sees rewarded rollouts more often than they are; train on a store without `sampling` to avoid it",
+            sampled,
+            store.uri,
         )
     return [StoredGroup(name, tuple(members)) for name, members in groups.items()]
 
