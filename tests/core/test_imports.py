@@ -32,7 +32,7 @@ ROOMS = {
         "runner": "agl rewards store config context emit content semconv errors",
         "canary": "trajectory store config span semconv errors",
         "queue": "store config secret_url errors",
-        "sampling": "trajectory store config otlp span semconv errors",
+        "sampling": "canary trajectory store config otlp span semconv errors",
         "inspection": "trajectory store span tokens semconv errors",
         "trajectory": "role_map span tokens semconv errors",
         "store": "server config otlp span secret_url semconv errors",

@@ -1,5 +1,6 @@
-"""The rollouts of a canary as its spans have them, and as a record has them when the spans are gone."""
+"""The rollouts of a canary as their spans have them, and as sampling has them when it left the spans out."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -7,11 +8,14 @@ import pytest
 
 from agl import semconv
 from agl.canary.history import Canary, Share
-from agl.canary.observation import measured, observe
+from agl.canary.observation import observe
 from agl.canary.table import Sample
-from agl.config import CanaryConfig
+from agl.config import CanaryConfig, TrafficSamplingConfig
+from agl.sampling import Sampler
 from agl.span import Span
 from agl.store import open_store
+from agl.store.span_row import rows_of
+from agl.store.traffic import TrafficStore
 from tests.core.span_maker import gateway_call, reward, span
 
 SECOND = 10**9
@@ -45,17 +49,24 @@ def rollout() -> list[Span]:
     ]
 
 
-def seen(spans: Sequence[Span]) -> list[Sample]:
+def seen(spans: Sequence[Span], base_rate: float | None = None) -> list[Sample]:
+    """The samples of these spans; with `base_rate` after they were sampled with that."""
     store = open_store("memory://")
-    store.append_spans(spans)
+    assert isinstance(store, TrafficStore)
+    if base_rate is None:
+        store.append_spans(spans)
+    else:
+        store.append_pending([row for each in spans for row in rows_of(each)])
+        config = TrafficSamplingConfig(base_rate=base_rate, reward_threshold=1, keep_failed=False)
+        assert Sampler(store, config).run_once(time.time_ns() + 3600 * SECOND) == 1
+        assert bool(base_rate) == any(span.name == semconv.SPAN_GATEWAY_CALL for span in store.query_spans("r-1"))
     found = observe(store, CANARY)
     store.close()
     assert not found.unproved
     return found.samples
 
 
-def test_a_rollout_is_counted_alike_by_its_spans_and_by_a_record_in_their_place() -> None:
-    spans = rollout()
+def test_a_rollout_is_counted_alike_whether_sampling_keeps_it_or_leaves_it_out() -> None:
     expected = Sample(
         rollout_id="r-1",
         key="00ff",
@@ -68,8 +79,7 @@ def test_a_rollout_is_counted_alike_by_its_spans_and_by_a_record_in_their_place(
         reward=0.75,
         rewarded_ns=64 * SECOND,
     )
-    record = span("agl.record", {**measured(spans), semconv.MODE: "prod", semconv.REWARD_VALUE: 0.75})
-    assert seen(spans) == seen([record]) == seen([*spans, record]) == [expected]
+    assert seen(rollout()) == seen(rollout(), base_rate=1) == seen(rollout(), base_rate=0) == [expected]
 
 
 @pytest.mark.parametrize("other", [{semconv.CANARY_ID: "an earlier one"}, {semconv.CANARY_VERSION: None}])

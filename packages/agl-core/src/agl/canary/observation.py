@@ -62,7 +62,8 @@ def measured(spans: Sequence[Span]) -> dict[str, AttributeValue]:
     """What a canary counts of a rollout, as attributes of a span in which it outlives the others; empty if no role of a
     canary was called. Its reward and the error of the rollout as a whole are not among them.
     """
-    calls = sorted((span for span in spans if span.text(semconv.CANARY_VERSION)), key=lambda call: call.start_ns)
+    made = (span for span in spans if span.name == semconv.SPAN_GATEWAY_CALL and span.text(semconv.CANARY_VERSION))
+    calls = sorted(made, key=lambda call: call.start_ns)
     if not calls:
         return {}
     began, ended = calls[0].start_ns, max(call.end_ns for call in calls)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from agl import semconv
+from agl.canary.observation import measured
 from agl.errors import TrajectoryError
 from agl.sampling.pending import PendingRollout
 from agl.span import AttributeValue, Span
@@ -62,7 +63,7 @@ class Summary:
             hashlib.sha256("".join([rollout.rollout_id, *min(unique)]).encode()).digest(),
             found[0].start_ns,
             max(span.end_ns for span in found),
-            _counts(trajectory, len(found), error) | _canary(found),
+            _counts(trajectory, len(found), error) | _canary(found) | measured(found),
         )
 
     def records(self, decision: Decision) -> Iterator[Span]:
