@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ from agl_trainer.report.evaluation import EvalResult
 from tests.core.span_maker import gateway_call
 from tests.flows import toy_agent
 from tests.trainer.scripted_judge import ScriptedJudge
+from tests.waiting import is_alive, wait_until
 
 TOY = "tests.flows.toy_agent"
 TRAIN: dict[str, Any] = {
@@ -901,7 +903,9 @@ def test_agents_in_runner_processes_train_as_in_threads_and_a_killed_one_costs_n
     tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AGL_TEST_FOLDER", str(tmp_path))
-    config = config_in(tmp_path, runners=2, unresponsive_s=2, steps=2, agent=f"{TOY}:answer_or_kill_the_runner_once")
+    config = config_in(tmp_path, runners=2, unresponsive_s=900, steps=2, agent=f"{TOY}:answer_or_kill_the_runner_once")
+    watchdog = threading.Thread(target=end_what_the_killed_runner_held, args=(tmp_path / "killed", store), daemon=True)
+    watchdog.start()
     with Trainer(config).open() as trainer:
         trainer.grpo()
     assert [(step["rollouts"], step["rollouts/failed"]) for step in metrics_of(tmp_path)] == [(16.0, 0.0)] * 2
@@ -910,8 +914,21 @@ def test_agents_in_runner_processes_train_as_in_threads_and_a_killed_one_costs_n
         str(os.getpid())
     }
     again = [each for each in attempts.values() if len(each) > 1]
-    assert again and all([attempt.state for attempt in each] == ["unresponsive", "succeeded"] for each in again)
+    assert again and all(each[0].state == "unresponsive" and each[-1].state == "succeeded" for each in again)
     assert (tmp_path / "run" / "runners.log").exists()
+
+
+def end_what_the_killed_runner_held(file: Path, store: Store) -> None:
+    """As the store's watchdog would after 900 s."""
+    wait_until(lambda: file.exists() and file.read_text() != "" and not is_alive(int(file.read_text())))
+    while True:
+        last = [attempts[-1] for name in rollout_names(range(1, 2)) if (attempts := store.query_attempts(name))]
+        held = [one for one in last if one.worker_id.endswith(f"-{file.read_text()}") and one.state == "running"]
+        if held:
+            store.end_overdue_attempts(time.time_ns() + 10**12)
+        elif len(last) == 16 and all(one.state == "succeeded" for one in last):
+            return
+        time.sleep(0.1)
 
 
 def test_runners_that_cannot_run_end_the_training_with_their_message(tmp_path: Path) -> None:

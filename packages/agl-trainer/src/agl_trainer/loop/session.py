@@ -81,10 +81,9 @@ def _runners(config: Config, store: Store, addresses: Addresses) -> Iterator[Rol
     train = config.require_train()
     folder = Path(train.output_dir).absolute()
     run = claim_run(folder, store)
-    limits = (train.timeout_s, train.unresponsive_s)
     if train.runners == "external":
         start = f"agl runner CONFIG --store http://HOST:{train.port} --run {run}"
-        yield QueuedRunner(store, *limits, lambda: None, start)
+        yield QueuedRunner(store, train.unresponsive_s, lambda: None, start)
         return
     settings = folder / "runner.yaml"
     settings.write_text(config.to_yaml(), encoding="utf-8")
@@ -98,7 +97,7 @@ def _runners(config: Config, store: Store, addresses: Addresses) -> Iterator[Rol
     }
     command = [str(settings), *(part for option in options.items() for part in option)]
     with RunnerProcesses(command, int(train.runners), drain_s=0.0, log=folder / "runners.log") as processes:
-        yield QueuedRunner(store, *limits, processes.check, f"agl runner {settings}")
+        yield QueuedRunner(store, train.unresponsive_s, processes.check, f"agl runner {settings}")
 
 
 @contextmanager

@@ -21,7 +21,6 @@ class QueuedRunner:
     """The rollouts of a training whose agents run in `agl runner`. Thread-safe."""
 
     store: Store
-    timeout_s: float
     unresponsive_s: float
     check: Callable[[], None]
     """Raises RunnerError if the runners of this training cannot run."""
@@ -58,11 +57,11 @@ class QueuedRunner:
         return [outcomes[rollout.rollout_id] for rollout in rollouts]
 
     def _limited(self, rollout: Rollout) -> Rollout:
+        """Without a `timeout_s`: a runner has that of its configuration, and its silence is limited."""
         return replace(
             rollout,
             max_attempts=_MAX_ATTEMPTS,
             retry_on=frozenset({AttemptState.UNRESPONSIVE}),
-            timeout_s=self.timeout_s,
             unresponsive_s=self.unresponsive_s,
         )
 
