@@ -13,38 +13,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from openai import OpenAI
-from pydantic import BaseModel
 
 from agl.cli import _parser
-from agl.config import (
-    AgentRoles,
-    CanaryConfig,
-    CollectorConfig,
-    Config,
-    EngineConfig,
-    GatewayConfig,
-    GuardConfig,
-    JudgeConfig,
-    LaunchConfig,
-    PromoteConfig,
-    QueueConfig,
-    RoleConfig,
-    SamplingConfig,
-    ServerConfig,
-    SftConfig,
-    SftTracesConfig,
-    TimeoutsConfig,
-    TlsConfig,
-    TracesConfig,
-    TrafficSamplingConfig,
-    TrainConfig,
-    UpstreamConfig,
-)
+from agl.config import Config
 from agl.gateway.dialect.messages import Messages
 from agl.gateway.dialect.responses import Responses
 from agl.gateway.dialect.translated import Translated
@@ -207,44 +182,6 @@ def table(page: str, heading: str) -> list[list[str]]:
     rows = re.search(rf"^\| {heading} \|.*\n\|[-|]*\n((?:\|.*\n)+)", text, re.MULTILINE)
     assert rows
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[1].splitlines()]
-
-
-def test_the_configuration_table_has_every_key_with_its_default() -> None:
-    rows = [(key.strip("`"), default) for key, default, *_ in table("docs/05-train.md", "key")]
-    page = {key: default if default == "required" else yaml.safe_load(default.strip("`")) for key, default in rows}
-    sections: dict[str, type[BaseModel]] = {
-        "": Config,
-        "agent_roles.": AgentRoles,
-        "agent_roles.<role>.": RoleConfig,
-        "server.": ServerConfig,
-        "collector.": CollectorConfig,
-        "collector.tls.": TlsConfig,
-        "gateway.": GatewayConfig,
-        "gateway.engines[].": UpstreamConfig,
-        "gateway.timeouts.": TimeoutsConfig,
-        "gateway.tls.": TlsConfig,
-        "queue.": QueueConfig,
-        "sampling.": TrafficSamplingConfig,
-        "engine.": EngineConfig,
-        "engine.launch.": LaunchConfig,
-        "train.": TrainConfig,
-        "train.sampling.": SamplingConfig,
-        "train.traces.": TracesConfig,
-        "sft.": SftConfig,
-        "sft.traces.": SftTracesConfig,
-        "judge.": JudgeConfig,
-        "canary.": CanaryConfig,
-        "canary.promote.": PromoteConfig,
-        "canary.guard.": GuardConfig,
-    }
-    known = {prefix + name: default for prefix, section in sections.items() for name, default in _defaults(section)}
-    groups = {"agent_roles.roles", *(prefix.rstrip(".") for prefix in sections)}
-    assert page == {key: default for key, default in known.items() if key not in groups}
-
-
-def _defaults(section: type[BaseModel]) -> Iterator[tuple[str, Any]]:
-    for name, field in section.model_fields.items():
-        yield name, "required" if field.is_required() else field.get_default(call_default_factory=True)
 
 
 def test_every_reason_why_a_call_does_not_train_is_explained() -> None:
