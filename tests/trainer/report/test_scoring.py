@@ -9,10 +9,18 @@ from agl.errors import ConfigError
 from agl.runner.runner import Outcome
 from agl.store import RolloutState
 from agl_trainer.report.evaluation import Answers, TaskScore
-from agl_trainer.report.scoring import Sampling, commonest_answers, pass_at_k, rollout_score, task_score
+from agl_trainer.report.scoring import (
+    Sampling,
+    commonest_answers,
+    describe_missing,
+    missing_rewards,
+    pass_at_k,
+    rollout_score,
+    task_score,
+)
 from agl_trainer.report.step_metrics import answer_metrics
-from tests.core.span_maker import reward
-from tests.trainer.rollout_maker import call, trajectory
+from tests.core.span_maker import reward, span
+from tests.trainer.rollout_maker import call, reward_on, trajectory
 
 
 def outcome(value: float | None = None, error: str | None = None, **parts: float) -> Outcome:
@@ -72,3 +80,14 @@ def test_meaningless_numbers_of_samples_are_rejected() -> None:
             Sampling(samples).check(0.7)
     Sampling(4, pass_at=(1, 4)).check(0.7)
     Sampling(1, pass_at=(1,)).check(0.0)
+
+
+def test_missing_rewards_are_those_of_this_runner_and_of_others() -> None:
+    here = Outcome("r1", RolloutState.SUCCEEDED, missing="no reward within 3 s")
+    elsewhere = trajectory("r2", call("writer"), span(semconv.SPAN_REWARD, {semconv.REWARD_MISSING: "OSError: away"}))
+    rewarded = trajectory("r3", call("writer"), reward_on(None, 1.0))
+    missing = missing_rewards([here, Outcome("r2", RolloutState.SUCCEEDED)], [elsewhere, rewarded])
+    assert missing == {"r1": "no reward within 3 s", "r2": "OSError: away"}
+    assert describe_missing(missing, 40) == "2 of 40 rewards are missing, 1 of them with: OSError: away"
+    assert "More than 5 % are missing" in str(describe_missing(missing, 39))
+    assert describe_missing({}, 3) is None

@@ -22,6 +22,7 @@ from agl.secret_url import SecretUrl
 
 try:
     import sqlalchemy
+    import sqlalchemy.exc
     import sqlglot
     from sqlglot import exp
     from sqlglot.errors import SqlglotError

@@ -32,6 +32,8 @@ class Trajectory:
     drops: list[Drop]
     sampled: Sampled | None = None
     """The decision of sampling. A rollout that it left out has its rewards and no calls."""
+    missing_reward: str | None = None
+    """Why the reward function gave no reward, if it did not."""
 
     @property
     def reward(self) -> float | None:
@@ -88,6 +90,7 @@ def build_trajectory(spans: Iterable[Span]) -> Trajectory:
         rows=build_rows([call for call in calls if id(call) not in dropped], current_rewards),
         drops=drops,
         sampled=sampled,
+        missing_reward=_first_text(current, semconv.REWARD_MISSING),
     )
 
 

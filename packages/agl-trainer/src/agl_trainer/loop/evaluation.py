@@ -12,7 +12,14 @@ from agl_trainer.loop.checkpoint import checkpoint_folder, keep_only, load_check
 from agl_trainer.loop.state import Best, next_best
 from agl_trainer.loop.training import Training
 from agl_trainer.report.evaluation import EvalResult
-from agl_trainer.report.scoring import Sampling, commonest_answers, describe_missing, rollout_score, task_scores
+from agl_trainer.report.scoring import (
+    Sampling,
+    commonest_answers,
+    describe_missing,
+    missing_rewards,
+    rollout_score,
+    task_scores,
+)
 from agl_trainer.rollout.task_list import load_list, task_ids
 
 
@@ -48,7 +55,8 @@ def evaluate(training: Training, label: str, sampling: Sampling | None = None) -
         scores = [rollout_score(*read) for read in zip(outcomes, trajectories, strict=True)]
         missing = [outcome.rollout_id for outcome, score in zip(outcomes, scores, strict=True) if score is None]
         warn_of_missing_rewards(missing, "the evaluation")
-        if line := describe_missing(outcomes):
+        answered = sum(outcome.error is None for outcome in outcomes)
+        if line := describe_missing(missing_rewards(outcomes, filter(None, trajectories)), answered):
             training.progress.note(line)
         if len(missing) == len(scores):
             raise TrainingError(f"{name}: no rollout has a reward; set train.reward or call agl.emit_reward")

@@ -26,7 +26,6 @@ from agl_trainer.loop.state import GRPO
 from agl_trainer.loop.step_rollouts import StepRollouts, draw_rollouts
 from agl_trainer.loop.training import Training
 from agl_trainer.report.reward_warnings import RewardWatch
-from agl_trainer.report.scoring import describe_missing
 from agl_trainer.report.step_metrics import Stopwatch, answer_metrics, batch_metrics, reward_metrics, update_metrics
 from agl_trainer.rollout.judge import Judge
 from agl_trainer.rollout.judged_source import JudgedSource
@@ -154,7 +153,7 @@ class _GrpoStep:
         )
         if failures := rollouts.many_failures():
             training.progress.note(failures)
-        if missing := describe_missing(rollouts.outcomes):
+        if missing := rollouts.describe_missing():
             training.progress.note(missing)
         rollouts.check_calls()
         rollouts.batch.outcomes += training.call_log.late_calls()

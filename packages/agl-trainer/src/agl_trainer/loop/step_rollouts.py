@@ -11,7 +11,7 @@ from agl.trajectory import ADVICE, DropReason, Reward, Trajectory
 from agl_trainer.algo.batch import GrpoBatch
 from agl_trainer.algo.batch_builder import grpo_batch
 from agl_trainer.algo.options import BatchOptions, RoleState
-from agl_trainer.report.scoring import describe_missing
+from agl_trainer.report.scoring import describe_missing, missing_rewards
 from agl_trainer.report.step_metrics import Stopwatch
 from agl_trainer.rollout.sources import RolloutBatch, RolloutSource
 
@@ -63,6 +63,11 @@ class StepRollouts:
         (error, count), *_ = failed.most_common(1)
         return f"{failed.total()} of {len(errors)} rollouts failed, {count} of them with: {error}"
 
+    def describe_missing(self) -> str | None:
+        """A line about the rewards that the reward function did not give, if any."""
+        answered = sum(error is None for error in self._errors())
+        return describe_missing(missing_rewards(self.outcomes, self.trajectories), answered)
+
     def count_trained(self) -> int:
         return sum(outcome.reason is None for outcome in self.batch.outcomes)
 
@@ -78,7 +83,7 @@ class StepRollouts:
             return f"no call trained: {failures or 'there is none'}"
         found = {drop.reason: drop.detail for trajectory in self.trajectories for drop in trajectory.drops}
         details = {**ADVICE, **found} | ({DropReason.FAILED_ROLLOUT: failures} if failures else {})
-        details |= {DropReason.NO_REWARD: missing} if (missing := describe_missing(self.outcomes)) else {}
+        details |= {DropReason.NO_REWARD: missing} if (missing := self.describe_missing()) else {}
         counts = Counter(outcome.reason for outcome in outcomes if outcome.reason)
         reasons = [f"{number} {reason} ({details[reason]})" for reason, number in counts.most_common(_MAX_REASONS)]
         return f"none of {len(outcomes)} calls trained: {'; '.join(reasons)}"
@@ -88,7 +93,7 @@ class StepRollouts:
         return {
             "rollouts": float(len(errors)),
             "rollouts/failed": float(sum(error is not None for error in errors)),
-            "rewards/missing": float(sum(outcome.missing is not None for outcome in self.outcomes)),
+            "rewards/missing": float(len(missing_rewards(self.outcomes, self.trajectories))),
             "groups": float(self.groups),
             "groups/replaced": float(len(self.replaced)),
             "groups/zero_variance": float(len(self.batch.zero_variance_groups)),

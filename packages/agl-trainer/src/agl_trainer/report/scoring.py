@@ -51,13 +51,18 @@ def rollout_score(outcome: Outcome, trajectory: Trajectory | None) -> TaskScore 
     return None if reward is None else TaskScore(reward, parts)
 
 
-def describe_missing(outcomes: Sequence[Outcome]) -> str | None:
-    """A line with the number of rewards that the reward function did not give, and the commonest reason."""
-    reasons = Counter(outcome.missing for outcome in outcomes if outcome.missing is not None)
+def missing_rewards(outcomes: Iterable[Outcome], trajectories: Iterable[Trajectory]) -> dict[str, str]:
+    """Rollout to why the reward function gave it none: as its runner says, else as recorded, e.g. elsewhere."""
+    recorded = {one.rollout_id: one.missing_reward for one in trajectories if one.missing_reward is not None}
+    return recorded | {one.rollout_id: one.missing for one in outcomes if one.missing is not None}
+
+
+def describe_missing(missing: Mapping[str, str], answered: int) -> str | None:
+    """A line with the number of rewards that are `missing` of `answered` rollouts, and the commonest reason."""
+    reasons = Counter(missing.values())
     if not reasons:
         return None
     (reason, count), *_ = reasons.most_common(1)
-    answered = sum(outcome.error is None for outcome in outcomes)
     line = f"{reasons.total()} of {answered} rewards are missing, {count} of them with: {reason}"
     if reasons.total() <= _MANY_MISSING * answered:
         return line
