@@ -26,6 +26,10 @@ class Client(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
+    @property
+    def is_open(self) -> bool:
+        return not self._transport.is_closing()
+
     async def call(self, request: bytes) -> bytes:
         self._received = b""
         self._answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()

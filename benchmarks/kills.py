@@ -25,7 +25,7 @@ from tests.store.cassandra_server import CassandraServer, running_cassandra
 from tests.store.serving import serving
 
 AGL = Path(sys.executable).with_name("agl")
-STEPS = 60
+STEPS = 45
 
 
 def kill_training(kills: int, seed: int = 0) -> str:
@@ -62,7 +62,7 @@ def _start(folder: Path) -> "subprocess.Popen[bytes]":
     if not (folder / "config.yaml").exists():
         folder.mkdir()
         dropout = {"lora_r": 8, "lora_dropout": 0.1}
-        config = config_in(folder, steps=STEPS, deterministic=True, eval_every=10, lora=dropout)
+        config = config_in(folder, steps=STEPS, deterministic=True, eval_every=10, learning_rate=2e-4, lora=dropout)
         (folder / "config.yaml").write_text(config.to_yaml())
     with (folder / "output").open("ab") as output:
         command = [AGL, "train", str(folder / "config.yaml")]

@@ -43,16 +43,15 @@ class Soak:
         self.calls = 0
 
     async def run(self, minutes: float) -> None:
-        begin, running = time.monotonic(), set[asyncio.Task[None]]()
+        begin = time.monotonic()
         rows = asyncio.create_task(self._show(begin))
-        for number in count():
-            due = begin + number / self._calls_per_s
-            if due > begin + 60 * minutes:
-                break
-            await asyncio.sleep(max(0.0, due - time.monotonic()))
-            running.add(task := asyncio.create_task(self._call(number)))
-            task.add_done_callback(running.discard)
-        await asyncio.gather(*running)
+        async with asyncio.TaskGroup() as calls:
+            for number in count():
+                due = begin + number / self._calls_per_s
+                if due > begin + 60 * minutes:
+                    break
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+                calls.create_task(self._call(number))
         rows.cancel()
 
     async def _call(self, number: int) -> None:
@@ -72,6 +71,8 @@ class Soak:
 
     async def _post(self, url: str, path: str, body: bytes, content_type: str = "application/json") -> None:
         idle, parts = self._idle[url], urlsplit(url)
+        while idle and not idle[-1].is_open:
+            idle.pop()
         if idle:
             client = idle.pop()
         else:
@@ -85,16 +86,18 @@ class Soak:
 
     async def _show(self, begin: float) -> None:
         print("| minute | calls | MB of its own | MB | p50, ms | p99, ms |\n|---:|---:|---:|---:|---:|---:|")
+        minute = 0
         while True:
             await asyncio.sleep(1)
             status = Path(f"/proc/{self._pid}/status").read_text()
             own, whole = (int(status.partition(name)[2].split()[0]) / 1024 for name in ("RssAnon:", "VmRSS:"))
             self.measured.append((time.monotonic() - begin, own, whole))
-            if len(self.measured) % 60 == 0:
+            if self.measured[-1][0] >= 60 * (minute + 1):
+                minute = int(self.measured[-1][0] / 60)
                 latencies, self._latencies_s = sorted(self._latencies_s), []
                 at = (latencies[int(len(latencies) * share)] * 1000 for share in (0.5, 0.99))
                 row = (f"{own:.1f}", f"{whole:.1f}", *(f"{value:.0f}" for value in at))
-                print(f"| {len(self.measured) // 60} | {self.calls} | {' | '.join(row)} |", flush=True)
+                print(f"| {minute} | {self.calls} | {' | '.join(row)} |", flush=True)
 
 
 def main(minutes: float, calls_per_s: float) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from agl import semconv
+from agl.gateway import conversation
 from agl.gateway.conversation import Agent, AssistantMessage, Conversations, SampledTurn
 from agl.gateway.drift_kind import kind_of_drift
 from agl.span import Span
@@ -293,6 +294,19 @@ def test_beyond_the_limit_the_least_recently_continued_conversations_are_dropped
         return position is not None and position.unchanged is not None
 
     assert [number for number in range(20) if is_known(number)] == list(range(14, 20))
+
+
+def test_a_conversation_that_is_not_continued_for_long_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversation, "_IDLE_S", 0.0)
+    conversations = Conversations()
+    for key in (("r0", "", "m"), ("r1", "", "m")):
+        position = conversations.locate(key, {"messages": [USER]})
+        assert position is not None
+        conversations.add(position, SampledTurn(None, b"", AssistantMessage("".join(WORDS), "", ()), True, "s"))
+        sizes = conversations.size
+    found = [conversations.locate((name, "", "m"), {"messages": [USER, ANSWER, NEXT]}) for name in ("r0", "r1")]
+    assert [position is not None and position.unchanged is not None for position in found] == [False, True]
+    assert conversations.size == sizes
 
 
 def test_a_malformed_drift_attribute_is_ignored() -> None:

@@ -1,7 +1,9 @@
 """Damage: found by checksum on every backend; in a SQLite file also found by `check`, and repaired."""
 
+import json
 import os
 import random
+import re
 import sqlite3
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +16,8 @@ from agl import semconv
 from agl.cli import main
 from agl.errors import StoreError
 from agl.span import Span
-from agl.store import Rollout, Store, open_store
+from agl.store import AttemptState, Resource, Rollout, Store, open_store
+from agl.store.sql.damage import TABLES
 from agl.store.sqlite import maintenance
 from agl.store.sqlite.repair import repair
 from agl.trajectory import DropReason, build_trajectory
@@ -118,6 +121,86 @@ def test_check_names_the_damaged_rollouts_of_a_store_on_a_server(
         store.append_spans([make_span(2, rollout="broken")])
     assert main(["store", "check", "--store", shared_uri]) == 1
     assert "rollout broken: 1 of its spans damaged" in capsys.readouterr().out
+
+
+def test_repair_sets_aside_what_is_damaged_in_any_store(
+    shared_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace, repair_it = f"{9:032x}", ["store", "repair", "--store", shared_uri]
+    monkeypatch.chdir(tmp_path)
+    with closing(open_store(shared_uri)) as store, monkeypatch.context() as other:
+        store.append_spans([make_span(1, rollout="sound"), make_span(3, rollout="broken", trace=trace)])
+        for place in ("sqlite.spans", "postgres.spans", "cassandra.spans", "mapping"):
+            other.setattr(f"agl.store.{place}.checksum", lambda body: 7)
+        store.append_spans([make_span(2, rollout="broken", trace=trace), make_span(4, trace=trace)])
+        store.enqueue_rollouts([Rollout("row", {"q": 1})])
+        store.put_resource(Resource("run/a", 1, "file:///a"))
+    if shared_uri.startswith("http"):
+        assert main(repair_it) == 2 and "is no database: name the store itself" in capsys.readouterr().err
+        return
+    assert main(repair_it) == 0
+    printed = capsys.readouterr().out
+    assert "rollout broken: 2 of its spans damaged" in printed
+    assert {"the row of rollout row is damaged", "the row of resource run/a@1 is damaged"} <= {*printed.splitlines()}
+    with closing(open_store(shared_uri)) as store:
+        assert numbers(store.query_spans("sound")) == [1] and store.query_spans("broken") == []
+        assert store.get_rollout("row") is store.get_resource("run/a") is None
+    (aside,) = re.findall(r"sqlite:///\S+set-aside\S*", printed)
+    with closing(open_store(aside)) as store:
+        found = store.query_spans("broken")
+        assert 3 in numbers(found) and is_traced(found)
+    if not shared_uri.startswith("sqlite"):
+        rows = [json.loads(line) for line in next(tmp_path.glob("*.set-aside.jsonl")).read_text().splitlines()]
+        assert sorted(row["row"][0] for row in rows) == ["row", "run/a"]
+    assert main(["store", "check", "--store", shared_uri]) == main(repair_it) == 0
+
+
+def test_rows_that_are_not_what_was_stored_are_named_on_every_backend(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.enqueue_rollouts([Rollout("a", {"q": "é"}, timeout_s=30, max_attempts=2)])
+    store.put_resource(Resource("run/a", 1, "file:///a", {"n": 1}))
+    leased = store.lease_rollout("worker")
+    assert leased is not None
+    store.finish_attempt(leased[1].attempt_id, AttemptState.FAILED, "it broke")
+    assert store.lease_rollout("worker") and store.damaged_rows() == []
+    with monkeypatch.context() as other:  # The checksum of other values than those that are stored.
+        other.setattr("agl.store.mapping.checksum", lambda body: 7)
+        store.enqueue_rollouts([Rollout("b", 1), Rollout("c", 2)])
+        store.put_resource(Resource("run/b", 2, "file:///b"))
+    assert store.lease_rollout("worker", "b")
+    assert sorted(store.damaged_rows()) == [
+        "the row of resource run/b@2 is damaged",
+        "the row of rollout b is damaged",
+        "the row of rollout c is damaged",
+    ]
+    with monkeypatch.context() as other:
+        other.setattr("agl.store.mapping.checksum", lambda body: 7)
+        store.cancel_rollouts(["a"])
+    damaged = {"the row of attempt a-a2 is damaged", "the row of rollout a is damaged"}
+    assert damaged < {*store.damaged_rows()}
+
+
+def test_a_change_of_any_column_of_a_row_is_found_and_repaired(tmp_path: Path) -> None:
+    with closing(open_store(f"sqlite:///{tmp_path / 'sound.db'}")) as store:
+        store.enqueue_rollouts([Rollout("a", {"q": 1}, group_id="g", timeout_s=30, unresponsive_s=9)])
+        leased = store.lease_rollout("worker")
+        assert leased is not None
+        store.finish_attempt(leased[1].attempt_id, AttemptState.FAILED, "it broke")
+        store.put_resource(Resource("run/a", 1, "file:///a", {"n": 1}))
+    for table in TABLES:
+        for column in table.columns.split(", "):
+            if column == "heartbeat_ns":
+                continue
+            path = tmp_path / f"{table.name}-{column}.db"
+            path.write_bytes((tmp_path / "sound.db").read_bytes())
+            with closing(sqlite3.connect(path)) as db, db:
+                (value,) = db.execute(f"SELECT {column} FROM {table.name}").fetchone()
+                changed = f"{value[:-1]}{chr(ord(value[-1]) ^ 1)}" if isinstance(value, str) else value + 1
+                db.execute(f"UPDATE {table.name} SET {column} = ?", (changed,))
+            found = maintenance.check(path)
+            assert len(found) == 1 and found[0].startswith(f"the row of {table.name[:-1]} "), (path.name, found)
+            assert repair(path) is not None and maintenance.check(path) == []
 
 
 def test_a_damaged_rollout_is_set_aside_with_all_that_is_joined_to_it(

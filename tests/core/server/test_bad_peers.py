@@ -230,6 +230,20 @@ def test_handshakes_have_a_deadline_and_the_heads_after_them_too(
         wait_until(lambda: server._connections._open == 0)
 
 
+def test_a_connection_over_grpc_without_requests_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a few hundred of them would keep all other senders out."""
+    monkeypatch.setattr(grpc_receiver, "_IDLE_MS", 200)
+    store, preface = open_store("memory://"), b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+    with (
+        ServerThread(store, port=0, otlp_http_port=0, otlp_grpc_port=0) as server,
+        connected(str(server.otlp_grpc_url), 1, preface) as (connection,),
+    ):
+        connection.settimeout(30)
+        while connection.recv(4096):
+            pass
+    store.close()
+
+
 def test_a_token_is_checked_at_the_head_and_the_rest_is_not_awaited(
     server: ServerThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,10 +1,10 @@
 """`agl store`: counts, deletes, backs up, checks and migrates the contents of a store."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
-from agl import semconv
 from agl.cli.command import (
     add_command,
     add_json_option,
@@ -19,6 +19,8 @@ from agl.cli.command import (
 from agl.cli.terminal import counted
 from agl.errors import CommandError, DamageError, OtlpError
 from agl.secret_url import SecretUrl
+from agl.store.project import database_name, split_project
+from agl.store.repair import Repairable, damaged_spans, repair_server
 from agl.store.sqlite.maintenance import backup, check, schema_version
 from agl.store.sqlite.repair import repair
 
@@ -51,7 +53,7 @@ def register(subparsers: Any) -> None:
         verbs,
         "check",
         run_check,
-        "Read all of a store, compare each span with its checksum, and report damage.",
+        "Read all of a store, compare spans, rollouts, attempts and resources with their checksums, and report damage.",
         "agl store check",
     )
     add_command(
@@ -59,7 +61,8 @@ def register(subparsers: Any) -> None:
         "repair",
         run_repair,
         "Replace a damaged SQLite file by one with what is sound. The damaged rollouts are set aside in a file of "
-        "their own, and the damaged file is kept. End what has the file open first.",
+        "their own, and the damaged file is kept. End what has the file open first. Of a store on a server, move what "
+        "is damaged into files of this folder.",
         "agl store repair",
     )
     add_command(verbs, "migrate", run_migrate, "Update a store to this program's schema version.", "agl store migrate")
@@ -95,7 +98,7 @@ def run_backup(arguments: argparse.Namespace) -> int:
 
 def run_check(arguments: argparse.Namespace) -> int:
     path = sqlite_file(arguments.store)
-    findings = check(path) if path else _damaged_rollouts(arguments.store)
+    findings = check(path) if path else _damage_of(arguments.store)
     for finding in findings:
         print(finding)
     print(f"{arguments.store} is {'damaged: restore a backup, or run `agl store repair`' if findings else 'sound'}")
@@ -103,7 +106,10 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 
 def run_repair(arguments: argparse.Namespace) -> int:
-    repaired = repair(_file_of(arguments.store))
+    path = sqlite_file(arguments.store)
+    if path is None:
+        return _repair_server(arguments.store)
+    repaired = repair(path)
     if repaired is None:
         print(f"{arguments.store} is sound")
         return 0
@@ -115,18 +121,39 @@ def run_repair(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _damaged_rollouts(uri: SecretUrl) -> list[str]:
-    """The damaged rollouts of a store on a server, read one by one."""
+def _repair_server(uri: SecretUrl) -> int:
+    with existing_store(uri) as store:
+        if not isinstance(store, Repairable):
+            raise CommandError(f"{uri} is no database: name the store itself, which that server has open")
+        base, project = split_project(store.uri)
+        name = database_name(re.sub(r"\W+", "-", str(base).partition("?")[0].rpartition("/")[2]), project)
+        spans, rows = Path(f"{name}.set-aside.db").absolute(), Path(f"{name}.set-aside.jsonl").absolute()
+        findings = repair_server(store, spans, rows)
+    if not findings:
+        print(f"{uri} is sound")
+        return 0
+    for finding in findings:
+        print(finding)
+    print(f"{uri} now has what is sound")
+    places = {f"what is left of the spans of damaged rollouts is in sqlite:///{spans}": spans}
+    for place, file in (places | {f"damaged rows are in {rows}": rows}).items():
+        if file.exists():
+            print(place)
+    return 0
+
+
+def _damage_of(uri: SecretUrl) -> list[str]:
+    """The damage of a store on a server, whose rollouts are read one by one."""
     found: list[str] = []
     with existing_store(uri) as store:
         for rollout_id in store.rollout_ids():
             try:
-                number = sum(span.name == semconv.SPAN_DAMAGED for span in store.query_spans(rollout_id))
+                number = len(damaged_spans(store, rollout_id))
             except (DamageError, OtlpError) as error:
                 found.append(f"rollout {rollout_id}: {error}")
             else:
                 found += [f"rollout {rollout_id}: {number} of its spans damaged"] if number else []
-    return found
+        return found + store.damaged_rows()
 
 
 def run_migrate(arguments: argparse.Namespace) -> int:

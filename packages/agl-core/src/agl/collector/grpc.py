@@ -37,6 +37,8 @@ _STREAMS: Final = 1000
 """Limit for each connection."""
 _SHARE_OF_FILES: Final = 1 / 8
 _HANDSHAKE_MS: Final = 10_000
+_IDLE_MS: Final = 30_000
+"""A connection without requests is closed after this time; exporters send every few seconds, and connect again."""
 _KEEPALIVE_MS: Final = 30_000
 """A connection that is lost is noticed after this time; until then its request occupies a thread."""
 _STATUS_OF_CODE: Final = {code.value[0]: code for code in grpc.StatusCode}
@@ -67,6 +69,7 @@ class GrpcReceiver(grpc.GenericRpcHandler):
                 ("grpc.max_receive_message_length", min(config.max_body_bytes, message_bytes)),
                 ("grpc.so_reuseport", 0),  # Otherwise a second server would share the port silently.
                 ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+                ("grpc.max_connection_idle_ms", _IDLE_MS),
                 ("grpc.max_concurrent_streams", _STREAMS),
                 ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
                 ("grpc.max_allowed_incoming_connections", max_connections(_SHARE_OF_FILES)),

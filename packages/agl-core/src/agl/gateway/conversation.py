@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +19,8 @@ Key = tuple[str, ...]
 """Project, rollout, attempt and model; for a call without a rollout the project, an empty string, trace and model."""
 
 _LIMIT_BYTES: Final = 64 * 2**20
+_IDLE_S: Final = 600.0
+"""A rollout rarely waits longer for a tool; the memory of those that ended is then free."""
 _TURN_BYTES: Final = 500
 _CONVERSATION_BYTES: Final = 450
 """Approximate memory of a turn without its tokens and text, and of a conversation without its turns."""
@@ -134,10 +138,15 @@ class _Conversation:
     turns: dict[bytes, list[SampledTurn]] = field(default_factory=dict)
     """By the digest of the messages that each answered."""
     size: int = _CONVERSATION_BYTES
+    used_s: float = 0.0
+    """When its last turn was kept, by the monotonic clock."""
 
 
 class Conversations:
-    """The turns of all conversations, up to `limit` bytes; beyond it the least recently continued one is dropped."""
+    """The turns of all conversations, up to `limit` bytes; beyond it the least recently continued one is dropped.
+
+    One that is not continued for _IDLE_S seconds is dropped too, when another one is continued.
+    """
 
     def __init__(self, limit: int = _LIMIT_BYTES) -> None:
         self._limit = limit
@@ -178,10 +187,16 @@ class Conversations:
         self._conversations.move_to_end(position.key)
         conversation.turns.setdefault(position.digest, []).append(turn)
         conversation.size += turn.size
+        conversation.used_s = time.monotonic()
         self.size += turn.size
-        while self.size > self._limit:
+        while self.size > self._limit or self._first_used_s < conversation.used_s - _IDLE_S:
             _, dropped = self._conversations.popitem(last=False)
             self.size -= dropped.size
+
+    @property
+    def _first_used_s(self) -> float:
+        """When the conversation that comes first in their order was used."""
+        return next((each.used_s for each in self._conversations.values()), math.inf)
 
 
 def conversation_key(

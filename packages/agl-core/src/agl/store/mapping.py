@@ -2,12 +2,14 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from typing import Any, Final
 
-from agl.errors import InputError
+from agl.errors import AglError, InputError
 from agl.store.protocol import Resource
 from agl.store.rollout import Attempt, Rollout
+from agl.store.span_row import checksum
 from agl.store.states import AttemptState, RolloutState
 
 ROLLOUT_COLUMNS: Final = (
@@ -16,14 +18,76 @@ ROLLOUT_COLUMNS: Final = (
 )
 ATTEMPT_COLUMNS: Final = "attempt_id, rollout_id, number, worker_id, state, started_ns, heartbeat_ns, ended_ns, error"
 RESOURCE_COLUMNS: Final = "name, version, uri, metadata"
+ROLLOUT_ROW: Final = f"{ROLLOUT_COLUMNS}, checksum, progress_checksum"
+"""The second checksum is of what changes with each attempt, so that a change hides no damage of the rest."""
+ATTEMPT_ROW: Final = f"{ATTEMPT_COLUMNS}, checksum"
+RESOURCE_ROW: Final = f"{RESOURCE_COLUMNS}, checksum"
+_PROGRESS: Final = ("max_attempts", "state", "attempts", "ended_ns")
 
 
 def from_rollout(rollout: Rollout) -> tuple[Any, ...]:
-    """`ROLLOUT_COLUMNS` of a rollout to enqueue. Raises InputError, with its id, if its input is not a JSON value."""
+    """`ROLLOUT_ROW` of a rollout to enqueue. Raises InputError, with its id, if its input is not a JSON value."""
     task = to_json(rollout.input, f"the input of rollout {rollout.rollout_id}")
     metadata = to_json(rollout.metadata, f"the metadata of rollout {rollout.rollout_id}")
-    limits = (rollout.max_attempts, " ".join(sorted(rollout.retry_on)), rollout.timeout_s, rollout.unresponsive_s)
-    return (rollout.rollout_id, task, rollout.group_id, rollout.mode, *limits, metadata, RolloutState.QUEUED, 0, None)
+    times = [None if time_s is None else float(time_s) for time_s in (rollout.timeout_s, rollout.unresponsive_s)]
+    limits = (rollout.max_attempts, " ".join(sorted(rollout.retry_on)), *times)
+    progress = (RolloutState.QUEUED, 0, None)
+    row = (rollout.rollout_id, task, rollout.group_id, rollout.mode, *limits, metadata, *progress)
+    return (*row, *_rollout_checksums(row))
+
+
+def progress_checksum(rollout: Rollout) -> int:
+    return _checksum(rollout.rollout_id, *(getattr(rollout, name) for name in _PROGRESS))
+
+
+def _rollout_checksums(row: Sequence[Any]) -> tuple[int, int]:
+    """The checksums of `ROLLOUT_COLUMNS`."""
+    values = dict(zip(ROLLOUT_COLUMNS.split(", "), row, strict=True))
+    progress = [values.pop(name) for name in _PROGRESS]
+    return _checksum(*values.values()), _checksum(values["rollout_id"], *progress)
+
+
+def from_attempt(attempt: Attempt) -> tuple[Any, ...]:
+    """`ATTEMPT_ROW`."""
+    row = astuple(attempt)
+    return (*row, _attempt_checksum(row))
+
+
+def _attempt_checksum(row: Sequence[Any]) -> int:
+    """Without the heartbeat, which Cassandra changes alone."""
+    return _checksum(*row[:6], *row[7:])
+
+
+def is_rollout(row: Sequence[Any]) -> bool:
+    """Whether `ROLLOUT_ROW` is that of a rollout, as it was stored. Checksums of earlier versions are None."""
+    return _is_whole(to_rollout, _rollout_checksums, row[:-2], row[-2:])
+
+
+def is_attempt(row: Sequence[Any]) -> bool:
+    """As `is_rollout`."""
+    return _is_whole(to_attempt, lambda row: (_attempt_checksum(row),), row[:-1], row[-1:])
+
+
+def is_resource(row: Sequence[Any]) -> bool:
+    """As `is_rollout`."""
+    return _is_whole(to_resource, lambda row: (_checksum(*row),), row[:-1], row[-1:])
+
+
+def _is_whole(
+    read: Callable[[Sequence[Any]], Any],
+    checksums: Callable[[Sequence[Any]], Sequence[int]],
+    row: Sequence[Any],
+    known: Sequence[Any],
+) -> bool:
+    try:
+        read(row)
+        return all(one in (None, other) for one, other in zip(known, checksums(row), strict=True))
+    except (AglError, ValueError, TypeError, AttributeError):
+        return False
+
+
+def _checksum(*values: Any) -> int:
+    return checksum(json.dumps(values).encode())
 
 
 def to_rollout(row: Sequence[Any]) -> Rollout:
@@ -40,9 +104,10 @@ def to_attempt(row: Sequence[Any]) -> Attempt:
 
 
 def from_resource(resource: Resource) -> tuple[Any, ...]:
-    """`RESOURCE_COLUMNS` of a resource. Raises InputError, with its name, if its metadata is not a JSON value."""
+    """`RESOURCE_ROW` of a resource. Raises InputError, with its name, if its metadata is not a JSON value."""
     metadata = to_json(resource.metadata, f"the metadata of {resource.name}@{resource.version}")
-    return (resource.name, resource.version, resource.uri, metadata)
+    row = (resource.name, resource.version, resource.uri, metadata)
+    return (*row, _checksum(*row))
 
 
 def to_resource(row: Sequence[Any]) -> Resource:

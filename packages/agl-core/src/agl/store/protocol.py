@@ -219,6 +219,12 @@ class Store(Protocol):
 
     # --- Maintenance -------------------------------------------------------------------------------------------------
 
+    def damaged_rows(self) -> list[str]:
+        """Reads all rollouts, attempts and resources; a line for each that is not what was stored. For spans, see
+        `query_rows`.
+        """
+        ...
+
     def gc(
         self, *, older_than_s: float | None = None, max_bytes: int | None = None, now_ns: int | None = None
     ) -> Collected:

@@ -1,6 +1,6 @@
 """A rollout with its attempts: one partition, changed by compare-and-set on its column `revision`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 from uuid import UUID, uuid4
@@ -8,7 +8,15 @@ from uuid import UUID, uuid4
 from agl.errors import UnknownIdError
 from agl.store.cassandra.keyspace import Keyspace, Record, Statement, retry_conflicts
 from agl.store.lifecycle import Pair
-from agl.store.mapping import ROLLOUT_COLUMNS, to_rollout
+from agl.store.mapping import (
+    ROLLOUT_COLUMNS,
+    ROLLOUT_ROW,
+    from_attempt,
+    is_attempt,
+    is_rollout,
+    progress_checksum,
+    to_rollout,
+)
 from agl.store.rollout import Attempt, Rollout
 from agl.store.states import AttemptState, RolloutState
 
@@ -22,12 +30,17 @@ _ATTEMPT = "number, worker_id, attempt_state, started_ns, heartbeat_ns, attempt_
 _READ = f"SELECT {_ROLLOUT}, {_ATTEMPT} FROM rollouts WHERE rollout_id = ?"
 _STATIC_COLUMNS = len(_ROLLOUT.split(","))
 
-_INSERT = f"INSERT INTO rollouts ({_ROLLOUT}) VALUES ({', '.join('?' * _STATIC_COLUMNS)}) IF NOT EXISTS"
+_INSERT = f"""
+INSERT INTO rollouts ({ROLLOUT_ROW}, revision, place) VALUES ({", ".join("?" * (_STATIC_COLUMNS + 2))}) IF NOT EXISTS
+"""
 _UPDATE = (
-    "UPDATE rollouts SET revision = ?, max_attempts = ?, state = ?, attempts = ?, ended_ns = ?"
+    "UPDATE rollouts SET revision = ?, max_attempts = ?, state = ?, attempts = ?, ended_ns = ?, progress_checksum = ?"
     " WHERE rollout_id = ? IF revision = ?"
 )
-_PUT_ATTEMPT = f"INSERT INTO rollouts (rollout_id, {_ATTEMPT}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+_PUT_ATTEMPT = f"INSERT INTO rollouts (rollout_id, {_ATTEMPT}, attempt_checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+DELETE = "DELETE FROM rollouts WHERE rollout_id = ?"
+_DELETE_ATTEMPT = "DELETE FROM rollouts WHERE rollout_id = ? AND number = ?"
+_ALL = f"SELECT {ROLLOUT_ROW}, {_ATTEMPT}, attempt_checksum FROM rollouts"
 _PUT_QUEUE = "INSERT INTO queue (slot, place, rollout_id, number) VALUES (?, ?, ?, ?)"
 PUT_SLOT = "INSERT INTO queue_slots (queue, slot) VALUES (0, ?)"
 _PUT_WATCHED = "INSERT INTO watched (shard, rollout_id, number) VALUES (?, ?, ?)"
@@ -53,6 +66,15 @@ class StoredRollout:
         """The attempt of this number if it runs."""
         attempt = self.attempts[number - 1] if number <= len(self.attempts) else None
         return attempt if attempt is not None and attempt.state is AttemptState.RUNNING else None
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedRow:
+    """A row that is not what was stored, a line about it, and the statement that deletes it."""
+
+    finding: str
+    row: Sequence[Any]
+    delete: Statement
 
 
 Changed = TypeVar("Changed", Pair, tuple[Rollout, Attempt | None])
@@ -103,6 +125,19 @@ def insert(db: Keyspace, rows: Sequence[tuple[Record, int]]) -> None:
     db.run([(_INSERT, (*row, uuid4(), place)) for row, place in rows])
 
 
+def damaged(db: Keyspace) -> Iterator[DamagedRow]:
+    """The rollouts and attempts whose rows are not what was stored."""
+    columns, seen = len(ROLLOUT_ROW.split(",")), set[str]()
+    for row in db.scan(_ALL):
+        name, number, state = row[0], row[columns], row[columns + 2]
+        if name not in seen and row[1] is not None and not is_rollout(row[:columns]):
+            yield DamagedRow(f"the row of rollout {name} is damaged", row[:columns], (DELETE, (name,)))
+        seen.add(name)
+        attempt = (f"{name}-a{number}", name, *row[columns:])
+        if state is not None and not is_attempt(attempt):
+            yield DamagedRow(f"the row of attempt {attempt[0]} is damaged", attempt, (_DELETE_ATTEMPT, (name, number)))
+
+
 def queue_entry(rollout_id: str, place: int, number: int) -> list[Statement]:
     """Statements that queue a rollout for its attempt `number`."""
     return [(_PUT_QUEUE, (slot_of(place), place, rollout_id, number)), (PUT_SLOT, (slot_of(place),))]
@@ -122,11 +157,10 @@ def _compare_and_set(db: Keyspace, stored: StoredRollout, rollout: Rollout, atte
         return True
     db.run(_index_entries(stored, rollout, attempt))
     revision = uuid4()
-    progress = (rollout.max_attempts, rollout.state, rollout.attempts, rollout.ended_ns)
+    progress = (rollout.max_attempts, rollout.state, rollout.attempts, rollout.ended_ns, progress_checksum(rollout))
     statements: list[Statement] = [(_UPDATE, (revision, *progress, rollout.rollout_id, stored.revision))]
     if attempt is not None:
-        began = (attempt.rollout_id, attempt.number, attempt.worker_id, attempt.state, attempt.started_ns)
-        statements.append((_PUT_ATTEMPT, (*began, attempt.heartbeat_ns, attempt.ended_ns, attempt.error)))
+        statements.append((_PUT_ATTEMPT, from_attempt(attempt)[1:]))
     return db.compare_and_set(statements, revision)
 
 

@@ -4,13 +4,14 @@ All versions of a name and their leases are one partition, changed by compare-an
 no version is leased and deleted. The row of a resource has no holder, the row of a lease has one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, TypeVar
 from uuid import UUID, uuid4
 
 from agl.store.cassandra.keyspace import Keyspace, Statement, retry_conflicts
-from agl.store.mapping import from_resource, to_resource
+from agl.store.cassandra.partition import DamagedRow
+from agl.store.mapping import RESOURCE_ROW, from_resource, is_resource, to_resource
 from agl.store.protocol import Resource
 
 Result = TypeVar("Result")
@@ -19,7 +20,8 @@ _READ: Final = "SELECT revision, version, holder, uri, metadata, expires_ns FROM
 _QUERY: Final = "SELECT holder, name, version, uri, metadata FROM resources"
 _BEGIN: Final = "INSERT INTO resources (name, revision) VALUES (?, ?) IF NOT EXISTS"
 _CHANGE: Final = "UPDATE resources SET revision = ? WHERE name = ? IF revision = ?"
-_PUT: Final = "INSERT INTO resources (name, version, holder, uri, metadata) VALUES (?, ?, '', ?, ?)"
+_PUT: Final = "INSERT INTO resources (name, version, holder, uri, metadata, checksum) VALUES (?, ?, '', ?, ?, ?)"
+_ALL: Final = f"SELECT {RESOURCE_ROW}, holder FROM resources"
 _LEASE: Final = "INSERT INTO resources (name, version, holder, expires_ns) VALUES (?, ?, ?, ?)"
 _DELETE: Final = "DELETE FROM resources WHERE name = ? AND version = ? AND holder = ?"
 _PUT_METRIC: Final = "INSERT INTO metrics (run, name, step, value) VALUES (?, ?, ?, ?)"
@@ -54,7 +56,7 @@ class CassandraResources:
 
         def add(versions: _Versions) -> tuple[list[Statement], Resource]:
             found = versions.get(resource.version)
-            return ([], found) if found else ([(_PUT, row)], to_resource(row))
+            return ([], found) if found else ([(_PUT, row)], to_resource(row[:-1]))
 
         return _change(self._keyspace, resource.name, add)
 
@@ -103,6 +105,14 @@ class CassandraResources:
         for name, step, value in self._keyspace.scan(_METRICS, run):
             found.setdefault(name, []).append((step, value))
         return found
+
+
+def damaged(db: Keyspace) -> Iterator[DamagedRow]:
+    """The resources whose rows are not what was stored."""
+    for *row, holder in db.scan(_ALL):
+        if holder == "" and not is_resource(row):
+            name, version = row[:2]
+            yield DamagedRow(f"the row of resource {name}@{version} is damaged", row, (_DELETE, (name, version, "")))
 
 
 def _change(db: Keyspace, name: str, decide: Callable[[_Versions], tuple[list[Statement], Result]]) -> Result:

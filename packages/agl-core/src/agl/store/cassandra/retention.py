@@ -34,7 +34,6 @@ _DELETE_PARTITION = (
 )
 _DELETE_RESPONSE = "DELETE FROM responses WHERE response_id = ? AND is_answer = ? AND start_ns = ? AND span = ?"
 _DELETE_TRACE = "DELETE FROM traces WHERE trace_id = ? AND home = ?"
-_DELETE_ROLLOUT = "DELETE FROM rollouts WHERE rollout_id = ?"
 _DELETE_FROM_GROUP = "DELETE FROM rollout_groups WHERE group_id = ? AND place = ? AND rollout_id = ?"
 
 
@@ -166,7 +165,7 @@ class CassandraRetention:
     def _delete_rollouts(self, rollout_ids: Sequence[str]) -> None:
         """Delete these rollouts with their attempts."""
         found = [stored for stored in partition.read(self._db, rollout_ids) if stored]
-        self._db.run([(_DELETE_ROLLOUT, (stored.rollout.rollout_id,)) for stored in found])
+        self._db.run([(partition.DELETE, (stored.rollout.rollout_id,)) for stored in found])
         grouped = [(stored.rollout.group_id, stored.place, stored.rollout.rollout_id) for stored in found]
         self._db.run([(_DELETE_FROM_GROUP, key) for key in grouped if key[0] is not None])
 
@@ -181,6 +180,17 @@ class CassandraRetention:
         self._delete_rollouts(rollout_ids)
         delete_decisions(self._db, self._limits.before_ns)
         return len(rollout_ids)
+
+
+def delete_spans(db: Keyspace, rollout_id: str, damaged: set[bytes]) -> None:
+    """Delete the spans of a rollout, except those of traces that others own too, and these damaged ones."""
+    found = membership.find_spans(db, rollout_id)
+    shared = {trace for trace, owners in membership.find_owners(db, found).items() if owners - {rollout_id}}
+    spans = [span for span in found.all() if span.span in damaged or span.is_named or span.trace not in shared]
+    db.run([(_DELETE_TRACE, key) for key in {(span.span[:16], span.home) for span in spans if span.is_named}])
+    now_us = db.now_ns() // 1000
+    db.run([(query, (now_us, span.home, span.bucket, span.span)) for query in _DELETE_SPAN for span in spans])
+    db.run(_delete_responses(spans))
 
 
 def _delete_responses(spans: Sequence[IndexedSpan]) -> Iterator[Statement]:

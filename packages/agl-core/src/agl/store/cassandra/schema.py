@@ -96,7 +96,15 @@ _TRAFFIC = (
     "CREATE TABLE IF NOT EXISTS decisions (name text PRIMARY KEY, decision text, decided_ns bigint)",
 )
 
-MIGRATIONS: Final[Migrations] = (_FIRST, _CHECKSUMS, _ARRIVALS, _TRAFFIC)
+# None for the rows of earlier versions.
+_ROW_CHECKSUMS = (
+    "ALTER TABLE rollouts ADD checksum bigint static",
+    "ALTER TABLE rollouts ADD progress_checksum bigint static",
+    "ALTER TABLE rollouts ADD attempt_checksum bigint",
+    "ALTER TABLE resources ADD checksum bigint",
+)
+
+MIGRATIONS: Final[Migrations] = (_FIRST, _CHECKSUMS, _ARRIVALS, _TRAFFIC, _ROW_CHECKSUMS)
 
 _ADD: Final = re.compile(r"ALTER TABLE (\w+) ADD (\w+)")
 

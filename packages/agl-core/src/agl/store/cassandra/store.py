@@ -1,10 +1,13 @@
 """The store in a Cassandra keyspace."""
 
-from typing import Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
 
+from agl.store.cassandra import partition, resources
 from agl.store.cassandra.keyspace import Keyspace
+from agl.store.cassandra.partition import DamagedRow
 from agl.store.cassandra.resources import CassandraResources
-from agl.store.cassandra.retention import CassandraRetention
+from agl.store.cassandra.retention import CassandraRetention, delete_spans
 from agl.store.cassandra.rollouts import CassandraRollouts
 from agl.store.cassandra.span_partition import BucketFill
 from agl.store.cassandra.spans import CassandraSpans
@@ -32,6 +35,23 @@ class CassandraStore(CassandraSpans, CassandraRollouts, CassandraResources, Cass
         self.uri = self._keyspace.name
         self._fill = BucketFill()
         self._ends = EndNotifier(_POLL_S)
+
+    def damaged_rows(self) -> list[str]:
+        return [damaged.finding for damaged in self._damaged()]
+
+    def delete_spans(self, rollout_id: str, damaged: Sequence[tuple[bytes, bytes]]) -> None:
+        """See `agl.store.repair`."""
+        delete_spans(self._keyspace, rollout_id, {trace + span for trace, span in damaged})
+
+    def delete_damaged_rows(self, keep: Callable[[str, Sequence[Any]], None]) -> None:
+        """See `agl.store.repair`."""
+        for damaged in [*self._damaged()]:
+            keep(damaged.finding, damaged.row)
+            self._keyspace.run([damaged.delete])
+
+    def _damaged(self) -> Iterator[DamagedRow]:
+        yield from partition.damaged(self._keyspace)
+        yield from resources.damaged(self._keyspace)
 
     def gc(
         self, *, older_than_s: float | None = None, max_bytes: int | None = None, now_ns: int | None = None

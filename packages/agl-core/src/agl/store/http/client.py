@@ -100,6 +100,7 @@ class HttpStore(Store):
     collect_resources = _remote(Store.collect_resources)
     append_metrics = _remote(Store.append_metrics)
     query_metrics = _remote(Store.query_metrics)
+    damaged_rows = _remote(Store.damaged_rows)
     gc = _remote(Store.gc)
 
     def __init__(self, uri: str) -> None:

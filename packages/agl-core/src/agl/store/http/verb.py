@@ -163,6 +163,7 @@ VERBS: Final = {
         Verb("collect_resources", is_repeatable=False),
         Verb("append_metrics"),
         Verb("query_metrics", "GET"),
+        Verb("damaged_rows", "GET"),
         Verb("gc"),
     )
 }

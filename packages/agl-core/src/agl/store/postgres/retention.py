@@ -40,11 +40,12 @@ class PostgresRetention(Retention[PostgresDatabase]):
         if self.limits.max_bytes is not None:
             used = self.database.read(lambda db: db.execute(_USED_BYTES).fetchall())[0][0]
             self._excess_bytes = int(used) - self.limits.max_bytes
-        collected = super().collect()
+        return super().collect()
+
+    def release(self) -> None:
         for (day,) in self.database.read(lambda db: db.execute(_PARTITIONS).fetchall()):
             is_past, has_orphans = day < self.limits.now_ns // spans.DAY_NS, day in self._days
             self.database.write(partial(_clear, day=day, is_past=is_past, has_orphans=has_orphans))
-        return collected
 
     def is_over_size(self, db: Connection) -> bool:
         return self._excess_bytes > 0

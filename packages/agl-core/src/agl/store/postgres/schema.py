@@ -107,4 +107,12 @@ _TRAFFIC = (
         decided_ns bigint NOT NULL)""",
 )
 
-MIGRATIONS: Final[Migrations] = (_FIRST, _CHECKSUMS, _ASKED_BY_ARRIVAL, _TRAFFIC)
+# NULL for the rows of earlier versions.
+_ROW_CHECKSUMS = (
+    "ALTER TABLE rollouts ADD COLUMN checksum bigint",
+    "ALTER TABLE rollouts ADD COLUMN progress_checksum bigint",
+    "ALTER TABLE attempts ADD COLUMN checksum bigint",
+    "ALTER TABLE resources ADD COLUMN checksum bigint",
+)
+
+MIGRATIONS: Final[Migrations] = (_FIRST, _CHECKSUMS, _ASKED_BY_ARRIVAL, _TRAFFIC, _ROW_CHECKSUMS)

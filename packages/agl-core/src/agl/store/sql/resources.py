@@ -4,15 +4,15 @@ import math
 from collections.abc import Mapping
 from typing import Generic
 
-from agl.store.mapping import RESOURCE_COLUMNS, from_resource, to_resource
+from agl.store.mapping import RESOURCE_COLUMNS, RESOURCE_ROW, from_resource, to_resource
 from agl.store.protocol import Resource
 from agl.store.sql.database import Connection, DatabaseT, write_many
 
 _PUT = f"""
-INSERT INTO resources ({RESOURCE_COLUMNS}) VALUES (?, ?, ?, ?)
-ON CONFLICT (name, version) DO UPDATE SET uri = excluded.uri, metadata = excluded.metadata
+INSERT INTO resources ({RESOURCE_ROW}) VALUES (?, ?, ?, ?, ?)
+ON CONFLICT (name, version) DO UPDATE SET uri = excluded.uri, metadata = excluded.metadata, checksum = excluded.checksum
 """
-_ADD = f"INSERT INTO resources ({RESOURCE_COLUMNS}) VALUES (?, ?, ?, ?) ON CONFLICT (name, version) DO NOTHING"
+_ADD = f"INSERT INTO resources ({RESOURCE_ROW}) VALUES (?, ?, ?, ?, ?) ON CONFLICT (name, version) DO NOTHING"
 _GET = f"""
 SELECT {RESOURCE_COLUMNS} FROM resources
 WHERE name = :name AND version = coalesce(CAST(:version AS integer), version) ORDER BY version DESC LIMIT 1

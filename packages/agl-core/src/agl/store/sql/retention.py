@@ -68,9 +68,14 @@ class Retention(ABC, Generic[DatabaseT]):
         self._rollouts += 1
         self._spans += len(spans)
 
+    def release(self) -> None:
+        """Free what the deleted spans have left."""
+
     def collect(self) -> Collected:
         self._walk()
-        return Collected(self._rollouts + self.database.write(self._delete_without_spans), self._spans)
+        deleted = self.database.write(self._delete_without_spans)
+        self.release()
+        return Collected(self._rollouts + deleted, self._spans)
 
     def _walk(self) -> None:
         number = self.POSITION.count(",") + 1

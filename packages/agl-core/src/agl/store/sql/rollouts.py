@@ -5,19 +5,28 @@ locks several rollouts in the order of their ids.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple
 from typing import Generic
 
 from agl.errors import UnknownIdError
 from agl.store import lifecycle
 from agl.store.end_notifier import EndNotifier
-from agl.store.mapping import ATTEMPT_COLUMNS, ROLLOUT_COLUMNS, from_rollout, to_attempt, to_rollout
+from agl.store.mapping import (
+    ATTEMPT_COLUMNS,
+    ATTEMPT_ROW,
+    ROLLOUT_COLUMNS,
+    ROLLOUT_ROW,
+    from_attempt,
+    from_rollout,
+    progress_checksum,
+    to_attempt,
+    to_rollout,
+)
 from agl.store.rollout import Attempt, Rollout
 from agl.store.sql.database import Connection, DatabaseT, write_many
 from agl.store.states import AttemptState, RolloutState
 
 _ENQUEUE = f"""
-INSERT INTO rollouts ({ROLLOUT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+INSERT INTO rollouts ({ROLLOUT_ROW}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (rollout_id) DO NOTHING
 """
 _QUEUED = f"SELECT {ROLLOUT_COLUMNS} FROM rollouts WHERE state = 'queued'"
@@ -25,11 +34,14 @@ _GROUP = f"SELECT {ROLLOUT_COLUMNS} FROM rollouts WHERE group_id = ? ORDER BY pl
 _ATTEMPTS = f"SELECT {ATTEMPT_COLUMNS} FROM attempts WHERE rollout_id = ? ORDER BY number"
 _RUNNING = f"SELECT {ATTEMPT_COLUMNS} FROM attempts WHERE state = 'running'"
 _COUNT = "SELECT state, count(*) FROM rollouts GROUP BY state"
-_UPDATE_ROLLOUT = "UPDATE rollouts SET max_attempts = ?, state = ?, attempts = ?, ended_ns = ? WHERE rollout_id = ?"
+_UPDATE_ROLLOUT = """
+UPDATE rollouts SET max_attempts = ?, state = ?, attempts = ?, ended_ns = ?, progress_checksum = ? WHERE rollout_id = ?
+"""
 _UPSERT_ATTEMPT = f"""
-INSERT INTO attempts ({ATTEMPT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+INSERT INTO attempts ({ATTEMPT_ROW}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (attempt_id) DO UPDATE
-SET state = excluded.state, heartbeat_ns = excluded.heartbeat_ns, ended_ns = excluded.ended_ns, error = excluded.error
+SET state = excluded.state, heartbeat_ns = excluded.heartbeat_ns, ended_ns = excluded.ended_ns, error = excluded.error,
+    checksum = excluded.checksum
 """
 
 
@@ -200,7 +212,7 @@ def _known(rollouts: dict[str, Rollout], rollout_id: str) -> Rollout:
 
 
 def _save(db: Connection, rollout: Rollout, attempt: Attempt | None) -> None:
-    progress = (rollout.max_attempts, rollout.state, rollout.attempts, rollout.ended_ns)
+    progress = (rollout.max_attempts, rollout.state, rollout.attempts, rollout.ended_ns, progress_checksum(rollout))
     db.execute(_UPDATE_ROLLOUT, (*progress, rollout.rollout_id))
     if attempt is not None:
-        db.execute(_UPSERT_ATTEMPT, astuple(attempt))
+        db.execute(_UPSERT_ATTEMPT, from_attempt(attempt))

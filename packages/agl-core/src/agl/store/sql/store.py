@@ -1,6 +1,6 @@
 """The store class of the SQL backends."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -8,9 +8,10 @@ from agl.store.end_notifier import EndNotifier
 from agl.store.mapping import read_cursor, to_cursor
 from agl.store.protocol import Collected, RolloutPage, Store
 from agl.store.retention import Limits
+from agl.store.sql.damage import damaged_rows, delete_row
 from agl.store.sql.database import Connection, DatabaseT, Rows
 from agl.store.sql.resources import SqlResources
-from agl.store.sql.retention import Retention
+from agl.store.sql.retention import Retention, parameters_of
 from agl.store.sql.rollouts import SqlRollouts
 from agl.store.sql.traffic import SqlTraffic
 
@@ -74,6 +75,30 @@ class SqlStore(SqlRollouts[DatabaseT], SqlResources[DatabaseT], SqlTraffic[Datab
                 place = at
             if len(spans) < _SPANS_PER_LISTING:
                 return RolloutPage(found, None)
+
+    def damaged_rows(self) -> list[str]:
+        return [table.finding(row) for table, row in damaged_rows(self._database)]
+
+    def delete_spans(self, rollout_id: str, damaged: Sequence[tuple[bytes, bytes]]) -> None:
+        """See `agl.store.repair`."""
+        retention, last_ns = self.RETENTION(self._database, Limits.of(None, None, 0)), self._database.now_ns()
+
+        def delete(db: Connection) -> list[Any]:
+            keys = retention.keys(db, rollout_id)[1]
+            deleted = [
+                span for key in keys for span in retention.delete_spans(db, parameters_of(key) | {"last_ns": last_ns})
+            ]
+            db.executemany("DELETE FROM spans WHERE trace_id = ? AND span_id = ?", damaged)
+            return deleted
+
+        retention.note_deleted(self._database.write(delete))
+        retention.release()
+
+    def delete_damaged_rows(self, keep: Callable[[str, Sequence[Any]], None]) -> None:
+        """See `agl.store.repair`."""
+        for table, row in [*damaged_rows(self._database)]:
+            keep(table.finding(row), row)
+            self._database.write(lambda db, table=table, row=row: delete_row(db, table, row))
 
     def gc(
         self, *, older_than_s: float | None = None, max_bytes: int | None = None, now_ns: int | None = None

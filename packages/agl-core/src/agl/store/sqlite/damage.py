@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from agl.errors import AglError
-from agl.store.mapping import ROLLOUT_COLUMNS, to_rollout
 from agl.store.span_row import checksum, row_of
+from agl.store.sql.damage import TABLES
 from agl.store.sqlite.database import SqliteConnection, is_damage
 from agl.store.sqlite.spans import NEW_ASKS
 
@@ -106,15 +106,6 @@ def is_whole(row: Record) -> bool:
     return is_same and columns == (trace_id, span_id, rollout_id, start_ns, asked, answered)
 
 
-def is_rollout(row: Record) -> bool:
-    """Whether `ROLLOUT_COLUMNS` are those of a rollout."""
-    try:
-        to_rollout(row)
-    except (AglError, ValueError, TypeError, AttributeError):
-        return False
-    return True
-
-
 def read_table(db: SqliteConnection, query: str, order: str) -> list[Any]:
     """The rows of `query` that can be read: from both ends of this order up to the first damage."""
     rows: dict[Any, None] = {}
@@ -142,8 +133,10 @@ def _structure(db: SqliteConnection) -> list[str]:
 def _other_tables(db: SqliteConnection) -> list[str]:
     missing = db.execute(_MISSING_ASKS).fetchall()
     errors = [f"{len(missing)} entries of the index of requested responses are damaged"] if missing else []
-    rollouts = db.execute(f"SELECT {ROLLOUT_COLUMNS} FROM rollouts")
-    return errors + [f"the state of rollout {row[0]} is damaged" for row in rollouts if not is_rollout(row)]
+    for table in TABLES:
+        rows = db.execute(f"SELECT {table.columns} FROM {table.name}")
+        errors += [table.finding(row) for row in rows if not table.is_whole(row)]
+    return errors
 
 
 def _pairs(db: SqliteConnection, query: str) -> dict[int, Any]:

@@ -13,13 +13,13 @@ from typing import Any, Final
 from xxhash import xxh3_64_digest
 
 from agl.errors import StoreError
-from agl.store.mapping import ROLLOUT_COLUMNS
 from agl.store.membership import first_keys
 from agl.store.retention import Limits
 from agl.store.span_row import damaged_span, parse
+from agl.store.sql.damage import TABLES
 from agl.store.sql.database import write_many
 from agl.store.sql.retention import parameters_of
-from agl.store.sqlite.damage import SPAN_COLUMNS, Damage, find, is_rollout, read_spans, read_table
+from agl.store.sqlite.damage import SPAN_COLUMNS, Damage, find, read_spans, read_table
 from agl.store.sqlite.database import SqliteConnection, SqliteDatabase, connect, store_error
 from agl.store.sqlite.maintenance import check_version
 from agl.store.sqlite.retention import SqliteRetention
@@ -31,10 +31,7 @@ _ROWS_PER_WRITE: Final = 500
 _LOCK_MS: Final = 1000
 _NO_TRACE: Final = b"\xff" * 16
 _FOREVER_NS: Final = 2**63 - 1
-_ROLLOUTS: Final = f"place, {ROLLOUT_COLUMNS}"
 _OTHER_TABLES: Final = {
-    "attempts": "attempt_id",
-    "resources": "name, version",
     "leases": "name, version, holder",
     "metrics": "run, name, step",
     "clock": "boot_id",
@@ -104,8 +101,11 @@ def _copy(old: SqliteConnection, new: SqliteDatabase) -> None:
     sound = (row for row, touched in read_spans(old) if row is not None and not touched)
     while rows := list(islice(sound, _ROWS_PER_WRITE)):
         _insert(new, f"spans ({SPAN_COLUMNS})", rows)
-    rollouts = read_table(old, f"SELECT {_ROLLOUTS} FROM rollouts", "place")
-    _insert(new, f"rollouts ({_ROLLOUTS})", [row for row in rollouts if is_rollout(row[1:])])
+    for table in TABLES:
+        number, has_place = table.columns.count(",") + 1, table.name == "rollouts"
+        columns, order = (f"{table.columns}, place", "place") if has_place else (table.columns, ", ".join(table.keys))
+        rows = read_table(old, f"SELECT {columns} FROM {table.name}", order)
+        _insert(new, f"{table.name} ({columns})", [row for row in rows if table.is_whole(row[:number])])
     for name, key in _OTHER_TABLES.items():
         _insert(new, name, read_table(old, f"SELECT * FROM {name}", key))
     write_many(new, _INDEX_ASKS, [()])

@@ -169,6 +169,14 @@ _TRAFFIC = (
         decided_ns INTEGER NOT NULL) WITHOUT ROWID""",
 )
 
+# NULL for the rows of earlier versions.
+_ROW_CHECKSUMS = (
+    "ALTER TABLE rollouts ADD COLUMN checksum INTEGER",
+    "ALTER TABLE rollouts ADD COLUMN progress_checksum INTEGER",
+    "ALTER TABLE attempts ADD COLUMN checksum INTEGER",
+    "ALTER TABLE resources ADD COLUMN checksum INTEGER",
+)
+
 MIGRATIONS: Final[Migrations] = (
     _FIRST,
     _JOIN_BY_ANSWER,
@@ -176,6 +184,7 @@ MIGRATIONS: Final[Migrations] = (
     (*_CHECKSUMS, *_CLOCK),
     _ASKS_BY_ARRIVAL,
     _TRAFFIC,
+    _ROW_CHECKSUMS,
 )
 
 
