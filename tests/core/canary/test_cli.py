@@ -33,7 +33,8 @@ def agl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     def run(*arguments: str) -> tuple[int, str, str]:
         given = arguments if "--config" in arguments else (*arguments, "--store", "sqlite:///shop.db")
         code = main(["canary", *given])
-        return code, *capsys.readouterr()
+        out, err = capsys.readouterr()
+        return code, out, err
 
     return run
 
