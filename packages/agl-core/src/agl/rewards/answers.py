@@ -82,7 +82,7 @@ class JsonSchema:
     ) -> None:
         """Raises RewardError for an invalid schema, or if jsonschema is not installed."""
         try:
-            import jsonschema
+            import jsonschema.validators
         except ImportError as error:
             raise RewardError(f"JsonSchema needs jsonschema ({error}): pip install 'agl-core[rewards]'") from error
         self._library = jsonschema
