@@ -103,3 +103,9 @@ def test_a_program_and_what_it_started_end_with_their_attempt(runner: Runner, st
 def test_a_command_that_cannot_run_is_named(command: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Command.parse(command, Addresses("", ""))
+
+
+def test_a_line_of_a_shell_and_a_file_that_is_written_are_no_missing_script(tmp_path: Path) -> None:
+    (tmp_path / "agent.py").touch()
+    for command in ("sh -c 'cd agents && python agent.py'", f"{sys.executable} {tmp_path}/agent.py --out new.py"):
+        assert Command.parse(command, Addresses("", "")).arguments

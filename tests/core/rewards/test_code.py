@@ -19,7 +19,7 @@ ADD = "def add(a, b):\n    return a + b\n"
     ("answer", "runs", "tests"),
     [
         (f"Here it is:\n```python\n{ADD}```", 1.0, 1.0),
-        ("def add(a, b):\n    return abs(a) + abs(b)", 1.0, 0.5),
+        ("```python \r\ndef add(a, b):\r\n    return abs(a) + abs(b)\r\n```", 1.0, 0.5),
         ("import os\ndef add(a, b):\n    os._exit(0)", 1.0, 0.0),
         ("def add(a, b): return", 1.0, 0.0),
         (f"x = bytearray(1 << 30)\n{ADD}", 0.0, 0.0),

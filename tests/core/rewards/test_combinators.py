@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from agl.errors import RewardError
+from agl.errors import RewardError, TelemetryError
 from agl.rewards import Cached, Clip, Gate, Normalise, Parts, Sequential, Weighted, read_score, scored
 
 
@@ -75,6 +75,12 @@ def test_a_gate_counts_a_part_only_if_another_passed(passed: float | None, expec
     )
 
 
+def test_gates_in_a_row_close_one_another() -> None:
+    parts = {"compiles": 0.0, "right": 1.0, "fast": 0.5}
+    found = scored(Gate({"right": "compiles", "fast": "right"}, gives(parts)), "task", "answer")
+    assert found == {"compiles": 0.0, "right": 0.0, "fast": 0.0}
+
+
 def test_a_gate_says_which_parts_there_are() -> None:
     with pytest.raises(RewardError, match="part 'rihgt'; the scorer returned fast, right"):
         scored(Gate({"fast": "rihgt"}, gives({"fast": 1, "right": 1})), "task", "answer")
@@ -108,11 +114,14 @@ def test_normalise_by_family_and_across_a_restart(tmp_path: Path) -> None:
     path = tmp_path / "rewards.json"
 
     def score(value: float, family: str) -> Any:
-        scorer = Normalise(lambda task, answer: answer, family="family", path=path)
-        return scored(scorer, {"family": family}, value)
+        scorer = Normalise(lambda task, answer: {"part": answer}, family="family", path=path)
+        return scored(scorer, {"family": family}, value)["part"]
 
     assert [score(value, "a") for value in (1.0, 3.0)] == pytest.approx([0.0, 2**-0.5])
     assert score(100.0, "b") == 0.0
+    for broken in (float("nan"), float("inf")):  # Counted, they would make each later value NaN.
+        with pytest.raises(TelemetryError, match="expected a finite number"):
+            score(broken, "a")
     assert score(5.0, "a") == pytest.approx(1.0)
     with pytest.raises(RewardError, match="the task has no 'family', it is keys question"):
         scored(Normalise(gives(1.0), family="family"), {"question": "?"}, "")

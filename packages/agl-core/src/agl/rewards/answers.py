@@ -16,7 +16,7 @@ from agl.rewards.combinators import find
 from agl.rewards.score import ScoredRollout
 
 Where = Callable[[Any], Any] | str | None
-_NUMBER = regex.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+_NUMBER = regex.compile(r"(?:(?<!\d)[-+\u2212])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 _PATTERN_TIMEOUT_S: Final = 1.0
 
 
@@ -39,7 +39,7 @@ class Exact:
 class Matches:
     """1 if the regular expression `pattern` is found in the answer; `pattern` None: the task has it, as `gold` says.
 
-    A search that takes more than a second makes the reward missing.
+    None has no match. A search that takes more than a second makes the reward missing.
     """
 
     def __init__(self, pattern: str | None = None, *, gold: Where = "pattern", answer: Where = None) -> None:
@@ -49,8 +49,8 @@ class Matches:
 
     def __call__(self, task: Any, answer: Any, rollout: ScoredRollout | None = None) -> float:
         pattern = self._pattern or _compiled(find(task, self._gold, "task"))
-        text = str(find(answer, self._answer, "answer"))
-        return float(pattern.search(text, timeout=_PATTERN_TIMEOUT_S) is not None)
+        found = find(answer, self._answer, "answer")
+        return float(found is not None and pattern.search(str(found), timeout=_PATTERN_TIMEOUT_S) is not None)
 
 
 class Number:
@@ -74,7 +74,7 @@ class Number:
 class JsonSchema:
     """1 if the answer, a JSON value or its text, is valid under `schema`; None: the task has it, as `gold` says.
 
-    References to other documents are not fetched. Needs `agl-core[rewards]`.
+    References to other documents are not fetched: they make the reward missing. Needs `agl-core[rewards]`.
     """
 
     def __init__(
@@ -83,9 +83,11 @@ class JsonSchema:
         """Raises RewardError for an invalid schema, or if jsonschema is not installed."""
         try:
             import jsonschema.validators
+            import jsonschema_specifications
         except ImportError as error:
             raise RewardError(f"JsonSchema needs jsonschema ({error}): pip install 'agl-core[rewards]'") from error
         self._library = jsonschema
+        self._documents = jsonschema_specifications.REGISTRY
         self._validator = None if schema is None else self._checked(schema)
         self._gold, self._answer = gold, answer
 
@@ -106,7 +108,7 @@ class JsonSchema:
             kind.check_schema(schema)
         except self._library.SchemaError as error:
             raise RewardError(f"the JSON schema is invalid: {error.message}") from error
-        return kind(schema)
+        return kind(schema, registry=self._documents)
 
 
 def _compiled(pattern: Any) -> Any:
@@ -117,8 +119,8 @@ def _compiled(pattern: Any) -> Any:
 
 
 def _last_number(value: Any) -> float | None:
-    """A number, or the last one in a text: `1,234.5`, `-2e3`; None if there is none."""
+    """A number, or the last one in a text: `1,234.5`, `-2e3`; None if there is none. `5-10` ends with 10, not -10."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     found = _NUMBER.findall(value) if isinstance(value, str) else []
-    return float(found[-1].replace(",", "")) if found else None
+    return float(found[-1].replace(",", "").replace("\u2212", "-")) if found else None

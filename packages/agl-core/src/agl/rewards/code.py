@@ -11,7 +11,7 @@ from agl.rewards.combinators import find
 from agl.rewards.sandbox import Sandbox, SandboxKind, SandboxLimits
 from agl.rewards.score import ScoredRollout
 
-_FENCE = re.compile(r"```(?:\w*\n)?(.*?)(?:```|\Z)", re.DOTALL)
+_FENCE = re.compile(r"```(?:\w*[^\S\n]*\n)?(.*?)(?:```|\Z)", re.DOTALL)
 _HARNESS: Final = """
 import json, os, sys
 spec = json.load(sys.stdin)

@@ -58,7 +58,8 @@ class Gate(Combinator):
 
         Gate({"efficiency": "goal"}, scorer)    # efficiency counts only for a right answer
 
-    The part is missing if the other one is.
+    The part is missing if the other one is. Gates apply in their order, so a part that one of them set to 0 opens no
+    later one.
     """
 
     def __init__(self, requires: Mapping[str, str], scorer: Scorer, *, at_least: float = 1.0) -> None:
@@ -74,7 +75,7 @@ class Gate(Combinator):
         for part, other in self.requires.items():
             if unknown := {part, other} - parts.keys():
                 raise RewardError(f"Gate names part {min(unknown)!r}; the scorer returned {', '.join(parts)}")
-            passed = parts[other]
+            passed = values[other]
             if passed is None:
                 values[part], reasons[part] = None, f"{other} is missing"
             elif passed < self.at_least:
@@ -212,9 +213,15 @@ def _parts_of(result: Any, combinator: str) -> Parts | None:
 
 
 def _each(result: Any, function: Callable[[str, float], float]) -> Any:
-    """A result with `function` of the name and value of each part, or of "" and the number."""
+    """A result with `function` of the name and value of each part, or of "" and the number. Raises TelemetryError for
+    what is no finite number.
+    """
+
+    def changed(name: str, value: Any) -> float | None:
+        number = read_score(value).value
+        return None if number is None else function(name, number)
+
     if not isinstance(result, Mapping):
-        value = read_score(result).value
-        return None if value is None else function("", value)
+        return changed("", result)
     parts = Parts.of(result)
-    return parts.with_values({name: None if part is None else function(name, part) for name, part in parts.items()})
+    return parts.with_values({name: changed(name, part) for name, part in parts.items()})

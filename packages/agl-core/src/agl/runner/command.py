@@ -82,9 +82,10 @@ class Command:
                 f"train.command: there is no program {arguments[0]!r} on PATH or in {os.getcwd()}; install it on this "
                 "machine, or name its path"
             )
-        missing = [name for name in arguments[1:] if name.endswith((".py", ".sh", ".js")) and not Path(name).exists()]
-        if missing:
-            raise ConfigError(f"train.command: there is no file {missing[0]!r} in {os.getcwd()}; run it in its folder")
+        # The first one: a later one may be a file that the program writes. With a space it may be a line of `sh -c`.
+        script = next((name for name in arguments[1:] if name.endswith((".py", ".sh", ".js"))), None)
+        if script and " " not in script and not Path(script).exists():
+            raise ConfigError(f"train.command: there is no file {script!r} in {os.getcwd()}; run it in its folder")
         return cls(arguments, addresses, memory_bytes)
 
     async def __call__(self, task: Any) -> str | None:

@@ -68,12 +68,10 @@ class RunnerProcesses:
         self.check()
 
     def _watch(self) -> None:
-        self.running = [self._start() for _ in range(self._count)]
-        while not self._stop.wait(_LOOK_S) and self._error is None:
-            for index, process in enumerate(self.running):
-                if (code := process.poll()) is not None:
-                    self._note_end(process.pid, code)
-                    self.running[index] = self._start()
+        try:
+            self._keep_running()
+        except OSError as error:
+            self._error = f"a runner cannot be started: {error}"
         for process in self.running:
             process.terminate()
         deadline = time.monotonic() + self._drain_s + _STOP_S
@@ -83,6 +81,15 @@ class RunnerProcesses:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+    def _keep_running(self) -> None:
+        while len(self.running) < self._count:
+            self.running.append(self._start())
+        while not self._stop.wait(_LOOK_S) and self._error is None:
+            for index, process in enumerate(self.running):
+                if (code := process.poll()) is not None:
+                    self._note_end(process.pid, code)
+                    self.running[index] = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
         # A session of its own: Ctrl-C reaches this process, which ends the others in order.
