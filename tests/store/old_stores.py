@@ -18,7 +18,7 @@ from agl.tokens.packing import pack_ids, pack_logprobs
 
 FOLDER = Path(__file__).with_name("old")
 PAST = (
-    *("sqlite-1", "sqlite-2", "sqlite-3", "sqlite-4", "sqlite-5", "sqlite-6"),
+    *("sqlite-1", "sqlite-2", "sqlite-3", "sqlite-4", "sqlite-5", "sqlite-6", "sqlite-7"),
     *("postgres-1", "postgres-2", "postgres-3", "postgres-4"),
     *("cassandra-1", "cassandra-2", "cassandra-3", "cassandra-4"),
 )

@@ -204,6 +204,14 @@ def test_a_late_span_follows_the_decision(traffic: TrafficStore) -> None:
     assert found is not None and (found.spans, found.reward and found.reward.value) == (6, 1.0)
 
 
+def test_a_span_is_not_taken_for_one_that_a_sampler_has_decided_before(traffic: TrafficStore) -> None:
+    sampler = Sampler(traffic, CONFIG)
+    for name, first in ((LOW, 100), (HIGH, 200)):
+        append(traffic, whole(name, first, 0.2))
+        assert (sampler.run_once(BASE_NS + S), pending(traffic)) == (1, 0)
+    assert (kept_spans(traffic, LOW), kept_spans(traffic, HIGH)) == (0, 4)
+
+
 def test_a_gateway_call_in_a_trace_of_its_own_is_decided_with_the_rollout_that_asked(traffic: TrafficStore) -> None:
     for name, first in ((LOW, 100), (HIGH, 200)):
         response = {semconv.GEN_AI_RESPONSE_ID: f"answer-{name}"}

@@ -9,7 +9,7 @@ from agl.store.protocol import Store
 from agl.store.span_row import SpanRow
 
 Place = Any
-"""Key of a pending span; each backend has its own."""
+"""Key of a pending span, never of another one after its deletion; each backend has its own."""
 PROD: Final = "prod"
 
 

@@ -43,11 +43,10 @@ def schema_version(path: Path) -> int:
 
 
 def remove_if_empty(path: Path) -> None:
-    """Delete the file unless one of its tables has a row; that of its clock always has."""
+    """Delete the file unless one of its tables has a row; that of its clock and that of SQLite always have."""
     with closing(connect(path)) as db:
-        tables = [
-            name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name <> 'clock'")
-        ]
+        found = db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        tables = [name for (name,) in found if name not in ("clock", "sqlite_sequence")]
         is_empty = not any(db.execute(f'SELECT 1 FROM "{name}" LIMIT 1').fetchone() for name in tables)
     if is_empty:
         for file in (path, *(path.with_name(f"{path.name}-{part}") for part in ("wal", "shm"))):

@@ -177,6 +177,17 @@ _ROW_CHECKSUMS = (
     "ALTER TABLE resources ADD COLUMN checksum INTEGER",
 )
 
+# The place of a deleted row was given to the next span, which a sampler then took for the one before.
+_PLACES_ONCE = (
+    "ALTER TABLE pending RENAME TO old_pending",
+    """CREATE TABLE pending (
+        place INTEGER PRIMARY KEY AUTOINCREMENT,
+        arrived_ns INTEGER NOT NULL,
+        otlp BLOB NOT NULL)""",
+    "INSERT INTO pending SELECT * FROM old_pending",
+    "DROP TABLE old_pending",
+)
+
 MIGRATIONS: Final[Migrations] = (
     _FIRST,
     _JOIN_BY_ANSWER,
@@ -185,6 +196,7 @@ MIGRATIONS: Final[Migrations] = (
     _ASKS_BY_ARRIVAL,
     _TRAFFIC,
     _ROW_CHECKSUMS,
+    _PLACES_ONCE,
 )
 
 
