@@ -28,6 +28,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     store.close()
 
 
+@pytest.fixture
+def empty() -> Iterator[Store]:
+    store = open_store("memory://")
+    yield store
+    store.close()
+
+
 @pytest.fixture(scope="module")
 def url(store: Store) -> Iterator[str]:
     with ServerThread(store, port=0, otlp_http_port=0) as server:

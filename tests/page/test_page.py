@@ -1,6 +1,8 @@
 """The page in Chromium."""
 
 import html
+import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,12 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
-from agl.page.runs import RunView
-from agl.store import Store
-from tests.page.made import ANSI, EVIL, LONG, REORDERED, SCRIPT
+from agl.inspection.evaluation import evaluation_record
+from agl.page.comparison import Comparison
+from agl.page.groups import list_groups
+from agl.page.runs import RunView, run_names
+from agl.store import Resource, Rollout, Store
+from tests.page.made import ANSI, EVIL, LONG, REORDERED, SCRIPT, rollout
 
 PATHS = {
     "runs": "/runs",
@@ -175,6 +180,7 @@ def test_other_tokens_and_other_sites_get_nothing(guarded_url: str) -> None:
     assert httpx.get(f"{guarded_url}/rollouts", cookies={"agl_session": "0" * 64}).status_code == 401
     assert httpx.get(f"{guarded_url}/rollouts").json()["error"]["code"] == "invalid_api_key"
     assert httpx.get(f"{guarded_url}/static/page.css").status_code == 200
+    assert "sqlite:" not in httpx.get(f"{guarded_url}/login").text
 
 
 def test_a_run_shows_curves_and_says_what_is_wrong(page: Page, url: str) -> None:
@@ -200,6 +206,40 @@ def test_the_interval_of_a_reward_is_that_of_its_mean(store: Store) -> None:
     reward = series["reward"]
     assert reward["x"] == [*range(1, 11)] and reward["y"][-1] == pytest.approx(1.0)
     assert (reward["low"][-1], reward["high"][-1]) == (pytest.approx(0.804), pytest.approx(1.196))
+
+
+def test_findings_are_about_the_last_ten_steps_also_where_points_are_missing_or_are_no_numbers(
+    empty: Store,
+) -> None:
+    """Steps 11 to 20: no call was dropped for being stale, so these steps have no point of `calls/dropped/stale`."""
+    for step in range(1, 21):
+        stale = {"calls/dropped/stale": 4.0} if step <= 10 else {}
+        reward = {"reward/mean": math.nan if step == 20 else 0.5, "reward/std": 0.1}
+        norm = {"writer/grad_norm": 0.1 if step == 20 else 0.0, "time/update_s": math.nan}
+        empty.append_metrics("toy", step, {"calls": 4.0, "rollouts": 4.0, **stale, **reward, **norm})
+    run = RunView.of(empty, "toy")
+    assert (run.findings(empty), run.times()) == ([], {})
+    (series,) = json.loads(json.dumps(run.charts(), allow_nan=False))[0]["series"]
+    assert [series[name][-2:] for name in ("y", "low", "high")] == [[0.5, None], [0.402, None], [0.598, None]]
+
+
+def test_lists_have_the_newest_run_first_and_groups_whose_first_rollout_has_no_spans(empty: Store) -> None:
+    for made_ns, run in enumerate("bac"):
+        empty.put_resource(Resource(f"run {run}", 0, "/run", {"made_ns": made_ns}))
+    assert run_names(empty) == ["c", "a", "b"]
+    empty.enqueue_rollouts([Rollout(name, name, "task") for name in ("waits", "first", "second")])
+    for name, value in (("second", 0.5), ("first", 1.0)):
+        empty.append_spans(rollout(name, "train", value))
+    assert [(len(group.members), group.queued) for group in list_groups(empty, "", None).groups] == [(2, 3)]
+
+
+def test_a_task_without_both_rewards_is_not_counted_as_equal(empty: Store) -> None:
+    for name, value in (("one", 0.5), ("other", None)):
+        empty.append_spans(rollout(name, "eval", value))
+    for label, name in (("base", "one"), ("grpo", "other")):
+        empty.put_resource(evaluation_record("toy", label, "/eval", {"same": "one", "lost": name}))
+    counts = Comparison.of(empty, "toy", "base", "grpo").counts
+    assert counts == {"worse": 0, "equal": 1, "better": 0, "without both rewards": 1}
 
 
 def test_a_group_shows_its_rollouts_from_the_best_and_why_it_won(page: Page, url: str) -> None:

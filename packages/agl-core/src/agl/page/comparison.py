@@ -77,9 +77,10 @@ class Comparison:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        changes = [pair.change or 0.0 for pair in self.pairs]
+        changes = [pair.change for pair in self.pairs if pair.change is not None]
         better, worse = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
-        return {"worse": worse, "equal": len(changes) - better - worse, "better": better}
+        unknown = {"without both rewards": len(self.pairs) - len(changes)} if len(changes) < len(self.pairs) else {}
+        return {"worse": worse, "equal": len(changes) - better - worse, "better": better, **unknown}
 
 
 def evaluations(store: Store, run: str) -> list[Resource]:

@@ -111,12 +111,13 @@ def list_groups(store: Store, run: str, cursor: str | None) -> GroupPage:
 
 
 def _groups_that_begin_with(store: Store, rollout_ids: Sequence[str], run: str) -> Iterator[Group]:
-    """The groups of which one of these is the first rollout: so each group is in one page."""
+    """The groups of which one of these is the first rollout that has spans: so each group is in one page."""
     for rollout_id in rollout_ids:
         rollout = store.get_rollout(rollout_id)
         if rollout is None or rollout.group_id is None or (run and rollout.metadata.get("run") != run):
             continue
-        if store.query_rollouts(rollout.group_id)[0].rollout_id == rollout_id:
+        queued = (one.rollout_id for one in store.query_rollouts(rollout.group_id))
+        if rollout_id == next((name for name in queued if name == rollout_id or store.query_rows(name)), None):
             yield Group.of(store, rollout.group_id)
 
 

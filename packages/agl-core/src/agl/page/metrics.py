@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from agl.page.runs import RUN
+from agl.page.runs import run_names
 from agl.store import Store
 
 _RUNS = 20
@@ -34,8 +34,7 @@ def training_metrics(store: Store) -> list[Metric]:
     dropped = CounterMetricFamily(
         "agl_training_calls_dropped", "Calls that did not train, by reason.", labels=["run", "reason"]
     )
-    for resource in store.query_resources(RUN)[-_RUNS:]:
-        run = resource.name.removeprefix(RUN)
+    for run in run_names(store)[:_RUNS]:
         metrics = store.query_metrics(run)
         if metrics:
             step.add_metric([run], max(points[-1][0] for points in metrics.values()))

@@ -79,9 +79,10 @@ def list_page(store: Store, filters: Filters, cursor: str | None) -> ListPage:
     searched = 0
     while True:
         page = store.list_rollouts(PAGE_ROLLOUTS, cursor)
-        read = [ListedRollout.of(store, store.query_spans(name), selection.role) for name in page.rollout_ids]
-        found += filter(selection.admits, read)
-        searched += len(read)
+        read = map(store.query_spans, page.rollout_ids)
+        spans = [each for each in read if each]  # None if just deleted.
+        found += filter(selection.admits, (ListedRollout.of(store, each, selection.role) for each in spans))
+        searched += len(spans)
         cursor = page.cursor
         if cursor is None or len(found) >= PAGE_ROLLOUTS or time.monotonic() > deadline:
             return ListPage(found, cursor, searched)

@@ -63,14 +63,24 @@ class RunView:
         return max((values[-1][0] for values in self.metrics.values()), default=None)
 
     @property
+    def recent(self) -> Series:
+        """The finite points of the last steps. A count that is 0 may have no point, so steps count, and not points."""
+        first = (self.last_step or 0) - _WINDOW + 1
+        recent = {
+            name: [(step, value) for step, value in points if step >= first and math.isfinite(value)]
+            for name, points in self.metrics.items()
+        }
+        return {name: points for name, points in recent.items() if points}
+
+    @property
     def reward(self) -> float | None:
         return _last(self.metrics, "reward/mean")
 
     def times(self) -> dict[str, float]:
         """Mean seconds of each part of the last steps, the longest first."""
         parts = {
-            name.removeprefix("time/").removesuffix("_s"): statistics.fmean(_recent(self.metrics, name))
-            for name in self.metrics
+            name.removeprefix("time/").removesuffix("_s"): statistics.fmean(value for _, value in points)
+            for name, points in self.recent.items()
             if name.startswith("time/")
         }
         return dict(sorted(parts.items(), key=lambda item: -item[1]))
@@ -86,31 +96,36 @@ class RunView:
 
     def findings(self, store: Store) -> list[Finding]:
         """What is wrong in the last steps; empty if nothing is."""
-        found = list(_findings(self.metrics, self.run))
+        found = list(_findings(self.recent, self.run))
         if any("error=any" in finding.query for finding in found):
             found.append(_commonest_error(store, self.run))
         return found
 
 
 def list_runs(store: Store) -> list[RunView]:
-    """The runs that claimed a name, those with the latest steps first."""
-    names = [resource.name.removeprefix(RUN) for resource in store.query_resources(RUN)]
-    return [RunView.of(store, run) for run in dict.fromkeys(reversed(names))]
+    """The runs that claimed a name, the newest first."""
+    return [RunView.of(store, run) for run in run_names(store)]
+
+
+def run_names(store: Store) -> list[str]:
+    """The runs that claimed a name, the newest first."""
+    claims = sorted(store.query_resources(RUN), key=lambda claim: claim.metadata.get("made_ns", 0), reverse=True)
+    return [claim.name.removeprefix(RUN) for claim in claims]
 
 
 def _findings(metrics: Series, run: str) -> Iterator[Finding]:
-    groups, equal = (sum(_recent(metrics, name)) for name in ("groups", "groups/zero_variance"))
+    groups, equal = (_total(metrics, name) for name in ("groups", "groups/zero_variance"))
     if groups and equal / groups >= 0.5:
         yield Finding(
             f"In {equal / groups:.0%} of the groups all rollouts earned the same, so they taught nothing.",
             ADVICE[DropReason.ZERO_ADVANTAGE],
             urlencode({"run": run, "outcome": DropReason.ZERO_ADVANTAGE}),
         )
-    rollouts, failed = (sum(_recent(metrics, name)) for name in ("rollouts", "rollouts/failed"))
+    rollouts, failed = (_total(metrics, name) for name in ("rollouts", "rollouts/failed"))
     if rollouts and failed / rollouts >= 0.1:
         query = urlencode({"run": run, "mode": "train", "error": "any"})
         yield Finding(f"{failed / rollouts:.0%} of the rollouts failed.", "", query)
-    if missing := sum(_recent(metrics, "rollouts/without_reward")):
+    if missing := _total(metrics, "rollouts/without_reward"):
         query = urlencode({"run": run, "mode": "train", "reward": "none"})
         yield Finding(f"{missing:.0f} rollouts have no reward.", ADVICE[DropReason.NO_REWARD], query)
     yield from _dropped(metrics, run)
@@ -120,9 +135,9 @@ def _findings(metrics: Series, run: str) -> Iterator[Finding]:
 
 def _dropped(metrics: Series, run: str) -> Iterator[Finding]:
     """Reasons why many calls did not train."""
-    calls = sum(_recent(metrics, "calls"))
+    calls = _total(metrics, "calls")
     for reason in DropReason:
-        dropped = sum(_recent(metrics, f"calls/dropped/{reason}"))
+        dropped = _total(metrics, f"calls/dropped/{reason}")
         if reason is not DropReason.ZERO_ADVANTAGE and calls and dropped / calls >= 0.1:
             query = urlencode({"run": run, "outcome": reason})
             yield Finding(f"{dropped / calls:.0%} of the calls did not train: {reason}.", ADVICE.get(reason, ""), query)
@@ -130,9 +145,11 @@ def _dropped(metrics: Series, run: str) -> Iterator[Finding]:
 
 def _of_role(metrics: Series, role: str, name: str) -> Iterator[Finding]:
     values = [value for _, value in metrics[f"{role}/{name}"]] if role else []
-    if name == "grad_norm" and len(values) > 3 and values[-1] > _SPIKE * statistics.median(values[:-1]):
-        ratio = values[-1] / statistics.median(values[:-1])
-        yield Finding(f"The gradient norm of {role} is {ratio:.0f} times its median.", "lower train.learning_rate")
+    if name == "grad_norm" and len(values) > 3:
+        usual = statistics.median(values[:-1])
+        if 0 < _SPIKE * usual < values[-1]:  # It is 0 while nothing trains.
+            text = f"The gradient norm of {role} is {values[-1] / usual:.0f} times its median."
+            yield Finding(text, "lower train.learning_rate")
     if name == "staleness_mean" and values[-1:] and values[-1] > 2:
         text = f"The calls of {role} were sampled {values[-1]:.1f} versions ago on average."
         yield Finding(text, "lower train.max_staleness, or sample faster")
@@ -162,10 +179,11 @@ def _reward_series(metrics: Series) -> Iterator[dict[str, Any]]:
         deviations = dict(metrics.get(f"{prefix}/std" if part == "mean" else f"{name}_std", ()))
         label = " ".join(filter(None, (role, "reward" if part == "mean" else part)))
         series = _plain(label, points)
-        errors = [_Z * deviations.get(step, 0.0) / math.sqrt(max(counts.get(step, 1.0), 1.0)) for step, _ in points]
         if part == "mean":
-            pairs = list(zip(points, errors, strict=True))
-            series |= {"low": [v - e for (_, v), e in pairs], "high": [v + e for (_, v), e in pairs]}
+            errors = [_Z * deviations.get(step, 0.0) / math.sqrt(max(counts.get(step, 1.0), 1.0)) for step, _ in points]
+            low = [(step, value - error) for (step, value), error in zip(points, errors, strict=True)]
+            high = [(step, value + error) for (step, value), error in zip(points, errors, strict=True)]
+            series |= {"low": _plain(label, low)["y"], "high": _plain(label, high)["y"]}
         yield series
 
 
@@ -186,8 +204,8 @@ def _plain(label: str, points: Sequence[tuple[int, float]]) -> dict[str, Any]:
     return {"label": label, "x": [step for step, _ in finite], "y": [value for _, value in finite]}
 
 
-def _recent(metrics: Series, name: str) -> list[float]:
-    return [value for _, value in metrics.get(name, ())[-_WINDOW:] if math.isfinite(value)]
+def _total(metrics: Series, name: str) -> float:
+    return sum(value for _, value in metrics.get(name, ()))
 
 
 def _last(metrics: Series, name: str) -> float | None:

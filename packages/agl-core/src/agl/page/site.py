@@ -121,7 +121,7 @@ class Page:
         return respond
 
     def _show(self, template: str, request: Request, status: int = HTTPStatus.OK, **values: Any) -> Response:
-        text = self._templates.get_template(template).render(values, store_uri=self._store(request).uri)
+        text = self._templates.get_template(template).render({"store_uri": self._store(request).uri, **values})
         return HTMLResponse(text.encode(errors="replace"), status)
 
     def _store(self, request: Request) -> Store:
@@ -211,7 +211,8 @@ class Page:
         session = self._tokens.session(given) if given else None
         if session is None and self._tokens:
             status = HTTPStatus.UNAUTHORIZED if request.method == "POST" else HTTPStatus.OK
-            response = self._show("login.html", request, status, target=target, was_refused=request.method == "POST")
+            was_refused = request.method == "POST"
+            response = self._show("login.html", request, status, target=target, was_refused=was_refused, store_uri="")
         else:
             response = RedirectResponse(target, HTTPStatus.SEE_OTHER)
         if session is not None:

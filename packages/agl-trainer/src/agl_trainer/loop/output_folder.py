@@ -4,6 +4,7 @@ import fcntl
 import os
 import secrets
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,7 +67,9 @@ def claim_run(folder: Path, store: Store) -> str:
     """`run_of(folder)`, with a suffix if `store` already has a run of this id. The folder keeps the id."""
     file, run = folder / RUN_FILE, run_of(folder)
     if not file.exists():
-        claim = Resource(f"run {run}", 0, str(folder.resolve()), {"token": secrets.token_hex(8)})
+        claim = Resource(
+            f"run {run}", 0, str(folder.resolve()), {"token": secrets.token_hex(8), "made_ns": time.time_ns()}
+        )
         if store.add_resource(claim).metadata != claim.metadata:
             run = f"{run[:57]}-{secrets.token_hex(3)}"
         folder.mkdir(parents=True, exist_ok=True)
