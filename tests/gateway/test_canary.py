@@ -1,11 +1,12 @@
 """A canary through two gateways of one store, over days of a clock that the tests set: what answers whom, and why."""
 
+import asyncio
 import itertools
 import json
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from agl.canary.assignment import hash_key
 from agl.canary.decision import check, end, running, start
 from agl.canary.history import Event, all_events, last_event
 from agl.config import CanaryConfig, GatewayConfig
+from agl.errors import CanaryError
 from agl.gateway import arms
 from agl.server_thread import ServerThread
 from agl.span import Span, now_ns
@@ -213,3 +215,23 @@ def test_an_adapter_that_was_never_loaded_stops_the_canary_with_the_call(answers
             found["answered"] == (answers if "@" in answers else f"{answers}@0") and found["span_id"] in stopped.reason
         )
         assert here.call("next") == "planner@12"
+
+
+def test_a_call_of_a_rollout_that_an_earlier_canary_began_does_not_stop_this_one() -> None:
+    with closing(Store()) as store:
+        event = start(store, NEW, OLD, CanaryConfig(**SETTINGS), "test", now_ns())
+        followed = arms.Arms(store)
+
+        async def runs_after_a_call_of(canary: str) -> bool:
+            named = {
+                semconv.CANARY_ID: canary,
+                semconv.CANARY_VERSION: "planner@13",
+                semconv.POLICY_VERSION: "planner@12",
+            }
+            async with followed.following():
+                await followed.prove([Span("a" * 32, "b" * 16, None, semconv.SPAN_GATEWAY_CALL, 1, 2, named)])
+            return running(store) == event
+
+        assert asyncio.run(runs_after_a_call_of("an earlier one"))
+        with pytest.raises(CanaryError, match="the last one was stopped"):
+            asyncio.run(runs_after_a_call_of(event.canary.id))

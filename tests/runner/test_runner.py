@@ -141,6 +141,8 @@ def test_a_reward_function_that_hangs_makes_a_missing_reward(store: Store, make:
         (RolloutState.SUCCEEDED, None, "no reward within 0.2 s")
     ] * 2
     assert [attempt.state for attempt in store.query_attempts("r1")] == [AttemptState.SUCCEEDED]
+    # Whoever reads the spans of another runner finds it too.
+    assert build_trajectory(store.query_spans("r1")).missing_reward == "no reward within 0.2 s"
 
 
 def test_the_answer_is_recorded_for_later_scorers(store: Store, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,9 +107,11 @@ class Arms:
     async def prove(self, spans: Sequence[Span]) -> None:
         """Stop the canary if a version other than that of its arm answered the call of `spans`."""
         for span in spans:
-            found = unproved_call(span.rollout_id or span.trace_id, span)
-            if found is not None and self._last is not None and self._last.is_running:
-                await asyncio.to_thread(self._stop, self._last, found)
+            found, last = unproved_call(span.rollout_id or span.trace_id, span), self._last
+            if found is None or last is None or not last.is_running:
+                continue
+            if span.text(semconv.CANARY_ID) == last.canary.id:  # not a call of a rollout that an earlier canary began
+                await asyncio.to_thread(self._stop, last, found)
                 await self._read()
 
     def _stop(self, event: Event, call: Unproved) -> None:

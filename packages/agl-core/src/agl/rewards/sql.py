@@ -250,7 +250,8 @@ class _Server:
             if self._explains:
                 plan = session.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {sql}").scalar_one()
                 result.work = max((plan if isinstance(plan, list) else json.loads(plan))[0]["Plan"]["Total Cost"], 1e-9)
-            result.rows = [tuple(row) for row in session.exec_driver_sql(sql).fetchmany(self._limits.rows + 1)]
+            rows = session.exec_driver_sql(sql, execution_options={"stream_results": True})  # a million fill no memory
+            result.rows = [tuple(row) for row in rows.fetchmany(self._limits.rows + 1)]
         if len(result.rows) > self._limits.rows:
             raise QueryError(f"more than {self._limits.rows} rows")
         return result

@@ -1,5 +1,6 @@
 """Calls the user's agent function for an attempt, and the reward function on its answer, inside `agl.rollout`."""
 
+import contextvars
 import inspect
 import logging
 import time
@@ -42,6 +43,8 @@ class AgentRun:
     awaited: Future[Any] | None = None
     """Future of an async agent (or reward function) that the thread waits for."""
     abandoned: bool = False
+    context: contextvars.Context = field(default_factory=contextvars.Context)
+    """That of the rollout, once it has begun."""
 
     def __post_init__(self) -> None:
         self.deadline = time.monotonic() + self.limit_s
@@ -52,6 +55,11 @@ class AgentRun:
         if self.rollout.timeout_s is None:
             self.deadline = time.monotonic() + self.limit_s
         self.answered = True
+
+    def miss_reward(self, reason: str) -> None:
+        """Record that there is no reward, in place of the thread, whose reward function has not returned."""
+        self.score = Score(None, missing=reason)
+        self.context.run(record_missing_reward, reason)
 
     @property
     def is_late(self) -> bool:
@@ -91,6 +99,7 @@ class Agent:
         )
         try:
             with current, logs_recorded():
+                run.context = contextvars.copy_context()
                 run.take_answer(self._resolve(run, self._function(rollout.input)))
                 answer = {semconv.ROLLOUT_ANSWER: content_json(run.answer)}
                 ContentFilter.of().set_content(trace.get_current_span(), lambda: answer)

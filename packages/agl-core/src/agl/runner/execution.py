@@ -10,7 +10,6 @@ import threading
 import time
 from abc import ABC, abstractmethod
 
-from agl.rewards import Score
 from agl.runner.agent import Agent, AgentRun
 from agl.store import Attempt, AttemptState, Rollout, Store
 
@@ -88,7 +87,7 @@ class Execution(ABC):
         for run in late:
             if run.answered:
                 if run.is_late:  # it may have answered after the first look
-                    run.score = Score(None, missing=f"no reward within {run.limit_s:g} s")
+                    run.miss_reward(f"no reward within {run.limit_s:g} s")
                     self._take(run)
                     run.abandon()
                 continue
