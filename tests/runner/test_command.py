@@ -1,5 +1,6 @@
 """Unmodified programs as agents: what they are told, how they answer, fail, hang and leave processes behind."""
 
+import asyncio
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from agl import semconv
-from agl.errors import ConfigError
+from agl.errors import AgentError, ConfigError
 from agl.runner.command import Addresses, Command
 from agl.runner.runner import Outcome, Runner
 from agl.server_thread import ServerThread
@@ -109,3 +110,10 @@ def test_a_line_of_a_shell_and_a_file_that_is_written_are_no_missing_script(tmp_
     (tmp_path / "agent.py").touch()
     for command in ("sh -c 'cd agents && python agent.py'", f"{sys.executable} {tmp_path}/agent.py --out new.py"):
         assert Command.parse(command, Addresses("", "")).arguments
+
+
+def test_a_process_that_keeps_the_output_open_in_another_session_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agl.runner.command._PIPES_S", 0.1)
+    agent = Command.parse("sh -c 'setsid sleep 5 & echo done'", Addresses("", ""))
+    with pytest.raises(AgentError, match=r"sh ended, but its output did not .*\(setsid\) holds it"):
+        asyncio.run(agent({}))

@@ -90,3 +90,5 @@ def test_only_one_canary_runs_and_its_fraction_only_grows(agl: Agl) -> None:
     assert "two at a time would mix their effects" in agl("start", "planner@12", "--run", "shop")[2]
     assert "give a larger fraction" in agl(*START)[2]
     assert "canary 0" not in agl("history")[2]
+    agl("rollback")
+    assert "by the history of the store planner@12 does" in agl(*START, "--current", "planner@11")[2]

@@ -25,7 +25,13 @@ def start(
     last = last_event(store)
     if last is not None and last.is_running:
         return _raise_fraction(store, last, candidate, settings, by, now_ns)
-    versions = {**(last.versions if last else {}), **current}
+    known = last.versions if last else {}
+    if wrong := [role for role in current if role in known and known[role] != current[role]]:
+        raise CanaryError(
+            f"--current says that {current[wrong[0]]} answers {wrong[0]}, but by the history of the store "
+            f"{known[wrong[0]]} does, and starting a canary changes no other production: leave --current out for it"
+        )
+    versions = {**known, **current}
     _check_versions(candidate, versions)
     canary = Canary(
         id=secrets.token_hex(6),

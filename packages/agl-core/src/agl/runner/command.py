@@ -109,6 +109,12 @@ class Command:
                 await process.wait()
             _kill(process)
             _, out, err = await asyncio.wait_for(talk, _PIPES_S)
+        except TimeoutError as error:
+            process._transport.close()  # type: ignore[attr-defined]  # asyncio has no other way to close the pipes
+            raise AgentError(
+                f"{self.arguments[0]} ended, but its output did not within {_PIPES_S:g} s: what it started in a "
+                "session of its own (setsid) holds it, and may still run; give that another output"
+            ) from error
         finally:
             _kill(process)
             talk.cancel()
