@@ -74,7 +74,7 @@ function options(chart, width) {
     shown.push({ ...edge, label: `${one.label} low` }, { ...edge, label: `${one.label} high` });
     bands.push({ series: [shown.length - 1, shown.length - 2], fill: shade });
   });
-  return { width, height: 220, series: shown, bands, scales: { x: { time: false }, y: { range: (_, low, high) => (low === high ? [low - 1, high + 1] : uPlot.rangeNum(low, high, 0.1, true)) } }, axes: [axis, { ...axis, size: 52 }], legend: { live: true }, cursor: { drag: { x: true, y: false } } };
+  return { width, height: 220, series: shown, bands, scales: { x: { time: false }, y: { range: (_, low, high) => (low === high ? [low, low + 1] : uPlot.rangeNum(low, high, 0.1, true)) } }, axes: [axis, { ...axis, size: 52 }], legend: { live: true }, cursor: { drag: { x: true, y: false } } };
 }
 
 function draw(found) {
