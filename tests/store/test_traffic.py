@@ -204,6 +204,27 @@ def test_a_late_span_follows_the_decision(traffic: TrafficStore) -> None:
     assert found is not None and (found.spans, found.reward and found.reward.value) == (6, 1.0)
 
 
+def test_a_late_span_without_the_group_follows_the_decision_on_the_group(traffic: TrafficStore) -> None:
+    append(traffic, [made(HIGH, 100, semconv.SPAN_ROLLOUT, group=LOW)])
+    assert sample(traffic, 5) == 1
+    append(traffic, [made(HIGH, 101, semconv.SPAN_REWARD, parent=100, **{semconv.REWARD_VALUE: 0.9})], 6)
+    assert (sample(traffic, 100), pending(traffic)) == (1, 0)
+    found = left_out(traffic.query_spans(HIGH))
+    assert found is not None and (found.decision.unit, found.spans, found.group_id) == (LOW, 2, LOW)
+
+
+def test_a_record_that_a_sender_invents_is_no_decision(traffic: TrafficStore) -> None:
+    claims: list[dict[str, Any]] = [{}, {semconv.SAMPLED_KEPT: "no"}]
+    whole_claim: dict[str, Any] = {semconv.SAMPLED_UNIT: "r", semconv.SAMPLED_REASON: "base_rate"}
+    claims += [whole_claim | {semconv.SAMPLED_KEPT: True, semconv.SAMPLED_THRESHOLD: "1" + 14 * "0"}]  # p = 0
+    for number, claim in enumerate(claims):
+        append(traffic, [made(HIGH, 100 + number, semconv.SPAN_SAMPLED, **claim)])
+    append(traffic, whole(HIGH, 200))
+    assert sample(traffic, 5) == 1
+    trajectory = build_trajectory(traffic.query_spans(HIGH))
+    assert trajectory.sampled is not None and trajectory.sampled.decision.unit == HIGH
+
+
 def test_a_span_is_not_taken_for_one_that_a_sampler_has_decided_before(traffic: TrafficStore) -> None:
     sampler = Sampler(traffic, CONFIG)
     for name, first in ((LOW, 100), (HIGH, 200)):
@@ -219,6 +240,11 @@ def test_a_gateway_call_in_a_trace_of_its_own_is_decided_with_the_rollout_that_a
         append(traffic, [*whole(name, first, 0.2), made(name, first + 9, "chat m", **response), call])
     assert (sample(traffic, 1), pending(traffic)) == (2, 0)
     assert (kept_spans(traffic, LOW), kept_spans(traffic, HIGH)) == (0, 6)
+    response = {semconv.GEN_AI_RESPONSE_ID: "answer-early"}
+    append(traffic, [made(None, 350, semconv.SPAN_GATEWAY_CALL, mode=None, **response)], 10)
+    assert sample(traffic, 20) == 0  # The framework sends its span of the request later.
+    append(traffic, [made("task-0", 409, "chat m", **response), made("task-0", 410, semconv.SPAN_ROLLOUT)], 21)
+    assert (sample(traffic, 24), pending(traffic), kept_spans(traffic, f"{4:032x}")) == (1, 0, 0)
 
 
 def test_a_window_keeps_the_largest_randomness_whoever_decides_and_however_often_it_restarts(

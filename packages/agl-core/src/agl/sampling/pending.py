@@ -57,7 +57,9 @@ class PendingSpan:
             span.text(semconv.GROUP_ID),
             asked=None if by_gateway else span.response_id,
             answered=span.response_id if by_gateway and is_orphan else None,
-            is_root=span.name == semconv.SPAN_ROLLOUT or (not named and is_orphan and span.name not in _RECORDS),
+            # A call in a trace of its own may be of a rollout whose span of the request comes later.
+            is_root=span.name == semconv.SPAN_ROLLOUT
+            or (not named and is_orphan and not by_gateway and span.name not in _RECORDS),
             has_reward=read_reward(span) is not None,
             has_attempt=span.attempt_id is not None,
         )

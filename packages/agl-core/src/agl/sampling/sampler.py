@@ -94,7 +94,7 @@ class Sampler:
         units: dict[str, list[PendingRollout]] = defaultdict(list)
         for rollout in rollouts:
             group_id = rollout.group_id
-            units[f"rollout {rollout.rollout_id}" if group_id is None else f"group {group_id}"].append(rollout)
+            units[_key_of(rollout.rollout_id) if group_id is None else f"group {group_id}"].append(rollout)
         for key, some in units.items():
             ready_ns = max(map(self._ready_ns, some))
             if ready_ns <= now_ns:
@@ -195,6 +195,15 @@ class Sampler:
         """Propose these decisions, and carry out those that count: the first ones."""
         texts = {key: json.dumps(decision.attributes()) for key, decision in proposed.items()}
         decided = self._store.decide(texts)
+        # A late span may name its rollout only: then the decision on the group is that on the rollout.
+        members = {
+            _key_of(summary.rollout_id): decided[key]
+            for key in decided
+            for summary in self._candidates[key].summaries
+            if summary.group_id is not None
+        }
+        if members:
+            self._store.decide(members)
         decisions = {key: Decision.read(json.loads(text)) for key, text in decided.items()}
         self._settle([(self._candidates.pop(key), decision) for key, decision in decisions.items()])
 
@@ -223,6 +232,10 @@ class Sampler:
             )
 
 
+def _key_of(rollout_id: str) -> str:
+    return f"rollout {rollout_id}"
+
+
 @contextmanager
 def sampling(stores: Iterable[TrafficStore], config: TrafficSamplingConfig, every_s: float = 1.0) -> Iterator[None]:
     """Decide the pending rollouts of `stores` every `every_s` seconds in a thread, which logs an error and goes on."""
@@ -246,3 +259,5 @@ def _sample(
                 samplers.setdefault(store.uri, Sampler(store, config)).run_once()
             except AglError as error:
                 logger.error("sampling could not decide the rollouts of %s, and tries again: %s", store.uri, error)
+            except Exception:  # If the thread ended, all that comes would stay pending.
+                logger.exception("sampling could not decide the rollouts of %s, and tries again", store.uri)

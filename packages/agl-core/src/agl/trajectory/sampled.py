@@ -83,9 +83,13 @@ class Decision:
 
     @staticmethod
     def read(attributes: Mapping[str, Any]) -> "Decision":
-        """The inverse of `attributes`."""
-        unit, kept, reason, threshold = (attributes[name] for name in _DECISION)
-        return Decision(unit, kept, SamplingReason(reason), int(threshold, 16))
+        """The inverse of `attributes`. Raises ValueError if they are no decision."""
+        unit, kept, reason, threshold = (attributes.get(name) for name in _DECISION)
+        if isinstance(unit, str) and isinstance(kept, bool) and re.fullmatch("[0-9a-f]{14,15}", str(threshold)):
+            decision = Decision(unit, kept, SamplingReason(reason), int(str(threshold), 16))
+            if decision.threshold <= SPACE - kept:
+                return decision
+        raise ValueError(f"{dict(attributes)} is no decision of sampling")
 
 
 _DECISION: Final = (semconv.SAMPLED_UNIT, semconv.SAMPLED_KEPT, semconv.SAMPLED_REASON, semconv.SAMPLED_THRESHOLD)
@@ -130,12 +134,13 @@ def randomness(unit: str) -> int:
 
 def read_sampled(spans: Iterable[Span]) -> Sampled | None:
     """The decision on the rollout of `spans`, if there is one. Sums up its records: each late span brought another."""
-    records = [span for span in spans if span.name == semconv.SPAN_SAMPLED]
-    if not records:
+    found = [(span, decision) for span in spans if (decision := _decision(span)) is not None]
+    if not found:
         return None
+    records = [span for span, _ in found]
     rewards = [reward for record in records if (reward := read_reward(record))]
     return Sampled(
-        Decision.read(records[0].attributes),
+        found[0][1],
         next((text for record in records if (text := record.text(semconv.GROUP_ID))), None),
         next((text for record in records if (text := record.text(semconv.MODE))), "prod"),
         _total(records, semconv.SAMPLED_SPANS),
@@ -149,8 +154,16 @@ def read_sampled(spans: Iterable[Span]) -> Sampled | None:
     )
 
 
+def _decision(span: Span) -> Decision | None:
+    """The decision that a span records; None for other spans, also those that a sender calls so."""
+    try:
+        return Decision.read(span.attributes) if span.name == semconv.SPAN_SAMPLED else None
+    except ValueError:
+        return None
+
+
 def _total(records: Iterable[Span], name: str) -> int:
-    return sum(int(record.number(name) or 0) for record in records)
+    return sum(value for record in records if isinstance(value := record.attributes.get(name), int))
 
 
 def _texts(records: Iterable[Span], name: str) -> tuple[str, ...]:
