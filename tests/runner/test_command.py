@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.util.re import parse_env_headers
 
 from agl import semconv
 from agl.errors import AgentError, ConfigError
@@ -117,3 +118,8 @@ def test_a_process_that_keeps_the_output_open_in_another_session_is_named(monkey
     agent = Command.parse("sh -c 'setsid sleep 5 & echo done'", Addresses("", ""))
     with pytest.raises(AgentError, match=r"sh ended, but its output did not .*\(setsid\) holds it"):
         asyncio.run(agent({}))
+
+
+def test_a_token_reaches_the_exporter_as_it_is() -> None:
+    header = Addresses("", "", "a%20b,c=+/").variables()["OTEL_EXPORTER_OTLP_HEADERS"]
+    assert parse_env_headers(header) == {"authorization": "Bearer a%20b,c=+/"}

@@ -41,7 +41,8 @@ class Addresses:
     def variables(self, path: str = "") -> dict[str, str]:
         """Environment variables for the process of an agent function; `path` is that of the rollout in the gateway."""
         base_url = f"{self.gateway}{path}/v1"
-        headers = {"OTEL_EXPORTER_OTLP_HEADERS": f"authorization=Bearer%20{self.token}"} if self.token else {}
+        header = f"authorization={quote(f'Bearer {self.token}', safe='')}"
+        headers = {"OTEL_EXPORTER_OTLP_HEADERS": header} if self.token else {}
         return {"OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": self.token or "agl", **headers}
 
     def all_variables(self, path: str) -> dict[str, str]:
