@@ -46,3 +46,5 @@ def _watch(store: Store, stop: threading.Event) -> None:
             logger.warning("canary: %s", error)
         except AglError as error:
             logger.error("the canary could not be evaluated: %s", error)
+        except Exception:  # else a canary would go on, and nobody judge it
+            logger.exception("the canary could not be evaluated, which is a defect of agl")

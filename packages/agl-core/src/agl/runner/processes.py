@@ -53,7 +53,10 @@ class RunnerProcesses:
         self._thread.join()
 
     def stop(self) -> None:
-        """Have the processes drain. For signal handlers, too."""
+        """Have the processes drain; a second call has them give back at once what runs. For signal handlers, too."""
+        if self._stop.is_set():
+            for process in self.running:
+                process.terminate()
         self._stop.set()
 
     def check(self) -> None:
