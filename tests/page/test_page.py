@@ -11,11 +11,15 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
+from agl import semconv
 from agl.inspection.evaluation import evaluation_record
 from agl.page.comparison import Comparison
 from agl.page.groups import list_groups
 from agl.page.runs import RunView, run_names
+from agl.server_thread import ServerThread
 from agl.store import Resource, Rollout, Store
+from agl.trajectory.sampled import SPACE, Decision, SamplingReason
+from tests.core.span_maker import span
 from tests.page.made import ANSI, EVIL, LONG, REORDERED, SCRIPT, rollout
 
 PATHS = {
@@ -231,6 +235,17 @@ def test_lists_have_the_newest_run_first_and_groups_whose_first_rollout_has_no_s
     for name, value in (("second", 0.5), ("first", 1.0)):
         empty.append_spans(rollout(name, "train", value))
     assert [(len(group.members), group.queued) for group in list_groups(empty, "", None).groups] == [(2, 3)]
+
+
+def test_a_rollout_that_sampling_left_out_says_so(empty: Store) -> None:
+    decision = Decision("gone", False, SamplingReason.BASE_RATE, SPACE // 4 * 3)
+    named = {semconv.ROLLOUT_ID: "gone", semconv.MODE: "prod", **decision.attributes()}
+    empty.append_spans([span(semconv.SPAN_SAMPLED, named)])
+    with ServerThread(empty, port=0, otlp_http_port=0) as server:
+        listed = httpx.get(f"{server.base_url}/rollouts").text
+        shown = httpx.get(f"{server.base_url}/rollouts/view?id=gone")
+    assert "left out</td>" in listed and shown.status_code == 200
+    assert "Sampling: left out with probability 0.75: by chance (sampling.base_rate). It had 0 spans" in shown.text
 
 
 def test_a_task_without_both_rewards_is_not_counted_as_equal(empty: Store) -> None:

@@ -33,6 +33,7 @@ class InspectedRollout:
     """The spans of one rollout. Raises TrajectoryError if they are of several."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
+        self.spans = spans
         self.trajectory = build_trajectory(spans)
         self.reports = report_calls(self.trajectory, collect_trained(spans))
         self._late_rewards = {span.span_id for span in late_rewards(spans)}

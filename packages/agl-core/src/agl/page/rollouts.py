@@ -140,12 +140,16 @@ class RolloutView:
 
     @property
     def duration_ns(self) -> int:
-        spans = self.inspected.tree.spans
-        return max(span.end_ns for span in spans) - min(span.start_ns for span in spans)
+        return max(span.end_ns for span in self._timed) - self.start_ns
 
     @property
     def start_ns(self) -> int:
-        return min(span.start_ns for span in self.inspected.tree.spans)
+        return min(span.start_ns for span in self._timed)
+
+    @property
+    def _timed(self) -> Sequence[Span]:
+        """The spans of the run; of a rollout that sampling left out, its summary."""
+        return self.inspected.tree.spans or self.inspected.spans
 
     @property
     def reward_parts(self) -> Mapping[str, float]:
@@ -188,8 +192,8 @@ def full_text(store: Store, rollout_id: str, span_id: str, number: str) -> str:
 
 def _rows(inspected: InspectedRollout, shown: Sequence[tuple[Span, LastSiblings]]) -> Iterator[SpanRow]:
     spans = inspected.tree.spans
-    first = min(span.start_ns for span in spans)
-    scale = _TIMELINE / max(max(span.end_ns for span in spans) - first, 1)
+    first = min((span.start_ns for span in spans), default=0)
+    scale = _TIMELINE / max(max((span.end_ns for span in spans), default=0) - first, 1)
     for span, lasts in shown:
         report = inspected.report_of.get(span.span_id)
         x = (span.start_ns - first) * scale
