@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
         ({"agent": f"{TOY}:answer_of_nobody"}, "none of 4 calls trained: 4 failed_call (the request failed: 404"),
         ({"reward": f"{TOY}:flat"}, "none of 4 calls trained: 4 zero_advantage (all rollouts of its group earned the"),
         ({"reward": None}, "none of 4 calls trained: 4 no_reward (no reward reaches the call; set train.reward"),
-        ({"reward": f"{TOY}:infinite"}, "4 failed_rollout (4 of 4 rollouts failed, 4 of them with: agl.errors.AgentEr"),
+        ({"reward": f"{TOY}:infinite"}, "4 no_reward (4 of 4 rewards are missing, 4 of them with: agl.errors.Telemet"),
     ],
 )
 def test_a_training_without_a_trained_call_ends_with_1_and_says_why(

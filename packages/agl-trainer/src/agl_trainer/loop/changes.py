@@ -60,6 +60,7 @@ STEERING = frozenset(
         "gateway",
         "server",
         "canary",
+        "sampling",
         "judge",
         "engine.kind",
         "engine.launch",
