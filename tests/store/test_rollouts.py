@@ -77,7 +77,8 @@ def test_a_rollout_can_be_leased_by_id_before_earlier_ones(store: Store) -> None
 
 
 def test_a_rollout_is_leased_for_the_run_that_its_metadata_name(store: Store) -> None:
-    runs = {"r1": {}, "r2": {"run": "a"}, "r3": {"run": "b", "seed": 7}, "r4": {"run": "b"}}
+    odd = {"note": "NUL \0, its escape \\u0000, and \\"}
+    runs = {"r1": odd, "r2": odd | {"run": "a"}, "r3": odd | {"run": "b", "seed": 7}, "r4": {"run": "b"}}
     store.enqueue_rollouts([Rollout(name, 1, metadata=metadata) for name, metadata in runs.items()])
     assert store.lease_rollout("worker", "r2", run="b") is None
     leased = [store.lease_rollout("worker", run=run) for run in ("b", "b", "b", "a", None)]

@@ -29,6 +29,8 @@ _CONNECT_TIMEOUT_S = 10
 _POOL_TIMEOUT_S = 5.0
 """Shorter than the 10 s that an exporter waits: later it would not receive the request to retry."""
 _MAX_TRIES = 5
+_UNDECODABLE: Final = r"\\u(0000|[dD][89a-fA-F][0-9a-fA-F]{2})"
+"""Escapes in JSON. What looks like one behind an escaped backslash may be replaced too: the JSON stays valid."""
 
 _SESSION = """
 SET search_path TO {schema};
@@ -69,7 +71,9 @@ class PostgresConnection:
         return found or self.execute(f"{query} FOR UPDATE", parameters).fetchone()
 
     def json_text(self, column: str, key: str) -> str:
-        return f"({column}::json ->> '{key}')"
+        # It decodes all of the object, and fails at a NUL or half a surrogate pair anywhere in it. No name has one.
+        decodable = rf"regexp_replace({column}, '{_UNDECODABLE}', '\\u0020', 'g')"
+        return f"({decodable}::json ->> '{key}')"
 
     def lock_name(self, name: str) -> None:
         self.execute("SELECT pg_advisory_xact_lock(?, hashtext(?))", (LOCK, name))
