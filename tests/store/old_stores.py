@@ -18,9 +18,9 @@ from agl.tokens.packing import pack_ids, pack_logprobs
 
 FOLDER = Path(__file__).with_name("old")
 PAST = (
-    *("sqlite-1", "sqlite-2", "sqlite-3", "sqlite-4", "sqlite-5", "sqlite-6", "sqlite-7"),
-    *("postgres-1", "postgres-2", "postgres-3", "postgres-4"),
-    *("cassandra-1", "cassandra-2", "cassandra-3", "cassandra-4"),
+    *("sqlite-1", "sqlite-2", "sqlite-3", "sqlite-4"),
+    *("postgres-1", "postgres-2"),
+    *("cassandra-1", "cassandra-2"),
 )
 _Columns = dict[str, Any]
 
@@ -123,8 +123,7 @@ def _cassandra(version: int) -> Iterator[str]:
             is_answer = {"is_answer": row.asked is None}
             columns |= {"response_id": response} | is_answer
             entry = {"response_id": response, "start_ns": row.start_ns, "span": key["span"], "home": home}
-            arrived = {"arrived_ns": 10**18 + place} if version > 2 else {}
-            yield _insert("responses", entry | is_answer | arrived, "0x{}")
+            yield _insert("responses", entry | is_answer, "0x{}")
         yield _insert("spans", key | columns, "0x{}")
         sums = {"checksum": checksum(row.otlp)} if version > 1 else {}
         yield _insert("span_bodies", key | sums | {"otlp": row.otlp}, "0x{}")

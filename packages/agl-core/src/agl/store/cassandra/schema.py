@@ -104,7 +104,7 @@ _ROW_CHECKSUMS = (
     "ALTER TABLE resources ADD checksum bigint",
 )
 
-MIGRATIONS: Final[Migrations] = (_FIRST, _CHECKSUMS, _ARRIVALS, _TRAFFIC, _ROW_CHECKSUMS)
+MIGRATIONS: Final[Migrations] = (_FIRST, _CHECKSUMS, (*_ARRIVALS, *_TRAFFIC, *_ROW_CHECKSUMS))
 
 _ADD: Final = re.compile(r"ALTER TABLE (\w+) ADD (\w+)")
 

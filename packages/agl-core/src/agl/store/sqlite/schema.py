@@ -160,9 +160,13 @@ _ASKS_BY_ARRIVAL = (
     "DELETE FROM new_asks",
 )
 
-# `agl.store.traffic` explains both. No index of `pending`: most of its rows are soon deleted.
+# `agl.store.traffic` explains both. No index of `pending`: most of its rows are soon deleted. The place of a deleted
+# row is not given again: a sampler would take the span there for the one before.
 _TRAFFIC = (
-    "CREATE TABLE pending (place INTEGER PRIMARY KEY, arrived_ns INTEGER NOT NULL, otlp BLOB NOT NULL)",
+    """CREATE TABLE pending (
+        place INTEGER PRIMARY KEY AUTOINCREMENT,
+        arrived_ns INTEGER NOT NULL,
+        otlp BLOB NOT NULL)""",
     """CREATE TABLE decisions (
         name TEXT PRIMARY KEY,
         decision TEXT NOT NULL,
@@ -177,26 +181,12 @@ _ROW_CHECKSUMS = (
     "ALTER TABLE resources ADD COLUMN checksum INTEGER",
 )
 
-# The place of a deleted row was given to the next span, which a sampler then took for the one before.
-_PLACES_ONCE = (
-    "ALTER TABLE pending RENAME TO old_pending",
-    """CREATE TABLE pending (
-        place INTEGER PRIMARY KEY AUTOINCREMENT,
-        arrived_ns INTEGER NOT NULL,
-        otlp BLOB NOT NULL)""",
-    "INSERT INTO pending SELECT * FROM old_pending",
-    "DROP TABLE old_pending",
-)
-
 MIGRATIONS: Final[Migrations] = (
     _FIRST,
     _JOIN_BY_ANSWER,
     (*_LEAN_SPANS, *_LIMITS_AND_LEASES),
     (*_CHECKSUMS, *_CLOCK),
-    _ASKS_BY_ARRIVAL,
-    _TRAFFIC,
-    _ROW_CHECKSUMS,
-    _PLACES_ONCE,
+    (*_ASKS_BY_ARRIVAL, *_TRAFFIC, *_ROW_CHECKSUMS),
 )
 
 
