@@ -19,8 +19,8 @@ def lease(store: Store) -> None:
     assert store.lease_rollout("worker") is not None
 
 
-class FailingOnceStore(SqliteStore):
-    """A store in memory that raises StoreError at the first look for overdue attempts."""
+class FailingTwiceStore(SqliteStore):
+    """A store in memory whose first two looks for overdue attempts raise: a StoreError, then another error."""
 
     looks = 0
 
@@ -28,11 +28,13 @@ class FailingOnceStore(SqliteStore):
         self.looks += 1
         if self.looks == 1:
             raise StoreError("the disk is full")
+        if self.looks == 2:
+            raise ZeroDivisionError
         return super().end_overdue_attempts(now_ns)
 
 
-def test_the_watchdog_survives_a_store_error_and_logs_the_attempts_it_ended(caplog: pytest.LogCaptureFixture) -> None:
-    with closing(FailingOnceStore(":memory:", uri="memory://")) as store, caplog.at_level(logging.WARNING):
+def test_the_watchdog_survives_errors_and_logs_them_and_the_attempts_it_ended(caplog: pytest.LogCaptureFixture) -> None:
+    with closing(FailingTwiceStore(":memory:", uri="memory://")) as store, caplog.at_level(logging.WARNING):
         lease(store)
         with watching(store, every_s=0.05):
             (rollout,) = store.wait_for_rollouts(["r1"], timeout_s=10)
@@ -41,6 +43,7 @@ def test_the_watchdog_survives_a_store_error_and_logs_the_attempts_it_ended(capl
         assert store.looks == looks
     assert rollout.state is RolloutState.FAILED
     assert "could not look at memory://: the disk is full" in caplog.text
+    assert "could not look at memory://, which is a defect of agl" in caplog.text and "ZeroDivisionError" in caplog.text
     assert "attempt r1-a1 is timeout: not ended within 0.2 s" in caplog.text
 
 

@@ -7,20 +7,19 @@ and to carry one out twice does no harm.
 import json
 import logging
 import math
-import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final
 
 from agl import otlp
 from agl.config import TrafficSamplingConfig
-from agl.errors import AglError
 from agl.sampling.pending import PendingRollout, PendingSpan, pending_rollouts
 from agl.sampling.rule import Unit, decide, decide_in_window, window_threshold
 from agl.sampling.summary import Summary
 from agl.store import Attempt, RolloutState
+from agl.store.background import repeating
 from agl.store.span_row import SpanRow, row_of
 from agl.store.traffic import Place, TrafficStore
 from agl.trajectory import Decision, SamplingReason, read_sampled
@@ -236,28 +235,10 @@ def _key_of(rollout_id: str) -> str:
     return f"rollout {rollout_id}"
 
 
-@contextmanager
-def sampling(stores: Iterable[TrafficStore], config: TrafficSamplingConfig, every_s: float = 1.0) -> Iterator[None]:
+def sampling(
+    stores: Iterable[TrafficStore], config: TrafficSamplingConfig, every_s: float = 1.0
+) -> AbstractContextManager[None]:
     """Decide the pending rollouts of `stores` every `every_s` seconds in a thread, which logs an error and goes on."""
-    stop = threading.Event()
-    thread = threading.Thread(target=_sample, args=(stores, config, every_s, stop), name="agl-sampler", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _sample(
-    stores: Iterable[TrafficStore], config: TrafficSamplingConfig, every_s: float, stop: threading.Event
-) -> None:
-    samplers: dict[str, Sampler] = {}
-    while not stop.wait(every_s):
-        for store in stores:
-            try:
-                samplers.setdefault(store.uri, Sampler(store, config)).run_once()
-            except AglError as error:
-                logger.error("sampling could not decide the rollouts of %s, and tries again: %s", store.uri, error)
-            except Exception:  # If the thread ended, all that comes would stay pending.
-                logger.exception("sampling could not decide the rollouts of %s, and tries again", store.uri)
+    failure = "sampling could not decide the rollouts of {}, and tries again"
+    jobs = {failure.format(store.uri): Sampler(store, config).run_once for store in stores}
+    return repeating("agl-sampler", jobs, every_s, logger)

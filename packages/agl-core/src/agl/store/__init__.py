@@ -9,6 +9,7 @@ traffic                production spans that are not decided yet, and the decisi
 clock                  elapsed time, whatever the clock of the machine is set to
 project                a database for each project
 end_notifier, watchdog   waiting for rollouts, and ending overdue attempts
+background             jobs at intervals, in a thread
 sql, sqlite, postgres, cassandra, http   the backends
 """
 
