@@ -43,7 +43,8 @@ def train(folder: Path, steps: int) -> list[dict[str, float]]:
 
 
 @pytest.mark.timeout(600)
-def test_two_steps_of_the_tiny_example(tmp_path: Path) -> None:
+def test_two_steps_of_the_tiny_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("examples.sql_agent.agent.MAX_TOKENS", 12)
     whole = train(tmp_path / "whole", 2)
     train(tmp_path / "parts", 1)
     parts = train(tmp_path / "parts", 2)
