@@ -28,6 +28,8 @@ class GrpoBatch:
     outcomes: list[CallOutcome] = field(default_factory=list)
     credits: dict[str, list[float]] = field(default_factory=dict)
     """For each role that trains, its credit in each of its rewarded rollouts."""
+    represented: dict[str, list[float]] = field(default_factory=dict)
+    """For each of these credits, how many rollouts its own stands for, relative to the mean of the store."""
     zero_variance_groups: list[str] = field(default_factory=list)
     """Ids of the groups in which no call can train, because all earned the same or no reward reaches them (DAPO, arXiv
     2503.14476, section 3.2)."""

@@ -54,7 +54,10 @@ def grpo_batch(
     trainable: set[str] = set()
     for role in dict.fromkeys(row.role for made in trajectories for row in made.rows):
         builder = _RoleBuilder(batch, role, roles.get(role), options, trainable)
-        parts = map(_RolePart.of, [role] * len(trajectories), trajectories, credits, by_dimension)
+        parts = [
+            _RolePart.of(role, *each, options.represented)
+            for each in zip(trajectories, credits, by_dimension, strict=True)
+        ]
         builder.add([part for part in parts if part.rows], replaced_groups)
     groups = dict.fromkeys(_group_of(made) for made in trajectories)
     batch.zero_variance_groups = [group for group in groups if group not in trainable]
@@ -79,6 +82,8 @@ class _RolePart:
     """Credits of the calls that a reward reaches."""
     by_dimension: Mapping[str, CallCredits]
     """For advantage gdpo, the same of each reward dimension."""
+    represented: float
+    """How many rollouts it stands for, relative to the mean of the store: those like it that sampling left out too."""
 
     @classmethod
     def of(
@@ -87,6 +92,7 @@ class _RolePart:
         trajectory: Trajectory,
         credits: Mapping[str, Credit | None],
         by_dimension: Mapping[str, CallCredits],
+        mean_represented: float,
     ) -> "_RolePart":
         rows = [row for row in trajectory.rows if row.role == role]
         ids = [turn.call.span_id for row in rows for turn in row.turns]
@@ -95,7 +101,9 @@ class _RolePart:
             name: {span_id: found[span_id] for span_id in ids if span_id in found}
             for name, found in by_dimension.items()
         }
-        return cls(_group_of(trajectory), trajectory.error is not None, rows, credits, rewarded, of_role)
+        represented = 1 / trajectory.inclusion / mean_represented
+        has_failed = trajectory.error is not None
+        return cls(_group_of(trajectory), has_failed, rows, credits, rewarded, of_role, represented)
 
     def drop(self, reason: DropReason) -> Iterator[CallOutcome]:
         """Outcomes of the calls when none of them trains."""
@@ -108,6 +116,7 @@ class _RowDraft:
 
     row: Row
     minibatch: int
+    represented: float
     mask: list[int]
     advantages: list[float]
     outcomes: list[CallOutcome] = field(default_factory=list)
@@ -193,6 +202,7 @@ class _RoleBuilder:
         group_ids = [member.group_id for member in members]
         credits = [role_credit([*member.rewarded.values()]) for member in members]
         self.batch.credits[self.role] = credits
+        self.batch.represented[self.role] = [member.represented for member in members]
         advantages = self._advantages(members, group_ids, state)
         groups = list(dict.fromkeys(group_ids))
         kept = self.options.rejection.kept(credits, group_ids) if self.options.rejection else [True] * len(members)
@@ -209,8 +219,10 @@ class _RoleBuilder:
         self, members: Sequence[_RolePart], group_ids: Sequence[str], state: RoleState
     ) -> list[RolloutAdvantage]:
         loss, weights = self.options.loss, state.weights or self.options.reward_weights
+        represented = torch.tensor([member.represented for member in members], dtype=torch.float64)
         if loss.advantage != "gdpo":
-            return call_advantages([member.rewarded for member in members], group_ids, loss, state.baseline)
+            credits = [member.rewarded for member in members]
+            return call_advantages(credits, group_ids, loss, represented, state.baseline)
         dimensions = [
             (
                 weights.get(name, float(not weights or name in (PLAIN, OVERLONG))),
@@ -218,7 +230,7 @@ class _RoleBuilder:
             )
             for name in dict.fromkeys(name for member in members for name in member.by_dimension)
         ]
-        return gdpo_call_advantages(dimensions, group_ids)
+        return gdpo_call_advantages(dimensions, group_ids, represented)
 
     def _member_drafts(
         self, member: _RolePart, advantages: Mapping[str, CallAdvantage], minibatch: int
@@ -226,7 +238,7 @@ class _RoleBuilder:
         """A draft of each row of `member`, whose calls have `advantages` by span id."""
         rejects, size = self.options.rejection is not None, self.options.vocabulary_size
         for row in member.rows:
-            draft = _RowDraft(row, minibatch, [0] * len(row.ids), [0.0] * len(row.ids))
+            draft = _RowDraft(row, minibatch, member.represented, [0] * len(row.ids), [0.0] * len(row.ids))
             has_unknown_tokens = size is not None and max(row.ids) >= size
             for turn in row.turns:
                 found = advantages.get(turn.call.span_id, CallAdvantage(0.0, trains=False, differs=False))
@@ -280,7 +292,8 @@ class _RoleBuilder:
         loss = self.options.loss
         lengths = torch.tensor([sum(draft.mask) for draft in drafts])
         rollout_ids = [draft.row.rollout_id for draft in drafts]
-        weights = row_weights(loss.effective_normalization, lengths, rollout_ids, self.options.max_tokens)
+        represented = torch.tensor([draft.represented for draft in drafts], dtype=torch.float64)
+        weights = row_weights(loss.effective_normalization, lengths, rollout_ids, self.options.max_tokens, represented)
         for draft, weight in zip(drafts, weights.tolist(), strict=True):
             self.batch.outcomes += draft.weighted_outcomes(weight)
             if draft.trains:

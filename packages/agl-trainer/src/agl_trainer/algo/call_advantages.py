@@ -10,7 +10,6 @@ discounts and their own rewards, while rollouts differ by their credit as a whol
 For advantage gdpo, A_c is computed with advantage grpo for each reward dimension; see `gdpo_call_advantages`.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from agl.config import LossConfig
-from agl_trainer.algo.advantages import EPSILON, AdvantageEstimate, estimate_advantages
+from agl_trainer.algo.advantages import EPSILON, AdvantageEstimate, Population, estimate_advantages
 from agl_trainer.algo.credit import Credit, role_credit, undiscounted_credit
 
 _ROUNDING = 1e-8
@@ -69,29 +68,37 @@ class CallMeans:
 
 def call_scales(credits: Sequence[Sequence[Credit]], found: AdvantageEstimate) -> list[float]:
     """Divisor of the rewards of single calls, for each rollout; `credits` are those of its calls, `found` has A_r."""
-    if found.deviations is None:
+    if found.deviations is None or found.scaled_together is None:
         return [1.0] * len(credits)
     own = [[credit.own for credit in of_rollout] for of_rollout in credits]
     within = [sum((value - sum(values) / len(values)) ** 2 for value in values) / len(values) for values in own]
-    scales = [0.0] * len(credits)
-    for indices in map(Tensor.tolist, found.scaled_together):
-        variance = sum(within[index] for index in indices) / len(indices)
-        for index in indices:
-            scales[index] = math.sqrt(float(found.deviations[index]) ** 2 + variance) + EPSILON
-    return scales
+    variances = found.scaled_together.means(torch.tensor(within, dtype=torch.float64))
+    return ((found.deviations**2 + variances).sqrt() + EPSILON).tolist()
 
 
 def call_advantages(
-    credits: Sequence[CallCredits], group_ids: Sequence[str], loss: LossConfig, baseline: float = 0.0
+    credits: Sequence[CallCredits],
+    group_ids: Sequence[str],
+    loss: LossConfig,
+    represented: Tensor,
+    baseline: float = 0.0,
 ) -> list[RolloutAdvantage]:
-    """Advantages of rollouts, none of which is without a credit, and of their calls. `baseline`: of advantage ema."""
+    """Advantages of rollouts, none of which is without a credit, and of their calls. `baseline`: of advantage ema.
+
+    `represented` [R]: see `Population`.
+    """
     rewarded = [list(of_rollout.values()) for of_rollout in credits]
     values = torch.tensor([role_credit(of_rollout) for of_rollout in rewarded], dtype=torch.float64)
     earned = torch.tensor([undiscounted_credit(of_rollout) for of_rollout in rewarded], dtype=torch.float64)
-    options = {"scale_rewards": loss.scale_rewards, "k": loss.max_at_k, "baseline": baseline}
+    options = {
+        "scale_rewards": loss.scale_rewards,
+        "k": loss.max_at_k,
+        "baseline": baseline,
+        "represented": represented,
+    }
     found = estimate_advantages(loss.advantage, values, group_ids, undiscounted=earned, **options)
     of_earned = estimate_advantages(loss.advantage, earned, group_ids, **options)
-    centred = estimate_advantages("dr_grpo", values, group_ids).advantages.tolist()
+    centred = estimate_advantages("dr_grpo", values, group_ids, represented=represented).advantages.tolist()
     scales = call_scales(rewarded, found)
     sizes: dict[str, float] = {}
     for group, of_rollout in zip(group_ids, rewarded, strict=True):
@@ -107,7 +114,7 @@ def call_advantages(
 
 
 def gdpo_call_advantages(
-    dimensions: Sequence[tuple[float, Sequence[CallCredits]]], group_ids: Sequence[str]
+    dimensions: Sequence[tuple[float, Sequence[CallCredits]]], group_ids: Sequence[str], represented: Tensor
 ) -> list[RolloutAdvantage]:
     """Advantages gdpo of rollouts and their calls, from the weight of each dimension and its credits by rollout.
 
@@ -118,7 +125,8 @@ def gdpo_call_advantages(
     for weight, credits in dimensions:
         known = [index for index, of_rollout in enumerate(credits) if of_rollout and weight]
         grpo = LossConfig(advantage="grpo")
-        found = call_advantages([credits[i] for i in known], [group_ids[i] for i in known], grpo) if known else []
+        parts = [credits[i] for i in known], [group_ids[i] for i in known]
+        found = call_advantages(*parts, grpo, represented[known]) if known else []
         for index, rollout in zip(known, found, strict=True):
             totals[index].value += weight * rollout.value
             totals[index].undiscounted += weight * rollout.undiscounted
@@ -129,9 +137,10 @@ def gdpo_call_advantages(
                     value, total.trains or call.trains, total.differs or call.differs
                 )
     sums, undiscounted = torch.tensor([(one.value, one.undiscounted) for one in totals], dtype=torch.float64).unbind(1)
-    of_batch = estimate_advantages("reinforce++", sums, group_ids, undiscounted=undiscounted)
-    divisors = [1.0] * len(totals) if of_batch.divisors is None else of_batch.divisors.tolist()
-    return [_normalised(total, sums.mean().item(), divisor) for total, divisor in zip(totals, divisors, strict=True)]
+    of_batch = estimate_advantages("reinforce++", sums, group_ids, undiscounted=undiscounted, represented=represented)
+    means = Population.of([""] * len(totals), represented).means(sums).tolist()
+    scales = [1.0] * len(totals) if of_batch.divisors is None else of_batch.divisors.tolist()
+    return list(map(_normalised, totals, means, scales))
 
 
 def _normalised(total: RolloutAdvantage, mean: float, divisor: float) -> RolloutAdvantage:

@@ -30,7 +30,11 @@ def rollout_weights(lengths: Tensor, rollout_ids: Sequence[str]) -> Tensor:
 
 
 def row_weights(
-    normalization: Normalization, lengths: Tensor, rollout_ids: Sequence[str], max_completion_length: int
+    normalization: Normalization,
+    lengths: Tensor,
+    rollout_ids: Sequence[str],
+    max_completion_length: int,
+    represented: Tensor | None = None,
 ) -> Tensor:
     """Weights [B] of rows of `lengths` [B] in tokens.
 
@@ -39,17 +43,22 @@ def row_weights(
     bnpo, dapo, cispo, vespo: 1 / sum of T, a mean over tokens (DAPO, arXiv 2503.14476, eq. 8).
     dr_grpo: 1 / (B L) with the constant length L = `max_completion_length` (arXiv 2503.20783, section 3.2).
     luspo: 1 / B, a mean over rows of sums over tokens (arXiv 2602.05261).
+
+    `represented` [B]: how many rows each stands for, with a mean of 1 over all rows that can be drawn, not over these:
+    so the expected loss is that of all rows. A mean over tokens counts the tokens of all that its rows stand for.
     """
-    if normalization == "rollout":
-        return rollout_weights(lengths, rollout_ids)
     lengths, rows = lengths.double(), len(lengths)
+    shares = torch.ones_like(lengths) if represented is None else represented
+    if normalization == "rollout":
+        return shares * rollout_weights(lengths, rollout_ids)
     if normalization in ("grpo", "sapo"):
-        return 1 / (lengths.clamp(min=1) * rows)
+        return shares / (lengths.clamp(min=1) * rows)
     if normalization == "dr_grpo":
-        return torch.full_like(lengths, 1 / (rows * max_completion_length))
+        return shares / (rows * max_completion_length)
     if normalization == "luspo":
-        return torch.full_like(lengths, 1 / rows)
-    return torch.full_like(lengths, 1) / lengths.sum().clamp(min=1)
+        return shares / rows
+    tokens = (shares * lengths).sum()
+    return shares / torch.where(tokens > 0, tokens, 1.0)
 
 
 def is_mean_of_batches(normalization: Normalization) -> bool:

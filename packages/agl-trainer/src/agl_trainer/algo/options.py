@@ -46,6 +46,8 @@ class BatchOptions:
     """Weights of reward dimensions for roles without their own; empty: all alike."""
     from_store: bool = False
     """Any policy may have sampled the calls, also if its version has the number of the current one."""
+    represented: float = 1.0
+    """Mean number of groups that a group of the store stands for, where sampling left others out."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
     """Request fields that limit the distribution of training calls."""
 
@@ -57,6 +59,7 @@ class BatchOptions:
         logprobs_mode: LogprobsMode = "processed_logprobs",
         *,
         from_store: bool = False,
+        represented: float = 1.0,
     ) -> Self:
         """The options of the sections `train`, `agent_roles` and `engine`."""
         train, roles = config.require_train(), config.agent_roles
@@ -72,6 +75,7 @@ class BatchOptions:
             logprobs_mode=logprobs_mode,
             reward_weights=config.rewards,
             from_store=from_store,
+            represented=represented,
             sampling=train.sampling.settings(),
         )
 

@@ -1,6 +1,7 @@
 """The GRPO phase: draw rollouts, build the batch, take the optimizer steps, evaluate, save."""
 
-from collections.abc import Iterator, Mapping
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ from agl_trainer.rollout.judge import Judge
 from agl_trainer.rollout.judged_source import JudgedSource
 from agl_trainer.rollout.sources import AgentSource, AsyncAgentSource, RolloutSource, StoreSource, TaskStream
 from agl_trainer.rollout.task_list import load_list
-from agl_trainer.rollout.traces import stored_groups
+from agl_trainer.rollout.traces import StoredGroup, stored_groups
 
 
 def run_grpo(training: Training, *, from_store: bool = False) -> None:
@@ -45,11 +46,13 @@ def run_grpo(training: Training, *, from_store: bool = False) -> None:
             "known for rollouts of the store; leave it out"
         )
     engine = training.session.serving.engine if training.session.serving and not from_store else None
+    groups = stored_groups(training.store, train.traces) if from_store else []
     options = BatchOptions.of(
         training.config,
         vocabulary_size=len(training.policy.output_weight),
         logprobs_mode=recorded_logprobs_mode(train, engine),
         from_store=from_store,
+        represented=statistics.fmean(group.represented for group in groups) if groups else 1.0,
     )
     training.enter(GRPO)
     training.state.keep_references(training.policy, train)
@@ -58,7 +61,7 @@ def run_grpo(training: Training, *, from_store: bool = False) -> None:
     if done >= train.steps:
         training.progress.note(f"{train.algorithm}: all {train.steps} steps are done; more need a higher train.steps")
     with (
-        _open_source(training, from_store=from_store) as source,
+        _open_source(training, groups) as source,
         training.progress.phase(train.algorithm, step=done, steps=train.steps),
     ):
         if train.eval_every and done == 0:
@@ -173,7 +176,11 @@ class _GrpoStep:
         for role, credits in rollouts.batch.credits.items():
             baseline, weight = state.baselines.get(role, 0.0), state.baseline_weights.get(role, 0.0)
             state.baselines[role], state.baseline_weights[role] = next_baseline(
-                baseline, weight, torch.tensor(credits), training.train.ema_decay
+                baseline,
+                weight,
+                torch.tensor(credits),
+                training.train.ema_decay,
+                torch.tensor(rollouts.batch.represented[role]),
             )
         return stats
 
@@ -196,8 +203,9 @@ class _GrpoStep:
 
 
 @contextmanager
-def _open_source(training: Training, *, from_store: bool) -> Iterator[RolloutSource]:
-    with _open_unjudged_source(training, from_store=from_store) as source:
+def _open_source(training: Training, groups: Sequence[StoredGroup]) -> Iterator[RolloutSource]:
+    """`groups`: of the store, to train on; empty: agents run."""
+    with _open_unjudged_source(training, groups) as source:
         config = training.config.judge
         if config is None:
             yield source
@@ -207,10 +215,10 @@ def _open_source(training: Training, *, from_store: bool) -> Iterator[RolloutSou
 
 
 @contextmanager
-def _open_unjudged_source(training: Training, *, from_store: bool) -> Iterator[RolloutSource]:
+def _open_unjudged_source(training: Training, groups: Sequence[StoredGroup]) -> Iterator[RolloutSource]:
     train = training.train
-    if from_store:
-        yield StoreSource(training.store, TaskStream.of(stored_groups(training.store, train.traces), train))
+    if groups:
+        yield StoreSource(training.store, TaskStream.of(groups, train))
         return
     tasks = TaskStream.of(load_list(train.tasks, "train.tasks"), train)
     training.count_items("train.tasks", len(tasks.items))

@@ -19,43 +19,54 @@ class StoredGroup:
 
     group_id: str
     rollout_ids: tuple[str, ...]
+    represented: float = 1.0
+    """How many groups it stands for: 1/p, if sampling kept it with probability p."""
 
 
 def read_traces(store: Store, traces: TracesConfig) -> Iterator[Trajectory]:
-    """Rollouts in `store` that match `traces` and made a model call, ordered by the arrival of their first span."""
+    """Rollouts in `store` that match `traces` and made a model call, ordered by the arrival of their first span.
+
+    Warns of those that no other stands for, because sampling keeps none like them.
+    """
     seen: set[str] = set()
+    never_kept = 0
     for rollout_id in store.rollout_ids():
         spans = store.query_spans(rollout_id)
         if not spans or not _has_tags(spans, traces):
             continue
         trajectory = build_trajectory(spans)
         # A call without a parent is also listed under its trace id, which yields the same rollout twice.
-        if trajectory.mode in traces.modes and trajectory.calls and trajectory.rollout_id not in seen:
-            seen.add(trajectory.rollout_id)
+        if trajectory.mode not in traces.modes or trajectory.rollout_id in seen:
+            continue
+        seen.add(trajectory.rollout_id)
+        if trajectory.calls:
             yield trajectory
+        elif trajectory.inclusion == 0:
+            never_kept += 1
+    if never_kept:
+        logger.warning(
+            "sampling left out %d rollouts of %s and keeps none like them, so training does not see any: "
+            "they have more spans than sampling.max_span_per_minute, or sampling.base_rate is 0; raise it",
+            never_kept,
+            store.uri,
+        )
 
 
 def stored_groups(store: Store, traces: TracesConfig) -> list[StoredGroup]:
     """The groups of `read_traces`, ordered by their first rollout. Raises TrainingError if there are none."""
     groups: dict[str, list[str]] = {}
-    sampled = 0
+    represented: dict[str, float] = {}
     for trajectory in read_traces(store, traces):
-        groups.setdefault(trajectory.group_id or trajectory.rollout_id, []).append(trajectory.rollout_id)
-        sampled += trajectory.inclusion < 1
+        name = trajectory.group_id or trajectory.rollout_id
+        groups.setdefault(name, []).append(trajectory.rollout_id)
+        represented[name] = 1 / trajectory.inclusion
     if not groups:
         tags = f" with {traces.tags}" if traces.tags else ""
         raise TrainingError(
             f"{store.uri} holds no rollout of mode {' or '.join(traces.modes)}{tags} that made a model call; look at "
             "store_uri and train.traces"
         )
-    if sampled:
-        logger.warning(
-            "%d rollouts of %s stand for others that sampling left out, and have no weight for that: the training "
-            "sees rewarded rollouts more often than they are; train on a store without `sampling` to avoid it",
-            sampled,
-            store.uri,
-        )
-    return [StoredGroup(name, tuple(members)) for name, members in groups.items()]
+    return [StoredGroup(name, tuple(members), represented[name]) for name, members in groups.items()]
 
 
 def load_groups(store: Store, groups: Sequence[StoredGroup]) -> list[Trajectory]:
