@@ -85,6 +85,7 @@ def test_every_verb_of_the_protocol_is_served() -> None:
     assert set(VERBS) == verbs - {
         "append_spans",
         "query_spans",
+        "query_spans_by_rollout",
         "close",
     }  # Derived, or local to the process.
 

@@ -110,6 +110,14 @@ def test_an_input_that_is_not_json_is_rejected_with_its_rollout_id(store: Store)
         store.enqueue_rollouts([Rollout("r1", object())])
 
 
+def test_many_rollouts_are_found_at_once(store: Store) -> None:
+    store.enqueue_rollouts([Rollout(name, name) for name in "abc"])
+    found = store.get_rollouts(["c", "unknown", "a", "c"])
+    assert {name: rollout.input for name, rollout in found.items()} == {"a": "a", "c": "c"}
+    assert found["a"] == store.get_rollout("a")
+    assert (store.get_rollouts([]), store.get_rollout("unknown")) == ({}, None)
+
+
 def test_a_finished_attempt_ends_its_rollout(store: Store) -> None:
     store.enqueue_rollouts([Rollout("good", 1), Rollout("bad", 2)])
     store.lease_rollout("worker")

@@ -167,6 +167,24 @@ def test_a_response_belongs_to_the_request_that_arrived_first_whatever_start_it_
     assert [numbers(store.query_spans(f"claims {n}")) for n in (3, 4)] == [[3], [4]]
 
 
+def test_the_spans_of_many_rollouts_are_those_of_each_alone(store: Store) -> None:
+    """Also if they share a trace, are joined by a response, have no span, or are named twice."""
+    store.append_spans([make_span(1, rollout="a", start_ns=5), make_span(2), make_span(3, rollout="b", start_ns=1)])
+    store.append_spans([asked(4, "answer-1", rollout="b"), answered(5, "answer-1", trace="5" * 32)])
+    wanted = ["b", TRACE, "none", "a", "b", "nul\0"]
+    found = store.query_spans_by_rollout(wanted)
+    assert list(found) == ["b", TRACE, "none", "a", "nul\0"]
+    assert found == {name: store.query_spans(name) for name in found}
+    assert {name: numbers(spans) for name, spans in found.items()} == {
+        "b": [2, 3, 4, 5],
+        TRACE: [2],
+        "none": [],
+        "a": [1, 2],
+        "nul\0": [],
+    }
+    assert store.query_spans_by_rollout([]) == {}
+
+
 def test_the_last_rollout_is_that_of_the_span_that_arrived_last(store: Store) -> None:
     assert store.last_rollout_id() is None
     store.append_spans([make_span(1)])

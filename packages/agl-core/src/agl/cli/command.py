@@ -165,7 +165,7 @@ def _rows_of_group(group_id: str, store: Store) -> list[list[bytes]]:
     rollouts = store.query_rollouts(group_id)
     if not rollouts:
         raise CommandError(f"no rollout of group {group_id!r} was queued in {store.uri}; name one with --rollout")
-    found = [store.query_rows(rollout.rollout_id) for rollout in rollouts]
+    found = store.query_rows_by_rollout([rollout.rollout_id for rollout in rollouts]).values()
     if not any(found):
         raise CommandError(f"{store.uri} holds no spans yet of the {len(rollouts)} rollouts of group {group_id!r}")
     return [rows for rows in found if rows]

@@ -13,7 +13,7 @@ from agl.cli.command import add_command, add_json_option, add_store_option, exis
 from agl.cli.terminal import align, counted, json_text, printable
 from agl.errors import CommandError, InputError
 from agl.inspection.conversation import read_conversation
-from agl.inspection.listing import ListedRollout, RewardFilter, Selection, reward_filter
+from agl.inspection.listing import ListedRollout, RewardFilter, Selection, read_listed, reward_filter
 from agl.store import Store
 
 _HEAD: Final = ("rollout", "started", "mode", "roles", "calls", "reward", "error")
@@ -70,8 +70,7 @@ def _read(store: Store, role: str | None) -> Iterator[ListedRollout]:
     cursor: str | None = None
     while True:
         page = store.list_rollouts(_LIMIT, cursor)
-        for rollout_id in page.rollout_ids:
-            yield ListedRollout.of(store, store.query_spans(rollout_id), role)
+        yield from read_listed(store, page.rollout_ids, role).values()
         cursor = page.cursor
         if cursor is None:
             return

@@ -9,7 +9,7 @@ from typing import Final, Self
 from agl.errors import InputError
 from agl.inspection.report import CallReport, report_calls
 from agl.span import Span
-from agl.store import Store
+from agl.store import Rollout, Store
 from agl.trajectory import Trajectory, build_trajectory, collect_trained
 
 _COMPARISONS: Final = {">=": ge, ">": gt, "<=": le, "<": lt, "": ge}
@@ -28,12 +28,11 @@ class ListedRollout:
     """The training that queued it."""
 
     @classmethod
-    def of(cls, store: Store, spans: Sequence[Span], role: str | None = None) -> Self:
+    def of(cls, spans: Sequence[Span], queued: Rollout | None, role: str | None = None) -> Self:
         trajectory = build_trajectory(spans)
         of_role = [
             reward.value for reward in trajectory.rewards if role and (reward.role, reward.target) == (role, None)
         ]
-        queued = store.get_rollout(trajectory.rollout_id)
         run = queued.metadata.get("run") if queued else None
         return cls(spans, trajectory, of_role[-1] if of_role else trajectory.reward, run)
 
@@ -97,6 +96,12 @@ class Selection:
             and (self.since_ns is None or listed.start_ns >= self.since_ns)
             and (self.text is None or _contains(listed.spans, self.text.casefold()))
         )
+
+
+def read_listed(store: Store, rollout_ids: Sequence[str], role: str | None = None) -> dict[str, ListedRollout]:
+    """Those of these rollouts that have spans, in their order."""
+    found, queued = store.query_spans_by_rollout(rollout_ids), store.get_rollouts(rollout_ids)
+    return {name: ListedRollout.of(spans, queued.get(name), role) for name, spans in found.items() if spans}
 
 
 def reward_filter(text: str) -> RewardFilter:

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Final, Self
 
 from agl.errors import UnknownIdError
 from agl.inspection.conversation import read_conversation, text_of
 from agl.inspection.evaluation import evaluation_prefix
-from agl.inspection.listing import ListedRollout
+from agl.inspection.listing import ListedRollout, read_listed
 from agl.store import Resource, Store
 
 _MAX_TASKS: Final = 400
@@ -57,7 +57,10 @@ class Comparison:
             return cls(run, labels, left, right, [])
         first, second = (dict(found[label].metadata["rollouts"]) for label in (left, right))
         tasks = [task for task in first if task in second][:_MAX_TASKS]
-        pairs = [TaskPair(task, _side(store, first[task]), _side(store, second[task])) for task in tasks]
+        names = [str(evaluation[task]) for evaluation in (first, second) for task in tasks]
+        found = read_listed(store, names)
+        sides = {name: _side(name, found.get(name)) for name in names}
+        pairs = [TaskPair(task, sides[str(first[task])], sides[str(second[task])]) for task in tasks]
         pairs.sort(key=lambda pair: (pair.change is None, pair.change or 0.0))
         return cls(run, labels, left, right, pairs)
 
@@ -94,12 +97,10 @@ def name_of(evaluation: Resource) -> str:
     return evaluation.name.rpartition("/")[2]
 
 
-def _side(store: Store, rollout_id: Any) -> Side:
-    spans = store.query_spans(str(rollout_id))
-    if not spans:
-        return Side(str(rollout_id), None, "")
-    listed = ListedRollout.of(store, spans)
+def _side(rollout_id: str, listed: ListedRollout | None) -> Side:
+    if listed is None:
+        return Side(rollout_id, None, "")
     calls = listed.trajectory.calls
-    answer = read_conversation(calls[-1], {span.span_id: span for span in spans}).answer if calls else None
+    answer = read_conversation(calls[-1], {span.span_id: span for span in listed.spans}).answer if calls else None
     failed = f"failed: {listed.trajectory.error}" if listed.trajectory.error else ""
-    return Side(str(rollout_id), listed.reward, failed or (text_of(answer) if answer else ""))
+    return Side(rollout_id, listed.reward, failed or (text_of(answer) if answer else ""))

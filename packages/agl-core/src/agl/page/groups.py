@@ -8,7 +8,7 @@ from typing import Any, Final, Self
 
 from agl.errors import UnknownIdError
 from agl.inspection.conversation import read_conversation, text_of
-from agl.inspection.listing import ListedRollout
+from agl.inspection.listing import ListedRollout, read_listed
 from agl.store import Store
 
 _GROUPS: Final = 15
@@ -57,8 +57,7 @@ class Group:
         queued = store.query_rollouts(group_id)
         if not queued:
             raise UnknownIdError(f"no rollout of group {group_id!r} was queued in {store.uri}")
-        found = [store.query_spans(rollout.rollout_id) for rollout in queued]
-        listed = [ListedRollout.of(store, spans) for spans in found if spans]
+        listed = [*read_listed(store, [rollout.rollout_id for rollout in queued]).values()]
         listed.sort(key=lambda one: -(one.reward if one.reward is not None else float("-inf")))
         return cls(group_id, queued[0].input, len(queued), _members(listed))
 
@@ -112,8 +111,9 @@ def list_groups(store: Store, run: str, cursor: str | None) -> GroupPage:
 
 def _groups_that_begin_with(store: Store, rollout_ids: Sequence[str], run: str) -> Iterator[Group]:
     """The groups of which one of these is the first rollout that has spans: so each group is in one page."""
+    known = store.get_rollouts(rollout_ids)
     for rollout_id in rollout_ids:
-        rollout = store.get_rollout(rollout_id)
+        rollout = known.get(rollout_id)
         if rollout is None or rollout.group_id is None or (run and rollout.metadata.get("run") != run):
             continue
         queued = (one.rollout_id for one in store.query_rollouts(rollout.group_id))

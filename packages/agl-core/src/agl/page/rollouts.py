@@ -7,7 +7,7 @@ from typing import Final, Self
 from urllib.parse import urlencode
 
 from agl.errors import UnknownIdError
-from agl.inspection.listing import ListedRollout, Selection, reward_filter
+from agl.inspection.listing import ListedRollout, Selection, read_listed, reward_filter
 from agl.inspection.report import CallReport, format_tokens
 from agl.inspection.rollout import InspectedRollout
 from agl.inspection.transcript import Said
@@ -79,10 +79,9 @@ def list_page(store: Store, filters: Filters, cursor: str | None) -> ListPage:
     searched = 0
     while True:
         page = store.list_rollouts(PAGE_ROLLOUTS, cursor)
-        read = map(store.query_spans, page.rollout_ids)
-        spans = [each for each in read if each]  # None if just deleted.
-        found += filter(selection.admits, (ListedRollout.of(store, each, selection.role) for each in spans))
-        searched += len(spans)
+        listed = read_listed(store, page.rollout_ids, selection.role).values()
+        found += filter(selection.admits, listed)
+        searched += len(listed)
         cursor = page.cursor
         if cursor is None or len(found) >= PAGE_ROLLOUTS or time.monotonic() > deadline:
             return ListPage(found, cursor, searched)

@@ -57,6 +57,11 @@ class Store(Protocol):
         """`query_rows` as spans."""
         return otlp.decode(b"".join(self.query_rows(rollout_id)))
 
+    def query_spans_by_rollout(self, rollout_ids: Sequence[str]) -> dict[str, list[Span]]:
+        """`query_rows_by_rollout` as spans."""
+        found = self.query_rows_by_rollout(rollout_ids)
+        return {rollout_id: otlp.decode(b"".join(rows)) for rollout_id, rows in found.items()}
+
     def append_rows(self, rows: Sequence[SpanRow]) -> int:
         """Store spans; returns how many were new. A span that is stored already (same trace id and span id) stays.
 
@@ -72,6 +77,10 @@ class Store(Protocol):
         without a parent is in a trace of its own, because its request had no `traceparent`: that trace and the trace
         of the first span to arrive with the same `Span.response_id` count as one. `agl.store.membership` has the rule.
         """
+        return self.query_rows_by_rollout([rollout_id])[rollout_id]
+
+    def query_rows_by_rollout(self, rollout_ids: Sequence[str]) -> dict[str, list[bytes]]:
+        """`query_rows` of each of these rollouts, in their order; for many of them much faster than one by one."""
         ...
 
     def count_spans(self) -> int: ...
@@ -154,7 +163,12 @@ class Store(Protocol):
         """`wait_for_rollouts` of the rollouts of a group that are known at the time of the call."""
         return self.wait_for_rollouts([rollout.rollout_id for rollout in self.query_rollouts(group_id)], timeout_s)
 
-    def get_rollout(self, rollout_id: str) -> Rollout | None: ...
+    def get_rollout(self, rollout_id: str) -> Rollout | None:
+        return self.get_rollouts([rollout_id]).get(rollout_id)
+
+    def get_rollouts(self, rollout_ids: Sequence[str]) -> dict[str, Rollout]:
+        """Those of these rollouts that were queued, by id."""
+        ...
 
     def query_rollouts(self, group_id: str) -> list[Rollout]:
         """Rollouts of a group in the order in which they were queued."""

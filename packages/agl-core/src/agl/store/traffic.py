@@ -64,7 +64,7 @@ class Intake:
         A span that states no mode has that of its queued rollout, else that of its trace in `rows`, else `prod`.
         """
         unknown = {row.rollout_id for row in rows if row.mode is None and row.rollout_id is not None}
-        queued = {name: rollout.mode for name in unknown if (rollout := self.store.get_rollout(name))}
+        queued = {name: rollout.mode for name, rollout in self.store.get_rollouts(sorted(unknown)).items()}
         modes = [row.mode or queued.get(row.rollout_id or "") for row in rows]
         other_traces = {row.trace_id for row, mode in zip(rows, modes, strict=True) if mode not in (None, PROD)}
         kept: list[SpanRow] = []

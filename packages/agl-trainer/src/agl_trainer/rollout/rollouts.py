@@ -77,8 +77,9 @@ class Rollouts:
         An agent that hangs may leave no span, or none that records its failure.
         """
         found = []
+        stored = self.store.query_spans_by_rollout([outcome.rollout_id for outcome in outcomes])
         for outcome in outcomes:
-            if spans := self.store.query_spans(outcome.rollout_id):
+            if spans := stored[outcome.rollout_id]:
                 trajectory = build_trajectory(spans)
                 found.append(replace(trajectory, error=trajectory.error or outcome.error))
         return found

@@ -71,8 +71,8 @@ def stored_groups(store: Store, traces: TracesConfig) -> list[StoredGroup]:
 
 def load_groups(store: Store, groups: Sequence[StoredGroup]) -> list[Trajectory]:
     """Trajectories of the rollouts of `groups` whose spans the store still has."""
-    found = [store.query_spans(rollout_id) for group in groups for rollout_id in group.rollout_ids]
-    return [build_trajectory(spans) for spans in found if spans]
+    found = store.query_spans_by_rollout([rollout_id for group in groups for rollout_id in group.rollout_ids])
+    return [build_trajectory(spans) for spans in found.values() if spans]
 
 
 def _has_tags(spans: Sequence[Span], traces: TracesConfig) -> bool:

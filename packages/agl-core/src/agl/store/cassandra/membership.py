@@ -1,6 +1,6 @@
 """The spans of a rollout by the rule of `agl.store.membership`, and the rollouts that may own its traces."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from agl.store.cassandra import span_partition
@@ -39,18 +39,27 @@ class RolloutSpans:
         return self.named + [span for spans in self.traces.values() for span in spans]
 
 
-def find_spans(db: Keyspace, rollout_id: str) -> RolloutSpans:
-    trace_id = trace_id_of(rollout_id)
-    found = RolloutSpans([span for span in span_partition.read(db, [rollout_id]) if span.is_named])
-    new = found.named
-    traces = {trace_id.hex()} if trace_id else set[str]()
-    while new or traces:
-        traces = (traces | {span.trace for span in new} | _joined_traces(db, new)) - found.traces.keys()
-        found.traces |= {trace: [] for trace in traces}
-        new = [span for span in span_partition.read(db, sorted(traces)) if not span.is_named]
-        for span in new:
-            found.traces[span.trace].append(span)
-        traces = set()
+def find_spans(db: Keyspace, rollout_ids: Sequence[str]) -> dict[str, RolloutSpans]:
+    """The spans of each rollout, in rounds that read for all of them at once."""
+    found = {name: RolloutSpans() for name in rollout_ids}
+    for span in span_partition.read(db, found):
+        if span.is_named:
+            found[span.home].named.append(span)
+    new = {name: spans.named for name, spans in found.items()}
+    traces = {name: {trace.hex()} if (trace := trace_id_of(name)) else set[str]() for name in found}
+    while any(new.values()) or any(traces.values()):
+        entries = _response_entries(db, [span for spans in new.values() for span in spans])
+        for name, spans in new.items():
+            traces[name] |= {span.trace for span in spans} | _joined_traces(entries, spans)
+            traces[name] -= found[name].traces.keys()
+        unnamed: dict[str, list[IndexedSpan]] = {trace: [] for trace in sorted(set().union(*traces.values()))}
+        for span in span_partition.read(db, unnamed):
+            if not span.is_named:
+                unnamed[span.trace].append(span)
+        for name, spans in found.items():
+            spans.traces |= {trace: unnamed[trace] for trace in sorted(traces[name])}
+            new[name] = [span for trace in sorted(traces[name]) for span in unnamed[trace]]
+            traces[name] = set()
     return found
 
 
@@ -76,9 +85,8 @@ def _response_entries(db: Keyspace, spans: Iterable[IndexedSpan]) -> dict[str, l
     return {response_id: [ResponseEntry(*row) for row in rows] for response_id, rows in results}
 
 
-def _joined_traces(db: Keyspace, spans: Sequence[IndexedSpan]) -> set[str]:
+def _joined_traces(entries: Mapping[str, Sequence[ResponseEntry]], spans: Sequence[IndexedSpan]) -> set[str]:
     """Rule 3: the traces that share a response with `spans`, of spans on the other side that name no rollout."""
-    entries = _response_entries(db, spans)
     traces: set[str] = set()
     for span in spans:
         found = entries.get(span.response_id or "", [])

@@ -113,7 +113,7 @@ class CassandraRetention:
         return last_ns < self._limits.before_ns or self._excess_bytes > 0
 
     def _read(self, name: str) -> _RolloutToDelete:
-        spans = membership.find_spans(self._db, name)
+        spans = membership.find_spans(self._db, [name])[name]
         (stored,) = partition.read(self._db, [name])
         return _RolloutToDelete(spans, membership.find_owners(self._db, spans), stored)
 
@@ -184,7 +184,7 @@ class CassandraRetention:
 
 def delete_spans(db: Keyspace, rollout_id: str, damaged: set[bytes]) -> None:
     """Delete the spans of a rollout, except those of traces that others own too, and these damaged ones."""
-    found = membership.find_spans(db, rollout_id)
+    found = membership.find_spans(db, [rollout_id])[rollout_id]
     shared = {trace for trace, owners in membership.find_owners(db, found).items() if owners - {rollout_id}}
     spans = [span for span in found.all() if span.span in damaged or span.is_named or span.trace not in shared]
     db.run([(_DELETE_TRACE, key) for key in {(span.span[:16], span.home) for span in spans if span.is_named}])

@@ -133,9 +133,9 @@ class CassandraRollouts:
 
         return self._ends.wait_until_over(read, timeout_s)
 
-    def get_rollout(self, rollout_id: str) -> Rollout | None:
-        (stored,) = partition.read(self._keyspace, [rollout_id])
-        return stored.rollout if stored else None
+    def get_rollouts(self, rollout_ids: Sequence[str]) -> dict[str, Rollout]:
+        found = partition.read(self._keyspace, rollout_ids)
+        return {stored.rollout.rollout_id: stored.rollout for stored in found if stored}
 
     def query_rollouts(self, group_id: str) -> list[Rollout]:
         rollout_ids = dict.fromkeys(rollout_id for (rollout_id,) in self._keyspace.read(_GROUP, group_id))

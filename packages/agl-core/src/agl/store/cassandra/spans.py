@@ -67,14 +67,17 @@ class CassandraSpans:
         heartbeat_known(self._keyspace, attempt_ids(rows), now_ns)
         return _insert(self._keyspace, rows, now_ns, self._fill)
 
-    def query_rows(self, rollout_id: str) -> list[bytes]:
-        spans = sorted(find_spans(self._keyspace, rollout_id).all(), key=_order, reverse=True)
-        found = {span.span: span for span in spans}  # The first by order of a span that has two partition keys.
-        partitions = sorted({(span.home, span.bucket) for span in found.values()})
+    def query_rows_by_rollout(self, rollout_ids: Sequence[str]) -> dict[str, list[bytes]]:
+        spans = {name: _unique(found.all()) for name, found in find_spans(self._keyspace, rollout_ids).items()}
+        partitions = sorted({(span.home, span.bucket) for some in spans.values() for span in some})
         results = self._keyspace.run([(_BODIES, key) for key in partitions])
         bodies = {span: (otlp, known) for rows in results for span, otlp, known in rows}
-        ordered = (span for span in sorted(found.values(), key=_order) if span.span in bodies)
-        return verified(rollout_id, ((*bodies[s.span], s.span[:16], s.span[16:], s.start_ns) for s in ordered))
+        return {
+            name: verified(
+                name, ((*bodies[s.span], s.span[:16], s.span[16:], s.start_ns) for s in some if s.span in bodies)
+            )
+            for name, some in spans.items()
+        }
 
     def count_spans(self) -> int:
         """Counted by the nodes, range by range. A counter column would drift: a retried increment may count twice."""
@@ -120,7 +123,7 @@ class CassandraSpans:
 
     def _owners(self, home: str) -> set[str]:
         """The rollouts to which the spans of the trace `home` belong that name none."""
-        return find_owners(self._keyspace, find_spans(self._keyspace, home)).get(home, set())
+        return find_owners(self._keyspace, find_spans(self._keyspace, [home])[home]).get(home, set())
 
 
 def check_size(row: SpanRow) -> None:
@@ -211,6 +214,12 @@ def _batches(partition: Partition, spans: Iterable[_NewSpan]) -> Iterator[list[S
         batch.append((_INSERT_BODY, (*partition, span.span, checksum(row.otlp), row.otlp)))
         size += len(row.otlp)
     yield batch
+
+
+def _unique(spans: Iterable[IndexedSpan]) -> list[IndexedSpan]:
+    """In order; of a span that has two partition keys, the first."""
+    found = {span.span: span for span in sorted(spans, key=_order, reverse=True)}
+    return sorted(found.values(), key=_order)
 
 
 def _order(span: IndexedSpan) -> tuple[int, int]:

@@ -80,6 +80,7 @@ class HttpStore(Store):
     TransitionError, as if another caller had ended the attempt.
     """
 
+    query_rows_by_rollout = _remote(Store.query_rows_by_rollout)
     count_spans = _remote(Store.count_spans)
     last_rollout_id = _remote(Store.last_rollout_id)
     rollout_ids = _remote(Store.rollout_ids)
@@ -89,7 +90,7 @@ class HttpStore(Store):
     finish_attempt = _remote(Store.finish_attempt)
     cancel_rollouts = _remote(Store.cancel_rollouts)
     end_overdue_attempts = _remote(Store.end_overdue_attempts)
-    get_rollout = _remote(Store.get_rollout)
+    get_rollouts = _remote(Store.get_rollouts)
     query_rollouts = _remote(Store.query_rollouts)
     query_attempts = _remote(Store.query_attempts)
     count_rollouts = _remote(Store.count_rollouts)

@@ -1,6 +1,7 @@
 """The verbs of `agl.store.protocol.Store` over HTTP: one table for server, client and OpenAPI document.
 
-A verb's signature in the protocol defines arguments and result. Both are JSON (`{"result": ...}`), spans OTLP protobuf.
+A verb's signature in the protocol defines arguments and result. Both are JSON (`{"result": ...}`, bytes in base64url),
+spans of one rollout OTLP protobuf.
 """
 
 import json
@@ -41,7 +42,9 @@ _CONFIG = ConfigDict(extra="forbid", ser_json_inf_nan="strings", use_attribute_d
 class VerbResult(BaseModel):
     """The JSON response of a verb."""
 
-    model_config = ConfigDict(ser_json_inf_nan="strings", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        ser_json_inf_nan="strings", ser_json_bytes="base64", val_json_bytes="base64", use_attribute_docstrings=True
+    )
 
     result: Any
 
@@ -136,6 +139,7 @@ VERBS: Final = {
     for verb in (
         Verb("append_rows", path_name="append_spans", takes_spans=True),
         Verb("query_rows", "GET", path_name="query_spans", returns_spans=True),
+        Verb("query_rows_by_rollout"),
         Verb("count_spans", "GET"),
         Verb("last_rollout_id", "GET"),
         Verb("rollout_ids", "GET"),
@@ -150,6 +154,7 @@ VERBS: Final = {
         Verb("wait_for_rollouts"),
         Verb("wait_for_group"),
         Verb("get_rollout", "GET"),
+        Verb("get_rollouts"),
         Verb("query_rollouts", "GET"),
         Verb("query_attempts", "GET"),
         Verb("count_rollouts", "GET"),

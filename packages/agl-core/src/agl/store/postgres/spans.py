@@ -5,9 +5,9 @@ from typing import Any, Final
 
 from psycopg.errors import CheckViolation
 
-from agl.store.membership import first_keys
+from agl.store.membership import trace_id_of
 from agl.store.postgres.database import LOCK, PostgresConnection
-from agl.store.span_row import SpanRow, checksum, verified
+from agl.store.span_row import SpanRow, Stored, checksum, verified
 
 DAY_NS: Final = 86_400 * 10**9
 
@@ -44,11 +44,11 @@ LATERAL (
 ) span
 """
 
-MEMBERS: Final = f"""
-WITH RECURSIVE member (rollout, trace) AS (
-    (SELECT :rollout::text, NULL::bytea UNION ALL SELECT NULL, :trace::bytea)
+_MEMBERS: Final = f"""
+member (number, rollout, trace) AS (
+    (SELECT number, rollout, NULL FROM first UNION ALL SELECT number, NULL, trace FROM first WHERE trace IS NOT NULL)
     UNION
-    SELECT NULL, next.trace_id FROM member CROSS JOIN {_SPANS_OF_MEMBER} CROSS JOIN LATERAL (
+    SELECT member.number, NULL, next.trace_id FROM member CROSS JOIN {_SPANS_OF_MEMBER} CROSS JOIN LATERAL (
         SELECT span.trace_id
         UNION ALL
         SELECT answer.trace_id FROM spans answer
@@ -61,12 +61,19 @@ WITH RECURSIVE member (rollout, trace) AS (
     ) next
 )
 """
-"""The keys of a rollout by the rule of `agl.store.membership`; parameters are `first_keys`."""
+"""The keys of each rollout of `first` by the rule of `agl.store.membership`."""
+
+MEMBERS: Final = (
+    f"WITH RECURSIVE first AS (SELECT 1 AS number, :rollout::text AS rollout, :trace::bytea AS trace), {_MEMBERS}"
+)
+"""The keys of one rollout; parameters are `first_keys`."""
 
 # A subquery for each body: for a join the planner, which cannot know how few spans there are, would scan all bodies.
 QUERY: Final = f"""
-{MEMBERS}
-SELECT (SELECT otlp FROM span_bodies body WHERE body.day = span.day AND body.arrival = span.arrival),
+WITH RECURSIVE first (rollout, trace, number) AS (
+    SELECT * FROM unnest(:rollouts::text[], :traces::bytea[]) WITH ORDINALITY
+), {_MEMBERS}
+SELECT member.number, (SELECT otlp FROM span_bodies body WHERE body.day = span.day AND body.arrival = span.arrival),
     span.checksum, span.trace_id, span.span_id, span.start_ns
 FROM member CROSS JOIN {_SPANS_OF_MEMBER} ORDER BY span.start_ns, span.arrival
 """
@@ -112,9 +119,14 @@ def partition(day: int) -> str:
     return f"span_bodies_{day}"
 
 
-def query(db: PostgresConnection, rollout_id: str) -> list[bytes]:
-    """Spans of a rollout in order."""
-    return verified(rollout_id, db.execute(QUERY, first_keys(rollout_id)).fetchall())
+def query(db: PostgresConnection, rollout_ids: Sequence[str]) -> dict[str, list[bytes]]:
+    """Spans of each rollout in order."""
+    names = list(dict.fromkeys(rollout_ids))
+    found: dict[str, list[Stored]] = {name: [] for name in names}
+    # By number, not by name: the server may keep a name in a different form.
+    for number, *stored in db.execute(QUERY, {"rollouts": names, "traces": [*map(trace_id_of, names)]}):
+        found[names[number - 1]].append(tuple(stored))
+    return {name: verified(name, rows) for name, rows in found.items()}
 
 
 def _values(place: int, row: SpanRow) -> tuple[Any, ...]:

@@ -49,8 +49,8 @@ class PostgresStore(SqlStore[PostgresDatabase]):
             self._database.write(lambda db: spans.make_partition(db, now_ns // spans.DAY_NS))
             return self._database.write(append)
 
-    def query_rows(self, rollout_id: str) -> list[bytes]:
-        return self._database.read(lambda db: spans.query(db, rollout_id))
+    def query_rows_by_rollout(self, rollout_ids: Sequence[str]) -> dict[str, list[bytes]]:
+        return self._database.read(lambda db: spans.query(db, rollout_ids))
 
     def wait_for_rollouts(self, rollout_ids: Sequence[str], timeout_s: float | None = None) -> list[Rollout]:
         self._listener.start()

@@ -83,8 +83,8 @@ class SqlRollouts(Generic[DatabaseT]):
 
         return self._ends.wait_until_over(lambda: self._database.read(read), timeout_s)
 
-    def get_rollout(self, rollout_id: str) -> Rollout | None:
-        return self._database.read(lambda db: get_rollout(db, rollout_id))
+    def get_rollouts(self, rollout_ids: Sequence[str]) -> dict[str, Rollout]:
+        return self._database.read(lambda db: _find_rollouts(db, rollout_ids))
 
     def query_rollouts(self, group_id: str) -> list[Rollout]:
         return self._database.read(lambda db: [to_rollout(row) for row in db.execute(_GROUP, (group_id,))])

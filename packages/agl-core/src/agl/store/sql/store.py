@@ -34,7 +34,7 @@ _AFTER_ALL = 2**31 - 1
 
 
 class SqlStore(SqlRollouts[DatabaseT], SqlResources[DatabaseT], SqlTraffic[DatabaseT], Store):
-    """All of `Store` except `append_rows` and `query_rows`, which depend on how a backend stores spans."""
+    """All of `Store` except `append_rows` and `query_rows_by_rollout`, which depend on how a backend stores spans."""
 
     LAST_SPAN: ClassVar[str]
     """Query for the rollout that the last span to arrive names, if any, and for its trace."""

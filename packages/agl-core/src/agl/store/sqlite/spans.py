@@ -117,16 +117,17 @@ def index_new_asks(db: Connection) -> bool:
     return last < end
 
 
-def query(db: Connection, rollout_id: str) -> list[bytes] | None:
-    """Spans of a rollout in order; None if the result depends on rows of `new_asks`."""
-    found = db.execute(QUERY, first_keys(rollout_id)).fetchall()
-    if any(needs_asks for *_, needs_asks in found) and db.execute("SELECT 1 FROM new_asks LIMIT 1").fetchone():
+def query(db: Connection, rollout_ids: Sequence[str]) -> dict[str, list[bytes]] | None:
+    """Spans of each rollout in order; None if the result depends on rows of `new_asks`."""
+    found = {name: db.execute(QUERY, first_keys(name)).fetchall() for name in rollout_ids}
+    needs_asks = any(row[-1] for rows in found.values() for row in rows)
+    if needs_asks and db.execute("SELECT 1 FROM new_asks LIMIT 1").fetchone():
         return None
-    return verified(rollout_id, (row[:-1] for row in found))
+    return {name: verified(name, (row[:-1] for row in rows)) for name, rows in found.items()}
 
 
-def query_read_only(db: Connection, rollout_id: str) -> list[bytes]:
+def query_read_only(db: Connection, rollout_ids: Sequence[str]) -> dict[str, list[bytes]]:
     """`query` in a file that cannot be written."""
     for statement in _SHADOWS:
         db.execute(statement)
-    return query(db, rollout_id) or []
+    return query(db, rollout_ids) or {}

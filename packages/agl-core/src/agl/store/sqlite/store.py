@@ -57,13 +57,13 @@ class SqliteStore(SqlStore[SqliteDatabase]):
     def _index_trace(self, trace_id: bytes) -> None:
         self.query_rows(trace_id.hex())
 
-    def query_rows(self, rollout_id: str) -> list[bytes]:
-        found = self._database.read(lambda db: spans.query(db, rollout_id))
+    def query_rows_by_rollout(self, rollout_ids: Sequence[str]) -> dict[str, list[bytes]]:
+        found = self._database.read(lambda db: spans.query(db, rollout_ids))
         if found is None and self._database.is_read_only:
-            return self._database.read(lambda db: spans.query_read_only(db, rollout_id))
+            return self._database.read(lambda db: spans.query_read_only(db, rollout_ids))
         while found is None:
             # Query in the transaction of the last step: other threads may append new asks all the time.
-            found = self._database.write(lambda db: None if spans.index_new_asks(db) else spans.query(db, rollout_id))
+            found = self._database.write(lambda db: None if spans.index_new_asks(db) else spans.query(db, rollout_ids))
         return found
 
 
