@@ -1,11 +1,17 @@
-"""Training steps of a small policy in the processes that torchrun starts; writes their results to a file.
+"""Training steps of a small policy in the processes that torchrun starts; writes their results to files.
 
-python -m tests.trainer.several_devices RESULT.json [fsdp] [recompute] [padded] [failing]
+python -m tests.trainer.several_devices FOLDER WAY:PORT...
+
+A way is `plain`, or `fsdp`, `recompute`, `padded`, `failing` joined by hyphens. Its result is FOLDER/DEVICES-WAY.json.
+Each has a process group of its own, whose processes meet at its port: at torchrun's they can meet only once.
 """
 
 import json
+import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,9 +33,9 @@ OPTIONS = PolicyLossConfig(beta=0.05, top_entropy_quantile=0.5, importance_sampl
 """Needs the reference, the entropies and the initial logprobs, each from forward passes of its own."""
 
 
-def policy(model: PreTrainedModel | None = None) -> Policy:
-    shards = "fsdp" in sys.argv and device_count() > 1
-    recomputes, packs = "recompute" in sys.argv, "padded" not in sys.argv
+def policy(options: Sequence[str], model: PreTrainedModel | None = None) -> Policy:
+    shards = "fsdp" in options and device_count() > 1
+    recomputes, packs = "recompute" in options, "padded" not in options
     model = model or small_model(dtype=torch.float64)
     return small_policy(model, packs=packs, recomputes=recomputes, shards=shards)
 
@@ -47,9 +53,9 @@ def rows() -> list[SampledRow]:
     return made
 
 
-def train() -> dict[str, object]:
+def train(options: Sequence[str]) -> dict[str, object]:
     model = small_model(dtype=torch.float64)
-    trained = policy(model)
+    trained = policy(options, model)
     optimizer = torch.optim.AdamW(trained.parameters("writer"), lr=1e-2)
     losses, norms = [], []
     for number in range(3):
@@ -67,31 +73,36 @@ def train() -> dict[str, object]:
         "losses": losses,
         "norms": norms,
         "weights": weights.tolist(),
-        "failure": "" if "fsdp" in sys.argv else fail(),
+        "failure": "" if "fsdp" in options else fail(options),
     }
 
 
-def fail() -> str:
+def fail(options: Sequence[str]) -> str:
     """Error message for a row that only one device gets and rejects; the step after it succeeds."""
-    trained = policy()
+    trained = policy(options)
     optimizer = torch.optim.SGD(trained.parameters("writer"), lr=0.1)
     long = rows()[0]
     bad = replace(long, loss_mask=[1, *long.loss_mask[1:]])
-    options = {"pack_tokens": 48, "max_grad_norm": 1.0}
+    limits = {"pack_tokens": 48, "max_grad_norm": 1.0}
     message = ""
     try:
-        optimizer_step(trained, "writer", optimizer, [*rows(), bad], sft_loss, **options)
+        optimizer_step(trained, "writer", optimizer, [*rows(), bad], sft_loss, **limits)
     except (TrainingError, ValueError) as error:
         message = str(error)
-    optimizer_step(trained, "writer", optimizer, rows(), sft_loss, **options)
+    optimizer_step(trained, "writer", optimizer, rows(), sft_loss, **limits)
     return message
 
 
 def main() -> None:
-    def lead() -> None:
-        Path(sys.argv[1]).write_text(json.dumps({"failure": fail()} if "failing" in sys.argv else train()))
+    def lead(way: str, options: Sequence[str]) -> None:
+        made = {"failure": fail(options)} if "failing" in options else train(options)
+        Path(sys.argv[1], f"{device_count()}-{way}.json").write_text(json.dumps(made))
 
-    lead_or_follow(lead, policy)
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    for argument in sys.argv[2:]:
+        way, os.environ["MASTER_PORT"] = argument.split(":")
+        options = way.split("-")
+        lead_or_follow(partial(lead, way, options), partial(policy, options))
 
 
 if __name__ == "__main__":

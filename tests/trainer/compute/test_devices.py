@@ -11,41 +11,37 @@ import pytest
 from agl.config import Config
 from agl.errors import ConfigError
 from agl_trainer.loop.session import open_session
+from tests.ports import free_port
 
 MODULE = "tests.trainer.several_devices"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+WAYS = ("plain", "fsdp", "fsdp-recompute", "fsdp-padded")
 
 
-def run(folder: Path, devices: int, *options: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, devices: int, *ways: str) -> subprocess.CompletedProcess[str]:
     launcher = TORCHRUN if devices == 2 else []
-    command = [sys.executable, *launcher, "-m", MODULE, str(result(folder, devices)), *options]
+    command = [sys.executable, *launcher, "-m", MODULE, str(folder), *(f"{way}:{free_port()}" for way in ways)]
     return subprocess.run(command, check=False, timeout=240, text=True, capture_output=True)
 
 
-def result(folder: Path, devices: int) -> Path:
-    return folder / f"{devices}.json"
-
-
-def came(folder: Path, devices: int, *options: str) -> dict[str, Any]:
-    ended = run(folder, devices, *options)
-    assert ended.returncode == 0, ended.stderr
-    return json.loads(result(folder, devices).read_text())
-
-
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one process does. How a step is computed makes no difference to it: tests of their own show that."""
-    return came(tmp_path_factory.mktemp("one"), 1)
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """By devices and way. One process computes only `plain`: how makes no difference to it, as other tests show."""
+    folder = tmp_path_factory.mktemp("results")
+    for devices, ways in ((1, WAYS[:1]), (2, WAYS)):
+        ended = run(folder, devices, *ways)
+        assert ended.returncode == 0, ended.stderr
+    return {path.stem: json.loads(path.read_text()) for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("options", [(), ("fsdp",), ("fsdp", "recompute"), ("fsdp", "padded")], ids="-".join)
-def test_two_devices_train_as_one_does(one: dict[str, Any], tmp_path: Path, options: tuple[str, ...]) -> None:
-    two = came(tmp_path, 2, *options)
+@pytest.mark.parametrize("way", WAYS)
+def test_two_devices_train_as_one_does(results: dict[str, dict[str, Any]], way: str) -> None:
+    one, two = results["1-plain"], results[f"2-{way}"]
     assert (one["devices"], two["devices"]) == (1, 2)
     for name in ("losses", "norms", "weights"):
         assert two[name] == pytest.approx(one[name], rel=1e-9, abs=1e-12), name
     assert not one["sharded"]
-    if "fsdp" in options:
+    if "fsdp" in way:
         kept = [name for name in two["sharded"] if "lora_" in name or ".layers." not in name]
         # Seven linear layers and two norms of each of two layers.
         assert (len(two["sharded"]), kept) == (18, [])
@@ -71,8 +67,8 @@ def test_the_engine_that_samples_from_the_policy_itself_is_refused_sharded_layer
 
 def test_with_sharded_layers_a_device_that_fails_ends_the_training(tmp_path: Path) -> None:
     """The others wait for its part of a layer: none can go on."""
-    ended = run(tmp_path, 2, "failing", "fsdp")
+    ended = run(tmp_path, 2, "fsdp-failing")
     assert ended.returncode != 0
     assert "a training step failed on device" in ended.stderr
     assert "first token has mask 1" in ended.stderr
-    assert not result(tmp_path, 2).exists()
+    assert not any(tmp_path.iterdir())
