@@ -299,7 +299,7 @@ def scripted_models(answer: Callable[[dict[str, Any]], str]) -> Iterator[tuple[s
         request_queue_size = 128
 
     with Server(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
             yield f"http://127.0.0.1:{server.server_port}/v1", bodies

@@ -544,6 +544,7 @@ RUN_DEMOS = """
 import os, sys
 from pathlib import Path
 from agl.config import Config
+from agl_trainer.loop import session  # What Demo imports only when it runs, each child would import again.
 from agl_trainer.loop.demo import Demo
 
 for line in sys.stdin:

@@ -133,7 +133,7 @@ def test_the_hook_posts_the_numbers_to_a_url_and_its_failure_is_only_logged(
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
-    serving = threading.Thread(target=server.serve_forever)
+    serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     serving.start()
     config = new_config(high=5, max_writers=1, on_queue_high=f"http://127.0.0.1:{server.server_port}/high")
     with stuck(queue, tmp_path / "agl.db", config):
