@@ -161,9 +161,7 @@ def test_the_answer_is_recorded_for_later_scorers(store: Store, make: Make, monk
 @pytest.mark.parametrize("agent", [getattr(agents, name) for name in HANGING])
 def test_agents_that_never_answer_cost_only_their_timeout(store: Store, make: Make, agent: Any) -> None:
     """Four agents that hang, at concurrency 2, would block the runner forever."""
-    began = time.monotonic()
-    outcomes = make(agent, concurrency=2, timeout_s=0.3).run(rollouts(1, 3, 5, 7, 2, 4))
-    assert time.monotonic() - began < 8
+    outcomes = make(agent, concurrency=2).run([*rollouts(1, 3, 5, 7, timeout_s=0.3), *rollouts(2, 4)])
     assert states(outcomes) == ["failed"] * 4 + ["succeeded"] * 2
     assert outcomes[0].error == "no answer within 0.3 s"
     assert [attempt.state for attempt in store.query_attempts("r7")] == [AttemptState.TIMEOUT]

@@ -15,7 +15,7 @@ from agl.store.cassandra.address import Address
 from agl.store.cassandra.schema import MIGRATIONS
 from agl.store.cassandra.span_partition import BucketFill
 from agl.store.cassandra.store import CassandraStore
-from tests.load import SPANS, Load, check
+from tests.load import Load, check
 from tests.store.cassandra_server import CassandraServer, running_cassandra
 from tests.store.serving import serving
 from tests.store.spans import TRACE, answered, asked, make_span, numbers
@@ -44,11 +44,11 @@ def run(cluster: CassandraServer, uri: str, query: str) -> list[tuple]:
 
 def test_a_node_killed_under_load_and_restarted_loses_no_acknowledged_span(cluster: CassandraServer, uri: str) -> None:
     open_store(uri).close()
-    with serving(uri) as (_, url), Load(url) as load:
-        load.reach(SPANS // 3)
+    with serving(uri) as (_, url), Load(url, spans=15_000) as load:
+        load.reach(load.spans // 3)
         cluster.kill(cluster.hosts[1])
-        load.reach(SPANS // 2)  # Two of three copies are enough.
-        assert len(load.acknowledged) < SPANS
+        load.reach(load.spans // 2)  # Two of three copies are enough.
+        assert len(load.acknowledged) < load.spans
         cluster.start(cluster.hosts[1])
         cluster.wait_until_up()
     check(load, uri)
