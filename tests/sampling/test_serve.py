@@ -1,7 +1,9 @@
 """Sampling by `agl serve`: it is killed with spans that are not decided, and another server decides them."""
 
 import json
+import re
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -11,6 +13,8 @@ from agl import otlp, semconv
 from agl.cli import main
 from agl.span import Span
 from agl.store import Store, open_store
+from agl.store.span_row import SpanRow
+from agl.store.traffic import TrafficStore
 from agl.trajectory import read_sampled
 from tests.store.serving import serving
 from tests.waiting import wait_until
@@ -62,3 +66,37 @@ def test_a_server_that_is_killed_loses_no_rollout_and_the_commands_explain_the_d
 def _spans(line: str) -> list[dict[str, str]]:
     groups = json.loads(line)["resourceSpans"]
     return [span for group in groups for scope in group["scopeSpans"] for span in scope["spans"]]
+
+
+def test_inspect_shows_a_rollout_that_is_not_decided_yet_and_what_it_waits_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = f"sqlite:///{tmp_path}/agl.db"
+    with closing(open_store(uri)) as store:
+        assert isinstance(store, TrafficStore)
+        rewarded, root = spans("both", 100, 0.2)
+        open_ended, _ = spans("open", 200, 0.2)
+        _, unrewarded = spans("mute", 300, 0.2)
+        of_group = [
+            replace(span, attributes={**span.attributes, semconv.GROUP_ID: "g"}) for span in spans("in", 400, 0.2)
+        ]
+        other = replace(
+            unrewarded, attributes={**unrewarded.attributes, semconv.GROUP_ID: "g", semconv.ROLLOUT_ID: "out"}
+        )
+        sent = [rewarded, root, open_ended, unrewarded, *of_group, other]
+        store.append_pending(list(map(SpanRow.of, sent)), now_ns=store.list_pending().now_ns - 5 * 10**9)
+    expected = {
+        "both": "its next pass, or the end of the minute",
+        "open": "the root span of open, or for decision_wait_s",
+        "mute": "a reward of mute, which is over, or for grace_s",
+        "in": "a reward of out, which is over",
+    }
+    for name, waits_for in expected.items():
+        assert main(["inspect", name, "--store", uri]) == 0
+        shown = capsys.readouterr().out
+        assert re.search(r"pending for [5-9]\d* s: sampling has not decided it yet, and waits for " + waits_for, shown)
+        assert ("agl.rollout" in shown, "reward 0.2" in shown) == (name != "open", name != "mute"), shown
+    assert main(["inspect", "both", "--json", "--store", uri]) == 0
+    assert "sampling has not decided it yet" in json.loads(capsys.readouterr().out)["pending"]
+    assert main(["inspect", "nobody", "--store", uri]) == 2
+    assert "holds no span of rollout 'nobody'" in capsys.readouterr().err

@@ -1,18 +1,19 @@
 """Production traffic on every store: pending spans and decisions, and sampling from the first span to the last row."""
 
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, suppress
 from typing import Any
 
 import pytest
 
 from agl import semconv
 from agl.config import TrafficSamplingConfig
+from agl.errors import StoreError
 from agl.sampling import Sampler
 from agl.span import Span, Status
 from agl.store import Rollout, Store, open_store
 from agl.store.span_row import SpanRow
-from agl.store.traffic import Intake, TrafficStore
+from agl.store.traffic import Intake, Pending, TrafficStore
 from agl.trajectory import Sampled, SamplingReason, build_trajectory, read_sampled
 from agl.trajectory.sampled import randomness
 from tests.store.backends import NewUri
@@ -283,3 +284,48 @@ def test_two_samplers_that_disagree_carry_out_the_first_decision(traffic: Traffi
     assert len(stored) == 1
     assert slow.run_once(BASE_NS + 3 * S) == 1
     assert kept_spans(traffic, LOW) == 0 and left_out(traffic.query_spans(LOW)) is not None
+
+
+class Interleaved:
+    """A store in which something happens just before a decision is stored, once, and that may list an earlier state."""
+
+    def __init__(self, store: TrafficStore, before: Callable[[], object], listed: Pending | None = None) -> None:
+        self._store, self._before, self._listed = store, [before], listed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def list_pending(self) -> Pending:
+        return self._listed or self._store.list_pending()
+
+    def decide(self, proposed: Mapping[str, str]) -> dict[str, str]:
+        while self._before:
+            self._before.pop()()
+        return self._store.decide(proposed)
+
+
+@pytest.mark.parametrize("name", [LOW, HIGH])
+@pytest.mark.parametrize("case", ["the larger view first", "the smaller view first", "the smaller view is killed"])
+def test_two_samplers_that_see_other_spans_count_each_once(traffic: TrafficStore, name: str, case: str) -> None:
+    append(traffic, whole(name, 100, 0.2))
+    early = traffic.list_pending()
+    more = [made(name, 99, "chat m", **{semconv.GEN_AI_OPERATION_NAME: "chat"})]  # Its id is the smallest.
+    if case == "the larger view first":
+        other = Sampler(traffic, CONFIG)
+        interleaved: Any = Interleaved(traffic, lambda: (append(traffic, more), other.run_once(BASE_NS + S)), early)
+    else:
+        append(traffic, more)
+        killed: Any = Interleaved(traffic, lambda: None, early)
+        if case == "the smaller view is killed":
+            killed.append_rows = lambda rows: (_ for _ in ()).throw(StoreError("killed"))
+        other = Sampler(killed, CONFIG)
+
+        def run_other() -> None:
+            with suppress(StoreError):
+                other.run_once(BASE_NS + S)
+
+        interleaved = Interleaved(traffic, run_other)
+    Sampler(interleaved, CONFIG).run_once(BASE_NS + S)
+    sampled = read_sampled(traffic.query_spans(name))
+    assert sampled is not None and (sampled.spans, sampled.calls, pending(traffic)) == (5, 3, 0)
+    assert (sampled.reward and sampled.reward.value, kept_spans(traffic, name)) == (0.2, 5 if name == HIGH else 0)

@@ -14,6 +14,10 @@ from agl.cli.command import (
     spans_of,
 )
 from agl.cli.inspection import Inspection
+from agl.errors import CommandError
+from agl.sampling import Undecided
+from agl.store import Store
+from agl.store.traffic import TrafficStore
 
 
 def register(subparsers: Any) -> None:
@@ -40,10 +44,26 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     with existing_store(arguments.store) as store:
         rollout_id = last_rollout_id(store) if arguments.last else arguments.rollout
-        inspection = Inspection(spans_of(rollout_id, store))
+        inspection = _inspection(rollout_id, store)
     if arguments.json:
         print_json(inspection.to_json())
     else:
         width = shutil.get_terminal_size().columns if arguments.text else None
         print(inspection.text(width), end="")
     return 0
+
+
+def _inspection(rollout_id: str, store: Store) -> Inspection:
+    """Of the stored spans, or of those that sampling has not decided yet. Raises CommandError if there are none."""
+    try:
+        return Inspection(spans_of(rollout_id, store))
+    except CommandError as error:
+        if not isinstance(store, TrafficStore):
+            raise CommandError(
+                f"{error}. If that server samples, it may not have decided the rollout yet: inspect it with the "
+                "store_uri of the server"
+            ) from error
+        undecided = Undecided.of(store, rollout_id)
+        if undecided is None:
+            raise
+        return Inspection(undecided.spans, pending=undecided.describe())

@@ -24,6 +24,11 @@ _LINE_WIDTH = 120
 class Inspection(InspectedRollout):
     """Text and JSON about the spans of one rollout. Raises TrajectoryError if they are of several."""
 
+    def __init__(self, spans: Sequence[Span], *, pending: str | None = None) -> None:
+        """`pending`: why sampling has not decided the rollout yet."""
+        super().__init__(spans)
+        self.pending = pending
+
     def text(self, texts_width: int | None = None) -> str:
         """A heading, the tree of spans, and what to do about dropped calls and rewards without a call.
 
@@ -44,6 +49,7 @@ class Inspection(InspectedRollout):
             "mode": trajectory.mode,
             "error": trajectory.error,
             "reward": trajectory.reward,
+            "pending": self.pending,
             "sampled": trajectory.sampled.to_json() if trajectory.sampled else None,
             "rewards": [asdict(reward) for reward in trajectory.rewards],
             "rewards_without_call": [asdict(reward) for reward in trajectory.rewards_without_call],
@@ -69,6 +75,8 @@ class Inspection(InspectedRollout):
         lines = ["  ".join(f"{name} {printable(value)}" for name, value in names if value)]
         if trajectory.error:
             lines.append(printable(f"failed: {trajectory.error}"))
+        if self.pending:
+            lines.append(printable(self.pending))
         if trajectory.sampled:
             lines += map(printable, _format_sampled(trajectory.sampled, trajectory.rollout_id))
         return [*lines, self._format_rewards(), self._format_counts()]

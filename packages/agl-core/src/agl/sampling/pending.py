@@ -77,18 +77,26 @@ class PendingRollout:
         return any(span.rollout_id for span in self.spans)
 
     @property
+    def has_attempt(self) -> bool:
+        return any(span.has_attempt for span in self.spans)
+
+    @property
     def group_id(self) -> str | None:
         return next((span.group_id for span in self.spans if span.group_id), None)
+
+    @property
+    def ends_ns(self) -> list[int]:
+        """When spans arrived that end it."""
+        return [span.arrived_ns for span in self.spans if self._is_end(span)]
 
     def ready_ns(self, ended_ns: int | None, grace_ns: int, wait_ns: int) -> int:
         """When it can be decided. `ended_ns`: its end as the store knows it.
 
         Once it is over and has a reward, or a while after its end, or a longer while after its last span.
         """
-        ends = [span.arrived_ns for span in self.spans if self._is_end(span)]
         rewards = [span.arrived_ns for span in self.spans if span.has_reward]
         last_ns = max(span.arrived_ns for span in self.spans) + wait_ns
-        over_ns = ended_ns if ended_ns is not None else min(ends, default=None)
+        over_ns = ended_ns if ended_ns is not None else min(self.ends_ns, default=None)
         if over_ns is None:
             return last_ns
         return max(over_ns, min(rewards)) if rewards else min(over_ns + grace_ns, last_ns)

@@ -38,19 +38,20 @@ class Summary:
     spans: int
     traces: Sequence[str]
     key: bytes
-    """The same however often the same spans are summed up."""
+    """The same however often these spans are summed up."""
     start_ns: int
     end_ns: int
     attributes: Mapping[str, AttributeValue]
 
     @classmethod
-    def of(cls, rollout: PendingRollout, spans: Sequence[Span], error: str | None) -> "Summary":
-        """`error`: of the rollout as the store knows it."""
+    def of(
+        cls, rollout: PendingRollout, group_id: str | None, spans: Sequence[Span], error: str | None, claim: str
+    ) -> "Summary":
+        """`error`: of the rollout as the store knows it. `claim`: names the spans that are decided with these."""
         unique = {(span.trace_id, span.span_id): span for span in spans}
         found = sorted(unique.values(), key=lambda span: span.start_ns)
         trajectory = _trajectory(found)
         error = error or (trajectory and trajectory.error) or _root_error(rollout, found)
-        group_id = rollout.group_id
         return cls(
             rollout.rollout_id,
             group_id,
@@ -60,7 +61,7 @@ class Summary:
             error,
             len(found),
             list(dict.fromkeys(span.trace_id for span in found)),
-            hashlib.sha256("".join([rollout.rollout_id, *min(unique)]).encode()).digest(),
+            hashlib.sha256(f"{rollout.rollout_id}{claim}".encode()).digest(),
             found[0].start_ns,
             max(span.end_ns for span in found),
             _counts(trajectory, len(found), error) | _canary(found) | measured(found),
