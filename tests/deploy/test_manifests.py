@@ -10,8 +10,10 @@ from helm_python import HelmError, lint
 
 from agl.cli import _parser
 from agl.config import Config
+from agl_trainer.cluster.plan import Plan
 from tests.deploy.manifests import (
     CHART,
+    DEPLOY,
     EVERYTHING,
     NAMESPACE,
     RELEASE,
@@ -170,3 +172,29 @@ def test_another_configuration_is_another_job() -> None:
         return found["metadata"]["name"]
 
     assert job() == job() != job(steps=3)
+
+
+def test_the_ray_job_has_room_for_what_its_configuration_asks_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, claim, job = yaml.safe_load_all((DEPLOY / "ray-job.yaml").read_text())
+    monkeypatch.setenv("AGL_STORE_URI", "postgresql://agl@db/agl")
+    data = yaml.safe_load(settings["data"]["train.yaml"])
+    config = Config.parse(data)
+    train = config.require_train()
+    groups = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    pod_specs = [job["spec"]["rayClusterSpec"]["headGroupSpec"], *groups]
+    pods = [
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ray"}, "spec": group["template"]["spec"]}
+        for group in pod_specs
+    ]
+    for manifest in (settings, claim, *pods):
+        kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
+    words = job["spec"]["entrypoint"].split()
+    assert _parser(words[1:]).parse_args(words[1:]).on == "ray"
+    limits = [group["template"]["spec"]["containers"][0]["resources"]["limits"] for group in groups]
+    has = {
+        "CPU": sum(float(each["cpu"]) for each in limits),
+        "GPU": sum(each.get("nvidia.com/gpu", 0) for each in limits),
+    }
+    plan = Plan("sql", data, config.ray, train.output_dir, train.concurrency, "/", "token")
+    plan.check()
+    plan.check_room(has)

@@ -16,6 +16,7 @@ from agl.config.loss import (
     RewardScale,
 )
 from agl.config.queue import Appendfsync, QueueConfig
+from agl.config.ray import RayConfig
 from agl.config.roles import AgentRoles, RoleConfig
 from agl.config.sampling import TrafficSamplingConfig
 from agl.config.server import ServerConfig
@@ -43,6 +44,7 @@ __all__ = [
     "PolicyLossConfig",
     "PromoteConfig",
     "QueueConfig",
+    "RayConfig",
     "RecordMode",
     "RewardScale",
     "RoleConfig",

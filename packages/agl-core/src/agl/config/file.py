@@ -13,6 +13,7 @@ from agl.config.engine import EngineConfig, LaunchConfig
 from agl.config.gateway import GatewayConfig, TimeoutsConfig, UpstreamConfig
 from agl.config.judge import JudgeConfig
 from agl.config.queue import QueueConfig
+from agl.config.ray import RayConfig, RayRunnersConfig, RayTrainerConfig
 from agl.config.roles import AgentRoles, RoleConfig
 from agl.config.sampling import TrafficSamplingConfig
 from agl.config.section import Section
@@ -47,6 +48,7 @@ class Config(Section):
     sampling: TrafficSamplingConfig | None = None
     engine: EngineConfig = Field(default_factory=EngineConfig)
     train: TrainConfig | None = None
+    ray: RayConfig = Field(default_factory=RayConfig)
     sft: SftConfig | None = None
     judge: JudgeConfig | None = None
     canary: CanaryConfig = Field(default_factory=CanaryConfig)
@@ -148,6 +150,9 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "engine": EngineConfig,
     "launch": LaunchConfig,
     "train": TrainConfig,
+    "ray": RayConfig,
+    "runners": RayRunnersConfig,
+    "trainer": RayTrainerConfig,
     "sft": SftConfig,
     "traces": SftTracesConfig,
     "judge": JudgeConfig,

@@ -33,6 +33,16 @@ def train_command(subparsers: Any) -> None:
         action="store_true",
         help="train on rollouts in the store, selected by train.traces, without running agents or an engine",
     )
+    parser.add_argument(
+        "--on",
+        choices=("ray",),
+        help="train on a Ray cluster, with runners in actors of their own (see `ray` of the configuration)",
+    )
+    parser.add_argument(
+        "--address",
+        metavar="ADDRESS",
+        help="the Ray cluster; `auto`: that of this machine (default: $RAY_ADDRESS, else a Ray on this machine alone)",
+    )
 
 
 def sft_command(subparsers: Any) -> None:
@@ -109,8 +119,21 @@ def _add_accept_changes(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    if arguments.on == "ray":
+        return _train_on_ray(arguments)
+    if arguments.address is not None:
+        raise ConfigError("--address names a Ray cluster: add --on ray")
     trainer = _trainer("train --from-store" if arguments.from_store else "train", arguments)
     return _run_distributed(trainer, lambda: trainer.fit(from_store=arguments.from_store))
+
+
+def _train_on_ray(arguments: argparse.Namespace) -> int:
+    from agl_trainer.cluster.driver import train_on_ray
+
+    if arguments.from_store:
+        raise ConfigError("--from-store runs no agents, so --on ray has nothing to place: leave it out")
+    options = ("--accept-changes",) if arguments.accept_changes else ()
+    return train_on_ray(arguments.config, address=arguments.address, options=options)
 
 
 def _sft(arguments: argparse.Namespace) -> int:
