@@ -1,11 +1,12 @@
 """Ctrl-C and SIGTERM in a terminal, in the middle of 32 rollouts: one line, no traceback, and the training resumes."""
 
 import os
-import pty
 import signal
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,51 @@ from tests.flows.test_training import TOY, config_in
 LONG: dict[str, Any] = {"group_size": 8, "groups_per_step": 4, "steps": 1, "max_tokens": 1500, "timeout_s": 300}
 
 
-class Terminal:
-    """A command in a pseudo-terminal, and what it has printed there."""
+RUN_IN_TERMINALS = """
+import fcntl, os, sys, termios
+from agl.cli import main
+from agl_trainer.loop import session  # What a training imports only when it runs, each child would import again.
 
-    def __init__(self, command: list[str]) -> None:
-        self.pid, self._end = pty.fork()
-        if self.pid == 0:
-            os.execv(command[0], command)
+for line in sys.stdin:
+    terminal, *command = line.split()
+    end = os.open(terminal, os.O_RDWR | os.O_NOCTTY)
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        fcntl.ioctl(end, termios.TIOCSCTTY, 0)
+        for stream in range(3):
+            os.dup2(end, stream)
+        os.close(end)
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+        sys.exit(main(command))
+    os.close(end)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+Programs = subprocess.Popen[str]
+
+
+@pytest.fixture(scope="module")
+def programs() -> Iterator[Programs]:
+    """Runs `agl` in terminals, forked from a process that has loaded everything."""
+    command = [sys.executable, "-c", RUN_IN_TERMINALS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.kill()
+
+
+class Terminal:
+    """`agl` with a command in a pseudo-terminal, and what it has printed there."""
+
+    def __init__(self, programs: Programs, *command: str) -> None:
+        assert programs.stdin is not None and programs.stdout is not None
+        self._end, other = os.openpty()
+        self._said = programs.stdout
+        programs.stdin.write(" ".join([os.ttyname(other), *command]) + "\n")
+        programs.stdin.flush()
+        self.pid = int(self._said.readline())
+        os.close(other)
         self.printed = b""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -51,19 +90,19 @@ class Terminal:
         os.write(self._end, b"\x03")
 
     def wait(self) -> int:
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        code = int(self._said.readline())
         self._reader.join(5)
         os.close(self._end)
         return code
 
 
-def start_and_wait_for_rollouts(folder: Path, **train: Any) -> Terminal:
+def start_and_wait_for_rollouts(programs: Programs, folder: Path, **train: Any) -> Terminal:
     config = config_in(folder, **LONG | train)
     config = config.model_copy(
         update={"engine": config.engine.model_copy(update={"max_batch": 32, "max_model_len": 1600})}
     )
     (folder / "config.yaml").write_text(config.to_yaml())
-    terminal = Terminal([str(Path(sys.executable).with_name("agl")), "train", str(folder / "config.yaml")])
+    terminal = Terminal(programs, "train", str(folder / "config.yaml"))
     with closing(open_store(config.store_uri)) as store:
         deadline = time.monotonic() + 120
         while store.count_rollouts()[RolloutState.RUNNING] < 32:
@@ -83,8 +122,10 @@ def start_and_wait_for_rollouts(folder: Path, **train: Any) -> Terminal:
         ("ctrl-c twice", {}),
     ],
 )
-def test_a_training_that_is_stopped_says_so_in_one_line(tmp_path: Path, sends: str, train: dict[str, Any]) -> None:
-    terminal = start_and_wait_for_rollouts(tmp_path, **train)
+def test_a_training_that_is_stopped_says_so_in_one_line(
+    programs: Programs, tmp_path: Path, sends: str, train: dict[str, Any]
+) -> None:
+    terminal = start_and_wait_for_rollouts(programs, tmp_path, **train)
     before = len(terminal.printed)
     terminal.press_ctrl_c() if sends != "SIGTERM" else os.kill(terminal.pid, signal.SIGTERM)
     if sends == "ctrl-c twice":

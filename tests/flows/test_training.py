@@ -588,6 +588,7 @@ def demos(tmp_path: Path) -> Iterator[Demos]:
         )
         with process:
             yield Demos(process)
+            process.kill()
 
 
 def test_a_training_killed_again_and_again_ends_bitwise_as_one_that_was_not(tmp_path: Path, demos: Demos) -> None:
