@@ -16,6 +16,7 @@ from agl.store.span_row import SpanRow
 from agl.store.traffic import Intake, Pending, TrafficStore
 from agl.trajectory import Sampled, SamplingReason, build_trajectory, read_sampled
 from agl.trajectory.sampled import randomness
+from benchmarks import sampling
 from tests.store.backends import NewUri
 
 S = 10**9
@@ -329,3 +330,17 @@ def test_two_samplers_that_see_other_spans_count_each_once(traffic: TrafficStore
     sampled = read_sampled(traffic.query_spans(name))
     assert sampled is not None and (sampled.spans, sampled.calls, pending(traffic)) == (5, 3, 0)
     assert (sampled.reward and sampled.reward.value, kept_spans(traffic, name)) == (0.2, 5 if name == HIGH else 0)
+
+
+def test_what_is_left_of_simulated_production_tells_what_there_was(traffic: TrafficStore) -> None:
+    """Two samplers that restart by turns, as in `benchmarks/sampling.py` with 20,000; memory has one store only."""
+    made = sampling.production(150)
+    second = traffic if traffic.uri.startswith("memory") else open_store(traffic.uri)
+    with closing(second), closing(open_store("memory://")) as alone:
+        assert isinstance(second, TrafficStore) and isinstance(alone, TrafficStore)
+        decisions = sampling.run(made, [traffic, second], restarts=True)
+        assert decisions == sampling.run(made, [alone], restarts=False)
+    found = sampling.Figures.of(made, decisions)
+    assert (found.undecided, found.rewarded_lost, found.groups_cut) == (0, 0, 0)
+    assert 30 < found.most_spans <= 40
+    assert abs(found.estimate - found.mean) < 3 * found.error
