@@ -5,6 +5,7 @@ import signal
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -21,6 +22,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Several hundred processes that tests start would each compile our modules, and those of pytest's workers our tests.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+# The same examples in each run, and no limit on their time, which a busy machine exceeds. Others are tried with
+# `pytest --hypothesis-profile default`.
+settings.load_profile("ci")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -7,20 +7,26 @@ from xdist.scheduler import LoadScopeScheduling
 from tests.store.backends import BACKENDS
 
 LONGEST = (
-    "tests/flows/test_demo.py",
-    "cassandra",
     "tests/store/test_cassandra.py",
-    "tests/trainer/compute/test_devices.py",
     "tests/flows/test_training.py",
+    "cassandra",
     "tests/gateway/test_clients.py",
     "tests/foreign/test_trajectories.py",
+    "tests/flows/test_demo.py",
+    "tests/flows/test_docs.py",
     "tests/langchain/test_oldest.py",
-    "tests/trainer/model/test_flex_attention.py",
-    "tests/trainer/model/test_compiled.py",
     "tests/trainer/test_pretend_accelerator.py",
     "tests/core/cli/test_cli.py",
+    "tests/trainer/compute/test_devices.py",
+    "tests/trainer/engine/test_vllm_engine.py",
+    "tests/autogen/test_oldest.py",
     "tests/queue/test_faults.py",
     "tests/store/test_faults.py",
+    "tests/trainer/model/test_model_folder.py",
+    "tests/flows/test_interrupt.py",
+    "tests/trainer/model/test_compiled.py",
+    "tests/flows/test_correctness.py",
+    "tests/core/test_imports_alone.py",
 )
 """Units that take longest. Processes begin with them, so that all end at about the same time."""
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
@@ -33,7 +33,6 @@ def random_span(name: str, attributes: dict, resource: dict, scope: str) -> Span
 SPANS = st.lists(st.builds(random_span, NAMES, ATTRIBUTES, RESOURCES, st.sampled_from(["", "scope"])), max_size=6)
 
 
-@settings(deadline=None)
 @given(SPANS)
 def test_rows_of_a_request_are_the_rows_of_its_spans(spans: list[Span]) -> None:
     parsed = span_row.parse(otlp.encode(spans))
@@ -69,7 +68,6 @@ def test_a_body_that_is_not_protobuf_is_an_otlp_error() -> None:
         span_row.parse(b"garbage!!")
 
 
-@settings(deadline=None)
 @given(SPANS, st.integers(1, 2000), st.binary(max_size=3))
 def test_a_large_request_is_parsed_in_chunks_with_the_same_rows(spans: list[Span], size: int, after: bytes) -> None:
     """Trailing bytes that are invalid raise the same error as without chunks."""

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from agl import semconv
@@ -56,7 +56,6 @@ def order_and_rewards(spans: list[Span]) -> tuple[list[str], float | None, list[
     return [call.role for call in trajectory.calls], trajectory.reward, [one.value for one in trajectory.rewards]
 
 
-@settings(deadline=None)
 @given(SKEWS, SKEWS, SKEWS)
 def test_skewed_clocks_change_neither_order_nor_reward(gateway: int, first: int, second: int) -> None:
     spans = team()

@@ -408,7 +408,7 @@ def trained_positions(trajectory: Trajectory) -> Counter[tuple[str, int]]:
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(rollouts())
 def test_every_sampled_token_trains_exactly_once_and_every_call_is_a_turn_or_a_drop(spans: list[Span]) -> None:
     trajectory = build_trajectory(spans)
@@ -432,7 +432,7 @@ def test_every_sampled_token_trains_exactly_once_and_every_call_is_a_turn_or_a_d
         assert not any(untrained)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(rollouts())
 def test_the_order_of_arrival_changes_nothing(spans: list[Span]) -> None:
     assert build_trajectory(spans) == build_trajectory(spans[::-1])

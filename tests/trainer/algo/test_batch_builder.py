@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from agl import semconv
@@ -348,7 +348,6 @@ def random_trajectory(index: int, calls: list[tuple[str, bool, float | None]], v
     return trajectory(f"r{index}", *spans, *rewards, group_id=f"g{index % 2}", failed=failed)
 
 
-@settings(deadline=None)
 @given(ROLLOUTS, st.sampled_from(["group", "batch", "none"]), st.sampled_from([0.0, 0.85, 1.0]))
 def test_there_is_one_outcome_for_every_call_and_what_trains_is_in_a_row(rollouts, scale, gamma: float) -> None:
     made = [random_trajectory(index, *rollout) for index, rollout in enumerate(rollouts)]

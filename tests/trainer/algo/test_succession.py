@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from agl.span import Span
@@ -54,7 +54,6 @@ def fan_out(branches: Sequence[Sequence[str]], order: Sequence[int]) -> list[Spa
     return [*spans, *parents, made_call("editor", whole, 901, 950)]
 
 
-@settings(deadline=None)
 @given(BRANCHES, st.data())
 def test_branches_may_run_in_any_order(branches: list[list[str]], data: st.DataObject) -> None:
     events = [index for index, roles in enumerate(branches) for _ in range(2 * len(roles))]
@@ -67,7 +66,6 @@ def test_branches_may_run_in_any_order(branches: list[list[str]], data: st.DataO
     assert sorted(found) == sorted(expected)
 
 
-@settings(deadline=None)
 @given(st.lists(ROLES, min_size=1, max_size=6), st.data())
 def test_overlapping_calls_may_start_and_end_in_any_order(roles: list[str], data: st.DataObject) -> None:
     """All calls are children of one span, so only their times say what they follow."""

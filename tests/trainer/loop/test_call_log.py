@@ -75,7 +75,7 @@ def spans_of(calls: list[tuple[str, str, float | None, int, bool]], value: float
     return spans if value is None else [*spans, reward(value, {semconv.ATTEMPT_ID: "r-a2"})]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(ROLLOUTS, OPTIONS, st.booleans(), st.booleans())
 def test_outcomes_metrics_and_inspection_add_up_to_the_calls(
     rollouts: Any, options: dict[str, Any], is_skipped: bool, is_replaced: bool
