@@ -20,8 +20,8 @@ from agl.server.auth import BearerTokens
 from agl.server_thread import ServerThread
 from agl.store import open_store
 from tests.core.fake_engine import FakeEngine
+from tests.core.scripted_judge import ScriptedJudge
 from tests.gateway.serving import chat_body, serving
-from tests.trainer.scripted_judge import ScriptedJudge
 
 MARK = "pl4nted"
 """A part of every secret."""

@@ -34,9 +34,9 @@ from agl_trainer.loop import training as training_module
 from agl_trainer.loop.checkpoint import load_checkpoint
 from agl_trainer.model.tiny import build_tiny_model
 from agl_trainer.report.evaluation import EvalResult
+from tests.core.scripted_judge import ScriptedJudge
 from tests.core.span_maker import gateway_call
 from tests.flows import toy_agent
-from tests.trainer.scripted_judge import ScriptedJudge
 from tests.waiting import is_alive, wait_until
 
 TOY = "tests.flows.toy_agent"

@@ -9,6 +9,7 @@ from typing import Any
 import urllib3
 
 from agl.errors import ConfigError, RewardError
+from agl.rewards.retry import retry_policy
 from agl.rewards.score import ScoredRollout
 from agl.secret_url import SecretUrl
 
@@ -35,18 +36,9 @@ class Remote:
         if key_env and not key:
             raise ConfigError(f"the environment has no {key_env}, which the scorer at {SecretUrl.shown(url)} needs")
         self.url = SecretUrl(url)
-        retry = urllib3.Retry(
-            retries,
-            redirect=False,
-            allowed_methods=None,
-            status_forcelist=(429, 500, 502, 503, 504),
-            backoff_factor=0.25,
-            raise_on_status=False,
-            respect_retry_after_header=False,
-        )
         authorization = {"authorization": f"Bearer {key}"} if key else {}
         self._pool = urllib3.PoolManager(
-            maxsize=32, headers={**(headers or {}), **authorization}, timeout=timeout_s, retries=retry
+            maxsize=32, headers={**(headers or {}), **authorization}, timeout=timeout_s, retries=retry_policy(retries)
         )
 
     def __call__(self, task: Any, answer: Any, rollout: ScoredRollout | None = None) -> Any:

@@ -9,6 +9,7 @@ import torch
 
 from agl.cli.terminal import counted
 from agl.errors import ConfigError, NothingTrainedError
+from agl.rewards import Judge
 from agl_trainer.algo.advantages import next_baseline
 from agl_trainer.algo.options import BatchOptions, RoleState
 from agl_trainer.compute.optimizer_step import StepStats
@@ -28,7 +29,6 @@ from agl_trainer.loop.step_rollouts import StepRollouts, draw_rollouts
 from agl_trainer.loop.training import Training
 from agl_trainer.report.reward_warnings import RewardWatch
 from agl_trainer.report.step_metrics import Stopwatch, answer_metrics, batch_metrics, reward_metrics, update_metrics
-from agl_trainer.rollout.judge import Judge
 from agl_trainer.rollout.judged_source import JudgedSource
 from agl_trainer.rollout.sources import AgentSource, AsyncAgentSource, RolloutSource, StoreSource, TaskStream
 from agl_trainer.rollout.task_list import load_list

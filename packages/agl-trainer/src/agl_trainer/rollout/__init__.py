@@ -1,1 +1,1 @@
-"""Produces rollouts: runs the agents, ranks their attempts with a judge, reads rollouts from the store."""
+"""Produces rollouts: runs the agents, has a judge rank their attempts, reads rollouts from the store."""

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 
 from agl import semconv
 from agl.emit.reward import weighted_sum
-from agl.errors import TrainingError
+from agl.errors import RewardError
+from agl.rewards import Judge, Judgement
+from agl.rewards.judge import CONCURRENCY
 from agl.span import AttributeValue, Span, now_ns
 from agl.store import Store
 from agl.trajectory import Reward, Trajectory, build_trajectory
-from agl_trainer.rollout.judge import CONCURRENCY, Judge, Judgement
 from agl_trainer.rollout.sources import RolloutBatch, RolloutSource
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class JudgedSource:
         name = f"group {group[0].group_id}" + (f", role {role}" if role else "")
         try:
             judgement = self.judge.rank(name, task_of(*members[0]), [text for _, text in transcripts])
-        except TrainingError as error:
+        except RewardError as error:
             logger.warning("%s is not judged: %s", name, error)
             return None
         for (trajectory, _), score in zip(transcripts, judgement.scores, strict=True):

@@ -6,6 +6,10 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from agl.config import JudgeConfig
+from agl.rewards import Judge
+from agl.secret_url import SecretUrl
+
 Rank = Callable[[list[str], int], Any]
 """From the attempts as they stand in the prompt, and the number of the request, to what the model says.
 
@@ -56,3 +60,14 @@ def attempts_of(body: dict[str, Any]) -> list[str]:
     """The attempts of a prompt, in its order."""
     text = body["messages"][1]["content"]
     return [part.split("\n</attempt>")[0].split(">\n", 1)[1] for part in text.split("<attempt number=")[1:]]
+
+
+def longest_first(attempts: list[str], _: int) -> str:
+    order = sorted(range(len(attempts)), key=lambda place: -len(attempts[place]))
+    return f'They differ. {{"ranking": {[place + 1 for place in order]}}}'
+
+
+def judge_of(server: ScriptedJudge, *, seed: int = 0, **options: Any) -> Judge:
+    return Judge(
+        JudgeConfig(url=SecretUrl(server.url), model="gpt", criteria="The longer the better.", **options), seed=seed
+    )

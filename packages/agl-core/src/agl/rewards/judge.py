@@ -17,7 +17,8 @@ from typing import Final, NamedTuple
 import urllib3
 
 from agl.config import JudgeConfig
-from agl.errors import TrainingError
+from agl.errors import RewardError
+from agl.rewards.retry import retry_policy
 from agl.seeds import derive
 
 _SYSTEM = (
@@ -29,17 +30,7 @@ _TAG: Final = re.compile(r"<(?=\s*/?\s*(?:attempt|task)\b)", re.IGNORECASE)
 _MAX_TRIES = 3
 CONCURRENCY: Final = 8
 """Groups that are judged at a time."""
-_RETRIES: Final = urllib3.Retry(
-    3,
-    connect=1,
-    redirect=False,
-    allowed_methods=None,
-    status_forcelist=(429, 500, 502, 503, 504),
-    backoff_factor=0.5,
-    raise_on_status=False,
-    respect_retry_after_header=False,
-)
-"""Waits 0, 1 and 2 s, whatever the server asks for, because the step of the training waits as long."""
+_RETRIES: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +53,16 @@ class Judge:
         self._config = config
         self._seed = seed
         self._pool = urllib3.PoolManager(
-            maxsize=CONCURRENCY, headers=config.authorization(), timeout=config.timeout_s, retries=_RETRIES
+            maxsize=CONCURRENCY,
+            headers=config.authorization(),
+            timeout=config.timeout_s,
+            retries=retry_policy(_RETRIES),
         )
 
     def rank(self, name: str, task: str, attempts: Sequence[str]) -> Judgement:
         """Judge two or more `attempts`; attempts with equal text get equal scores.
 
-        `name` names the group in errors. Raises TrainingError if the judge does not answer, or answers without a
+        `name` names the group in errors. Raises RewardError if the judge does not answer, or answers without a
         ranking.
         """
         answers: list[_Answer] = []
@@ -96,7 +90,7 @@ class Judge:
             text = answers[-1].text
             if ranking := _parse_ranking(text, len(attempts)):
                 return [order[number - 1] for number in ranking]
-        raise TrainingError(
+        raise RewardError(
             f"the judge at {self._config.url} ranked no {name}: expected the numbers 1 to {len(attempts)}, got "
             f"{text[-200:]!r}"
         )
@@ -114,11 +108,11 @@ class Judge:
         try:
             response = self._pool.request("POST", url, json={"model": self._config.model, "messages": messages})
         except urllib3.exceptions.HTTPError as error:
-            raise TrainingError(f"the judge at {url} does not answer: {error}") from error
+            raise RewardError(f"the judge at {url} does not answer: {error}") from error
         answer = _Answer.of(response.data) if response.status == HTTPStatus.OK else None
         if answer is None:
             body = response.data[:300].decode(errors="replace")
-            raise TrainingError(f"the judge at {url} answered {response.status}, expected a chat completion: {body}")
+            raise RewardError(f"the judge at {url} answered {response.status}, expected a chat completion: {body}")
         return answer
 
 
