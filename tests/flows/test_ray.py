@@ -19,6 +19,7 @@ from agl.cli import main
 from agl.config import Config
 from agl.errors import ConfigError
 from agl.store import Store, open_store
+from agl_trainer.cluster.driver import _check_same
 from agl_trainer.cluster.plan import Plan
 from agl_trainer.cluster.worker import Address
 from tests.waiting import is_alive, wait_until
@@ -170,3 +171,10 @@ def test_what_a_cluster_lacks_is_named(has: dict[str, float], message: str, tmp_
     with pytest.raises(ConfigError, match=message):
         plan.check_room(has)
     plan.check_room({"CPU": 3.5, "GPU": 2.0})
+
+
+def test_a_command_waits_for_the_same_training_only(tmp_path: Path) -> None:
+    running = plan_of(tmp_path, "one")
+    _check_same(running, plan_of(tmp_path, "another"))
+    with pytest.raises(ConfigError, match="already trains run with another configuration"):
+        _check_same(running, plan_of(tmp_path, runners={"count": 9}))

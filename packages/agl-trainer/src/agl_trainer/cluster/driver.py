@@ -15,6 +15,8 @@ from agl.config.source import read_yaml
 from agl.errors import ConfigError, TrainingError
 from agl_trainer.cluster.plan import Plan
 
+logger = logging.getLogger(__name__)
+
 _POLL_S: Final = 1.0
 _OBJECT_STORE_BYTES: Final = 100 * 2**20
 """Of a Ray that is started here. No rollout passes through it."""
@@ -76,6 +78,9 @@ def _wait_for(ray: Any, plan: Plan) -> int:
         max_task_retries=-1,
     )
     try:
+        with suppress(ValueError):  # There is none of this name.
+            ray.get_actor(plan.name)
+            logger.warning("the cluster already trains %s: waiting for its end; `ray logs` shows its lines", plan.name)
         supervisor = made.remote(plan)
         _check_same(ray.get(supervisor.plan.remote()), plan)
         with stops_in_order("stopping; the same command resumes at the last checkpoint"):
