@@ -92,3 +92,8 @@ def test_only_one_canary_runs_and_its_fraction_only_grows(agl: Agl) -> None:
     assert "canary 0" not in agl("history")[2]
     agl("rollback")
     assert "by the history of the store planner@12 does" in agl(*START, "--current", "planner@11")[2]
+
+
+def test_a_canary_of_another_project_is_refused_because_no_gateway_would_follow_it(agl: Agl) -> None:
+    code, _, err = agl(*START, *CURRENT, "--store", "sqlite:///shop.db?project=bar")
+    assert code == 2 and "is the store of project bar: gateways send rollouts of project default only" in err

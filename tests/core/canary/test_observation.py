@@ -10,6 +10,7 @@ from agl import semconv
 from agl.canary.history import Canary, Share
 from agl.canary.observation import observe
 from agl.canary.table import Sample
+from agl.canary.verdict import judge_observed
 from agl.config import CanaryConfig, TrafficSamplingConfig
 from agl.sampling import Sampler
 from agl.span import Span
@@ -19,6 +20,7 @@ from agl.store.traffic import TrafficStore
 from tests.core.span_maker import gateway_call, reward, span
 
 SECOND = 10**9
+DAY = 86_400 * SECOND
 CANARY = Canary(
     id="c",
     candidate={"writer": "writer@4"},
@@ -91,3 +93,39 @@ def test_rollouts_of_other_canaries_and_without_a_role_of_this_one_do_not_count(
 def test_a_client_that_left_is_no_failure_of_the_version() -> None:
     left = gateway_call(version="writer@4", attributes=ARM | {semconv.ERROR_TYPE: "cancelled"}, status="error")
     assert [sample.failed for sample in seen([left])] == [False]
+
+
+def test_the_evidence_is_the_same_whether_sampling_keeps_all_rollouts_or_none() -> None:
+    """40 rollouts of each arm through a sampler to the verdict; of those that are left out, records are all that is."""
+    sent: list[Span] = []
+    for number in range(80):
+        arm = ("candidate", "writer@4") if number % 2 else ("current", "writer@3")
+        named = {semconv.ROLLOUT_ID: f"r-{number}", semconv.MODE: "prod"}
+        called = named | ARM | {semconv.CANARY_ARM: arm[0], semconv.CANARY_KEY: f"{number:04x}"}
+        start, trace = (100 + number) * SECOND, f"{number + 1:032x}"
+        root = span(semconv.SPAN_ROLLOUT, named, start=start, trace_id=trace)
+        call = gateway_call(
+            parent=root,
+            start=start,
+            version=arm[1],
+            trace_id=trace,
+            attributes=called | {semconv.CANARY_VERSION: arm[1]},
+        )
+        earned = reward(0.5 + 0.4 * (number % 2), named, parent=root, start=start + SECOND // 2)
+        sent += [root, call, replace(earned, trace_id=trace)]
+    verdicts = []
+    for base_rate in (1, 0):
+        store = open_store("memory://")
+        assert isinstance(store, TrafficStore)
+        store.append_pending([row for each in sent for row in rows_of(each)])
+        config = TrafficSamplingConfig(base_rate=base_rate, reward_threshold=2, max_span_per_minute=None)
+        assert Sampler(store, config).run_once(time.time_ns() + 3600 * SECOND) == 80
+        assert store.count_spans() == (320 if base_rate else 80)
+        canary = CANARY.model_copy(update={"shares": [Share(since_ns=0, fraction=0.5)]})
+        verdicts.append(judge_observed(observe(store, canary), canary, 10 * DAY))
+        store.close()
+    kept, left_out = verdicts
+    assert left_out.evidence() == kept.evidence()
+    ((current, candidate),) = [(day.current, day.candidate) for day in left_out.days]
+    assert (current.rollouts, current.mean, candidate.rollouts) == (40, 0.5, 40)
+    assert candidate.mean == pytest.approx(0.9) and left_out.wealth.better > 20

@@ -1,5 +1,6 @@
 """What rule, evidence and guards decide together, on rollouts whose values are known."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -57,10 +58,21 @@ def test_a_candidate_that_earns_less_fails_more_or_is_slower_is_rolled_back() ->
     assert "fails more often" in verdict(samples({"failed": True, "reward": None}, {})).reason
     assert "p95 latency" in verdict(samples({"latency_s": 2.0}, {})).reason
     assert verdict(samples({"latency_s": 1.4}, {})).action == "wait"
-    assert verdict(samples({"latency_s": 2.0}, {}, a_day=4)).wealth.slow < 1
+    assert verdict(samples({"latency_s": 2.0}, {}, a_day=4)).wealth.slow == 1
     assert verdict(samples({"failed": True}, {"failed": True})).action == "wait"
     for fields in ({"reward": 0.1}, {"failed": True}, {"latency_s": 2.0}):
         assert verdict(samples(fields, {})).action == "rolled_back"
+
+
+def test_what_is_slow_is_compared_with_the_past_only() -> None:
+    """The same 20 pairs, but later rollouts of the current version are slower, or faster: K of the past stays."""
+    early = samples({"latency_s": 2.0}, {}, days=3)
+    known = verdict(early).wealth.slow
+    # 20 of the current version come first, so the candidate's rollouts from the 20th on count: 11 of them.
+    assert known == pytest.approx((1 / 3) * sum((1 + stake / 0.05 * 0.95) ** 11 for stake in (0.15, 0.3, 0.6)))
+    for latency_s in (100.0, 0.1):
+        later = [replace(s, latency_s=latency_s, ended_ns=10**6) for s in samples({}, {}) if not s.is_candidate]
+        assert verdict([*early, *later]).wealth.slow == known
 
 
 def test_a_version_that_is_not_proved_stops_before_all_else_and_the_call_is_named() -> None:

@@ -1,8 +1,8 @@
 """What the plain rule, the evidence and the guards say together about a canary."""
 
-import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from bisect import insort
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime
 from typing import Any, Literal
@@ -125,23 +125,33 @@ def _decide(observed: Observed, canary: Canary, running: int, reached: Wealth) -
 
 
 def _wealth(samples: Sequence[Sample], canary: Canary) -> Wealth:
-    guard, enough = canary.settings.guard, canary.settings.promote.min_rollouts
+    guard = canary.settings.guard
     rewarded = sorted(
         (sample for sample in samples if sample.reward is not None), key=lambda sample: sample.rewarded_ns
     )
     gains = list(differences(_outcomes(rewarded, lambda sample: sample.reward or 0.0)))
     failures = differences(_outcomes(samples, lambda sample: float(sample.failed)))
-    current = [sample.latency_s for sample in samples if not sample.is_candidate]
-    slowest = (quantile(current, 1 - _SLOW_SHARE) if len(current) >= enough else None) or math.inf
-    late = (
-        float(sample.latency_s > guard.p95_latency * slowest) - _SLOW_SHARE for sample in samples if sample.is_candidate
-    )
     return Wealth(
         better=max(wealth(gains), default=1.0),
         worse=max(wealth(-gain for gain in gains), default=1.0),
         errors=max(wealth((gain - guard.errors for gain in failures), 1 + guard.errors), default=1.0),
-        slow=max(wealth(late, _SLOW_SHARE), default=1.0),
+        slow=max(wealth(_late(samples, canary), _SLOW_SHARE), default=1.0),
     )
+
+
+def _late(samples: Iterable[Sample], canary: Canary) -> Iterator[float]:
+    """For each rollout of the candidate: 1 if it was too slow, else 0, minus the share that may be.
+
+    It is compared with those of the current version that ended before it, once they are `min_rollouts`: a bet must not
+    depend on the future. `samples` are in the order in which they ended.
+    """
+    before: list[float] = []
+    for sample in samples:
+        if not sample.is_candidate:
+            insort(before, sample.latency_s)
+        elif len(before) >= canary.settings.promote.min_rollouts:
+            slowest = quantile(before, 1 - _SLOW_SHARE) or 0.0
+            yield float(sample.latency_s > canary.settings.guard.p95_latency * slowest) - _SLOW_SHARE
 
 
 def _outcomes(samples: Iterable[Sample], value: Callable[[Sample], float]) -> Iterable[Outcome]:

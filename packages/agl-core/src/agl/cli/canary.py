@@ -14,9 +14,11 @@ from agl.canary.verdict import Verdict, judge
 from agl.cli.command import add_command, add_json_option, add_verbs, existing_store, print_json
 from agl.cli.terminal import align, printable
 from agl.config import Config
+from agl.config.section import DEFAULT_PROJECT
 from agl.errors import CanaryError
 from agl.secret_url import SecretUrl
 from agl.store import Store
+from agl.store.project import split_project
 
 _HEAD: Final = ("day", "arm", "rollouts", "rewarded", "mean reward", "errors", "p50", "p95", "ratio")
 _DUE: Final[Mapping[str, str]] = {
@@ -79,7 +81,13 @@ def run_start(arguments: argparse.Namespace) -> int:
         settings = Config.parse(
             {"canary": settings.model_dump() | {"fraction": arguments.fraction}}, "--fraction"
         ).canary
-    with existing_store(_uri(arguments)) as store:
+    uri = _uri(arguments)
+    if (project := split_project(uri.secret)[1]) != DEFAULT_PROJECT:
+        raise CanaryError(
+            f"{uri} is the store of project {project}: gateways send rollouts of project {DEFAULT_PROJECT} only to a "
+            "candidate, so the canary would see none; leave ?project= out"
+        )
+    with existing_store(uri) as store:
         candidate = _candidates(arguments, config, store)
         current = dict(_versions(arguments.current, "--current"))
         event = start(store, candidate, current, settings, _person(), time.time_ns())
