@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 
 from agl import semconv
-from agl.config import RoleConfig, SftTracesConfig, TracesConfig
+from agl.config import RoleConfig, SftTracesConfig, TracesConfig, TrafficSamplingConfig
 from agl.errors import TrainingError
+from agl.sampling import Sampler
 from agl.span import Span
 from agl.store import Store, open_store
+from agl.store.span_row import SpanRow
+from agl.store.traffic import TrafficStore
 from agl.trajectory import DropReason
 from agl_trainer.data.sft_examples import TraceLimits, examples_from_traces
 from agl_trainer.rollout.traces import load_groups, read_traces, stored_groups
@@ -56,6 +59,26 @@ def test_rollouts_are_chosen_by_mode_and_tags(store: Store) -> None:
         TrainingError, match=r"holds no rollout of mode eval with {'team': 'bar'} that made a model call"
     ):
         stored_groups(store, TracesConfig(modes=["eval"], tags={"team": "bar"}))
+
+
+def test_groups_of_a_sampled_store_stand_for_those_that_were_left_out(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Chance keeps task-8 and not task-3, whose randomness is 0.94 and 0.09; the long one has no chance."""
+    assert isinstance(store, TrafficStore)
+    for number, (name, value, calls) in enumerate(
+        [("rich", 0.9, 1), ("task-8", 0.1, 1), ("task-3", 0.1, 1), ("long", 0.1, 9)]
+    ):
+        named: dict[str, Any] = {semconv.ROLLOUT_ID: name, semconv.MODE: "prod"}
+        spans = [call("writer", **named) for _ in range(calls)]
+        trace = f"{number + 1:032x}"
+        spans += [reward(value, named), span(semconv.SPAN_ROLLOUT, named)]
+        store.append_pending([SpanRow.of(replace(one, trace_id=trace)) for one in spans], now_ns=10**18)
+    config = TrafficSamplingConfig(base_rate=0.3, max_span_per_minute=8)
+    assert Sampler(store, config).run_once(10**18 + 3600 * 10**9) == 4
+    groups = stored_groups(store, TracesConfig())
+    assert {group.group_id: group.represented for group in groups} == {"rich": 1, "task-8": pytest.approx(1 / 0.3)}
+    assert "sampling left out 1 rollouts" in caplog.text and "training does not see any" in caplog.text
 
 
 def test_an_implicit_rollout_is_found_once_although_its_call_has_another_trace(store: Store) -> None:
