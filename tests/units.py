@@ -11,6 +11,8 @@ LONGEST = (
     "tests/flows/test_training.py",
     "cassandra",
     "tests/gateway/test_clients.py",
+    "tests/deploy/test_images.py",
+    "tests/flows/test_ray.py",
     "tests/foreign/test_trajectories.py",
     "tests/flows/test_demo.py",
     "tests/flows/test_docs.py",
