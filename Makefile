@@ -77,6 +77,8 @@ servers:
 
 .venv/installed: $(REQUIREMENTS)
 	$(PYTHON) -m venv .venv
+# The pip that comes with Python 3.11 takes twice as long for everything.
+	$(INSTALL) --upgrade pip
 # First, with a fixed version: the other packages accept any torch that is installed.
 	$(INSTALL) torch==2.13.0
 	$(INSTALL) -e './packages/agl-core[server,rewards]' -e ./packages/agl-langchain -e ./packages/agl-autogen \
