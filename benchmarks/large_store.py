@@ -2,15 +2,16 @@
 Prints Markdown.
 
 .venv/bin/python -m benchmarks.large_store --spans 2_000_000
+.venv/bin/python -m benchmarks.large_store --postgres
 """
 
 import argparse
+import contextlib
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 from typing import Final
 
@@ -23,6 +24,7 @@ from benchmarks.corpus import bodies
 from benchmarks.ingest import peak_mb
 from benchmarks.sender import Sender
 from tests.core.span_maker import gateway_call, span
+from tests.store.postgres_server import running_postgres
 from tests.store.serving import serving
 
 _STEPS: Final = 10
@@ -82,9 +84,13 @@ def list_first(store: Store) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
     parser.add_argument("--spans", type=int, default=1_000_000)
+    parser.add_argument("--postgres", action="store_true", help="in a PostgreSQL server of its own, without fsync")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        uri = f"sqlite:///{Path(folder)}/agl.db"
+    with contextlib.ExitStack() as opened:
+        if arguments.postgres:
+            uri = opened.enter_context(running_postgres()).new_database()
+        else:
+            uri = f"sqlite:///{opened.enter_context(tempfile.TemporaryDirectory())}/agl.db"
         with serving(uri) as (process, url):
             fill(url, process.pid, arguments.spans)
         with closing(open_store(uri)) as store:

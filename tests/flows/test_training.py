@@ -34,6 +34,7 @@ from agl_trainer.loop import training as training_module
 from agl_trainer.loop.checkpoint import load_checkpoint
 from agl_trainer.model.tiny import build_tiny_model
 from agl_trainer.report.evaluation import EvalResult
+from agl_trainer.report.progress import Progress
 from tests.core.scripted_judge import ScriptedJudge
 from tests.core.span_maker import gateway_call
 from tests.flows import toy_agent
@@ -124,9 +125,35 @@ def test_a_few_steps_raise_the_reward_and_every_call_is_accounted_for(
     assert [step for step, _ in store.query_metrics("run")["reward/mean"]] == [1, 2, 3]
 
 
+def test_the_page_answers_while_the_model_is_loading(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+    note = Progress.note
+
+    def visit(progress: Progress, text: str) -> None:
+        note(progress, text)
+        if text.startswith("page: "):
+            found.append(httpx.get(text.removeprefix("page: "), follow_redirects=True).text)
+            found.append(httpx.get(f"{text.removeprefix('page: ')}runs/view?id=run").text)
+
+    def state() -> object:
+        claim = store.get_resource("run run")
+        return claim and claim.metadata["state"]
+
+    monkeypatch.setattr(Progress, "note", visit)
+    with Trainer(config_in(tmp_path)).open():
+        assert state() == "training"
+    assert ["loading" in page for page in found] == [True, True] and "loading the model" in found[1]
+    assert state() == "ended"
+    with pytest.raises(ValueError, match="broken"), Trainer(config_in(tmp_path)).open():
+        raise ValueError("broken")
+    assert state() == "training"
+
+
 def check_page(trainer: Trainer, store: Store, page: httpx.Response, printed: str) -> None:
     """The training prints the address of its page first, and leaves what the page needs."""
-    assert printed.splitlines()[1] == f"page: {page.url.copy_with(path='/', query=None)}"  # The first is the phase.
+    assert printed.splitlines()[0] == f"page: {page.url.copy_with(path='/', query=None)}"
     assert "before, after" in page.text
     call = trajectory_of(store, rollout_names(range(1, 2), rollouts=8)[0]).calls[0]
     tokenizer, fault = tokenizer_in(str(trainer.folder))

@@ -144,6 +144,10 @@ def test_a_rejected_address_says_what_is_wrong(url: str) -> None:
         ("/rollouts/view", 400, "lacks id=..."),
         ("/rollouts/tokens?id=trained&call=x", 404, "no model call"),
         ("/rollouts/text?id=trained&span=x&number=9", 404, "no text 9"),
+        ("/rollouts/text?id=trained&span=x&number=" + "9" * 5000, 400, "no number of a text"),
+        ("/rollouts/text?id=trained&span=x&number=-1", 400, "no number of a text"),
+        ("/rollouts?reward=" + "9" * 30_000 + "x", 400, "is not a reward"),  # At once, not after minutes.
+        ("/rollouts?cursor=" + "9" * 5000, 400, "no cursor"),
         ("/rollouts?reward=high", 400, "is not a reward"),
         ("/rollouts?cursor=x", 400, "no cursor"),
         ("/runs/view?id=x", 404, "no run"),

@@ -27,7 +27,8 @@ def scraped() -> Iterator[dict[str, dict[tuple[str, ...], float]]]:
     After two spans, a rejected request, a call, one that fails, and two steps.
     """
     store = open_store("memory://")
-    store.put_resource(Resource("run toy", 0, "/toy"))
+    store.put_resource(Resource("run toy", 0, "/toy", {"state": "training"}))
+    store.put_resource(Resource("run over", 0, "/over", {"state": "ended"}))
     for step in (1, 2):
         store.append_metrics("toy", step, {"calls/dropped/stale": 3.0, "reward/mean": 0.25 * step})
     with ServerThread(store, port=0, otlp_http_port=0, upstream=FakeEngine().app) as server:
@@ -56,6 +57,7 @@ def test_what_happened_is_counted(scraped: dict[str, dict[tuple[str, ...], float
     assert scraped["agl_gateway_call_seconds_count"] == {("writer",): 1.0, ("planner",): 1.0}
     assert scraped["agl_gateway_tokens_total"][("response", "writer")] == 3.0
     assert scraped["agl_training_step"] == {("toy",): 2.0}
+    assert scraped["agl_training_running"] == {("toy",): 1.0, ("over",): 0.0}
     assert scraped["agl_training_reward"] == {("toy",): 0.5}
     assert scraped["agl_training_calls_dropped_total"] == {("stale", "toy"): 6.0}
 

@@ -19,7 +19,7 @@ from agl.config import GatewayConfig
 from agl.errors import AglError
 from agl.server.app_thread import AppThread
 from agl.server.auth import BearerTokens
-from agl.server_thread import ServerThread
+from agl.server_thread import IngestRate, ServerThread
 from agl.span import Span
 from agl.store import open_store
 from tests.core.fake_engine import FakeEngine
@@ -61,12 +61,19 @@ def test_the_port_of_an_engine_of_its_own_has_the_rules_of_the_other_ports() -> 
     store.close()
 
 
+def test_the_ingest_rate_is_that_of_the_last_minute() -> None:
+    rate = IngestRate()
+    seen = [(0, 100), (0.5, 400), (10, 300), (60, 700), (90, 1000), (100, 0)]
+    assert [rate.of(spans, now_s) for now_s, spans in seen] == [None, None, 20.0, 10.0, 10.0, 0.0]
+
+
 def test_health_says_that_no_engine_answers() -> None:
     upstream = "http://127.0.0.1:9/v1"
     store = open_store("memory://")
     with ServerThread(store, port=0, otlp_http_port=0, upstream=upstream) as server:
         assert httpx.get(f"{server.base_url}/api/health").json() == {
             "spans": 0,
+            "spans_per_s": None,
             "engines": [{"url": upstream, "answers": False, "calls": 0, "waiting": 0}],
         }
     store.close()

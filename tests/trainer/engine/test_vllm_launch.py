@@ -123,7 +123,7 @@ def test_what_cannot_be_launched_is_said_before(tmp_path: Path) -> None:
     with (
         closing(open_store(f"sqlite:///{tmp_path}/agl.db")) as store,
         pytest.raises(ConfigError, match=r"no server is named: set gateway.upstream .*, or engine.launch"),
-        serve_policy(config, store, None),
+        serve_policy(config, store, None, lambda _: None),
     ):
         raise AssertionError
     needs: dict[str, Any] = NEEDS | {"ranks": [8, 1024]}

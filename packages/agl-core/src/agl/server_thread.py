@@ -2,10 +2,12 @@
 
 import asyncio
 import secrets
+import time
 from base64 import b64encode
+from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from agl.queue import SpanQueue
 
 _COUNT_S: Final = 1.5
+_RATE_S: Final = 60.0
 _GROWTH: Final = 4
 """Limit of a request to the in-process engine, as a multiple of the client's: the gateway escapes text and adds ids."""
 _QUEUE_LENGTH: Final = "Spans that are acknowledged and wait in the queue for the store."
@@ -144,6 +147,22 @@ def _bind(receiver: GrpcReceiver, host: str, port: int, tls: TlsConfig | None) -
     return base_url(host, receiver.bind(host, port), tls)
 
 
+class IngestRate:
+    """Spans per second that the store took up between the requests of the last minute, whoever wrote them."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def of(self, spans: int, now_s: float) -> float | None:
+        """The rate, now that the store has `spans`; None until there are two requests, a second apart."""
+        while self._seen and self._seen[0][0] < now_s - _RATE_S:
+            self._seen.popleft()
+        self._seen.append((now_s, spans))
+        first_s, before = self._seen[0]
+        # `gc` may have deleted more than was written.
+        return max(spans - before, 0) / (now_s - first_s) if now_s - first_s >= 1 else None
+
+
 @dataclass(frozen=True, slots=True)
 class _Running:
     """The server's state, for its API and its page."""
@@ -152,6 +171,7 @@ class _Running:
     gateway: Gateway
     receiver: Receiver
     queue: "SpanQueue | None"
+    rate: IngestRate = field(default_factory=IngestRate)
 
     async def health(self) -> dict[str, Any]:
         spans, engines, length = await asyncio.gather(
@@ -159,7 +179,9 @@ class _Running:
             self.gateway.engine_states(),
             _soon(self.queue.length) if self.queue else _nothing(),
         )
-        return {"spans": spans, "engines": engines} | ({"span_queue_length": length} if self.queue else {})
+        rate = None if spans is None else self.rate.of(spans, time.monotonic())
+        found = {"spans": spans, "spans_per_s": rate, "engines": engines}
+        return found | ({"span_queue_length": length} if self.queue else {})
 
     def live_versions(self) -> Mapping[str, str]:
         return self.gateway.live_versions

@@ -108,9 +108,10 @@ def reward_filter(text: str) -> RewardFilter:
     """`0.5`, `>=0.5`, `>0.5`, `<=0.5`, `<0.5`, `none` or `any`. Raises InputError for anything else."""
     if text in ("none", "any"):
         return lambda reward: (reward is None) == (text == "none")
-    match = re.fullmatch(r"([<>]=?|)\s*([-+]?\d*\.?\d+(?:e[-+]?\d+)?)", text)
+    # Each text matches in one way only: a pattern that tries several takes minutes for a long one.
+    match = re.fullmatch(r"([<>]=?|)\s*([-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?)", text)
     if match is None:
-        raise InputError(f"{text!r} is not a reward such as 0.5, '>0.5', '<=0.5', none or any")
+        raise InputError(f"{text[:80]!r} is not a reward such as 0.5, '>0.5', '<=0.5', none or any")
     compare, bound = _COMPARISONS[match[1]], float(match[2])
     return lambda reward: reward is not None and compare(reward, bound)
 

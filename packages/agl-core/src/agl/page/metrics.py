@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from agl.page.runs import run_names
+from agl.page.runs import RUN, run_names
 from agl.store import Store
 
 _RUNS = 20
@@ -28,14 +28,19 @@ class Numbers(Collector):
 
 
 def training_metrics(store: Store) -> list[Metric]:
-    """Last step, reward and dropped calls of the runs in the store that claimed a name last."""
+    """Last step, reward, state and dropped calls of the runs in the store that claimed a name last."""
     step = GaugeMetricFamily("agl_training_step", "Last step of a run.", labels=["run"])
     reward = GaugeMetricFamily("agl_training_reward", "Mean reward of the last step of a run.", labels=["run"])
     dropped = CounterMetricFamily(
         "agl_training_calls_dropped", "Calls that did not train, by reason.", labels=["run", "reason"]
     )
+    running = GaugeMetricFamily(
+        "agl_training_running", "0 once a run has ended without an error, or was interrupted; else 1.", labels=["run"]
+    )
     for run in run_names(store)[:_RUNS]:
         metrics = store.query_metrics(run)
+        claim = store.get_resource(RUN + run)
+        running.add_metric([run], claim is not None and claim.metadata.get("state") in ("loading", "training"))
         if metrics:
             step.add_metric([run], max(points[-1][0] for points in metrics.values()))
         if "reward/mean" in metrics:
@@ -43,7 +48,7 @@ def training_metrics(store: Store) -> list[Metric]:
         for name, points in metrics.items():
             if name.startswith(_DROPPED):
                 dropped.add_metric([run, name.removeprefix(_DROPPED)], sum(value for _, value in points))
-    return [step, reward, dropped]
+    return [step, reward, running, dropped]
 
 
 def render(collector: Collector, *registries: CollectorRegistry) -> bytes:

@@ -179,13 +179,13 @@ def token_view(store: Store, rollout_id: str, call_id: str) -> TokenView:
     return view_tokens(report, inspected.trajectory.mode, folder)
 
 
-def full_text(store: Store, rollout_id: str, span_id: str, number: str) -> str:
+def full_text(store: Store, rollout_id: str, span_id: str, number: int) -> str:
     """A text of a span in full. Raises UnknownIdError if there is none of this number."""
     inspected = inspect(store, rollout_id)
     for span, _ in inspected.walk:
         texts = inspected.transcript.new_texts(span)
-        if span.span_id == span_id and number.isdecimal() and int(number) < len(texts):
-            return texts[int(number)].text
+        if span.span_id == span_id and number < len(texts):
+            return texts[number].text
     raise UnknownIdError(f"rollout {rollout_id!r} has no text {number} of span {span_id!r}")
 
 

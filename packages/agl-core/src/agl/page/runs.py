@@ -5,7 +5,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 from urllib.parse import urlencode
 
 from agl.errors import UnknownIdError
@@ -16,6 +16,8 @@ from agl.trajectory import ADVICE, DropReason
 
 RUN: Final = "run "
 """Beginning of the name of the resource by which a run claims its name."""
+RunState = Literal["loading", "training", "ended"]
+"""How far a training is, in the metadata of that resource. It has not ended if an error or a kill stopped it."""
 _WINDOW: Final = 10
 """Steps that the findings are about."""
 _SPIKE: Final = 5.0
@@ -47,6 +49,8 @@ class Finding:
 class RunView:
     run: str
     folder: str
+    state: RunState | None
+    """None: an earlier version began it."""
     metrics: Series
     evaluations: list[str]
 
@@ -56,7 +60,8 @@ class RunView:
         claim, metrics = store.get_resource(RUN + run), store.query_metrics(run)
         if claim is None and not metrics:
             raise UnknownIdError(f"{store.uri} has no run {run!r}")
-        return cls(run, claim.uri if claim else "", metrics, [name_of(each) for each in evaluations(store, run)])
+        folder, state = (claim.uri, claim.metadata.get("state")) if claim else ("", None)
+        return cls(run, folder, state, metrics, [name_of(each) for each in evaluations(store, run)])
 
     @property
     def last_step(self) -> int | None:

@@ -1,5 +1,6 @@
 """The page's routes: templates, headers and the login. Every response forbids scripts and styles of other origins."""
 
+import re
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from importlib.metadata import version
@@ -48,7 +49,7 @@ class Server(Protocol):
     """The server that the page is of."""
 
     async def health(self) -> dict[str, Any]:
-        """The number of spans, the states of the engines, and the length of the queue if there is one."""
+        """The number of spans and how fast it grows, the states of the engines, the length of the queue if any."""
         ...
 
     def live_versions(self) -> Mapping[str, str]:
@@ -194,7 +195,9 @@ class Page:
 
     def _text(self, request: Request) -> Response:
         number = _required(request, "number")
-        text = full_text(self._store(request), _required(request, "id"), _required(request, "span"), number)
+        if re.fullmatch(r"\d{1,9}", number, re.ASCII) is None:  # Python converts no number of over 4,300 digits.
+            raise InputError(f"number={number[:20]} is no number of a text; open it from the page of the rollout")
+        text = full_text(self._store(request), _required(request, "id"), _required(request, "span"), int(number))
         return PlainTextResponse(visible(text).encode(errors="replace"))
 
     async def _login(self, request: Request) -> Response:

@@ -4,6 +4,7 @@ clients that disconnect; and work on large bodies.
 
 import asyncio
 import io
+import re
 import threading
 import zlib
 from collections import Counter
@@ -85,7 +86,7 @@ def peer_of(scope: Scope) -> str:
 def content_length(scope: Scope) -> int | None:
     """The declared length of the body; None if the request declares none."""
     length = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
-    return int(length) if length.isdigit() else None
+    return int(length) if re.fullmatch(rb"\d{1,18}", length) else None
 
 
 def check_json(body: bytes, reservation: "Reservation") -> None:

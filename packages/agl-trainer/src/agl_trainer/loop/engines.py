@@ -2,14 +2,16 @@
 
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import urllib3
-from starlette.types import ASGIApp
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from agl.config import Config, GatewayConfig, LaunchConfig, TrainConfig, UpstreamConfig
 from agl.config.collector import TOKEN_VARIABLE
@@ -37,7 +39,31 @@ _SERVED = "served"
 _DRAIN_S, _ROUTE_S = 60.0, 10.0
 """Longest wait until running calls have ended, and timeout of a request to the training's own gateway."""
 
+
+class LateApp:
+    """The app of an engine whose model may still be loading: until then requests are to come again."""
+
+    def __init__(self) -> None:
+        self._app: Future[ASGIApp] = Future()
+
+    def open(self, app: ASGIApp) -> None:
+        self._app.set_result(app)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":  # The server waits for this before it answers anything.
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await send({"type": "lifespan.shutdown.complete"})
+        elif self._app.done():
+            await self._app.result()(scope, receive, send)
+        else:
+            response = PlainTextResponse("the model is loading", HTTPStatus.SERVICE_UNAVAILABLE, {"retry-after": "1"})
+            await response(scope, receive, send)
+
+
 OpenedEngine = tuple[Policy, TrainingEngine, ServerThread]
+Announce = Callable[[ServerThread], None]
 
 
 @contextmanager
@@ -57,13 +83,20 @@ def open_engine(config: Config) -> Iterator[tuple[Policy, Scheduler, ASGIApp]]:
         yield policy, scheduler, app
 
 
-def serve_policy(config: Config, store: Store, progress: ShownProgress | None) -> AbstractContextManager[OpenedEngine]:
-    """The policy, the engine that samples from it, and the server with gateway and collector."""
-    return _serve_vllm(config, store, progress) if config.engine.kind == "vllm" else _serve_local(config, store)
+def serve_policy(
+    config: Config, store: Store, progress: ShownProgress | None, announce: Announce
+) -> AbstractContextManager[OpenedEngine]:
+    """The policy, the engine that samples from it, and the server with gateway and collector.
+
+    The server answers from the call of `announce` on, before the model is loaded.
+    """
+    if config.engine.kind == "vllm":
+        return _serve_vllm(config, store, progress, announce)
+    return _serve_local(config, store, announce)
 
 
 @contextmanager
-def _serve_local(config: Config, store: Store) -> Iterator[OpenedEngine]:
+def _serve_local(config: Config, store: Store, announce: Announce) -> Iterator[OpenedEngine]:
     if config.gateway.upstream != LOCAL or config.gateway.engines:
         raise ConfigError(
             "gateway names an engine, but engine.kind is local: training updates the in-process engine. Remove "
@@ -75,11 +108,12 @@ def _serve_local(config: Config, store: Store) -> Iterator[OpenedEngine]:
             f"train.fsdp shards the policy across {device_count()} devices, so the in-process engine cannot sample "
             "from it; set `engine: {kind: vllm}`, or `train.asynchronous: true`, which gives the engine its own copy"
         )
-    with (
-        open_engine(config) as (sampling, scheduler, app),
-        _server(config, config.gateway, store, app) as server,
-        closing(scheduler),  # before the server, which would wait for the calls that are being sampled
-    ):
+    late = LateApp()
+    with _server(config, config.gateway, store, late) as server, ExitStack() as stack:
+        announce(server)
+        # Closed before the server, which would wait for the calls that are being sampled.
+        sampling, scheduler, app = stack.enter_context(open_engine(config))
+        late.open(app)
         if train.asynchronous:
             policy = open_policy(config)
             yield policy, CopiedEngine(policy, sampling, scheduler), server
@@ -88,7 +122,9 @@ def _serve_local(config: Config, store: Store) -> Iterator[OpenedEngine]:
 
 
 @contextmanager
-def _serve_vllm(config: Config, store: Store, progress: ShownProgress | None) -> Iterator[OpenedEngine]:
+def _serve_vllm(
+    config: Config, store: Store, progress: ShownProgress | None, announce: Announce
+) -> Iterator[OpenedEngine]:
     train, launch = config.require_train(), config.engine.launch
     with ExitStack() as stack:
         vllm = stack.enter_context(_launched(config, launch, progress)) if launch else None
@@ -104,8 +140,9 @@ def _serve_vllm(config: Config, store: Store, progress: ShownProgress | None) ->
         engines = config.gateway.engines or [UpstreamConfig(url=url)]
         gateway = config.gateway.model_copy(update={"engines": engines})
         servers = [stack.enter_context(VllmServer(engine.base_url, engine.authorization())) for engine in engines]
-        policy = open_policy(config)
         server = stack.enter_context(_server(config, gateway, store, None))
+        announce(server)
+        policy = open_policy(config)
         engine = VllmEngine(
             servers,
             policy,

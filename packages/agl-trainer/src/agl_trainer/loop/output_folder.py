@@ -7,10 +7,12 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
 from agl.errors import TrainingError
+from agl.page.runs import RunState
 from agl.runner.run_id import RUN_FILE, run_of
 from agl.store import Resource, Store
 
@@ -75,6 +77,13 @@ def claim_run(folder: Path, store: Store) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(run, encoding="utf-8")
     return run
+
+
+def set_state(store: Store, run: str, state: RunState) -> None:
+    """Record in the store how far `run` is. One that is killed stays as it was."""
+    claim = store.get_resource(f"run {run}")
+    if claim is not None:  # A run that an earlier version began may have none.
+        store.put_resource(replace(claim, metadata={**claim.metadata, "state": state}))
 
 
 def adapter_name(run: str, role: str) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from agl.runner.configured import configured_agent, configured_reward
 from agl.runner.instrumentors import instrumented
 from agl.runner.processes import RunnerProcesses
 from agl.runner.runner import Runner
+from agl.server_thread import ServerThread
 from agl.store import Store, opened_store
 from agl_trainer.data.chat import ChatTemplate
 from agl_trainer.loop.engines import serve_policy, token_of
@@ -38,22 +39,31 @@ class Session:
 
 
 @contextmanager
-def open_session(config: Config, progress: ShownProgress | None = None) -> Iterator[Session]:
+def open_session(
+    config: Config, progress: ShownProgress | None = None, announce: Callable[[Store, str], None] = lambda *_: None
+) -> Iterator[Session]:
     """Start all components on free loopback ports; agents find the gateway through `OPENAI_BASE_URL`.
 
+    Before the model is loaded it calls `announce` with the store and the address of the page, which answers then.
     Raises AglError if the store, the model, the engine, or a function named in the configuration cannot be opened.
     """
     train = config.require_train()
     with ExitStack() as stack:
         store = stack.enter_context(opened_store(config.store_uri))
-        policy, engine, server = stack.enter_context(serve_policy(config, store, progress))
+        policy, engine, server = stack.enter_context(
+            serve_policy(config, store, progress, lambda server: announce(store, _page(server)))
+        )
         addresses = Addresses(server.base_url, server.otlp_url, token_of(train))
         stack.enter_context(_environment(addresses.variables()))
         agl.init(endpoint=server.otlp_url, reward_weights=config.rewards)
         stack.callback(agl.shutdown)
         opened = _runners(config, store, addresses) if train.runners else _threads(config, store, addresses)
         runner = stack.enter_context(opened)
-        yield Session(store, policy, ChatTemplate(policy.tokenizer), Serving(engine, runner), f"{server.base_url}/")
+        yield Session(store, policy, ChatTemplate(policy.tokenizer), Serving(engine, runner), _page(server))
+
+
+def _page(server: ServerThread) -> str:
+    return f"{server.base_url}/"
 
 
 @contextmanager

@@ -10,9 +10,10 @@ import torch
 from agl.config import Config
 from agl.errors import TrainingError
 from agl.runner.run_id import run_of
+from agl.store import Store
 from agl_trainer.loop.evaluation import evaluate, load_best
 from agl_trainer.loop.grpo import run_grpo
-from agl_trainer.loop.output_folder import locked
+from agl_trainer.loop.output_folder import claim_run, locked, set_state
 from agl_trainer.loop.session import Session, open_session, open_store_session
 from agl_trainer.loop.sft import run_sft
 from agl_trainer.loop.training import Training
@@ -60,18 +61,34 @@ class Trainer:
             shows_cpu_share(progress),
             ExitStack() as stack,
         ):
-            with progress.phase(f"loading {self.train.model}"):
-                opened = open_session(self.config, progress) if samples else open_store_session(self.config)
-                session = stack.enter_context(opened)
-                if session.page_url and trains:
-                    progress.note(f"page: {session.page_url}")
-                warn_if_workers_spin()
+            loading, phase = stack.enter_context(ExitStack()), progress.phase(f"loading {self.train.model}")
+            announces_first = samples and self.config.engine.launch is None
+            if not announces_first:  # There is no page, or only once vLLM has loaded the model.
+                loading.enter_context(phase)
+
+            def announce(store: Store, page_url: str) -> None:
+                """The address of the page is the first line, and works: the page says that the model is loading."""
+                if trains:
+                    set_state(store, claim_run(self.folder, store), "loading")
+                    progress.note(f"page: {page_url}")
+                if announces_first:
+                    loading.enter_context(phase)
+
+            opened = open_session(self.config, progress, announce) if samples else open_store_session(self.config)
+            session = stack.enter_context(opened)
+            warn_if_workers_spin()
+            loading.close()
             training = Training(self.config, session, progress, accepts_changes=self._accepts_changes, trains=trains)
             if resumes:
                 training.resume()
             self._opened = training
+            training.set_state("training")
             try:
                 yield self
+                training.set_state("ended")
+            except KeyboardInterrupt:
+                training.set_state("ended")
+                raise
             finally:
                 self._opened = None
                 training.close()

@@ -9,11 +9,12 @@ from transformers import PreTrainedTokenizerFast
 from agl.config import Config
 from agl.errors import TrainingError
 from agl.inspection.token_text import TOKENIZER
+from agl.page.runs import RunState
 from agl.store import Resource
 from agl_trainer.loop.call_log import CallLog
 from agl_trainer.loop.changes import ANY, Change, changes_since, listed
 from agl_trainer.loop.checkpoint import Checkpoint, load_latest, prune, save_checkpoint
-from agl_trainer.loop.output_folder import adapter_name, claim_run
+from agl_trainer.loop.output_folder import adapter_name, claim_run, set_state
 from agl_trainer.loop.policy_setup import base_folder
 from agl_trainer.loop.session import Session
 from agl_trainer.loop.state import TrainingState, restore
@@ -173,6 +174,11 @@ class Training:
             self.store.put_resource(Resource(name, self.policy.versions[role], str(folder.resolve())))
         if self.session.serving is not None:
             self.session.serving.engine.make_live()
+
+    def set_state(self, state: RunState) -> None:
+        """Record in the store how far the training is, unless it was opened only to evaluate."""
+        if self._trains:
+            set_state(self.store, self.run, state)
 
     def close(self) -> None:
         if self._metrics is not None:
