@@ -238,6 +238,7 @@ def assemble() -> None:
     """Write all pages to build/docs, with links between them; links to other files of the repository become text."""
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.copytree(ROOT / "docs" / "images", SITE / "images")
+    shutil.copy(ROOT / "docs" / "site.css", SITE)
     pages = site_pages()
     for path, place in pages.items():
         text = path.read_text(encoding="utf-8").replace("docs/images/", "images/")
