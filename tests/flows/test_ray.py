@@ -19,6 +19,7 @@ from agl.cli import main
 from agl.config import Config
 from agl.errors import ConfigError
 from agl.store import AttemptState, Store, open_store
+from agl_trainer.cluster.deaths import Deaths
 from agl_trainer.cluster.driver import _check_same
 from agl_trainer.cluster.plan import Plan
 from agl_trainer.cluster.worker import Address
@@ -191,3 +192,9 @@ def test_a_command_waits_for_the_same_training_only(tmp_path: Path) -> None:
     _check_same(running, plan_of(tmp_path, "another"))
     with pytest.raises(ConfigError, match="already trains run with another configuration"):
         _check_same(running, plan_of(tmp_path, runners={"count": 9}))
+
+
+def test_many_deaths_of_one_process_in_a_short_time_are_no_accident() -> None:
+    deaths = Deaths(limit=2, within_s=60)
+    assert [deaths.are_no_accident("runner-0", now) for now in (0, 30, 59, 100)] == [False, False, True, False]
+    assert not deaths.are_no_accident("runner-1", 59)

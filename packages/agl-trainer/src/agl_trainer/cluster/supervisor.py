@@ -13,6 +13,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from agl.cli.interrupt import INTERRUPTED
+from agl_trainer.cluster.deaths import Deaths
 from agl_trainer.cluster.plan import Plan
 from agl_trainer.cluster.worker import State, Worker
 
@@ -25,7 +26,7 @@ _STOP_S: Final = 30.0
 _WAITS_S: Final = 30.0
 """Time without an answer of the trainer after which a line says so, and between two such lines."""
 _MANY, _MANY_IN_S = 5, 600.0
-"""So many deaths of the training in this time are no accident."""
+"""More deaths of one process in this time are no accident."""
 _CANNOT_RUN: Final = 2
 
 
@@ -49,7 +50,7 @@ class Supervisor:
         self._plan = plan
         self._stop = threading.Event()
         self._has_started = False
-        self._deaths: list[float] = []
+        self._deaths = Deaths(_MANY, _MANY_IN_S)
         self._work = ThreadPoolExecutor(1).submit(self._supervise)
 
     def plan(self) -> Plan:
@@ -110,21 +111,19 @@ class Supervisor:
             state: State | None = _ask_or_none(runner.state.remote())
             if state is None or (state.job == job and state.code is None):
                 continue
-            if state.job == job and state.code == _CANNOT_RUN:
-                return Outcome(_CANNOT_RUN, f"a runner cannot run; see the lines of runner-{number}")
             if state.job == job:
-                logger.warning("runner-%d ended with exit code %s; it starts again", number, state.code)
+                name = f"runner-{number}"
+                if state.code == _CANNOT_RUN or self._deaths.are_no_accident(name, time.monotonic()):
+                    return Outcome(_CANNOT_RUN, f"{name} ended with exit code {state.code}; see its lines")
+                logger.warning("%s ended with exit code %s; it starts again", name, state.code)
             _ask_or_none(runner.start.remote(job))
         return None
 
     def _note_death(self, states: list[State]) -> Outcome | None:
-        """Print that the training starts again; an outcome if it died too often."""
-        now = time.monotonic()
-        self._deaths = [*(death for death in self._deaths if now - death < _MANY_IN_S), now]
+        """Log that the training starts again; an outcome if it died too often."""
         codes = ", ".join("of its actor" if state.job is None else str(state.code) for state in states)
-        if len(self._deaths) > _MANY:
-            minutes = f"{_MANY_IN_S / 60:g} minutes"
-            return Outcome(1, f"the training died {len(self._deaths)} times in {minutes} (exit code {codes})")
+        if self._deaths.are_no_accident("trainer", time.monotonic()):
+            return Outcome(1, f"the training died more than {_MANY} times in {_MANY_IN_S:g} s (exit code {codes})")
         logger.warning("the training died (exit code %s); it resumes at its last checkpoint", codes)
         return None
 
