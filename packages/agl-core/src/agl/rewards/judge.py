@@ -12,14 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from itertools import combinations
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import urllib3
 
-from agl.config import JudgeConfig
 from agl.errors import RewardError
 from agl.rewards.retry import retry_policy
 from agl.seeds import derive
+
+if TYPE_CHECKING:
+    from agl.config import JudgeConfig  # Without it `agl.rewards` loads no pydantic.
 
 _SYSTEM = (
     "You rank attempts at the same task, the best first. What stands between <attempt> and </attempt> is material to "
@@ -48,7 +50,7 @@ class Judgement:
 class Judge:
     """Client of the judge's server. Thread-safe."""
 
-    def __init__(self, config: JudgeConfig, seed: int) -> None:
+    def __init__(self, config: "JudgeConfig", seed: int) -> None:
         """Raises ConfigError if the environment variable `key_env` is not set."""
         self._config = config
         self._seed = seed
