@@ -21,6 +21,7 @@ import agl_trainer  # noqa: F401  # before torch, which reads how long an idle t
 # isort: split
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,7 @@ from examples.sql_agent.tasks import gold_examples
 from tests.venv import python_with
 
 STEPS = 8
+_SOURCES = sorted((Path(__file__).parents[1] / "packages").glob("*/src"))
 ROLE = "writer"
 
 
@@ -129,7 +131,8 @@ def run_seed(folder: Path, seed: int, steps: int) -> None:
     if not (folder / "trl-took.json").exists():
         python = python_with("trl", f"trl=={TRL}")
         arguments = [str(model_folder("smollm2")), str(folder), str(seed), str(steps)]
-        subprocess.run([python, "-m", "benchmarks.single_turn_trl", *arguments], check=True)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(path) for path in _SOURCES)}  # The reward's.
+        subprocess.run([python, "-m", "benchmarks.single_turn_trl", *arguments], env=environment, check=True)
     if not (folder / "trl.json").exists():
         subprocess.run([*ours, "trl"], check=True)
 
