@@ -40,6 +40,9 @@ function localTimes(root) {
 localTimes(document);
 document.addEventListener("htmx:afterSettle", () => localTimes(document));
 
+// On a narrow screen the main links scroll, and the current one may be outside.
+document.querySelector(".top nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "nearest" });
+
 // --- Curves of a run -------------------------------------------------------------------------------------------------
 
 const HUES = [165, 212, 268, 330, 14, 40, 95, 190];
@@ -67,7 +70,11 @@ function options(chart, width) {
   chart.series.forEach((one, index) => {
     const colour = `hsl(${HUES[index % HUES.length]} 50% ${isDark() ? 62 : 38}%)`;
     const shade = `hsl(${HUES[index % HUES.length]} 50% 50% / 0.14)`;
-    const number = (_, value) => (value === null || value === undefined ? "–" : value.toPrecision(3));
+    // Without a step under the pointer, the last value.
+    const number = (plot, value, place, index) => {
+      const found = index === null || index === undefined ? plot.data[place].findLast((each) => each !== null) : value;
+      return found === null || found === undefined ? "–" : found.toPrecision(3);
+    };
     shown.push({ label: one.label, stroke: colour, width: 1.75, value: number, spanGaps: true, points: { show: one.points ?? one.x.length < 3, size: 6, fill: colour }, ...(one.points ? { paths: () => null } : {}) });
     if (!one.low) return;
     const edge = { stroke: "transparent", points: { show: false }, class: "edge", value: number };
