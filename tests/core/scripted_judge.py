@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from agl.config import JudgeConfig
-from agl.rewards import Judge
+from agl.rewards.judge import Judge
 from agl.secret_url import SecretUrl
 
 Rank = Callable[[list[str], int], Any]

@@ -6,7 +6,6 @@ A scorer is a function `(task, answer, rollout)`, or of the first of these, sync
 """
 
 from agl.rewards.combinators import Cached, Clip, Gate, Normalise, Sequential, Weighted
-from agl.rewards.judge import Judge, Judgement
 from agl.rewards.remote import Remote
 from agl.rewards.score import Parts, Score, read_score, scored
 
@@ -14,8 +13,6 @@ __all__ = [
     "Cached",
     "Clip",
     "Gate",
-    "Judge",
-    "Judgement",
     "Normalise",
     "Parts",
     "Remote",

@@ -9,7 +9,7 @@ import torch
 
 from agl.cli.terminal import counted
 from agl.errors import ConfigError, NothingTrainedError
-from agl.rewards import Judge
+from agl.rewards.judge import Judge
 from agl_trainer.algo.advantages import next_baseline
 from agl_trainer.algo.options import BatchOptions, RoleState
 from agl_trainer.compute.optimizer_step import StepStats

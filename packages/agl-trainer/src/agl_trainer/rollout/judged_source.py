@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from agl import semconv
 from agl.emit.reward import weighted_sum
 from agl.errors import RewardError
-from agl.rewards import Judge, Judgement
-from agl.rewards.judge import CONCURRENCY
+from agl.rewards.judge import CONCURRENCY, Judge, Judgement
 from agl.span import AttributeValue, Span, now_ns
 from agl.store import Store
 from agl.trajectory import Reward, Trajectory, build_trajectory
