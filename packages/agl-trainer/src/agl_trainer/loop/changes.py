@@ -57,6 +57,7 @@ STEERING = frozenset(
         "queue_uri",
         "collector",
         "queue",
+        "ray",
         "gateway",
         "server",
         "canary",
