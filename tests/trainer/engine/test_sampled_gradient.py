@@ -20,7 +20,7 @@ from agl_trainer.data.truncation import Truncation
 from agl_trainer.engine.local.sampling import sample
 from agl_trainer.engine.protocol import SampledToken, SamplingParams
 
-DRAWS = 100_000
+DRAWS = 200_000
 LARGEST_Z = 4.5
 """Standard errors: exceeded by chance in 7 of 10^6 components."""
 PROBS = (0.4, 0.25, 0.2, 0.1, 0.05)
