@@ -11,7 +11,7 @@ import pytest
 
 from agl.errors import InputError, StoreError
 from agl.store import AttemptState, Collected, Resource, Rollout, RolloutState, open_store
-from agl.store.membership import first_keys
+from agl.store.membership import trace_id_of
 from agl.store.postgres.spans import DAY_NS, QUERY
 from agl.store.postgres.store import PostgresStore
 from tests.store.postgres_server import PostgresServer, running_postgres
@@ -154,8 +154,8 @@ def test_reading_a_rollout_looks_up_its_own_spans_only(uri: str) -> None:
             trace, name = f"{rollout + 1:032x}", f"r{rollout}"
             store.append_spans([make_span(n, trace=trace, rollout=name, text="x" * 500) for n in range(1, 101)])
         store._database.write(lambda db: db.execute("ANALYZE"))
-        query = f"EXPLAIN {QUERY}"
-        plan = store._database.read(lambda db: db.execute(query, first_keys("r7")).fetchall())
+        query, parameters = f"EXPLAIN {QUERY}", {"rollouts": ["r7"], "traces": [trace_id_of("r7")]}
+        plan = store._database.read(lambda db: db.execute(query, parameters).fetchall())
     text = "\n".join(line for (line,) in plan)
     assert "Index Scan" in text
     assert not any(step in text for step in ("Seq Scan", "Merge Join", "Hash Join")), text

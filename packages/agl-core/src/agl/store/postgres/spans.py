@@ -69,13 +69,18 @@ MEMBERS: Final = (
 """The keys of one rollout; parameters are `first_keys`."""
 
 # A subquery for each body: for a join the planner, which cannot know how few spans there are, would scan all bodies.
+# Bodies are read after sorting (OFFSET 0 keeps the planner from merging the two): with them, a sort of more than a few
+# thousand spans writes files, which a full disk refuses.
 QUERY: Final = f"""
 WITH RECURSIVE first (rollout, trace, number) AS (
     SELECT * FROM unnest(:rollouts::text[], :traces::bytea[]) WITH ORDINALITY
 ), {_MEMBERS}
-SELECT member.number, (SELECT otlp FROM span_bodies body WHERE body.day = span.day AND body.arrival = span.arrival),
-    span.checksum, span.trace_id, span.span_id, span.start_ns
-FROM member CROSS JOIN {_SPANS_OF_MEMBER} ORDER BY span.start_ns, span.arrival
+SELECT number, (SELECT otlp FROM span_bodies body WHERE body.day = span.day AND body.arrival = span.arrival),
+    checksum, trace_id, span_id, start_ns
+FROM (
+    SELECT member.number, span.day, span.arrival, span.checksum, span.trace_id, span.span_id, span.start_ns
+    FROM member CROSS JOIN {_SPANS_OF_MEMBER} ORDER BY span.start_ns, span.arrival OFFSET 0
+) span
 """
 
 LAST_SPAN: Final = "SELECT rollout_id, trace_id FROM spans ORDER BY day DESC, arrival DESC LIMIT 1"
