@@ -123,9 +123,9 @@ def test_a_process_of_several_is_replaced(served: tuple[Store, ServerThread], tm
         workers = {store.query_attempts(name)[0].worker_id for name in ("first", "second")}
         assert len(workers) == 2
         os.kill(int(workers.pop().rpartition("-")[2]), signal.SIGKILL)
-        (tmp_path / "go").touch()
         queue(store, third="quick")
-        wait_until(lambda: has_ended(store, "third"))
+        wait_until(lambda: has_ended(store, "third"))  # By the new process: the other one still hangs.
+        (tmp_path / "go").touch()
         several.terminate()
         output, _ = several.communicate(timeout=60)
     assert several.returncode == 0
