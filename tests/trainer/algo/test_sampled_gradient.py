@@ -93,6 +93,15 @@ def test_means_and_deviations_count_the_rollouts_that_a_kept_one_stands_for() ->
     assert group_advantages("gdpo", parts, ["a", "b"], represented=shares).tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "gdpo"])
+@pytest.mark.parametrize("reward", [0.1, 1 / 3, 0.7])
+def test_equal_rewards_have_no_advantage_at_all(name: str, reward: float) -> None:
+    for size in (2, 3, 6, 7, 8):
+        shares = torch.full((size,), 1 / P, dtype=torch.float64)
+        rewards = torch.full((size,), reward, dtype=torch.float64)
+        assert not estimate_advantages(name, rewards, ["g"] * size, represented=shares).advantages.any()
+
+
 def test_a_mean_over_tokens_counts_those_of_the_rows_that_a_row_stands_for() -> None:
     lengths, shares = torch.tensor([10, 30]), torch.tensor([0.5, 1.5])
     assert row_weights("dapo", lengths, ["a", "b"], 8, shares).tolist() == pytest.approx([0.5 / 50, 1.5 / 50])

@@ -41,8 +41,9 @@ class Population:
         return cls(torch.tensor([numbers[name] for name in names], device=represented.device), represented)
 
     def means(self, values: Tensor) -> Tensor:
-        """For each rollout the mean of `values` [R] in its set."""
-        return self._totals(self.represented * values) / self._totals(self.represented)
+        """For each rollout the mean of `values` [R] in its set; without a rounding error if all are equal."""
+        least = torch.zeros_like(values).scatter_reduce(0, self.sets, values, "amin", include_self=False)[self.sets]
+        return least + self._totals(self.represented * (values - least)) / self._totals(self.represented)
 
     def deviations(self, values: Tensor) -> Tensor:
         """For each rollout the standard deviation of `values` [R] in its set of n: unbiased, and 0 if n is 1.
@@ -153,7 +154,7 @@ def estimate_advantages(
             return _divided(centred - batch.means(centred), of_earned, of_earned - centred, batch)
         case "gdpo":
             of_group = _divided(centred, earned, earned - rewards, groups).advantages
-            of_earned = _divided(earned - groups.means(earned), earned, earned - earned, groups).advantages
+            of_earned = _divided(earned - groups.means(earned), earned, torch.zeros_like(earned), groups).advantages
             return _divided(of_group - batch.means(of_group), of_earned, of_earned - of_group, batch)
         case "max@k":
             gains = torch.empty_like(rewards)
