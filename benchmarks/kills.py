@@ -1,10 +1,13 @@
 """A training, or a Cassandra cluster with its server, under SIGKILLs at random moments, and what is left afterwards.
 
     python -m benchmarks.kills train 30
+    python -m benchmarks.kills vllm 10
     python -m benchmarks.kills cassandra 30
 
 `train`: a deterministic training with the in-process engine is started again after each kill, and its adapters, its
-last checkpoint and its metrics are compared with those of an undisturbed one. `cassandra`: senders load three nodes
+last checkpoint and its metrics are compared with those of an undisturbed one. `vllm`: the same with real vLLM, which
+runs on and does not answer the same twice, so each step, its calls and the adapters left in vLLM are looked at.
+`cassandra`: senders load three nodes
 with 50,000 spans, while the server, a node, or two nodes at once are killed; each acknowledged span is looked for.
 """
 
@@ -19,10 +22,13 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+from agl_trainer.model.model_folder import model_folder
 from tests.flows.test_training import config_in, metrics_of
 from tests.load import SPANS, Load, check
 from tests.store.cassandra_server import CassandraServer, running_cassandra
 from tests.store.serving import serving
+from tests.vllm.serving import serve_vllm
+from tests.vllm.test_training import check_calls, live, running, write_config
 
 AGL = Path(sys.executable).with_name("agl")
 STEPS = 45
@@ -45,12 +51,8 @@ def kill_training(kills: int, seed: int = 0) -> str:
     for number in range(kills):
         process = _start(killed)
         time.sleep(moments.uniform(0, first_s + 4 * step_s))
-        assert process.poll() is None, (
-            f"the training ended after {number} kills with {process.returncode}; use more steps"
-        )
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        steps_done.append(max((int(path.name[5:]) for path in killed.glob("run/checkpoints/step-??????")), default=0))
+        _kill(process, number)
+        steps_done.append(_last_step(killed))
     last = _start(killed)
     assert last.wait() == 0, (killed / "output").read_text()[-2000:]
     files = _compare(whole, killed)
@@ -82,6 +84,36 @@ def _compare(whole: Path, killed: Path) -> int:
     )
     assert json.dumps(one) == json.dumps(other) and len(one) == STEPS
     return len(files)
+
+
+def kill_training_on_vllm(kills: int, seed: int = 0) -> str:
+    """Raises AssertionError if a step is missing or there twice, or a call was answered by another step's adapters."""
+    moments, folder, steps = random.Random(seed), Path(tempfile.mkdtemp(prefix="agl-kills-")), 2 * kills
+    with serve_vllm(model_folder("smollm2"), "smollm2", folder / "vllm.log") as url:
+        write_config(folder, running(url), steps=steps)
+        steps_done: list[int] = []
+        for number in range(kills):
+            process = _start(folder)
+            time.sleep(moments.uniform(0, 60))
+            _kill(process, number)
+            steps_done.append(_last_step(folder))
+        last = _start(folder)
+        assert last.wait() == 0, (folder / "output").read_text()[-2000:]
+        assert live(url) == {f"writer@{steps}", f"fixer@{steps}"}
+    assert len(metrics_of(folder)) == steps
+    calls = check_calls(folder, steps)
+    return f"{kills} kills in {steps} steps; {calls} calls, all by their step's adapters; at the kills: {steps_done}"
+
+
+def _kill(process: "subprocess.Popen[bytes]", number: int) -> None:
+    ended = f"the training ended after {number} kills with {process.poll()}; use more steps"
+    assert process.poll() is None, ended
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _last_step(folder: Path) -> int:
+    return max((int(path.name[5:]) for path in folder.glob("run/checkpoints/step-??????")), default=0)
 
 
 def kill_cassandra(kills: int, seed: int = 0) -> str:
@@ -116,4 +148,8 @@ def _kill_nodes(cluster: CassandraServer, hosts: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    print({"train": kill_training, "cassandra": kill_cassandra}[sys.argv[1]](int(sys.argv[2])))
+    print(
+        {"train": kill_training, "vllm": kill_training_on_vllm, "cassandra": kill_cassandra}[sys.argv[1]](
+            int(sys.argv[2])
+        )
+    )
