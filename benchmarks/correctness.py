@@ -113,34 +113,50 @@ def _column(framework: str, instrumentation: Instrumentation, only_ours: bool) -
 
 def page(found: dict[str, list[Column]]) -> str:
     """The page: a table for each framework, followed by the reasons for each `no`."""
-    parts = [_HEAD]
+    parts = [_HEAD, _totals(found)]
     for framework, columns in found.items():
         parts += [f"## {TITLES[framework]}\n", _versions(framework, columns), _table(columns)]
         parts += [_reasons(column) for column in columns if any(column.verdicts.values())]
-    return "\n".join(parts)
+    return "\n".join([*parts, _FOOT])
 
 
 _HEAD = """\
 # 8. Correctness
 
-Whether the spans of an agent are right in situations that occur in practice, for each instrumentation. This command
-writes the page:
+This page compares instrumentations of LangChain, LangGraph and AutoGen: in which situations are the recorded spans
+right? Look for the situations that your agent meets. Below each table are the reasons for each "no". We chose the
+situations, and they include what training needs, such as token ids.
+"""
+
+_FOOT = """\
+## How it is checked
+
+- Each instrumentation runs in a process of its own, against a real server on loopback. All face the same checks.
+- Ours are `LangChainInstrumentor().instrument()` and `AutoGenInstrumentor().instrument()`. In the rows without a
+  gateway we also call `capture_token_ids(model)`.
+- The others are enabled as their documentation describes, with their default settings. A feature that one does not
+  intend to have, such as token ids, counts as "no".
+- Each situation is tried in all ways in which it can occur: `invoke`, `ainvoke`, `stream`, `astream`, `batch`,
+  `abatch`, `astream_events`. If only some of them fail, the reason names these.
+- A model call, a tool call or a retriever is recognised by the attribute with which the instrumentation marks it.
+
+The situations are code: `benchmarks/situations/langchain.py` and `benchmarks/situations/autogen.py`. A test requires
+"yes" in every row of our own columns. This command runs all of them, and writes this page:
 
 ```sh
 .venv/bin/python -m benchmarks.correctness
 ```
-
-It runs every situation of `benchmarks/situations/langchain.py` and `benchmarks/situations/autogen.py` with each
-instrumentation in a separate process, against a real server on loopback. All instrumentations face the same checks; a
-model call, a tool call or a retriever is recognised by the attribute with which the instrumentation marks it. A
-situation is tried in every way in which it can occur (`invoke`, `ainvoke`, `stream`, `astream`, `batch`, `abatch`,
-`astream_events`). The reason for a "no" names the ways that fail, or none if all fail. A test requires "yes" in every
-row of our own columns.
-
-Ours are `LangChainInstrumentor().instrument()` and `AutoGenInstrumentor().instrument()`, with
-`capture_token_ids(model)` where no gateway is used. The peers are enabled as their documentation describes, with their
-default settings. A feature that a peer does not intend to have, such as token ids, still counts as "no".
 """
+
+
+def _totals(found: dict[str, list[Column]]) -> str:
+    rows = [
+        f"| {TITLES[framework]} | {column.name} | {verdicts.count(None)} of {len(verdicts)} |"
+        for framework, columns in found.items()
+        for column in columns
+        if (verdicts := [*column.verdicts.values()])
+    ]
+    return "\n".join(["| framework | instrumentation | situations that are right |", "|---|---|---|", *rows, ""])
 
 
 def _versions(framework: str, columns: Sequence[Column]) -> str:
