@@ -10,7 +10,9 @@ from typing import Any
 
 from agl import semconv
 from agl.span import Span
+from agl.store import Rollout
 from agl.store.cassandra import schema as cassandra
+from agl.store.mapping import ROLLOUT_ROW, from_rollout
 from agl.store.postgres import schema as postgres
 from agl.store.span_row import SpanRow, checksum
 from agl.store.sqlite import schema as sqlite
@@ -18,9 +20,9 @@ from agl.tokens.packing import pack_ids, pack_logprobs
 
 FOLDER = Path(__file__).with_name("old")
 PAST = (
-    *("sqlite-1", "sqlite-2", "sqlite-3", "sqlite-4"),
-    *("postgres-1", "postgres-2"),
-    *("cassandra-1", "cassandra-2"),
+    *("sqlite-1", "sqlite-2", "sqlite-3", "sqlite-4", "sqlite-5"),
+    *("postgres-1", "postgres-2", "postgres-3"),
+    *("cassandra-1", "cassandra-2", "cassandra-3"),
 )
 _Columns = dict[str, Any]
 
@@ -65,6 +67,16 @@ _ROLLOUT: _Columns = {"rollout_id": "named", "input": '{"n": 1}', "group_id": "g
 _LIMITS: _Columns = {"retry_on": "failed timeout unresponsive", "metadata": "{}", "state": "queued", "attempts": 0}
 
 
+_CHECKED_ROLLOUT: _Columns = dict(
+    zip(
+        ROLLOUT_ROW.split(", "),
+        from_rollout(Rollout("named", {"n": 1}, group_id="g", mode="train", max_attempts=2)),
+        strict=True,
+    )
+)
+"""With the checksums of rows."""
+
+
 def statements(name: str) -> list[str]:
     """The statements that make the store `name` of `PAST`."""
     return [each for each in (FOLDER / f"{name}.sql").read_text().split(";\n") if each.strip()]
@@ -86,7 +98,8 @@ def _sqlite(version: int) -> Iterator[str]:
         if version > 3:
             columns |= {"checksum": checksum(row.otlp)}
         yield _insert("spans", columns | {"otlp": row.otlp}, "X'{}'")
-    yield _insert("rollouts", _ROLLOUT | {"state": "queued", "metadata": "{}"}, "X'{}'")
+    rollout = _ROLLOUT | {"state": "queued", "metadata": "{}"} if version < 5 else _CHECKED_ROLLOUT
+    yield _insert("rollouts", rollout, "X'{}'")
     yield "PRAGMA application_id = 0x41474C31"
     yield f"PRAGMA user_version = {version}"
 
@@ -107,7 +120,7 @@ def _postgres(version: int) -> Iterator[str]:
         columns |= {"checksum": checksum(row.otlp)} if version > 1 else {}
         yield _insert("spans", key | columns, "'\\x{}'")
         yield _insert("span_bodies", key | {"otlp": row.otlp}, "'\\x{}'")
-    yield _insert("rollouts", _ROLLOUT | _LIMITS, "'\\x{}'")
+    yield _insert("rollouts", _ROLLOUT | _LIMITS if version < 3 else _CHECKED_ROLLOUT, "'\\x{}'")
 
 
 def _cassandra(version: int) -> Iterator[str]:
@@ -123,7 +136,8 @@ def _cassandra(version: int) -> Iterator[str]:
             is_answer = {"is_answer": row.asked is None}
             columns |= {"response_id": response} | is_answer
             entry = {"response_id": response, "start_ns": row.start_ns, "span": key["span"], "home": home}
-            yield _insert("responses", entry | is_answer, "0x{}")
+            arrival = {"arrived_ns": 10**18 + place} if version > 2 else {}
+            yield _insert("responses", entry | is_answer | arrival, "0x{}")
         yield _insert("spans", key | columns, "0x{}")
         sums = {"checksum": checksum(row.otlp)} if version > 1 else {}
         yield _insert("span_bodies", key | sums | {"otlp": row.otlp}, "0x{}")
@@ -131,8 +145,8 @@ def _cassandra(version: int) -> Iterator[str]:
             yield _insert("traces", {"trace_id": row.trace_id, "home": home}, "0x{}")
     yield _insert("latest", {"place": 0, "named": False, "home": f"{4:032x}"}, "0x{}")
     revision = "0d8f8a8e-8a0f-4a53-9f0c-3b8a9ff0a001"
-    static = ", ".join([*_ROLLOUT, *_LIMITS])
-    values = ", ".join(_literal(value, "0x{}") for value in (_ROLLOUT | _LIMITS).values())
+    rollout = _ROLLOUT | _LIMITS if version < 3 else _CHECKED_ROLLOUT
+    static, values = ", ".join(rollout), ", ".join(_literal(value, "0x{}") for value in rollout.values())
     yield f"INSERT INTO rollouts ({static}, revision, place) VALUES ({values}, {revision}, 1)"
     yield "INSERT INTO queue_slots (queue, slot) VALUES (0, 0)"
     yield "INSERT INTO queue (slot, place, rollout_id, number) VALUES (0, 1, 'named', 1)"

@@ -17,6 +17,7 @@ from agl.cli import main
 from agl.errors import StoreError
 from agl.span import Span
 from agl.store import AttemptState, Resource, Rollout, Store, open_store
+from agl.store.files import digest_of
 from agl.store.sql.damage import TABLES
 from agl.store.sqlite import maintenance
 from agl.store.sqlite.repair import repair
@@ -188,18 +189,26 @@ def test_a_change_of_any_column_of_a_row_is_found_and_repaired(tmp_path: Path) -
         assert leased is not None
         store.finish_attempt(leased[1].attempt_id, AttemptState.FAILED, "it broke")
         store.put_resource(Resource("run/a", 1, "file:///a", {"n": 1}))
+        store.put_resource_part("run/a", 1, digest_of(b"part"), b"part")
     for table in TABLES:
         for column in table.columns.split(", "):
-            if column == "heartbeat_ns":
+            if column == "heartbeat_ns" or (table.name == "resource_parts" and column in ("name", "version")):
                 continue
             path = tmp_path / f"{table.name}-{column}.db"
             path.write_bytes((tmp_path / "sound.db").read_bytes())
             with closing(sqlite3.connect(path)) as db, db:
                 (value,) = db.execute(f"SELECT {column} FROM {table.name}").fetchone()
-                changed = f"{value[:-1]}{chr(ord(value[-1]) ^ 1)}" if isinstance(value, str) else value + 1
+                changed = b"port" if value == b"part" else value
+                if isinstance(value, str):
+                    changed = f"{value[:-1]}{chr(ord(value[-1]) ^ 1)}"
+                elif isinstance(value, int | float):
+                    changed = value + 1
                 db.execute(f"UPDATE {table.name} SET {column} = ?", (changed,))
             found = maintenance.check(path)
-            assert len(found) == 1 and found[0].startswith(f"the row of {table.name[:-1]} "), (path.name, found)
+            assert len(found) == 1 and found[0].startswith(f"the row of {table.name[:-1].replace('_', ' ')} "), (
+                path.name,
+                found,
+            )
             assert repair(path) is not None and maintenance.check(path) == []
 
 

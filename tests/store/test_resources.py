@@ -1,13 +1,17 @@
 """The store's contract: versioned resources with leases, and metrics."""
 
+import hashlib
 import math
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from agl.errors import StoreError
+from agl.errors import DamageError, InputError, StoreError, UnknownIdError
 from agl.store import Resource, Store
+from agl.store.files import content_digest, digest_of, fetch, publish
+from agl.store.protocol import MAX_PART_BYTES
 from tests.store.spans import make_span
 
 
@@ -126,3 +130,74 @@ def test_resources_are_listed_by_name_and_version(store: Store) -> None:
     assert store.query_resources() == [*made[4:], *made[:4]]
     assert store.query_resources("b%") == made[:2]
     assert store.query_resources("c") == []
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+def tree(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def make_folder(folder: Path, **files: bytes) -> Path:
+    for name, data in files.items():
+        path = folder / name.replace("_in_", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return folder
+
+
+def test_folders_travel_in_parts_and_end_with_their_version(store: Store, tmp_path: Path) -> None:
+    large = bytes(range(256)) * (MAX_PART_BYTES // 256) + b"rest"
+    folder = make_folder(tmp_path / "a", large=large, empty=b"", deep_in_config=b"{}")
+    publish(store, "writer", 3, folder, {"step": 3})
+    found = store.get_resource("writer")
+    assert found is not None and found.metadata["step"] == 3
+    assert [len(parts) for _, parts in sorted(found.metadata["files"].items())] == [1, 0, 2]
+    make_folder(tmp_path / "b", old=b"of an earlier fetch")
+    fetch(store, found, tmp_path / "b")
+    assert tree(tmp_path / "b") == tree(folder)
+    newer = publish(store, "writer", 4, make_folder(tmp_path / "c", deep_in_config=b"{}"))
+    assert content_digest(newer) != content_digest(found)
+    store.collect_resources("writer")
+    part = digest_of(b"{}")
+    assert store.get_resource_part("writer", 3, part) is None and store.get_resource_part("writer", 4, part) == b"{}"
+    with pytest.raises(StoreError, match=r"part \w+ of deep/config of writer@3 in .* is missing: its version was"):
+        fetch(store, found, tmp_path / "d")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+def test_parts_that_are_not_what_they_should_be_are_refused(store: Store) -> None:
+    store.put_resource(Resource("writer", 1, ""))
+    for version, digest, data, error, expected in (
+        (1, digest_of(b"x"), b"y", InputError, r"a part of writer@1 is not of the digest '2d71"),
+        (1, "../x", b"x", InputError, "is not of the digest"),
+        (1, digest_of(bytes(MAX_PART_BYTES + 1)), bytes(MAX_PART_BYTES + 1), InputError, "has 1048577 bytes, at most"),
+        (2, digest_of(b"x"), b"x", UnknownIdError, "no version 2 of the resource 'writer'"),
+    ):
+        with pytest.raises(error, match=expected):
+            store.put_resource_part("writer", version, digest, data)
+    for _ in range(2):
+        store.put_resource_part("writer", 1, digest_of(b"x"), b"x")
+    assert store.get_resource_part("writer", 1, digest_of(b"x")) == b"x"
+
+
+def test_a_damaged_part_and_a_full_disk_leave_no_folder(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resource = publish(store, "writer", 1, make_folder(tmp_path / "a", first=b"1", second=b"2"))
+    target = tmp_path / "folders" / "b"
+    (tmp_path / "file").write_bytes(b"")
+    for name, folder, error, expected in (
+        ("../outside", target, StoreError, r"writer@1 has the file '\.\./outside', which is not in its folder"),
+        ("first", tmp_path / "file" / "b", StoreError, r"cannot write the files of writer@1 to .*: File exists"),
+    ):
+        moved = Resource("writer", 1, "", {"files": {name: [digest_of(b"1")]}})
+        with pytest.raises(error, match=expected):
+            fetch(store, moved, folder)
+    with monkeypatch.context() as damaged:
+        damaged.setattr(type(store), "get_resource_part", lambda *_: b"1")
+        with pytest.raises(DamageError, match=r"of second of writer@1 .* is damaged: its SHA-256 is 6b86"):
+            fetch(store, resource, target)
+    assert [*target.parent.iterdir()] == []

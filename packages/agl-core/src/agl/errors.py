@@ -41,7 +41,7 @@ class DamageError(StoreError):
 
 
 class UnknownIdError(StoreError):
-    """A verb names a rollout or an attempt that is not in the store."""
+    """A verb names a rollout, an attempt or a version that is not in the store."""
 
 
 class TransitionError(StoreError):

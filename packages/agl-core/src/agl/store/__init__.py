@@ -5,6 +5,7 @@ rollout, states, lifecycle   rollouts, attempts, and how events change them
 span_row               OTLP requests, parsed into one row for each span, and their checksums
 membership, retention   which spans belong to a rollout, and which rollouts `gc` deletes
 mapping, migration   database rows and schema versions
+files                  folders as versions of a resource, in parts
 traffic                production spans that are not decided yet, and the decisions
 clock                  elapsed time, whatever the clock of the machine is set to
 project                a database for each project

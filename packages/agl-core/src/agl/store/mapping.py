@@ -1,13 +1,14 @@
 """Rollouts, attempts and resources as database rows, and back. Structured values are JSON text."""
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from typing import Any, Final
 
-from agl.errors import AglError, InputError
-from agl.store.protocol import Resource
+from agl.errors import AglError, InputError, UnknownIdError
+from agl.store.protocol import MAX_PART_BYTES, Resource
 from agl.store.rollout import Attempt, Rollout
 from agl.store.span_row import checksum
 from agl.store.states import AttemptState, RolloutState
@@ -21,6 +22,7 @@ RESOURCE_COLUMNS: Final = "name, version, uri, metadata"
 ROLLOUT_ROW: Final = f"{ROLLOUT_COLUMNS}, checksum, progress_checksum"
 """The second checksum is of what changes with each attempt, so that a change hides no damage of the rest."""
 ATTEMPT_ROW: Final = f"{ATTEMPT_COLUMNS}, checksum"
+PART_ROW: Final = "name, version, digest, data"
 RESOURCE_ROW: Final = f"{RESOURCE_COLUMNS}, checksum"
 _PROGRESS: Final = ("max_attempts", "state", "attempts", "ended_ns")
 
@@ -113,6 +115,26 @@ def from_resource(resource: Resource) -> tuple[Any, ...]:
 def to_resource(row: Sequence[Any]) -> Resource:
     name, version, uri, metadata = row
     return Resource(name, version, uri, json.loads(metadata))
+
+
+def from_part(name: str, version: int, digest: str, data: bytes) -> tuple[Any, ...]:
+    """`PART_ROW`. Raises InputError if the digest is not that of the data, or these are too long."""
+    row = (name, version, digest, data)
+    if len(data) > MAX_PART_BYTES:
+        raise InputError(f"a part of {name}@{version} has {len(data)} bytes, at most {MAX_PART_BYTES} are possible")
+    if not is_part(row):
+        raise InputError(f"a part of {name}@{version} is not of the digest {digest!r}, which should be its SHA-256")
+    return row
+
+
+def is_part(row: Sequence[Any]) -> bool:
+    """Whether `PART_ROW` is what was stored."""
+    *_, digest, data = row
+    return isinstance(data, bytes) and hashlib.sha256(data).hexdigest() == digest
+
+
+def no_version(name: str, version: int) -> UnknownIdError:
+    return UnknownIdError(f"the store holds no version {version} of the resource {name!r}")
 
 
 def to_json(value: Any, description: str) -> str:

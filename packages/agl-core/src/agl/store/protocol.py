@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from agl import otlp
 from agl.span import Span
 from agl.store.rollout import Attempt, Rollout
 from agl.store.span_row import SpanRow, rows_of
 from agl.store.states import AttemptState, RolloutState
+
+MAX_PART_BYTES: Final = 2**20
+"""Longest part of a file of a resource. Cassandra is slow with longer values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +226,18 @@ class Store(Protocol):
         """
         ...
 
+    def put_resource_part(self, name: str, version: int, digest: str, data: bytes) -> None:
+        """Store a part of the files of a version, of up to `MAX_PART_BYTES`; `collect_resources` deletes it with that.
+
+        `digest` is the SHA-256 of `data` in hex; the same digest is stored once. Raises InputError if it is of other
+        data or these are longer, UnknownIdError if there is no such version. `agl.store.files` stores whole folders.
+        """
+        ...
+
+    def get_resource_part(self, name: str, version: int, digest: str) -> bytes | None:
+        """The part with this digest, as it is stored: the caller compares the two."""
+        ...
+
     def append_metrics(self, run: str, step: int, metrics: Mapping[str, float]) -> None:
         """Store the metrics of a step. The same run, step and name replaces the value."""
         ...
@@ -234,8 +249,8 @@ class Store(Protocol):
     # --- Maintenance -------------------------------------------------------------------------------------------------
 
     def damaged_rows(self) -> list[str]:
-        """Reads all rollouts, attempts and resources; a line for each that is not what was stored. For spans, see
-        `query_rows`.
+        """Reads all rollouts, attempts, resources and parts; a line for each that is not what was stored. For spans,
+        see `query_rows`.
         """
         ...
 

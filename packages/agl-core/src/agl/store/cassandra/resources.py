@@ -11,7 +11,16 @@ from uuid import UUID, uuid4
 
 from agl.store.cassandra.keyspace import Keyspace, Statement, retry_conflicts
 from agl.store.cassandra.partition import DamagedRow
-from agl.store.mapping import RESOURCE_ROW, from_resource, is_resource, to_resource
+from agl.store.mapping import (
+    PART_ROW,
+    RESOURCE_ROW,
+    from_part,
+    from_resource,
+    is_part,
+    is_resource,
+    no_version,
+    to_resource,
+)
 from agl.store.protocol import Resource
 
 Result = TypeVar("Result")
@@ -24,6 +33,12 @@ _PUT: Final = "INSERT INTO resources (name, version, holder, uri, metadata, chec
 _ALL: Final = f"SELECT {RESOURCE_ROW}, holder FROM resources"
 _LEASE: Final = "INSERT INTO resources (name, version, holder, expires_ns) VALUES (?, ?, ?, ?)"
 _DELETE: Final = "DELETE FROM resources WHERE name = ? AND version = ? AND holder = ?"
+_PUT_PART: Final = f"INSERT INTO resource_parts ({PART_ROW}) VALUES (?, ?, ?, ?)"
+_GET_PART: Final = "SELECT data FROM resource_parts WHERE name = ? AND version = ? AND digest = ?"
+_ALL_PARTS: Final = f"SELECT {PART_ROW} FROM resource_parts"
+_DELETE_PART: Final = "DELETE FROM resource_parts WHERE name = ? AND version = ? AND digest = ?"
+_DELETE_PARTS: Final = "DELETE FROM resource_parts WHERE name = ? AND version = ?"
+_PARTS_PER_PAGE: Final = 8
 _PUT_METRIC: Final = "INSERT INTO metrics (run, name, step, value) VALUES (?, ?, ?, ?)"
 _METRICS: Final = "SELECT name, step, value FROM metrics WHERE run = ?"
 
@@ -94,7 +109,19 @@ class CassandraResources:
             keys = [*expired, *((version, "") for version in old)]
             return [(_DELETE, (name, *key)) for key in keys], [versions.resources[version] for version in old]
 
-        return _change(self._keyspace, name, collect)
+        collected = _change(self._keyspace, name, collect)
+        self._keyspace.run([(_DELETE_PARTS, (name, resource.version)) for resource in collected])
+        return collected
+
+    def put_resource_part(self, name: str, version: int, digest: str, data: bytes) -> None:
+        row = from_part(name, version, digest, data)
+        if _read(self._keyspace, name).get(version) is None:
+            raise no_version(name, version)
+        self._keyspace.write(_PUT_PART, *row)
+
+    def get_resource_part(self, name: str, version: int, digest: str) -> bytes | None:
+        rows = self._keyspace.read(_GET_PART, name, version, digest)
+        return rows[0][0] if rows else None
 
     def append_metrics(self, run: str, step: int, metrics: Mapping[str, float]) -> None:
         batch = [(_PUT_METRIC, (run, name, step, float(value))) for name, value in metrics.items()]
@@ -108,11 +135,16 @@ class CassandraResources:
 
 
 def damaged(db: Keyspace) -> Iterator[DamagedRow]:
-    """The resources whose rows are not what was stored."""
+    """The resources and parts whose rows are not what was stored."""
     for *row, holder in db.scan(_ALL):
         if holder == "" and not is_resource(row):
             name, version = row[:2]
             yield DamagedRow(f"the row of resource {name}@{version} is damaged", row, (_DELETE, (name, version, "")))
+    for row in db.scan(_ALL_PARTS, page_rows=_PARTS_PER_PAGE):
+        if not is_part(row):
+            name, version, digest = row[:3]
+            finding = f"the row of resource part {digest} of {name}@{version} is damaged"
+            yield DamagedRow(finding, row, (_DELETE_PART, (name, version, digest)))
 
 
 def _change(db: Keyspace, name: str, decide: Callable[[_Versions], tuple[list[Statement], Result]]) -> Result:

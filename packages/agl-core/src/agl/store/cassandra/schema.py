@@ -13,6 +13,8 @@ pending, pending_minutes
              spans that are not decided yet (`agl.store.traffic`), and the minutes of arrival that have some
 decisions    the decision on each name, inserted by compare-and-set
 resources    the versions of a name with their leases, changed by compare-and-set on `revision`
+resource_parts
+             the files of a version, in parts (`agl.store.files`)
 """
 
 import re
@@ -104,7 +106,14 @@ _ROW_CHECKSUMS = (
     "ALTER TABLE resources ADD checksum bigint",
 )
 
-MIGRATIONS: Final[Migrations] = (_FIRST, _CHECKSUMS, (*_ARRIVALS, *_TRAFFIC, *_ROW_CHECKSUMS))
+_PARTS = (
+    """CREATE TABLE IF NOT EXISTS resource_parts (
+        name text, version int, digest text,
+        data blob,
+        PRIMARY KEY ((name, version), digest))""",
+)
+
+MIGRATIONS: Final[Migrations] = (_FIRST, _CHECKSUMS, (*_ARRIVALS, *_TRAFFIC, *_ROW_CHECKSUMS), _PARTS)
 
 _ADD: Final = re.compile(r"ALTER TABLE (\w+) ADD (\w+)")
 

@@ -99,6 +99,8 @@ class HttpStore(Store):
     lease_resource = _remote(Store.lease_resource)
     release_resource = _remote(Store.release_resource)
     collect_resources = _remote(Store.collect_resources)
+    put_resource_part = _remote(Store.put_resource_part)
+    get_resource_part = _remote(Store.get_resource_part)
     append_metrics = _remote(Store.append_metrics)
     query_metrics = _remote(Store.query_metrics)
     damaged_rows = _remote(Store.damaged_rows)

@@ -36,7 +36,13 @@ ERRORS: Final[Mapping[str, tuple[int, type[StoreError]]]] = {
 """Code of an error to its HTTP status, and to the exception that the client raises."""
 
 # Metrics may be NaN, which strict JSON cannot express.
-_CONFIG = ConfigDict(extra="forbid", ser_json_inf_nan="strings", use_attribute_docstrings=True)
+_CONFIG = ConfigDict(
+    extra="forbid",
+    ser_json_inf_nan="strings",
+    ser_json_bytes="base64",
+    val_json_bytes="base64",
+    use_attribute_docstrings=True,
+)
 
 
 class VerbResult(BaseModel):
@@ -166,6 +172,8 @@ VERBS: Final = {
         Verb("release_resource"),
         # A repetition would return nothing; nobody would delete the files of the collected versions.
         Verb("collect_resources", is_repeatable=False),
+        Verb("put_resource_part"),
+        Verb("get_resource_part", "GET"),
         Verb("append_metrics"),
         Verb("query_metrics", "GET"),
         Verb("damaged_rows", "GET"),

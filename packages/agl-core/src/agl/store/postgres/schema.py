@@ -115,4 +115,15 @@ _ROW_CHECKSUMS = (
     "ALTER TABLE resources ADD COLUMN checksum bigint",
 )
 
-MIGRATIONS: Final[Migrations] = (_FIRST, _CHECKSUMS, (*_ASKED_BY_ARRIVAL, *_TRAFFIC, *_ROW_CHECKSUMS))
+# `agl.store.files` explains them. Uncompressed, as in `span_bodies`.
+_PARTS = (
+    """CREATE TABLE resource_parts (
+        name text COLLATE "C",
+        version integer,
+        digest text COLLATE "C",
+        data bytea NOT NULL,
+        PRIMARY KEY (name, version, digest))""",
+    "ALTER TABLE resource_parts ALTER COLUMN data SET STORAGE EXTERNAL",
+)
+
+MIGRATIONS: Final[Migrations] = (_FIRST, _CHECKSUMS, (*_ASKED_BY_ARRIVAL, *_TRAFFIC, *_ROW_CHECKSUMS), _PARTS)

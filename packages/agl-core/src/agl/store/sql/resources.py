@@ -4,7 +4,15 @@ import math
 from collections.abc import Mapping
 from typing import Generic
 
-from agl.store.mapping import RESOURCE_COLUMNS, RESOURCE_ROW, from_resource, to_resource
+from agl.store.mapping import (
+    PART_ROW,
+    RESOURCE_COLUMNS,
+    RESOURCE_ROW,
+    from_part,
+    from_resource,
+    no_version,
+    to_resource,
+)
 from agl.store.protocol import Resource
 from agl.store.sql.database import Connection, DatabaseT, write_many
 
@@ -34,6 +42,13 @@ ON CONFLICT (name, version, holder) DO UPDATE SET expires_ns = excluded.expires_
 """
 _RELEASE = "DELETE FROM leases WHERE name = ? AND version = ? AND holder = ?"
 _DELETE_EXPIRED = "DELETE FROM leases WHERE name = ? AND expires_ns <= ?"
+_PUT_PART = (
+    f"INSERT INTO resource_parts ({PART_ROW}) VALUES (?, ?, ?, ?) ON CONFLICT (name, version, digest) DO NOTHING"
+)
+_GET_PART = "SELECT data FROM resource_parts WHERE name = ? AND version = ? AND digest = ?"
+_COLLECT_PARTS = """
+DELETE FROM resource_parts WHERE name = :name AND version NOT IN (SELECT version FROM resources WHERE name = :name)
+"""
 _PUT_METRIC = """
 INSERT INTO metrics (run, name, step, value) VALUES (?, ?, ?, ?)
 ON CONFLICT (run, name, step) DO UPDATE SET value = excluded.value
@@ -88,9 +103,24 @@ class SqlResources(Generic[DatabaseT]):
             db.lock_name(name)
             db.execute(_DELETE_EXPIRED, (name, now_ns or self._database.now_ns()))
             rows = db.execute(_COLLECT, {"name": name, "keep": keep}).fetchall()
+            db.execute(_COLLECT_PARTS, {"name": name})
             return sorted(map(to_resource, rows), key=lambda resource: resource.version)
 
         return self._database.write(collect)
+
+    def put_resource_part(self, name: str, version: int, digest: str, data: bytes) -> None:
+        row = from_part(name, version, digest, data)
+
+        def put(db: Connection) -> None:
+            if _get(db, name, version) is None:
+                raise no_version(name, version)
+            db.execute(_PUT_PART, row)
+
+        self._database.write(put)
+
+    def get_resource_part(self, name: str, version: int, digest: str) -> bytes | None:
+        row = self._database.read(lambda db: db.execute(_GET_PART, (name, version, digest)).fetchone())
+        return row and row[0]
 
     def append_metrics(self, run: str, step: int, metrics: Mapping[str, float]) -> None:
         # Sorted: two transactions that write the same keys in different orders would deadlock.

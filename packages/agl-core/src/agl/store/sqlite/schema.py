@@ -181,12 +181,23 @@ _ROW_CHECKSUMS = (
     "ALTER TABLE resources ADD COLUMN checksum INTEGER",
 )
 
+# `agl.store.files` explains them. With a row id: a table of long rows without one would be slow.
+_PARTS = (
+    """CREATE TABLE resource_parts (
+        name TEXT NOT NULL,
+        version INTEGER NOT NULL,
+        digest TEXT NOT NULL,
+        data BLOB NOT NULL,
+        PRIMARY KEY (name, version, digest))""",
+)
+
 MIGRATIONS: Final[Migrations] = (
     _FIRST,
     _JOIN_BY_ANSWER,
     (*_LEAN_SPANS, *_LIMITS_AND_LEASES),
     (*_CHECKSUMS, *_CLOCK),
     (*_ASKS_BY_ARRIVAL, *_TRAFFIC, *_ROW_CHECKSUMS),
+    _PARTS,
 )
 
 
