@@ -36,6 +36,7 @@ from agl.tokens.packing import unpack_ids
 from benchmarks.background import running_beside
 from benchmarks.http_load import number
 from benchmarks.null_engine import prompt_ids, token_ids
+from benchmarks.process import cpu_s, memory_mb
 from tests.ports import free_port
 from tests.venv import python_with
 
@@ -85,11 +86,16 @@ def cores_awake() -> Iterator[None]:
         yield
 
 
+def engine_command() -> tuple[str, list[str]]:
+    """Base URL of a null engine, and the command that starts it there."""
+    port = free_port()
+    return f"http://127.0.0.1:{port}/v1", [sys.executable, "-m", "benchmarks.null_engine", str(port)]
+
+
 @contextmanager
 def null_engine() -> Iterator[str]:
-    port = free_port()
-    url = f"http://127.0.0.1:{port}/v1"
-    with running([sys.executable, "-m", "benchmarks.null_engine", str(port)], f"{url}/models"):
+    url, command = engine_command()
+    with running(command, f"{url}/models"):
         yield url
 
 
@@ -126,17 +132,6 @@ def load(url: str, clients: int, calls: int, delay_ms: int, kind: str) -> dict[s
     if done.returncode:
         raise RuntimeError(f"the load failed: {done.stderr[-1000:]}")
     return json.loads(done.stdout)
-
-
-def cpu_s(process: subprocess.Popen[bytes]) -> float:
-    """User and system time that a process has used so far."""
-    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def memory_mb(process: subprocess.Popen[bytes]) -> float:
-    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
 
 def added_latency(direct: str, through: str, rounds: int) -> None:
@@ -178,10 +173,10 @@ def throughput(proxies: dict[str, str], process: subprocess.Popen[bytes], rounds
         cpu: list[float] = []
         for _ in range(rounds):
             for name, url in proxies.items():
-                calls, before = (2000 if name == "agl" else 500), cpu_s(process)
+                calls, before = (2000 if name == "agl" else 500), cpu_s(process.pid)
                 rates[name].append(load(url, 32, calls, 0, kind)["calls_per_s"])
                 if name == "agl":
-                    cpu.append((cpu_s(process) - before) / (calls + 32) * 1000)
+                    cpu.append((cpu_s(process.pid) - before) / (calls + 32) * 1000)
         base = median(rates["LiteLLM"])
         for name in proxies:
             rate, spent = median(rates[name]), f"{median(cpu):.2f}" if name == "agl" else ""
@@ -195,7 +190,7 @@ def hold_streams(url: str, process: subprocess.Popen[bytes], store_uri: str, rol
     print("| wave | seconds | memory MB |\n|---:|---:|---:|")
     for wave in range(waves):
         took = load(url, rollouts, wave, 500, "rollout")
-        print(f"| {wave + 1} | {took['seconds']:.1f} | {memory_mb(process):.0f} |", flush=True)
+        print(f"| {wave + 1} | {took['seconds']:.1f} | {memory_mb(process.pid).whole:.0f} |", flush=True)
     right = count_right(store_uri, rollouts, waves)
     print(f"\nCalls recorded with the right ids: {right:,} of {rollouts * waves:,}.\n")
 

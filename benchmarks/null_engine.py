@@ -2,9 +2,10 @@
 
     python -m benchmarks.null_engine PORT
 
-The message of a request states the wished-for answer (`wish`). Number n yields the token ids n, n+1, ... The delay is
-the time to the first token and, in a stream, also the time between the first and the second half of the tokens. A
-stream can be held between the halves until a given number of streams have reached that point.
+The last message of a request states the wished-for answer (`wish`). Number n yields the token ids n, n+1, ... The
+delay is the time to the first token and, in a stream, also the time between the first and the second half of the
+tokens. A stream can be held between the halves until a given number of streams have reached that point. The header
+`server-timing` of an answer that is no stream has the time in ms that the engine took.
 """
 
 import asyncio
@@ -17,7 +18,10 @@ TOKENS = 16
 _WISH = re.compile(rb"call (\d+) after (\d+) ms with (\d+)")
 _MEETINGS: dict[int, asyncio.Barrier] = {}
 """Barrier at which streams wait for each other, by the number of streams."""
-_OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
+_OK = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nserver-timing: engine;dur=%.3f\r\n"
+    b"content-length: %d\r\n\r\n%b"
+)
 _STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
@@ -58,20 +62,23 @@ class NullEngine(asyncio.Protocol):
         if len(body) < int(headers.get(b"content-length", 0)):
             return
         self._received = b""
+        loop = asyncio.get_running_loop()
+        self._begun_s = loop.time()
         if head.startswith(b"GET"):
             return self._send(json.dumps({"object": "list", "data": [{"id": "null", "object": "model"}]}).encode())
-        wished = _WISH.search(body)
-        number, delay_ms, together = map(int, wished.groups()) if wished else (0, 0, 1)
+        wished = _WISH.findall(body)
+        number, delay_ms, together = map(int, wished[-1]) if wished else (0, 0, 1)
         delay_s = delay_ms / 1000
         if b'"stream":true' in body.replace(b" ", b""):
             self._busy = asyncio.ensure_future(self._stream(number, delay_s, together))
         elif delay_s:
-            asyncio.get_running_loop().call_later(delay_s, self._send, _whole(number))
+            loop.call_later(delay_s, self._send, _whole(number))
         else:
             self._send(_whole(number))
 
     def _send(self, body: bytes) -> None:
-        self._transport.write(_OK % (len(body), body))
+        took_ms = (asyncio.get_running_loop().time() - self._begun_s) * 1000
+        self._transport.write(_OK % (took_ms, len(body), body))
 
     async def _stream(self, number: int, delay_s: float, together: int) -> None:
         self._transport.write(_STREAM)

@@ -9,7 +9,6 @@ Then the growth in the second half, as the slope of a line through the measureme
 
 import asyncio
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from agl.collector.http import PROTOBUF
 from benchmarks.background import running_beside
 from benchmarks.http_load import Client
 from benchmarks.null_engine import wish
+from benchmarks.process import Memory, growth, memory_mb
 from tests.ports import free_port
 from tests.store.serving import serving
 from tests.store.spans import make_span
@@ -31,7 +31,7 @@ DELAY_MS = 100
 
 
 class Soak:
-    """The load on the server `pid`, and what was measured each second: seconds, MB of its own, MB in all."""
+    """The load on the server `pid`, and what was measured each second: seconds and memory."""
 
     def __init__(self, pid: int, gateway: str, receiver: str, calls_per_s: float) -> None:
         self._pid = pid
@@ -39,7 +39,7 @@ class Soak:
         self._calls_per_s = calls_per_s
         self._idle: dict[str, list[Client]] = {gateway: [], receiver: []}
         self._latencies_s: list[float] = []
-        self.measured: list[tuple[float, float, float]] = []
+        self.measured: list[tuple[float, Memory]] = []
         self.calls = 0
 
     async def run(self, minutes: float) -> None:
@@ -89,14 +89,13 @@ class Soak:
         minute = 0
         while True:
             await asyncio.sleep(1)
-            status = Path(f"/proc/{self._pid}/status").read_text()
-            own, whole = (int(status.partition(name)[2].split()[0]) / 1024 for name in ("RssAnon:", "VmRSS:"))
-            self.measured.append((time.monotonic() - begin, own, whole))
+            memory = memory_mb(self._pid)
+            self.measured.append((time.monotonic() - begin, memory))
             if self.measured[-1][0] >= 60 * (minute + 1):
                 minute = int(self.measured[-1][0] / 60)
                 latencies, self._latencies_s = sorted(self._latencies_s), []
                 at = (latencies[int(len(latencies) * share)] * 1000 for share in (0.5, 0.99))
-                row = (f"{own:.1f}", f"{whole:.1f}", *(f"{value:.0f}" for value in at))
+                row = (f"{memory.own:.1f}", f"{memory.whole:.1f}", *(f"{value:.0f}" for value in at))
                 print(f"| {minute} | {self.calls} | {' | '.join(row)} |", flush=True)
 
 
@@ -111,14 +110,11 @@ def main(minutes: float, calls_per_s: float) -> None:
             soak = Soak(process.pid, f"http://127.0.0.1:{port}", receiver, calls_per_s)
             asyncio.run(soak.run(minutes))
             size_mb = (Path(folder) / "agl.db").stat().st_size / 2**20
-    half = soak.measured[len(soak.measured) // 2 :]
-    slopes = [
-        statistics.linear_regression([row[0] / 60 for row in half], [row[n] for row in half]).slope for n in (1, 2)
-    ]
+    grown = growth(soak.measured)
     print(
-        f"\n{soak.calls} calls, {size_mb:.0f} MB in the store; growth in the second half: {slopes[0]:+.2f} MB of its "
+        f"\n{soak.calls} calls, {size_mb:.0f} MB in the store; growth in the second half: {grown.own:+.2f} MB of its "
     )
-    print(f"own and {slopes[1]:+.2f} MB in all per minute")
+    print(f"own and {grown.whole:+.2f} MB in all per minute")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ This takes longer than other tests: four thousand streams, on two cores that cli
 
 from pathlib import Path
 
-from benchmarks.gateway import count_right, load, memory_mb, null_engine, ours
+from benchmarks.gateway import count_right, load, null_engine, ours
+from benchmarks.process import memory_mb
 
 ROLLOUTS, WAVES = 1000, 4
 GROWTH_MB = 30
@@ -17,6 +18,6 @@ def test_no_call_is_lost_each_has_its_own_tokens_and_memory_is_flat(tmp_path: Pa
     with null_engine() as engine, ours(tmp_path, engine) as (url, process, store):
         for wave in range(WAVES):
             load(url, ROLLOUTS, wave, 0, "rollout")
-            memory.append(memory_mb(process))
+            memory.append(memory_mb(process.pid).whole)
         assert count_right(store, ROLLOUTS, WAVES) == ROLLOUTS * WAVES
     assert memory[-1] - memory[1] < GROWTH_MB, memory

@@ -1,0 +1,27 @@
+"""`benchmarks.thousand` with twenty rollouts at once: real runners, gateway, collector and store server."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.thousand import Load, faults_of
+
+CALLS = 4
+SMALL = ["--minutes", "0.01", "--rollouts", "20", "--calls", str(CALLS), "--delay-s", "0.5", "--runners", "2"]
+
+
+def test_every_call_of_every_rollout_is_recorded_with_its_role_and_ids(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "benchmarks.thousand", *SMALL, "--figures", str(figures)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAULT" not in done.stdout
+    found = json.loads(figures.read_text())
+    assert found["rollouts_in_flight"] >= 10
+    assert {"engine", "agl serve", "runner"} <= found["cpu_ms_per_call"].keys()
+
+
+def test_a_call_that_is_missing_is_a_fault() -> None:
+    load = Load(rollouts=1, calls=CALLS, delay_s=1, runners=1, seconds=1)
+    assert faults_of("r2", load, []) == [f"chatcmpl-{number} is recorded 0 times" for number in range(8, 12)]
