@@ -42,6 +42,7 @@ from agl_trainer.algo.options import BatchOptions
 from agl_trainer.compute.train_batch import role_states, train_batch
 from agl_trainer.data.prefix_tree import pack_rows
 from agl_trainer.model.attention import PackedPlan
+from agl_trainer.model.policies import Policies
 from agl_trainer.rollout.traces import load_groups, stored_groups
 from tests.trainer.rollout_maker import call, reward_on, trajectory
 from tests.trainer.small_model import small_model, small_policy
@@ -123,7 +124,7 @@ class Team:
 
     def train(self, trajectories: Sequence[Trajectory], step: int) -> None:
         baselines = {role: baseline for role, (baseline, _) in self.baselines.items()}
-        states = role_states(self.config, self.policy, step, baselines)
+        states = role_states(self.config, Policies([self.policy]), step, baselines)
         batch = grpo_batch(trajectories, states, BatchOptions.of(self.config))
         train_batch(self.policy, self.optimizers, batch, self.config)
         for role, credits in batch.credits.items():

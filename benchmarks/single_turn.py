@@ -102,7 +102,7 @@ def train_ours(folder: Path, seed: int, steps: int) -> None:
     trainer = Trainer(config(folder, seed, steps))
     with trainer.open():
         trainer.sft()
-        start = folder / "run" / "adapters" / trainer.session.policy.version_name(ROLE)
+        start = folder / "run" / "adapters" / trainer.session.policies.of(ROLE).version_name(ROLE)
         (folder / "start").symlink_to(start.resolve(), target_is_directory=True)
         trainer.evaluate("sft").save(folder / "sft.json")
         began, cpu_began = time.perf_counter(), time.process_time()
@@ -115,7 +115,9 @@ def train_ours(folder: Path, seed: int, steps: int) -> None:
 def evaluate_trl(folder: Path, seed: int, steps: int) -> None:
     trainer = Trainer(config(folder, seed, steps))
     with trainer.open():
-        trainer.session.policy.load_adapter(ROLE, load_file(folder / "trl" / "adapter_model.safetensors"), 10_000)
+        trainer.session.policies.of(ROLE).load_adapter(
+            ROLE, load_file(folder / "trl" / "adapter_model.safetensors"), 10_000
+        )
         trainer.evaluate("trl").save(folder / "trl.json")
 
 

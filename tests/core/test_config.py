@@ -1,8 +1,10 @@
 """The configuration file: what YAML and shells would do silently is done, or refused by name."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from agl.config import Config
 from agl.errors import ConfigError, StoreError
@@ -99,3 +101,72 @@ def test_an_allowed_host_that_no_request_can_name_is_refused(host: str) -> None:
         Config.parse({"server": {"allowed_hosts": [host]}})
     given = ["agl", "my_agl.example", "192.0.2.7", "2001:db8::1"]
     assert Config.parse({"server": {"allowed_hosts": given}}).server.allowed_hosts == given
+
+
+TEAM: dict[str, Any] = {
+    "models": {"small": {"path": "a"}, "large": {"path": "b"}},
+    "agent_roles": {"planner": {"model": "large"}, "executor": {"model": "small"}},
+    "train": {},
+}
+
+
+def vllm(port: int = 0) -> dict[str, Any]:
+    return {"kind": "vllm", "launch": {"port": port}}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"models": {}}, r"train\.model names no base model: set it, or name several in `models`"),
+        ({"models": {}, "train": {"model": "a"}}, r"agent_roles\.planner\.model names a model of the section `models`"),
+        ({"train": {"model": "a"}}, r"train\.model and `models` exclude each other: set models\.<name>\.path"),
+        ({"train": {"chat_template": "t"}}, r"train\.chat_template and `models` exclude each other"),
+        ({"agent_roles": {"planner": {}}}, r"agent_roles\.planner\.model is not set: expected one of .* small, large"),
+        ({"agent_roles": {"planner": {"model": "big"}}}, r"agent_roles\.planner\.model names 'big': expected one of"),
+        ({"agent_roles": {"planner": {"model": "large"}}}, r"models\.small: no role has its adapter on it"),
+        (
+            {"agent_roles": TEAM["agent_roles"] | {"critic": {"adapter": "planner", "model": "small"}}},
+            r"critic shares the adapter of planner, which is on the model 'large', not on 'small'",
+        ),
+        ({"agent_roles": {"large": {"model": "small"}}}, r"models and agent_roles both have 'large'"),
+        ({"models": TEAM["models"] | {"v2.5": {"path": "c"}}}, r"models\.v2\.5: expected a name without dots"),
+        ({"models": {"small": {"path": "a", "pth": 1}}}, r"models\.small\.pth: unknown key; did you mean 'path'"),
+        ({"models": {"small": {"path": "a", "engine": {"kid": 1}}}}, r"engine\.kid: unknown key; did you mean 'kind'"),
+        (
+            {"models": {name: {"path": name, "engine": vllm(8000)} for name in ("small", "large")}},
+            r"models\.small\.engine\.launch and models\.large\.engine\.launch both start a server at port 8000",
+        ),
+        (
+            {"models": TEAM["models"] | {"small": {"path": "a", "engine": vllm()}}}
+            | {"gateway": {"engines": [{"url": "http://h/v1", "models": ["small"]}]}},
+            r"models\.small\.engine\.launch starts the engine that gateway names",
+        ),
+        ({"gateway": {"upstream": "http://h/v1"}}, r"gateway\.upstream serves one base model: list the servers"),
+        ({"gateway": {"engines": [{"url": "http://h/v1"}]}}, r"http://h/v1 serves small and large, and a server has"),
+    ],
+)
+def test_models_and_roles_that_do_not_fit_are_refused(change: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        Config.parse(TEAM | change)
+
+
+def test_one_base_is_a_list_of_one_and_a_shared_adapter_stays_on_its_base() -> None:
+    config = Config.parse(TEAM | {"agent_roles": TEAM["agent_roles"] | {"critic": {"adapter": "planner"}}})
+    assert [(base.key, base.path, [*base.roles]) for base in config.bases()] == [
+        ("models.small.path", "a", ["executor"]),
+        ("models.large.path", "b", ["planner", "critic"]),
+    ]
+    assert Config.parse(yaml.safe_load(config.to_yaml())) == config
+    alone = Config.parse({"agent_roles": {"planner": {}}, "train": {"model": "me/small@v2"}})
+    assert [(base.key, base.name, [*base.roles]) for base in alone.bases()] == [("train.model", "small", ["planner"])]
+    only = Config.parse({"models": {"small": {"path": "a"}}, "agent_roles": {"planner": {}}, "train": {}})
+    assert [(base.name, [*base.roles]) for base in only.bases()] == [("small", ["planner"])]
+
+
+def test_the_server_of_a_base_also_gets_the_calls_of_its_roles() -> None:
+    servers = [{"url": "http://h/v1", "models": ["large"]}, {"url": "http://judge/v1", "models": ["gpt-4o"]}]
+    config = Config.parse(TEAM | {"gateway": {"engines": servers}})
+    routed = {engine.url: engine.models for engine in config.routed_engines()}
+    assert routed == {"http://h/v1": ["large", "planner"], "http://judge/v1": ["gpt-4o"]}
+    of = {base.name: [engine.url for engine in config.servers_of(base)] for base in config.bases()}
+    assert of == {"small": [], "large": ["http://h/v1"]}

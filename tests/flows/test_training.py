@@ -344,7 +344,7 @@ def test_the_best_adapters_are_kept_and_the_training_ends_when_they_stay_the_bes
     with trainer.open():
         trainer.grpo()
         trainer.take_best()
-        found = trainer.session.policy.adapter("solver")
+        found = trainer.session.policies.of("solver").adapter("solver")
         assert all(torch.equal(found[name], tensor) for name, tensor in state.adapters["solver"].items())
     assert len(metrics_of(tmp_path)) == 4
 
@@ -464,7 +464,7 @@ def test_an_engine_that_dies_is_started_again_and_its_rollouts_run_again(
 ) -> None:
     trainer = Trainer(config_in(tmp_path, steps=1))
     with trainer.open():
-        policy = trainer.session.policy
+        policy = trainer.session.policies.of("solver")
         sound, deaths = policy.sampled_states, [SystemExit()]
 
         def deadly(*arguments: Any) -> torch.Tensor:
@@ -779,7 +779,9 @@ def test_the_reference_of_the_kl_term_is_the_adapter_as_grpo_began(tmp_path: Pat
     trainer = Trainer(config_in(tmp_path, beta=0.5, steps=1))
     with trainer.open():
         trainer.sft()
-        start = {name: tensor.clone() for name, tensor in trainer.session.policy.adapter("solver").items()}
+        start = {
+            name: tensor.clone() for name, tensor in trainer.session.policies.of("solver").adapter("solver").items()
+        }
         trainer.grpo()
     Trainer(config_in(tmp_path, beta=0.5, steps=3)).fit()
     *_, first, second, third = metrics_of(tmp_path)

@@ -177,3 +177,13 @@ def letters_or_as_planned(task: Task, text: str) -> float:
 def letters(task: Task, text: str) -> float:
     """The share of the answer that is plain letters: about a third by chance."""
     return sum(character.isascii() and character.isalpha() for character in text) / max(len(text), 1)
+
+
+def answer_of_two(task: Task) -> str:
+    """One call of each of two roles; the second reads what the first has said."""
+    plan = answer(task, "planner")
+    return plan + answer({"question": f"{task['question']} Plan: {plan}"}, "executor")
+
+
+def examples_of_two() -> list[dict[str, Any]]:
+    return [example | {"role": role} for example in few_examples() for role in ("planner", "executor")]

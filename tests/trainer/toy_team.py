@@ -21,6 +21,7 @@ from agl_trainer.algo.options import BatchOptions
 from agl_trainer.compute.train_batch import role_states, train_batch
 from agl_trainer.data.prefix_tree import pack_rows
 from agl_trainer.model.attention import PackedPlan
+from agl_trainer.model.policies import Policies
 from agl_trainer.model.policy import Policy
 from tests.trainer.rollout_maker import call, reward_on, trajectory
 from tests.trainer.small_model import small_policy
@@ -68,7 +69,7 @@ class Team:
 
     def train(self, play: "Callable[[Team], Sequence[Trajectory]]", steps: int) -> None:
         for number in range(steps):
-            states = role_states(self.config, self.policy, number, {})
+            states = role_states(self.config, Policies([self.policy]), number, {})
             batch = grpo_batch(play(self), states, BatchOptions.of(self.config))
             train_batch(self.policy, self.optimizers, batch, self.config)
 

@@ -12,6 +12,7 @@ from agl_trainer.algo.batch import GrpoBatch
 from agl_trainer.algo.batch_builder import grpo_batch
 from agl_trainer.algo.options import BatchOptions
 from agl_trainer.compute.train_batch import role_states, train_batch
+from agl_trainer.model.policies import Policies
 from agl_trainer.model.policy import Policy
 from tests.trainer.rollout_maker import call, reward_on, trajectory
 from tests.trainer.small_model import small_policy
@@ -29,7 +30,7 @@ def team(index: int, value: float) -> Trajectory:
 
 
 def step(config: Config, policy: Policy, number: int = 0, rewards: tuple[float, ...] = (1.0, 0.0)) -> GrpoBatch:
-    states = role_states(config, policy, number, {})
+    states = role_states(config, Policies([policy]), number, {})
     batch = grpo_batch([team(i, value) for i, value in enumerate(rewards)], states, BatchOptions.of(config))
     optimizers = {owner: torch.optim.SGD(policy.parameters(owner), lr=0.1) for owner in policy.adapters}
     train_batch(policy, optimizers, batch, config)
@@ -64,7 +65,7 @@ def test_roles_that_share_an_adapter_take_one_step_with_the_sum_of_their_gradien
     start = [p.detach().clone() for p in policies[0].parameters("writer")]
     step(shared, policies[0])
     for policy, role in zip(policies[1:], ("writer", "fixer"), strict=True):
-        states = {role: role_states(shared, policy, 0, {})[role]}
+        states = {role: role_states(shared, Policies([policy]), 0, {})[role]}
         batch = grpo_batch([team(0, 1.0), team(1, 0.0)], states, BatchOptions.of(shared))
         optimizer = torch.optim.SGD(policy.parameters("writer"), lr=0.1)
         train_batch(policy, {"writer": optimizer}, batch, shared)
@@ -76,7 +77,7 @@ def test_each_adapter_has_a_reference_of_its_own() -> None:
     """With its own adapter as reference the KL term is 0; without, the reference is the base model."""
     config = config_of({"writer": {"lora_r": 2}, "fixer": {"lora_r": 2}}, beta=0.1)
     policy = small_policy(roles=config.agent_roles.roles)
-    states = role_states(config, policy, 0, {})
+    states = role_states(config, Policies([policy]), 0, {})
     batch = grpo_batch([team(0, 1.0), team(1, 0.0)], states, BatchOptions.of(config))
     optimizers = {owner: torch.optim.SGD(policy.parameters(owner), lr=0.1) for owner in policy.adapters}
     stats = train_batch(policy, optimizers, batch, config, {"writer": policy.adapter("writer")})

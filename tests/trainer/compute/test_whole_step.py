@@ -22,6 +22,7 @@ from agl_trainer.algo.batch_builder import grpo_batch
 from agl_trainer.algo.options import BatchOptions
 from agl_trainer.compute.train_batch import role_states, train_batch
 from agl_trainer.model.lora import BASE
+from agl_trainer.model.policies import Policies
 from agl_trainer.model.policy import Policy
 from tests.trainer.rollout_maker import call, reward_on, trajectory
 from tests.trainer.small_model import plain_model, small_model, small_policy
@@ -224,7 +225,7 @@ class Comparison:
             trajectory(f"r{number}", *spans, reward_on(None, reward), group_id=f"g{group}")
             for number, (spans, (group, reward)) in enumerate(zip(self.spans, REWARDS, strict=True))
         ]
-        batch = grpo_batch(made, role_states(config, self.policy, 0, {}), options)
+        batch = grpo_batch(made, role_states(config, Policies([self.policy]), 0, {}), options)
         optimizers = {role: torch.optim.SGD(self.policy.parameters(role), lr=1.0) for role in self.batches}
         before = {role: self.weights(role) for role in self.batches}
         stats = train_batch(self.policy, optimizers, batch, config)

@@ -93,7 +93,7 @@ def test_a_message_is_learned_as_the_template_writes_it(template: str, name: str
 def test_the_loss_of_a_batch_is_the_mean_over_its_trained_tokens() -> None:
     template = ChatTemplate(small_tokenizer())
     given = [example(completion="hello"), example(completion="hello there, hello there")]
-    rows = sft_rows(examples_from_config(template, given))
+    rows = sft_rows(examples_from_config({"writer": template}, given))
     lengths = [sum(row.loss_mask) for row in rows]
     assert lengths[0] < lengths[1]
     policy = small_policy()

@@ -19,7 +19,7 @@ from agl.server_thread import ServerThread
 from agl.store import open_store
 from agl_trainer.engine.vllm.launch import RunningVllm, free_port, running_vllm, serve_command
 from agl_trainer.engine.vllm.server import VllmServer
-from agl_trainer.loop.engines import _asleep, _control, serve_policy
+from agl_trainer.loop.engines import _asleep, _control, _paused, serve_policies
 
 FAKE = Path(__file__).with_name("fake_vllm_program.py")
 NEEDS: dict[str, Any] = {"max_model_len": 1024, "ranks": [16, 24], "versions": 3, "chat_template": "chat.jinja"}
@@ -123,7 +123,7 @@ def test_what_cannot_be_launched_is_said_before(tmp_path: Path) -> None:
     with (
         closing(open_store(f"sqlite:///{tmp_path}/agl.db")) as store,
         pytest.raises(ConfigError, match=r"no server is named: set gateway.upstream .*, or engine.launch"),
-        serve_policy(config, store, None, lambda _: None),
+        serve_policies(config, store, None, lambda _: None),
     ):
         raise AssertionError
     needs: dict[str, Any] = NEEDS | {"ranks": [8, 1024]}
@@ -140,7 +140,7 @@ def test_vllm_sleeps_while_the_policy_trains_and_calls_wait(tmp_path: Path) -> N
     ):
         for error in (None, KeyError):
             try:
-                with _asleep(gateway.base_url, [server]):
+                with _paused(gateway.base_url), _asleep([server]):
                     assert recorded(tmp_path)[-1] == "/sleep?level=1"
                     assert is_paused(gateway.base_url)
                     if error:

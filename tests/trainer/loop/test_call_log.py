@@ -43,7 +43,6 @@ OPTIONS = st.fixed_dictionaries(
         "advantage": st.sampled_from(["grpo", "rloo", "reinforce++", "max@k", "ema"]),
         "minibatches": st.sampled_from([1, 2]),
         "max_staleness": st.sampled_from([None, 1]),
-        "max_row_tokens": st.sampled_from([None, 4]),
         "mask_truncated_completions": st.booleans(),
         "beta": st.sampled_from([0.0, 0.1]),
         "normalization": st.sampled_from([None, "dapo"]),
@@ -76,18 +75,20 @@ def spans_of(calls: list[tuple[str, str, float | None, int, bool]], value: float
 
 
 @settings(max_examples=150)
-@given(ROLLOUTS, OPTIONS, st.booleans(), st.booleans())
+@given(ROLLOUTS, OPTIONS, st.sampled_from([None, 4]), st.booleans(), st.booleans())
 def test_outcomes_metrics_and_inspection_add_up_to_the_calls(
-    rollouts: Any, options: dict[str, Any], is_skipped: bool, is_replaced: bool
+    rollouts: Any, options: dict[str, Any], longest: int | None, is_skipped: bool, is_replaced: bool
 ) -> None:
     spans_by_rollout, made = [], []
     for index, (calls, value, failed) in enumerate(rollouts):
         spans = spans_of(calls, value, failed)
         made.append(trajectory(f"r{index}", *spans, group_id=f"g{index % 2}", failed=failed))
         spans_by_rollout.append(spans)
-    roles = {"writer": RoleState(version=5), "fixer": RoleState(version=5), "frozen": RoleState(trains=False)}
+    limits: dict[str, Any] = {"vocabulary_size": 90, "max_row_tokens": longest}
+    roles = {role: RoleState(version=5, **limits) for role in ("writer", "fixer")}
+    roles["frozen"] = RoleState(trains=False, **limits)
     replaced = frozenset(["g0"] if is_replaced else [])
-    batch = grpo_batch(made, roles, batch_options(vocabulary_size=90, **options), replaced_groups=replaced)
+    batch = grpo_batch(made, roles, batch_options(**options), replaced_groups=replaced)
     if is_skipped:
         batch.skip(["writer"], 0)
     calls = [call for one in made for call in one.calls]
@@ -127,7 +128,7 @@ def test_a_row_is_cut_where_it_gets_too_long() -> None:
         trajectory("r1", *turns, reward_on(None, 1.0)),
         trajectory("r2", call("writer", [9], prompt=[1]), reward_on(None, 0.0)),
     ]
-    batch = grpo_batch(made, {"writer": RoleState()}, batch_options(scale_rewards="none", max_row_tokens=4))
+    batch = grpo_batch(made, {"writer": RoleState(max_row_tokens=4)}, batch_options(scale_rewards="none"))
     assert [(outcome.reason, outcome.advantage) for outcome in batch.outcomes] == [
         (None, 0.5),
         (DropReason.TOO_LONG, None),
@@ -139,7 +140,7 @@ def test_a_row_is_cut_where_it_gets_too_long() -> None:
 
 def test_a_row_of_another_models_tokens_says_so() -> None:
     made = [trajectory(f"r{i}", call("writer", [3, 400 * i]), reward_on(None, float(i))) for i in range(2)]
-    batch = grpo_batch(made, {"writer": RoleState()}, batch_options(scale_rewards="none", vocabulary_size=400))
+    batch = grpo_batch(made, {"writer": RoleState(vocabulary_size=400)}, batch_options(scale_rewards="none"))
     assert [outcome.reason for outcome in batch.outcomes] == [None, DropReason.UNKNOWN_TOKENS]
 
 

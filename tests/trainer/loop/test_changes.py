@@ -29,7 +29,9 @@ BASE = {"architecture": "1", "weights": "2", "tokenizer": "3"}
 def keys_of(section: type[Section], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         inner = [kind for kind in types_in(field.annotation) if isinstance(kind, type) and issubclass(kind, Section)]
-        key = f"{prefix}<role>" if name == "roles" and prefix == "agent_roles." else f"{prefix}{name}"
+        key = {"agent_roles.roles": "agent_roles.<role>", "models": "models.<name>"}.get(
+            f"{prefix}{name}", prefix + name
+        )
         for kind in inner:
             yield from keys_of(kind, f"{key}.")
         if not inner:
@@ -109,6 +111,27 @@ def test_another_base_is_one_change_and_another_name_of_it_steers() -> None:
     (change,) = found({"train": DATA["train"] | {"model": "/b"}}, BASE | {"weights": "9", "tokenizer": "8"})
     assert f"{change} {change.fixed_in}" == f"train.model (weights, tokenizer differ) tiny -> /b {ANY}"
     assert changed(train={"model": "/b"}) == ["train.model tiny -> /b None"]
+
+
+def test_each_of_several_bases_is_compared_with_its_own() -> None:
+    models = {"small": {"path": "tiny"}, "large": {"path": "/a"}}
+    roles = {"writer": {"model": "large"}, "fixer": {"model": "small"}}
+    before = {"models": models, "agent_roles": roles, "train": {}}
+    base = {f"{name}.{part}": digest for name in models for part, digest in BASE.items()}
+    checkpoint = Checkpoint(3, GRPO, 0, {}, {}, {}, {}, Config.parse(before).to_yaml(), base=base)
+
+    def said(given: dict[str, Any], base: dict[str, str]) -> list[str]:
+        return [f"{change} {change.fixed_in}" for change in changes_since(checkpoint, Config.parse(given), base)]
+
+    assert said(before, base) == []
+    other = before | {"models": models | {"large": {"path": "/b", "engine": {"max_model_len": 64}}}}
+    assert said(other, base | {"large.weights": "9"})[0] == f"models.large.path (weights differ) /a -> /b {ANY}"
+    assert "models.large.engine.max_model_len (not set) -> 64 None" in said(other, base)
+    swapped = before | {"agent_roles": {"writer": {"model": "small"}, "fixer": {"model": "large"}}}
+    assert said(swapped, base) == [
+        f"agent_roles.writer.model large -> small {ANY}",
+        f"agent_roles.fixer.model small -> large {ANY}",
+    ]
 
 
 def test_a_configuration_of_another_version_is_named() -> None:

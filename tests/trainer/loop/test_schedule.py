@@ -11,6 +11,7 @@ from agl.config.train import Scheduler
 from agl.errors import ConfigError
 from agl_trainer.loop.schedule import learning_rate
 from agl_trainer.loop.state import GRPO, TrainingState
+from agl_trainer.model.policies import Policies
 from tests.trainer.small_model import small_policy
 
 STEPS = 7
@@ -61,7 +62,7 @@ def test_an_adapter_moves_as_by_adamw_with_the_configured_options() -> None:
     second = train_config(weight_decay=0.3, adam_beta1=0.7, adam_beta2=0.9, lr_scheduler_type="linear")
     for step in range(STEPS):
         train = first if step < 4 else second
-        state.enter(GRPO, policy, train)
+        state.enter(GRPO, Policies([policy]), train)
         state.set_learning_rate(rate := learning_rate(train, 0.02, step, STEPS))
         plain.param_groups[0] |= {"lr": rate, "weight_decay": 0.1 if step < 4 else 0.3}
         plain.param_groups[0]["betas"] = (0.7, 0.95 if step < 4 else 0.9)

@@ -51,7 +51,11 @@ def publish(store: Store, folder: Path, policy: Policy, role: str, version: int)
 
 @contextmanager
 def client(config: Config, store: Store) -> Iterator[httpx.Client]:
-    with local_engine(config, store) as app, serving(app) as url, httpx.Client(base_url=f"{url}/v1") as client:
+    with (
+        local_engine(config, store) as (engine,),
+        serving(engine.app) as url,
+        httpx.Client(base_url=f"{url}/v1") as client,
+    ):
         yield client
 
 

@@ -1,6 +1,7 @@
 """Base models that are accepted or rejected, with the message of each rejection."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,13 +54,18 @@ def test_an_unsupported_output_layer_is_rejected() -> None:
         check_trainable(biased)
 
 
+def opened_policy(train: dict[str, Any]) -> Policy:
+    config = Config.parse({"agent_roles": {"solver": {}}, "train": train})
+    return open_policy(config, *config.bases())
+
+
 def test_a_model_without_a_chat_template_needs_one(tmp_path: Path) -> None:
     build_tiny_model(tmp_path / "base", ["a few words"], 0)
     (tmp_path / "base" / "chat_template.jinja").rename(tmp_path / "mine.jinja")
     train = {"model": str(tmp_path / "base"), "output_dir": str(tmp_path)}
 
     def opened(**options: str) -> Policy:
-        return open_policy(Config.parse({"agent_roles": {"solver": {}}, "train": train | options}))
+        return opened_policy(train | options)
 
     with pytest.raises(ConfigError, match=r"has no chat template.*set train\.chat_template to a Jinja file"):
         opened()
@@ -75,7 +81,7 @@ def test_a_model_that_transformers_cannot_load_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     train = {"model": str(tmp_path), "output_dir": str(tmp_path)}
     with pytest.raises(ConfigError, match=r"train\.model .*: transformers cannot load"):
-        open_policy(Config.parse({"agent_roles": {"solver": {}}, "train": train}))
+        opened_policy(train)
 
 
 def test_frequencies_that_depend_on_the_length_are_refused_beyond_the_original_context() -> None:
@@ -102,7 +108,7 @@ def test_a_model_that_peft_cannot_adapt_is_refused_with_its_reason() -> None:
 def test_weights_become_bfloat16_only_if_requested_and_supported_by_the_cpu(bf16: bool, tmp_path: Path) -> None:
     toy = {"agent": "tests.flows.toy_agent:answer", "tasks": "tests.flows.toy_agent:tasks"}
     train = {"model": "tiny", "bf16": bf16, "output_dir": str(tmp_path), **toy}
-    policy = open_policy(Config.parse({"agent_roles": {"solver": {}}, "train": train}))
+    policy = opened_policy(train)
     layers = [module for module in policy._body.modules() if isinstance(module, torch.nn.Linear)]
     frozen = {layer.weight.dtype for layer in layers if not layer.weight.requires_grad}
     rounds = bf16 and any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

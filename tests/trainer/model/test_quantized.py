@@ -94,7 +94,7 @@ def test_linear_layers_take_a_seventh_of_the_memory() -> None:
 def test_a_configuration_enables_it(folder: Path) -> None:
     roles = {"writer": {"lora_r": 4}}
     config = Config.model_validate({"agent_roles": roles, "train": {"model": str(folder), "load_in_4bit": True}})
-    policy = open_policy(config, samples=True)
+    policy = open_policy(config, *config.bases(), samples=True)
     assert gradient(policy)[1].abs().max() > 0
     for other in ("bf16", "fsdp"):
         train = {"model": str(folder), "load_in_4bit": True, other: True}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from agl import semconv
-from agl.config import RoleConfig, SftTracesConfig, TracesConfig, TrafficSamplingConfig
+from agl.config import SftTracesConfig, TracesConfig, TrafficSamplingConfig
 from agl.errors import TrainingError
 from agl.sampling import Sampler
 from agl.span import Span
@@ -21,7 +21,8 @@ from agl_trainer.rollout.traces import load_groups, read_traces, stored_groups
 from tests.core.span_maker import OTHER_TRACE, chat, gateway_call, reward, span
 from tests.trainer.rollout_maker import call, reward_on, trajectory
 
-LIMITS = TraceLimits({"writer": RoleConfig(), "fixer": RoleConfig(frozen=True)}, max_tokens=6, vocabulary_size=90)
+ROLES = ("writer", "fixer")
+LIMITS = {role: TraceLimits(max_tokens=6, vocabulary_size=90, is_frozen=role == "fixer") for role in ROLES}
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import secrets
 import time
 from base64 import b64encode
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,12 +41,21 @@ _QUEUE_LENGTH: Final = "Spans that are acknowledged and wait in the queue for th
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True, slots=True)
+class EngineApp:
+    """An engine of this process."""
+
+    app: ASGIApp
+    models: tuple[str, ...] = ()
+    """Names that it answers, as `gateway.engines.models`; empty: all."""
+
+
 class ServerThread(AppThread):
     """Serves gateway, API and page at `base_url`, the OTLP receivers at `otlp_url` and `otlp_grpc_url`.
 
-    `upstream` is the engine: its base URL ending in `/v1`, or an ASGI app, which is then served on a free port. Without
-    it the engines are those of `gateway`; if there are none, calls are rejected. Port 0 is any free port; without
-    `otlp_grpc_port` there is no gRPC receiver.
+    `upstream` is the engine: its base URL ending in `/v1`, or an ASGI app, which is then served on a free port; or
+    several apps, beside the engines of `gateway`. Without it the engines are those of `gateway`; if there are none,
+    calls are rejected. Port 0 is any free port; without `otlp_grpc_port` there is no gRPC receiver.
     With a `queue` the receivers append spans to it, for its writers to move to `store`, and `/metrics` reports its
     length. With `tokens` every request except `/api/health` needs a token that has the right to it, and has to do with
     the rollouts of the token's project only: `store` is that of the default project, `stores` has all. Every request
@@ -66,7 +75,7 @@ class ServerThread(AppThread):
         otlp_http_port: int = 4318,
         otlp_grpc_port: int | None = None,
         tokens: BearerTokens | None = None,
-        upstream: str | ASGIApp | None = None,
+        upstream: str | ASGIApp | Sequence[EngineApp] | None = None,
         collector: CollectorConfig | None = None,
         queue: "SpanQueue | None" = None,
         gateway: GatewayConfig | None = None,
@@ -87,7 +96,7 @@ class ServerThread(AppThread):
         hosts = AllowedHosts(host, allowed_hosts)
         self._grpc = GrpcReceiver(receiver, hosts) if otlp_grpc_port is not None else None
         try:
-            config = self._with_engine(gateway or GatewayConfig(), upstream, guarded=bool(tokens))
+            config = self._with_engines(gateway or GatewayConfig(), upstream, guarded=bool(tokens))
             self.gateway = Gateway(self.stores, config, overrides=overrides, intakes=intakes)
             running = _Running(store, self.gateway, receiver, queue)
             page = Page(self.stores, tokens or BearerTokens(), running)
@@ -119,20 +128,26 @@ class ServerThread(AppThread):
         self._api.close()
         self._opened.close()
 
-    def _with_engine(self, config: GatewayConfig, upstream: str | ASGIApp | None, guarded: bool) -> GatewayConfig:
-        """`config` with `upstream`, if given, as its only engine; an app, if `guarded`, answers the gateway only."""
+    def _with_engines(
+        self, config: GatewayConfig, upstream: str | ASGIApp | Sequence[EngineApp] | None, guarded: bool
+    ) -> GatewayConfig:
+        """`config` with `upstream`, if given, among its engines; an app, if `guarded`, answers the gateway only."""
         if upstream is None:
             return config
-        if config.engines:
-            raise ConfigError("gateway.engines lists engines, and this command brings its own: remove the list")
         if isinstance(upstream, str):
-            engine = UpstreamConfig(url=SecretUrl(upstream))
+            engines = [UpstreamConfig(url=SecretUrl(upstream))]
         else:
-            login = f"agl:{secrets.token_hex(16)}" if guarded else ""
-            url = self.add(_guard(upstream, config, login), name="engine")  # On loopback whatever `host` is.
-            url = url.replace("://", f"://{login}@") if login else url
-            engine = UpstreamConfig(url=SecretUrl(f"{url}/v1"), kind="agl")
-        return config.model_copy(update={"engines": [engine]})
+            apps = upstream if isinstance(upstream, Sequence) else [EngineApp(upstream)]
+            engines = [self._add_engine(one, config, guarded) for one in apps]
+        if config.engines and not all(engine.models for engine in engines):
+            raise ConfigError("gateway.engines lists engines, and this command brings its own: remove the list")
+        return config.model_copy(update={"engines": [*config.engines, *engines]})
+
+    def _add_engine(self, engine: EngineApp, config: GatewayConfig, guarded: bool) -> UpstreamConfig:
+        login = f"agl:{secrets.token_hex(16)}" if guarded else ""
+        url = self.add(_guard(engine.app, config, login), name="engine")  # On loopback whatever `host` is.
+        url = url.replace("://", f"://{login}@") if login else url
+        return UpstreamConfig(url=SecretUrl(f"{url}/v1"), kind="agl", models=[*engine.models])
 
 
 def _guard(app: ASGIApp, config: GatewayConfig, login: str) -> ASGIApp:

@@ -179,7 +179,8 @@ def _is_our_server(host: str, port: int) -> bool:
 
 def check_engines(config: Config) -> list[Check]:
     """Whether each engine of the gateway answers; none if a training launches its own."""
-    if config.engine.launch is not None:
+    launches = [base.engine.launch for base in config.bases()]
+    if launches and all(launches):
         return []
     upstream = config.gateway.upstream
     if config.gateway.engines:

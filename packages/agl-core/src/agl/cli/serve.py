@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from agl.server_thread import ServerThread
 
 ENGINES = "agl.engines"
-"""Entry point group for engines: name to `(Config, Store) -> ContextManager[ASGI app]`."""
+"""Entry point group for engines: name to `(Config, Store) -> ContextManager[list[EngineApp]]`."""
 
 _LOCAL = SecretUrl("local")
 _M_MMAP_THRESHOLD = -3
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
     _return_memory()
     chosen = arguments.upstream or (_LOCAL if arguments.model else None)
     upstream = chosen or _configured_upstream(arguments, config)
-    gateway = config.gateway.model_copy(update={"engines": []}) if chosen else config.gateway
+    gateway = config.gateway.model_copy(update={"engines": [] if chosen else config.routed_engines()})
     store_uri = arguments.store or config.store_uri
     with (
         opened_store(store_uri) as store,
@@ -135,7 +135,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _with_model(config: Config, model: str) -> Config:
     """`config` with the base model `model`. Raises CommandError if it has one."""
     if config.train is not None:
-        raise CommandError(f"--model {model}: the configuration names train.model {config.train.model}; leave out one")
+        named = ", ".join(f"{base.key} {base.path}" for base in config.bases())
+        raise CommandError(f"--model {model}: the configuration names {named}; leave out one")
     return config.model_copy(update={"train": Config.parse({"train": {"model": model}}, "--model").train})
 
 

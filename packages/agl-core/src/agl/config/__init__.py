@@ -15,6 +15,7 @@ from agl.config.loss import (
     PolicyLossConfig,
     RewardScale,
 )
+from agl.config.models import Base, ModelConfig
 from agl.config.queue import Appendfsync, QueueConfig
 from agl.config.ray import RayConfig
 from agl.config.roles import AgentRoles, RoleConfig
@@ -29,6 +30,7 @@ __all__ = [
     "AdvantageName",
     "AgentRoles",
     "Appendfsync",
+    "Base",
     "CanaryConfig",
     "CollectorConfig",
     "Config",
@@ -40,6 +42,7 @@ __all__ = [
     "LogprobsMode",
     "LossConfig",
     "LossName",
+    "ModelConfig",
     "Normalization",
     "PolicyLossConfig",
     "PromoteConfig",

@@ -12,11 +12,12 @@ from agl.config.collector import CollectorConfig
 from agl.config.engine import EngineConfig, LaunchConfig
 from agl.config.gateway import GatewayConfig, TimeoutsConfig, UpstreamConfig
 from agl.config.judge import JudgeConfig
+from agl.config.models import Base, ModelConfig
 from agl.config.queue import QueueConfig
 from agl.config.ray import RayConfig, RayRunnersConfig, RayTrainerConfig
 from agl.config.roles import AgentRoles, RoleConfig
 from agl.config.sampling import TrafficSamplingConfig
-from agl.config.section import Section
+from agl.config.section import Name, Section
 from agl.config.server import ServerConfig
 from agl.config.sft import SftConfig, SftTracesConfig
 from agl.config.source import expand_variables, read_yaml
@@ -47,6 +48,7 @@ class Config(Section):
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
     sampling: TrafficSamplingConfig | None = None
     engine: EngineConfig = Field(default_factory=EngineConfig)
+    models: dict[Name, ModelConfig] = Field(default_factory=dict)
     train: TrainConfig | None = None
     ray: RayConfig = Field(default_factory=RayConfig)
     sft: SftConfig | None = None
@@ -64,13 +66,117 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _launches_its_engine(self) -> Self:
-        launch = self.engine.launch
-        if launch is not None and (self.gateway.engines or "upstream" in self.gateway.model_fields_set):
-            raise ValueError("engine.launch starts the engine that gateway names: remove gateway.engines and upstream")
-        if launch is not None and launch.sleep and self.train is not None and self.train.asynchronous:
-            raise ValueError("engine.launch.sleep stops the rollouts that train.asynchronous runs beside an update")
+    def _names_its_models_once(self) -> Self:
+        if self.train is not None and self.train.model is None and not self.models:
+            raise ValueError("train.model names no base model: set it, or name several in `models`")
+        if not self.models:
+            if named := next((name for name, role in self.agent_roles.roles.items() if role.model), None):
+                raise ValueError(f"agent_roles.{named}.model names a model of the section `models`, and there is none")
+            return self
+        for key in ("model", "chat_template"):
+            if self.train is not None and getattr(self.train, key) is not None:
+                name = "path" if key == "model" else key
+                raise ValueError(f"train.{key} and `models` exclude each other: set models.<name>.{name}, or remove it")
         return self
+
+    @model_validator(mode="after")
+    def _places_its_roles(self) -> Self:
+        if not self.models:
+            return self
+        roles, known = self.agent_roles.roles, ", ".join(self.models)
+        for name, role in roles.items():
+            found = self._model_of(name)
+            if (role.model or found) not in self.models:
+                got = f"names {role.model!r}" if role.model else "is not set"
+                raise ValueError(f"agent_roles.{name}.model {got}: expected one of the models {known}")
+            if role.model not in (None, found):
+                raise ValueError(
+                    f"agent_roles.{name} shares the adapter of {role.adapter}, which is on the model {found!r}, not on "
+                    f"{role.model!r}: an adapter has one base model"
+                )
+        for name in self.models:
+            if "." in name:  # It is part of keys and of names of files.
+                raise ValueError(f"models.{name}: expected a name without dots")
+            if name in roles:
+                raise ValueError(f"models and agent_roles both have {name!r}, and clients name both alike: rename one")
+            if all(self._model_of(role) != name for role in roles):
+                raise ValueError(f"models.{name}: no role has its adapter on it; remove it, or set agent_roles.*.model")
+        return self
+
+    @model_validator(mode="after")
+    def _launches_its_engines(self) -> Self:
+        taken: dict[int, str] = {}
+        for base in self.bases():
+            launch, key = base.engine.launch, f"{base.engine_key}.launch"
+            if launch is None:
+                continue
+            if "upstream" in self.gateway.model_fields_set or self.servers_of(base):
+                raise ValueError(f"{key} starts the engine that gateway names: remove gateway.engines and upstream")
+            if launch.sleep and self.train is not None and self.train.asynchronous:
+                raise ValueError(f"{key}.sleep stops the rollouts that train.asynchronous runs beside an update")
+            if launch.port and taken.setdefault(launch.port, key) != key:
+                raise ValueError(f"{taken[launch.port]} and {key} both start a server at port {launch.port}")
+        return self
+
+    @model_validator(mode="after")
+    def _tells_its_servers_apart(self) -> Self:
+        """Which base model a server of `gateway` has, if there are several."""
+        if not self.models or self.train is None:
+            return self
+        if self.gateway.upstream != SecretUrl("local"):
+            raise ValueError("gateway.upstream serves one base model: list the servers of `models` in gateway.engines")
+        for engine in self.gateway.engines:
+            bases = [name for name in engine.models or self.models if name in self.models]
+            if len(bases) > 1:
+                raise ValueError(
+                    f"gateway.engines: {engine.url} serves {' and '.join(bases)}, and a server has one base model: "
+                    "name one of them in its `models`"
+                )
+        return self
+
+    def _model_of(self, role: str) -> str | None:
+        """The model of `models` that the adapter of `role` is on; None if it names none of several."""
+        only = next(iter(self.models)) if len(self.models) == 1 else None
+        return self.agent_roles.owner_of(role).model or only
+
+    def bases(self) -> list[Base]:
+        """The base models: those of `models`, or `train.model` alone; none without a section `train`."""
+        roles = self.agent_roles.roles
+        if not self.models:
+            only = self.train.model if self.train else None
+            return [Base.only(self.train, only, self.engine, roles)] if self.train and only else []
+        return [
+            Base(
+                name,
+                model.path,
+                model.chat_template,
+                model.engine or self.engine,
+                {role: config for role, config in roles.items() if self._model_of(role) == name},
+                is_one_of=True,
+            )
+            for name, model in self.models.items()
+        ]
+
+    def base_of(self, role: str) -> Base:
+        """The base model of the adapter of `role`. Raises ConfigError if there are several, and none has the role."""
+        found = next((base for base in self.bases() if role in base.roles or not base.is_one_of), None)
+        if found is None:
+            raise ConfigError(f"agent_roles has no role {role!r}, so it is not known on which of `models` it is")
+        return found
+
+    def servers_of(self, base: Base) -> list[UpstreamConfig]:
+        """The servers of `base` that `gateway.engines` lists."""
+        return [one for one in self.routed_engines() if not base.is_one_of or base.name in one.models]
+
+    def routed_engines(self) -> list[UpstreamConfig]:
+        """`gateway.engines`, in which a server of a model of `models` also serves the roles on it."""
+        added = {base.name: base.roles for base in self.bases() if base.is_one_of}
+        return [
+            engine.model_copy(
+                update={"models": [*engine.models, *(role for name in engine.models for role in added.get(name, ()))]}
+            )
+            for engine in self.gateway.engines
+        ]
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -104,6 +210,9 @@ class Config(Section):
         """The tree with all defaults, as YAML that `load` accepts; without the secrets, which connect to nothing."""
         data = self.model_dump(mode="json", exclude_none=True)
         data["agent_roles"].update(data["agent_roles"].pop("roles"))
+        for name, role in self.agent_roles.roles.items():
+            if role.adapter:  # It takes what has defaults from the other role.
+                data["agent_roles"][name] = role.model_dump(mode="json", exclude_unset=True)
         return yaml.safe_dump(data, sort_keys=False)
 
 
@@ -132,8 +241,14 @@ def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
     parts = [part for part in loc[:-1] if isinstance(part, str)]
     if not parts:
         return sorted(Config.model_fields)
-    section = _SECTIONS.get(".".join(parts)) or _SECTIONS.get(parts[-1], RoleConfig)
+    if len(parts) == 2 and parts[0] in _NAMED:
+        return sorted(_NAMED[parts[0]].model_fields)
+    section = _SECTIONS.get(".".join(parts)) or _SECTIONS[parts[-1]]
     return sorted(section.model_fields)
+
+
+_NAMED: dict[str, type[BaseModel]] = {"agent_roles": RoleConfig, "models": ModelConfig}
+"""Sections that hold sections of any name."""
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {

@@ -8,8 +8,10 @@ from agl.config.section import Count, Fraction, Name, Section
 
 
 class RoleConfig(Section):
-    """One role, with its own LoRA adapter on the shared base model."""
+    """One role, with its own LoRA adapter on its base model."""
 
+    model: Name | None = None
+    """The model of the section `models` that its adapter is on; not needed if there is only one."""
     lora_r: Count = 16
     """Rank of the role's adapter."""
     lora_alpha: Count = 32
@@ -51,6 +53,10 @@ class AgentRoles(Section):
             return data
         factors = {name: data[name] for name in ("gamma", "turn_gamma") if name in data}
         return factors | {"roles": {name: role or {} for name, role in data.items() if name not in factors}}
+
+    def owner_of(self, role: str) -> RoleConfig:
+        """The role whose adapter `role` uses, which may be itself."""
+        return self.roles[self.roles[role].adapter or role]
 
     @model_validator(mode="after")
     def _share_adapters(self) -> Self:

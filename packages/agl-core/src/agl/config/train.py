@@ -75,8 +75,9 @@ class TrainConfig(LossConfig):
     """`grpo`: policy gradient. `rejection`: supervised fine-tuning on the rollouts with the best rewards."""
     min_reward: float | None = None
     """Algorithm rejection: minimum reward of a rollout to train on; none: the best rollout of each group."""
-    model: TextPath
-    """`smollm2`, `tiny`, a model of the Hugging Face Hub (`owner/name@revision`), a GGUF file, or a model folder."""
+    model: TextPath | None = None
+    """`smollm2`, `tiny`, a model of the Hugging Face Hub (`owner/name@revision`), a GGUF file, or a model folder. The
+    section `models` is in its place if several base models are trained together."""
     chat_template: TextPath | None = None
     """Jinja file of the chat template; none: the model's own."""
     agent: Reference | None = None

@@ -5,15 +5,22 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
-TOKENIZER: Final = "tokenizer.json"
-"""File in the folder of a run, in the format of the package `tokenizers`."""
+_TOKENIZER: Final = "tokenizer.json"
+"""File in the folder of a run, in the format of the package `tokenizers`. If the run has several base models, there is
+one for each role, which begins with its name."""
 
 
-def tokenizer_in(folder: str | None) -> tuple[Any, str | None]:
-    """The tokenizer of the run in `folder`; else None and why."""
+def tokenizer_file(role: str | None) -> str:
+    """Name of the file of `role`, of all roles if None."""
+    return Path(f"{role}.{_TOKENIZER}").name if role else _TOKENIZER
+
+
+def tokenizer_in(folder: str | None, role: str | None = None) -> tuple[Any, str | None]:
+    """The tokenizer of `role` in the run in `folder`; else None and why."""
     if folder is None:
         return None, "the store knows no training run of this rollout, so only the ids of its tokens are known"
-    path = Path(folder) / TOKENIZER
+    of_role = Path(folder) / tokenizer_file(role)
+    path = of_role if of_role.exists() else Path(folder) / tokenizer_file(None)
     try:
         return _load(str(path), path.stat().st_mtime_ns), None
     except ImportError:

@@ -62,7 +62,7 @@ def view_tokens(report: CallReport, mode: str, folder: str | None) -> TokenView:
     first = max(len(prompt) - _CONTEXT, 0)
     if drift is not None:
         first = min(first, max(drift - _BEFORE_DRIFT, 0))
-    tokenizer, fault = tokenizer_in(folder)
+    tokenizer, fault = tokenizer_in(folder, call.role)
     texts = iter(token_texts(tokenizer, prompt[first:] + response))
     logprobs = call.logprobs or []
     shown = [

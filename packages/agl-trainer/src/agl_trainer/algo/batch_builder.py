@@ -236,7 +236,7 @@ class _RoleBuilder:
         self, member: _RolePart, advantages: Mapping[str, CallAdvantage], minibatch: int
     ) -> Iterator[_RowDraft]:
         """A draft of each row of `member`, whose calls have `advantages` by span id."""
-        rejects, size = self.options.rejection is not None, self.options.vocabulary_size
+        rejects, size = self.options.rejection is not None, self.state.vocabulary_size if self.state else None
         for row in member.rows:
             draft = _RowDraft(row, minibatch, member.represented, [0] * len(row.ids), [0.0] * len(row.ids))
             has_unknown_tokens = size is not None and max(row.ids) >= size
@@ -263,7 +263,7 @@ class _RoleBuilder:
             return DropReason.NO_REWARD
         if self.options.rejection is None and (reason := self._sampling_drop_reason(turn.call)):
             return reason
-        limit, loss = self.options.max_row_tokens, self.options.loss
+        limit, loss = self.state.max_row_tokens if self.state else None, self.options.loss
         if limit is not None and turn.end > limit:
             return DropReason.TOO_LONG
         if loss.max_staleness is not None and (self._staleness(turn.call) or 0) > loss.max_staleness:

@@ -21,6 +21,10 @@ class RoleState:
     """The role's own weights of reward dimensions, 0 for others; empty: those of the configuration."""
     baseline: float = 0.0
     """Running mean of its rewards, for advantage ema."""
+    vocabulary_size: int | None = None
+    """Tokens that its base model knows."""
+    max_row_tokens: int | None = None
+    """Maximum length of a row; calls that end beyond it are dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +41,6 @@ class BatchOptions:
     minibatches: int = 1
     max_tokens: int = 1
     """Maximum length of a response."""
-    max_row_tokens: int | None = None
-    """Maximum length of a row; calls that end beyond it are dropped."""
-    vocabulary_size: int | None = None
     logprobs_mode: LogprobsMode = "processed_logprobs"
     """Which logprobs calls have."""
     reward_weights: Weights = field(default_factory=dict)
@@ -55,13 +56,12 @@ class BatchOptions:
     def of(
         cls,
         config: Config,
-        vocabulary_size: int | None = None,
         logprobs_mode: LogprobsMode = "processed_logprobs",
         *,
         from_store: bool = False,
         represented: float = 1.0,
     ) -> Self:
-        """The options of the sections `train`, `agent_roles` and `engine`."""
+        """The options of the sections `train` and `agent_roles`."""
         train, roles = config.require_train(), config.agent_roles
         return cls(
             loss=train,
@@ -70,8 +70,6 @@ class BatchOptions:
             rejection=Rejection(train.min_reward) if train.algorithm == "rejection" else None,
             minibatches=train.minibatches,
             max_tokens=train.max_tokens,
-            max_row_tokens=config.engine.max_model_len,
-            vocabulary_size=vocabulary_size,
             logprobs_mode=logprobs_mode,
             reward_weights=config.rewards,
             from_store=from_store,

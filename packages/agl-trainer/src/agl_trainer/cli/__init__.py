@@ -223,13 +223,16 @@ def _trainer_class() -> Any:
 
 def _run_distributed(trainer: Any, lead: Callable[[], None]) -> int:
     """Train in this process; if torchrun started several, the first leads and the others follow."""
-    from agl_trainer.compute.devices import lead_or_follow
+    from agl_trainer.compute.devices import lead_or_follow, process_count
     from agl_trainer.loop.policy_setup import open_policy
+
+    if process_count() > 1 and len(trainer.bases) > 1:
+        raise ConfigError("torchrun spreads one base model over several devices, and `models` names several")
 
     def lead_until_stopped() -> None:
         with stops_in_order(_STOPPING):
             lead()
 
-    if lead_or_follow(lead_until_stopped, lambda: open_policy(trainer.config)):
+    if lead_or_follow(lead_until_stopped, lambda: open_policy(trainer.config, trainer.bases[0])):
         print(f"adapters: {trainer.folder / 'adapters'}\nmetrics:  {trainer.folder / 'metrics.jsonl'}")
     return 0

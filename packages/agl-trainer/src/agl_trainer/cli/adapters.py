@@ -67,7 +67,7 @@ def _write(write: Callable[[Adapter, Path, Path], None], arguments: argparse.Nam
     from agl_trainer.loop.policy_setup import base_folder
 
     adapter = pick_adapter(find_adapters(_output_dir(config)), arguments.adapter)
-    write(adapter, base_folder(config), arguments.to)
+    write(adapter, base_folder(config, config.base_of(adapter.role)), arguments.to)
     print(f"{adapter.name}: {arguments.to}")
     return 0
 

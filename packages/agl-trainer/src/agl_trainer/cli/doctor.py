@@ -11,7 +11,7 @@ import urllib3
 
 from agl.cli.doctor import Check, check_engines, check_folder, check_store, demand
 from agl.cli.terminal import counted
-from agl.config import Config, JudgeConfig, TrainConfig
+from agl.config import Base, Config, JudgeConfig, TrainConfig
 from agl.errors import AglError, ConfigError
 from agl.runner.command import Addresses, Command
 from agl.runner.import_function import load_function
@@ -57,9 +57,11 @@ def demand_for(command: str, config: Config) -> None:
 
 
 def _checks(config: Config, train: TrainConfig, keys: Collection[str], *, downloads: bool) -> Iterator[Check]:
+    bases = config.bases()
+    known = {*keys, *(base.key for base in bases if "train.model" in keys)}
     named: list[tuple[str, object, Callable[[], object]]] = [
         ("agent_roles", ", ".join(config.agent_roles.roles), config.require_roles),
-        ("train.model", train.model, partial(_find_model, train, downloads=downloads)),
+        *((base.key, base.path, partial(_find_model, train, base, downloads=downloads)) for base in bases),
         ("train.agent", train.agent, partial(load_function, train.agent, "train.agent")),
         ("train.command", train.command, partial(Command.parse, train.command or "", Addresses("", ""))),
         ("train.reward", train.reward, partial(load_function, train.reward, "train.reward")),
@@ -72,15 +74,16 @@ def _checks(config: Config, train: TrainConfig, keys: Collection[str], *, downlo
     if config.judge is not None:
         named.append(("judge", config.judge.url, partial(_ask_judge, config.judge)))
     for key, value, find in named:
-        if key in keys and (value or key == "agent_roles"):
+        if key in known and (value or key == "agent_roles"):
             yield _check(key, ", ".join(value) if isinstance(value, list) else str(value), find)
     if "train.output_dir" in keys:
         yield check_folder("train.output_dir", Path(train.output_dir), "choose another train.output_dir")
     if "store" in keys:
         yield check_store(config.store_uri)
-    if "engine.launch" in keys and (launch := config.engine.launch) is not None:
-        yield _check("engine.launch", launch.program, partial(vllm_program, launch))
-    if "engine" in keys and config.engine.kind == "vllm":
+    for base in bases if "engine.launch" in keys else ():
+        if (launch := base.engine.launch) is not None:
+            yield _check(f"{base.engine_key}.launch", launch.program, partial(vllm_program, launch))
+    if "engine" in keys and any(base.engine.kind == "vllm" for base in bases):
         yield from check_engines(config)
 
 
@@ -92,10 +95,10 @@ def _check(key: str, value: str, find: Callable[[], object]) -> Check:
     return Check(key, f"{value}: {found}" if isinstance(found, str) else value)
 
 
-def _find_model(train: TrainConfig, *, downloads: bool) -> str:
+def _find_model(train: TrainConfig, base: Base, *, downloads: bool) -> str:
     if train.load_in_4bit:
         check_4bit()
-    return find_model(train.model, downloads=downloads)
+    return find_model(base.path, base.key, downloads=downloads)
 
 
 def _load_instrumentors(names: Sequence[str]) -> None:

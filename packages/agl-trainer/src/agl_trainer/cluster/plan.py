@@ -32,9 +32,14 @@ class Plan:
     """Of `agl train`."""
 
     def check(self) -> None:
-        """Raises ConfigError if `train` has a key that the cluster decides."""
+        """Raises ConfigError if `train` has a key that the cluster decides, or it cannot train `models`."""
         if own := [key for key in _OWN_KEYS if key in self.config["train"]]:
             raise ConfigError(f"--on ray decides train.{own[0]}: remove it; `ray.runners` is the number of runners")
+
+        if self.processes > 1 and self.config.get("models"):
+            raise ConfigError(
+                "several processes train one base model, and `models` names several: set ray.trainer.devices to 1 or 0"
+            )
 
     @property
     def processes(self) -> int:

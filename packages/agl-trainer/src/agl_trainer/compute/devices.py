@@ -48,6 +48,11 @@ class _CollectiveError(TrainingError):
     """A device failed within a pass with collective calls, so that the other devices cannot continue."""
 
 
+def process_count() -> int:
+    """Number of processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def device_count() -> int:
     """Number of devices that take part in the training."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -58,7 +63,7 @@ def lead_or_follow(lead: Callable[[], None], open_policy: Callable[[], Policy]) 
 
     `open_policy` creates the policy of a follower when its first job arrives. Without torchrun there is one process.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if process_count() == 1:
         lead()
         return True
     with process_group():

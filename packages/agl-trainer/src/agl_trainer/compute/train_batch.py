@@ -20,17 +20,26 @@ from agl_trainer.data.rows import SampledRow
 from agl_trainer.data.truncation import Truncation
 from agl_trainer.model.adapter_files import Tensors
 from agl_trainer.model.lora import BASE
+from agl_trainer.model.policies import Policies
 from agl_trainer.model.policy import Policy
 
 
-def role_states(config: Config, policy: Policy, step: int, baselines: Mapping[str, float]) -> dict[str, RoleState]:
+def role_states(config: Config, policies: Policies, step: int, baselines: Mapping[str, float]) -> dict[str, RoleState]:
     """State of every role at training step `step`; with `train.alternate_steps` only one adapter's roles train."""
     train, roles = config.require_train(), config.agent_roles.roles
-    training = [owner for owner in policy.adapters if not roles[owner].frozen]
+    training = [owner for owner in policies.adapters if not roles[owner].frozen]
     if train.alternate_steps and training:
         training = [training[step // train.alternate_steps % len(training)]]
     return {
-        role: RoleState(owner in training, policy.versions[role], roles[role].rewards, baselines.get(role, 0.0))
+        role: RoleState(
+            owner in training,
+            policy.versions[role],
+            roles[role].rewards,
+            baselines.get(role, 0.0),
+            len(policy.output_weight),
+            base.engine.max_model_len,
+        )
+        for base, policy in zip(config.bases(), policies, strict=True)
         for owner, sharing in policy.adapters.items()
         for role in sharing
     }

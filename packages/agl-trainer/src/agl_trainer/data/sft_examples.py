@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pydantic import ValidationError, model_validator
 
-from agl.config import RoleConfig, SftTracesConfig
+from agl.config import SftTracesConfig
 from agl.errors import ConfigError
 from agl.seeds import derive
 from agl.trajectory import Call, DropReason, Row, Trajectory
@@ -48,29 +48,30 @@ class SftExample:
 
 @dataclass(frozen=True, slots=True)
 class TraceLimits:
-    """Limits that rows of the store have to meet."""
+    """Limits that rows of a role have to meet."""
 
-    roles: Mapping[str, RoleConfig]
     max_tokens: int
     vocabulary_size: int
+    is_frozen: bool = False
 
 
-def examples_from_config(template: ChatTemplate, examples: Iterable[Example]) -> list[SftExample]:
-    """Raises ConfigError for an example that the model's template rejects."""
+def examples_from_config(templates: Mapping[str, ChatTemplate], examples: Iterable[Example]) -> list[SftExample]:
+    """`templates`: by role. Raises ConfigError for an example that the model's template rejects."""
     made: list[SftExample] = []
     for index, example in enumerate(examples):
         try:
-            made.append(SftExample(example["role"], *example_tokens(template, example)))
+            made.append(SftExample(example["role"], *example_tokens(templates[example["role"]], example)))
         except ChatTemplateError as error:
             raise ConfigError(f"sft.examples: example {index}: {error}") from error
     return made
 
 
 def examples_from_traces(
-    trajectories: Iterable[Trajectory], wanted: SftTracesConfig, limits: TraceLimits
+    trajectories: Iterable[Trajectory], wanted: SftTracesConfig, limits: Mapping[str, TraceLimits]
 ) -> tuple[list[SftExample], list[tuple[Call, DropReason]]]:
     """The rows that match `wanted`, and every call that is in none of them, with the reason.
 
+    `limits`: by role, of all roles that train.
     The reward of a row is the last one of its role, else of the rollout.
     """
     examples: list[SftExample] = []
@@ -87,15 +88,15 @@ def examples_from_traces(
     return examples, dropped
 
 
-def _drop_reason(row: Row, wanted: SftTracesConfig, limits: TraceLimits) -> DropReason | None:
-    role = limits.roles.get(row.role)
-    if role is None or (wanted.roles and row.role not in wanted.roles):
+def _drop_reason(row: Row, wanted: SftTracesConfig, limits: Mapping[str, TraceLimits]) -> DropReason | None:
+    limit = limits.get(row.role)
+    if limit is None or (wanted.roles and row.role not in wanted.roles):
         return DropReason.ROLE_NOT_TRAINED
-    if (limits.roles[role.adapter] if role.adapter else role).frozen:
+    if limit.is_frozen:
         return DropReason.ROLE_FROZEN
-    if max(row.ids) >= limits.vocabulary_size:
+    if max(row.ids) >= limit.vocabulary_size:
         return DropReason.UNKNOWN_TOKENS
-    if len(row.ids) > limits.max_tokens:
+    if len(row.ids) > limit.max_tokens:
         return DropReason.TOO_LONG
     if wanted.min_reward is None:
         return None

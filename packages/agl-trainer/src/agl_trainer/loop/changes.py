@@ -1,6 +1,6 @@
 """What has changed in a configuration since its last checkpoint, and which changes a resumed training accepts."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ FIXED = frozenset(
         "agent_roles.<role>.lora_target_modules",
         "agent_roles.<role>.use_rslora",
         "agent_roles.<role>.adapter",
+        "agent_roles.<role>.model",
         "agent_roles.<role>.frozen",
         "agent_roles.<role>.rewards",
         "train.seed",
@@ -71,7 +72,10 @@ STEERING = frozenset(
         "sft.epochs",
         "sft.batch_size",
         "sft.learning_rate",
-        "train.model",  # another name of the same model; the fingerprint tells models apart
+        "models.<name>.engine",
+        "models.<name>.path",  # another name of the same model; the fingerprint tells models apart
+        "models.<name>.chat_template",
+        "train.model",  # as models.<name>.path
         "train.min_reward",
         "train.eval_tasks",
         "train.chat_template",  # as the name of the model
@@ -161,10 +165,12 @@ class Change:
 
 
 ANY = "any"
+_NAMED = {"agent_roles": "<role>", "models": "<name>"}
+"""Sections that hold sections of any name, and what stands for the name in the keys above."""
 
 
 def changes_since(checkpoint: Checkpoint, config: Config, base: Mapping[str, str]) -> list[Change]:
-    """Changes of the configuration, and of the base model's fingerprint `base`, since `checkpoint`.
+    """Changes of the configuration, and of the base models' fingerprints `base`, since `checkpoint`.
 
     Raises TrainingError if the checkpoint's configuration has keys that this version does not know.
     """
@@ -172,14 +178,13 @@ def changes_since(checkpoint: Checkpoint, config: Config, base: Mapping[str, str
         saved = Config.parse(yaml.safe_load(checkpoint.config), "the checkpoint's configuration")
     except ConfigError as error:
         raise TrainingError(f"another version of agl wrote the checkpoint: {error}") from error
-    before, after = saved.require_train().model, config.require_train().model
-    differing = ", ".join(part for part in base if base[part] != checkpoint.base.get(part))
-    changes = [Change(f"train.model ({differing} differ)", before, after, ANY)] if differing else []
+    changes = list(_base_changes(checkpoint, saved, config, base))
+    differing = {change.key.partition(" ")[0] for change in changes}
     changes += _role_changes(saved, config)
     kept = saved.agent_roles.roles.keys() & config.agent_roles.roles.keys()
     one, other = _leaves(saved, kept), _leaves(config, kept)
     for key in one | other:
-        if one.get(key) != other.get(key) and not (differing and key == "train.model"):
+        if one.get(key) != other.get(key) and key not in differing:
             changes.append(Change(key, one.get(key), other.get(key), phase_of(key)))
     return changes
 
@@ -187,8 +192,8 @@ def changes_since(checkpoint: Checkpoint, config: Config, base: Mapping[str, str
 def phase_of(key: str) -> str | None:
     """The phase that refuses a change of `key`, `ANY` for all, or None. Raises KeyError if it is not classified."""
     parts = key.split(".")
-    if parts[0] == "agent_roles" and len(parts) > 2:
-        parts[1] = "<role>"
+    if parts[0] in _NAMED and len(parts) > 2:
+        parts[1] = _NAMED[parts[0]]
     above = {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
     if above & FIXED:
         return ANY
@@ -202,6 +207,19 @@ def phase_of(key: str) -> str | None:
 
 def listed(changes: Iterable[Change]) -> str:
     return ", ".join(map(str, changes))
+
+
+def _base_changes(
+    checkpoint: Checkpoint, saved: Config, given: Config, fingerprints: Mapping[str, str]
+) -> Iterator[Change]:
+    """Base models that are others than those of the checkpoint."""
+    before = {base.key: base.path for base in saved.bases()}
+    for base in given.bases():
+        parts = (part for part in fingerprints if part.rpartition(".")[0] == base.prefix.removesuffix("."))
+        differing = [part for part in parts if fingerprints[part] != checkpoint.base.get(part)]
+        if differing:
+            names = ", ".join(part.rpartition(".")[2] for part in differing)
+            yield Change(f"{base.key} ({names} differ)", before.get(base.key), base.path, ANY)
 
 
 def _role_changes(saved: Config, given: Config) -> list[Change]:

@@ -74,7 +74,7 @@ class Checkpoint:
     config: str
     """`Config.to_yaml()`."""
     base: Mapping[str, str] = field(default_factory=dict)
-    """`fingerprint` of the base model."""
+    """`fingerprints` of the base models."""
     phase_step: int = 0
     """Steps done in the phase."""
     epoch_size: int = 0

@@ -1,10 +1,11 @@
-"""Opens the engine that samples the rollouts of a training, behind a gateway: in this process, or vLLM servers."""
+"""Opens the engines that sample the rollouts of a training, behind a gateway: in this process, or vLLM servers."""
 
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ import urllib3
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from agl.config import Config, GatewayConfig, LaunchConfig, TrainConfig, UpstreamConfig
+from agl.config import Base, Config, GatewayConfig, LaunchConfig, TrainConfig, UpstreamConfig
 from agl.config.collector import TOKEN_VARIABLE
 from agl.errors import ConfigError, TrainingError
 from agl.secret_url import SecretUrl
 from agl.server.auth import BearerTokens, is_loopback
-from agl.server_thread import ServerThread
+from agl.server_thread import EngineApp, ServerThread
 from agl.store import Store
 from agl_trainer.compute.devices import device_count
 from agl_trainer.engine.copied import CopiedEngine
@@ -27,9 +28,11 @@ from agl_trainer.engine.local.scheduler import Scheduler
 from agl_trainer.engine.vllm.engine import VllmEngine
 from agl_trainer.engine.vllm.launch import RunningVllm, free_port, running_vllm, serve_command
 from agl_trainer.engine.vllm.server import VllmServer
-from agl_trainer.loop.policy_setup import base_folder, base_name, is_sharded, open_policy
+from agl_trainer.loop.policy_setup import base_folder, is_sharded, open_policy
 from agl_trainer.model.device import release_memory
+from agl_trainer.model.policies import Policies
 from agl_trainer.model.policy import Policy
+from agl_trainer.rollout.engines import Engines
 from agl_trainer.rollout.serving import ShownProgress, TrainingEngine
 
 LOCAL = "local"
@@ -62,114 +65,151 @@ class LateApp:
             await response(scope, receive, send)
 
 
-OpenedEngine = tuple[Policy, TrainingEngine, ServerThread]
+OpenedEngine = tuple[Policies, TrainingEngine, ServerThread]
 Announce = Callable[[ServerThread], None]
 
 
 @contextmanager
-def open_engine(config: Config) -> Iterator[tuple[Policy, Scheduler, ASGIApp]]:
-    """The policy with fresh adapters, the scheduler that samples from it, and its OpenAI-compatible app."""
-    train = config.require_train()
-    policy = open_policy(config, samples=True)
-    max_batch = 1 if train.deterministic else config.engine.max_batch
-    with Scheduler(policy, max_batch=max_batch, max_model_len=config.engine.max_model_len) as scheduler:
+def open_engine(config: Config, base: Base) -> Iterator[tuple[Policy, Scheduler, ASGIApp]]:
+    """The policy of `base` with fresh adapters, the scheduler that samples from it, and its OpenAI-compatible app."""
+    train, longest = config.require_train(), base.engine.max_model_len
+    policy = open_policy(config, base, samples=True)
+    max_batch = 1 if train.deterministic else base.engine.max_batch
+    with Scheduler(policy, max_batch=max_batch, max_model_len=longest) as scheduler:
         app = engine_app(
             scheduler,
             policy.tokenizer,
             served_name=policy.base_name,
-            max_model_len=config.engine.max_model_len,
+            max_model_len=longest,
             default_max_tokens=train.max_tokens,
         )
         yield policy, scheduler, app
 
 
-def serve_policy(
+@contextmanager
+def serve_policies(
     config: Config, store: Store, progress: ShownProgress | None, announce: Announce
-) -> AbstractContextManager[OpenedEngine]:
-    """The policy, the engine that samples from it, and the server with gateway and collector.
+) -> Iterator[OpenedEngine]:
+    """The policies, the engines that sample from them, and the server with gateway and collector.
 
-    The server answers from the call of `announce` on, before the model is loaded.
+    The server answers from the call of `announce` on, before the models of this process are loaded.
     """
-    if config.engine.kind == "vllm":
-        return _serve_vllm(config, store, progress, announce)
-    return _serve_local(config, store, announce)
+    with ExitStack() as stack:
+        started = [stack.enter_context(_started(config, base, progress)) for base in config.bases()]
+        apps = [EngineApp(one.app, one.base.served) for one in started if isinstance(one, _Local)]
+        servers = [server for one in started if isinstance(one, _Vllm) for server in one.servers]
+        gateway = config.gateway.model_copy(update={"engines": servers})
+        server = stack.enter_context(_server(config, gateway, store, apps))
+        announce(server)
+        # Closed before the server, which would wait for the calls that are being sampled.
+        opened = [stack.enter_context(one.opened(server.base_url)) for one in started]
+        sleeps = any(one.base.engine.launch and one.base.engine.launch.sleep for one in started)
+        pause = functools.partial(_paused, server.base_url) if sleeps else nullcontext
+        yield Policies([policy for policy, _ in opened]), Engines([engine for _, engine in opened], pause), server
 
 
 @contextmanager
-def _serve_local(config: Config, store: Store, announce: Announce) -> Iterator[OpenedEngine]:
-    if config.gateway.upstream != LOCAL or config.gateway.engines:
+def _started(config: Config, base: Base, progress: ShownProgress | None) -> "Iterator[_Local | _Vllm]":
+    """The engine of `base` before its policy is opened. Raises ConfigError."""
+    if base.engine.kind == "local":
+        _check_local(config, base)
+        yield _Local(config, base, LateApp())
+        return
+    listed, launch = config.servers_of(base), base.engine.launch
+    if launch is not None:
+        with _launched(config, base, launch, progress) as vllm:
+            yield _Vllm(config, base, [UpstreamConfig(url=SecretUrl(vllm.url), models=[*base.served])], vllm.check)
+    elif listed or config.gateway.upstream != LOCAL:
+        yield _Vllm(config, base, listed or [UpstreamConfig(url=config.gateway.upstream)])
+    else:
+        where = f"list it in gateway.engines with models: [{base.name}]" if base.is_one_of else "set gateway.upstream"
         raise ConfigError(
-            "gateway names an engine, but engine.kind is local: training updates the in-process engine. Remove "
-            "gateway.upstream and gateway.engines, or set `engine: vllm` if they name vLLM servers"
+            f"{base.engine_key}.kind is vllm, but no server is named: {where} to its URL, or {base.engine_key}.launch "
+            "to start one"
         )
+
+
+def _check_local(config: Config, base: Base) -> None:
+    """Raises ConfigError if the engine of this process cannot sample for the training."""
     train = config.require_train()
+    if config.gateway.upstream != LOCAL or config.servers_of(base):
+        raise ConfigError(
+            f"gateway names an engine, but {base.engine_key}.kind is local: training updates the in-process engine. "
+            "Remove gateway.upstream and gateway.engines, or set `engine: vllm` if they name vLLM servers"
+        )
     if is_sharded(train) and not train.asynchronous:
         raise ConfigError(
             f"train.fsdp shards the policy across {device_count()} devices, so the in-process engine cannot sample "
             "from it; set `engine: {kind: vllm}`, or `train.asynchronous: true`, which gives the engine its own copy"
         )
-    late = LateApp()
-    with _server(config, config.gateway, store, late) as server, ExitStack() as stack:
-        announce(server)
-        # Closed before the server, which would wait for the calls that are being sampled.
-        sampling, scheduler, app = stack.enter_context(open_engine(config))
-        late.open(app)
-        if train.asynchronous:
-            policy = open_policy(config)
-            yield policy, CopiedEngine(policy, sampling, scheduler), server
-        else:
-            yield sampling, scheduler, server
 
 
-@contextmanager
-def _serve_vllm(
-    config: Config, store: Store, progress: ShownProgress | None, announce: Announce
-) -> Iterator[OpenedEngine]:
-    train, launch = config.require_train(), config.engine.launch
-    with ExitStack() as stack:
-        vllm = stack.enter_context(_launched(config, launch, progress)) if launch else None
-        if vllm is not None:
-            url = SecretUrl(vllm.url)
-        elif config.gateway.upstream == LOCAL and not config.gateway.engines:
-            raise ConfigError(
-                "engine.kind is vllm, but no server is named: set gateway.upstream to its URL, or engine.launch to "
-                "start one"
+@dataclass(frozen=True, slots=True)
+class _Local:
+    """The engine of this process for `base`, which answers once it is opened."""
+
+    config: Config
+    base: Base
+    app: LateApp
+
+    @contextmanager
+    def opened(self, gateway: str) -> Iterator[tuple[Policy, TrainingEngine]]:
+        """`gateway`: its URL."""
+        with open_engine(self.config, self.base) as (sampling, scheduler, app):
+            self.app.open(app)
+            if self.config.require_train().asynchronous:
+                policy = open_policy(self.config, self.base)
+                yield policy, CopiedEngine(policy, sampling, scheduler)
+            else:
+                yield sampling, scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class _Vllm:
+    """Running vLLM servers with `base`."""
+
+    config: Config
+    base: Base
+    servers: list[UpstreamConfig]
+    check: Callable[[], None] = lambda: None
+    """Raises TrainingError if one has ended for good."""
+
+    @contextmanager
+    def opened(self, gateway: str) -> Iterator[tuple[Policy, TrainingEngine]]:
+        """`gateway`: its URL."""
+        train, launch = self.config.require_train(), self.base.engine.launch
+        with ExitStack() as stack:
+            servers = [stack.enter_context(VllmServer(one.base_url, one.authorization())) for one in self.servers]
+            policy = open_policy(self.config, self.base)
+            engine = VllmEngine(
+                servers,
+                policy,
+                Path(train.output_dir).absolute() / _SERVED,
+                tolerance=self.base.engine.tolerance,
+                route=functools.partial(_route, gateway),
+                pause=functools.partial(_asleep, servers) if launch and launch.sleep else nullcontext,
+                check=self.check,
             )
-        else:
-            url = config.gateway.upstream
-        engines = config.gateway.engines or [UpstreamConfig(url=url)]
-        gateway = config.gateway.model_copy(update={"engines": engines})
-        servers = [stack.enter_context(VllmServer(engine.base_url, engine.authorization())) for engine in engines]
-        server = stack.enter_context(_server(config, gateway, store, None))
-        announce(server)
-        policy = open_policy(config)
-        engine = VllmEngine(
-            servers,
-            policy,
-            Path(train.output_dir).absolute() / _SERVED,
-            tolerance=config.engine.tolerance,
-            route=functools.partial(_route, server.base_url),
-            pause=functools.partial(_asleep, server.base_url, servers) if launch and launch.sleep else nullcontext,
-            check=vllm.check if vllm else lambda: None,
-        )
-        yield policy, engine, server
+            yield policy, engine
 
 
 @contextmanager
-def _launched(config: Config, launch: LaunchConfig, progress: ShownProgress | None) -> Iterator[RunningVllm]:
-    """A vLLM server of the base model, which runs within the context."""
+def _launched(
+    config: Config, base: Base, launch: LaunchConfig, progress: ShownProgress | None
+) -> Iterator[RunningVllm]:
+    """A vLLM server of `base`, which runs within the context."""
     train, port = config.require_train(), launch.port or free_port()
     command = serve_command(
         launch,
-        base_folder(config),
-        base_name(train),
+        base_folder(config, base),
+        base.name,
         port=port,
-        max_model_len=config.engine.max_model_len,
-        ranks=[role.lora_r for role in config.require_roles().values() if role.adapter is None],
+        max_model_len=base.engine.max_model_len,
+        ranks=[role.lora_r for role in base.roles.values() if role.adapter is None],
         versions=(train.max_staleness or 0) + 2,
-        chat_template=train.chat_template,
+        chat_template=base.chat_template,
     )
-    log = Path(train.output_dir).absolute() / "vllm.log"  # An agent may change the current folder.
+    log = Path(train.output_dir).absolute() / f"{base.prefix}vllm.log"  # An agent may change the current folder.
 
     def show(waiting_for: str | None) -> None:
         if progress is not None:
@@ -181,7 +221,7 @@ def _launched(config: Config, launch: LaunchConfig, progress: ShownProgress | No
         yield vllm
 
 
-def _server(config: Config, gateway: GatewayConfig, store: Store, app: ASGIApp | None) -> ServerThread:
+def _server(config: Config, gateway: GatewayConfig, store: Store, apps: Sequence[EngineApp]) -> ServerThread:
     train = config.require_train()
     sampling = {"temperature": train.temperature} | train.sampling.settings()
     overrides = {"train": sampling, "eval": {"temperature": train.eval_temperature}}
@@ -191,7 +231,7 @@ def _server(config: Config, gateway: GatewayConfig, store: Store, app: ASGIApp |
         port=train.port,
         otlp_http_port=train.otlp_http_port,
         tokens=BearerTokens.read(token_of(train) or None, None),
-        upstream=app,
+        upstream=apps,
         gateway=gateway,
         overrides=overrides,
         allowed_hosts=config.server.allowed_hosts,
@@ -216,9 +256,18 @@ def _route(gateway: str, versions: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def _asleep(gateway: str, servers: Sequence[VllmServer]) -> Iterator[None]:
-    """Context in which `servers` hold no memory of the GPU, which the trainer uses; calls are asked to come again."""
+def _paused(gateway: str) -> Iterator[None]:
+    """Context in which no call runs: calls are asked to come again."""
     _control(gateway, "POST", "pause", {"drain_s": _DRAIN_S})
+    try:
+        yield
+    finally:
+        _control(gateway, "POST", "resume", {})
+
+
+@contextmanager
+def _asleep(servers: Sequence[VllmServer]) -> Iterator[None]:
+    """Context in which `servers`, which have no calls, hold no memory of the GPU, which the trainer uses."""
     for server in servers:
         server.sleep()
     try:
@@ -227,7 +276,6 @@ def _asleep(gateway: str, servers: Sequence[VllmServer]) -> Iterator[None]:
         release_memory()
         for server in servers:
             server.wake_up()
-        _control(gateway, "POST", "resume", {})
 
 
 def _control(gateway: str, method: str, path: str, body: Mapping[str, Any]) -> None:

@@ -87,7 +87,7 @@ def load_best(training: Training) -> None:
     checkpoint = load_checkpoint(checkpoint_folder(_best_folder(training), best_of(training).step))
     with training.weights_locked():
         for role, adapter in checkpoint.adapters.items():
-            training.policy.load_adapter(role, adapter, checkpoint.versions[role])
+            training.policies.of(role).load_adapter(role, adapter, checkpoint.versions[role])
 
 
 def prune_best(training: Training) -> None:

@@ -49,13 +49,12 @@ def run_grpo(training: Training, *, from_store: bool = False) -> None:
     groups = stored_groups(training.store, train.traces) if from_store else []
     options = BatchOptions.of(
         training.config,
-        vocabulary_size=len(training.policy.output_weight),
         logprobs_mode=recorded_logprobs_mode(train, engine),
         from_store=from_store,
         represented=statistics.fmean(group.represented for group in groups) if groups else 1.0,
     )
     training.enter(GRPO)
-    training.state.keep_references(training.policy, train)
+    training.state.keep_references(training.policies, train)
     done = training.state.phase_step
     watch = RewardWatch.of(training.store.query_metrics(training.run))
     if done >= train.steps:
@@ -110,7 +109,7 @@ class _GrpoStep:
     def run(self, source: RolloutSource) -> None:
         training, state = self.training, self.training.state
         clock, tokens_before = Stopwatch(), training.tokens_sampled()
-        roles = role_states(training.config, training.policy, self.number, state.baselines)
+        roles = role_states(training.config, training.policies, self.number, state.baselines)
         rollouts = self._draw(source, roles, clock)
         warn_of_shared_seeds(rollouts.trajectories)
         by_default = self.options.reward_weights if self.options.loss.advantage == "gdpo" else {}
@@ -167,12 +166,14 @@ class _GrpoStep:
     def _train(self, rollouts: StepRollouts, rate: float) -> dict[str, StepStats]:
         """Take the optimizer steps, and count them; returns their statistics by adapter."""
         training, state = self.training, self.training.state
-        policy = training.policy
+        policies, stats = training.policies, dict[str, StepStats]()
         state.set_learning_rate(rate)
         with training.weights_locked():
-            stats = train_batch(policy, state.optimizers, rollouts.batch, training.config, state.references)
+            for policy in policies:
+                stats |= train_batch(policy, state.optimizers, rollouts.batch, training.config, state.references)
             updated = {owner for owner, step in stats.items() if not step.was_skipped}
-            state.count_step(policy, rollouts.groups, {role for owner in updated for role in policy.adapters[owner]})
+            sharing = policies.adapters
+            state.count_step(policies, rollouts.groups, {role for owner in updated for role in sharing[owner]})
         for role, credits in rollouts.batch.credits.items():
             baseline, weight = state.baselines.get(role, 0.0), state.baseline_weights.get(role, 0.0)
             state.baselines[role], state.baseline_weights[role] = next_baseline(

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from agl.config import Config, TrainConfig
+from agl.config import Base, Config, TrainConfig
 from agl.errors import ConfigError
 from agl_trainer.compute.devices import device_count
 from agl_trainer.model.base_model import (
@@ -17,36 +17,38 @@ from agl_trainer.model.base_model import (
     load_model,
     use_bfloat16_products,
 )
+from agl_trainer.model.fingerprint import fingerprint
 from agl_trainer.model.model_folder import TINY, model_folder
 from agl_trainer.model.packing_probe import supports_packing
+from agl_trainer.model.policies import Policies
 from agl_trainer.model.policy import Policy
 from agl_trainer.model.tiny import build_tiny_model
 from agl_trainer.rollout.task_list import load_list
 
 
-def open_policy(config: Config, *, samples: bool = False) -> Policy:
-    """The base model with fresh adapters. Raises ConfigError if it cannot be trained or, with `samples`, sampled."""
+def open_policy(config: Config, base: Base, *, samples: bool = False) -> Policy:
+    """`base` with fresh adapters. Raises ConfigError if it cannot be trained or, with `samples`, sampled."""
     train = config.require_train()
     disable_progress_bar()  # it would disturb the progress of the training
     shards = is_sharded(train) and not samples
-    folder = base_folder(config)
+    folder, longest = base_folder(config, base), base.engine.max_model_len
     try:
         model, tokenizer = load_model(folder, on_cpu=shards, in_4bit=train.load_in_4bit)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"train.model {train.model!r}: transformers cannot load {folder}: {error}") from error
-    _set_chat_template(tokenizer, train)
+        raise ConfigError(f"{base.key} {base.path!r}: transformers cannot load {folder}: {error}") from error
+    _set_chat_template(tokenizer, base)
     check_trainable(model)
-    check_lengths(model.config, config.engine.max_model_len)
+    check_lengths(model.config, longest)
     packs = supports_packing(model)
     if samples:
-        check_sampled(model.config, config.engine.max_model_len, packs=packs)
+        check_sampled(model.config, longest, packs=packs)
     if train.bf16:
         use_bfloat16_products(model)
     return Policy(
         model,
         tokenizer,
-        config.agent_roles.roles,
-        base_name=base_name(train),
+        base.roles,
+        base_name=base.name,
         seed=train.seed,
         packs=packs,
         recomputes=train.gradient_checkpointing,
@@ -55,21 +57,17 @@ def open_policy(config: Config, *, samples: bool = False) -> Policy:
     )
 
 
-def base_name(train: TrainConfig) -> str:
-    """Name of the base model for clients: of a hub's model or a folder the last part, without the revision."""
-    return Path(train.model).name.partition("@")[0]
-
-
-def _set_chat_template(tokenizer: PreTrainedTokenizerBase, train: TrainConfig) -> None:
-    if train.chat_template is not None:
+def _set_chat_template(tokenizer: PreTrainedTokenizerBase, base: Base) -> None:
+    if base.chat_template is not None:
         try:
-            tokenizer.chat_template = Path(train.chat_template).read_text(encoding="utf-8")
+            tokenizer.chat_template = Path(base.chat_template).read_text(encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"train.chat_template: cannot read {train.chat_template}: {error.strerror}") from error
+            message = f"{base.template_key}: cannot read {base.chat_template}: {error.strerror}"
+            raise ConfigError(message) from error
     elif tokenizer.chat_template is None:
         raise ConfigError(
-            f"train.model {train.model!r} has no chat template, so no messages can be written for it; set "
-            "train.chat_template to a Jinja file, or choose the instruct version of the model"
+            f"{base.key} {base.path!r} has no chat template, so no messages can be written for it; set "
+            f"{base.template_key} to a Jinja file, or choose the instruct version of the model"
         )
 
 
@@ -78,15 +76,24 @@ def is_sharded(train: TrainConfig) -> bool:
     return train.fsdp and device_count() > 1
 
 
-def base_folder(config: Config) -> Path:
-    """The folder of `train.model`; a tiny model is built if it does not exist. Raises ConfigError."""
+def base_folder(config: Config, base: Base) -> Path:
+    """The folder of `base`; a tiny model is built if it does not exist. Raises ConfigError."""
     train = config.require_train()
-    if train.model != TINY:
-        return model_folder(train.model)
-    folder = Path(train.output_dir) / "model"
+    if base.path != TINY:
+        return model_folder(base.path, base.key)
+    folder = Path(train.output_dir) / f"{base.prefix}model"
     if not folder.exists():
         build_tiny_model(folder, _texts(config, train), train.seed)
     return folder
+
+
+def fingerprints(config: Config, policies: Policies) -> dict[str, str]:
+    """`fingerprint` of each base model. Of several, the names of its parts begin with that of the model."""
+    return {
+        f"{base.prefix}{part}": digest
+        for base, policy in zip(config.bases(), policies, strict=True)
+        for part, digest in fingerprint(base_folder(config, base), policy.tokenizer).items()
+    }
 
 
 def _texts(config: Config, train: TrainConfig) -> Iterator[str]:

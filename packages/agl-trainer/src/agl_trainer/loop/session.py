@@ -1,4 +1,4 @@
-"""Opens the components of a training: store, policy, engine, gateway, collector and runner."""
+"""Opens the components of a training: store, policies, engines, gateway, collector and runner."""
 
 import math
 import os
@@ -16,11 +16,10 @@ from agl.runner.processes import RunnerProcesses
 from agl.runner.runner import Runner
 from agl.server_thread import ServerThread
 from agl.store import Store, opened_store
-from agl_trainer.data.chat import ChatTemplate
-from agl_trainer.loop.engines import serve_policy, token_of
+from agl_trainer.loop.engines import serve_policies, token_of
 from agl_trainer.loop.output_folder import claim_run
 from agl_trainer.loop.policy_setup import open_policy
-from agl_trainer.model.policy import Policy
+from agl_trainer.model.policies import Policies
 from agl_trainer.rollout.queued_runner import QueuedRunner
 from agl_trainer.rollout.serving import RolloutRunner, Serving, ShownProgress
 
@@ -30,8 +29,7 @@ class Session:
     """The components of an open training."""
 
     store: Store
-    policy: Policy
-    template: ChatTemplate
+    policies: Policies
     serving: Serving | None = None
     """None: it trains on rollouts of the store only."""
     page_url: str | None = None
@@ -50,8 +48,8 @@ def open_session(
     train = config.require_train()
     with ExitStack() as stack:
         store = stack.enter_context(opened_store(config.store_uri))
-        policy, engine, server = stack.enter_context(
-            serve_policy(config, store, progress, lambda server: announce(store, _page(server)))
+        policies, engine, server = stack.enter_context(
+            serve_policies(config, store, progress, lambda server: announce(store, _page(server)))
         )
         addresses = Addresses(server.base_url, server.otlp_url, token_of(train))
         stack.enter_context(_environment(addresses.variables()))
@@ -59,7 +57,7 @@ def open_session(
         stack.callback(agl.shutdown)
         opened = _runners(config, store, addresses) if train.runners else _threads(config, store, addresses)
         runner = stack.enter_context(opened)
-        yield Session(store, policy, ChatTemplate(policy.tokenizer), Serving(engine, runner), _page(server))
+        yield Session(store, policies, Serving(engine, runner), _page(server))
 
 
 def _page(server: ServerThread) -> str:
@@ -112,10 +110,9 @@ def _runners(config: Config, store: Store, addresses: Addresses) -> Iterator[Rol
 
 @contextmanager
 def open_store_session(config: Config) -> Iterator[Session]:
-    """Open store and policy only, for training on rollouts of the store. Raises AglError."""
+    """Open store and policies only, for training on rollouts of the store. Raises AglError."""
     with opened_store(config.store_uri) as store:
-        policy = open_policy(config)
-        yield Session(store, policy, ChatTemplate(policy.tokenizer))
+        yield Session(store, Policies([open_policy(config, base) for base in config.bases()]))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from agl.trajectory import DropReason
 from agl_trainer.algo.batch import CallOutcome
 from agl_trainer.algo.sft_loss import sft_loss
 from agl_trainer.compute.optimizer_step import StepStats, optimizer_step
+from agl_trainer.data.chat import ChatTemplate
 from agl_trainer.data.sft_examples import (
     SftExample,
     TraceLimits,
@@ -80,10 +81,15 @@ class SftPhase:
         training, config = self.training, self.config
         if config.traces is None:
             given = load_list(config.examples, "sft.examples")
-            valid = check_examples(given, training.policy.roles, config.examples or "")
-            return examples_from_config(training.session.template, valid), []
-        vocabulary_size = len(training.policy.output_weight)
-        limits = TraceLimits(training.config.agent_roles.roles, training.config.engine.max_model_len, vocabulary_size)
+            valid = check_examples(given, training.policies.roles, config.examples or "")
+            templates = {role: ChatTemplate(training.policies.of(role).tokenizer) for role in training.policies.roles}
+            return examples_from_config(templates, valid), []
+        roles = training.config.agent_roles
+        limits = {
+            role: TraceLimits(base.engine.max_model_len, len(policy.output_weight), roles.owner_of(role).frozen)
+            for base, policy in zip(training.config.bases(), training.policies, strict=True)
+            for role in policy.roles
+        }
         examples, dropped = examples_from_traces(read_traces(training.store, config.traces), config.traces, limits)
         if not examples:
             raise TrainingError(
@@ -96,9 +102,10 @@ class SftPhase:
         training, role, rows = self.training, batch[0].role, sft_rows(batch)
         training.state.set_learning_rate(rate)
         with training.weights_locked():
-            owner, sharing = next(item for item in training.policy.adapters.items() if role in item[1])
+            policy = training.policies.of(role)
+            owner, sharing = next(item for item in policy.adapters.items() if role in item[1])
             stats = optimizer_step(
-                training.policy,
+                policy,
                 owner,
                 training.state.optimizers[owner],
                 rows,
@@ -106,7 +113,7 @@ class SftPhase:
                 pack_tokens=training.train.pack_tokens,
                 max_grad_norm=training.train.max_grad_norm,
             )
-            training.state.count_step(training.policy, len(batch), set() if stats.was_skipped else set(sharing))
+            training.state.count_step(training.policies, len(batch), set() if stats.was_skipped else set(sharing))
         metrics = {f"sft/{role}/{name}": value for name, value in stats.metrics.items()}
         metrics["sft/learning_rate"] = rate
         if self.config.traces is not None:

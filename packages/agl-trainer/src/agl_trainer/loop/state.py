@@ -10,7 +10,7 @@ from agl.errors import TrainingError
 from agl_trainer.loop import rng
 from agl_trainer.loop.checkpoint import Checkpoint
 from agl_trainer.model.adapter_files import Tensors, contiguous_copies
-from agl_trainer.model.policy import Policy
+from agl_trainer.model.policies import Policies
 
 SFT, GRPO = "sft", "grpo"
 """Phases of a training."""
@@ -60,14 +60,14 @@ class TrainingState:
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
     """Owner of an adapter to the adapter's optimizer."""
 
-    def enter(self, phase: str, policy: Policy, train: TrainConfig) -> None:
+    def enter(self, phase: str, policies: Policies, train: TrainConfig) -> None:
         """Begin `phase`, or continue in it."""
         if self.phase != phase:
             self.phase, self.position, self.phase_step, self.best, self.optimizers = phase, 0, 0, None, {}
             self.epoch_size, self.open_groups, self.empty_steps = 0, [], 0
-        for owner in policy.adapters:
+        for owner in policies.adapters:
             if owner not in self.optimizers:
-                self.optimizers[owner] = _new_optimizer(policy, owner)
+                self.optimizers[owner] = _new_optimizer(policies, owner)
             for group in self.optimizers[owner].param_groups:
                 group["weight_decay"], group["betas"] = train.weight_decay, (train.adam_beta1, train.adam_beta2)
 
@@ -77,7 +77,7 @@ class TrainingState:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
 
-    def keep_references(self, policy: Policy, loss: PolicyLossConfig) -> None:
+    def keep_references(self, policies: Policies, loss: PolicyLossConfig) -> None:
         """Copy the adapters as GRPO begins if they are the reference of its KL term.
 
         Raises TrainingError if GRPO began without it.
@@ -85,8 +85,9 @@ class TrainingState:
         if loss.beta == 0 or loss.reference == "base":
             self.references = None
         elif self.phase_step == 0:
-            trained = [owner for owner in policy.adapters if policy.versions[owner] > 0]
-            self.references = {owner: contiguous_copies(policy.adapter(owner)) for owner in trained}
+            versions = policies.versions
+            trained = [owner for owner in policies.adapters if versions[owner] > 0]
+            self.references = {owner: contiguous_copies(policies.of(owner).adapter(owner)) for owner in trained}
         elif self.references is None:
             raise TrainingError(
                 f"train.beta is {loss.beta:g} and train.reference start, but the checkpoint has no copy of the "
@@ -94,16 +95,16 @@ class TrainingState:
                 "train.beta: 0, or another train.output_dir"
             )
 
-    def count_step(self, policy: Policy, drawn: int, updated: set[str]) -> None:
+    def count_step(self, policies: Policies, drawn: int, updated: set[str]) -> None:
         """Count a step that drew `drawn` tasks or examples and updated the roles `updated`."""
         self.step += 1
         self.phase_step += 1
         self.position += drawn
         for role in updated:
-            policy.versions[role] += 1
+            policies.of(role).versions[role] += 1
 
-    def to_checkpoint(self, policy: Policy, config: Config, base: Mapping[str, str]) -> Checkpoint:
-        """`base`: fingerprint of the base model."""
+    def to_checkpoint(self, policies: Policies, config: Config, base: Mapping[str, str]) -> Checkpoint:
+        """`base`: fingerprints of the base models."""
         return Checkpoint(
             step=self.step,
             phase=self.phase,
@@ -116,36 +117,36 @@ class TrainingState:
             baseline_weights=self.baseline_weights,
             best=asdict(self.best) if self.best else None,
             references=self.references,
-            versions=dict(policy.versions),
-            adapters={role: policy.adapter(role) for role in policy.roles},
-            adapter_configs={role: policy.adapter_config(role) for role in policy.roles},
+            versions=policies.versions,
+            adapters={role: policies.of(role).adapter(role) for role in policies.roles},
+            adapter_configs={role: policies.of(role).adapter_config(role) for role in policies.roles},
             optimizers={owner: optimizer.state_dict() for owner, optimizer in self.optimizers.items()},
             config=config.to_yaml(),
             base=base,
         )
 
 
-def restore(checkpoint: Checkpoint, policy: Policy) -> TrainingState:
+def restore(checkpoint: Checkpoint, policies: Policies) -> TrainingState:
     """The state in `checkpoint`; also restores adapters and random number generators.
 
     Roles that the checkpoint lacks keep their fresh adapters. Raises TrainingError if an adapter does not fit.
     """
-    for role in policy.roles:
+    for role in policies.roles:
         if role in checkpoint.adapters:
-            policy.load_adapter(role, checkpoint.adapters[role], checkpoint.versions[role])
+            policies.of(role).load_adapter(role, checkpoint.adapters[role], checkpoint.versions[role])
     state = TrainingState(checkpoint.step, checkpoint.phase, checkpoint.position, checkpoint.phase_step)
     state.epoch_size, state.open_groups = checkpoint.epoch_size, list(checkpoint.open_groups)
     state.empty_steps = checkpoint.empty_steps
     state.baselines, state.baseline_weights = dict(checkpoint.baselines), dict(checkpoint.baseline_weights)
     state.best = Best(**checkpoint.best) if checkpoint.best else None
     state.references = None if checkpoint.references is None else dict(checkpoint.references)
-    for owner in policy.adapters:
+    for owner in policies.adapters:
         if owner in checkpoint.optimizers:
-            state.optimizers[owner] = _new_optimizer(policy, owner)
+            state.optimizers[owner] = _new_optimizer(policies, owner)
             state.optimizers[owner].load_state_dict(checkpoint.optimizers[owner])
     rng.restore(checkpoint.rng)
     return state
 
 
-def _new_optimizer(policy: Policy, owner: str) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(policy.parameters(owner))
+def _new_optimizer(policies: Policies, owner: str) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(policies.of(owner).parameters(owner))

@@ -36,6 +36,7 @@ class Trainer:
         self._accepts_changes = accept_changes
         self.train = config.require_train()
         config.require_roles()
+        self.bases = config.bases()
         self.folder = Path(self.train.output_dir).absolute()  # An agent may change the current folder.
         self._opened: Training | None = None
 
@@ -61,8 +62,9 @@ class Trainer:
             shows_cpu_share(progress),
             ExitStack() as stack,
         ):
-            loading, phase = stack.enter_context(ExitStack()), progress.phase(f"loading {self.train.model}")
-            announces_first = samples and self.config.engine.launch is None
+            models = ", ".join(base.path for base in self.bases)
+            loading, phase = stack.enter_context(ExitStack()), progress.phase(f"loading {models}")
+            announces_first = samples and not any(base.engine.launch for base in self.bases)
             if not announces_first:  # There is no page, or only once vLLM has loaded the model.
                 loading.enter_context(phase)
 
@@ -96,7 +98,8 @@ class Trainer:
     def _lock(self, trains: bool) -> AbstractContextManager[None]:
         if trains:
             return locked(self.folder)
-        return locked(self.folder, "an evaluation") if self.config.engine.kind == "vllm" else nullcontext()
+        has_servers = any(base.engine.kind == "vllm" for base in self.bases)
+        return locked(self.folder, "an evaluation") if has_servers else nullcontext()
 
     @property
     def run(self) -> str:
@@ -111,7 +114,7 @@ class Trainer:
 
     @property
     def session(self) -> Session:
-        """Store, policy and engine of the open training."""
+        """Store, policies and engine of the open training."""
         return self._training.session
 
     def fit(self, *, from_store: bool = False) -> None:

@@ -8,18 +8,17 @@ from transformers import PreTrainedTokenizerFast
 
 from agl.config import Config
 from agl.errors import TrainingError
-from agl.inspection.token_text import TOKENIZER
+from agl.inspection.token_text import tokenizer_file
 from agl.page.runs import RunState
 from agl.store import Resource
 from agl_trainer.loop.call_log import CallLog
 from agl_trainer.loop.changes import ANY, Change, changes_since, listed
 from agl_trainer.loop.checkpoint import Checkpoint, load_latest, prune, save_checkpoint
 from agl_trainer.loop.output_folder import adapter_name, claim_run, set_state
-from agl_trainer.loop.policy_setup import base_folder
+from agl_trainer.loop.policy_setup import fingerprints
 from agl_trainer.loop.session import Session
 from agl_trainer.loop.state import TrainingState, restore
 from agl_trainer.model.adapter_files import save_adapter
-from agl_trainer.model.fingerprint import fingerprint
 from agl_trainer.report.metrics import MetricsLog
 from agl_trainer.report.progress import Progress
 from agl_trainer.report.trackers import open_trackers
@@ -42,17 +41,16 @@ class Training:
         self.config = config
         self.train = config.require_train()
         self.session = session
-        self.policy = session.policy
+        self.policies = session.policies
         self.store = session.store
         self.progress = progress
         self.folder = Path(self.train.output_dir).absolute()  # An agent may change the current folder.
         self.run = claim_run(self.folder, self.store)
-        if isinstance(tokenizer := session.policy.tokenizer, PreTrainedTokenizerFast):
-            tokenizer.backend_tokenizer.save(str(self.folder / TOKENIZER))  # The page shows the texts of tokens.
+        self._keep_tokenizers()
         self._trains = trains
         self.state = TrainingState()
-        self.base = fingerprint(base_folder(config), session.policy.tokenizer)
-        """Fingerprint of the base model."""
+        self.base = fingerprints(config, session.policies)
+        """Fingerprints of the base models."""
         self._accepts_changes = accepts_changes
         self._changes: list[Change] = []
         """Changes that the phase of the checkpoint does not accept."""
@@ -62,6 +60,13 @@ class Training:
         self._rollouts = (
             Rollouts(self.store, serving, progress, self.run, self.train.engine_retries) if serving else None
         )
+
+    def _keep_tokenizers(self) -> None:
+        """The page shows the texts of tokens."""
+        for base, policy in zip(self.config.bases(), self.policies, strict=True):
+            if isinstance(policy.tokenizer, PreTrainedTokenizerFast):
+                for role in base.roles if base.is_one_of else (None,):
+                    policy.tokenizer.backend_tokenizer.save(str(self.folder / tokenizer_file(role)))
 
     @property
     def rollouts(self) -> Rollouts:
@@ -85,7 +90,7 @@ class Training:
             return
         changes = changes_since(checkpoint, self.config, self.base)
         self._refuse([change for change in changes if change.fixed_in == ANY])
-        self.state = restore(checkpoint, self.policy)
+        self.state = restore(checkpoint, self.policies)
         self._changes = [change for change in changes if change.fixed_in == self.state.phase]
         applied = [change for change in changes if self._accepts_changes or change not in self._changes]
         if applied:
@@ -111,7 +116,7 @@ class Training:
         if self._metrics is None:
             self._metrics = self._open_metrics()
         self.forget_prompts()
-        self.state.enter(phase, self.policy, self.train)
+        self.state.enter(phase, self.policies, self.train)
 
     def count_items(self, key: str, count: int) -> None:
         """Remember that an epoch has `count` items, which `key` names. Raises TrainingError if it had another number.
@@ -132,7 +137,7 @@ class Training:
     def weights_locked(self) -> Iterator[None]:
         """Context in which weights may change: the engine does not sample, and forgets its cached prompts."""
         serving = self.session.serving
-        with serving.engine.paused() if serving else nullcontext(), self.policy.lock:
+        with serving.engine.paused() if serving else nullcontext(), self.policies.locked():
             yield
 
     def forget_prompts(self) -> None:
@@ -159,19 +164,20 @@ class Training:
 
     def checkpoint(self) -> Checkpoint:
         """The current state."""
-        return self.state.to_checkpoint(self.policy, self.config, self.base)
+        return self.state.to_checkpoint(self.policies, self.config, self.base)
 
     def publish(self) -> None:
         """Write each adapter that a step trained to `adapters/<role>@<n>`, register it in the store, and serve it."""
-        untrained = [role for role in self.policy.roles if self.policy.versions[role] == 0]
+        versions = self.policies.versions
+        untrained = [role for role, version in versions.items() if version == 0]
         if untrained:
             self.progress.note(f"no adapter is published of {', '.join(untrained)}: no step trained it")
         (self.folder / "adapters").mkdir(exist_ok=True)
-        for role in (role for role in self.policy.roles if role not in untrained):
-            folder = self.folder / "adapters" / self.policy.version_name(role)
-            save_adapter(folder, self.policy.adapter(role), self.policy.adapter_config(role))
-            name = adapter_name(self.run, role)
-            self.store.put_resource(Resource(name, self.policy.versions[role], str(folder.resolve())))
+        for role in (role for role in versions if role not in untrained):
+            policy = self.policies.of(role)
+            folder = self.folder / "adapters" / policy.version_name(role)
+            save_adapter(folder, policy.adapter(role), policy.adapter_config(role))
+            self.store.put_resource(Resource(adapter_name(self.run, role), versions[role], str(folder.resolve())))
         if self.session.serving is not None:
             self.session.serving.engine.make_live()
 

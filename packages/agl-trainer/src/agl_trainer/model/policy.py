@@ -165,7 +165,7 @@ class Policy:
             name = next(name for name in expected | got if got.get(name) != expected.get(name))
             raise TrainingError(
                 f"the saved adapter of role {role!r} does not fit: {name} is {got.get(name, 'missing')}, expected "
-                f"{expected.get(name, 'no such tensor')}; was it trained with another lora_r or train.model?"
+                f"{expected.get(name, 'no such tensor')}; was it trained with another lora_r or base model?"
             )
         set_peft_model_state_dict(self._peft, dict(adapter), adapter_name=self._owner[role])
         self.versions[role] = version
@@ -248,7 +248,7 @@ def _with_adapters(model: PreTrainedModel, roles: Mapping[str, RoleConfig], seed
                 peft.add_adapter(role, other)
         except ValueError as error:
             raise ConfigError(
-                f"train.model: PEFT cannot add these adapters to a {model.config.model_type} model; name other layers "
+                f"PEFT cannot add these adapters to a {model.config.model_type} model; name other layers "
                 f"in lora_target_modules of the roles, or choose another model: {error}"
             ) from error
     for name, parameter in peft.named_parameters():
