@@ -162,7 +162,7 @@ def check_page(trainer: Trainer, store: Store, page: httpx.Response, printed: st
 
 def check_step(store: Store, step: int, version: int, metrics: dict[str, float]) -> int:
     """The previous version sampled each call of the step, and each has an outcome; returns the new version."""
-    trained = 0
+    trained, ratios = 0, list[float]()
     for name in rollout_names(range(step, step + 1), rollouts=8):
         made = trajectory_of(store, name)
         assert (made.mode, made.group_id) == ("train", name.rpartition("-")[0])
@@ -173,7 +173,10 @@ def check_step(store: Store, step: int, version: int, metrics: dict[str, float])
         assert word.step == step
         assert (word.advantage is None) == (word.reason == DropReason.ZERO_ADVANTAGE)
         trained += word.reason is None
+        ratios += word.ratios
     assert trained == metrics["calls/trained"]
+    bounds = [metrics[f"solver/ratio_{bound}"] for bound in ("min", "max")]
+    assert [min(ratios), max(ratios)] == pytest.approx(bounds, rel=1e-6)
     assert 32 - trained == metrics.get("calls/dropped/zero_advantage", 0)
     return version + bool(trained)
 

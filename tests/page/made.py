@@ -47,7 +47,8 @@ def fill(store: Store, folder: Path) -> None:
         call = build_trajectory(spans).calls[0]
         is_trained = name == "trained"
         advantage, reason = (0.75, None) if is_trained else (None, DropReason.ZERO_ADVANTAGE)
-        store.append_spans([*spans, trained_span(call, 3, advantage, reason, weight=0.5, run="toy")])
+        ratios = (0.75, 1.25) if is_trained else ()
+        store.append_spans([*spans, trained_span(call, 3, advantage, reason, weight=0.5, run="toy", ratios=ratios)])
     store.append_spans(drifted("drifted"))
     _add_metrics(store)
     store.append_spans(evil())

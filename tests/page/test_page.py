@@ -87,12 +87,18 @@ def test_a_rollout_shows_its_messages_and_its_tokens(page: Page, url: str) -> No
     assert page.locator(".facts").inner_text().replace("\n", " ").startswith("Reward 1 goal 1 Mode train Run toy")
     call = page.locator("article", has_text="SELECT 1")
     expect(call.locator(".said.answer .text")).to_have_text("SELECT 1")
-    expect(call.locator(".notes")).to_contain_text("trained in step 3, advantage +0.75, weight 0.5")
+    expect(call.locator(".notes")).to_contain_text("trained in step 3, advantage +0.75, weight 0.5, ratio 0.75 to 1.25")
     call.locator("summary").focus()
     page.keyboard.press("Enter")
     expect(call.locator(".stream .up")).to_have_count(2)
     assert call.locator(".stream .u").all_inner_texts() == ["count", " the", " orders"]
-    expect(call.locator(".stream .up").first).to_have_attribute("title", "id 3, logprob \u22120.5")
+    expect(call.locator(".stream .up").first).to_have_attribute("title", "id 3, logprob \u22120.5, ratio 0.75")
+    assert [call.locator(f".stream .{name}").all_inner_texts() for name in ("less", "more")] == [[" SELECT"], [" 1"]]
+    expect(call.locator(".legend")).to_contain_text("ratio of the new to the old policy: over 1.2 under 0.8")
+    call.get_by_text("The answer's tokens as a table").click()
+    rows = call.locator("tbody tr")
+    expect(rows).to_have_count(2)
+    assert rows.nth(1).inner_text().split("\t") == ["2", '" 1"', "4", "0.607", "\u22120.5", "1.25", "+0.75"]
     page.goto(f"{url}/rollouts/view?id=equal")
     expect(page.locator("article .tag.warn")).to_have_text("zero_advantage")
     page.locator("summary").click()
@@ -306,9 +312,12 @@ def test_every_page_fits_its_window_and_can_be_used_by_everyone(
     page.set_viewport_size({"width": width, "height": 900})
     for name, path in PATHS.items():
         page.goto(url + path)
-        for summary in page.locator("summary").all():
+        for summary in page.locator("details:not(.as-table) > summary").all():
             summary.click()
         expect(page.locator(".tokenbox")).to_have_count(page.locator("details.tokens").count())
+        for summary in page.locator("details.as-table summary").all():
+            summary.click()
+        expect(page.locator("details.as-table table")).to_have_count(page.locator("details.as-table").count())
         if name == "run":
             expect(page.locator(".charts canvas").first).to_be_visible()
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name

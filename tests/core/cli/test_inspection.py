@@ -66,13 +66,13 @@ def test_a_call_shows_in_which_step_it_trained_or_why_not() -> None:
     spans = team()
     planner, executor, _ = build_trajectory(spans).calls
     spans += [
-        trained_span(planner, 12, 0.8, weight=1 / 64),
+        trained_span(planner, 12, 0.8, weight=1 / 64, ratios=(0.75, 1.25)),
         trained_span(executor, 12, None, DropReason.ZERO_ADVANTAGE),
         trained_span(executor, 13, -1.25),
     ]
     notes = [line.split("  ")[-1] for line in lines_of(spans) if "agl.gateway.call" in line]
     assert notes == [
-        "row 1, trained in step 12, advantage +0.80, weight 0.016",
+        "row 1, trained in step 12, advantage +0.80, weight 0.016, ratio 0.75 to 1.25",
         "row 2, not trained in step 12: zero_advantage, trained in step 13, advantage -1.25",
     ]
     assert lines_of(spans)[2] == (
@@ -82,7 +82,7 @@ def test_a_call_shows_in_which_step_it_trained_or_why_not() -> None:
     assert inspection.outcomes == {"trained": 1, "zero_advantage": 1, "no_ids": 1}
     assert inspection.to_json()["ends"] == dict(inspection.outcomes)
     assert inspection.to_json()["calls"][0]["trained"] == [
-        {"step": 12, "advantage": 0.8, "reason": None, "weight": 1 / 64, "run": None}
+        {"step": 12, "advantage": 0.8, "reason": None, "weight": 1 / 64, "run": None, "ratios": (0.75, 1.25)}
     ]
     assert Inspection(team()).outcomes == {"pending": 2, "no_ids": 1}
 

@@ -1,6 +1,8 @@
 """Rows and drops of a rollout."""
 
+import math
 import random
+import struct
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -366,6 +368,21 @@ def test_a_repeated_step_has_the_same_span_id() -> None:
     ids = [trained_span(call, step, 0.1).span_id for step in (1, 1, 2)]
     assert ids[0] == ids[1] != ids[2]
     assert len(ids[2]) == 16
+
+
+def test_ratios_are_read_back_and_take_a_bounded_number_of_bytes() -> None:
+    (call,) = build_trajectory([gateway_call()]).calls
+    long, alike = [1.0 + place % 7 / 8 for place in range(20_000)], [1.5] * 20_000
+    for recorded, size, ends in ((long, 65_536, (1.0, None)), (alike, 4, (1.5, 1.5)), ([0.75, 1.25], 8, (0.75, None))):
+        record = trained_span(call, 1, 0.5, ratios=recorded)
+        packed = record.attributes[semconv.TRAINED_RATIOS]
+        assert isinstance(packed, bytes) and len(packed) == size
+        (word,) = collect_trained([record])[call.span_id]
+        assert (word.ratio_of(0), word.ratio_of(19_999)) == ends
+        assert [word.ratio_of(place) for place in range(2)] == recorded[:2]
+    for broken in (b"123", struct.pack("<f", math.nan), "1.0"):
+        damaged = replace(record, attributes={**record.attributes, semconv.TRAINED_RATIOS: broken})
+        assert collect_trained([damaged])[call.span_id][0].ratio_of(0) is None
 
 
 # --- Property -------------------------------------------------------------------------------------------------------

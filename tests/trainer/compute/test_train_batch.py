@@ -15,7 +15,7 @@ from agl_trainer.compute.train_batch import role_states, train_batch
 from agl_trainer.model.policies import Policies
 from agl_trainer.model.policy import Policy
 from tests.trainer.rollout_maker import call, reward_on, trajectory
-from tests.trainer.small_model import small_policy
+from tests.trainer.small_model import plain_logits, plain_model, small_model, small_policy
 
 TRAIN = {"model": "tiny", "agent": "a:b", "tasks": "a:b"}
 
@@ -94,6 +94,33 @@ def test_calls_of_a_step_that_was_not_taken_are_counted_so() -> None:
     assert batch.dropped() == {DropReason.SKIPPED_STEP: 4}
     assert {outcome.call.role for outcome in batch.outcomes if outcome.reason is None} == {"writer"}
     assert sum(batch.dropped().values()) + 4 == len(batch.outcomes) == 8
+
+
+def test_the_ratio_of_each_token_is_recorded_as_the_loss_had_it() -> None:
+    """exp(logprob + 0.5): -0.5 was recorded for each token. The second step has the policy after the first."""
+    config = config_of({"writer": {"lora_r": 2}}, minibatches=2)
+    policy = small_policy(roles=config.agent_roles.roles)
+    trained = {one.call.rollout_id: one for one in step(config, policy, rewards=(1.0, 0.0) * 2).outcomes if one.ratios}
+    assert list(trained) == ["r0", "r1", "r2", "r3"]
+    before = small_policy(roles=config.agent_roles.roles)
+    for index in range(4):
+        if index == 2:
+            step(config, before)
+        ids = [1, 2, 10 + index, 11]
+        with torch.no_grad():
+            logprobs = plain_logits(plain_model(before, "writer", small_model()), ids).log_softmax(-1)
+        expected = [(logprobs[place - 1, ids[place]] + 0.5).exp().item() for place in (2, 3)]
+        assert trained[f"r{index}"].ratios == pytest.approx(expected, rel=1e-4)
+    sequences = step(config_of({"writer": {"lora_r": 2}}, importance_sampling_level="sequence"), before)
+    assert all(len(one.ratios) == 2 == 1 + len(set(one.ratios)) for one in sequences.outcomes if one.reason is None)
+
+
+def test_the_ratio_to_the_policy_before_the_training_step_is_exactly_one_until_it_moves() -> None:
+    config = config_of({"writer": {"lora_r": 2}}, minibatches=2, importance_sampling_mode="token_truncate")
+    batch = step(config, small_policy(roles=config.agent_roles.roles), rewards=(1.0, 0.0) * 2)
+    ratios = [list(one.ratios) for one in batch.outcomes if one.reason is None]
+    assert ratios[:2] == [[1.0, 1.0]] * 2
+    assert all(0.0 < abs(ratio - 1) < 0.5 for of_call in ratios[2:] for ratio in of_call)
 
 
 def test_the_configuration_reaches_the_loss() -> None:

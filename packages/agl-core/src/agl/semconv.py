@@ -209,6 +209,9 @@ TRAINED_ADVANTAGE: Final = "agl.trained.advantage"
 """float: advantage of the call's tokens. Absent if the call did not train."""
 TRAINED_WEIGHT: Final = "agl.trained.weight"
 """float: factor on the loss of each of the call's tokens. Absent if the call did not train."""
+TRAINED_RATIOS: Final = "agl.trained.ratios"
+"""bytes: importance ratio of each of the call's tokens as the loss had it, before any clip; packed as float32, at most
+16,384. A single value stands for all tokens. Absent if the call did not train, or the loss has no ratio."""
 TRAINED_REASON: Final = "agl.trained.reason"
 """str: why the call did not train."""
 

@@ -101,4 +101,6 @@ def _format_step(trained: Trained, *, names_run: bool) -> str:
     if trained.advantage is None:
         return f"not trained in {step}: {trained.reason or 'no reason given'}"
     weight = f", weight {trained.weight:.2g}" if trained.weight is not None else ""
-    return f"trained in {step}, advantage {trained.advantage:+.2f}{weight}"
+    low, high = (f"{bound(trained.ratios, default=1.0):.3g}" for bound in (min, max))
+    ratio = f", ratio {low}" + (f" to {high}" if high != low else "") if trained.ratios else ""
+    return f"trained in {step}, advantage {trained.advantage:+.2f}{weight}{ratio}"

@@ -87,7 +87,13 @@ def brief(value: Any) -> str:
     return text if len(text) <= _MAX_BRIEF else f"{text[:_MAX_BRIEF]}…"
 
 
+def literal(text: str) -> str:
+    """`text` in quotes, with an escape for each line break and the like."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 FILTERS: Final = {
+    "literal": literal,
     "cut": cut,
     "pretty": pretty,
     "brief": brief,

@@ -191,7 +191,8 @@ class Page:
 
     def _call_tokens(self, request: Request) -> Response:
         tokens = token_view(self._store(request), _required(request, "id"), _required(request, "call"))
-        return self._show("tokens.html", request, tokens=tokens)
+        template = "token_table.html" if request.query_params.get("as") == "table" else "tokens.html"
+        return self._show(template, request, tokens=tokens)
 
     def _text(self, request: Request) -> Response:
         number = _required(request, "number")

@@ -1,7 +1,8 @@
-"""Token ids and logprobs as packed bytes: one OTLP value instead of hundreds.
+"""Token ids, logprobs and importance ratios as packed bytes: one OTLP value instead of hundreds.
 
-Packed form: little-endian int32 (ids) or float32 (logprobs). Unpacking also accepts other tools' plain number arrays.
-Every function raises ValueError, and nothing else, for values that are no token ids or no logprobs.
+Packed form: little-endian int32 (ids) or float32 (logprobs, ratios). Unpacking ids and logprobs also accepts other
+tools' plain number arrays.
+Every function raises ValueError, and nothing else, for values that are not such numbers.
 """
 
 import math
@@ -12,6 +13,8 @@ from typing import Final, Literal
 
 ID_BYTES: Final = 4
 LARGEST_ID: Final = 2**31 - 1
+MAX_RATIOS: Final = 2**14
+"""Most tokens whose ratios are packed: 64 KiB."""
 _ROUNDING: Final = 1e-3
 """Most by which rounding may lift the logprob of a certain token above 0. Anything larger is a logit."""
 
@@ -65,6 +68,19 @@ def unpack_logprobs(value: bytes | Sequence[float]) -> list[float]:
     if isinstance(value, bytes):
         return _unpack("f", value).tolist()
     return _array("d", value, "logprobs").tolist()
+
+
+def pack_ratios(ratios: Sequence[float]) -> bytes:
+    """float32 little-endian bytes of the first `MAX_RATIOS`; a single value if all are equal."""
+    items = _array("f", ratios[:MAX_RATIOS], "ratios")
+    return _little_endian(items[:1] if len(set(items)) == 1 else items).tobytes()
+
+
+def unpack_ratios(value: bytes) -> list[float]:
+    ratios = _unpack("f", value).tolist()
+    if not all(map(math.isfinite, ratios)):
+        raise ValueError("a ratio is not finite")
+    return ratios
 
 
 def _array(typecode: Literal["i", "f", "d"], items: Iterable[float], what: str) -> array:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from agl import semconv
 from agl.span import AttributeValue, Span, now_ns
+from agl.tokens.packing import pack_ratios, unpack_ratios
 from agl.trajectory.attributes import read_number
 from agl.trajectory.call import Call
 from agl.trajectory.drop import DropReason
@@ -24,6 +25,13 @@ class Trained:
     """Factor on the loss of each of its tokens."""
     run: str | None = None
     """Name of the training run."""
+    ratios: tuple[float, ...] = ()
+    """Importance ratios of its tokens; a single one is that of all. Empty: none was recorded."""
+
+    def ratio_of(self, place: int) -> float | None:
+        """Importance ratio of the token at `place` of the response; None: not recorded."""
+        place = 0 if len(self.ratios) == 1 else place
+        return self.ratios[place] if place < len(self.ratios) else None
 
 
 def trained_span(
@@ -34,10 +42,12 @@ def trained_span(
     *,
     weight: float | None = None,
     run: str = "",
+    ratios: Sequence[float] = (),
 ) -> Span:
     """A span that records that `call` trained in `step` of `run` with `advantage` and `weight`, or why it did not.
 
-    The span id depends on call, run and step, so a resumed run that repeats a step records nothing twice.
+    `ratios` are the importance ratios of its tokens. The span id depends on call, run and step, so a resumed run that
+    repeats a step records nothing twice.
     """
     facts: dict[str, AttributeValue | None] = {
         semconv.ROLLOUT_ID: call.rollout_id,
@@ -48,6 +58,7 @@ def trained_span(
         semconv.TRAINED_ADVANTAGE: advantage,
         semconv.TRAINED_WEIGHT: weight,
         semconv.TRAINED_RUN: run or None,
+        semconv.TRAINED_RATIOS: pack_ratios(ratios) if ratios else None,
         semconv.TRAINED_REASON: reason and reason.value,
     }
     attributes = {name: value for name, value in facts.items() if value is not None}
@@ -85,4 +96,13 @@ def _read(span: Span) -> tuple[str, Trained] | None:
         return None
     advantage, weight = (read_number(span, name) for name in (semconv.TRAINED_ADVANTAGE, semconv.TRAINED_WEIGHT))
     reason, run = span.text(semconv.TRAINED_REASON), span.text(semconv.TRAINED_RUN)
-    return call_id, Trained(int(step), advantage, reason, weight, run)
+    return call_id, Trained(int(step), advantage, reason, weight, run, _ratios(span))
+
+
+def _ratios(span: Span) -> tuple[float, ...]:
+    """The ratios that `span` recorded; empty if there are none, or if these are no ratios."""
+    packed = span.attributes.get(semconv.TRAINED_RATIOS)
+    try:
+        return tuple(unpack_ratios(packed)) if isinstance(packed, bytes) else ()
+    except ValueError:
+        return ()

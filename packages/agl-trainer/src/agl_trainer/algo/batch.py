@@ -1,7 +1,7 @@
 """The batch of a training step: rows to train on, and an outcome for every call of its rollouts."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from agl.trajectory import Call, DropReason
@@ -18,6 +18,8 @@ class CallOutcome:
     minibatch: int = 0
     weight: float | None = None
     """Factor on the loss of each of its tokens."""
+    ratios: Sequence[float] = ()
+    """Importance ratio of each of its tokens in the optimizer step, if it had one."""
 
 
 @dataclass(slots=True)
@@ -50,6 +52,15 @@ class GrpoBatch:
         self.outcomes = [
             replace(outcome, advantage=None, weight=None, reason=DropReason.SKIPPED_STEP)
             if outcome.reason is None and outcome.minibatch == minibatch and outcome.call.role in roles
+            else outcome
+            for outcome in self.outcomes
+        ]
+
+    def add_ratios(self, ratios: Mapping[str, Sequence[float]]) -> None:
+        """Add the importance ratios of an optimizer step, which are by span id, to the calls that it trained."""
+        self.outcomes = [
+            replace(outcome, ratios=ratios[outcome.call.span_id])
+            if outcome.reason is None and outcome.call.span_id in ratios
             else outcome
             for outcome in self.outcomes
         ]

@@ -120,10 +120,13 @@ class _RowDraft:
     mask: list[int]
     advantages: list[float]
     outcomes: list[CallOutcome] = field(default_factory=list)
+    calls: dict[str, range] = field(default_factory=dict)
+    """Positions of the tokens of each call that trains."""
 
     def train_on(self, turn: Turn, advantage: float) -> None:
         length = turn.end - turn.start
         self.advantages[turn.start : turn.end] = [advantage] * length
+        self.calls[turn.call.span_id] = range(turn.start, turn.end)
         self.outcomes.append(CallOutcome(turn.call, advantage, minibatch=self.minibatch))
 
     def drop(self, call: Call, reason: DropReason) -> None:
@@ -158,6 +161,7 @@ class _RowDraft:
             self.minibatch,
             temperatures=None if set(temperatures) == {1.0} else temperatures[:end],
             truncation=Truncation(**options.sampling) if options.rejection is None else Truncation(),
+            calls=self.calls,
         )
 
 

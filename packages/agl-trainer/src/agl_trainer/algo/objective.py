@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from agl.config import PolicyLossConfig
 from agl_trainer.algo.losses import StepScale, TokenBatch, token_loss
+from agl_trainer.algo.ratios import log_ratios
 from agl_trainer.data.rows import RowLogprobs, SampledRow
 
 ValuesByRow = Mapping[Hashable, Tensor]
@@ -33,16 +34,14 @@ class Objective:
     """Logprobs of the policy at the beginning of the training step; None if this is its first optimizer step."""
 
     def __call__(self, result: RowLogprobs, rows: Sequence[SampledRow]) -> tuple[Tensor, dict[str, float]]:
-        recorded = _pad([row.trained(row.logprobs) for row in rows], result.logprobs)
-        corrects = self.config.importance_sampling_mode is not None
-        initial = self._initial_logprobs(result, rows)
+        recorded = _recorded(rows, result.logprobs)
         batch = TokenBatch(
             result.logprobs,
-            initial if corrects else torch.where(recorded.isnan(), initial, recorded),
+            self._old_logprobs(result.logprobs, rows),
             _pad([row.trained(row.advantages) for row in rows], result.logprobs),
             result.mask,
             ref_logprobs=_gather(self.reference, rows, result.logprobs),
-            sampling_logprobs=recorded if corrects else None,
+            sampling_logprobs=recorded if self._corrects else None,
             entropies=result.entropies,
         )
         weights = result.logprobs.new_tensor([row.weight for row in rows])
@@ -50,9 +49,35 @@ class Objective:
         advantages = batch.advantages[batch.mask]
         return loss, stats | {"advantage": advantages.mean().item(), "advantage_abs": advantages.abs().mean().item()}
 
-    def _initial_logprobs(self, result: RowLogprobs, rows: Sequence[SampledRow]) -> Tensor:
-        initial = _gather(self.initial, rows, result.logprobs)
-        return result.logprobs.detach() if initial is None else initial
+    def ratios(self, rows: Sequence[SampledRow], logprobs: Mapping[tuple[str, ...], Tensor]) -> dict[str, list[float]]:
+        """Importance ratios of the tokens of each call that trains, by its span id, as the loss has them.
+
+        `logprobs` [T] are those of the trained tokens of each row, by the span ids of its calls.
+        """
+        found = {}
+        for row in rows:
+            current = logprobs[tuple(row.calls)][None]
+            mask, level = torch.ones_like(current, dtype=torch.bool), self.config.importance_sampling_level
+            log_ratio = log_ratios(current, self._old_logprobs(current, [row]), mask, level)
+            values = log_ratio.exp().expand_as(current)[0].tolist()
+            for span_id, positions in row.calls.items():
+                first = sum(row.loss_mask[: positions.start])
+                found[span_id] = values[first : first + len(positions)]
+        return found
+
+    @property
+    def _corrects(self) -> bool:
+        return self.config.importance_sampling_mode is not None
+
+    def _old_logprobs(self, logprobs: Tensor, rows: Sequence[SampledRow]) -> Tensor:
+        """The denominator of the importance ratio [B, T]; `logprobs` are those of the current policy."""
+        recorded, initial = _recorded(rows, logprobs), _gather(self.initial, rows, logprobs)
+        initial = logprobs.detach() if initial is None else initial
+        return initial if self._corrects else torch.where(recorded.isnan(), initial, recorded)
+
+
+def _recorded(rows: Sequence[SampledRow], like: Tensor) -> Tensor:
+    return _pad([row.trained(row.logprobs) for row in rows], like)
 
 
 def _gather(values: ValuesByRow | None, rows: Sequence[SampledRow], like: Tensor) -> Tensor | None:

@@ -11,7 +11,7 @@ from agl_trainer.compute.logprobs import row_logprobs
 from agl_trainer.compute.memory import within_memory
 from agl_trainer.compute.prefix import ComputedPrefix, PassRunner
 from agl_trainer.data.passes import PassNode, split_rows
-from agl_trainer.data.rows import Row, RowLogprobs
+from agl_trainer.data.rows import Row, RowLogprobs, TrainingRow
 from agl_trainer.model.policy import Policy
 
 PassLoss = Callable[[RowLogprobs, Sequence[Row]], tuple[Tensor, dict[str, float]]]
@@ -27,18 +27,24 @@ class PassSums:
     """Tokens that were computed."""
     stats: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
     """Name to the value of each pass and the pass's number of trained tokens."""
+    logprobs: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
+    """The calls of each row that has any, to the logprobs [T] of its trained tokens, on the CPU."""
 
-    def add(self, result: RowLogprobs, loss: Tensor, stats: Mapping[str, float]) -> None:
+    def add(self, rows: Sequence[TrainingRow], result: RowLogprobs, loss: Tensor, stats: Mapping[str, float]) -> None:
         tokens = int(result.mask.sum())
         entropy = result.entropies.detach()[result.mask].mean().item()
         for name, value in (dict(stats) | {"entropy": entropy}).items():
             self.stats.setdefault(name, []).append((value, tokens))
         self.loss += loss.item()
         self.distinct_tokens += result.distinct_tokens
+        if any(row.calls for row in rows):
+            of_rows = zip(rows, result.logprobs.detach().cpu(), result.mask.cpu(), strict=True)
+            self.logprobs |= {tuple(row.calls): values[mask] for row, values, mask in of_rows if row.calls}
 
     def merge(self, other: "PassSums") -> None:
         for name, values in other.stats.items():
             self.stats.setdefault(name, []).extend(values)
+        self.logprobs |= other.logprobs
         self.loss += other.loss
         self.distinct_tokens += other.distinct_tokens
 
@@ -62,7 +68,7 @@ class _GradientJob(Generic[Row]):
                 result = row_logprobs(policy, self.role, rows, prefix=prefix, entropy_gradient=self.entropy_gradient)
                 loss, stats = self.loss_fn(result, rows)
                 loss.backward()
-                sums.add(result, loss, stats)
+                sums.add(rows, result, loss, stats)
 
             prefix_tokens = PassRunner(policy, self.role, run).run_all(nodes)
             sums.distinct_tokens += prefix_tokens

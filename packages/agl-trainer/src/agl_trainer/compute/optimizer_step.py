@@ -1,10 +1,11 @@
 """One optimizer step of one role's adapter on training rows."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from agl_trainer.compute.gradient import PassLoss, accumulate_gradient, clear_gradient
 from agl_trainer.data.rows import Row
@@ -22,6 +23,8 @@ class StepStats:
     """Tokens that were computed."""
     total_tokens: int
     """Tokens of all rows; shared prefixes count once per row."""
+    logprobs: Mapping[tuple[str, ...], Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """The calls of each row that has any, to the logprobs of its trained tokens before the step; not merged."""
 
     @property
     def was_skipped(self) -> bool:
@@ -61,7 +64,7 @@ def optimizer_step(
     clear_gradient(policy, role)
     metrics = {name: _aggregate(name, values) for name, values in sums.stats.items()}
     metrics |= {"loss": sums.loss, "grad_norm": float(norm), "skipped": float(not is_finite)}
-    return StepStats(metrics, sums.distinct_tokens, sum(len(row.token_ids) for row in rows))
+    return StepStats(metrics, sums.distinct_tokens, sum(len(row.token_ids) for row in rows), sums.logprobs)
 
 
 def merge_stats(steps: Sequence[StepStats]) -> StepStats:

@@ -89,6 +89,8 @@ def train_batch(
             )
             if step.was_skipped:
                 batch.skip(roles, number)
+            elif isinstance(objective := objectives[number], Objective):
+                batch.add_ratios(objective.ratios(rows, step.logprobs))
             steps.append(step)
         if steps:
             stats[owner] = merge_stats(steps)

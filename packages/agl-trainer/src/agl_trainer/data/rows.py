@@ -1,6 +1,6 @@
 """Training rows: token sequences with the tokens to train on, and their logprobs under a policy."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -21,6 +21,8 @@ class TrainingRow:
     """Divisor of the logits of each token. None: 1 for all."""
     truncation: Truncation = field(default=Truncation(), kw_only=True)
     """Limits of the distribution that the trained tokens were sampled from."""
+    calls: Mapping[str, range] = field(default_factory=dict, kw_only=True)
+    """Span id of each model call that trains to the positions of its tokens, which all have mask 1."""
 
     @property
     def key(self) -> Hashable:

@@ -66,7 +66,8 @@ class CallLog:
     def record(self, step: int, outcomes: Sequence[CallOutcome], unfinished: Iterable[str] = ()) -> None:
         """Write the outcomes of a step. `unfinished`: rollouts whose agents may still be running."""
         spans = [
-            trained_span(one.call, step, one.advantage, one.reason, weight=one.weight, run=self.run) for one in outcomes
+            trained_span(one.call, step, one.advantage, one.reason, weight=one.weight, run=self.run, ratios=one.ratios)
+            for one in outcomes
         ]
         self.store.append_spans(spans)
         self._without_reward = rollouts_without_reward(outcomes)
