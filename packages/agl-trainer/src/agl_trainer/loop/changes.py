@@ -231,9 +231,9 @@ def _role_changes(saved: Config, given: Config) -> list[Change]:
 
 def _leaves(config: Config, roles: Iterable[str]) -> dict[str, Any]:
     """Dotted key to value of everything that is set; of the roles only `roles`."""
-    data = yaml.safe_load(config.to_yaml())
-    for role in config.agent_roles.roles.keys() - set(roles):
-        del data["agent_roles"][role]
+    data = config.model_dump(mode="json", exclude_none=True)
+    named = data["agent_roles"].pop("roles")
+    data["agent_roles"] |= {role: named[role] for role in roles}
     return dict(_flattened(data, ""))
 
 
