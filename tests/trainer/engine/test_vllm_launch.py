@@ -17,10 +17,12 @@ from agl.config import Config, GatewayConfig, LaunchConfig
 from agl.errors import ConfigError, TrainingError
 from agl.server_thread import ServerThread
 from agl.store import open_store
+from agl_trainer import Trainer
 from agl_trainer.engine.vllm.launch import RunningVllm, free_port, running_vllm, serve_command
 from agl_trainer.engine.vllm.server import VllmServer
 from agl_trainer.loop.engines import _asleep, _control, _paused, serve_policies
 
+TOY = "tests.flows.toy_agent"
 FAKE = Path(__file__).with_name("fake_vllm_program.py")
 NEEDS: dict[str, Any] = {"max_model_len": 1024, "ranks": [16, 24], "versions": 3, "chat_template": "chat.jinja"}
 
@@ -129,6 +131,32 @@ def test_what_cannot_be_launched_is_said_before(tmp_path: Path) -> None:
     needs: dict[str, Any] = NEEDS | {"ranks": [8, 1024]}
     with pytest.raises(ConfigError, match=r"adapters up to rank 512, and lora_r is 1024"):
         serve_command(launch_config(tmp_path), tmp_path, "base", port=1, **needs)
+
+
+def test_the_page_is_announced_and_answers_before_vllm_is_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch = launch_config(tmp_path, options=["--cannot-load"]).model_dump()
+    launch["environment"] = {name: value.get_secret_value() for name, value in launch["environment"].items()}
+    train = {"model": "tiny", "agent": f"{TOY}:answer", "tasks": f"{TOY}:tasks", "output_dir": str(tmp_path / "run")}
+    uri = f"sqlite:///{tmp_path}/agl.db"
+    config = Config.parse(
+        {"engine": {"kind": "vllm", "launch": launch}, "store_uri": uri, "agent_roles": {"writer": {}}, "train": train}
+    )
+    seen: list[tuple[int, bool]] = []
+
+    def visit(server: ServerThread) -> None:
+        seen.append((httpx.get(f"{server.base_url}/runs").status_code, (tmp_path / "record").exists()))
+
+    with closing(open_store(uri)) as store:
+        with pytest.raises(TrainingError, match="vLLM ended with exit code 3"):  # noqa: SIM117
+            with serve_policies(config, store, None, visit):
+                raise AssertionError
+        capsys.readouterr()
+        assert seen == [(200, False)] and (tmp_path / "record").exists()
+    with pytest.raises(TrainingError, match="vLLM ended with exit code 3"), Trainer(config).open():
+        raise AssertionError
+    assert capsys.readouterr().err.startswith("page: http://127.0.0.1:")
 
 
 def test_vllm_sleeps_while_the_policy_trains_and_calls_wait(tmp_path: Path) -> None:

@@ -4,11 +4,11 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import urllib3
 from starlette.responses import PlainTextResponse
@@ -26,7 +26,7 @@ from agl_trainer.engine.copied import CopiedEngine
 from agl_trainer.engine.http.api import engine_app
 from agl_trainer.engine.local.scheduler import Scheduler
 from agl_trainer.engine.vllm.engine import VllmEngine
-from agl_trainer.engine.vllm.launch import RunningVllm, free_port, running_vllm, serve_command
+from agl_trainer.engine.vllm.launch import RunningVllm, free_port, running_vllm, serve_command, url_of
 from agl_trainer.engine.vllm.server import VllmServer
 from agl_trainer.loop.policy_setup import base_folder, is_sharded, open_policy
 from agl_trainer.model.device import release_memory
@@ -92,41 +92,40 @@ def serve_policies(
 ) -> Iterator[OpenedEngine]:
     """The policies, the engines that sample from them, and the server with gateway and collector.
 
-    The server answers from the call of `announce` on, before the models of this process are loaded.
+    The server answers from the call of `announce` on, before any model is loaded.
     """
     with ExitStack() as stack:
-        started = [stack.enter_context(_started(config, base, progress)) for base in config.bases()]
-        apps = [EngineApp(one.app, one.base.served) for one in started if isinstance(one, _Local)]
-        servers = [server for one in started if isinstance(one, _Vllm) for server in one.servers]
+        planned = [_planned(config, base) for base in config.bases()]
+        apps = [EngineApp(one.app, one.base.served) for one in planned if isinstance(one, _Local)]
+        servers = [server for one in planned if isinstance(one, _Vllm) for server in one.servers]
         gateway = config.gateway.model_copy(update={"engines": servers})
         server = stack.enter_context(_server(config, gateway, store, apps))
         announce(server)
+        # All before the first policy: vLLM measures the memory that is free on the GPU.
+        running = [stack.enter_context(one.running(progress)) for one in planned]
         # Closed before the server, which would wait for the calls that are being sampled.
-        opened = [stack.enter_context(one.opened(server.base_url)) for one in started]
-        sleeps = any(one.base.engine.launch and one.base.engine.launch.sleep for one in started)
+        opened = [stack.enter_context(one.opened(server.base_url)) for one in running]
+        sleeps = any(one.base.engine.launch and one.base.engine.launch.sleep for one in planned)
         pause = functools.partial(_paused, server.base_url) if sleeps else nullcontext
         yield Policies([policy for policy, _ in opened]), Engines([engine for _, engine in opened], pause), server
 
 
-@contextmanager
-def _started(config: Config, base: Base, progress: ShownProgress | None) -> "Iterator[_Local | _Vllm]":
-    """The engine of `base` before its policy is opened. Raises ConfigError."""
+def _planned(config: Config, base: Base) -> "_Local | _Vllm":
+    """The engine of `base` before it runs. Raises ConfigError."""
     if base.engine.kind == "local":
         _check_local(config, base)
-        yield _Local(config, base, LateApp())
-        return
+        return _Local(config, base, LateApp())
     listed, launch = config.servers_of(base), base.engine.launch
     if launch is not None:
-        with _launched(config, base, launch, progress) as vllm:
-            yield _Vllm(config, base, [UpstreamConfig(url=SecretUrl(vllm.url), models=[*base.served])], vllm.check)
-    elif listed or config.gateway.upstream != LOCAL:
-        yield _Vllm(config, base, listed or [UpstreamConfig(url=config.gateway.upstream)])
-    else:
-        where = f"list it in gateway.engines with models: [{base.name}]" if base.is_one_of else "set gateway.upstream"
-        raise ConfigError(
-            f"{base.engine_key}.kind is vllm, but no server is named: {where} to its URL, or {base.engine_key}.launch "
-            "to start one"
-        )
+        port = launch.port or free_port()
+        return _Vllm(config, base, [UpstreamConfig(url=SecretUrl(url_of(port)), models=[*base.served])], port)
+    if listed or config.gateway.upstream != LOCAL:
+        return _Vllm(config, base, listed or [UpstreamConfig(url=config.gateway.upstream)])
+    where = f"list it in gateway.engines with models: [{base.name}]" if base.is_one_of else "set gateway.upstream"
+    raise ConfigError(
+        f"{base.engine_key}.kind is vllm, but no server is named: {where} to its URL, or {base.engine_key}.launch "
+        "to start one"
+    )
 
 
 def _check_local(config: Config, base: Base) -> None:
@@ -152,6 +151,9 @@ class _Local:
     base: Base
     app: LateApp
 
+    def running(self, _: ShownProgress | None) -> AbstractContextManager[Self]:
+        return nullcontext(self)
+
     @contextmanager
     def opened(self, gateway: str) -> Iterator[tuple[Policy, TrainingEngine]]:
         """`gateway`: its URL."""
@@ -166,13 +168,25 @@ class _Local:
 
 @dataclass(frozen=True, slots=True)
 class _Vllm:
-    """Running vLLM servers with `base`."""
+    """vLLM servers with `base`."""
 
     config: Config
     base: Base
     servers: list[UpstreamConfig]
+    port: int | None = None
+    """Of the server that the training launches; None: they run already."""
     check: Callable[[], None] = lambda: None
     """Raises TrainingError if one has ended for good."""
+
+    @contextmanager
+    def running(self, progress: ShownProgress | None) -> Iterator[Self]:
+        """Launches the server, if it is this training's. Raises ConfigError and TrainingError if that fails."""
+        launch = self.base.engine.launch
+        if launch is None or self.port is None:
+            yield self
+            return
+        with _launched(self.config, self.base, launch, self.port, progress) as vllm:
+            yield replace(self, check=vllm.check)
 
     @contextmanager
     def opened(self, gateway: str) -> Iterator[tuple[Policy, TrainingEngine]]:
@@ -195,10 +209,10 @@ class _Vllm:
 
 @contextmanager
 def _launched(
-    config: Config, base: Base, launch: LaunchConfig, progress: ShownProgress | None
+    config: Config, base: Base, launch: LaunchConfig, port: int, progress: ShownProgress | None
 ) -> Iterator[RunningVllm]:
     """A vLLM server of `base`, which runs within the context."""
-    train, port = config.require_train(), launch.port or free_port()
+    train = config.require_train()
     command = serve_command(
         launch,
         base_folder(config, base),

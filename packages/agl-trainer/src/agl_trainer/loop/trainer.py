@@ -64,8 +64,7 @@ class Trainer:
         ):
             models = ", ".join(base.path for base in self.bases)
             loading, phase = stack.enter_context(ExitStack()), progress.phase(f"loading {models}")
-            announces_first = samples and not any(base.engine.launch for base in self.bases)
-            if not announces_first:  # There is no page, or only once vLLM has loaded the model.
+            if not samples:  # There is no page.
                 loading.enter_context(phase)
 
             def announce(store: Store, page_url: str) -> None:
@@ -73,8 +72,7 @@ class Trainer:
                 if trains:
                     set_state(store, claim_run(self.folder, store), "loading")
                     progress.note(f"page: {page_url}")
-                if announces_first:
-                    loading.enter_context(phase)
+                loading.enter_context(phase)
 
             opened = open_session(self.config, progress, announce) if samples else open_store_session(self.config)
             session = stack.enter_context(opened)

@@ -80,6 +80,11 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
+def url_of(port: int) -> str:
+    """Base URL of a server that listens on `port`."""
+    return f"http://127.0.0.1:{port}/v1"
+
+
 @dataclass(frozen=True, slots=True)
 class RunningVllm:
     """A `vllm serve` that this process has started."""
@@ -118,7 +123,7 @@ def running_vllm(
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches the training, which ends vLLM
         )
-    vllm = RunningVllm(f"http://127.0.0.1:{port}/v1", process, log)
+    vllm = RunningVllm(url_of(port), process, log)
     try:
         _wait(vllm, f"http://127.0.0.1:{port}/health", launch.timeout_s, on_wait)
         yield vllm
