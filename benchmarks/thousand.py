@@ -51,6 +51,8 @@ _FIRST_PROBE = 10**9
 _UNRESPONSIVE_S = 60
 _START_S, _DRAIN_S = 300, 600
 _LOOK_S = 0.25
+_LINES = 20
+"""Faults that are shown, and last lines of the runners' log."""
 _QUEUED, _ALL = 0.25, 0.9
 """Rollouts that wait in the queue, and those that run when all are said to be in flight, as shares of `--rollouts`."""
 
@@ -324,10 +326,12 @@ def main() -> int:
             run = Run(load, servers, processes | {"this benchmark": os.getpid()}, store)
             asyncio.run(run.run())
         counts, faults = check(store, load, run.enqueued)
+        log = (Path(folder) / "runners.log").read_text().splitlines()
     found = figures(load, run.measured)
     show(found, run.measured, counts)
-    for fault in faults[:20]:
+    for fault in faults[:_LINES]:
         print(f"FAULT {fault}")
+    print("\n".join(log[-_LINES:] if faults else []))
     if not faults:
         arguments.figures.write_text(json.dumps(asdict(found), indent=2) + "\n")
     return 1 if faults else 0

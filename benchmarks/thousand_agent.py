@@ -23,13 +23,13 @@ class State(TypedDict):
 
     task: dict[str, Any]
     turn: int
-    messages: list[tuple[str, str]]
+    answer: str
 
 
 def run(task: dict[str, Any]) -> str:
     """The last answer."""
-    state = {"task": task, "turn": 0, "messages": []}
-    return _graph().invoke(state, {"recursion_limit": task["turns"] + 2})["messages"][-1][1]
+    state = {"task": task, "turn": 0, "answer": ""}
+    return _graph().invoke(state, {"recursion_limit": task["turns"] + 2})["answer"]
 
 
 @lru_cache(maxsize=1)
@@ -46,9 +46,7 @@ def _node(model: ChatOpenAI) -> Any:
     def call(state: State) -> dict[str, Any]:
         number = state["task"]["first"] + state["turn"]
         delay_ms = round(1000 * random.Random(number).expovariate(1 / state["task"]["mean_s"]))
-        messages = [*state["messages"], ("user", wish(number, delay_ms))]
-        answer = model.invoke(messages).text
-        return {"turn": state["turn"] + 1, "messages": [*messages, ("assistant", answer)]}
+        return {"turn": state["turn"] + 1, "answer": model.invoke(wish(number, delay_ms)).text}
 
     return call
 

@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 import agl
-from agl import semconv
+from agl import semconv, tracing
 from agl.errors import ConfigError
 from agl.tokens.packing import pack_ids, pack_logprobs, unpack_ids, unpack_logprobs
 from tests.core.otlp_sink import OtlpSink, attributes
@@ -98,6 +99,42 @@ def test_flush_gives_up_in_time(sink: OtlpSink) -> None:
         assert time.monotonic() - start < 5
         sink.hold.set()
         assert agl.flush()
+
+
+def test_flush_waits_for_the_spans_before_it_while_others_go_on_ending(sink: OtlpSink) -> None:
+    """So many end all the time that the queue of spans is never empty."""
+    stop = threading.Event()
+
+    def emit() -> None:
+        while not stop.is_set():
+            agl.emit_message("noise")
+
+    with exporting(sink):
+        noise = threading.Thread(target=emit)
+        noise.start()
+        try:
+            agl.emit_message("ended before")
+            assert agl.flush()
+        finally:
+            stop.set()
+            noise.join()
+        assert any(attributes(span)["agl.message.body"].string_value == "ended before" for span in sink.spans)
+
+
+def test_spans_for_which_the_queue_has_no_place_are_reported_once(
+    sink: OtlpSink, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracing, "QUEUE_SPANS", 4)
+    monkeypatch.setattr(tracing, "BATCH_SPANS", 2)
+    sink.hold.clear()
+    with exporting(sink):
+        for number in range(7):
+            agl.emit_message(str(number))
+        sink.hold.set()
+        assert not agl.flush()
+        assert agl.flush()
+    assert [attributes(span)["agl.message.body"].string_value for span in sink.spans] == ["0", "1", "2", "3"]
+    assert caplog.text.count("spans are lost: 4 wait for the collector") == 1
 
 
 def test_init_twice_sends_once(sink: OtlpSink) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from agl.server.auth import BearerTokens
 from agl.server_thread import ServerThread
 from agl.store import AttemptState, Rollout, RolloutState, Store, open_store
 from agl.store.http import client
+from tests.core.otlp_sink import OtlpSink
 from tests.ports import free_port
 from tests.runner import agents
 from tests.waiting import wait_until
@@ -159,6 +161,24 @@ def test_a_rollout_whose_spans_are_lost_runs_again(store: Store, begin: Begin) -
     begin(store, agent, patience_s=60.0)
     assert store.wait_for_rollouts(["r1"], 60)[0].state is RolloutState.SUCCEEDED
     assert [state for state, _ in attempts(store, "r1")] == ["released", "succeeded"]
+
+
+def test_a_collector_that_is_slow_loses_no_spans_and_no_attempts(
+    store: Store, begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agl.runner.queue_worker.HEARTBEAT_S", 0.05)
+    agl.shutdown()
+    with OtlpSink() as slow:
+        slow.hold.clear()
+        agl.init(endpoint=slow.url)
+        store.enqueue_rollouts([Rollout("r1", 1)])
+        worker = begin(store, agents.double, patience_s=300.0)
+        wait_until(lambda: bool(worker.worker._flushing))
+        time.sleep(0.2)
+        slow.hold.set()
+        assert store.wait_for_rollouts(["r1"], 60)[0].state is RolloutState.SUCCEEDED
+        agl.shutdown()
+    assert [state for state, _ in attempts(store, "r1")] == ["succeeded"]
 
 
 def lose_spans() -> None:

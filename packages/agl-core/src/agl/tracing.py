@@ -27,7 +27,7 @@ from agl.secret_url import SecretUrl
 logger = logging.getLogger(__name__)
 
 QUEUE_SPANS = 65_536
-"""Capacity of the queue. The SDK's default of 2,048 is less than one burst of a training step."""
+"""Most spans that wait for the collector. The SDK's default of 2,048 is less than one burst of a training step."""
 BATCH_SPANS = 128
 """Spans in one request: few enough that long prompts stay below the exporter's limit of 64 MiB a request."""
 DELAY_MS = 1_000
@@ -75,7 +75,7 @@ def init(
 
 
 def flush(timeout_s: float = 30.0) -> bool:
-    """Send all ended spans. True if the collector accepted every span since the last flush."""
+    """Send all spans that have ended. True if none has been lost since the last flush, and all are sent in time."""
     collector = _collectors.get(trace.get_tracer_provider())
     return collector is not None and collector.force_flush(round(timeout_s * 1000))
 
@@ -103,7 +103,7 @@ def export_settings() -> dict[str, Any] | None:
 
 
 class CollectorExporter(SpanExporter):
-    """OTLP over HTTP; counts the spans that the collector did not accept, for the result of `flush`.
+    """OTLP over HTTP; counts the spans that were sent, and those that the collector did not accept.
 
     `url` None: the standard environment variables decide (`OTEL_EXPORTER_OTLP_ENDPOINT` and related ones).
     """
@@ -113,15 +113,31 @@ class CollectorExporter(SpanExporter):
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
         self.url = url
+        self.sent = 0
+        """Spans that the collector has accepted or not."""
         self.lost = 0
+        self.progress = threading.Condition()
+        """Notified when `sent` grows."""
         self._otlp = OTLPSpanExporter(endpoint=url and url.secret)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        result = self._otlp.export(spans)
-        if result is not SpanExportResult.SUCCESS:
-            self.lost += len(spans)
-            logger.error("%d spans are lost: the collector did not accept them; is `agl serve` running?", len(spans))
+        result = SpanExportResult.FAILURE
+        try:
+            result = self._otlp.export(spans)
+        finally:
+            if result is not SpanExportResult.SUCCESS:
+                self.lose(len(spans))
+                logger.error(
+                    "%d spans are lost: the collector did not accept them; is `agl serve` running?", len(spans)
+                )
+            with self.progress:
+                self.sent += len(spans)
+                self.progress.notify_all()
         return result
+
+    def lose(self, spans: int) -> None:
+        with self.progress:
+            self.lost += spans
 
     def shutdown(self) -> None:
         self._otlp.shutdown()
@@ -134,6 +150,9 @@ class CollectorProcessor(SpanProcessor):
         self._exporter: CollectorExporter | None = None
         self._batch: BatchSpanProcessor | None = None
         self._lost_at_last_flush = 0
+        self._lock = threading.Lock()
+        self._ended = 0
+        """Spans that were handed to the queue, which never has more than its capacity: it would drop some by itself."""
 
     @property
     def is_open(self) -> bool:
@@ -156,23 +175,36 @@ class CollectorProcessor(SpanProcessor):
                 logger.warning("spans still go to %s, not to %s: call agl.shutdown() first", self._exporter.url, url)
             return
         self._exporter = CollectorExporter(url)
-        self._lost_at_last_flush = 0
+        self._lost_at_last_flush = self._ended = 0
+        self._lock = threading.Lock()  # In a forked child, a thread of the parent may have held the other.
         self._batch = BatchSpanProcessor(self._exporter, QUEUE_SPANS, DELAY_MS, BATCH_SPANS)
 
     def on_end(self, span: ReadableSpan) -> None:
-        if batch := self._batch:
+        batch, exporter = self._batch, self._exporter
+        if batch is None or exporter is None or not span.context or not span.context.trace_flags.sampled:
+            return
+        with self._lock:
+            if fits := self._ended - exporter.sent < QUEUE_SPANS:
+                self._ended += 1
+        if fits:
             batch.on_end(span)
+            return
+        if exporter.lost == self._lost_at_last_flush:  # Once, until it is reported.
+            logger.error("spans are lost: %d wait for the collector already, which is too slow", QUEUE_SPANS)
+        exporter.lose(1)
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
+        """Waits for the spans that have ended by now only: where others go on ending, the queue may never be empty."""
         batch, exporter = self._batch, self._exporter
         if batch is None or exporter is None:
             return False
+        ended = self._ended
         # A thread, because the SDK's own flush ignores its timeout.
-        flushing = threading.Thread(target=batch.force_flush, daemon=True)
-        flushing.start()
-        flushing.join(timeout_millis / 1000)
+        threading.Thread(target=batch.force_flush, daemon=True).start()
+        with exporter.progress:
+            in_time = exporter.progress.wait_for(lambda: exporter.sent >= ended, timeout_millis / 1000)
         lost, self._lost_at_last_flush = exporter.lost - self._lost_at_last_flush, exporter.lost
-        return not flushing.is_alive() and not lost
+        return in_time and not lost
 
     def shutdown(self) -> None:
         batch, self._batch, self._exporter = self._batch, None, None

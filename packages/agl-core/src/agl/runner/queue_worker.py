@@ -74,6 +74,7 @@ class QueueWorker(Execution):
         self._run = run
         self._concurrency = concurrency
         self._drain_s = drain_s
+        self._patience_s = patience_s
         self._store_patience, self._span_patience = Patience(patience_s), Patience(patience_s)
         self._is_stopped = False
         self._pause_s = _FIRST_PAUSE_S
@@ -154,7 +155,7 @@ class QueueWorker(Execution):
             del self._reports[0]
 
     def _flush(self) -> None:
-        """Send spans in a thread of its own, because it may wait for a collector while heartbeats are due."""
+        """Send spans in a thread of its own, because it may wait for a slow collector while heartbeats are due."""
         if self._flushing and self._flushed is None:
             return
         if self._flushing and not self._flushed:
@@ -169,7 +170,7 @@ class QueueWorker(Execution):
             threading.Thread(target=self._flush_now, name="agl flush", daemon=True).start()
 
     def _flush_now(self) -> None:
-        self._flushed = agl.flush(HEARTBEAT_S)
+        self._flushed = agl.flush(HEARTBEAT_S if self._is_stopped else max(HEARTBEAT_S, self._patience_s))
         self._events.put(None)
 
     def _answered(self, run: AgentRun) -> None:
