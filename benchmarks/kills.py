@@ -93,8 +93,12 @@ def kill_training_on_vllm(kills: int, seed: int = 0) -> str:
         write_config(folder, running(url), steps=steps)
         steps_done: list[int] = []
         for number in range(kills):
+            goal = _last_step(folder) + moments.choice([0, 1])
             process = _start(folder)
-            time.sleep(moments.uniform(0, 60))
+            while _last_step(folder) < goal:
+                assert process.poll() is None, (folder / "output").read_text()[-2000:]
+                time.sleep(0.1)
+            time.sleep(moments.uniform(0, 45))
             _kill(process, number)
             steps_done.append(_last_step(folder))
         last = _start(folder)

@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from agl.store import open_store
-from agl.trajectory import build_trajectory
+from agl.store.states import RolloutState
+from agl.trajectory import Call, build_trajectory
 from agl_trainer.engine.vllm.server import VllmServer
 from tests.vllm.environment import vllm_program
 from tests.vllm.serving import ENVIRONMENT
@@ -97,22 +98,27 @@ def test_each_step_trains(trained: Path) -> None:
 
 
 def test_every_call_was_sampled_by_the_version_of_its_step_with_its_token_ids(trained: Path) -> None:
-    assert check_calls(trained, STEPS) >= STEPS * GROUPS * GROUP_SIZE
+    check_calls(trained, STEPS)
 
 
 def check_calls(folder: Path, steps: int) -> int:
-    """The number of calls in `steps` steps, each answered by its step's adapters, with its token ids."""
-    store, calls = open_store(f"sqlite:///{folder}/agl.db"), 0
-    for step, group, number in itertools.product(range(1, steps + 1), range(GROUPS), range(GROUP_SIZE)):
-        trajectory = build_trajectory(store.query_spans(f"run-{step:05d}-g{group}-r{number}"))
-        assert trajectory.calls
-        for call in trajectory.calls:
-            assert call.policy_version == f"{call.role}@{step - 1}"
-            assert call.prompt_ids and call.response_ids
-            assert len(call.logprobs or ()) == len(call.response_ids)
-        calls += len(trajectory.calls)
+    """The number of calls of the rollouts that ended well, each answered by its step's adapters, with its token ids.
+
+    A step that was interrupted has rollouts of an earlier try too.
+    """
+    store, calls = open_store(f"sqlite:///{folder}/agl.db"), list[tuple[int, Call]]()
+    rollouts = store.get_rollouts(store.rollout_ids())
+    ended = [name for name, rollout in rollouts.items() if rollout.state is RolloutState.SUCCEEDED]
+    for name in ended:
+        calls += ((int(name.split("-")[1]), call) for call in build_trajectory(store.query_spans(name)).calls)
     store.close()
-    return calls
+    assert len(ended) >= steps * GROUPS * GROUP_SIZE
+    assert {step for step, _ in calls} == set(range(1, steps + 1))
+    for step, call in calls:
+        assert call.policy_version == f"{call.role}@{step - 1}"
+        assert call.prompt_ids and call.response_ids
+        assert len(call.logprobs or ()) == len(call.response_ids)
+    return len(calls)
 
 
 def test_the_last_versions_are_live_after_the_training_and_only_they_are_published(
