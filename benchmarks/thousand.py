@@ -140,7 +140,8 @@ class Run:
     async def run(self) -> None:
         probes = asyncio.create_task(self._probe())
         begin, marks = time.monotonic(), self.measured.marks
-        while not marks or time.monotonic() - marks[0][0] < self._load.seconds:
+        states = Counter[RolloutState]()
+        while not marks or self._is_short(*marks[0][:2], states):
             states = await self._feed()
             self._look(states)
             if not marks and time.monotonic() - begin > _START_S:
@@ -152,6 +153,11 @@ class Run:
         while (states[RolloutState.QUEUED] or states[RolloutState.RUNNING]) and time.monotonic() - end < _DRAIN_S:
             await asyncio.sleep(_LOOK_S)
             states = await asyncio.to_thread(self._states)
+
+    def _is_short(self, begin: float, ended: int, states: Counter[RolloutState]) -> bool:
+        """Whether the time is not over, or no rollout or no probe has ended in it."""
+        nothing = states[RolloutState.SUCCEEDED] == ended or not self.measured.own_ms
+        return nothing or time.monotonic() - begin < self._load.seconds
 
     def _states(self) -> Counter[RolloutState]:
         return Counter(self._store.count_rollouts())
