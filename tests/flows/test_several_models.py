@@ -1,5 +1,6 @@
 """One run trains the roles of two base models of different families from the same rollouts."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,21 @@ def test_adapters_are_merged_and_served_on_the_base_of_their_role(
         refused = httpx.post(f"{server.base_url}/v1/completions", json={"model": "gpt-4o", "prompt": [5]})
         assert refused.status_code == 404 and "gpt-4o" in refused.text
     store.close()
+
+
+def test_rollouts_of_the_store_train_all_models_in_one_process(
+    trained: Path, bases: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = {"output_dir": str(trained / "again"), "steps": 1}
+    trainer = Trainer(config_in(trained, bases, **again))
+    trainer.fit(from_store=True)
+    (metrics,) = [
+        json.loads(line)["metrics"] for line in (trained / "again" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert metrics["calls/trained"] > 0
+    assert {path.name for path in (trained / "again" / "adapters").iterdir()} == {"planner@1", "executor@1"}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", str(trained / "config.yaml")]) == 2
 
 
 DIE_BETWEEN_THE_MODELS = """

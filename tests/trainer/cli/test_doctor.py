@@ -63,6 +63,19 @@ def test_everything_that_a_sound_configuration_names_is_found() -> None:
     assert not Path("runs").exists() and not Path("agl.db").exists()
 
 
+def test_each_of_several_models_is_checked_by_its_own_key() -> None:
+    launch = {"kind": "vllm", "launch": {"program": "nowhere/vllm"}}
+    given = {
+        "models": {"small": {"path": "tiny"}, "large": {"path": "nowhere", "engine": launch}},
+        "agent_roles": {"a": {"model": "large"}, "b": {"model": "small"}},
+        "train": {key: value for key, value in SOUND.items() if key != "model"},
+    }
+    found = {name: check.todo for name, check in checks(Config.parse(given)).items() if "models" in name}
+    assert found.pop("models.small.path") == ""
+    assert "nowhere has no config.json" in found.pop("models.large.path")
+    assert "no program nowhere/vllm" in found.pop("models.large.engine.launch") and not found
+
+
 @pytest.mark.parametrize(
     ("train", "key", "problem"),
     [

@@ -1,7 +1,8 @@
 """Adapters on servers that stop and restart. Tests with real vLLM are in tests/vllm."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -17,6 +18,7 @@ from agl_trainer.engine.vllm.engine import VllmEngine
 from agl_trainer.engine.vllm.server import VllmServer
 from agl_trainer.loop.recorded_logprobs import recorded_logprobs_mode
 from agl_trainer.model.policy import Policy
+from agl_trainer.rollout.engines import Engines
 from tests.trainer.engine.served_policy import ServedPolicy
 from tests.trainer.scripted_sampler import small_tokenizer
 from tests.trainer.small_model import small_model, small_policy
@@ -41,6 +43,33 @@ def train(policy: Policy, role: str, size: float) -> None:
         for parameter in policy.parameters(role):
             parameter += torch.randn_like(parameter).sign() * size
     policy.versions[role] += 1
+
+
+def test_engines_of_several_base_models_go_live_and_pause_together(tmp_path: Path) -> None:
+    """The gateway, which all share, is closed before the first server sleeps, and opens when the last one is awake."""
+    seen: list[str] = []
+
+    @contextmanager
+    def noted(name: str) -> Iterator[None]:
+        seen.append(name)
+        yield
+        seen.append(f"{name} again")
+
+    policies, engines = {}, []
+    for role in ("writer", "fixer"):
+        roles = {role: RoleConfig(lora_r=4)}
+        policies[role], server = small_policy(roles=roles), served(role, roles=roles)
+        pause = functools.partial(noted, role)
+        options: dict[str, Any] = {"tolerance": 0.05, "route": lambda names: seen.extend(names.values())}
+        engines.append(VllmEngine([server], policies[role], tmp_path, pause=pause, **options))
+    together = Engines(engines, functools.partial(noted, "gateway"))
+    assert (together.tokens_sampled, together.logprobs_mode) == (None, "processed_logprobs")
+    with together.paused():
+        for role, policy in policies.items():
+            train(policy, role, 0.1)
+    together.make_live()
+    around = ["gateway", "writer", "fixer", "fixer again", "writer again", "gateway again"]
+    assert seen == [*around, "writer@1", "fixer@1"]
 
 
 def test_an_old_version_stays_until_the_last_rollout_that_may_use_it_has_ended(tmp_path: Path) -> None:
