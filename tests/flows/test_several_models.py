@@ -9,10 +9,12 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from agl.cli import main
 from agl.config import Config
+from agl.errors import ConfigError
 from agl.inspection.token_text import tokenizer_in
 from agl.server_thread import ServerThread
 from agl.store import open_store
@@ -166,7 +168,7 @@ def test_adapters_are_merged_and_served_on_the_base_of_their_role(
 def test_rollouts_of_the_store_train_all_models_in_one_process(
     trained: Path, bases: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    again = {"output_dir": str(trained / "again"), "steps": 1}
+    again = {"output_dir": str(trained / "again"), "steps": 1, "groups_per_step": 6, "traces": {"modes": ["train"]}}
     trainer = Trainer(config_in(trained, bases, **again))
     trainer.fit(from_store=True)
     (metrics,) = [
@@ -178,9 +180,20 @@ def test_rollouts_of_the_store_train_all_models_in_one_process(
     assert main(["train", str(trained / "config.yaml")]) == 2
 
 
+def test_an_accelerator_that_is_not_there_is_refused(bases: dict[str, str], tmp_path: Path) -> None:
+    data = config_in(tmp_path, bases).model_dump(mode="json", exclude_none=True)
+    data["models"]["other"]["device"] = torch.accelerator.device_count()
+    with (
+        pytest.raises(ConfigError, match=r"models\.other\.device is \d+, and this machine has"),
+        Trainer(Config.parse(data)).open(samples=False),
+    ):
+        raise AssertionError
+
+
 DIE_BETWEEN_THE_MODELS = """
 import os, signal, sys
 from agl.config import Config
+from agl.errors import ConfigError
 from agl_trainer.loop import grpo
 from tests.flows.test_several_models import run
 
@@ -197,6 +210,12 @@ run(Config.load(sys.argv[1]))
 """
 
 
+def content(file: Path) -> tuple[dict[str, bytes], dict[str, str]]:
+    """Tensors and texts, which safetensors writes in any order."""
+    with safe_open(file, framework="np") as opened:
+        return {name: opened.get_tensor(name).tobytes() for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+
+
 def test_a_run_killed_between_the_steps_of_two_models_ends_as_one_that_was_not(
     trained: Path, bases: dict[str, str], tmp_path: Path
 ) -> None:
@@ -211,4 +230,4 @@ def test_a_run_killed_between_the_steps_of_two_models_ends_as_one_that_was_not(
     files += sorted((trained / "run" / "adapters").rglob("*.safetensors"))
     assert len(files) == 2 + 2 + 1 + 4  # Adapters, references and optimizers; what SFT and GRPO publish.
     for file in files:
-        assert (tmp_path / "run" / file.relative_to(trained / "run")).read_bytes() == file.read_bytes(), file
+        assert content(tmp_path / "run" / file.relative_to(trained / "run")) == content(file), file

@@ -152,6 +152,7 @@ class Config(Section):
                 model.chat_template,
                 model.engine or self.engine,
                 {role: config for role, config in roles.items() if self._model_of(role) == name},
+                model.device,
                 is_one_of=True,
             )
             for name, model in self.models.items()

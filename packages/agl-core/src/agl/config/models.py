@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
+
+from pydantic import Field
 
 from agl.config.engine import EngineConfig
 from agl.config.roles import RoleConfig
@@ -18,6 +20,8 @@ class ModelConfig(Section):
     """What `train.model` names: `smollm2`, `tiny`, a model of the Hugging Face Hub, a GGUF file, or a model folder."""
     chat_template: TextPath | None = None
     """Jinja file of its chat template; none: the model's own."""
+    device: Annotated[int, Field(ge=0)] | None = None
+    """Number of the accelerator on which it trains, and its in-process engine samples; none: the first."""
     engine: EngineConfig | None = None
     """Its engine, in place of the section `engine`."""
 
@@ -32,6 +36,8 @@ class Base:
     chat_template: str | None
     engine: EngineConfig
     roles: Mapping[str, RoleConfig]
+    device: int | None = None
+    """Number of its accelerator; None: that of the process."""
     is_one_of: bool = False
     """`models` names it; otherwise `train.model` does, and it is the only one."""
 

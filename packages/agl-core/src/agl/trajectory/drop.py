@@ -56,7 +56,7 @@ ADVICE: Final[Mapping[DropReason, str]] = {
     DropReason.STALE: "the version that sampled it is too old; raise train.max_staleness",
     DropReason.TRUNCATED: "the response reached its maximum length; raise train.max_tokens",
     DropReason.TOO_LONG: "it ends beyond engine.max_model_len; raise that",
-    DropReason.UNKNOWN_TOKENS: "token ids beyond the vocabulary; train on spans of train.model only",
+    DropReason.UNKNOWN_TOKENS: "token ids beyond the vocabulary; train on spans of the role's base model only",
     DropReason.LATE: "made after its rollout had timed out; raise train.timeout_s",
     DropReason.REPLACED_GROUP: "all rollouts of its group earned the same, and so did those of the group in its place",
     DropReason.SKIPPED_STEP: "the gradient was not finite; lower train.learning_rate",

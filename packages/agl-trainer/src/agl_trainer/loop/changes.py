@@ -1,6 +1,6 @@
 """What has changed in a configuration since its last checkpoint, and which changes a resumed training accepts."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,7 @@ STEERING = frozenset(
         "models.<name>.engine",
         "models.<name>.path",  # another name of the same model; the fingerprint tells models apart
         "models.<name>.chat_template",
+        "models.<name>.device",
         "train.model",  # as models.<name>.path
         "train.min_reward",
         "train.eval_tasks",
@@ -229,11 +230,11 @@ def _role_changes(saved: Config, given: Config) -> list[Change]:
     return [Change("the names in agent_roles", ", ".join(before), ", ".join(after), ANY)]
 
 
-def _leaves(config: Config, roles: Iterable[str]) -> dict[str, Any]:
+def _leaves(config: Config, roles: Collection[str]) -> dict[str, Any]:
     """Dotted key to value of everything that is set; of the roles only `roles`."""
     data = config.model_dump(mode="json", exclude_none=True)
     named = data["agent_roles"].pop("roles")
-    data["agent_roles"] |= {role: named[role] for role in roles}
+    data["agent_roles"] |= {role: named[role] for role in named if role in roles}
     return dict(_flattened(data, ""))
 
 

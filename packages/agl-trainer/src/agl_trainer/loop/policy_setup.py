@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -17,6 +18,7 @@ from agl_trainer.model.base_model import (
     load_model,
     use_bfloat16_products,
 )
+from agl_trainer.model.device import best_device
 from agl_trainer.model.fingerprint import fingerprint
 from agl_trainer.model.model_folder import TINY, model_folder
 from agl_trainer.model.packing_probe import supports_packing
@@ -33,7 +35,7 @@ def open_policy(config: Config, base: Base, *, samples: bool = False) -> Policy:
     shards = is_sharded(train) and not samples
     folder, longest = base_folder(config, base), base.engine.max_model_len
     try:
-        model, tokenizer = load_model(folder, on_cpu=shards, in_4bit=train.load_in_4bit)
+        model, tokenizer = load_model(folder, _device(base), on_cpu=shards, in_4bit=train.load_in_4bit)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{base.key} {base.path!r}: transformers cannot load {folder}: {error}") from error
     _set_chat_template(tokenizer, base)
@@ -55,6 +57,17 @@ def open_policy(config: Config, base: Base, *, samples: bool = False) -> Policy:
         compiles=train.compile,
         shards=shards,
     )
+
+
+def _device(base: Base) -> torch.device | None:
+    """The accelerator of `base`, if the configuration names one. Raises ConfigError if it is not there."""
+    count = torch.accelerator.device_count()
+    if base.device is None:
+        return None
+    if base.device >= count:
+        has = f"the accelerators 0 to {count - 1}" if count else "no accelerator"
+        raise ConfigError(f"models.{base.name}.device is {base.device}, and this machine has {has}")
+    return torch.device(best_device().type, base.device)
 
 
 def _set_chat_template(tokenizer: PreTrainedTokenizerBase, base: Base) -> None:

@@ -13,21 +13,25 @@ from agl_trainer.model.device import best_device
 
 
 def capture() -> dict[str, Any]:
-    """State of torch's generators on the CPU and on the accelerator of this process, if there is one."""
-    return {name: _from_tensor(module.get_rng_state()) for name, module in _generators().items()}
+    """State of torch's generators on the CPU and on the accelerators of this machine, if there are any."""
+    return {name: _from_tensor(module.get_rng_state(*device)) for name, (module, device) in _generators().items()}
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Restore a state of `capture`, without the generator of an accelerator that this machine does not have."""
-    for name, module in _generators().items():
+    """Restore a state of `capture`, without the generators of accelerators that this machine does not have."""
+    for name, (module, device) in _generators().items():
         if name in state:
-            module.set_rng_state(_to_tensor(state[name]))
+            module.set_rng_state(_to_tensor(state[name]), *device)
 
 
-def _generators() -> dict[str, Any]:
-    """Modules with `get_rng_state` and `set_rng_state`: torch itself for the CPU, and that of the accelerator."""
-    device = best_device()
-    return {"torch": torch} | ({} if device.type == "cpu" else {device.type: torch.get_device_module(device)})
+def _generators() -> dict[str, tuple[Any, tuple[torch.device, ...]]]:
+    """Modules with `get_rng_state` and `set_rng_state`, and the device to name: none for that of this process."""
+    kind, found = best_device().type, {"torch": (torch, tuple[torch.device, ...]())}
+    if kind == "cpu":
+        return found
+    module, own = torch.get_device_module(kind), torch.accelerator.current_device_index()
+    others = [torch.device(kind, number) for number in range(torch.accelerator.device_count()) if number != own]
+    return found | {kind: (module, ())} | {str(device): (module, (device,)) for device in others}
 
 
 def _from_tensor(state: torch.Tensor) -> str:

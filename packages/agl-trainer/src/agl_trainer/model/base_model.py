@@ -79,11 +79,12 @@ def decoder_layers(body: "Module", option: str) -> "Sequence[Module]":
 
 
 def load_model(
-    folder: Path, *, on_cpu: bool = False, in_4bit: bool = False
+    folder: Path, device: "torch.device | None" = None, *, on_cpu: bool = False, in_4bit: bool = False
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """The frozen base model and its tokenizer. Raises ConfigError as `load_pretrained`.
 
     The model is in float32 on the CPU or, if there is an accelerator, in bfloat16 there (on the CPU with `on_cpu`).
+    `device`: which accelerator, if there are several; None: the process's.
     `in_4bit`: linear layers are quantized to 4 bits; raises ConfigError without bitsandbytes for this device.
     """
     import torch
@@ -91,7 +92,7 @@ def load_model(
 
     from agl_trainer.model.device import best_device
 
-    device = best_device()
+    device = device or best_device()
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     device = torch.device("cpu") if on_cpu else device
     tokenizer = load_pretrained(AutoTokenizer, folder)
