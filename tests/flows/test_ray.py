@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,12 @@ def test_each_process_has_its_rank_and_the_addresses_of_the_others(tmp_path: Pat
         "runner {config} --store http://10.0.0.7:8400 --collector http://10.0.0.7:4318 --run run --concurrency 11"
     )
     assert "secret" not in runner.config + jobs[0].config + " ".join(runner.words)
+
+
+def test_several_models_train_in_one_process(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, trainer={"devices": 2})
+    with pytest.raises(ConfigError, match=r"`models` names several: set ray\.trainer\.devices to 1 or 0"):
+        replace(plan, config=plan.config | {"models": {"small": {"path": "tiny"}}}).check()
 
 
 @pytest.mark.parametrize(
