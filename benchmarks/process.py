@@ -27,6 +27,12 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def machine_cpu_s() -> float:
+    """Time that all cores of the machine have been busy so far, whoever used it; the host of a virtual one included."""
+    user, nice, system, _idle, _iowait, *others = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+    return (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK")
+
+
 def growth(measured: Sequence[tuple[float, Memory]]) -> Memory:
     """Growth per minute in the second half of `measured` (seconds, memory): the slope of a line through it."""
     half = measured[len(measured) // 2 :]

@@ -9,7 +9,7 @@ ended. Then it reads every call from the store and compares it with what the eng
 
 Runners have a lower priority (`nice` 5), because agents do not run on a server's cores elsewhere. A probe makes ten
 calls per second meanwhile. The gateway's own time is the time of such a call without that at the engine, which the
-engine reports. Prints Markdown, writes the figures to `--figures` as JSON, and exits with 1 if anything is lost or
+engine reports. Prints Markdown, adds the figures to the JSON file `--figures`, and exits with 1 if anything is lost or
 wrong.
 """
 
@@ -37,7 +37,7 @@ from agl.trajectory.call import Call
 from benchmarks.gateway import engine_command, running
 from benchmarks.http_load import Client, request
 from benchmarks.null_engine import prompt_ids, token_ids
-from benchmarks.process import Memory, cpu_s, growth, memory_mb
+from benchmarks.process import Memory, cpu_s, growth, machine_cpu_s, memory_mb
 from benchmarks.thousand_agent import ROLES
 from tests.ports import free_port
 from tests.waiting import is_alive
@@ -89,8 +89,8 @@ class Measured:
     in_flight: list[int] = field(default_factory=list)
     own_ms: list[float] = field(default_factory=list)
     memory: dict[str, list[tuple[float, Memory]]] = field(default_factory=dict)
-    marks: list[tuple[float, int, dict[str, float]]] = field(default_factory=list)
-    """Time, ended rollouts, CPU seconds by process."""
+    marks: list[tuple[float, int, float, dict[str, float]]] = field(default_factory=list)
+    """Time, ended rollouts, CPU seconds of the machine, and of each process."""
 
 
 @contextmanager
@@ -184,7 +184,7 @@ class Run:
 
     def _mark(self, states: Counter[RolloutState]) -> None:
         used = {name: cpu_s(pid) for name, pid in self._processes.items() if is_alive(pid)}
-        self.measured.marks.append((time.monotonic(), states[RolloutState.SUCCEEDED], used))
+        self.measured.marks.append((time.monotonic(), states[RolloutState.SUCCEEDED], machine_cpu_s(), used))
 
     async def _probe(self) -> None:
         address = urlsplit(self._servers.gateway)
@@ -256,6 +256,9 @@ class Figures:
     """What `benchmarks.simulation` is calibrated on."""
 
     cores: int
+    cores_of_others: float
+    """Cores that other programs used meanwhile."""
+    runners: int
     rollouts_in_flight: int
     calls_per_rollout: int
     delay_s: float
@@ -271,14 +274,17 @@ class Figures:
 
 def figures(load: Load, measured: Measured) -> Figures:
     """Over the time in which all rollouts were in flight."""
-    (begin, before, used_before), (end, after, used_after) = measured.marks
+    (begin, before, all_before, used_before), (end, after, all_after, used_after) = measured.marks
     rate, spent = (after - before) / (end - begin), defaultdict[str, float](float)
     calls = rate * load.calls * (end - begin)
+    ours_s = sum(used_after.values()) - sum(used_before.values())
     for name in used_after:
         spent[name.rstrip(" 0123456789")] += (used_after[name] - used_before.get(name, 0)) * 1000 / calls
     own = sorted(measured.own_ms)
     return Figures(
         len(os.sched_getaffinity(0)),
+        max(0.0, (all_after - all_before - ours_s) / (end - begin)),
+        load.runners,
         round(mean(measured.in_flight)),
         load.calls,
         load.delay_s,
@@ -291,11 +297,24 @@ def figures(load: Load, measured: Measured) -> Figures:
     )
 
 
+def write(path: Path, rollouts: int, found: Figures) -> None:
+    """Put the figures into the file, beside those of other numbers of rollouts."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(known | {str(rollouts): asdict(found)}, indent=2) + "\n")
+
+
+def read(path: Path) -> dict[int, Figures]:
+    """By the number of rollouts that should be in flight, in order."""
+    known = json.loads(path.read_text())
+    return {int(rollouts): Figures(**known[rollouts]) for rollouts in sorted(known, key=int)}
+
+
 def show(found: Figures, measured: Measured, counts: Counter[str]) -> None:
     print("| rollouts in flight | calls/s | rollouts/s | own time p50, ms | p99, ms | probes |")
     print("|---:|---:|---:|---:|---:|---:|")
     rates = f"{found.calls_per_s:,.0f} | {found.rollouts_per_s:.1f} | {found.own_p50_ms:.1f} | {found.own_p99_ms:.1f}"
     print(f"| {found.rollouts_in_flight:,} | {rates} | {len(measured.own_ms):,} |\n")
+    print(f"Other programs used {found.cores_of_others:.2f} of {found.cores} cores.\n")
     print("| process | CPU ms per call | share of a core |\n|---|---:|---:|")
     for name, spent in found.cpu_ms_per_call.items():
         print(f"| {name} | {spent:.2f} | {spent * found.calls_per_s / 1000:.2f} |")
@@ -339,7 +358,7 @@ def main() -> int:
         print(f"FAULT {fault}")
     print("\n".join(log[-_LINES:] if faults else []))
     if not faults:
-        arguments.figures.write_text(json.dumps(asdict(found), indent=2) + "\n")
+        write(arguments.figures, load.rollouts, found)
     return 1 if faults else 0
 
 

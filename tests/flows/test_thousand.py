@@ -1,11 +1,11 @@
 """`benchmarks.thousand` with twenty rollouts at once: real runners, gateway, collector and store server."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.thousand import Load, faults_of
+from benchmarks import simulation
+from benchmarks.thousand import Load, faults_of, read
 
 CALLS = 4
 SMALL = ["--minutes", "0.01", "--rollouts", "20", "--calls", str(CALLS), "--delay-s", "0.5", "--runners", "2"]
@@ -17,9 +17,11 @@ def test_every_call_of_every_rollout_is_recorded_with_its_role_and_ids(tmp_path:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAULT" not in done.stdout
-    found = json.loads(figures.read_text())
-    assert found["rollouts_in_flight"] >= 10
-    assert {"engine", "agl serve", "runner"} <= found["cpu_ms_per_call"].keys()
+    (found,) = read(figures).values()
+    assert found.rollouts_in_flight >= 10
+    assert {"engine", "agl serve", "runner"} <= found.cpu_ms_per_call.keys()
+    simulated = simulation.simulate(simulation.this_machine(found, 20), calls=2000)
+    assert simulated.rollouts_per_s > 0
 
 
 def test_a_call_that_is_missing_is_a_fault() -> None:
