@@ -134,8 +134,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _with_model(config: Config, model: str) -> Config:
     """`config` with the base model `model`. Raises CommandError if it has one."""
-    if config.train is not None:
-        named = ", ".join(f"{base.key} {base.path}" for base in config.bases())
+    if bases := config.bases():
+        named = ", ".join(f"{base.key} {base.path}" for base in bases)
         raise CommandError(f"--model {model}: the configuration names {named}; leave out one")
     return config.model_copy(update={"train": Config.parse({"train": {"model": model}}, "--model").train})
 
