@@ -86,9 +86,10 @@ def rollout(
     role: str = "writer",
     version: str = "writer@3",
     error: str | None = None,
+    answer: str = "SELECT 1",
 ) -> list[Span]:
     """A rollout with a call of `role`, and a reward if there is a `value`."""
-    said = _said("count the orders", "SELECT 1")
+    said = _said("count the orders", answer)
     root = _root(name, hashlib.md5(name.encode()).hexdigest(), mode, error)
     call = gateway_call((0, 1, 2), (3, 4), parent=root, role=role, version=version, attributes=said)
     given = [reward(value, {"agl.reward.goal": value}, parent=root)] if value is not None else []

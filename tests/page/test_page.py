@@ -14,8 +14,9 @@ from playwright.sync_api import Page, expect
 from agl import semconv
 from agl.inspection.evaluation import evaluation_record
 from agl.page.comparison import Comparison
-from agl.page.groups import list_groups
+from agl.page.groups import Group, list_groups
 from agl.page.runs import RunView, run_names
+from agl.page.shown import number
 from agl.server_thread import ServerThread
 from agl.store import Resource, Rollout, Store
 from agl.trajectory.sampled import SPACE, Decision, SamplingReason
@@ -101,6 +102,7 @@ def test_a_rollout_shows_its_messages_and_its_tokens(page: Page, url: str) -> No
     assert rows.nth(1).inner_text().split("\t") == ["2", '" 1"', "4", "0.607", "\u22120.5", "1.25", "+0.75"]
     page.goto(f"{url}/rollouts/view?id=equal")
     expect(page.locator("article .tag.warn")).to_have_text("zero_advantage")
+    expect(page.locator(".notes").first).to_contain_text("zero_advantage: all rollouts of its group earned the same")
     page.locator("summary").click()
     expect(page.locator(".legend")).to_contain_text("answer, zero_advantage")
 
@@ -159,8 +161,9 @@ def test_a_rejected_address_says_what_is_wrong(url: str) -> None:
         ("/runs/view?id=x", 404, "no run"),
         ("/groups/view?id=x", 404, "no rollout of group"),
         ("/compare?run=toy&left=x", 404, "no evaluation"),
+        ("/nothing/here", 404, "there is no page /nothing/here"),
     ):
-        response = httpx.get(url + path)
+        response = httpx.get(url + path, headers={"accept": "text/html"})
         assert response.status_code == status and message in response.text, path
         assert response.headers["content-security-policy"].startswith("default-src 'none'")
 
@@ -273,9 +276,47 @@ def test_a_group_shows_its_rollouts_from_the_best_and_why_it_won(page: Page, url
     expect(page.locator("main > .box")).to_have_text(
         "The best rollout earned 1, the others 0.5: goal +0.5 against the mean of the others."
     )
-    assert page.locator("article a.id").all_inner_texts() == ["trained", "equal"]
+    assert page.locator("article header a.id").all_inner_texts() == ["trained", "equal"]
     expect(page.locator("article").first).to_contain_text("+0.75")
-    assert page.locator(".common").all_inner_texts() == ["SELECT 1"] * 2
+    expect(page.locator("main")).to_contain_text("All 2 rollouts gave the same answers.")
+    expect(page.locator("article").nth(1)).to_contain_text("The same answers as trained")
+    assert page.locator(".common").all_inner_texts() == ["", "SELECT 1"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "told"),
+    [
+        (["SELECT 1", "SELECT 22", "SELECT 22"], "after “SELECT ”: the best goes on with “1”, the other with “22”."),
+        (["", "SELECT 1"], "at its beginning: the best goes on with nothing, the other with “SELECT 1”."),
+        (["x" * 90 + "1", "x" * 90], f"after “{'x' * 40}”: the best goes on with “1”, the other with nothing."),
+        (["SELECT 1", None], "in how many calls they make: 1, and 0."),
+    ],
+)
+def test_a_group_says_where_the_answers_first_differ(empty: Store, answers: list[str | None], told: str) -> None:
+    empty.enqueue_rollouts([Rollout(f"r{place}", "task", "g") for place in range(len(answers))])
+    for place, text in enumerate(answers):
+        spans = rollout(f"r{place}", "train", 1 - place / 4, answer=text or "")
+        empty.append_spans(spans if text is not None else [spans[0], spans[2]])
+    said = Group.of(empty, "g").difference()
+    assert said.startswith(
+        f"2 of the {len(answers)} rollouts gave answers of their own. The best rollout and r1 first"
+    ) and said.endswith(told)
+    assert [member.same_as for member in Group.of(empty, "g").members[2:]] == ["r1"] * (len(answers) - 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (0.0, "0"),
+        (-4.789e-5, "\u22124.79e\u22125"),
+        (999.7, "1,000"),
+        (-1234567.8, "\u22121,234,568"),
+        (0.12345, "0.123"),
+    ],
+)
+def test_numbers_are_short(value: float | None, text: str) -> None:
+    assert number(value) == text
 
 
 def test_evaluations_are_compared_task_by_task_from_the_largest_regression(page: Page, url: str) -> None:

@@ -15,11 +15,13 @@ _GROUPS: Final = 15
 _SEARCH_S: Final = 0.5
 _PAGE: Final = 20
 _EQUAL: Final = 1e-9
+_QUOTED: Final = 40
+"""Characters of an answer in a sentence about it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A role's answer in a rollout: what it has in common with the others of its place in the group, and the rest."""
+    """A role's answer in a rollout: how it begins like that of its place in the best rollout, and the rest."""
 
     role: str
     common: str
@@ -34,6 +36,8 @@ class Member:
     answers: list[Answer]
     advantages: Mapping[str, float]
     """By role, from the last step that trained it."""
+    same_as: str | None
+    """The first of the rollouts before it that gave the same answers."""
 
     @property
     def parts(self) -> Mapping[str, float]:
@@ -91,6 +95,40 @@ class Group:
         mean = sum(self.rewards[1:]) / len(others)
         return f"The best rollout earned {self.rewards[0]:.3g}, the others {mean:.3g}{against}."
 
+    def difference(self) -> str:
+        """How many answered differently, and where the best rollout and the best that earned less first differ."""
+        if len(self.members) < 2:
+            return ""
+        different = sum(member.same_as is None for member in self.members)
+        if different == 1:
+            return f"All {len(self.members)} rollouts gave the same answers."
+        best, *others = self.members
+        others = [one for one in others if one.same_as != best.listed.trajectory.rollout_id]
+        other = next((one for one in others if one.listed.reward != best.listed.reward), others[0])
+        return (
+            f"{different} of the {len(self.members)} rollouts gave answers of their own. The best rollout and "
+            f"{other.listed.trajectory.rollout_id} first differ {_first_difference(best, other)}."
+        )
+
+
+def _first_difference(best: Member, other: Member) -> str:
+    """The answers of `other` are split where they differ from those of `best`."""
+    for place, (mine, theirs) in enumerate(zip(best.answers, other.answers, strict=False), 1):
+        if mine.role != theirs.role:
+            return f"in who answers: call {place} is of {mine.role}, and of {theirs.role}"
+        rest = mine.rest[len(theirs.common) :]
+        if rest or theirs.rest:
+            after = f"after {_quoted(theirs.common[-_QUOTED:])}" if theirs.common else "at its beginning"
+            return (
+                f"in call {place}, of {mine.role}, {after}: the best goes on with {_quoted(rest[:_QUOTED])}, the other "
+                f"with {_quoted(theirs.rest[:_QUOTED])}"
+            )
+    return f"in how many calls they make: {len(best.answers)}, and {len(other.answers)}"
+
+
+def _quoted(text: str) -> str:
+    return f"“{text}”" if text else "nothing"
+
 
 @dataclass(frozen=True, slots=True)
 class GroupPage:
@@ -122,17 +160,20 @@ def _groups_that_begin_with(store: Store, rollout_ids: Sequence[str], run: str) 
 
 
 def _members(listed: Sequence[ListedRollout]) -> list[Member]:
-    """The rollouts with their answers, each compared with those of the same place in the other rollouts."""
+    """The rollouts with their answers, each compared with that of the same place in the first rollout, the best."""
     said = [list(_answers(one)) for one in listed]
-    members = []
+    members, seen = [], dict[tuple[tuple[str, str], ...], str]()
     for one, answers in zip(listed, said, strict=True):
         shown = []
         for place, (role, text) in enumerate(answers):
-            same_place = [other[place][1] for other in said if len(other) > place and other[place][0] == role]
-            common = len(commonprefix(same_place)) if len(same_place) > 1 else 0  # noqa: RUF071 - texts, no paths
+            of_best = said[0][place] if len(said[0]) > place and answers is not said[0] else ("", "")
+            common = len(commonprefix([text, of_best[1]])) if of_best[0] == role else 0  # noqa: RUF071 - texts, no paths
             shown.append(Answer(role, text[:common], text[common:]))
         trained = (report for report in one.reports if report.trained and report.trained[-1].advantage is not None)
-        members.append(Member(one, shown, {r.call.role: r.trained[-1].advantage or 0.0 for r in trained}))
+        advantages = {r.call.role: r.trained[-1].advantage or 0.0 for r in trained}
+        same_as = seen.get(tuple(answers))
+        seen.setdefault(tuple(answers), one.trajectory.rollout_id)
+        members.append(Member(one, shown, advantages, same_as))
     return members
 
 

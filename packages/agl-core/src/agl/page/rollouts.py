@@ -15,6 +15,7 @@ from agl.inspection.tree import LastSiblings
 from agl.page.tokens import TokenView, view_tokens
 from agl.span import Span
 from agl.store import Rollout, Store
+from agl.trajectory import ADVICE
 from agl.trajectory.attributes import agent_of
 from agl.trajectory.call import error_of
 
@@ -117,6 +118,14 @@ class SpanRow:
     @property
     def outcome(self) -> str | None:
         return self.report.outcome if self.report else None
+
+    @property
+    def advice(self) -> str:
+        """What the reason of the last step means and what to do, if no advice for the whole rollout has it."""
+        report = self.report
+        if report is None or not report.trained or report.sampling_fault:
+            return ""
+        return next((text for reason, text in ADVICE.items() if reason == report.outcome), "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,7 +176,7 @@ def _commonest_error(store: Store, run: str) -> Finding:
 def _reward_series(metrics: Series) -> Iterator[dict[str, Any]]:
     """Mean reward of the rollouts and of each role with its interval, and the means of the parts."""
     counts = dict(metrics.get("rollouts", ()))
-    for name, points in metrics.items():
+    for name, points in sorted(metrics.items(), key=lambda item: item[0] != "reward/mean"):
         prefix, _, part = name.rpartition("/")
         if prefix.startswith("eval") or part.endswith(("std", "_std")) or not (prefix + "/").endswith("reward/"):
             continue

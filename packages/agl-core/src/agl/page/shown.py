@@ -38,11 +38,12 @@ def colour(name: str) -> str:
 
 
 def number(value: float | None, signed: bool = False) -> str:
-    """Three significant digits; a dash for no value."""
+    """Three significant digits, of 1,000 and more all before the point; a dash for no value."""
     if value is None:
         return "–"
-    text = f"{value:+.3g}" if signed else f"{value:.3g}"
-    return text.replace("-", "\u2212", 1) if text.startswith("-") else text
+    sign = "+" if signed else ""
+    text = f"{value:{sign},.0f}" if abs(value) >= 999.5 else f"{value:{sign}.3g}"
+    return text.replace("e-0", "e-").replace("-", "\u2212")
 
 
 def ago(time_ns: int) -> str:

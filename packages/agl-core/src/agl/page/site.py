@@ -11,19 +11,22 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
-from starlette.routing import BaseRoute, Mount, Route
+from starlette.routing import BaseRoute, Match, Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 from agl.errors import AglError, InputError, TrajectoryError, UnknownIdError
+from agl.inspection.report import PENDING, TRAINED
 from agl.page.adapters import list_adapters
 from agl.page.canary import CanaryView
 from agl.page.comparison import Comparison, evaluations
 from agl.page.groups import Group, list_groups
 from agl.page.rollouts import Filters, RolloutView, full_text, list_page, token_view
-from agl.page.runs import RUN, RunView, list_runs
+from agl.page.runs import RUN, RunView, list_runs, run_names
 from agl.page.shown import FILTERS, visible
-from agl.server.auth import COOKIE, LOGIN, STATIC, BearerTokens, project_of
+from agl.server.auth import COOKIE, LOGIN, STATIC, BearerTokens, asks_for_page, project_of
 from agl.store import Store, sqlite_path
+from agl.trajectory import DropReason
 
 _POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
@@ -57,6 +60,13 @@ class Server(Protocol):
         ...
 
 
+class _Unknown(Route):
+    """Any other path, for browsers: clients of the API get an error as JSON."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        return super().matches(scope) if asks_for_page(scope) else (Match.NONE, {})
+
+
 class Page:
     """The page over `stores`, by project, on `server`. A token of `tokens` that may read logs in, to its project."""
 
@@ -77,6 +87,7 @@ class Page:
             "version": version("agl-core"),
             "can_leave": bool(tokens),
             "pages": _PAGES,
+            "outcomes": [TRAINED, PENDING, *DropReason],
         }
 
     def routes(self) -> list[BaseRoute]:
@@ -102,7 +113,8 @@ class Page:
         pages.append(Route("/health", self._health))
         login = Route(LOGIN, self._login, methods=["GET", "POST"])
         logout = Route("/logout", self._log_out)
-        return [*pages, login, logout, Mount(STATIC, StaticFiles(packages=[("agl.page", "static")]))]
+        static = Mount(STATIC, StaticFiles(packages=[("agl.page", "static")]))
+        return [*pages, login, logout, static, _Unknown("/{path:path}", self._endpoint(self._unknown))]
 
     def _endpoint(self, answer: Answer) -> Answer:
         """`answer` with the headers; what is wrong with a request becomes a page that says so. Runs in a thread."""
@@ -124,6 +136,9 @@ class Page:
     def _show(self, template: str, request: Request, status: int = HTTPStatus.OK, **values: Any) -> Response:
         text = self._templates.get_template(template).render({"store_uri": self._store(request).uri, **values})
         return HTMLResponse(text.encode(errors="replace"), status)
+
+    def _unknown(self, request: Request) -> Response:
+        raise UnknownIdError(f"there is no page {request.url.path}")
 
     def _store(self, request: Request) -> Store:
         return self._stores[project_of(request.scope)]
@@ -152,7 +167,7 @@ class Page:
         page = list_page(store, filters, request.query_params.get("cursor"))
         is_part = request.headers.get("hx-request") == "true" and "cursor" in request.query_params
         template = "rollout_rows.html" if is_part else "rollouts.html"
-        return self._show(template, request, page=page, filters=filters)
+        return self._show(template, request, page=page, filters=filters, runs=run_names(store))
 
     def _runs(self, request: Request) -> Response:
         return self._show("runs.html", request, runs=list_runs(self._store(request)))
@@ -167,9 +182,12 @@ class Page:
 
     def _groups(self, request: Request) -> Response:
         run, cursor = request.query_params.get("run", ""), request.query_params.get("cursor")
-        page = list_groups(self._store(request), run, cursor)
+        store = self._store(request)
+        page = list_groups(store, run, cursor)
         is_part = request.headers.get("hx-request") == "true" and cursor is not None
-        return self._show("group_rows.html" if is_part else "groups.html", request, page=page, run=run)
+        return self._show(
+            "group_rows.html" if is_part else "groups.html", request, page=page, run=run, runs=run_names(store)
+        )
 
     def _group(self, request: Request) -> Response:
         return self._show("group.html", request, group=Group.of(self._store(request), _required(request, "id")))

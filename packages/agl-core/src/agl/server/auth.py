@@ -129,7 +129,7 @@ class AuthMiddleware:
         try:
             scope = self._authorized(scope)
         except ApiError as error:
-            is_page = error.http_status == HTTPStatus.UNAUTHORIZED and _asks_for_page(scope)
+            is_page = error.http_status == HTTPStatus.UNAUTHORIZED and asks_for_page(scope)
             response = RedirectResponse(_login_url(scope), HTTPStatus.SEE_OTHER) if is_page else error.response()
             return await response(scope, receive, send)
         await self._app(scope, receive, send)
@@ -163,15 +163,16 @@ def project_of(scope: Scope) -> str:
     return scope.get(_PROJECT, DEFAULT_PROJECT)
 
 
+def asks_for_page(scope: Scope) -> bool:
+    """Whether a browser sent the request, for a person to read."""
+    accepted = b"".join(value for name, value in scope["headers"] if name == b"accept")
+    return scope["method"] in _READING and b"text/html" in accepted
+
+
 def _needed_right(scope: Scope) -> Right:
     if scope["path"].startswith(_MODEL_PATHS):
         return Right.AGENT
     return Right.READ if scope["method"] in _READING else Right.TRAINER
-
-
-def _asks_for_page(scope: Scope) -> bool:
-    accepted = b"".join(value for name, value in scope["headers"] if name == b"accept")
-    return scope["method"] in _READING and b"text/html" in accepted
 
 
 def _login_url(scope: Scope) -> str:

@@ -28,7 +28,7 @@ document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, select, textarea")) return;
   const rows = [...document.querySelectorAll("table.list tbody td:first-child a, .columns .card > header a")];
   const place = rows.indexOf(document.activeElement);
-  const found = { "/": document.querySelector(".filters input"), j: rows[place + 1], k: rows[Math.max(place - 1, 0)] }[event.key];
+  const found = { "/": document.querySelector(".filters input, .filters select"), j: rows[place + 1], k: rows[Math.max(place - 1, 0)] }[event.key];
   if (!found) return;
   event.preventDefault();
   found.focus();
@@ -40,12 +40,11 @@ function localTimes(root) {
 localTimes(document);
 document.addEventListener("htmx:afterSettle", () => localTimes(document));
 
-// On a narrow screen the main links scroll, and the current one may be outside.
-document.querySelector(".top nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "nearest" });
-
 // --- Curves of a run -------------------------------------------------------------------------------------------------
 
 const HUES = [165, 212, 268, 330, 14, 40, 95, 190];
+/** Distances of the steps that the axis names: never half a step. */
+const STEPS = [1, 10, 100, 1e3, 1e4, 1e5, 1e6].flatMap((size) => [size, 2 * size, 5 * size]);
 const charts = document.querySelector("[data-charts]");
 let drawn = "";
 let plots = [];
@@ -73,7 +72,8 @@ function options(chart, width) {
     // Without a step under the pointer, the last value.
     const number = (plot, value, place, index) => {
       const found = index === null || index === undefined ? plot.data[place].findLast((each) => each !== null) : value;
-      return found === null || found === undefined ? "–" : found.toPrecision(3);
+      if (found === null || found === undefined) return "–";
+      return Math.abs(found) >= 999.5 ? Math.round(found).toLocaleString("en") : `${Number(found.toPrecision(3))}`;
     };
     shown.push({ label: one.label, stroke: colour, width: 1.75, value: number, spanGaps: true, points: { show: one.points ?? one.x.length < 3, size: 6, fill: colour }, ...(one.points ? { paths: () => null } : {}) });
     if (!one.low) return;
@@ -81,7 +81,7 @@ function options(chart, width) {
     shown.push({ ...edge, label: `${one.label} low` }, { ...edge, label: `${one.label} high` });
     bands.push({ series: [shown.length - 1, shown.length - 2], fill: shade });
   });
-  return { width, height: 220, series: shown, bands, scales: { x: { time: false }, y: { range: (_, low, high) => (low === high ? [low, low + 1] : uPlot.rangeNum(low, high, 0.1, true)) } }, axes: [axis, { ...axis, size: 52 }], legend: { live: true }, cursor: { drag: { x: true, y: false } } };
+  return { width, height: 220, series: shown, bands, scales: { x: { time: false }, y: { range: (_, low, high) => (low === high ? [low, low + 1] : uPlot.rangeNum(low, high, 0.1, true)) } }, axes: [{ ...axis, size: 30, incrs: STEPS }, { ...axis, size: 52 }], legend: { live: true }, cursor: { drag: { x: true, y: false } } };
 }
 
 function draw(found) {
