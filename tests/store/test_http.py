@@ -86,6 +86,7 @@ def test_every_verb_of_the_protocol_is_served() -> None:
         "append_spans",
         "query_spans",
         "query_spans_by_rollout",
+        "read_spans",
         "close",
     }  # Derived, or local to the process.
 

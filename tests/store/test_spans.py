@@ -183,6 +183,8 @@ def test_the_spans_of_many_rollouts_are_those_of_each_alone(store: Store) -> Non
         "nul\0": [],
     }
     assert store.query_spans_by_rollout([]) == {}
+    many = [f"r{number}" for number in range(120)]
+    assert dict(store.read_spans([*many, *wanted])) == found | {name: [] for name in many}
 
 
 def test_the_last_rollout_is_that_of_the_span_that_arrived_last(store: Store) -> None:

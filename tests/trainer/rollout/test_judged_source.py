@@ -16,6 +16,7 @@ from agl_trainer.rollout.judged_source import JudgedSource
 from agl_trainer.rollout.sources import RolloutBatch
 from tests.core.scripted_judge import ScriptedJudge, judge_of, longest_first
 from tests.core.span_maker import gateway_call, reward, span
+from tests.counted_reads import counted_reads
 
 
 @pytest.fixture
@@ -73,8 +74,9 @@ def test_each_rollout_of_a_group_gets_its_rank_beside_its_earlier_dimensions(sto
     keep(store, "failed", {"writer": "the longest of them all"}, failed=True)
     keep(store, "alone", {"writer": "x"}, group="h")
     source = FixedSource(store, ["r1", "r2", "r3", "failed", "alone"])
-    with ScriptedJudge(longest_first) as server:
+    with ScriptedJudge(longest_first) as server, counted_reads() as reads:
         drawn = JudgedSource(source, judge_of(server), store).draw(0, 0, range(1))
+    assert reads == [*[1] * 5, 3, 3]  # of the source below, to judge, and with the judgement
     by_name = {made.rollout_id: made for made in drawn.trajectories}
     assert rewards_of(by_name["r1"])[-1] == (0.5, {"goal": 1.0, "judge": 0.0})
     assert rewards_of(by_name["r2"])[-1] == (0.75, {"reward": 0.5, "judge": 1.0})

@@ -43,8 +43,7 @@ def observe(store: Store, canary: Canary) -> Observed:
     """Reads the spans of every rollout in the store. Raises CanaryError for a reward out of range."""
     samples: list[Sample] = []
     unproved: list[Unproved] = []
-    for rollout_id in store.rollout_ids():
-        spans = store.query_spans(rollout_id)
+    for rollout_id, spans in store.read_spans(store.rollout_ids()):
         found = measured(spans) or next(
             (span.attributes for span in spans if semconv.CANARY_BEGAN_NS in span.attributes), {}
         )

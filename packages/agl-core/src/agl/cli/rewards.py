@@ -22,7 +22,7 @@ from agl.rewards.score import Scorer, call_scorer, describe_error
 from agl.runner.agent_loop import AgentLoop
 from agl.runner.import_function import load_function
 from agl.span import Span
-from agl.store import Store
+from agl.store import Rollout, Store
 from agl.trajectory import Trajectory, build_trajectory
 
 _CONCURRENCY: Final = 32
@@ -95,22 +95,25 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _read(store: Store, number: int) -> list[_Stored]:
     """The newest rollouts that have a call or a reward, and did not fail. A call is read with one rollout only."""
-    found: list[_Stored] = []
+    found: list[tuple[Trajectory, list[Span]]] = []
     seen: set[tuple[str, str]] = set()
-    for rollout_id in reversed(store.rollout_ids()):
-        spans = store.query_spans(rollout_id)
+    for _, spans in store.read_spans(store.rollout_ids()[::-1]):
         keys = {(span.trace_id, span.span_id) for span in spans}
         if not spans or keys <= seen:
             continue
         seen |= keys
         trajectory = build_trajectory(spans)
         if trajectory.error is None and (trajectory.calls or trajectory.rewards):
-            queued = store.get_rollout(trajectory.rollout_id)
-            task = queued.input if queued else _first_request(trajectory, spans)
-            found.append(_Stored(trajectory, task, *_answer(trajectory, spans)))
+            found.append((trajectory, spans))
         if len(found) == number:
             break
-    return found
+    queued = store.get_rollouts([trajectory.rollout_id for trajectory, _ in found])
+    return [_stored(trajectory, spans, queued.get(trajectory.rollout_id)) for trajectory, spans in found]
+
+
+def _stored(trajectory: Trajectory, spans: Sequence[Span], queued: Rollout | None) -> _Stored:
+    task = queued.input if queued else _first_request(trajectory, spans)
+    return _Stored(trajectory, task, *_answer(trajectory, spans))
 
 
 def _first_request(trajectory: Trajectory, spans: Sequence[Span]) -> str | None:

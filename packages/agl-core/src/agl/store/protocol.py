@@ -1,6 +1,6 @@
 """The verbs of every store. They are synchronous and thread-safe; async callers use `asyncio.to_thread`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -12,6 +12,9 @@ from agl.store.states import AttemptState, RolloutState
 
 MAX_PART_BYTES: Final = 2**20
 """Longest part of a file of a resource. Cassandra is slow with longer values."""
+
+ROLLOUTS_PER_READ: Final = 100
+"""Rollouts whose spans are in memory at once, where all of a store are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,11 @@ class Store(Protocol):
         """`query_rows_by_rollout` as spans."""
         found = self.query_rows_by_rollout(rollout_ids)
         return {rollout_id: otlp.decode(b"".join(rows)) for rollout_id, rows in found.items()}
+
+    def read_spans(self, rollout_ids: Sequence[str]) -> Iterator[tuple[str, list[Span]]]:
+        """Each of these rollouts with its spans, so many at a time that memory is bounded."""
+        for first in range(0, len(rollout_ids), ROLLOUTS_PER_READ):
+            yield from self.query_spans_by_rollout(rollout_ids[first : first + ROLLOUTS_PER_READ]).items()
 
     def append_rows(self, rows: Sequence[SpanRow]) -> int:
         """Store spans; returns how many were new. A span that is stored already (same trace id and span id) stays.

@@ -45,8 +45,9 @@ class CallLog:
     def late_calls(self) -> list[CallOutcome]:
         """Outcomes of calls that arrived after their step had counted the rollout; every call is found once."""
         outcomes = []
-        for rollout_id, counted in self._counted.items():
-            if spans := self.store.query_spans(rollout_id):
+        for rollout_id, spans in self.store.read_spans([*self._counted]):
+            if spans:
+                counted = self._counted[rollout_id]
                 late = [call for call in build_trajectory(spans).calls if call.span_id not in counted]
                 outcomes += [CallOutcome(call, None, DropReason.LATE) for call in late]
         self._counted = {}
@@ -54,7 +55,7 @@ class CallLog:
 
     def warn_of_late_rewards(self) -> None:
         """Log a warning if a reward has arrived of a rollout that the last step left out because it had none."""
-        late = [name for name in self._without_reward if late_rewards(self.store.query_spans(name))]
+        late = [name for name, spans in self.store.read_spans(self._without_reward) if late_rewards(spans)]
         if late:
             logger.warning(
                 "the rewards of %d rollouts (%s) arrived late, after the step had counted them: emit rewards before "

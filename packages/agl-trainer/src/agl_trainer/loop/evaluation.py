@@ -4,9 +4,8 @@ from pathlib import Path
 
 from agl.errors import ConfigError, TrainingError
 from agl.inspection.evaluation import evaluation_record
-from agl.runner.runner import Outcome
 from agl.seeds import derive
-from agl.trajectory import Trajectory, build_trajectory
+from agl.trajectory import build_trajectory
 from agl_trainer.loop.call_log import warn_of_missing_rewards
 from agl_trainer.loop.checkpoint import checkpoint_folder, keep_only, load_checkpoint, save_checkpoint
 from agl_trainer.loop.state import Best, next_best
@@ -51,7 +50,8 @@ def evaluate(training: Training, label: str, sampling: Sampling | None = None) -
     with training.progress.phase(f"evaluating {label}", steps=len(wanted)):
         rollouts.make_live()
         outcomes = rollouts.run(wanted, counts_steps=True)[: len(wanted)]
-        trajectories = [_trajectory(training, outcome) for outcome in outcomes]
+        read = training.store.query_spans_by_rollout([outcome.rollout_id for outcome in outcomes])
+        trajectories = [build_trajectory(spans) if (spans := read[one.rollout_id]) else None for one in outcomes]
         scores = [rollout_score(*read) for read in zip(outcomes, trajectories, strict=True)]
         missing = [outcome.rollout_id for outcome, score in zip(outcomes, scores, strict=True) if score is None]
         warn_of_missing_rewards(missing, "the evaluation")
@@ -103,8 +103,3 @@ def best_of(training: Training) -> Best:
 
 def _best_folder(training: Training) -> Path:
     return training.folder / "best"
-
-
-def _trajectory(training: Training, outcome: Outcome) -> Trajectory | None:
-    spans = training.store.query_spans(outcome.rollout_id)
-    return build_trajectory(spans) if spans else None

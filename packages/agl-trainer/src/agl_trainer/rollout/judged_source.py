@@ -49,18 +49,17 @@ class JudgedSource:
         tasks = [(group, role) for group in by_group.values() if len(group) > 1 for role in self.roles or (None,)]
         with ThreadPoolExecutor(CONCURRENCY) as pool:
             judgements = list(pool.map(lambda task: self._judge_group(*task), tasks))
-        judged = {trajectory.rollout_id for group, _ in tasks for trajectory in group}
-        trajectories = [
-            build_trajectory(self.store.query_spans(old.rollout_id)) if old.rollout_id in judged else old
-            for old in batch.trajectories
-        ]
+        judged = dict.fromkeys(trajectory.rollout_id for group, _ in tasks for trajectory in group)
+        read = {name: build_trajectory(spans) for name, spans in self.store.read_spans([*judged])}
+        trajectories = [read.get(old.rollout_id, old) for old in batch.trajectories]
         return RolloutBatch(batch.outcomes, trajectories, {**batch.metrics, **_metrics(judgements)})
 
     def prefetch(self, step: int) -> list[int]:
         return self.source.prefetch(step)
 
     def _judge_group(self, group: Sequence[Trajectory], role: str | None) -> Judgement | None:
-        members = [(trajectory, self.store.query_spans(trajectory.rollout_id)) for trajectory in group]
+        spans_of = self.store.query_spans_by_rollout([trajectory.rollout_id for trajectory in group])
+        members = [(trajectory, spans_of[trajectory.rollout_id]) for trajectory in group]
         transcripts = [(trajectory, transcript(trajectory, spans, role)) for trajectory, spans in members]
         transcripts = [(trajectory, text) for trajectory, text in transcripts if text]
         if len(transcripts) < 2:

@@ -30,8 +30,7 @@ def read_traces(store: Store, traces: TracesConfig) -> Iterator[Trajectory]:
     """
     seen: set[str] = set()
     never_kept = 0
-    for rollout_id in store.rollout_ids():
-        spans = store.query_spans(rollout_id)
+    for _, spans in store.read_spans(store.rollout_ids()):
         if not spans or not _has_tags(spans, traces):
             continue
         trajectory = build_trajectory(spans)
