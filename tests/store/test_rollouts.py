@@ -1,14 +1,17 @@
 """The store's contract: the queue of rollouts, their attempts, and waiting for them."""
 
+import sqlite3
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agl.errors import StoreError, TransitionError, UnknownIdError
-from agl.store import Attempt, AttemptState, Rollout, RolloutState, Store
+from agl.store import Attempt, AttemptState, Rollout, RolloutState, Store, open_store
 from tests.store.spans import make_span
 
 
@@ -382,3 +385,33 @@ def test_waiting_gives_up_when_the_time_is_up(store: Store) -> None:
     assert [rollout.state for rollout in store.wait_for_rollouts(["r1"], timeout_s=0.2)] == [RolloutState.RUNNING]
     assert 0.2 <= time.monotonic() - began < 5
     assert store.wait_for_rollouts([]) == []
+
+
+@pytest.mark.parametrize(("unresponsive_s", "saved"), [(1000.0, 1), (0.1, 2), (None, 1)])
+def test_spans_of_an_attempt_save_a_heartbeat_in_a_tenth_of_its_time(
+    store: Store, unresponsive_s: float | None, saved: int
+) -> None:
+    """With a thousand attempts at once, a heartbeat for each span would cost more than the spans."""
+    attempt_id, seen = begin(store, "r1", unresponsive_s=unresponsive_s), set[int]()
+    time.sleep(0.15)  # The lease was a heartbeat.
+    for number in (1, 2):
+        store.append_spans([make_span(number, rollout="r1", attempt=attempt_id)])
+        seen.add(store.query_attempts("r1")[0].heartbeat_ns)
+        time.sleep(0.15)
+    assert len(seen) == saved
+
+
+def test_a_span_whose_batch_failed_is_a_heartbeat_when_it_is_sent_again(tmp_path: Path) -> None:
+    with closing(open_store(f"sqlite:///{tmp_path}/agl.db")) as store:
+        attempt_id = begin(store, "r1", unresponsive_s=1000)
+        (before,) = store.query_attempts("r1")
+        time.sleep(0.15)
+        with sqlite3.connect(tmp_path / "agl.db") as other:
+            other.execute("CREATE TRIGGER full BEFORE INSERT ON spans BEGIN SELECT RAISE(FAIL, 'full'); END")
+        with pytest.raises(StoreError):
+            store.append_spans([make_span(1, rollout="r1", attempt=attempt_id)])
+        with sqlite3.connect(tmp_path / "agl.db") as other:
+            other.execute("DROP TRIGGER full")
+        store.append_spans([make_span(1, rollout="r1", attempt=attempt_id)])
+        (after,) = store.query_attempts("r1")
+        assert after.heartbeat_ns > before.heartbeat_ns

@@ -5,6 +5,8 @@ Between transactions: at most one attempt of a rollout runs; it is the last one,
 rollout that has ended never runs again, because a caller may have waited for that end.
 """
 
+import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Final
 
@@ -15,7 +17,32 @@ from agl.store.states import ATTEMPT_TRANSITIONS, ENDS, ROLLOUT_TRANSITIONS, Att
 _HEARTBEAT_INTERVAL_NS: Final = 100_000_000
 """A heartbeat this soon after the last one is not saved."""
 
+_LONGEST_INTERVAL_S: Final = 10.0
+_MAX_ATTEMPTS: Final = 100_000
+
 Pair = tuple[Rollout, Attempt]
+
+
+class SpanHeartbeats:
+    """For how long the spans of each attempt need not save another heartbeat, as this process knows.
+
+    A span is a heartbeat. With many attempts at once every batch has spans of most of them, and to save a heartbeat
+    costs more than a span: one in a tenth of the rollout's `unresponsive_s` is enough.
+    """
+
+    def __init__(self) -> None:
+        self._until_ns: dict[str, int] = {}
+
+    def due(self, attempt_ids: Iterable[str], now_ns: int) -> list[str]:
+        """Those of which a span at `now_ns` has to save a heartbeat."""
+        return [name for name in attempt_ids if self._until_ns.get(name, 0) <= now_ns]
+
+    def saved(self, rollout: Rollout, attempt_id: str, now_ns: int) -> None:
+        if len(self._until_ns) >= _MAX_ATTEMPTS:  # Each then saves one heartbeat more.
+            self._until_ns.clear()
+        limit_s = math.inf if rollout.unresponsive_s is None else rollout.unresponsive_s
+        interval_ns = int(min(limit_s / 10, _LONGEST_INTERVAL_S) * 1e9)
+        self._until_ns[attempt_id] = now_ns + interval_ns
 
 
 def is_fresh(attempt: Attempt, now_ns: int) -> bool:

@@ -11,7 +11,7 @@ from agl.store.cassandra import partition
 from agl.store.cassandra.keyspace import Keyspace
 from agl.store.cassandra.partition import WATCH_SHARDS, StoredRollout
 from agl.store.end_notifier import EndNotifier
-from agl.store.lifecycle import Pair
+from agl.store.lifecycle import Pair, SpanHeartbeats
 from agl.store.mapping import from_rollout
 from agl.store.rollout import Attempt, Rollout
 from agl.store.states import AttemptState, RolloutState
@@ -152,10 +152,11 @@ class CassandraRollouts:
         return {state: found[state] for state in RolloutState}
 
 
-def heartbeat_known(db: Keyspace, attempt_ids: Sequence[str], now_ns: int) -> None:
-    """Record a heartbeat of those attempts that the store knows."""
-    for stored, attempt in _find(db, attempt_ids).values():
-        _record_heartbeat(db, stored, attempt, now_ns)
+def heartbeat_by_span(db: Keyspace, attempt_ids: Sequence[str], now_ns: int, known: SpanHeartbeats) -> None:
+    """Record a heartbeat of those attempts that the store knows, unless one was recorded a short time ago."""
+    for stored, attempt in _find(db, known.due(attempt_ids, now_ns)).values():
+        if _record_heartbeat(db, stored, attempt, now_ns):
+            known.saved(stored.rollout, attempt.attempt_id, now_ns)
 
 
 def _unknown_attempt(attempt_id: str) -> UnknownIdError:

@@ -9,8 +9,9 @@ from agl.errors import InputError
 from agl.store.cassandra import span_partition
 from agl.store.cassandra.keyspace import Keyspace, Statement
 from agl.store.cassandra.membership import find_owners, find_spans
-from agl.store.cassandra.rollouts import heartbeat_known
+from agl.store.cassandra.rollouts import heartbeat_by_span
 from agl.store.cassandra.span_partition import BucketFill, IndexedSpan, Partition, home_of
+from agl.store.lifecycle import SpanHeartbeats
 from agl.store.mapping import read_cursor, to_cursor
 from agl.store.membership import trace_id_of
 from agl.store.protocol import RolloutPage
@@ -60,11 +61,12 @@ class CassandraSpans:
     """The verbs of `Store` for spans."""
 
     _keyspace: Keyspace
+    _heartbeats: SpanHeartbeats
     _fill: BucketFill
 
     def append_rows(self, rows: Sequence[SpanRow]) -> int:
         now_ns = self._keyspace.now_ns()
-        heartbeat_known(self._keyspace, attempt_ids(rows), now_ns)
+        heartbeat_by_span(self._keyspace, attempt_ids(rows), now_ns, self._heartbeats)
         return _insert(self._keyspace, rows, now_ns, self._fill)
 
     def query_rows_by_rollout(self, rollout_ids: Sequence[str]) -> dict[str, list[bytes]]:

@@ -13,6 +13,7 @@ from agl.store.cassandra.span_partition import BucketFill
 from agl.store.cassandra.spans import CassandraSpans
 from agl.store.cassandra.traffic import CassandraTraffic
 from agl.store.end_notifier import EndNotifier
+from agl.store.lifecycle import SpanHeartbeats
 from agl.store.protocol import Collected, Store
 from agl.store.retention import Limits
 
@@ -34,6 +35,7 @@ class CassandraStore(CassandraSpans, CassandraRollouts, CassandraResources, Cass
         self._keyspace = Keyspace(uri)
         self.uri = self._keyspace.name
         self._fill = BucketFill()
+        self._heartbeats = SpanHeartbeats()
         self._ends = EndNotifier(_POLL_S)
 
     def damaged_rows(self) -> list[str]:

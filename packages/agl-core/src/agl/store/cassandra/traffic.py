@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from agl.store.cassandra.keyspace import Keyspace
-from agl.store.cassandra.rollouts import heartbeat_known
+from agl.store.cassandra.rollouts import heartbeat_by_span
 from agl.store.cassandra.spans import check_size
+from agl.store.lifecycle import SpanHeartbeats
 from agl.store.span_row import SpanRow, attempt_ids
 from agl.store.traffic import Pending, Place
 
@@ -36,13 +37,14 @@ class CassandraTraffic:
     """The verbs of `TrafficStore`. A place is minute, shard, and trace id with span id."""
 
     _keyspace: Keyspace
+    _heartbeats: SpanHeartbeats
 
     def append_pending(self, rows: Sequence[SpanRow], *, now_ns: int | None = None) -> None:
         db, arrived_ns = self._keyspace, now_ns or self._keyspace.now_ns()
         minute = arrived_ns // _MINUTE_NS
         for row in rows:
             check_size(row)
-        heartbeat_known(db, attempt_ids(rows), arrived_ns)
+        heartbeat_by_span(db, attempt_ids(rows), arrived_ns, self._heartbeats)
         db.write(_PUT_MINUTE, minute)
         places = [(minute, row.span_id[0] % _SHARDS, row.trace_id + row.span_id) for row in rows]
         db.run([(_PUT, (*place, arrived_ns, row.otlp)) for place, row in zip(places, rows, strict=True)])

@@ -1,18 +1,19 @@
 """The store in a PostgreSQL database."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
 from agl.secret_url import SecretUrl
 from agl.store.end_notifier import EndNotifier
 from agl.store.postgres import spans
-from agl.store.postgres.database import PostgresConnection, PostgresDatabase
+from agl.store.postgres.database import PostgresDatabase
 from agl.store.postgres.listener import Listener
 from agl.store.postgres.retention import PostgresRetention
 from agl.store.postgres.schema import MIGRATIONS
 from agl.store.rollout import Rollout
 from agl.store.span_row import SpanRow, attempt_ids
-from agl.store.sql.rollouts import heartbeat_known
+from agl.store.sql.rollouts import write_spans
 from agl.store.sql.store import SqlStore
 
 _POLL_S: Final = 1.0
@@ -38,16 +39,15 @@ class PostgresStore(SqlStore[PostgresDatabase]):
         now_ns = self._database.now_ns()
         unique, attempts = spans.without_duplicates(rows), attempt_ids(rows)
 
-        def append(db: PostgresConnection) -> int:
-            if attempts:
-                heartbeat_known(db, attempts, now_ns)
-            return spans.insert(db, unique, now_ns)
+        def append() -> int:
+            write = partial(spans.insert, rows=unique, now_ns=now_ns)
+            return write_spans(self._database, write, attempts, now_ns, self._heartbeats)
 
         try:
-            return self._database.write(append) if unique else 0
+            return append() if unique else 0
         except spans.MissingPartition:  # These are the first spans of the day.
             self._database.write(lambda db: spans.make_partition(db, now_ns // spans.DAY_NS))
-            return self._database.write(append)
+            return append()
 
     def query_rows_by_rollout(self, rollout_ids: Sequence[str]) -> dict[str, list[bytes]]:
         return self._database.read(lambda db: spans.query(db, rollout_ids))

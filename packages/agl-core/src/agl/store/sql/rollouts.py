@@ -4,12 +4,13 @@ A transaction that changes a rollout or an attempt of it first locks the row of 
 locks several rollouts in the order of their ids.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Generic
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic
 
 from agl.errors import UnknownIdError
 from agl.store import lifecycle
 from agl.store.end_notifier import EndNotifier
+from agl.store.lifecycle import SpanHeartbeats
 from agl.store.mapping import (
     ATTEMPT_COLUMNS,
     ATTEMPT_ROW,
@@ -22,7 +23,7 @@ from agl.store.mapping import (
     to_rollout,
 )
 from agl.store.rollout import Attempt, Rollout
-from agl.store.sql.database import Connection, DatabaseT, write_many
+from agl.store.sql.database import Connection, Database, DatabaseT, Result, write_many
 from agl.store.states import AttemptState, RolloutState
 
 _ENQUEUE = f"""
@@ -101,9 +102,23 @@ def get_rollout(db: Connection, rollout_id: str) -> Rollout | None:
     return _find_rollouts(db, [rollout_id]).get(rollout_id)
 
 
-def heartbeat_known(db: Connection, attempt_ids: Sequence[str], now_ns: int) -> None:
-    """Record a heartbeat of those attempts that the store knows."""
-    _record_heartbeats(db, _find_attempts(db, attempt_ids), now_ns)
+def write_spans(
+    database: Database,
+    write: Callable[[Any], Result],
+    attempt_ids: Sequence[str],
+    now_ns: int,
+    heartbeats: SpanHeartbeats,
+) -> Result:
+    """Run `write`, which writes spans of `attempt_ids`, and record heartbeats of those that are due and known."""
+    due = heartbeats.due(attempt_ids, now_ns)
+
+    def write_both(db: Connection) -> tuple[dict[str, Rollout], Result]:
+        return _record_heartbeats(db, _find_attempts(db, due), now_ns)[1] if due else {}, write(db)
+
+    saved, result = database.write(write_both)
+    for attempt_id, rollout in saved.items():
+        heartbeats.saved(rollout, attempt_id, now_ns)
+    return result
 
 
 def _lease(
@@ -126,24 +141,31 @@ def _heartbeat(db: Connection, attempt_ids: Sequence[str], now_ns: int) -> list[
     for attempt_id in attempt_ids:
         if attempt_id not in attempts:
             raise UnknownIdError(f"the store holds no attempt {attempt_id!r}")
-    running = _record_heartbeats(db, attempts, now_ns)
+    running, _ = _record_heartbeats(db, attempts, now_ns)
     return [attempt_id for attempt_id in attempt_ids if attempt_id not in running]
 
 
-def _record_heartbeats(db: Connection, attempts: dict[str, Attempt], now_ns: int) -> set[str]:
-    """Returns the ids of the attempts that run, or run again. Locks only the rollouts that have to be written."""
+def _record_heartbeats(
+    db: Connection, attempts: dict[str, Attempt], now_ns: int
+) -> tuple[set[str], dict[str, Rollout]]:
+    """Returns the ids of the attempts that run, or run again, and the rollouts of those that were written.
+
+    Locks only the rollouts that have to be written.
+    """
+    saved: dict[str, Rollout] = {}
     running = {attempt_id for attempt_id, attempt in attempts.items() if lifecycle.is_fresh(attempt, now_ns)}
     may_run = (AttemptState.RUNNING, AttemptState.UNRESPONSIVE)
     stale = [attempt for name, attempt in attempts.items() if name not in running and attempt.state in may_run]
     if not stale:
-        return running
+        return running, saved
     rollouts = _find_rollouts(db, [attempt.rollout_id for attempt in stale], lock=True)
     for attempt in _find_attempts(db, [attempt.attempt_id for attempt in stale]).values():
         if changed := lifecycle.heartbeat(rollouts[attempt.rollout_id], attempt, now_ns):
             _save(db, *changed)
             rollouts[attempt.rollout_id] = changed[0]
+            saved[attempt.attempt_id] = changed[0]
             running.add(attempt.attempt_id)
-    return running
+    return running, saved
 
 
 def _finish(db: Connection, attempt_id: str, state: AttemptState, error: str | None, now_ns: int) -> Rollout:

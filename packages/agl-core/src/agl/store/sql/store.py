@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from agl.store.end_notifier import EndNotifier
+from agl.store.lifecycle import SpanHeartbeats
 from agl.store.mapping import read_cursor, to_cursor
 from agl.store.protocol import Collected, RolloutPage, Store
 from agl.store.retention import Limits
@@ -44,6 +45,7 @@ class SqlStore(SqlRollouts[DatabaseT], SqlResources[DatabaseT], SqlTraffic[Datab
         self.uri = uri
         self._database = database
         self._ends = ends
+        self._heartbeats = SpanHeartbeats()
 
     def count_spans(self) -> int:
         return self._database.read(lambda db: db.execute("SELECT count(*) FROM spans").fetchone()[0])

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Generic
 
+from agl.store.lifecycle import SpanHeartbeats
 from agl.store.span_row import SpanRow, attempt_ids
 from agl.store.sql.database import Connection, DatabaseT, write_many
-from agl.store.sql.rollouts import heartbeat_known
+from agl.store.sql.rollouts import write_spans
 from agl.store.traffic import Pending, Place
 
 _APPEND: Final = "INSERT INTO pending (arrived_ns, otlp) VALUES (?, ?)"
@@ -22,16 +23,15 @@ class SqlTraffic(Generic[DatabaseT]):
     """The verbs of `TrafficStore`."""
 
     _database: DatabaseT
+    _heartbeats: SpanHeartbeats
 
     def append_pending(self, rows: Sequence[SpanRow], *, now_ns: int | None = None) -> None:
         arrived_ns, attempts = now_ns or self._database.now_ns(), attempt_ids(rows)
 
         def append(db: Connection) -> None:
-            if attempts:
-                heartbeat_known(db, attempts, arrived_ns)
             db.executemany(_APPEND, [(arrived_ns, row.otlp) for row in rows])
 
-        self._database.write(append)
+        write_spans(self._database, append, attempts, arrived_ns, self._heartbeats)
 
     def list_pending(self) -> Pending:
         # The clock first: what arrives meanwhile is not older.

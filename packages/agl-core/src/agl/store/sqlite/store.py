@@ -1,13 +1,14 @@
 """The store in a SQLite file."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from agl.errors import StoreError
 from agl.store.clock import boot_id
 from agl.store.end_notifier import EndNotifier
 from agl.store.span_row import SpanRow, attempt_ids
 from agl.store.sql.database import Connection
-from agl.store.sql.rollouts import heartbeat_known
+from agl.store.sql.rollouts import write_spans
 from agl.store.sql.store import SqlStore
 from agl.store.sqlite import spans
 from agl.store.sqlite.database import IN_MEMORY, SqliteDatabase
@@ -47,12 +48,8 @@ class SqliteStore(SqlStore[SqliteDatabase]):
         now_ns = self._database.now_ns()
         batch, attempts = spans.Batch.of(rows, now_ns), attempt_ids(rows)
 
-        def append(db: Connection) -> int:
-            if attempts:
-                heartbeat_known(db, attempts, now_ns)
-            return spans.insert(db, batch)
-
-        return self._database.write(append) if rows else 0
+        write = partial(spans.insert, batch=batch)
+        return write_spans(self._database, write, attempts, now_ns, self._heartbeats) if rows else 0
 
     def _index_trace(self, trace_id: bytes) -> None:
         self.query_rows(trace_id.hex())
