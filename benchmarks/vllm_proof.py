@@ -140,7 +140,8 @@ def main() -> None:
     torch.manual_seed(0)
     trained, engine, other = policy(None), ServedPolicy("engine", policy("eager")), policy("sdpa")
     fresh = [parameter.detach().clone() for parameter in trained.parameters(ROLE)]
-    proof = AdapterProof(trained, {engine: BASE}, tolerance=0.05)
+    proof = AdapterProof(trained, tolerance=0.05)
+    proof.add(engine, BASE)
     missing = proof.served(ServedPolicy("other", other), BASE)
     with tempfile.TemporaryDirectory() as folder:
         for size in arguments.sizes:

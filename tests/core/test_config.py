@@ -170,3 +170,29 @@ def test_the_server_of_a_base_also_gets_the_calls_of_its_roles() -> None:
     assert routed == {"http://h/v1": ["large", "planner"], "http://judge/v1": ["gpt-4o"]}
     of = {base.name: [engine.url for engine in config.servers_of(base)] for base in config.bases()}
     assert of == {"small": [], "large": ["http://h/v1"]}
+
+
+def test_a_written_configuration_that_names_engines_can_be_read_again() -> None:
+    train = {"train": {"model": "tiny"}}
+    for named in (
+        {"gateway": {"engines": [{"url": "http://x/v1"}]}},
+        {"engine": {"kind": "vllm", "launch": {}}},
+        {"engine": {"kind": "remote", "launch": {}, "key_env": "KEY"}},
+    ):
+        config = Config.parse({**train, **named})
+        assert Config.parse(yaml.safe_load(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize(
+    ("engine", "problem"),
+    [
+        ({"kind": "remote"}, "engine: remote engines register; remove gateway.engines and upstream"),
+        ({"kind": "vllm", "launch": {}}, "engine.launch starts the engine that gateway names"),
+        ({"kind": "remote", "launch": {"sleep": True}}, "launch.sleep frees the GPU for the training, which kind: rem"),
+        ({"kind": "vllm", "key_env": "KEY"}, "key_env is for kind: remote"),
+    ],
+)
+def test_engines_that_exclude_each_other_are_refused(engine: dict[str, Any], problem: str) -> None:
+    gateway = {"engines": [{"url": "http://x/v1"}]}
+    with pytest.raises(ConfigError, match=problem):
+        Config.parse({"engine": engine, "gateway": gateway, "train": {"model": "tiny"}})

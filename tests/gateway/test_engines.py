@@ -9,14 +9,15 @@ import httpx
 import pytest
 
 from agl import semconv
-from agl.config import UpstreamConfig
+from agl.config import GatewayConfig, UpstreamConfig
 from agl.errors import ConfigError
 from agl.gateway.dispatch import Routes
 from agl.gateway.engine import Engine
 from agl.secret_url import SecretUrl
 from agl.server.api_error import ApiError
+from agl.server_thread import ServerThread
 from tests.core.fake_engine import FakeEngine
-from tests.gateway.serving import Setup, assert_tokens, chat_body, gateway, serving, wait_until
+from tests.gateway.serving import Setup, Store, assert_tokens, chat_body, gateway, serving, wait_until
 
 NOBODY = "http://127.0.0.1:9/v1"
 
@@ -262,6 +263,42 @@ def test_an_engine_that_comes_back_gets_calls_again() -> None:
         assert len(two.seen) > 5
 
 
+def test_a_call_for_a_model_that_one_engine_lacks_goes_to_another() -> None:
+    """An engine that has just restarted has lost its adapters."""
+    with before_two(of_each=({}, {}), backoff_s=0.01) as (setup, _, two):
+        two.models = ("base",)
+        for number in range(12):
+            assert post(setup, chat_body(), f"r{number}").status_code == 200
+        assert two.seen
+        assert post(setup, chat_body(model="nothing"), "r").status_code == 404
+
+
+def test_engines_come_and_go_while_the_gateway_runs() -> None:
+    one, two = FakeEngine(), FakeEngine()
+    config = GatewayConfig(health_s=0.05, backoff_s=0.01)
+    with serving(one) as first, ExitStack() as stack:
+        second = stack.enter_context(serving(two))
+        server = stack.enter_context(ServerThread(Store(), port=0, otlp_http_port=0, gateway=config))
+
+        def add(*urls: str) -> None:
+            for url in urls:
+                server.gateway.add_engine(UpstreamConfig(url=SecretUrl(url)))
+
+        def ask(number: int) -> int:
+            headers = {"baggage": f"agl.rollout.id=r{number}"}
+            return httpx.post(f"{server.base_url}/v1/chat/completions", json=chat_body(), headers=headers).status_code
+
+        assert ask(0) == 503
+        add(first)
+        assert {ask(number) for number in range(8)} == {200} and len(one.seen) == 8
+        add(second, NOBODY)
+        wait_until(lambda: [each["answers"] for each in states(server.base_url)] == [True, True, False])
+        assert {ask(number) for number in range(12)} == {200} and two.seen
+        server.gateway.remove_engine(first)
+        server.gateway.remove_engine(NOBODY)
+        assert ask(0) == 200 and len(states(server.base_url)) == 1
+
+
 def test_a_redirect_is_not_followed() -> None:
     with gateway() as setup:
         setup.engine.failures += [307]
@@ -286,12 +323,12 @@ def test_a_second_engine_is_asked_when_the_first_is_silent() -> None:
         assert setup.store.appended[-1].text(semconv.GATEWAY_UPSTREAM) != setup.store.appended[-2].text(
             semconv.GATEWAY_UPSTREAM
         )
-        wait_until(lambda: [engine["calls"] for engine in states(setup)] == [0, 0])
+        wait_until(lambda: [engine["calls"] for engine in states(setup.url)] == [0, 0])
         one.released.set()
 
 
-def states(setup: Setup) -> list[Any]:
-    return httpx.get(f"{setup.url}/api/health").json()["engines"]
+def states(url: str) -> list[Any]:
+    return httpx.get(f"{url}/api/health").json()["engines"]
 
 
 def test_without_hedging_only_one_engine_is_asked() -> None:

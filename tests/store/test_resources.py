@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agl.errors import DamageError, InputError, StoreError, UnknownIdError
+from agl.errors import DamageError, FolderError, InputError, StoreError, UnknownIdError
 from agl.store import Resource, Store
 from agl.store.files import content_digest, digest_of, fetch, publish
 from agl.store.protocol import MAX_PART_BYTES
@@ -191,7 +191,7 @@ def test_a_damaged_part_and_a_full_disk_leave_no_folder(
     (tmp_path / "file").write_bytes(b"")
     for name, folder, error, expected in (
         ("../outside", target, StoreError, r"writer@1 has the file '\.\./outside', which is not in its folder"),
-        ("first", tmp_path / "file" / "b", StoreError, r"cannot write the files of writer@1 to .*: File exists"),
+        ("first", tmp_path / "file" / "b", FolderError, r"cannot write the files of writer@1 to .*: File exists"),
     ):
         moved = Resource("writer", 1, "", {"files": {name: [digest_of(b"1")]}})
         with pytest.raises(error, match=expected):

@@ -1,6 +1,8 @@
 """Adapters on a real vLLM server: loaded, verified, and only then live."""
 
+import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -8,13 +10,19 @@ import torch
 
 from agl.config import RoleConfig
 from agl.errors import TrainingError
+from agl.store import open_store
 from agl_trainer.engine.vllm.engine import VllmEngine
+from agl_trainer.engine.vllm.fleet import Fleet
+from agl_trainer.engine.vllm.keeper import EngineKeeper
+from agl_trainer.engine.vllm.registry import Wanted
+from agl_trainer.engine.vllm.remote import RemoteEngine
 from agl_trainer.engine.vllm.server import VllmServer
 from agl_trainer.model.adapter_files import save_adapter
 from agl_trainer.model.base_model import load_model
 from agl_trainer.model.model_folder import model_folder
 from agl_trainer.model.policy import Policy
 from tests.vllm.conftest import BASE
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(2400)  # the first test waits until vLLM is installed and has started
 
@@ -70,8 +78,8 @@ def test_an_adapter_that_the_server_does_not_use_never_becomes_live(
     save_adapter(untrained, weights, policy.adapter_config("writer"))
 
     class WithoutAdapter(VllmServer):
-        def load(self, name: str, folder: Path) -> None:
-            super().load(name, untrained if name.startswith("writer") else folder)
+        def load(self, name: str, folder: Path, factor: int = 1) -> None:
+            super().load(name, untrained if name.startswith("writer") else folder, factor)
 
     live: dict[str, str] = {}
     name = update(policy, "writer", TINY_STEP)
@@ -89,8 +97,8 @@ def test_a_version_that_differs_from_the_trainers_is_detected(vllm_url: str, pol
     save_adapter(stale, policy.adapter("writer"), policy.adapter_config("writer"))
 
     class Stale(VllmServer):
-        def load(self, name: str, folder: Path) -> None:
-            super().load(name, stale if name.startswith("writer") else folder)
+        def load(self, name: str, folder: Path, factor: int = 1) -> None:
+            super().load(name, stale if name.startswith("writer") else folder, factor)
 
     update(policy, "writer", 1e-2)
     with Stale(vllm_url) as server:
@@ -107,6 +115,33 @@ def test_adapters_of_an_earlier_training_are_unloaded(server: VllmServer, policy
         server.load("writer@77", old)
     VllmEngine([server], policy, tmp_path, tolerance=TOLERANCE, route=lambda names: None)
     assert server.models() == [BASE]
+
+
+def test_an_engine_that_registers_is_given_what_is_in_use_and_gives_it_back(
+    server: VllmServer, policy: Policy, tmp_path: Path
+) -> None:
+    """The step is so small that it is proved with an amplified copy, which is made beside the engine."""
+    live: dict[str, str] = {}
+    used: list[str] = []
+    wanted = Wanted(base={}, roles=tuple(policy.roles))
+    with closing(open_store(f"sqlite:///{tmp_path / 'agl.db'}")) as store, ExitStack() as stack:
+        there = tmp_path / "there"
+        keeper = EngineKeeper(store, "run", server, server.url, there, lease_s=600, patience_s=600)
+        fleet = Fleet(store, "run", wanted, lease_s=600, headers={}, on_use=used.append, on_drop=used.remove)
+        stack.enter_context(fleet)
+        work = threading.Thread(target=keeper.work, args=(60.0,))
+        work.start()
+        stack.callback(work.join)
+        stack.callback(keeper.stop)
+        here, show = tmp_path / "here", lambda waits: None
+        engine = RemoteEngine(fleet, policy, here, tolerance=TOLERANCE, route=live.update, on_wait=show)
+        engine.make_live()
+        name = update(policy, "writer", TINY_STEP / 100)
+        engine.make_live()
+        assert live["writer"] == name and used == [server.url]
+        wait_until(lambda: sorted(server.models()) == sorted([BASE, *live.values()]), 600)
+        assert len([*there.iterdir()]) == 2
+    assert server.models() == [BASE] and not there.exists() and used == []
 
 
 def test_the_error_names_a_server_that_does_not_answer() -> None:

@@ -1,6 +1,5 @@
 """vLLM servers for tests without vLLM: they answer from a policy of their own."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from agl_trainer.model.policy import Policy
 
 
 class ServedPolicy(VllmServer):
-    """A server that loads adapters from folders, `lora_alpha` included, and loses them when it restarts."""
+    """A server that loads adapters from folders, and loses them when it restarts."""
 
     def __init__(self, name: str, policy: Policy) -> None:
         super().__init__(f"http://{name}/v1")
@@ -30,10 +29,8 @@ class ServedPolicy(VllmServer):
             raise TrainingError(f"vLLM at {self.url} does not answer")
         return ["small", *self.loaded]
 
-    def load(self, name: str, folder: Path) -> None:
+    def load(self, name: str, folder: Path, factor: int = 1) -> None:
         assert name not in self.loaded, "vLLM rejects a name that is already loaded"
-        own = self.policy.adapter_config(name.partition("@")[0])["lora_alpha"]
-        factor = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"] / own
         weights = load_file(folder / "adapter_model.safetensors")
         self.loaded[name] = {key: value * (factor if ".lora_B." in key else 1) for key, value in weights.items()}
 

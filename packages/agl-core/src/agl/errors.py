@@ -40,6 +40,10 @@ class DamageError(StoreError):
     """What the store has is not what it acknowledged. Repeating the call is of no use."""
 
 
+class FolderError(StoreError):
+    """Files of the store cannot be written to a folder of this machine."""
+
+
 class UnknownIdError(StoreError):
     """A verb names a rollout, an attempt or a version that is not in the store."""
 

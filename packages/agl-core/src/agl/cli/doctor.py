@@ -178,9 +178,9 @@ def _is_our_server(host: str, port: int) -> bool:
 
 
 def check_engines(config: Config) -> list[Check]:
-    """Whether each engine of the gateway answers; none if a training launches its own."""
-    launches = [base.engine.launch for base in config.bases()]
-    if launches and all(launches):
+    """Whether each engine of the gateway answers; none if a training launches its own, or engines register."""
+    engines = [base.engine for base in config.bases()]
+    if engines and all(engine.launch or engine.kind == "remote" for engine in engines):
         return []
     upstream = config.gateway.upstream
     if config.gateway.engines:

@@ -4,13 +4,19 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def on_signals(stop: Callable[[], None]) -> None:
+    """Have each Ctrl-C and SIGTERM call `stop`."""
+    for number in _SIGNALS:
+        signal.signal(number, lambda *_: stop())
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 import argparse
 import os
 import resource
-import signal
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from urllib.parse import urlsplit
 
 import agl
 from agl.cli.command import add_command, parse_amount
+from agl.cli.interrupt import on_signals
 from agl.cli.terminal import counted
 from agl.config import Config, TrainConfig
 from agl.config.collector import TOKEN_VARIABLE
@@ -110,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"{addresses.collector}; Ctrl-C or SIGTERM drains",
             flush=True,
         )
-        _on_signals(worker.stop)
+        on_signals(worker.stop)
         worker.work()
     ended = ", ".join(f"{number} {state}" for state, number in sorted(worker.ended.items()))
     print(f"runner {worker_id()}: {counted(worker.ended.total(), 'rollout')} ({ended or 'none'})")
@@ -131,7 +130,7 @@ def _run_processes(arguments: argparse.Namespace) -> int:
     flags = ["--any-run"] if arguments.any_run else []
     command = [str(arguments.config), *options, *flags]
     with RunnerProcesses(command, arguments.processes, drain_s=arguments.drain) as processes:
-        _on_signals(processes.stop)
+        on_signals(processes.stop)
         processes.wait()
     return 0
 
@@ -159,11 +158,6 @@ def _addresses(arguments: argparse.Namespace, train: TrainConfig, store_uri: Sec
 def _set_environment(addresses: Addresses) -> None:
     """What an agent function, the exporter and the store of this process read."""
     os.environ |= addresses.variables()
-
-
-def _on_signals(stop: Callable[[], None]) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop())
 
 
 def _count(text: str) -> int:

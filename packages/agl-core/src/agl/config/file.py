@@ -108,9 +108,12 @@ class Config(Section):
         taken: dict[int, str] = {}
         for base in self.bases():
             launch, key = base.engine.launch, f"{base.engine_key}.launch"
+            has_servers = bool(self.servers_of(base)) or self.gateway.upstream != SecretUrl("local")
+            if base.engine.kind == "remote" and has_servers:
+                raise ValueError(f"{base.engine_key}: remote engines register; remove gateway.engines and upstream")
             if launch is None:
                 continue
-            if "upstream" in self.gateway.model_fields_set or self.servers_of(base):
+            if has_servers:
                 raise ValueError(f"{key} starts the engine that gateway names: remove gateway.engines and upstream")
             if launch.sleep and self.train is not None and self.train.asynchronous:
                 raise ValueError(f"{key}.sleep stops the rollouts that train.asynchronous runs beside an update")

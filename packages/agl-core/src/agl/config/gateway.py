@@ -85,7 +85,7 @@ class GatewayConfig(Section):
 
     @model_validator(mode="after")
     def _names_its_engines_once(self) -> Self:
-        if self.engines and "upstream" in self.model_fields_set:
+        if self.engines and self.upstream != "local":
             raise ValueError("upstream and engines both name engines: list them all in engines")
         return self
 

@@ -3,16 +3,18 @@
 import asyncio
 import hashlib
 import random
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Collection, Hashable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Final
 
 import aiohttp
 
-from agl.config import GatewayConfig
+from agl.config import GatewayConfig, UpstreamConfig
 from agl.gateway.engine import Engine, UpstreamResponse
 from agl.gateway.engine_kind import ENGINE_KINDS, EngineKind
 from agl.gateway.record import CallRecord
@@ -37,9 +39,18 @@ class Routes:
 
     def __init__(self, engines: Sequence[Engine], names: Mapping[str, str]) -> None:
         self.engines = tuple(engines)
+        self._changing = threading.Lock()
         self.names = dict(names)
         self.versions: Mapping[str, str] = {}
         self._pinned: OrderedDict[Hashable, Mapping[str, str]] = OrderedDict()
+
+    def add_engine(self, config: UpstreamConfig) -> None:
+        with self._changing:
+            self.engines = (*self.engines, Engine(config))
+
+    def remove_engine(self, url: str) -> None:
+        with self._changing:
+            self.engines = tuple(engine for engine in self.engines if engine.url != url)
 
     def policy(self, model: str) -> str:
         """The role, policy or version that a client's name means; a name is looked up once, not followed further."""
@@ -169,7 +180,9 @@ class Dispatch:
                 reason, after_s = str(error), 0.0
             else:
                 response = request.response
-                if last or response.status not in _RETRIED_STATUSES:
+                # One that has just restarted lacks the adapters that the others have.
+                lacks_model = response.status == HTTPStatus.NOT_FOUND and {*self._routes.engines} - {*tried}
+                if last or not (lacks_model or response.status in _RETRIED_STATUSES):
                     return request
                 reason = f"the engine at {response.url} answered {response.status}: {response.error_message()}"
                 after_s = _retry_after_s(response)

@@ -19,7 +19,7 @@ _MODELS_TIMEOUT_S: Final = 30
 
 
 class Health:
-    """Checks the engines of `routes` every `every_s` seconds, if there is more than one."""
+    """Checks the engines of `routes` every `every_s` seconds, while there is more than one."""
 
     def __init__(self, session: aiohttp.ClientSession, routes: Routes, every_s: float) -> None:
         self._session = session
@@ -28,14 +28,13 @@ class Health:
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
-        watch = asyncio.create_task(self._watch()) if len(self._routes.engines) > 1 else None
+        watch = asyncio.create_task(self._watch())
         try:
             yield
         finally:
-            if watch is not None:
-                watch.cancel()
-                with suppress(asyncio.CancelledError):
-                    await watch
+            watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await watch
 
     async def states(self) -> list[Json]:
         """For each engine, checked now: its URL, whether it responds, and how many calls are active and waiting."""
@@ -52,7 +51,8 @@ class Health:
 
     async def _watch(self) -> None:
         while True:
-            await self._check_all()
+            if len(self._routes.engines) > 1:
+                await self._check_all()
             await asyncio.sleep(self._every_s)
 
     async def _check_all(self) -> None:

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from agl.config import GatewayConfig
+from agl.config import GatewayConfig, UpstreamConfig
 from agl.config.section import DEFAULT_PROJECT
 from agl.errors import AglError
 from agl.gateway.arms import Arms
@@ -109,6 +109,14 @@ class Gateway:
     def live_versions(self) -> Mapping[str, str]:
         """By role the policy version to which its calls go, where the API or a promotion has set one."""
         return {**self._routes.versions, **self._parts.arms.versions}
+
+    def add_engine(self, config: UpstreamConfig) -> None:
+        """Send calls to this engine too. Thread-safe."""
+        self._routes.add_engine(config)
+
+    def remove_engine(self, url: str) -> None:
+        """Send no more calls to the engine at `url`; those that run go on. Thread-safe."""
+        self._routes.remove_engine(url)
 
     async def engine_states(self) -> list[Json]:
         """For each engine its URL, whether it lists its models within 1.5 s, and its active and waiting calls."""

@@ -3,14 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Final
 
-from agl.inspection.evaluation import EVALUATION
-from agl.page.runs import RUN
 from agl.store import Resource, Store
-
-_OTHERS: Final = (RUN, EVALUATION)
-"""Beginnings of the names of resources that are no adapters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +29,8 @@ class Adapter:
 
 def list_adapters(store: Store, live: Mapping[str, str]) -> Iterator[Adapter]:
     """`live`: by role the version that the gateway sends its calls to."""
-    resources = (each for each in store.query_resources() if "/" in each.name and not each.name.startswith(_OTHERS))
+    # RUN/ROLE. The names of other resources have a space.
+    resources = (each for each in store.query_resources() if "/" in each.name and " " not in each.name)
     for name, versions in groupby(resources, key=lambda resource: resource.name):
         run, _, role = name.rpartition("/")
         evaluated = store.query_metrics(run).get("eval/reward/mean", [])

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from agl.errors import DamageError, StoreError
+from agl.errors import DamageError, FolderError, StoreError
 from agl.store.protocol import MAX_PART_BYTES, Resource, Store
 
 _MANIFEST: Final = "files"
@@ -30,7 +30,7 @@ def publish(store: Store, name: str, version: int, folder: Path, metadata: Mappi
 def fetch(store: Store, resource: Resource, folder: Path) -> None:
     """Write the files of `resource` to `folder`, in the place of what is there. Whoever sees the folder sees all of it.
 
-    Raises StoreError if a part is missing or the folder cannot be written, DamageError if a part is damaged.
+    Raises StoreError if a part is missing, DamageError if one is damaged, FolderError if the folder cannot be written.
     """
     title = f"{resource.name}@{resource.version}"
     try:
@@ -47,7 +47,7 @@ def fetch(store: Store, resource: Resource, folder: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
             new.replace(folder)
     except OSError as error:
-        raise StoreError(f"cannot write the files of {title} to {folder}: {error.strerror or error}") from error
+        raise FolderError(f"cannot write the files of {title} to {folder}: {error.strerror or error}") from error
 
 
 def content_digest(resource: Resource) -> str:

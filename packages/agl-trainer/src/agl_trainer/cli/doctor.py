@@ -81,7 +81,7 @@ def _checks(config: Config, train: TrainConfig, keys: Collection[str], *, downlo
     if "store" in keys:
         yield check_store(config.store_uri)
     for base in bases if "engine.launch" in keys else ():
-        if (launch := base.engine.launch) is not None:
+        if (launch := base.engine.launch) is not None and base.engine.kind == "vllm":
             yield _check(f"{base.engine_key}.launch", launch.program, partial(vllm_program, launch))
     if "engine" in keys and any(base.engine.kind == "vllm" for base in bases):
         yield from check_engines(config)

@@ -66,6 +66,8 @@ STEERING = frozenset(
         "judge",
         "engine.kind",
         "engine.launch",
+        "engine.lease_s",
+        "engine.key_env",
         "engine.max_batch",
         "engine.max_model_len",
         "engine.tolerance",

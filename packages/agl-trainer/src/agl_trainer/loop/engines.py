@@ -26,10 +26,15 @@ from agl_trainer.engine.copied import CopiedEngine
 from agl_trainer.engine.http.api import engine_app
 from agl_trainer.engine.local.scheduler import Scheduler
 from agl_trainer.engine.vllm.engine import VllmEngine
+from agl_trainer.engine.vllm.fleet import Fleet
 from agl_trainer.engine.vllm.launch import RunningVllm, free_port, running_vllm, serve_command, url_of
+from agl_trainer.engine.vllm.registry import Wanted, fleet_name
+from agl_trainer.engine.vllm.remote import RemoteEngine
 from agl_trainer.engine.vllm.server import VllmServer
+from agl_trainer.loop.output_folder import claim_run
 from agl_trainer.loop.policy_setup import base_folder, is_sharded, open_policy
 from agl_trainer.model.device import release_memory
+from agl_trainer.model.fingerprint import fingerprint
 from agl_trainer.model.policies import Policies
 from agl_trainer.model.policy import Policy
 from agl_trainer.rollout.engines import Engines
@@ -95,7 +100,7 @@ def serve_policies(
     The server answers from the call of `announce` on, before any model is loaded.
     """
     with ExitStack() as stack:
-        planned = [_planned(config, base) for base in config.bases()]
+        planned = [_planned(config, base, store) for base in config.bases()]
         apps = [EngineApp(one.app, one.base.served) for one in planned if isinstance(one, _Local)]
         servers = [server for one in planned if isinstance(one, _Vllm) for server in one.servers]
         gateway = config.gateway.model_copy(update={"engines": servers})
@@ -104,14 +109,16 @@ def serve_policies(
         # All before the first policy: vLLM measures the memory that is free on the GPU.
         running = [stack.enter_context(one.running(progress)) for one in planned]
         # Closed before the server, which would wait for the calls that are being sampled.
-        opened = [stack.enter_context(one.opened(server.base_url)) for one in running]
+        opened = [stack.enter_context(one.opened(server)) for one in running]
         sleeps = any(one.base.engine.launch and one.base.engine.launch.sleep for one in planned)
         pause = functools.partial(_paused, server.base_url) if sleeps else nullcontext
         yield Policies([policy for policy, _ in opened]), Engines([engine for _, engine in opened], pause), server
 
 
-def _planned(config: Config, base: Base) -> "_Local | _Vllm":
+def _planned(config: Config, base: Base, store: Store) -> "_Local | _Vllm | _Remote":
     """The engine of `base` before it runs. Raises ConfigError."""
+    if base.engine.kind == "remote":
+        return _Remote(config, base, store, base.engine.key())
     if base.engine.kind == "local":
         _check_local(config, base)
         return _Local(config, base, LateApp())
@@ -155,8 +162,7 @@ class _Local:
         return nullcontext(self)
 
     @contextmanager
-    def opened(self, gateway: str) -> Iterator[tuple[Policy, TrainingEngine]]:
-        """`gateway`: its URL."""
+    def opened(self, _: ServerThread) -> Iterator[tuple[Policy, TrainingEngine]]:
         with open_engine(self.config, self.base) as (sampling, scheduler, app):
             self.app.open(app)
             if self.config.require_train().asynchronous:
@@ -189,8 +195,7 @@ class _Vllm:
             yield replace(self, check=vllm.check)
 
     @contextmanager
-    def opened(self, gateway: str) -> Iterator[tuple[Policy, TrainingEngine]]:
-        """`gateway`: its URL."""
+    def opened(self, server: ServerThread) -> Iterator[tuple[Policy, TrainingEngine]]:
         train, launch = self.config.require_train(), self.base.engine.launch
         with ExitStack() as stack:
             servers = [stack.enter_context(VllmServer(one.base_url, one.authorization())) for one in self.servers]
@@ -200,11 +205,57 @@ class _Vllm:
                 policy,
                 Path(train.output_dir).absolute() / _SERVED,
                 tolerance=self.base.engine.tolerance,
-                route=functools.partial(_route, gateway),
+                route=functools.partial(_route, server.base_url),
                 pause=functools.partial(_asleep, servers) if launch and launch.sleep else nullcontext,
                 check=self.check,
             )
             yield policy, engine
+
+
+@dataclass(frozen=True, slots=True)
+class _Remote:
+    """vLLM servers with `base` on other machines, which register in `store` once the training's server answers."""
+
+    config: Config
+    base: Base
+    store: Store
+    key: str
+    """Of the engines; empty: none."""
+    progress: ShownProgress | None = None
+
+    def running(self, progress: ShownProgress | None) -> AbstractContextManager[Self]:
+        return nullcontext(replace(self, progress=progress))
+
+    @contextmanager
+    def opened(self, server: ServerThread) -> Iterator[tuple[Policy, TrainingEngine]]:
+        """Waits until an engine has registered."""
+        engine, folder = self.base.engine, Path(self.config.require_train().output_dir).absolute()
+        policy = open_policy(self.config, self.base)
+        base = fingerprint(base_folder(self.config, self.base), policy.tokenizer)
+        run = claim_run(folder, self.store)
+
+        def use(url: str) -> None:
+            served = UpstreamConfig(url=SecretUrl(url), key_env=engine.key_env, models=[*self.base.served])
+            server.gateway.add_engine(served)
+
+        def show(waits: bool) -> None:
+            if self.progress is not None:
+                model = f" --model {self.base.name}" if self.base.is_one_of else ""
+                start = f"agl engine CONFIG --store {server.base_url} --run {run}{model}"
+                self.progress.update(waiting_for=f"an engine: {start}" if waits else None)
+
+        with Fleet(
+            self.store,
+            fleet_name(run, self.base),
+            Wanted(base=base, roles=tuple(policy.roles)),
+            lease_s=engine.lease_s,
+            headers={"authorization": f"Bearer {self.key}"} if self.key else {},
+            on_use=use,
+            on_drop=server.gateway.remove_engine,
+        ) as fleet:
+            route = functools.partial(_route, server.base_url)
+            served = folder / _SERVED
+            yield policy, RemoteEngine(fleet, policy, served, tolerance=engine.tolerance, route=route, on_wait=show)
 
 
 @contextmanager
@@ -212,18 +263,10 @@ def _launched(
     config: Config, base: Base, launch: LaunchConfig, port: int, progress: ShownProgress | None
 ) -> Iterator[RunningVllm]:
     """A vLLM server of `base`, which runs within the context."""
-    train = config.require_train()
-    command = serve_command(
-        launch,
-        base_folder(config, base),
-        base.name,
-        port=port,
-        max_model_len=base.engine.max_model_len,
-        ranks=[role.lora_r for role in base.roles.values() if role.adapter is None],
-        versions=(train.max_staleness or 0) + 2,
-        chat_template=base.chat_template,
-    )
-    log = Path(train.output_dir).absolute() / f"{base.prefix}vllm.log"  # An agent may change the current folder.
+    command = vllm_command(config, base, launch, port)
+    log = (
+        Path(config.require_train().output_dir).absolute() / f"{base.prefix}vllm.log"
+    )  # An agent may change the current folder.
 
     def show(waiting_for: str | None) -> None:
         if progress is not None:
@@ -233,6 +276,21 @@ def _launched(
     with running_vllm(command, launch, port, log, shown) as vllm:
         show(None)
         yield vllm
+
+
+def vllm_command(config: Config, base: Base, launch: LaunchConfig, port: int, host: str = "127.0.0.1") -> list[str]:
+    """`vllm serve` with what the training needs on `base`. Raises ConfigError."""
+    return serve_command(
+        launch,
+        base_folder(config, base),
+        base.name,
+        port=port,
+        host=host,
+        max_model_len=base.engine.max_model_len,
+        ranks=[role.lora_r for role in base.roles.values() if role.adapter is None],
+        versions=(config.require_train().max_staleness or 0) + 2,
+        chat_template=base.chat_template,
+    )
 
 
 def _server(config: Config, gateway: GatewayConfig, store: Store, apps: Sequence[EngineApp]) -> ServerThread:

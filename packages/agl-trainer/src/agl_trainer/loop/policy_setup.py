@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from agl.config import Base, Config, TrainConfig
@@ -20,7 +20,7 @@ from agl_trainer.model.base_model import (
 )
 from agl_trainer.model.device import best_device
 from agl_trainer.model.fingerprint import fingerprint
-from agl_trainer.model.model_folder import TINY, model_folder
+from agl_trainer.model.model_folder import TINY, load_pretrained, model_folder
 from agl_trainer.model.packing_probe import supports_packing
 from agl_trainer.model.policies import Policies
 from agl_trainer.model.policy import Policy
@@ -98,6 +98,14 @@ def base_folder(config: Config, base: Base) -> Path:
     if not folder.exists():
         build_tiny_model(folder, _texts(config, train), train.seed)
     return folder
+
+
+def fingerprint_of(config: Config, base: Base) -> dict[str, str]:
+    """Fingerprint of `base` on this machine, without its weights in memory. Raises ConfigError."""
+    folder = base_folder(config, base)
+    tokenizer = load_pretrained(AutoTokenizer, folder)
+    _set_chat_template(tokenizer, base)
+    return fingerprint(folder, tokenizer)
 
 
 def fingerprints(config: Config, policies: Policies) -> dict[str, str]:

@@ -96,7 +96,7 @@ class Trainer:
     def _lock(self, trains: bool) -> AbstractContextManager[None]:
         if trains:
             return locked(self.folder)
-        has_servers = any(base.engine.kind == "vllm" for base in self.bases)
+        has_servers = any(base.engine.kind != "local" for base in self.bases)
         return locked(self.folder, "an evaluation") if has_servers else nullcontext()
 
     @property

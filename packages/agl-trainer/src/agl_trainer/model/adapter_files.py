@@ -22,6 +22,16 @@ def save_adapter(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> N
     write_synced(folder / CONFIG, to_json(config))
 
 
+def amplified_adapter(folder: Path, new: Path, factor: int) -> Path:
+    """Make `new`, beside `folder`, of the same weights with a `lora_alpha` that is `factor` times as large."""
+    config = json.loads((folder / CONFIG).read_text())
+    new.mkdir(exist_ok=True)
+    (new / WEIGHTS).unlink(missing_ok=True)
+    (new / WEIGHTS).symlink_to(Path("..", folder.name, WEIGHTS))
+    write_synced(new / CONFIG, to_json(config | {"lora_alpha": config["lora_alpha"] * factor}))
+    return new
+
+
 def contiguous_copies(tensors: Tensors) -> "dict[str, torch.Tensor]":
     """Copies on the CPU; safetensors rejects tensors that share storage or are strided."""
     import torch

@@ -1,6 +1,5 @@
 """Keeps the adapters of a training loaded on vLLM servers, and routes each role to its verified version."""
 
-import itertools
 import logging
 import threading
 from collections import Counter
@@ -45,7 +44,7 @@ class VllmEngine:
         """`pause`: context in which the policy trains. The servers have their own copy of the weights, but may share
         the memory of the accelerator. `check` raises TrainingError if a server has ended for good."""
         self.paused = pause
-        self._bases = {server: _base_name(server, policy) for server in servers}
+        self._servers: tuple[VllmServer, ...] = ()
         self._policy = policy
         self._folder = folder
         self._route = route
@@ -58,22 +57,45 @@ class VllmEngine:
         """Running calls of `running_rollouts`, by the number of switches before they began."""
         self._old: list[tuple[int, Version]] = []
         """Replaced versions that are still loaded, with the number of the switch that replaced them."""
-        modes = {server.logprobs_mode(base, self._first_token()) for server, base in self._bases.items()}
-        self.logprobs_mode: LogprobsMode = "processed_logprobs" if modes == {"processed_logprobs"} else "raw_logprobs"
-        for server in servers:  # unload the adapters of an earlier training, whose names this one will reuse
-            for model in server.models():
-                if model.partition("@")[0] in policy.roles:
-                    server.unload(model)
-        self._proof = AdapterProof(policy, self._bases, tolerance)
+        self.logprobs_mode: LogprobsMode = "processed_logprobs"
+        self._proof = AdapterProof(policy, tolerance)
+        for server in servers:
+            self.add(server)
 
     tokens_sampled: None = None
     """The servers do not report it."""
 
+    def add(self, server: VllmServer) -> None:
+        """Load all versions in use on `server`, and use it too.
+
+        Raises TrainingError if it does not answer, serves another base model, or reports other logprobs.
+        """
+        base = _base_name(server, self._policy)
+        mode = server.logprobs_mode(base, self._first_token())
+        if self._servers and mode != self.logprobs_mode:
+            raise TrainingError(
+                f"vLLM at {server.url} reports {mode}, and the one at {self._servers[0].url} {self.logprobs_mode}; "
+                "start both with --logprobs-mode processed_logprobs"
+            )
+        for model in server.models():  # Adapters of an earlier training, whose names this one will reuse.
+            if model.partition("@")[0] in self._policy.roles:
+                server.unload(model)
+        self._proof.add(server, base)
+        for version in self._versions():
+            self._load(server, version)
+        self.logprobs_mode = mode
+        self._servers = (*self._servers, server)
+
+    def remove(self, server: VllmServer) -> None:
+        """Use `server` no more."""
+        self._servers = tuple(other for other in self._servers if other is not server)
+        self._proof.forget(server)
+
     def revive(self) -> None:
         """Wait until all servers answer, and load the versions that they lost. Raises TrainingError if one does not."""
-        for server in self._bases:
+        for server in self._servers:
             loaded = server.wait(_RESTART_TIMEOUT_S, self._check)
-            for version in [*(version for _, version in self._old), *self._live.values()]:
+            for version in self._versions():
                 if version.name not in loaded:
                     self._load(server, version)
 
@@ -92,8 +114,7 @@ class VllmEngine:
             return
         for owner, version in changed.items():
             save_adapter(version.folder, self._policy.adapter(owner), self._policy.adapter_config(owner))
-            for server in self._bases:
-                self._load(server, version)
+            self._load_everywhere(version)
         self._route({role: changed[owner].name for owner in changed for role in self._policy.adapters[owner]})
         with self._lock:
             self._switches += 1
@@ -119,7 +140,11 @@ class VllmEngine:
             oldest = min((begun for begun, count in self._running.items() if count), default=self._switches)
             unused = [version for switch, version in self._old if switch <= oldest]
             self._old = [(switch, version) for switch, version in self._old if switch > oldest]
-        for version, server in itertools.product(unused, self._bases):
+        for version in unused:
+            self._unload(version)
+
+    def _unload(self, version: Version) -> None:
+        for server in self._servers:
             try:
                 server.unload(version.name)
             except TrainingError as error:  # a server that restarted has lost it
@@ -128,6 +153,15 @@ class VllmEngine:
     def _version(self, owner: str) -> Version:
         name = self._policy.version_name(owner)
         return Version(name, owner, self._folder / name)
+
+    def _versions(self) -> list[Version]:
+        """Those in use."""
+        with self._lock:
+            return [*(version for _, version in self._old), *self._live.values()]
+
+    def _load_everywhere(self, version: Version) -> None:
+        for server in self._servers:
+            self._load(server, version)
 
     def _load(self, server: VllmServer, version: Version) -> None:
         server.load(version.name, version.folder)

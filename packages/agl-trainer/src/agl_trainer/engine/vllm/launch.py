@@ -17,6 +17,7 @@ import urllib3
 from agl.config import LaunchConfig
 from agl.errors import ConfigError, TrainingError
 from agl.runner.child import child_command
+from agl.server.app_thread import base_url
 
 _RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts for `--max-lora-rank`."""
@@ -44,6 +45,7 @@ def serve_command(
     name: str,
     *,
     port: int,
+    host: str = "127.0.0.1",
     max_model_len: int,
     ranks: Sequence[int],
     versions: int,
@@ -58,7 +60,7 @@ def serve_command(
         raise ConfigError(f"agent_roles: vLLM has adapters up to rank {_RANKS[-1]}, and lora_r is {max(ranks)}")
     options: dict[str, object] = {
         "--served-model-name": name,
-        "--host": "127.0.0.1",
+        "--host": host,
         "--port": port,
         "--dtype": launch.dtype,
         "--max-model-len": max_model_len,
@@ -80,9 +82,9 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def url_of(port: int) -> str:
+def url_of(port: int, host: str = "127.0.0.1") -> str:
     """Base URL of a server that listens on `port`."""
-    return f"http://127.0.0.1:{port}/v1"
+    return f"{base_url(host, port, None)}/v1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,12 @@ class RunningVllm:
 
 @contextmanager
 def running_vllm(
-    command: Sequence[str], launch: LaunchConfig, port: int, log: Path, on_wait: Callable[[], None]
+    command: Sequence[str],
+    launch: LaunchConfig,
+    port: int,
+    log: Path,
+    on_wait: Callable[[], None],
+    host: str = "127.0.0.1",
 ) -> Iterator[RunningVllm]:
     """Run `command`; yields it once it answers, and ends it afterwards.
 
@@ -123,9 +130,9 @@ def running_vllm(
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches the training, which ends vLLM
         )
-    vllm = RunningVllm(url_of(port), process, log)
+    vllm = RunningVllm(url_of(port, host), process, log)
     try:
-        _wait(vllm, f"http://127.0.0.1:{port}/health", launch.timeout_s, on_wait)
+        _wait(vllm, f"{base_url(host, port, None)}/health", launch.timeout_s, on_wait)
         yield vllm
     except TrainingError:
         vllm.check()

@@ -1,11 +1,7 @@
 """Proves that vLLM serves an adapter, by the logprobs of the likeliest tokens after many short prompts."""
 
 import heapq
-import json
 import math
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +13,7 @@ from agl_trainer.compute.forward import forward_rows
 from agl_trainer.data.rows import TrainingRow
 from agl_trainer.engine.vllm.server import VllmServer
 from agl_trainer.engine.vllm.verification import UNUSED, Verification, rms, smallest_change, verify
-from agl_trainer.model.adapter_files import CONFIG, WEIGHTS, read_tensors, to_json, write_synced
+from agl_trainer.model.adapter_files import WEIGHTS, read_tensors
 from agl_trainer.model.lora import BASE
 from agl_trainer.model.policy import Policy
 
@@ -53,25 +49,38 @@ class AdapterProof:
     same weights with a larger `lora_alpha`, for which trainer and server have to agree.
     """
 
-    def __init__(self, policy: Policy, bases: Mapping[VllmServer, str], tolerance: float) -> None:
-        """`bases`: the servers, and the names of their base models. Raises TrainingError if one differs by more than
-        `tolerance`.
-
-        Servers are asked for the base model now, while no adapter is in use: vLLM 0.32 on a CPU applies an adapter to
-        requests for the base model that it computes together with requests for adapters.
-        """
+    def __init__(self, policy: Policy, tolerance: float) -> None:
         self._policy = policy
+        self._tolerance = tolerance
         canary: list[int] = policy.tokenizer(CANARY).input_ids
         self.prompts = [canary[at : at + _PROMPT_TOKENS] for at in range(0, len(canary) - _PROMPT_TOKENS, _STRIDE)]
-        server, base = next(iter(bases.items()))
-        likeliest = server.next_logprobs(base, self.prompts)
-        self._tokens = [heapq.nlargest(_TOKENS, found, key=found.__getitem__) for found in likeliest]
-        self._base = self._trainer_logprobs(BASE)
-        self._served_bases = {server: self.served(server, base)[0] for server, base in bases.items()}
-        self._smallest_changes = {
-            server: smallest_change(server.url, served, self._base, tolerance)
-            for server, served in self._served_bases.items()
-        }
+        self._tokens: list[list[int]] = []
+        """Compared after each prompt: the likeliest of the first server."""
+        self._served_bases: dict[VllmServer, Tensor] = {}
+        self._smallest_changes: dict[VllmServer, float] = {}
+
+    def add(self, server: VllmServer, base: str) -> None:
+        """Measure how far `base`, its name for the base model, is from the trainer's.
+
+        Raises TrainingError if it is more than the tolerance. Asked now, while no adapter of the server is in use: vLLM
+        0.32 on a CPU applies an adapter to requests for the base model that it computes together with requests for
+        adapters.
+        """
+        if is_first := not self._tokens:
+            likeliest = server.next_logprobs(base, self.prompts)
+            self._tokens = [heapq.nlargest(_TOKENS, found, key=found.__getitem__) for found in likeliest]
+            self._base = self._trainer_logprobs(BASE)
+        served = self.served(server, base)[0]
+        try:
+            self._smallest_changes[server] = smallest_change(server.url, served, self._base, self._tolerance)
+        except TrainingError:
+            if is_first:
+                self._tokens = []
+            raise
+        self._served_bases[server] = served
+
+    def forget(self, server: VllmServer) -> None:
+        del self._served_bases[server], self._smallest_changes[server]
 
     def prove(self, server: VllmServer, version: Version) -> Verification | None:
         """None before the first update, when there is no change to compare.
@@ -86,8 +95,12 @@ class AdapterProof:
             return self.compare(server, version, factor, served)
         if torch.equal(served[0], self._served_bases[server]):
             raise TrainingError(f"{version.name} is not live. {UNUSED}")
-        with _amplified(server, version, factor) as name:
+        name = f"{version.name}x{factor}"
+        server.load(name, version.folder, factor)
+        try:
             return self.compare(server, version, factor, self.served(server, name))
+        finally:
+            server.unload(name)
 
     def compare(self, server: VllmServer, version: Version, factor: int, served: tuple[Tensor, Tensor]) -> Verification:
         """Compare changes; a logprob below the lowest that the server reports counts as that one, on both sides."""
@@ -138,21 +151,3 @@ class AdapterProof:
         with self._policy.lock:
             found = forward_rows(self._policy, adapter, rows, len(rows) * (_PROMPT_TOKENS + 1)).logprobs
         return torch.cat([found[row.key] for row in rows]).float().view(len(self.prompts), _TOKENS)
-
-
-@contextmanager
-def _amplified(server: VllmServer, version: Version, factor: int) -> Iterator[str]:
-    """Name under which `server` serves the same weights with a `lora_alpha` that is `factor` times as large."""
-    name = f"{version.name}x{factor}"
-    folder = version.folder.with_name(name)
-    config = json.loads((version.folder / CONFIG).read_text())
-    folder.mkdir(exist_ok=True)
-    (folder / WEIGHTS).unlink(missing_ok=True)
-    (folder / WEIGHTS).symlink_to(Path("..", version.folder.name, WEIGHTS))
-    write_synced(folder / CONFIG, to_json(config | {"lora_alpha": config["lora_alpha"] * factor}))
-    server.load(name, folder)
-    try:
-        yield name
-    finally:
-        server.unload(name)
-        shutil.rmtree(folder)

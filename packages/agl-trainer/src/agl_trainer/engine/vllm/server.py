@@ -1,5 +1,7 @@
 """HTTP client of a vLLM server: lists, loads and unloads adapters, and reads logprobs."""
 
+import re
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
@@ -11,6 +13,7 @@ import urllib3
 
 from agl.config import LogprobsMode
 from agl.errors import TrainingError
+from agl_trainer.model.adapter_files import amplified_adapter
 
 _TIMEOUT_S = 300.0
 """Long, because on a CPU prompts and the first loading of an adapter are slow."""
@@ -24,6 +27,10 @@ _SAME_LOGPROB = 0.1
 """Relative difference below which two logprobs of a token are the same but for rounding; bfloat16 has 1 %."""
 
 
+class EngineGoneError(TrainingError):
+    """The engine does not answer."""
+
+
 class VllmServer:
     """The server at `url`, which ends in `/v1`. Every method raises TrainingError if the server fails or rejects it.
 
@@ -35,6 +42,8 @@ class VllmServer:
     def __init__(self, url: str, headers: Mapping[str, str] | None = None) -> None:
         self.url = url.rstrip("/")
         self._pool = urllib3.PoolManager(headers=headers, timeout=_TIMEOUT_S, retries=False)
+        self._amplified: dict[str, Path] = {}
+        """Folders of amplified adapters by their names."""
 
     def __enter__(self) -> Self:
         return self
@@ -58,12 +67,30 @@ class VllmServer:
                     raise
                 time.sleep(_POLL_INTERVAL_S)
 
-    def load(self, name: str, folder: Path) -> None:
-        """Serve the PEFT adapter in `folder`, which the server must be able to read, as `name`."""
+    def load(self, name: str, folder: Path, factor: int = 1) -> None:
+        """Serve the PEFT adapter in `folder`, which the server must be able to read, as `name`; `factor` amplifies it.
+
+        Amplified are the same weights with a larger `lora_alpha`, in a folder beside `folder` until `unload`.
+        """
+        if factor != 1:
+            folder = self._amplified[name] = amplified_adapter(folder, folder.with_name(name), factor)
         self._request("POST", "load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())})
 
     def unload(self, name: str) -> None:
-        self._request("POST", "unload_lora_adapter", {"lora_name": name})
+        try:
+            self._request("POST", "unload_lora_adapter", {"lora_name": name})
+        finally:
+            if folder := self._amplified.pop(name, None):
+                shutil.rmtree(folder)
+
+    def running_calls(self) -> int | None:
+        """How many calls it computes or has in its queue; None if it does not tell."""
+        try:
+            text = self._request("GET", "/metrics").data.decode(errors="replace")
+        except TrainingError:
+            return None
+        counts = re.findall(r"^vllm:num_requests_(?:running|waiting)(?:{.*})? (\S+)$", text, re.MULTILINE)
+        return int(sum(map(float, counts))) if counts else None
 
     def sleep(self) -> None:
         """Move the weights to the CPU's memory and drop the KV cache, until `wake_up`."""
@@ -104,7 +131,7 @@ class VllmServer:
         try:
             response = self._pool.request(method, urljoin(f"{self.url}/", path), json=body)
         except urllib3.exceptions.HTTPError as error:
-            raise TrainingError(
+            raise EngineGoneError(
                 f"vLLM at {self.url} does not answer ({error}); start it, or correct the URL"
             ) from error
         body_text = response.data[:500].decode(errors="replace")
