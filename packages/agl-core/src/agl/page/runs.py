@@ -167,7 +167,7 @@ def _commonest_error(store: Store, run: str) -> Finding:
     page = list_page(store, Filters.of({"run": run, "error": "any"}), None)
     errors = Counter(listed.trajectory.error for listed in page.rollouts)
     if not errors:
-        return Finding("Their errors are not in the store any more.")
+        return Finding("The errors of the rollouts that failed are not in the store any more.")
     (error, count) = errors.most_common(1)[0]
     query = urlencode({"run": run, "error": (error or "")[:80]})
     return Finding(f"{count} of the newest {errors.total()} that failed have the error: {error}", "", query)
