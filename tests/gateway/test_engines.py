@@ -226,6 +226,17 @@ def test_a_permanent_failure_of_an_engine_is_not_retried(status: int) -> None:
         assert len(setup.engine.seen) == 1
 
 
+def test_a_model_that_only_one_engine_serves_is_not_asked_for_again() -> None:
+    """Engines of another base model do not have what this one lacks."""
+    engine = FakeEngine()
+    engine.failures += [404]
+    with serving(engine) as url:
+        engines = [{"url": url, "models": ["planner"]}, {"url": NOBODY, "models": ["executor"]}]
+        with gateway(engines=engines, backoff_s=0.01) as setup:
+            assert setup.post(chat_body(model="planner@3")).status_code == 404
+    assert len(engine.seen) == 1
+
+
 def test_a_stream_that_has_begun_is_not_retried() -> None:
     with gateway(backoff_s=0.01) as setup:
         assert "broke off" in setup.post(chat_body("BREAK", stream=True)).text

@@ -181,7 +181,9 @@ class Dispatch:
             else:
                 response = request.response
                 # One that has just restarted lacks the adapters that the others have.
-                lacks_model = response.status == HTTPStatus.NOT_FOUND and {*self._routes.engines} - {*tried}
+                untried = {*self._routes.engines} - {*tried}
+                is_elsewhere = any(engine.serves(record.engine_model) for engine in untried)
+                lacks_model = response.status == HTTPStatus.NOT_FOUND and is_elsewhere
                 if last or not (lacks_model or response.status in _RETRIED_STATUSES):
                     return request
                 reason = f"the engine at {response.url} answered {response.status}: {response.error_message()}"
