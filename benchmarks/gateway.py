@@ -58,7 +58,7 @@ def running(command: Sequence[str | Path], url: str, **environment: str) -> Iter
     )
     try:
         deadline = time.monotonic() + _START_S
-        while not _answers(url):
+        while not answers(url):
             if process.poll() is not None or time.monotonic() > deadline:
                 process.kill()
                 raise RuntimeError(f"{command[0]} does not answer at {url}")
@@ -69,7 +69,7 @@ def running(command: Sequence[str | Path], url: str, **environment: str) -> Iter
         process.wait()
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=2) as answer:
             return answer.status == 200

@@ -1,11 +1,15 @@
 """A thousand LangGraph rollouts at once on one machine: what is lost, what the gateway adds, how memory grows.
 
-    .venv/bin/python -m benchmarks.thousand [--minutes 10] [--rollouts 1000] [--calls 20] [--delay-s 1] [--runners 4]
+    .venv/bin/python -m benchmarks.thousand [--minutes 10] [--rollouts 1000] [--calls 20] [--delay-s 1] [--several]
 
 `agl serve` (gateway, collector and store server) is between the null engine and several `agl runner`. The runners hold
 `--rollouts` rollouts in flight; each makes `--calls` model calls, whose delays at the engine are random with the mean
 `--delay-s`. The time begins when all are in flight. After it no more are queued, and the benchmark waits until all have
 ended. Then it reads every call from the store and compares it with what the engine answers.
+
+With `--several`, two gateways and two collectors are behind one address each. The store is PostgreSQL, with Redis in
+front of it. A gateway gets SIGKILL after a third of the time, a collector after half of it; each is started again. An
+agent whose gateway dies sends its call again, so that a call may be in the store more than once, but never less.
 
 Runners have a lower priority (`nice` 5), because agents do not run on a server's cores elsewhere. A probe makes ten
 calls per second meanwhile. The gateway's own time is the time of such a call without that at the engine, which the
@@ -25,13 +29,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from statistics import mean, median
 from urllib.parse import urlsplit
 
 from agl.runner.child import child_command
-from agl.store import Rollout, RolloutState, Store, open_store
+from agl.store import Attempt, AttemptState, Rollout, RolloutState, Store, open_store
 from agl.trajectory import build_trajectory
 from agl.trajectory.call import Call
 from benchmarks.gateway import engine_command, running
@@ -39,11 +43,10 @@ from benchmarks.http_load import Client, request
 from benchmarks.null_engine import prompt_ids, token_ids
 from benchmarks.process import Memory, cpu_s, growth, machine_cpu_s, memory_mb
 from benchmarks.thousand_agent import ROLES
-from tests.ports import free_port
-from tests.waiting import is_alive
+from benchmarks.thousand_servers import AGL, Servers, one_server, several_servers
+from tests.waiting import wait_until
 
 FIGURES = Path(__file__).with_name("thousand.json")
-_AGL = Path(sys.executable).with_name("agl")
 _PROBES_PER_S = 10
 _PROBE_DELAY_MS = 100
 _FIRST_PROBE = 10**9
@@ -51,6 +54,8 @@ _FIRST_PROBE = 10**9
 _UNRESPONSIVE_S = 60
 _START_S, _DRAIN_S = 300, 600
 _LOOK_S = 0.25
+KILLS = {"gateway 1": 1 / 3, "collector 1": 1 / 2}
+"""Servers that are killed, and when: shares of the time."""
 _LINES = 20
 """Faults that are shown, and last lines of the runners' log."""
 _QUEUED, _ALL = 0.25, 0.9
@@ -72,16 +77,6 @@ class Load:
         return Rollout(f"r{number}", task, mode="train", unresponsive_s=_UNRESPONSIVE_S)
 
 
-@dataclass(frozen=True, slots=True)
-class Servers:
-    """The servers under load, by name, and their addresses."""
-
-    processes: Mapping[str, "subprocess.Popen[bytes]"]
-    gateway: str
-    collector: str
-    store_uri: str
-
-
 @dataclass(slots=True)
 class Measured:
     """Taken between two marks: when all rollouts are in flight for the first time, and when no more are queued."""
@@ -91,18 +86,6 @@ class Measured:
     memory: dict[str, list[tuple[float, Memory]]] = field(default_factory=dict)
     marks: list[tuple[float, int, float, dict[str, float]]] = field(default_factory=list)
     """Time, ended rollouts, CPU seconds of the machine, and of each process."""
-
-
-@contextmanager
-def one_server(folder: Path, engine: str) -> Iterator[Servers]:
-    config, store = folder / "agl.json", f"sqlite:///{folder}/agl.db"
-    config.write_text(json.dumps({"gateway": {"engines": [{"url": engine, "max_concurrent": 4096}]}}))
-    port, otlp = free_port(), free_port()
-    ports = ["--port", str(port), "--otlp-http-port", str(otlp), "--otlp-grpc-port", "0"]
-    url = f"http://127.0.0.1:{port}"
-    command = [str(_AGL), "serve", "--config", str(config), "--store", store, *ports]
-    with running(child_command(command), f"{url}/api/health") as process:
-        yield Servers({"agl serve": process}, url, f"http://127.0.0.1:{otlp}", store)
 
 
 @contextmanager
@@ -116,7 +99,7 @@ def runners(folder: Path, servers: Servers, load: Load) -> Iterator[dict[str, "s
     with (folder / "runners.log").open("ab") as log, ExitStack() as stack:
         started: dict[str, subprocess.Popen[bytes]] = {}
         for number in range(load.runners):
-            command = ["nice", "-n", "5", str(_AGL), "runner", str(config), *options]
+            command = ["nice", "-n", "5", str(AGL), "runner", str(config), *options]
             started[f"runner {number + 1}"] = subprocess.Popen(child_command(command), stdout=log, stderr=log)
             stack.callback(started[f"runner {number + 1}"].kill)
         yield started
@@ -129,11 +112,14 @@ def runners(folder: Path, servers: Servers, load: Load) -> Iterator[dict[str, "s
 class Run:
     """Feeds the queue, probes the gateway and looks at the processes until every rollout has ended."""
 
-    def __init__(self, load: Load, servers: Servers, processes: Mapping[str, int], store: Store) -> None:
+    def __init__(
+        self, load: Load, servers: Servers, others: Mapping[str, int], store: Store, kills: Mapping[str, float]
+    ) -> None:
         self._load = load
         self._servers = servers
-        self._processes = processes
+        self._others = others
         self._store = store
+        self._kills = dict(kills)
         self.measured = Measured()
         self.enqueued = 0
 
@@ -144,6 +130,7 @@ class Run:
         while not marks or self._is_short(*marks[0][:2], states):
             states = await self._feed()
             self._look(states)
+            self._kill()
             if not marks and time.monotonic() - begin > _START_S:
                 raise SystemExit(f"after {_START_S} s {states} rollouts; expected {self._load.rollouts} that run")
             await asyncio.sleep(_LOOK_S)
@@ -157,7 +144,7 @@ class Run:
     def _is_short(self, begin: float, ended: int, states: Counter[RolloutState]) -> bool:
         """Whether the time is not over, or no rollout or no probe has ended in it."""
         nothing = states[RolloutState.SUCCEEDED] == ended or not self.measured.own_ms
-        return nothing or time.monotonic() - begin < self._load.seconds
+        return nothing or bool(self._kills) or time.monotonic() - begin < self._load.seconds
 
     def _states(self) -> Counter[RolloutState]:
         return Counter(self._store.count_rollouts())
@@ -171,10 +158,19 @@ class Run:
             self.enqueued += missing
         return states
 
+    def _kill(self) -> None:
+        """Kill and start again what is due; its memory is then measured anew."""
+        for name, share in [*self._kills.items()]:
+            marks = self.measured.marks
+            if marks and time.monotonic() - marks[0][0] >= share * self._load.seconds:
+                del self._kills[name]
+                self._servers.processes[name].restart()  # Here: it would end with a thread of a pool.
+                del self.measured.memory[name]
+
     def _look(self, states: Counter[RolloutState]) -> None:
         now, measured = time.monotonic(), self.measured
         for name, process in self._servers.processes.items():
-            measured.memory.setdefault(name, []).append((now, memory_mb(process.pid)))
+            measured.memory.setdefault(name, []).append((now, memory_mb(process.running.pid)))
         in_flight = states[RolloutState.RUNNING]
         if not measured.marks and in_flight >= self._load.rollouts * _ALL:
             self._mark(states)
@@ -183,7 +179,8 @@ class Run:
             measured.in_flight.append(in_flight)
 
     def _mark(self, states: Counter[RolloutState]) -> None:
-        used = {name: cpu_s(pid) for name, pid in self._processes.items() if is_alive(pid)}
+        pids = {**self._others, **{name: one.running.pid for name, one in self._servers.processes.items()}}
+        used = {name: cpu_s(pid) for name, pid in pids.items()}
         self.measured.marks.append((time.monotonic(), states[RolloutState.SUCCEEDED], machine_cpu_s(), used))
 
     async def _probe(self) -> None:
@@ -198,7 +195,10 @@ class Run:
                 loop = asyncio.get_running_loop()
                 _, client = await loop.create_connection(Client, host, port)
             began = time.monotonic()
-            answer = await client.call(request("/v1", number, _PROBE_DELAY_MS, stream=False))
+            try:
+                answer = await client.call(request("/v1", number, _PROBE_DELAY_MS, stream=False))
+            except ConnectionError:  # The gateway was killed.
+                return
             took_ms = (time.monotonic() - began) * 1000
             self.measured.own_ms.append(took_ms - float(answer.partition(b"engine;dur=")[2].split(b"\r\n", 1)[0]))
             idle.append(client)
@@ -209,29 +209,41 @@ class Run:
                 await asyncio.sleep(1 / _PROBES_PER_S)
 
 
-def faults_of(rollout_id: str, load: Load, calls: Sequence[Call]) -> list[str]:
-    """What differs from the calls that the rollout has made."""
+def faults_of(rollout_id: str, load: Load, calls: Sequence[Call], *, exact: bool = True) -> list[str]:
+    """What differs from the calls that the rollout has made; with `exact` they are those of one attempt, once each."""
     first = int(rollout_id[1:]) * load.calls
     expected = {
         f"chatcmpl-{first + turn}": (ROLES[turn % len(ROLES)], prompt_ids(first + turn), token_ids(first + turn))
         for turn in range(load.calls)
     }
     found = Counter(call.response_id for call in calls)
-    faults = [
-        f"{response_id} is recorded {found[response_id]} times" for response_id in expected if found[response_id] != 1
-    ]
+    wrong = [name for name in expected if not found[name] or (exact and found[name] > 1)]
+    faults = [f"{name} is recorded {found[name]} times" for name in wrong]
     for call in calls:
         got = (call.role, call.prompt_ids, call.response_ids)
+        if not exact and call.error is not None:
+            continue  # The client left, because another server was killed, and sent the call again.
         if call.response_id not in expected:
             faults.append(f"{call.response_id} is no call of the rollout (error: {call.error})")
         elif got != expected[call.response_id]:
             faults.append(f"{call.response_id} has {got}, expected {expected[call.response_id]}")
-        if call.chat_span_id is None or call.attempt_id != f"{rollout_id}-a1":
+        if exact and (call.chat_span_id is None or call.attempt_id != f"{rollout_id}-a1"):
             faults.append(f"{call.response_id}: span of the framework {call.chat_span_id}, attempt {call.attempt_id}")
     return faults
 
 
-def check(store: Store, load: Load, enqueued: int) -> tuple[Counter[str], list[str]]:
+def held_twice(attempts: Sequence[Attempt]) -> list[str]:
+    """Attempts that began before the one before them had ended, or succeeded after another."""
+    faults = [
+        f"{later.attempt_id} began while {earlier.attempt_id} ran"
+        for earlier, later in pairwise(sorted(attempts, key=lambda attempt: attempt.number))
+        if earlier.ended_ns is None or later.started_ns < earlier.ended_ns
+    ]
+    done = [attempt.attempt_id for attempt in attempts if attempt.state is AttemptState.SUCCEEDED]
+    return faults + ([f"{' and '.join(done)} succeeded"] if len(done) > 1 else [])
+
+
+def check(store: Store, load: Load, enqueued: int, *, exact: bool) -> tuple[Counter[str], list[str]]:
     """Compare every call in the store with the engine's answers; counts, and what is wrong."""
     counts: Counter[str] = Counter(rollouts=enqueued)
     faults: list[str] = []
@@ -247,7 +259,9 @@ def check(store: Store, load: Load, enqueued: int) -> tuple[Counter[str], list[s
             calls = build_trajectory(spans[name]).calls
             counts["spans"] += len(spans[name])
             counts["calls"] += len(calls)
-            faults += [f"{name}: {fault}" for fault in faults_of(name, load, calls)]
+            counts["again"] += rollouts[name].attempts - 1
+            twice = held_twice(store.query_attempts(name)) if rollouts[name].attempts > 1 else []
+            faults += [f"{name}: {fault}" for fault in [*twice, *faults_of(name, load, calls, exact=exact)]]
     return counts, faults
 
 
@@ -334,6 +348,9 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=20, help="of each rollout")
     parser.add_argument("--delay-s", type=float, default=1, help="mean delay of the engine")
     parser.add_argument("--runners", type=int, default=4, help="processes")
+    parser.add_argument(
+        "--several", action="store_true", help="two gateways and two collectors, of which one is killed"
+    )
     parser.add_argument("--figures", type=Path, default=FIGURES)
     parser.add_argument("--folder", help="parent of the folder of store and logs, which is deleted at the end")
     arguments = parser.parse_args()
@@ -341,23 +358,23 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder, ExitStack() as stack:
         url, command = engine_command()
         engine = stack.enter_context(running(child_command(command), f"{url}/models"))
-        servers = stack.enter_context(one_server(Path(folder), url))
+        start = several_servers if arguments.several else one_server
+        servers = stack.enter_context(start(Path(folder), url))
         store = stack.enter_context(closing(open_store(servers.gateway)))
         with runners(Path(folder), servers, load) as agents:
-            processes = {
-                "engine": engine.pid,
-                **{name: one.pid for name, one in {**servers.processes, **agents}.items()},
-            }
-            run = Run(load, servers, processes | {"this benchmark": os.getpid()}, store)
+            others = {"engine": engine.pid, "this benchmark": os.getpid()}
+            others |= {name: process.pid for name, process in agents.items()}
+            run = Run(load, servers, others, store, KILLS if arguments.several else {})
             asyncio.run(run.run())
-        counts, faults = check(store, load, run.enqueued)
+        wait_until(lambda: not servers.queued(), _DRAIN_S)
+        counts, faults = check(store, load, run.enqueued, exact=not arguments.several)
         log = (Path(folder) / "runners.log").read_text().splitlines()
     found = figures(load, run.measured)
     show(found, run.measured, counts)
     for fault in faults[:_LINES]:
         print(f"FAULT {fault}")
     print("\n".join(log[-_LINES:] if faults else []))
-    if not faults:
+    if not faults and not arguments.several:
         write(arguments.figures, load.rollouts, found)
     return 1 if faults else 0
 

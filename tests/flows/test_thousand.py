@@ -2,13 +2,29 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+from agl.store import Attempt, AttemptState
 from benchmarks import simulation
-from benchmarks.thousand import Load, faults_of, read
+from benchmarks.thousand import Load, faults_of, held_twice, read
 
 CALLS = 4
 SMALL = ["--minutes", "0.01", "--rollouts", "20", "--calls", str(CALLS), "--delay-s", "0.5", "--runners", "2"]
+
+
+def test_no_call_is_lost_when_a_gateway_and_a_collector_are_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.thousand", *SMALL, "--several"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| gateway 2 |" in done.stdout
+
+
+def test_an_attempt_that_begins_while_another_runs_is_a_fault() -> None:
+    ended = Attempt("r1-a1", "r1", 1, "w", AttemptState.UNRESPONSIVE, started_ns=0, heartbeat_ns=5, ended_ns=10)
+    later = Attempt("r1-a2", "r1", 2, "w", AttemptState.SUCCEEDED, started_ns=10, heartbeat_ns=15, ended_ns=20)
+    assert held_twice([ended, later]) == []
+    assert held_twice([ended, replace(later, started_ns=9)]) == ["r1-a2 began while r1-a1 ran"]
 
 
 def test_every_call_of_every_rollout_is_recorded_with_its_role_and_ids(tmp_path: Path) -> None:
