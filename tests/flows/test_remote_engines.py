@@ -272,13 +272,16 @@ class Damaging(SqliteStore):
 def test_an_engine_that_the_training_cannot_use_ends_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It cannot be reached, or what it fetched is damaged."""
+    """It cannot be reached, or what it fetched is damaged. Adapters of others in its folder stay."""
     monkeypatch.setattr(keeper, "_LOOK_S", 0.01)
     app = Starlette(routes=[Route("/v1/models", lambda _: JSONResponse({"data": [{"id": "small"}]}))])
     server, adapter = AppThread(), tmp_path / "adapter@1"
     url = server.add(app)
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
+    of_a_run = tmp_path / "run" / "adapters" / "solver@3"
+    of_a_run.mkdir(parents=True)
+    folder = ["--folder", str(tmp_path / "run")]
     with server, closing(open_store(f"sqlite:///{tmp_path / 'agl.db'}")) as store:
         wanted, used = Wanted(base={}, roles=(ROLE,)), list[str]()
         with Fleet(store, "run", wanted, lease_s=60, headers={}, on_use=used.append, on_drop=used.remove) as fleet:
@@ -300,7 +303,8 @@ def test_an_engine_that_the_training_cannot_use_ends_with_the_reason(
 
                 training = threading.Thread(target=train)
                 training.start()
-                assert main(engine_of(tmp_path, "--url", f"{url}/v1", "--address", host)) == 2
+                assert main(engine_of(tmp_path, "--url", f"{url}/v1", "--address", host, *folder)) == 2
                 training.join()
                 printed = capsys.readouterr().err
                 assert "the training does not use this engine: " in printed and expected in printed
+                assert list(of_a_run.parent.iterdir()) == [of_a_run]

@@ -1,11 +1,12 @@
 """Beside an engine: loads what a training wants into the vLLM server here, and registers it for the training."""
 
 import logging
+import re
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 _LOOK_S: Final = 0.5
 _RENEWALS_PER_LEASE: Final = 4
+_FETCHED: Final = re.compile(r"\.?([0-9a-f]{64})(-.*)?")
+"""Names of folders with adapters: their digests, and what begins with one."""
 
 
 class Patience:
@@ -61,7 +64,7 @@ def await_training(store: Store, run: str, patience: Patience) -> Wanted:
 class EngineKeeper:
     """Keeps the vLLM server `server` as the training `run` wants it, which reaches it at `url`.
 
-    Adapters are fetched into `folder`, of which it deletes everything else.
+    Adapters are fetched into `folder`, and deleted there when they are not wanted any more.
     """
 
     def __init__(
@@ -109,7 +112,7 @@ class EngineKeeper:
         Raises TrainingError if the training refuses the engine, the server has ended, or store or server are away for
         longer than the patience.
         """
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._delete_fetched()
         every_s = self._lease_s / _RENEWALS_PER_LEASE
         try:
             with repeating("agl-lease", {"the lease is not renewed": self._renew}, every_s, logger):
@@ -119,7 +122,9 @@ class EngineKeeper:
         finally:
             with suppress(StoreError):
                 self._unregister()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._delete_fetched()
+            with suppress(OSError):  # It has other files.
+                self._folder.rmdir()
 
     def _turn(self) -> None:
         self._check()
@@ -178,13 +183,18 @@ class EngineKeeper:
                 self._loaded.pop(name, None)
                 logger.info("unloaded %s", name)
         used = {version.digest for version in versions.values()}
-        for folder in self._folder.glob("*"):
-            if folder.name not in used and folder.name not in self._loaded:  # The latter are of amplified ones.
-                shutil.rmtree(folder, ignore_errors=True)
+        self._delete_fetched(used)
         for name, version in versions.items():
             if name not in self._loaded and (name, version.digest) not in self._failed:
                 self._load(name, version)
         return True
+
+    def _delete_fetched(self, used: Set[str] = frozenset()) -> None:
+        """Delete the adapters that are not `used`, and parts of them: nothing else that may be in the folder."""
+        for folder in self._folder.glob("*"):
+            name = _FETCHED.fullmatch(folder.name)
+            if name and name[1] not in used:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _load(self, name: str, version: WantedVersion) -> None:
         try:

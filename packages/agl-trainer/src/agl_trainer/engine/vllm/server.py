@@ -73,7 +73,9 @@ class VllmServer:
         Amplified are the same weights with a larger `lora_alpha`, in a folder beside `folder` until `unload`.
         """
         if factor != 1:
-            folder = self._amplified[name] = amplified_adapter(folder, folder.with_name(name), factor)
+            folder = self._amplified[name] = amplified_adapter(
+                folder, folder.with_name(f"{folder.name}-{name}"), factor
+            )
         self._request("POST", "load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())})
 
     def unload(self, name: str) -> None:
