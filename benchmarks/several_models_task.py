@@ -4,6 +4,7 @@ The planner is scored by the customer's order, the executor by the plan that it 
 """
 
 import json
+import os
 import random
 import re
 from functools import lru_cache
@@ -119,10 +120,11 @@ def _executor(plan: str) -> list[dict[str, str]]:
 
 
 def _ask(role: str, messages: Any) -> str:
-    answered = _client().chat.completions.create(model=role, messages=messages, extra_headers=agl.headers())
+    answered = _client(os.environ["OPENAI_BASE_URL"]).chat.completions.create(model=role, messages=messages, extra_headers=agl.headers())
     return answered.choices[0].message.content or ""
 
 
 @lru_cache(maxsize=1)
-def _client() -> OpenAI:
-    return OpenAI()
+def _client(base_url: str) -> OpenAI:
+    """The next seed's training, in the same process, has another gateway."""
+    return OpenAI(base_url=base_url)
