@@ -120,7 +120,9 @@ def _executor(plan: str) -> list[dict[str, str]]:
 
 
 def _ask(role: str, messages: Any) -> str:
-    answered = _client(os.environ["OPENAI_BASE_URL"]).chat.completions.create(model=role, messages=messages, extra_headers=agl.headers())
+    answered = _client(os.environ["OPENAI_BASE_URL"]).chat.completions.create(
+        model=role, messages=messages, extra_headers=agl.headers()
+    )
     return answered.choices[0].message.content or ""
 
 
