@@ -149,6 +149,28 @@ def seconds(text: str) -> float:
     return parse_amount(text, r"(\d+(?:\.\d+)?)([smhdw])", _SECONDS, "a time such as 7d, 12h or 30m")
 
 
+def add_waits(parser: argparse.ArgumentParser, *, drain_s: int, running: str, missing: str) -> None:
+    """Add `--drain`, how long to wait for what is `running`, and `--patience`, how long without what is `missing`."""
+    parser.add_argument(
+        "--drain",
+        type=_short_time,
+        default=float(drain_s),
+        metavar="TIME",
+        help=f"longest wait for running {running} (default: {drain_s}s)",
+    )
+    parser.add_argument(
+        "--patience",
+        type=_short_time,
+        default=300.0,
+        metavar="TIME",
+        help=f"longest time without {missing} (default: 5m)",
+    )
+
+
+def _short_time(text: str) -> float:
+    return parse_amount(text, r"(\d+(?:\.\d+)?)([smh])", _SECONDS, "a time such as 25s or 5m")
+
+
 def parse_amount(text: str, pattern: str, units: dict[str, int], expected: str) -> float:
     """`text` as a number times its unit, the groups of `pattern`. Raises ArgumentTypeError, with what is expected."""
     match = re.fullmatch(pattern, text, re.IGNORECASE)

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import agl
-from agl.cli.command import add_command, parse_amount
+from agl.cli.command import add_command, add_waits
 from agl.cli.interrupt import on_signals
 from agl.cli.terminal import counted
 from agl.config import Config, TrainConfig
@@ -27,7 +27,6 @@ from agl.secret_url import SecretUrl
 from agl.store import open_store
 
 _OTLP_PORT = 4318
-_SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
 def register(subparsers: Any) -> None:
@@ -63,16 +62,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--concurrency", type=_count, metavar="N", help="rollouts of a process at a time (default: train.concurrency)"
     )
-    parser.add_argument(
-        "--drain", type=_seconds, default=25.0, metavar="TIME", help="longest wait for running rollouts (default: 25s)"
-    )
-    parser.add_argument(
-        "--patience",
-        type=_seconds,
-        default=300.0,
-        metavar="TIME",
-        help="longest time without store or collector (default: 5m)",
-    )
+    add_waits(parser, drain_s=25, running="rollouts", missing="store or collector")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -164,7 +154,3 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
     return int(text)
-
-
-def _seconds(text: str) -> float:
-    return parse_amount(text, r"(\d+(?:\.\d+)?)([smh])", _SECONDS, "a time such as 25s or 5m")

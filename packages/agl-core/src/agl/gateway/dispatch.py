@@ -180,10 +180,8 @@ class Dispatch:
                 reason, after_s = str(error), 0.0
             else:
                 response = request.response
-                # One that has just restarted lacks the adapters that the others have.
-                untried = {*self._routes.engines} - {*tried}
-                is_elsewhere = any(engine.serves(record.engine_model) for engine in untried)
-                lacks_model = response.status == HTTPStatus.NOT_FOUND and is_elsewhere
+                # An engine that has just restarted lacks the adapters that the others have.
+                lacks_model = response.status == HTTPStatus.NOT_FOUND and self._is_untried(record.engine_model, tried)
                 if last or not (lacks_model or response.status in _RETRIED_STATUSES):
                     return request
                 reason = f"the engine at {response.url} answered {response.status}: {response.error_message()}"
@@ -194,6 +192,10 @@ class Dispatch:
             record.retries.append(reason)
             await asyncio.sleep(max(after_s, self._config.backoff_s * 2**retry * random.uniform(0.5, 1)))
         raise AssertionError("the last attempt returns or raises")
+
+    def _is_untried(self, engine_model: str, tried: Sequence[Engine]) -> bool:
+        """Whether an engine that was not tried serves the model."""
+        return any(engine.serves(engine_model) for engine in {*self._routes.engines} - {*tried})
 
     async def _send_hedged(
         self, session: aiohttp.ClientSession, record: CallRecord, tried: list[Engine], deadline: float

@@ -29,7 +29,8 @@ class Rollout:
     timeout_s: float | None = None
     """An attempt that runs for longer is ended as TIMEOUT. None: no limit."""
     unresponsive_s: float | None = None
-    """An attempt without a span or heartbeat for longer is ended as UNRESPONSIVE. None: no limit."""
+    """An attempt without a span or heartbeat for longer is ended as UNRESPONSIVE. None: no limit. Spans count
+    to a tenth of it: one that follows another sooner need not be noticed."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Any JSON object; the gateway reads its `seed`, `agl rollouts` its `run`, the training that it is of."""
     state: RolloutState = RolloutState.QUEUED

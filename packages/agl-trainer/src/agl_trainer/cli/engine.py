@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
-from agl.cli.command import add_command, seconds
+from agl.cli.command import add_command, add_waits
 from agl.cli.interrupt import on_signals
 from agl.config import Base, Config, LaunchConfig, UpstreamConfig
 from agl.errors import CommandError, ConfigError
@@ -51,16 +51,7 @@ def engine_command(subparsers: Any) -> None:
         "--address", metavar="HOST", help="where the training reaches vLLM (default: by the route to the store)"
     )
     parser.add_argument("--folder", type=Path, help="folder for adapters and vLLM's log (default: a temporary one)")
-    parser.add_argument(
-        "--drain", type=seconds, default=60.0, metavar="TIME", help="longest wait for running calls (default: 60s)"
-    )
-    parser.add_argument(
-        "--patience",
-        type=seconds,
-        default=300.0,
-        metavar="TIME",
-        help="longest time without training, store or vLLM (default: 5m)",
-    )
+    add_waits(parser, drain_s=60, running="calls", missing="training, store or vLLM")
 
 
 def run(arguments: argparse.Namespace) -> int:

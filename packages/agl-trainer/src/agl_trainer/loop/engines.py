@@ -264,9 +264,8 @@ def _launched(
 ) -> Iterator[RunningVllm]:
     """A vLLM server of `base`, which runs within the context."""
     command = vllm_command(config, base, launch, port)
-    log = (
-        Path(config.require_train().output_dir).absolute() / f"{base.prefix}vllm.log"
-    )  # An agent may change the current folder.
+    folder = Path(config.require_train().output_dir).absolute()  # An agent may change the current folder.
+    log = folder / f"{base.prefix}vllm.log"
 
     def show(waiting_for: str | None) -> None:
         if progress is not None:
